@@ -1,0 +1,50 @@
+# Compiles the kernels with nvcc into fat binaries and embeds them. nvcc is used as a plain command, not as
+# a CMake language: the host code is C, and a machine without nvcc still builds the CPU backend.
+find_program(NVCC nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
+if(NOT FLASH_KDA_CUDA OR NOT NVCC)
+  message(STATUS "flash_kda: no nvcc, so the library has the CPU backend alone")
+  return()
+endif()
+message(STATUS "flash_kda: CUDA kernels with ${NVCC}")
+
+set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
+set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
+
+# flash_kda_add_kernel(<name> <source>): <source> becomes the bytes fkda_fatbin_<name>. The compiler's report
+# (registers, spills, shared memory) is kept in kernels/<name>.report for scripts/check_kernels.py.
+function(flash_kda_add_kernel name source)
+  set(gencode "")
+  foreach(arch IN LISTS FLASH_KDA_CUDA_ARCHS)
+    list(APPEND gencode -gencode=arch=compute_${arch},code=sm_${arch})
+  endforeach()
+  list(APPEND gencode -gencode=arch=compute_${FLASH_KDA_PTX_ARCH},code=compute_${FLASH_KDA_PTX_ARCH})
+  set(folder ${CMAKE_CURRENT_BINARY_DIR}/kernels)
+  set(fatbin ${folder}/${name}.fatbin)
+  set(embed ${folder}/${name}.c)
+  file(GLOB headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*/*.cuh ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*/*.h)
+  file(MAKE_DIRECTORY ${folder})
+  add_custom_command(
+    OUTPUT ${fatbin}
+    COMMAND sh -c "\"$0\" \"$@\" > ${folder}/${name}.report 2>&1 || { cat ${folder}/${name}.report; exit 1; }"
+            ${NVCC} -fatbin -O3 -std=c++17 --threads 0 -Xptxas=-v ${gencode} -o ${fatbin}
+            ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+    DEPENDS ${source} ${headers}
+    COMMENT "Compiling ${source} for ${FLASH_KDA_CUDA_ARCHS}"
+    VERBATIM)
+  file(GENERATE OUTPUT ${embed} CONTENT
+"/* ${source}, compiled. */
+__asm__(\".section .rodata\\n\"
+        \".balign 16\\n\"
+        \".global fkda_fatbin_${name}\\n\"
+        \".hidden fkda_fatbin_${name}\\n\"
+        \"fkda_fatbin_${name}:\\n\"
+        \".incbin \\\"${fatbin}\\\"\\n\"
+        \".previous\\n\");
+")
+  set_source_files_properties(${embed} PROPERTIES OBJECT_DEPENDS ${fatbin})
+  target_sources(flashkda PRIVATE ${embed})
+endfunction()
+
+flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu)
+target_sources(flashkda PRIVATE src/cuda/portable.c)
+target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)

@@ -1,0 +1,194 @@
+/*
+ * flash_kda: Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
+ *
+ * KDA is a linear attention with a forget gate per channel and the delta rule. Each head of each
+ * sequence keeps a state S of K x V numbers. For every token t, in order:
+ *
+ *     g_t      = lower_bound * sigmoid(exp(A_log) * (g + dt_bias))      log decay, one per channel
+ *     q_t, k_t = q / sqrt(sum(q^2) + 1e-6),  k / sqrt(sum(k^2) + 1e-6)  over the K channels
+ *     b_t      = sigmoid(beta)
+ *     S        = diag(exp(g_t)) S                                       forget
+ *     u_t      = b_t (v_t - S^T k_t)                                    what the state did not predict
+ *     S        = S + k_t u_t^T                                          write
+ *     o_t      = scale S^T q_t                                          read
+ *
+ * (Kimi Linear, arXiv:2510.26692; the gate bounded from below is the "safe gate" of
+ * flash-linear-attention.) Everything this library computes is held to that recurrence in fp64,
+ * which is exported as flash_kda_reference().
+ *
+ * Conventions
+ *   B batch rows, T tokens a row, H heads, K = V = 128 channels, N sequences.
+ *   Shapes are written outermost first; strides count elements, not bytes.
+ *   Every call returns a flash_kda_status. On anything but FLASH_KDA_OK nothing was launched and
+ *   nothing was written, and flash_kda_last_error() has a sentence for the calling thread.
+ *   All functions may be called from any thread at any time.
+ */
+#ifndef FLASH_KDA_H
+#define FLASH_KDA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FLASH_KDA_VERSION_MAJOR 0
+#define FLASH_KDA_VERSION_MINOR 1
+#define FLASH_KDA_VERSION_PATCH 0
+
+#if defined(FLASH_KDA_BUILD)
+#define FLASH_KDA_API __attribute__((visibility("default")))
+#else
+#define FLASH_KDA_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum flash_kda_status {
+    FLASH_KDA_OK = 0,
+    FLASH_KDA_INVALID_VALUE = 1, /* an argument is null, out of range, misaligned, of a wrong shape */
+    FLASH_KDA_INVALID_DTYPE = 2, /* an argument has a data type that the call does not take */
+    FLASH_KDA_UNAVAILABLE = 3,   /* no such device, no driver, or no kernel for the device */
+    FLASH_KDA_DEVICE_ERROR = 4,  /* the CUDA driver reported an error */
+} flash_kda_status;
+
+/* Element types. The forward pass takes the first four; the rest let an error name what it got. */
+typedef enum flash_kda_dtype {
+    FLASH_KDA_BF16 = 1,
+    FLASH_KDA_F32 = 2,
+    FLASH_KDA_I32 = 3,
+    FLASH_KDA_I64 = 4,
+    FLASH_KDA_F16 = 5,
+    FLASH_KDA_F64 = 6,
+    FLASH_KDA_OTHER = 7,
+} flash_kda_dtype;
+
+typedef enum flash_kda_device_type {
+    FLASH_KDA_CPU = 0,
+    FLASH_KDA_CUDA = 1,
+} flash_kda_device_type;
+
+typedef struct flash_kda_device {
+    int32_t type;  /* flash_kda_device_type */
+    int32_t index; /* CUDA ordinal; 0 for the CPU */
+} flash_kda_device;
+
+/* A tensor in the memory of the call's device. An optional tensor that is absent has data == NULL,
+ * and then its other fields are ignored. */
+typedef struct flash_kda_tensor {
+    void *data;
+    int32_t dtype; /* flash_kda_dtype */
+    int32_t ndim;  /* how many of shape and stride are used */
+    int64_t shape[4];
+    int64_t stride[4]; /* in elements */
+} flash_kda_tensor;
+
+/*
+ * The arguments of the forward pass. Zero the struct, set struct_size to sizeof(flash_kda_fwd_params),
+ * then fill in the rest: fields added by later versions come last and mean "default" when zero.
+ *
+ *   q, k, g        bf16 [B, T, H, K]   query, key, gate before its activation
+ *   v              bf16 [B, T, H, V]   value
+ *   beta           bf16 [B, T, H]      logits of the write strength
+ *   out            bf16 [B, T, H, V]   written
+ *   A_log          f32  [H]
+ *   dt_bias        f32  [H, K]
+ *   initial_state  bf16 or f32 [N, H, V, K], optional: zeros when absent
+ *   final_state    the same, optional, written; the same dtype as initial_state when both are there.
+ *                  It may be the same memory as initial_state.
+ *   cu_seqlens     i64 or i32 [N + 1], optional: sequence n is tokens cu_seqlens[n] to
+ *                  cu_seqlens[n + 1] - 1 of the one batch row (B must be 1); first 0, last T, never
+ *                  decreasing. Absent: each batch row is a sequence, N = B. The values are checked
+ *                  on the CPU. On a GPU the call does not wait to look at them: the kernel clamps them
+ *                  into [0, T], so wrong ones give wrong numbers but never touch other memory.
+ *
+ * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
+ * element). out must not overlap any other tensor, and final_state no other than initial_state.
+ * T may be 0, and so may any sequence's length: its final state is its initial state.
+ */
+typedef struct flash_kda_fwd_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream; /* CUstream / cudaStream_t of that device; NULL is its default stream */
+    flash_kda_tensor q, k, v, g, beta;
+    flash_kda_tensor out;
+    flash_kda_tensor A_log, dt_bias;
+    flash_kda_tensor initial_state, final_state;
+    flash_kda_tensor cu_seqlens;
+    float scale;       /* multiplies the output, usually K^-0.5; finite */
+    float lower_bound; /* of the log decay of one token, in nats, in [-5, 0] */
+    void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
+    size_t workspace_size;
+    const char *kernel;  /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
+    int32_t cpu_threads; /* 0: as many as the process may run on; results do not depend on it */
+} flash_kda_fwd_params;
+
+/* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes,
+ * kernel and cpu_threads only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
+FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
+                                                            size_t *bytes);
+
+/* The forward pass. On a GPU it enqueues on the stream and returns: no allocation, no synchronisation.
+ * The first call for a device loads its kernels; later ones are safe under CUDA graph capture. */
+FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params);
+
+/* The definition: the recurrence above, token by token in fp64, for tensors in CPU memory. Writes
+ * out64 [B, T, H, V] and, unless NULL, state64 [N, H, V, K]; params->out and params->final_state are
+ * not written and may be absent. Slow, and meant for tests. */
+FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
+                                                   double *state64);
+
+/* "0.1.0" */
+FLASH_KDA_API const char *flash_kda_version(void);
+
+/* "FLASH_KDA_OK", ... */
+FLASH_KDA_API const char *flash_kda_status_string(flash_kda_status status);
+
+/* The sentence about the calling thread's last failed call: which argument, what it was, what it must
+ * be. Valid until the thread's next failing call; "" if none failed. */
+FLASH_KDA_API const char *flash_kda_last_error(void);
+
+typedef struct flash_kda_device_info {
+    size_t struct_size;
+    flash_kda_device device;
+    char name[128];   /* "NVIDIA H100 80GB HBM3" */
+    char arch[32];    /* "sm_90", "x86-64 avx512" */
+    char kernel[32];  /* what runs there by default; "" if nothing can */
+    char reason[256]; /* why nothing can run there, else "" */
+    int32_t units;    /* multiprocessors, or CPU threads */
+    uint64_t memory;  /* bytes */
+} flash_kda_device_info;
+
+/* Writes up to capacity entries (whose struct_size is set by the caller) and the number there are. The
+ * CPU is always the first. infos may be NULL if capacity is 0. If CUDA cannot be used at all, *count
+ * covers the CPU alone and, unless NULL, no_cuda points to a sentence that says why (else to ""). */
+FLASH_KDA_API flash_kda_status flash_kda_list_devices(flash_kda_device_info *infos, int32_t capacity,
+                                                      int32_t *count, const char **no_cuda);
+
+typedef struct flash_kda_kernel_info {
+    size_t struct_size;
+    const char *name;        /* for flash_kda_fwd_params.kernel */
+    int32_t device_type;     /* flash_kda_device_type */
+    const char *archs;       /* "sm_80 and newer" */
+    const char *description; /* one line */
+} flash_kda_kernel_info;
+
+FLASH_KDA_API flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t capacity,
+                                                      int32_t *count);
+
+/* Device memory and timing for programs that bring no framework of their own (the tests and the
+ * flash-kda command use these). Copies and flash_kda_synchronize() wait until done. */
+FLASH_KDA_API flash_kda_status flash_kda_malloc(flash_kda_device device, size_t bytes, void **memory);
+FLASH_KDA_API flash_kda_status flash_kda_free(flash_kda_device device, void *memory);
+FLASH_KDA_API flash_kda_status flash_kda_copy(flash_kda_device to_device, void *to,
+                                              flash_kda_device from_device, const void *from, size_t bytes);
+FLASH_KDA_API flash_kda_status flash_kda_synchronize(flash_kda_device device, void *stream);
+
+/* Runs flash_kda_fwd() repeats times and writes the milliseconds each took on the device (CUDA events
+ * around each call, or the wall clock on the CPU). */
+FLASH_KDA_API flash_kda_status flash_kda_time_fwd(const flash_kda_fwd_params *params, int32_t repeats,
+                                                  float *milliseconds);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FLASH_KDA_H */

@@ -1,0 +1,19 @@
+/* What the host passes to the portable forward kernel: one struct by value, the same in C and CUDA C. */
+#ifndef FKDA_PORTABLE_FWD_ARGS_H
+#define FKDA_PORTABLE_FWD_ARGS_H
+
+typedef struct fkda_portable_args {
+    const void *q, *k, *v, *g, *beta; /* bf16, see flash_kda.h for the shapes */
+    void *out;
+    const float *A_log, *dt_bias;
+    const void *initial_state; /* or null */
+    void *final_state;         /* or null */
+    const void *cu_seqlens;    /* or null */
+    long long tokens;          /* of one batch row */
+    int heads;
+    float scale, lower_bound;
+    int state_is_bf16;
+    int cu_seqlens_is_i32;
+} fkda_portable_args;
+
+#endif

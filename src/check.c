@@ -1,0 +1,317 @@
+/* Checks every argument before anything is launched or written, and says what is wrong in a sentence
+ * that names the argument, what it was and what it must be. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "cpu/cpu.h"
+#include "internal.h"
+
+#define INVALID(...) fkda_fail(FLASH_KDA_INVALID_VALUE, __VA_ARGS__)
+#define TRY(call)                                                                                            \
+    do {                                                                                                     \
+        flash_kda_status try_status = (call);                                                                \
+        if (try_status != FLASH_KDA_OK) return try_status;                                                   \
+    } while (0)
+
+/* Token positions inside a kernel are 32-bit; the room above lets them run past the end by a chunk. */
+static const int64_t MAX_TOKENS = INT32_MAX - 1024;
+
+static const char *dtype_name(int32_t dtype)
+{
+    static const char *const names[] = {"none",  "bfloat16", "float32", "int32",
+                                        "int64", "float16",  "float64", "another type"};
+    return dtype >= 0 && dtype <= FLASH_KDA_OTHER ? names[dtype] : "an unknown type";
+}
+
+static size_t dtype_size(int32_t dtype)
+{
+    switch (dtype) {
+    case FLASH_KDA_BF16: return 2;
+    case FLASH_KDA_I64: return 8;
+    default: return 4;
+    }
+}
+
+/* "[1, 8192, 96, 128]" */
+static const char *shape_text(const int64_t *sizes, int ndim, char text[96])
+{
+    int used = snprintf(text, 96, "[");
+    for (int i = 0; i < ndim && used < 90; i++)
+        used += snprintf(text + used, (size_t)(96 - used), i ? ", %lld" : "%lld", (long long)sizes[i]);
+    snprintf(text + used, (size_t)(96 - used), "]");
+    return text;
+}
+
+/* What a tensor must look like. */
+typedef struct requirement {
+    const char *name;
+    const char *dims; /* the shape in words: "[B, T, H, K]" */
+    int ndim;
+    int64_t shape[4];
+    int32_t dtypes[2]; /* the accepted ones; the second may be 0 */
+    size_t alignment;  /* in bytes */
+} requirement;
+
+static flash_kda_status check_rank(const flash_kda_tensor *t, const char *name, const char *dims, int ndim)
+{
+    if (t->ndim != ndim)
+        return INVALID("%s has %d dimensions; it must have %d: %s", name, t->ndim, ndim, dims);
+    for (int i = 0; i < ndim; i++)
+        if (t->shape[i] < 0)
+            return INVALID("%s has size %lld in dimension %d; sizes must not be negative", name,
+                           (long long)t->shape[i], i);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_dtype(const flash_kda_tensor *t, const requirement *r)
+{
+    if (t->dtype == r->dtypes[0] || (r->dtypes[1] && t->dtype == r->dtypes[1])) return FLASH_KDA_OK;
+    return fkda_fail(FLASH_KDA_INVALID_DTYPE, "%s has dtype %s; it must be %s%s%s", r->name,
+                     dtype_name(t->dtype), dtype_name(r->dtypes[0]), r->dtypes[1] ? " or " : "",
+                     r->dtypes[1] ? dtype_name(r->dtypes[1]) : "");
+}
+
+/* Contiguous; the stride of a dimension of size 1 means nothing and may be anything. */
+static flash_kda_status check_strides(const flash_kda_tensor *t, const requirement *r)
+{
+    int64_t want[4], step = 1;
+    bool contiguous = true;
+    for (int i = r->ndim - 1; i >= 0; i--) {
+        want[i] = step;
+        if (t->shape[i] == 0) return FLASH_KDA_OK;
+        if (t->shape[i] > 1 && t->stride[i] != step) contiguous = false;
+        step *= t->shape[i];
+    }
+    if (contiguous) return FLASH_KDA_OK;
+    char was[96], must[96];
+    return INVALID("%s has strides %s; it must be contiguous, with strides %s", r->name,
+                   shape_text(t->stride, r->ndim, was), shape_text(want, r->ndim, must));
+}
+
+static flash_kda_status check_memory(const flash_kda_tensor *t, const requirement *r)
+{
+    int64_t bytes = (int64_t)dtype_size(t->dtype);
+    for (int i = 0; i < r->ndim; i++) bytes *= r->shape[i];
+    if (bytes && !t->data)
+        return INVALID("%s is null; it must point to its %lld bytes", r->name, (long long)bytes);
+    size_t alignment = r->alignment ? r->alignment : dtype_size(t->dtype);
+    if ((uintptr_t)t->data % alignment)
+        return INVALID("%s is at address %p; it must be aligned to %zu bytes", r->name, t->data, alignment);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_tensor(const flash_kda_tensor *t, const requirement *r, fkda_purpose purpose)
+{
+    TRY(check_dtype(t, r));
+    TRY(check_rank(t, r->name, r->dims, r->ndim));
+    if (memcmp(t->shape, r->shape, sizeof(int64_t) * (size_t)r->ndim) != 0) {
+        char was[96], must[96];
+        return INVALID("%s has shape %s; it must be %s = %s", r->name, shape_text(t->shape, r->ndim, was),
+                       r->dims, shape_text(r->shape, r->ndim, must));
+    }
+    if (purpose == FKDA_FOR_WORKSPACE) return FLASH_KDA_OK;
+    TRY(check_strides(t, r));
+    return check_memory(t, r);
+}
+
+static bool overlap(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
+{
+    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return a && b && x < y + (uintptr_t)b_bytes && y < x + (uintptr_t)a_bytes;
+}
+
+static int64_t tensor_bytes(const flash_kda_tensor *t)
+{
+    int64_t bytes = (int64_t)dtype_size(t->dtype);
+    for (int i = 0; i < t->ndim; i++) bytes *= t->shape[i];
+    return t->data ? bytes : 0;
+}
+
+/* Nothing that is written may lie on anything else, but for the state updated in place. */
+static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
+{
+    const struct {
+        const char *name;
+        const flash_kda_tensor *t;
+    } all[] = {
+        {"q", &p->q},
+        {"k", &p->k},
+        {"v", &p->v},
+        {"g", &p->g},
+        {"beta", &p->beta},
+        {"A_log", &p->A_log},
+        {"dt_bias", &p->dt_bias},
+        {"cu_seqlens", &p->cu_seqlens},
+        {"initial_state", &p->initial_state},
+        {"final_state", &p->final_state},
+        {"out", &p->out},
+    };
+    const int count = sizeof all / sizeof *all, first_written = count - 2;
+    for (int w = first_written; w < count; w++)
+        for (int i = 0; i < w; i++) {
+            const flash_kda_tensor *a = all[w].t, *b = all[i].t;
+            if (!overlap(a->data, tensor_bytes(a), b->data, tensor_bytes(b))) continue;
+            if (a == &p->final_state && b == &p->initial_state) {
+                if (a->data == b->data) continue;
+                return INVALID(
+                    "final_state overlaps initial_state in part; they must be the same memory or apart");
+            }
+            return INVALID("%s overlaps %s; it must have memory of its own", all[w].name, all[i].name);
+        }
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
+{
+    TRY(check_rank(&p->q, "q", "[B, T, H, K]", 4));
+    TRY(check_rank(&p->v, "v", "[B, T, H, V]", 4));
+    int64_t B = p->q.shape[0], T = p->q.shape[1], H = p->q.shape[2], N = B;
+    if (p->q.shape[3] != FKDA_DIM)
+        return INVALID("q has K = %lld; the head size K must be 128", (long long)p->q.shape[3]);
+    if (p->v.shape[3] != FKDA_DIM)
+        return INVALID("v has V = %lld; the head size V must be 128", (long long)p->v.shape[3]);
+    if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
+    if (H < 1) return INVALID("q has H = %lld; there must be at least 1 head", (long long)H);
+    if (p->cu_seqlens.data || (purpose == FKDA_FOR_WORKSPACE && p->cu_seqlens.ndim)) {
+        TRY(check_rank(&p->cu_seqlens, "cu_seqlens", "[N + 1]", 1));
+        if (B != 1)
+            return INVALID("cu_seqlens is given with B = %lld; B must be 1, all sequences in one row",
+                           (long long)B);
+        N = p->cu_seqlens.shape[0] - 1;
+        if (N < 1)
+            return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
+                           (long long)p->cu_seqlens.shape[0]);
+    }
+    int64_t tokens, elements, tasks, states;
+    if (__builtin_mul_overflow(B, T, &tokens) || __builtin_mul_overflow(tokens, H, &elements) ||
+        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || tokens > MAX_TOKENS)
+        return INVALID("q has B * T = %lld * %lld tokens of %lld heads; there must be at most %lld tokens, "
+                       "and a tensor must fit in memory",
+                       (long long)B, (long long)T, (long long)H, (long long)MAX_TOKENS);
+    if (__builtin_mul_overflow(N, H, &tasks) || tasks > INT32_MAX ||
+        __builtin_mul_overflow(tasks, 4 * FKDA_DIM * FKDA_DIM, &states))
+        return INVALID("there are N * H = %lld * %lld states; there must be at most %d", (long long)N,
+                       (long long)H, INT32_MAX);
+    out->batch = B;
+    out->tokens = T;
+    out->heads = H;
+    out->sequences = N;
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_problem *s,
+                                      fkda_purpose purpose)
+{
+    const int64_t B = s->batch, T = s->tokens, H = s->heads, N = s->sequences, D = FKDA_DIM;
+    const struct {
+        const flash_kda_tensor *tensor;
+        bool optional;
+        requirement must;
+    } tensors[] = {
+        {&p->q, false, {"q", "[B, T, H, K]", 4, {B, T, H, D}, {FLASH_KDA_BF16}, 16}},
+        {&p->k, false, {"k", "[B, T, H, K]", 4, {B, T, H, D}, {FLASH_KDA_BF16}, 16}},
+        {&p->v, false, {"v", "[B, T, H, V]", 4, {B, T, H, D}, {FLASH_KDA_BF16}, 16}},
+        {&p->g, false, {"g", "[B, T, H, K]", 4, {B, T, H, D}, {FLASH_KDA_BF16}, 16}},
+        {&p->beta, false, {"beta", "[B, T, H]", 3, {B, T, H}, {FLASH_KDA_BF16}, 0}},
+        {&p->out,
+         purpose == FKDA_FOR_REFERENCE,
+         {"out", "[B, T, H, V]", 4, {B, T, H, D}, {FLASH_KDA_BF16}, 16}},
+        {&p->A_log, false, {"A_log", "[H]", 1, {H}, {FLASH_KDA_F32}, 0}},
+        {&p->dt_bias, false, {"dt_bias", "[H, K]", 2, {H, D}, {FLASH_KDA_F32}, 16}},
+        {&p->initial_state,
+         true,
+         {"initial_state", "[N, H, V, K]", 4, {N, H, D, D}, {FLASH_KDA_F32, FLASH_KDA_BF16}, 16}},
+        {&p->final_state,
+         true,
+         {"final_state", "[N, H, V, K]", 4, {N, H, D, D}, {FLASH_KDA_F32, FLASH_KDA_BF16}, 16}},
+        {&p->cu_seqlens, true, {"cu_seqlens", "[N + 1]", 1, {N + 1}, {FLASH_KDA_I64, FLASH_KDA_I32}, 0}},
+    };
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        if (tensors[i].optional && !tensors[i].tensor->data) continue;
+        TRY(check_tensor(tensors[i].tensor, &tensors[i].must, purpose));
+    }
+    if (p->initial_state.data && p->final_state.data && p->initial_state.dtype != p->final_state.dtype)
+        return fkda_fail(FLASH_KDA_INVALID_DTYPE,
+                         "final_state has dtype %s and initial_state %s; they must have the same",
+                         dtype_name(p->final_state.dtype), dtype_name(p->initial_state.dtype));
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_scalars(const flash_kda_fwd_params *p)
+{
+    if (!isfinite(p->scale)) return INVALID("scale is %g; it must be finite", (double)p->scale);
+    if (!(p->lower_bound >= -5.0f && p->lower_bound <= 0.0f))
+        return INVALID("lower_bound is %g; it must be in [-5, 0]", (double)p->lower_bound);
+    if (p->cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", p->cpu_threads);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_cu_seqlens(const fkda_problem *p)
+{
+    int64_t begin, end, last = 0;
+    for (int64_t n = 0; n < p->sequences; n++) {
+        fkda_sequence_range(p, n, &begin, &end);
+        if (n == 0 && begin != 0) return INVALID("cu_seqlens[0] is %lld; it must be 0", (long long)begin);
+        if (end < begin)
+            return INVALID("cu_seqlens[%lld] is %lld after %lld; it must not decrease", (long long)n + 1,
+                           (long long)end, (long long)begin);
+        last = end;
+    }
+    if (last != p->tokens)
+        return INVALID("cu_seqlens ends with %lld; its last entry must be T = %lld", (long long)last,
+                       (long long)p->tokens);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_workspace(const fkda_problem *p)
+{
+    size_t need = p->kernel->workspace_size(p);
+    if (p->workspace_size < need)
+        return INVALID("workspace_size is %zu bytes; this call needs %zu", p->workspace_size, need);
+    if (need && !p->workspace) return INVALID("workspace is null; it must point to %zu bytes", need);
+    if ((uintptr_t)p->workspace % 64)
+        return INVALID("workspace is at address %p; it must be aligned to 64 bytes", p->workspace);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
+{
+    memset(out, 0, sizeof *out);
+    if (!p) return INVALID("params is null; it must point to a flash_kda_fwd_params");
+    if (p->struct_size != sizeof *p)
+        return INVALID("params->struct_size is %zu; it must be sizeof(flash_kda_fwd_params) = %zu",
+                       p->struct_size, sizeof *p);
+    if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
+        return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
+    TRY(check_sizes(p, purpose, out));
+    TRY(check_scalars(p));
+    TRY(check_tensors(p, out, purpose));
+
+    out->device = p->device;
+    out->stream = p->stream;
+    out->q = p->q.data;
+    out->k = p->k.data;
+    out->v = p->v.data;
+    out->g = p->g.data;
+    out->beta = p->beta.data;
+    out->out = p->out.data;
+    out->A_log = p->A_log.data;
+    out->dt_bias = p->dt_bias.data;
+    out->initial_state = p->initial_state.data;
+    out->final_state = p->final_state.data;
+    out->state_is_bf16 = (p->initial_state.data ? p->initial_state : p->final_state).dtype == FLASH_KDA_BF16;
+    out->cu_seqlens = p->cu_seqlens.data;
+    out->cu_seqlens_is_i32 = p->cu_seqlens.dtype == FLASH_KDA_I32;
+    out->scale = p->scale;
+    out->lower_bound = p->lower_bound;
+    out->workspace = p->workspace;
+    out->workspace_size = p->workspace_size;
+    out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
+
+    TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));
+    if (purpose == FKDA_FOR_WORKSPACE) return FLASH_KDA_OK;
+    TRY(check_overlap(p));
+    if (p->device.type == FLASH_KDA_CPU && out->cu_seqlens) TRY(check_cu_seqlens(out));
+    return purpose == FKDA_FOR_FWD ? check_workspace(out) : FLASH_KDA_OK;
+}

@@ -1,0 +1,25 @@
+/* The CPU backend and the reference, as the rest of the library sees them. */
+#ifndef FKDA_CPU_H
+#define FKDA_CPU_H
+
+#include "../internal.h"
+
+/* parallel.c: how many CPUs the process may run on, at least 1. */
+int fkda_cpu_count(void);
+
+/* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads`
+ * threads that end before it returns; worker is in [0, threads). */
+void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
+                       void *context);
+
+/* dispatch.c: the instruction set the forward pass uses on this machine: "x86-64 avx512", ... */
+const char *fkda_cpu_arch(void);
+
+/* fwd.c */
+size_t fkda_cpu_workspace_size(const fkda_problem *problem);
+flash_kda_status fkda_cpu_fwd(const fkda_problem *problem);
+
+/* reference.c */
+void fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);
+
+#endif

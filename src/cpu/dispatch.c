@@ -1,0 +1,5 @@
+#include "cpu.h"
+const char *fkda_cpu_arch(void)
+{
+    return "any";
+}

@@ -1,0 +1,5 @@
+#include "cpu.h"
+int fkda_cpu_count(void)
+{
+    return 1;
+}

@@ -1,0 +1,57 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+
+static fkda_driver driver;
+static char failure[256];
+static pthread_once_t opened = PTHREAD_ONCE_INIT;
+
+static const char *result_name(CUresult result)
+{
+    const char *name = NULL;
+    if (driver.cuGetErrorName) driver.cuGetErrorName(result, &name);
+    return name ? name : "an unknown error";
+}
+
+static void open_driver(void)
+{
+    void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        snprintf(failure, sizeof failure, "no NVIDIA driver: libcuda.so.1 could not be opened");
+        return;
+    }
+    const struct {
+        const char *symbol;
+        void *slot;
+    } functions[] = {
+#define ENTRY(name, symbol, arguments) {symbol, &driver.name},
+        FKDA_DRIVER_FUNCTIONS(ENTRY)
+#undef ENTRY
+    };
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        *(void **)functions[i].slot = dlsym(library, functions[i].symbol);
+        if (!*(void **)functions[i].slot) {
+            snprintf(failure, sizeof failure, "the NVIDIA driver is too old: it has no %s",
+                     functions[i].symbol);
+            return;
+        }
+    }
+    CUresult result = driver.cuInit(0);
+    if (result)
+        snprintf(failure, sizeof failure, "the NVIDIA driver did not start: cuInit gave %s",
+                 result_name(result));
+}
+
+const fkda_driver *fkda_driver_open(const char **reason)
+{
+    pthread_once(&opened, open_driver);
+    if (reason) *reason = failure;
+    return failure[0] ? NULL : &driver;
+}
+
+flash_kda_status fkda_driver_fail(const char *call, CUresult result)
+{
+    return fkda_fail(FLASH_KDA_DEVICE_ERROR, "%s failed with %s (%d)", call, result_name(result), result);
+}

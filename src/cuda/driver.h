@@ -1,0 +1,76 @@
+/*
+ * The part of the CUDA driver API that is used, declared here and resolved with dlopen, so that the
+ * library builds without CUDA headers and loads where there is no driver. Names, types and values are
+ * those of NVIDIA's cuda.h.
+ */
+#ifndef FKDA_DRIVER_H
+#define FKDA_DRIVER_H
+
+#include <stddef.h>
+
+#include "../internal.h"
+
+typedef int CUresult;
+typedef int CUdevice;
+typedef struct CUctx_st *CUcontext;
+typedef struct CUmod_st *CUmodule;
+typedef struct CUfunc_st *CUfunction;
+typedef struct CUstream_st *CUstream;
+typedef struct CUevent_st *CUevent;
+typedef unsigned long long CUdeviceptr;
+
+enum {
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+};
+
+/* Every entry: result type, symbol in libcuda, argument types. */
+#define FKDA_DRIVER_FUNCTIONS(X)                                                                             \
+    X(cuInit, "cuInit", (unsigned flags))                                                                    \
+    X(cuDeviceGetCount, "cuDeviceGetCount", (int *count))                                                    \
+    X(cuDeviceGet, "cuDeviceGet", (CUdevice * device, int ordinal))                                          \
+    X(cuDeviceGetName, "cuDeviceGetName", (char *name, int length, CUdevice device))                         \
+    X(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int *value, int attribute, CUdevice device))            \
+    X(cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t * bytes, CUdevice device))                            \
+    X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext * context, CUdevice device))          \
+    X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext context))                                          \
+    X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext * context))                                          \
+    X(cuModuleLoadData, "cuModuleLoadData", (CUmodule * module, const void *image))                          \
+    X(cuModuleGetFunction, "cuModuleGetFunction",                                                            \
+      (CUfunction * function, CUmodule module, const char *name))                                            \
+    X(cuFuncSetAttribute, "cuFuncSetAttribute", (CUfunction function, int attribute, int value))             \
+    X(cuLaunchKernel, "cuLaunchKernel",                                                                      \
+      (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,             \
+       unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void **arguments,         \
+       void **extra))                                                                                        \
+    X(cuMemAlloc, "cuMemAlloc_v2", (CUdeviceptr * memory, size_t bytes))                                     \
+    X(cuMemFree, "cuMemFree_v2", (CUdeviceptr memory))                                                       \
+    X(cuMemcpy, "cuMemcpy", (CUdeviceptr to, CUdeviceptr from, size_t bytes))                                \
+    X(cuStreamSynchronize, "cuStreamSynchronize", (CUstream stream))                                         \
+    X(cuEventCreate, "cuEventCreate", (CUevent * event, unsigned flags))                                     \
+    X(cuEventRecord, "cuEventRecord", (CUevent event, CUstream stream))                                      \
+    X(cuEventSynchronize, "cuEventSynchronize", (CUevent event))                                             \
+    X(cuEventElapsedTime, "cuEventElapsedTime", (float *milliseconds, CUevent start, CUevent end))           \
+    X(cuEventDestroy, "cuEventDestroy_v2", (CUevent event))                                                  \
+    X(cuGetErrorName, "cuGetErrorName", (CUresult result, const char **name))
+
+typedef struct fkda_driver {
+#define DECLARE(name, symbol, arguments) CUresult(*name) arguments;
+    FKDA_DRIVER_FUNCTIONS(DECLARE)
+#undef DECLARE
+} fkda_driver;
+
+/* The driver, opened and initialised by the first call; NULL with *reason set if that failed (then and
+ * ever after). */
+const fkda_driver *fkda_driver_open(const char **reason);
+
+/* Stores a sentence about a driver call that failed. */
+flash_kda_status fkda_driver_fail(const char *call, CUresult result);
+
+/* devices.c: makes the primary context of a device current for the calling thread, until left. */
+flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver);
+void fkda_leave_device(const fkda_driver *driver);
+
+#endif

@@ -1,0 +1,74 @@
+/* The table of kernels and the choice among them: which one runs for a device. */
+#include <string.h>
+
+#include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "internal.h"
+
+/* The default for a device is the first that it can run. */
+static const fkda_kernel kernels[] = {
+    {
+        .info = {sizeof(flash_kda_kernel_info), "cpu", FLASH_KDA_CPU, "any 64-bit CPU",
+                 "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores"},
+        .workspace_size = fkda_cpu_workspace_size,
+        .fwd = fkda_cpu_fwd,
+    },
+#ifdef FKDA_WITH_CUDA
+    {
+        .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
+                 "chunks of 16 tokens through tf32 mma.sync, one launch, state in registers in fp32"},
+        .min_compute_capability = 80,
+        .workspace_size = fkda_cuda_portable_workspace_size,
+        .fwd = fkda_cuda_portable_fwd,
+    },
+#endif
+};
+enum { KERNEL_COUNT = sizeof kernels / sizeof *kernels };
+
+static flash_kda_status device_capability(flash_kda_device device, int *capability)
+{
+    *capability = 0;
+    if (device.type == FLASH_KDA_CPU) {
+        if (device.index == 0) return FLASH_KDA_OK;
+        return fkda_fail(FLASH_KDA_INVALID_VALUE, "device index is %d; the CPU's must be 0", device.index);
+    }
+    if (device.type == FLASH_KDA_CUDA) return fkda_cuda_capability(device.index, capability);
+    return fkda_fail(FLASH_KDA_INVALID_VALUE, "device type is %d; it must be FLASH_KDA_CPU or FLASH_KDA_CUDA",
+                     device.type);
+}
+
+flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, const fkda_kernel **kernel)
+{
+    int capability;
+    flash_kda_status status = device_capability(device, &capability);
+    if (status != FLASH_KDA_OK) return status;
+    bool known = false;
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        if (name && strcmp(name, kernels[i].info.name) != 0) continue;
+        known = true;
+        if (kernels[i].info.device_type != device.type || capability < kernels[i].min_compute_capability)
+            continue;
+        *kernel = &kernels[i];
+        return FLASH_KDA_OK;
+    }
+    if (name && !known)
+        return fkda_fail(FLASH_KDA_INVALID_VALUE,
+                         "kernel is \"%s\"; it must be NULL or a name that flash_kda_list_kernels() gives",
+                         name);
+    if (device.type == FLASH_KDA_CPU)
+        return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which does not run on the CPU", name);
+    return fkda_fail(FLASH_KDA_UNAVAILABLE,
+                     "device is CUDA device %d of compute capability %d.%d; %s%s%s needs at least 8.0",
+                     device.index, capability / 10, capability % 10, name ? "kernel \"" : "the library",
+                     name ? name : "", name ? "\"" : "");
+}
+
+flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t capacity, int32_t *count)
+{
+    if (!count) return fkda_fail(FLASH_KDA_INVALID_VALUE, "count is null; it must point to an int32_t");
+    if (capacity < 0 || (capacity > 0 && !infos))
+        return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos must point to capacity = %d entries", capacity);
+    for (int i = 0; i < KERNEL_COUNT && i < capacity; i++) infos[i] = kernels[i].info;
+    *count = KERNEL_COUNT;
+    return FLASH_KDA_OK;
+}
