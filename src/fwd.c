@@ -24,6 +24,5 @@ flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double 
     if (!out64)
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "out64 is null; it must point to [B, T, H, V] doubles");
     flash_kda_status status = fkda_check(params, FKDA_FOR_REFERENCE, &problem);
-    if (status == FLASH_KDA_OK) fkda_cpu_reference(&problem, out64, state64);
-    return status;
+    return status == FLASH_KDA_OK ? fkda_cpu_reference(&problem, out64, state64) : status;
 }

@@ -7,8 +7,11 @@
 /* parallel.c: how many CPUs the process may run on, at least 1. */
 int fkda_cpu_count(void);
 
+enum { FKDA_MAX_THREADS = 1024 }; /* of one call */
+
 /* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads`
- * threads that end before it returns; worker is in [0, threads). */
+ * threads that end before it returns; worker is in
+ * [0, min(threads, FKDA_MAX_THREADS)). */
 void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
                        void *context);
 
@@ -19,7 +22,7 @@ const char *fkda_cpu_arch(void);
 size_t fkda_cpu_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cpu_fwd(const fkda_problem *problem);
 
-/* reference.c */
-void fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);
+/* reference.c: out [B, T, H, V]; final_state [N, H, V, K] or NULL. */
+flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);
 
 #endif
