@@ -1,0 +1,154 @@
+"""Holds every compiled kernel to scripts/kernel_plan.toml: check_kernels.py [BUILD/kernels]
+
+Reads ptxas' report of each kernel file (registers, spills, stack, static shared memory, for each
+architecture) and, where cuobjdump is to be had, the machine code. Exits 1 if any kernel breaks its plan.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAN = ROOT / "scripts" / "kernel_plan.toml"
+
+
+@dataclass
+class Usage:
+    """What ptxas said about one kernel on one architecture."""
+
+    kernel: str
+    arch: str
+    registers: int = -1
+    stack: int = -1
+    spills: int = -1
+    static_shared: int = 0
+
+
+def parse_report(text: str) -> list[Usage]:
+    found: list[Usage] = []
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            found.append(Usage(match[1], match[2]))
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            # Functions that were not inlined are reported too; the worst one counts.
+            found[-1].stack = max(found[-1].stack, int(match[1]))
+            found[-1].spills = max(found[-1].spills, int(match[2]) + int(match[3]))
+        elif match := re.search(r"Used (\d+) registers", line):
+            found[-1].registers = int(match[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                found[-1].static_shared = int(shared[1])
+    return found
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: from the toolkit, PATH, or the wheel in this environment."""
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    folders += Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin")
+    for folder in folders:
+        if (folder / name).exists():
+            return str(folder / name)
+    return shutil.which(name)
+
+
+def disassemble(fatbin: Path) -> dict[tuple[str, str], set[str]] | None:
+    """The mnemonics of each (kernel, architecture), or None where there is no disassembler."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if not cuobjdump or not nvdisasm:
+        return None
+    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
+    run = subprocess.run(
+        [cuobjdump, "-sass", str(fatbin)], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    if run.returncode != 0:
+        sys.exit(f"check_kernels: cuobjdump failed on {fatbin}")
+    code: dict[tuple[str, str], set[str]] = {}
+    arch, mnemonics = "", set()
+    for line in run.stdout.splitlines():
+        if match := re.match(r"\s+code for (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s+Function : (\S+)", line):
+            mnemonics = code.setdefault((match[1], arch), set())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            mnemonics.add(match[1])
+    return code
+
+
+def plan_for(plans: list[dict[str, Any]], kernel: str, arch: str) -> dict[str, Any] | None:
+    for plan in plans:
+        if fnmatch.fnmatchcase(kernel, plan["name"]):
+            return {**plan, **plan.get(arch, {})}
+    return None
+
+
+def broken_rules(usage: Usage, plan: dict[str, Any], mnemonics: set[str] | None) -> list[str]:
+    broken = []
+    if usage.registers < 0 or usage.stack < 0:
+        broken.append("the report has no figures for it (are several compilers' lines mixed up?)")
+    if usage.spills > 0:
+        broken.append(f"spills {usage.spills} bytes")
+    if usage.stack > 0:
+        broken.append(f"has a stack frame of {usage.stack} bytes")
+    if usage.registers > plan["registers"]:
+        broken.append(f"uses {usage.registers} registers, planned {plan['registers']}")
+    if usage.static_shared > plan["static_shared"]:
+        broken.append(f"uses {usage.static_shared} bytes of static shared memory, planned {plan['static_shared']}")
+    if mnemonics is not None:
+        for wanted in plan.get("require", []):
+            if not any(m == wanted or m.startswith(wanted + ".") for m in mnemonics):
+                broken.append(f"has no {wanted}")
+        for unwanted in plan.get("forbid", []):
+            if any(m == unwanted or m.startswith(unwanted + ".") for m in mnemonics):
+                broken.append(f"has {unwanted}")
+    return broken
+
+
+def main() -> int:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "kernels"
+    reports = sorted(folder.glob("*.report"))
+    if not reports:
+        print(f"check_kernels: no kernels were built in {folder} (no nvcc?), so there is nothing to check")
+        return 0
+    plans = tomllib.loads(PLAN.read_text())["kernel"]
+    checked = failed = 0
+    for report in reports:
+        usages = parse_report(report.read_text())
+        if not usages:
+            print(f"{report.name}: no kernel in it")
+            failed += 1
+        code = disassemble(report.with_suffix(".fatbin"))
+        if code is None:
+            print(f"{report.name}: no cuobjdump and nvdisasm, so the machine code was not looked at")
+        for usage in sorted(usages, key=lambda u: (u.kernel, int(re.sub(r"\D", "", u.arch)))):
+            plan = plan_for(plans, usage.kernel, usage.arch)
+            if plan is None:
+                broken = [f"has no plan in {PLAN.name}"]
+            elif code is not None and (usage.kernel, usage.arch) not in code:
+                broken = ["is not in the disassembly"]
+            else:
+                broken = broken_rules(usage, plan, code and code[usage.kernel, usage.arch])
+            verdict = "; ".join(broken) if broken else "ok"
+            print(
+                f"{usage.kernel:32} {usage.arch:8} {usage.registers:4} registers {usage.spills:5} B spilled "
+                f"{usage.stack:5} B stack {usage.static_shared:6} B static shared   {verdict}"
+            )
+            checked += 1
+            failed += bool(broken)
+    print(f"check_kernels: {checked - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
