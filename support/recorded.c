@@ -1,0 +1,47 @@
+#include "recorded.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "safetensors.h"
+
+/* Copies a tensor of `elements` elements; its shape may be flattened. */
+static bool take(const safetensors *file, const char *name, flash_kda_dtype dtype, int64_t elements, void *to,
+                 char why[256])
+{
+    flash_kda_tensor t = safetensors_get(file, name);
+    int64_t count = 1;
+    for (int i = 0; i < t.ndim; i++) count *= t.shape[i];
+    if (!t.data || t.dtype != (int32_t)dtype || count != elements) {
+        snprintf(why, 256, "%s is missing, or not %lld elements of %s", name, (long long)elements,
+                 dtype == FLASH_KDA_BF16 ? "bfloat16" : "float32");
+        return false;
+    }
+    memcpy(to, t.data, (size_t)count * (dtype == FLASH_KDA_BF16 ? 2 : 4));
+    return true;
+}
+
+problem *recorded_load(const char *path, char why[256])
+{
+    safetensors *file = safetensors_open(path, why);
+    if (!file) return NULL;
+    flash_kda_tensor q = safetensors_get(file, "q");
+    if (!q.data || q.ndim != 4 || q.shape[3] != DIM) {
+        snprintf(why, 256, "q is missing, or not of shape [B, T, H, 128]");
+        safetensors_close(file);
+        return NULL;
+    }
+    problem *p = problem_create(q.shape[0], q.shape[1], q.shape[2]);
+    int64_t rows = problem_rows(p), channels = rows * DIM;
+    bool good = take(file, "q", FLASH_KDA_BF16, channels, p->q, why) &&
+                take(file, "k", FLASH_KDA_BF16, channels, p->k, why) &&
+                take(file, "v", FLASH_KDA_BF16, channels, p->v, why) &&
+                take(file, "g", FLASH_KDA_BF16, channels, p->g, why) &&
+                take(file, "beta", FLASH_KDA_BF16, rows, p->beta, why) &&
+                take(file, "A_log", FLASH_KDA_F32, p->heads, p->A_log, why) &&
+                take(file, "dt_bias", FLASH_KDA_F32, p->heads * DIM, p->dt_bias, why);
+    safetensors_close(file);
+    if (good) return p;
+    problem_free(p);
+    return NULL;
+}

@@ -1,0 +1,10 @@
+/* Recorded activations: one layer of a trained model, from a safetensors file. */
+#ifndef SUPPORT_RECORDED_H
+#define SUPPORT_RECORDED_H
+
+#include "problem.h"
+
+/* NULL, with a sentence in `why`, if the file does not hold q, k, v, g, beta, A_log and dt_bias. */
+problem *recorded_load(const char *path, char why[256]);
+
+#endif
