@@ -26,7 +26,7 @@ function(flash_kda_add_kernel name source)
   add_custom_command(
     OUTPUT ${fatbin}
     COMMAND sh -c "\"$0\" \"$@\" > ${folder}/${name}.report 2>&1 || { cat ${folder}/${name}.report; exit 1; }"
-            ${NVCC} -fatbin -O3 -std=c++17 --threads 0 -Xptxas=-v ${gencode} -o ${fatbin}
+            ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${gencode} -o ${fatbin}
             ${CMAKE_CURRENT_SOURCE_DIR}/${source}
     DEPENDS ${source} ${headers}
     COMMENT "Compiling ${source} for ${FLASH_KDA_CUDA_ARCHS}"

@@ -1,0 +1,177 @@
+/*
+ * The recurrence role: the state through a sequence's chunks, in order. Warp w owns rows 16 w to 16 w + 15 of
+ * V and all of K, as the transposed state S^T [V, K] in fp32 accumulators, and needs nothing of the
+ * other warps. Accumulators serve as A fragments as they are: depth t of a product is the even and depth
+ * t + 4 the odd one of the two columns that lane t of four holds.
+ */
+#ifndef FKDA_PORTABLE_RECURRENCE_CUH
+#define FKDA_PORTABLE_RECURRENCE_CUH
+
+#include "shared.cuh"
+
+namespace fkda {
+
+/* An accumulator tile as the A operand: d += tile * (b0, b1). */
+__device__ __forceinline__ void multiply(float (&d)[4], const float (&tile)[4], float b0, float b1)
+{
+    mma_tf32(d, tile[0], tile[2], tile[1], tile[3], b0, b1);
+}
+
+struct Recurrence {
+    const fkda_portable_args &args;
+    const Task &task;
+    Shared &shared;
+    int lane, g, t;
+    int first_row; /* of V */
+    /* state[j][h]: rows g and g + 8, channels 16 j + 4 t + 2 h and + 1: {g, g, g + 8, g + 8} */
+    float state[DIM / 16][2][4];
+
+    __device__ Recurrence(const fkda_portable_args &a, const Task &k, Shared &s, int thread)
+        : args(a), task(k), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4), first_row(thread / 32 * 16)
+    {
+    }
+
+    /* Where four channels of a row of this head's state are, in elements; r is 0 for row g, 1 for g + 8. */
+    __device__ long long state_at(int j, int r) const
+    {
+        return (task.index * DIM + first_row + g + 8 * r) * DIM + 16 * j + 4 * t;
+    }
+
+    __device__ void load_state()
+    {
+#pragma unroll
+        for (int j = 0; j < DIM / 16; j++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float4 x = make_float4(0, 0, 0, 0);
+                if (args.initial_state && args.state_is_bf16) {
+                    uint2 b = *reinterpret_cast<const uint2 *>(static_cast<const uint16_t *>(args.initial_state) + state_at(j, r));
+                    x = make_float4(bf16_low(b.x), bf16_high(b.x), bf16_low(b.y), bf16_high(b.y));
+                } else if (args.initial_state) {
+                    x = *reinterpret_cast<const float4 *>(static_cast<const float *>(args.initial_state) + state_at(j, r));
+                }
+                state[j][0][2 * r] = x.x, state[j][0][2 * r + 1] = x.y;
+                state[j][1][2 * r] = x.z, state[j][1][2 * r + 1] = x.w;
+            }
+    }
+
+    __device__ void store_state() const
+    {
+#pragma unroll
+        for (int j = 0; j < DIM / 16; j++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float4 x = make_float4(state[j][0][2 * r], state[j][0][2 * r + 1], state[j][1][2 * r], state[j][1][2 * r + 1]);
+                if (args.state_is_bf16)
+                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state) + state_at(j, r)) =
+                        make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+                else
+                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state) + state_at(j, r)) = x;
+            }
+    }
+
+    /* u = V^T of this warp's rows; tile i holds tokens 8 i to 8 i + 7. */
+    __device__ void load_values(int chunk, float (&u)[2][4]) const
+    {
+        uint32_t v[4];
+        int token = lane % 8 + 8 * (lane / 16), row = first_row + lane / 8 % 2 * 8;
+        load_matrices_transposed(v, &shared.v[chunk % V_STAGES][token][row]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                u[i][2 * r] = bf16_low(v[2 * i + r]);
+                u[i][2 * r + 1] = bf16_high(v[2 * i + r]);
+            }
+    }
+
+    /* d += u M^T for a lower triangular M of 16 x 16: of its 8 x 8 blocks the upper right one is zero. */
+    __device__ void multiply_lower(float (&d)[2][4], const float (&u)[2][4], const float (&m)[CHUNK][CHUNK + 8]) const
+    {
+        float2 top = *reinterpret_cast<const float2 *>(&m[g][2 * t]);
+        float2 left = *reinterpret_cast<const float2 *>(&m[g + 8][2 * t]);
+        float2 right = *reinterpret_cast<const float2 *>(&m[g + 8][2 * t + 8]);
+        multiply(d[0], u[0], top.x, top.y);
+        multiply(d[1], u[0], left.x, left.y);
+        multiply(d[1], u[1], right.x, right.y);
+    }
+
+    __device__ static void round_tiles(float (&x)[2][4])
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) x[i][e] = round_tf32(x[i][e]);
+    }
+
+    /* S^T = S^T diag(gamma) + U^T Kr */
+    __device__ void update_state(const Stage &stage, const float (&u)[2][4])
+    {
+#pragma unroll
+        for (int j = 0; j < DIM / 16; j++) {
+            float4 gamma = *reinterpret_cast<const float4 *>(&stage.gamma[16 * j + 4 * t]);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                state[j][0][2 * r] *= gamma.x, state[j][0][2 * r + 1] *= gamma.y;
+                state[j][1][2 * r] *= gamma.z, state[j][1][2 * r + 1] *= gamma.w;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float4 k = stage.k_rest[4 * i + t][8 * j + g];
+                multiply(state[j][0], u[i], k.x, k.y);
+                multiply(state[j][1], u[i], k.z, k.w);
+            }
+        }
+    }
+
+    /* The transposes make two neighbouring rows of V of one token out of two tokens of one row. */
+    __device__ void store_output(int chunk, const float (&o)[2][4]) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t low = transpose_matrix(pack_bf16(o[i][0], o[i][1]));
+            uint32_t high = transpose_matrix(pack_bf16(o[i][2], o[i][3]));
+            int token = chunk * CHUNK + 8 * i + g;
+            if (token >= task.length) continue;
+            long long at = ((task.begin + token) * args.heads + task.head) * DIM + first_row + 2 * t;
+            uint32_t *to = reinterpret_cast<uint32_t *>(static_cast<uint16_t *>(args.out) + at);
+            to[0] = low;
+            to[4] = high;
+        }
+    }
+
+    __device__ void run()
+    {
+        load_state();
+        for (int chunk = 0; chunk < task.chunks; chunk++) {
+            const Stage &stage = shared.stage[chunk % STAGES];
+            float r[2][4], u[2][4] = {}, o[2][4] = {};
+            barrier_sync(FULL + chunk % STAGES, THREADS);
+            load_values(chunk, r);
+#pragma unroll
+            for (int j = 0; j < DIM / 16; j++) { /* r = V - K~ S, o = Q~ S */
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float4 k = *reinterpret_cast<const float4 *>(&stage.minus_k_decayed[8 * i + g][16 * j + 4 * t]);
+                    float4 q = *reinterpret_cast<const float4 *>(&stage.q_decayed[8 * i + g][16 * j + 4 * t]);
+                    multiply(r[i], state[j][0], k.x, k.y);
+                    multiply(o[i], state[j][0], q.x, q.y);
+                    multiply(r[i], state[j][1], k.z, k.w);
+                    multiply(o[i], state[j][1], q.z, q.w);
+                }
+            }
+            round_tiles(r);
+            multiply_lower(u, r, stage.solve);
+            round_tiles(u);
+            multiply_lower(o, u, stage.attend);
+            update_state(stage, u);
+            if (chunk + STAGES < task.chunks) barrier_arrive(EMPTY + chunk % STAGES, THREADS);
+            store_output(chunk, o);
+        }
+        if (args.final_state) store_state();
+    }
+};
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,235 @@
+"""The chunk algorithm of the portable CUDA kernel in plain PyTorch, rounding where the kernel rounds.
+
+On a GPU, `forward(..., CudaOps())` gives the kernel's output and state bit for bit: it takes the few instructions
+that PyTorch does not offer (approximate ex2, rcp and rsqrt, fused multiply-add, the tensor core's tf32 product)
+from tests/probe.cu and does every other operation, in the kernel's order, with PyTorch's own. `CpuOps`
+stands in for them where there is no GPU; its results agree to rounding, not to the bit.
+
+Names and shapes follow kernels/portable: chunks of 16 tokens (C), n of them, H heads, 128 channels (D).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+CHUNK = 16
+DIM = 128
+LOG2_E = 1.4426950408889634
+HERE = Path(__file__).parent
+
+# The depth order of products over channels and over tokens: slots t and t + 4 of each step of eight hold
+# two neighbours. See kernels/portable/recurrence.cuh.
+CHANNEL_ORDER = [16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)]
+TOKEN_ORDER = [8 * i + 2 * t + e for i in range(2) for e in range(2) for t in range(4)]
+
+
+def round_tf32(x: torch.Tensor) -> torch.Tensor:
+    """To the nearest tf32, ties away from zero: cvt.rna.tf32.f32."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def truncate_tf32(x: torch.Tensor) -> torch.Tensor:
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+class CpuOps:
+    """The probed instructions, approximately."""
+
+    ex2 = staticmethod(torch.exp2)
+    rcp = staticmethod(torch.reciprocal)
+    rsqrt = staticmethod(torch.rsqrt)
+
+    @staticmethod
+    def fma(a, b, c):
+        return (a.double() * b.double() + c.double()).float()
+
+    @staticmethod
+    def multiply(a, b, c):
+        return c + truncate_tf32(a) @ truncate_tf32(b).mT
+
+
+class CudaOps:
+    """The probed instructions, exactly, from tests/probe.cu."""
+
+    def __init__(self, folder: Path):
+        library = folder / "libprobe.so"
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        major, minor = torch.cuda.get_device_capability()
+        arch = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
+        command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-O2", arch, "-o", str(library), str(HERE / "probe.cu")]
+        subprocess.run(command, check=True)
+        self.library = ctypes.CDLL(str(library))
+
+    def _call(self, name, *arguments):
+        converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        error = getattr(self.library, name)(*converted)
+        assert error == 0, f"{name} failed with CUDA error {error}"
+
+    def _unary(self, function, x):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._call("probe_unary", function, x, y, ctypes.c_longlong(x.numel()))
+        return y
+
+    def ex2(self, x):
+        return self._unary(0, x)
+
+    def rcp(self, x):
+        return self._unary(1, x)
+
+    def rsqrt(self, x):
+        return self._unary(2, x)
+
+    def fma(self, a, b, c):
+        a, b, c = (x.contiguous() for x in torch.broadcast_tensors(a, b, c))
+        d = torch.empty_like(c)
+        self._call("probe_fma", a, b, c, d, ctypes.c_longlong(c.numel()))
+        return d
+
+    def multiply(self, a, b, c):
+        a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
+        d = torch.empty_like(c)
+        m, k, n = a.shape[-2], a.shape[-1], b.shape[-2]
+        self._call("probe_multiply", a, b, c, d, ctypes.c_longlong(c.numel() // (m * n)), m, n, k)
+        return d
+
+
+def to_chunks(x: torch.Tensor) -> torch.Tensor:
+    """[T, H, ...] to [n, H, C, ...] in fp32, with zeros past the end."""
+    length = x.shape[0]
+    padded = torch.zeros((-(-length // CHUNK) * CHUNK, *x.shape[1:]), dtype=torch.float32, device=x.device)
+    padded[:length] = x
+    return padded.view(-1, CHUNK, *x.shape[1:]).transpose(1, 2)
+
+
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Over the channels of [..., D], in the order of lanes and warps."""
+    x = (x * x).view(*x.shape[:-1], 8, 4, 4)
+    lane = ((x[..., 0] + x[..., 1]) + x[..., 2]) + x[..., 3]
+    lane = lane[..., 0::2] + lane[..., 1::2]
+    warp = lane[..., 0] + lane[..., 1]
+    total = warp[..., 0]
+    for w in range(1, 8):
+        total = total + warp[..., w]
+    return total
+
+
+def running_sum(g: torch.Tensor) -> torch.Tensor:
+    """Over the tokens of [n, H, C, D]: pairs first, then a scan over the eight pairs."""
+    even, odd = g[:, :, 0::2], g[:, :, 1::2]
+    running = even + odd
+    for distance in (1, 2, 4):
+        shifted = running.clone()
+        shifted[:, :, distance:] += running[:, :, :-distance]
+        running = shifted
+    first = even.clone()
+    first[:, :, 1:] += running[:, :, :-1]
+    return torch.stack((first, running), dim=3).flatten(2, 3)
+
+
+def products_over_channels(ops, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """rows . columns^T of [n, H, C, D]: 16 channels at a time, then the sum over those groups."""
+    group = lambda x: x[..., CHANNEL_ORDER].unflatten(-1, (8, 16)).transpose(-2, -3)  # noqa: E731
+    rows, columns = group(rows), group(columns)
+    parts = ops.multiply(rows, columns, rows.new_zeros(*rows.shape[:-1], CHUNK))
+    total = parts[..., 0, :, :]
+    for w in range(1, 8):
+        total = total + parts[..., w, :, :]
+    return total
+
+
+def solve(ops, strictly_lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(I + L)^-1 diag(b) by forward substitution, for L [n, H, C, C] and b [n, H, C]."""
+    x = torch.diag_embed(b)
+    for m in range(CHUNK - 1):
+        x[..., m + 1 :, :] = ops.fma(-strictly_lower[..., m + 1 :, m : m + 1], x[..., m : m + 1, :], x[..., m + 1 :, :])
+    return x
+
+
+def prepare(ops, q, k, g, beta, scale, A_log, dt_bias, lower_bound):
+    """The preparation of all chunks of one sequence; q, k, g [T, H, D], beta [T, H]."""
+    f32 = lambda x: torch.tensor(x, dtype=torch.float32, device=q.device)  # noqa: E731
+    valid = to_chunks(torch.ones_like(beta)).bool()
+    q, k, g, beta = to_chunks(q), to_chunks(k), to_chunks(g), to_chunks(beta)
+
+    factor = ops.ex2(A_log * f32(LOG2_E)) * f32(-LOG2_E)
+    sigmoid = ops.rcp(1.0 + ops.ex2((g + dt_bias[:, None]) * factor[:, None, None]))
+    decay = torch.where(valid[..., None], sigmoid * (f32(lower_bound) * f32(LOG2_E)), 0.0)
+    b = torch.where(valid, ops.rcp(1.0 + ops.ex2(beta * f32(-LOG2_E))), 0.0)
+
+    total = running_sum(decay)
+    middle, last = total[:, :, 7:8], total[:, :, 15:16]
+    to_middle, to_last = ops.ex2(middle), ops.ex2(last - middle)
+    up, down = ops.ex2(total - middle), ops.ex2(middle - total)
+
+    q = q * (ops.rsqrt(sum_of_squares(q) + f32(1e-6)) * f32(scale))[..., None]
+    k = k * ops.rsqrt(sum_of_squares(k) + f32(1e-6))[..., None]
+    q_up, k_up, k_down = q * up, k * up, k * down
+
+    tokens = torch.arange(CHUNK, device=q.device)
+    lower = tokens[:, None] > tokens
+    strictly_lower = torch.where(lower, products_over_channels(ops, k_up, k_down) * b[..., None], 0.0)
+    attend = torch.where(lower.mT, 0.0, products_over_channels(ops, q_up, k_down))
+    return {
+        "minus_k_decayed": round_tf32(-(k_up * to_middle)),
+        "q_decayed": round_tf32(q_up * to_middle),
+        "k_rest": round_tf32(k_down * to_last),
+        "solve": round_tf32(solve(ops, strictly_lower, b)),
+        "attend": round_tf32(attend),
+        "gamma": (to_middle * to_last).squeeze(2),
+    }
+
+
+def multiply_lower(ops, u, lower, start):
+    """start + u lower^T for u, start [H, V, C] and a lower triangular [H, C, C]; the upper right block is skipped."""
+    u, lower = u[..., TOKEN_ORDER], lower[..., TOKEN_ORDER]
+    first = ops.multiply(u[..., :8], lower[..., :8, :8], start[..., :8])
+    second = ops.multiply(u, lower[..., 8:, :], start[..., 8:])
+    return torch.cat((first, second), dim=-1)
+
+
+def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
+    """One sequence: q, k, v, g [T, H, D] and the transposed state [H, V, K] in fp32 to out [T, H, D] and the state."""
+    length = q.shape[0]
+    if length == 0:
+        return v.clone(), state
+    prepared = prepare(ops, q, k, g, beta, scale, A_log, dt_bias, lower_bound)
+    values = to_chunks(v).mT
+    out = torch.empty_like(values)
+    for n in range(values.shape[0]):
+        tile = {name: x[n] for name, x in prepared.items()}
+        ordered = state[..., CHANNEL_ORDER]
+        rest = ops.multiply(ordered, tile["minus_k_decayed"][..., CHANNEL_ORDER], values[n])
+        u = round_tf32(multiply_lower(ops, round_tf32(rest), tile["solve"], torch.zeros_like(rest)))
+        read = ops.multiply(ordered, tile["q_decayed"][..., CHANNEL_ORDER], torch.zeros_like(rest))
+        out[n] = multiply_lower(ops, u, tile["attend"], read)
+        written = tile["k_rest"].mT[..., TOKEN_ORDER]
+        state = ops.multiply(u[..., TOKEN_ORDER], written, state * tile["gamma"][:, None, :])
+    out = out.permute(0, 3, 1, 2).flatten(0, 1)[:length]
+    return out.bfloat16(), state
+
+
+def forward(ops, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state=None, cu_seqlens=None):
+    """flash_kda.fwd's arguments, without the outputs; returns out [B, T, H, V] and the final state [N, H, V, K] in fp32."""
+    if cu_seqlens is not None:
+        borders = cu_seqlens.tolist()
+        split = lambda x: [x[0, a:b] for a, b in zip(borders, borders[1:])]  # noqa: E731
+    else:
+        split = lambda x: list(x)  # noqa: E731
+    outs, states = [], []
+    for n, parts in enumerate(zip(*map(split, (q, k, v, g, beta)))):
+        if initial_state is None:
+            state = torch.zeros(q.shape[2], DIM, DIM, device=q.device)
+        else:
+            state = initial_state[n].float()
+        qn, kn, vn, gn, bn = parts
+        out, state = sequence(ops, state, qn, kn, vn, gn, bn, scale, A_log, dt_bias, lower_bound)
+        outs.append(out)
+        states.append(state)
+    out = torch.cat(outs)[None] if cu_seqlens is not None else torch.stack(outs)
+    return out, torch.stack(states)
