@@ -1,0 +1,228 @@
+"""Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
+
+`fwd` runs it, for PyTorch tensors, NumPy arrays and whatever else speaks DLPack. `reference` is the slow
+fp64 definition. `devices` lists what it can run on. The formula is in the docstring of `fwd`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import _arrays, _later, _lib
+
+if TYPE_CHECKING:
+    from typing import Protocol, SupportsFloat
+
+    class Array(Protocol):
+        """A PyTorch tensor, a NumPy array, or anything else with DLPack's two methods."""
+
+        def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+__all__ = ["Device", "devices", "fwd", "get_workspace_size", "kernels", "reference"]
+__version__ = _lib.version()
+
+_torch_layer: Any = None  # flash_kda._torch, once PyTorch is there
+
+
+def fwd(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: SupportsFloat,
+    out: Array,
+    A_log: Array,
+    dt_bias: Array,
+    lower_bound: SupportsFloat,
+    initial_state: Array | None = None,
+    final_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    *,
+    kernel: str | None = None,
+    threads: int = 0,
+) -> None:
+    """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
+
+    Each head of each sequence keeps a state S of K x V numbers. For every token t, in order::
+
+        g_t      = lower_bound * sigmoid(exp(A_log) * (g + dt_bias))      log decay (nats), one per channel
+        q_t, k_t = q / sqrt(sum(q^2) + 1e-6), k / sqrt(sum(k^2) + 1e-6)   over the K channels
+        b_t      = sigmoid(beta)
+        S        = diag(exp(g_t)) S                                       forget
+        u_t      = b_t (v_t - S^T k_t)                                    what the state did not predict
+        S        = S + k_t u_t^T                                          write
+        o_t      = scale S^T q_t                                          read
+
+    (Kimi Linear, arXiv:2510.26692, with the gate bounded from below: the "safe gate" of
+    flash-linear-attention.) B batch rows, T tokens a row, H heads, N sequences, K = V = 128 channels.
+
+    Args:
+        q, k: bf16 [B, T, H, K], query and key, before their L2 norm.
+        v: bf16 [B, T, H, V], value.
+        g: bf16 [B, T, H, K], gate before its activation.
+        beta: bf16 [B, T, H], logits of the write strength.
+        scale: finite; multiplies the output, usually K ** -0.5.
+        out: bf16 [B, T, H, V], written.
+        A_log: fp32 [H].
+        dt_bias: fp32 [H, K].
+        lower_bound: in [-5, 0], of one token's log decay, in nats.
+        initial_state: bf16 or fp32 [N, H, V, K] (V first), or None: zeros.
+        final_state: the same, written, or None. Of the dtype of initial_state if both are given; it may be
+            the same array, which is then updated in place.
+        cu_seqlens: int64 or int32 [N + 1] on the device, or None. Sequence n is tokens cu_seqlens[n] to
+            cu_seqlens[n + 1] - 1 of the one batch row (B must be 1); first 0, last T, never decreasing.
+            None: each batch row is a sequence, N = B. The values are checked on the CPU; on a GPU they are
+            clamped into [0, T], as the call does not wait to look at them.
+        kernel: the name of one of `kernels()`; None picks the best for the device.
+        threads: of the CPU; 0 means as many as the process may run on. The result does not depend on it.
+
+    All arrays are contiguous, on one device, and aligned to 16 bytes; what is written shares memory with
+    nothing else. T may be 0, and so may a sequence's length.
+
+    On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
+    CuPy arrays. For arrays of other libraries (JAX, say) it uses the legacy default stream and waits until
+    the result is there, since they cannot know about it.
+
+    Raises:
+        ValueError: an argument has a wrong shape, value, device or memory.
+        TypeError: an argument has a wrong dtype or is of a wrong type.
+        RuntimeError: there is no such device or kernel, the driver failed, or gradients were asked for:
+            there is no backward pass yet.
+    Nothing was written in any of these cases, and the message names the argument.
+    """
+    if _torch_layer is None and "torch" in sys.modules:
+        _find_torch()
+    if _torch_layer is not None and isinstance(q, _torch_layer.Tensor):
+        return _torch_layer.fwd(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+            kernel, threads,
+        )  # fmt: skip
+    arrays = dict(zip(_lib.TENSOR_FIELDS, (q, k, v, g, beta, out, A_log, dt_bias)))
+    optional = {"initial_state": initial_state, "final_state": final_state, "cu_seqlens": cu_seqlens}
+    arrays.update((name, x) for name, x in optional.items() if x is not None)
+    _arrays.fwd(arrays, scale, lower_bound, kernel, threads)
+
+
+def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
+    """The bytes of scratch memory that a call may need: the largest over the devices of this machine and
+    their kernels, for T_total tokens in all, H heads and N sequences. `fwd` gets it by itself.
+
+    Raises:
+        TypeError: an argument is no int.
+        ValueError: a size is out of range.
+    """
+    for name, value, least in (("T_total", T_total, 0), ("H", H, 1), ("N", N, 1)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
+        if not least <= value < 2**31:
+            raise ValueError(f"{name} is {value}; it must be at least {least} and fit 32 bits")
+    largest = 0
+    for info in _lib.device_infos():
+        for kernel in _lib.kernel_infos():
+            if kernel.device_type == info.device.type and info.kernel:
+                largest = max(largest, _workspace_size(T_total, H, N, info.device, kernel.name))
+    return largest
+
+
+def _workspace_size(T: int, H: int, N: int, device: _lib.Device, kernel: bytes) -> int:
+    params = _lib.new_params()
+    params.device = device
+    params.kernel = kernel
+    for name in ("q", "k", "v", "g", "out"):
+        _lib.set_shape(getattr(params, name), _lib.BF16, (1, T, H, 128))
+    _lib.set_shape(params.beta, _lib.BF16, (1, T, H))
+    _lib.set_shape(params.A_log, _lib.F32, (H,))
+    _lib.set_shape(params.dt_bias, _lib.F32, (H, 128))
+    _lib.set_shape(params.cu_seqlens, _lib.I64, (N + 1,))
+    try:
+        return _lib.workspace_size(params)
+    except RuntimeError:  # this kernel cannot run on this device
+        return 0
+
+
+class Device(NamedTuple):
+    """A device of this machine."""
+
+    type: str  #: "cpu" or "cuda"
+    index: int  #: the CUDA ordinal; 0 for the CPU
+    name: str  #: "NVIDIA H100 80GB HBM3"
+    arch: str  #: "sm_90", "x86-64 avx512"
+    kernel: str  #: what runs there by default; "" if nothing can
+    reason: str  #: why nothing can run there, else ""
+    units: int  #: multiprocessors, or CPU threads
+    memory: int  #: bytes
+
+
+def devices() -> list[Device]:
+    """The devices of this machine: the CPU first, then the GPUs, if CUDA can be used."""
+    return [
+        Device(
+            "cuda" if info.device.type == _lib.CUDA else "cpu",
+            info.device.index,
+            *(getattr(info, field).decode(errors="replace") for field in ("name", "arch", "kernel", "reason")),
+            info.units,
+            info.memory,
+        )
+        for info in _lib.device_infos()
+    ]
+
+
+def kernels() -> list[str]:
+    """The names that `fwd` takes as `kernel`."""
+    return [info.name.decode() for info in _lib.kernel_infos()]
+
+
+def reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: SupportsFloat,
+    A_log: Any,
+    dt_bias: Any,
+    lower_bound: SupportsFloat,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+) -> tuple[Any, Any]:
+    """The recurrence in the docstring of `fwd`, token by token in fp64 on the CPU: slow, and meant for tests.
+
+    Takes the arguments of `fwd` as PyTorch tensors (of any device) or NumPy arrays. Returns the output
+    [B, T, H, V] and the final state [N, H, V, K] in fp64: CPU tensors for tensors, else NumPy arrays.
+
+    Raises:
+        ValueError, TypeError: as `fwd`.
+    """
+    from ._reference import reference as run
+
+    return run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+
+
+_loading = threading.Lock()
+
+
+def _load_torch_layer() -> None:
+    """Also registers the operator."""
+    global _torch_layer
+    with _loading:
+        if _torch_layer is None:
+            _torch_layer = importlib.import_module("._torch", __name__)
+
+
+def _find_torch() -> None:
+    """PyTorch is used only if the caller imported it, and only once that is complete."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if spec is not None and not getattr(spec, "_initializing", False):
+        _load_torch_layer()
+
+
+_find_torch()
+if _torch_layer is None:
+    _later.when_imported("torch", _load_torch_layer)

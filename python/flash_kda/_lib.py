@@ -1,0 +1,193 @@
+"""libflashkda through ctypes: the structs of include/flash_kda.h, loading, and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+
+OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR = range(5)
+BF16, F32, I32, I64, F16, F64, OTHER = range(1, 8)
+CPU, CUDA = 0, 1
+
+LIBRARY = "libflashkda.so"
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("type", c_int32), ("index", c_int32)]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("ndim", c_int32),
+        ("shape", c_int64 * 4),
+        ("stride", c_int64 * 4),
+    ]
+
+
+# In the order in which flash_kda_fwd_params has them.
+TENSOR_FIELDS = (
+    "q",
+    "k",
+    "v",
+    "g",
+    "beta",
+    "out",
+    "A_log",
+    "dt_bias",
+    "initial_state",
+    "final_state",
+    "cu_seqlens",
+)
+
+
+class FwdParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        *((name, Tensor) for name in TENSOR_FIELDS),
+        ("scale", c_float),
+        ("lower_bound", c_float),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+        ("kernel", c_char_p),
+        ("cpu_threads", c_int32),
+    ]
+
+
+class DeviceInfo(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("name", c_char * 128),
+        ("arch", c_char * 32),
+        ("kernel", c_char * 32),
+        ("reason", c_char * 256),
+        ("units", c_int32),
+        ("memory", c_uint64),
+    ]
+
+
+class KernelInfo(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("name", c_char_p),
+        ("device_type", c_int32),
+        ("archs", c_char_p),
+        ("description", c_char_p),
+    ]
+
+
+def beside_package(name: str) -> str | None:
+    """The path of a built file in the package's folder, or None. An editable install has two folders."""
+    from . import __path__ as folders
+
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def _load() -> ctypes.CDLL:
+    path = beside_package(LIBRARY)
+    if path is None:
+        raise ImportError(
+            f"flash_kda: {LIBRARY} is not beside the package; install it with `pip install .`, or build it with "
+            "CMake and put <build folder>/python on PYTHONPATH"
+        )
+    lib = ctypes.CDLL(path)
+    params = ctypes.POINTER(FwdParams)
+    signatures = {
+        "flash_kda_fwd": [params],
+        "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
+        "flash_kda_reference": [params, ctypes.POINTER(c_double), ctypes.POINTER(c_double)],
+        "flash_kda_list_devices": [
+            ctypes.POINTER(DeviceInfo),
+            c_int32,
+            ctypes.POINTER(c_int32),
+            ctypes.POINTER(c_char_p),
+        ],
+        "flash_kda_list_kernels": [ctypes.POINTER(KernelInfo), c_int32, ctypes.POINTER(c_int32)],
+        "flash_kda_malloc": [Device, c_size_t, ctypes.POINTER(c_void_p)],
+        "flash_kda_free": [Device, c_void_p],
+        "flash_kda_synchronize": [Device, c_void_p],
+    }
+    for name, argtypes in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes = argtypes
+        function.restype = ctypes.c_int
+    for name in ("flash_kda_version", "flash_kda_last_error"):
+        getattr(lib, name).restype = c_char_p
+    return lib
+
+
+lib = _load()
+
+
+def last_error(status: int) -> Exception:
+    """The exception for a status of the C library, with its sentence."""
+    kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
+    return kind(lib.flash_kda_last_error().decode())
+
+
+def check(status: int) -> None:
+    if status:
+        raise last_error(status)
+
+
+def version() -> str:
+    return lib.flash_kda_version().decode()
+
+
+def device_infos() -> list[DeviceInfo]:
+    count = c_int32()
+    check(lib.flash_kda_list_devices(None, 0, ctypes.byref(count), None))
+    infos = (DeviceInfo * count.value)()
+    for info in infos:
+        info.struct_size = ctypes.sizeof(DeviceInfo)
+    check(lib.flash_kda_list_devices(infos, len(infos), ctypes.byref(count), None))
+    return list(infos)
+
+
+def kernel_infos() -> list[KernelInfo]:
+    count = c_int32()
+    check(lib.flash_kda_list_kernels(None, 0, ctypes.byref(count)))
+    infos = (KernelInfo * count.value)()
+    for info in infos:
+        info.struct_size = ctypes.sizeof(KernelInfo)
+    check(lib.flash_kda_list_kernels(infos, len(infos), ctypes.byref(count)))
+    return list(infos)
+
+
+def workspace_size(params: FwdParams) -> int:
+    size = c_size_t()
+    check(lib.flash_kda_fwd_workspace_size(ctypes.byref(params), ctypes.byref(size)))
+    return size.value
+
+
+def new_params() -> FwdParams:
+    params = FwdParams()
+    params.struct_size = ctypes.sizeof(FwdParams)
+    return params
+
+
+def set_shape(tensor: Tensor, dtype: int, shape, stride=None) -> None:
+    """Fills in all but the pointer. More than 4 dimensions are only counted: the library refuses them."""
+    tensor.dtype = dtype
+    tensor.ndim = len(shape)
+    tensor.shape[: min(4, len(shape))] = shape[:4]
+    if stride is None:
+        stride = row_major(shape)
+    tensor.stride[: min(4, len(stride))] = stride[:4]
+
+
+def row_major(shape) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))

@@ -1,0 +1,166 @@
+"""PyTorch: the eager call, and the operator torch.ops.flash_kda.fwd that compilers trace.
+
+Imported only once PyTorch itself is there.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import torch
+
+from . import _arrays, _lib
+from ._plan import Plan, check_devices, check_options
+
+Tensor = torch.Tensor
+
+_DTYPES = {
+    torch.bfloat16: _lib.BF16,
+    torch.float32: _lib.F32,
+    torch.int32: _lib.I32,
+    torch.int64: _lib.I64,
+    torch.float16: _lib.F16,
+    torch.float64: _lib.F64,
+}
+_DEVICES = {"cpu": _lib.CPU, "cuda": _lib.CUDA}
+
+_REQUIRED = _lib.TENSOR_FIELDS[:8]
+_describe = attrgetter("shape", "dtype", "device")
+_is_contiguous = Tensor.is_contiguous
+_data_ptr = Tensor.data_ptr
+# Types whose memory may be read as it is. Any other (FakeTensor, DTensor, ...) goes through the dispatcher.
+_plain_types = frozenset((Tensor, torch.nn.Parameter))
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_grad_enabled = torch.is_grad_enabled
+_increment_version = torch.autograd.graph.increment_version
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# What torch.cuda.current_stream() itself calls, without building an object; absent in CPU-only builds.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+
+# A plan is taken out while in use, so two threads never share one.
+_plans: dict[tuple, Plan] = {}
+_MAX_PLANS = 256
+
+
+def fwd(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, kernel, threads
+) -> None:
+    if torch.compiler.is_compiling():
+        _refuse_gradients((q, k, v, g, beta, A_log, dt_bias, initial_state))
+        torch.ops.flash_kda.fwd(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+            kernel, threads,
+        )  # fmt: skip
+        return
+    tensors = [q, k, v, g, beta, out, A_log, dt_bias]
+    if initial_state is not None:
+        tensors.append(initial_state)
+    if final_state is not None:
+        tensors.append(final_state)
+    if cu_seqlens is not None:
+        tensors.append(cu_seqlens)
+    if not _plain_types.issuperset(map(type, tensors)) or _dispatch_modes():
+        if not all(isinstance(t, Tensor) for t in tensors):
+            # Tensors among other arrays are read through DLPack; what is no array gets its sentence there.
+            names = _names(initial_state is None, final_state is None, cu_seqlens is None)
+            _arrays.fwd(dict(zip(names, tensors)), scale, lower_bound, kernel, threads)
+            return
+        check_options(scale, lower_bound, kernel, threads)
+        _refuse_gradients(tensors)
+        torch.ops.flash_kda.fwd(
+            q, k, v, g, beta, float(scale), out, A_log, dt_bias, float(lower_bound), initial_state, final_state,
+            cu_seqlens, kernel, threads,
+        )  # fmt: skip
+        return
+    if _is_grad_enabled():
+        _refuse_gradients(tensors)
+    _launch(tensors, initial_state is None, final_state is None, cu_seqlens is None, scale, lower_bound, kernel, threads)
+    _increment_version(out)
+    if final_state is not None:
+        _increment_version(final_state)
+
+
+def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, kernel, threads) -> None:
+    """tensors: those that are present, in the order of TENSOR_FIELDS."""
+    if kernel is not None or threads:
+        check_options(scale, lower_bound, kernel, threads)
+    key = (no_initial, no_final, no_cu_seqlens, kernel, threads, *map(_describe, tensors))
+    reusable = all(map(_is_contiguous, tensors))
+    plan = _plans.pop(key, None) if reusable else None
+    if plan is None:
+        check_options(scale, lower_bound, kernel, threads)
+        plan = _new_plan(tensors, _names(no_initial, no_final, no_cu_seqlens), kernel, threads)
+    try:
+        plan.scale.value = scale
+        plan.bound.value = lower_bound
+    except TypeError:
+        check_options(scale, lower_bound, kernel, threads)
+        raise
+    for view, pointer in zip(plan.views, map(_data_ptr, tensors)):
+        view.value = pointer
+    device = tensors[0].device
+    if device.type == "cuda":
+        plan.stream.value = _current_stream(device.index)
+    if plan.workspace_size:
+        # Freed when this function returns: the allocator gives it only to later work of the same stream.
+        workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+        plan.workspace.value = workspace.data_ptr()
+    plan.run()
+    if reusable:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+
+
+def _names(no_initial: bool, no_final: bool, no_cu_seqlens: bool) -> list[str]:
+    optional = zip(_lib.TENSOR_FIELDS[8:], (no_initial, no_final, no_cu_seqlens))
+    return [*_REQUIRED, *(name for name, absent in optional if not absent)]
+
+
+def _new_plan(tensors, names, kernel, threads) -> Plan:
+    device = tensors[0].device
+    if device.type not in _DEVICES:
+        raise ValueError(f"q is on {device}; tensors must be on the CPU or a CUDA device")
+    check_devices([(name, str(t.device)) for name, t in zip(names, tensors)])
+    for name, t in zip(names, tensors):
+        if t.layout is not torch.strided:
+            raise ValueError(f"{name} has the layout {t.layout}; it must be a dense tensor (torch.strided)")
+    fields = [
+        (name, t.data_ptr(), _DTYPES.get(t.dtype, _lib.OTHER), tuple(t.shape), None if t.is_contiguous() else t.stride())
+        for name, t in zip(names, tensors)
+    ]
+    return Plan((_DEVICES[device.type], device.index or 0), fields, kernel, threads)
+
+
+def _refuse_gradients(tensors) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "flash_kda has no backward pass yet, and gradients are on for one of its tensors; call it under "
+            "torch.no_grad() or torch.inference_mode(), or pass detached tensors"
+        )
+
+
+@torch.library.custom_op(
+    "flash_kda::fwd",
+    mutates_args=("out", "final_state"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
+    "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
+    "Tensor? cu_seqlens=None, str? kernel=None, int threads=0) -> ()",
+)
+def _operator(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound,
+    initial_state=None, final_state=None, cu_seqlens=None, kernel=None, threads=0,
+):  # fmt: skip
+    optional = (initial_state, final_state, cu_seqlens)
+    tensors = [q, k, v, g, beta, out, A_log, dt_bias, *(t for t in optional if t is not None)]
+    _launch(tensors, *(t is None for t in optional), scale, lower_bound, kernel, threads)
+
+
+@_operator.register_fake
+def _(*args, **kwargs):
+    """Nothing is returned; what is written has its shape already."""
