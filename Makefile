@@ -1,0 +1,56 @@
+# The project's front door. Each target says what it does; the work is in CMakeLists.txt, cmake/ and scripts/.
+# A fresh Debian machine needs git, gcc, make and python3; the rest goes into .venv the first time.
+
+PYTHON ?= python3
+BUILD ?= build
+TORCH ?= 1# 0: leave PyTorch and its tests out
+ACTIVATIONS ?= data/kda_layer3.safetensors
+CMAKE_OPTIONS ?=
+
+environment := $(PYTHON) scripts/environment.py
+bin := $(CURDIR)/.venv/bin
+export PATH := $(bin):$(PATH)
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+run: build ## Build, then compute recorded activations on the best device: result, error, time
+	$(BUILD)/flash-kda run $(ACTIVATIONS)
+
+test: build ## Build, then run everything this machine can: C tests, Python tests (TORCH=0: without PyTorch)
+	@$(environment) test $(if $(filter-out 0,$(TORCH)),torch)
+	@PYTHON=$(bin)/python BUILD=$(BUILD) sh scripts/test.sh
+
+build: ## Build the library, its kernels if nvcc works, and the flash-kda command
+	@$(environment) build
+	@sh scripts/build.sh $(BUILD) $(CMAKE_OPTIONS)
+
+lint: build ## Formatting, static analysis and types of C, CUDA C and Python
+	@$(environment) lint
+	@BUILD=$(BUILD) sh scripts/lint.sh
+
+format: ## Rewrite the sources as `make lint` wants them
+	@$(environment) lint
+	git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs $(bin)/clang-format -i
+	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
+
+sanitize: ## Run the C tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(environment) build
+	@sh scripts/sanitize.sh
+
+kernels: build ## Check registers, spills and machine code of the kernels against scripts/kernel_plan.toml
+	@$(environment) lint
+	@$(bin)/python scripts/check_kernels.py $(BUILD)/kernels
+
+bench: build ## Time a few shapes on the best device
+	$(BUILD)/flash-kda bench
+
+wheel: ## Build the Python package into dist/
+	@$(environment) build
+	$(bin)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean: ## Remove what was built; .venv stays
+	rm -rf $(BUILD) build-sanitize dist
+
+.DEFAULT_GOAL := help
+.PHONY: help run test build lint format sanitize kernels bench wheel clean

@@ -1,0 +1,13 @@
+#!/bin/sh
+# build.sh FOLDER [CMAKE OPTION...]: configures and builds. cmake and ninja are the first on PATH.
+set -eu
+folder=$1
+shift
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if ! cmake -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" "$@" >"$log" 2>&1; then
+    cat "$log"
+    exit 1
+fi
+grep '^-- flash_kda' "$log" || true
+cmake --build "$folder"
