@@ -5,10 +5,32 @@ if(NOT FLASH_KDA_CUDA OR NOT NVCC)
   message(STATUS "flash_kda: no nvcc, so the library has the CPU backend alone")
   return()
 endif()
-message(STATUS "flash_kda: CUDA kernels with ${NVCC}")
-
 set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
+
+# Having nvcc is not enough: it needs a host C++ compiler, and an older one does not know every architecture.
+set(probe ${CMAKE_CURRENT_BINARY_DIR}/kernels/probe)
+file(WRITE ${probe}.cu "#include <cuda_bf16.h>\nextern \"C\" __global__ void probe() {}\n")
+execute_process(
+  COMMAND ${NVCC} -fatbin -std=c++17 -arch=compute_${FLASH_KDA_PTX_ARCH} -o ${probe}.fatbin ${probe}.cu
+  RESULT_VARIABLE nvcc_failed OUTPUT_VARIABLE nvcc_says ERROR_VARIABLE nvcc_says)
+if(nvcc_failed)
+  string(STRIP "${nvcc_says}" nvcc_says)
+  message(STATUS "flash_kda: ${NVCC} cannot compile, so the library has the CPU backend alone: ${nvcc_says}")
+  return()
+endif()
+execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE nvcc_archs ERROR_QUIET)
+set(archs "")
+foreach(arch IN LISTS FLASH_KDA_CUDA_ARCHS)
+  if(nvcc_archs MATCHES "compute_${arch}\n")
+    list(APPEND archs ${arch})
+  endif()
+endforeach()
+if(NOT archs STREQUAL FLASH_KDA_CUDA_ARCHS)
+  message(STATUS "flash_kda: ${NVCC} knows ${archs} of the architectures ${FLASH_KDA_CUDA_ARCHS}")
+endif()
+set(FLASH_KDA_CUDA_ARCHS ${archs})
+message(STATUS "flash_kda: CUDA kernels with ${NVCC} for ${archs}")
 
 # flash_kda_add_kernel(<name> <source>): <source> becomes the bytes fkda_fatbin_<name>. The compiler's report
 # (registers, spills, shared memory) is kept in kernels/<name>.report for scripts/check_kernels.py.
