@@ -5,14 +5,20 @@
 #include "cuda/cuda.h"
 #include "internal.h"
 
+#define CPU_KERNEL(name, archs, description)                                                                 \
+    {                                                                                                        \
+        .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CPU, archs, description},                    \
+        .workspace_size = fkda_cpu_workspace_size, .fwd = fkda_cpu_fwd,                                      \
+    }
+
 /* The default for a device is the first that it can run. */
 static const fkda_kernel kernels[] = {
-    {
-        .info = {sizeof(flash_kda_kernel_info), "cpu", FLASH_KDA_CPU, "any 64-bit CPU",
-                 "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores"},
-        .workspace_size = fkda_cpu_workspace_size,
-        .fwd = fkda_cpu_fwd,
-    },
+    CPU_KERNEL("cpu", "any 64-bit CPU", "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores"),
+#if defined(__x86_64__)
+    CPU_KERNEL("cpu-avx512", "x86-64 with AVX-512 F, BW, DQ, VL", "the same with vectors of 16 floats"),
+    CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "the same with vectors of 8 floats"),
+#endif
+    CPU_KERNEL("cpu-portable", "any 64-bit CPU", "the same with vectors of 4 floats"),
 #ifdef FKDA_WITH_CUDA
     {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
@@ -48,6 +54,9 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, con
         known = true;
         if (kernels[i].info.device_type != device.type || capability < kernels[i].min_compute_capability)
             continue;
+        if (device.type == FLASH_KDA_CPU && !fkda_cpu_runs(kernels[i].info.name))
+            return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which needs %s; this CPU is %s", name,
+                             kernels[i].info.archs, fkda_cpu_arch());
         *kernel = &kernels[i];
         return FLASH_KDA_OK;
     }

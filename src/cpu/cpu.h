@@ -18,6 +18,9 @@ void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, i
 /* dispatch.c: the instruction set the forward pass uses on this machine: "x86-64 avx512", ... */
 const char *fkda_cpu_arch(void);
 
+/* dispatch.c: whether this machine can run the kernel of that name. */
+bool fkda_cpu_runs(const char *kernel);
+
 /* fwd.c */
 size_t fkda_cpu_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cpu_fwd(const fkda_problem *problem);

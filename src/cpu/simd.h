@@ -1,0 +1,118 @@
+/* Vectors of FKDA_LANES floats through the compiler's vector extensions, so that one source serves every
+ * instruction set. The including file sets FKDA_LANES to what its compile flags offer. */
+#ifndef FKDA_SIMD_H
+#define FKDA_SIMD_H
+
+#include <stdint.h>
+
+enum { LANES = FKDA_LANES };
+
+/* may_alias: the scratch and the tensors are declared as plain arrays. */
+typedef float vec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
+typedef uint16_t bf16vec __attribute__((vector_size(2 * FKDA_LANES), may_alias));
+typedef uint16_t bf16vec_unaligned __attribute__((vector_size(2 * FKDA_LANES), may_alias, aligned(2)));
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+static inline vec splat(float x)
+{
+    return x - (vec){0};
+}
+
+static inline vec *vec_at(float *x)
+{
+    return (vec *)x;
+}
+
+static inline vec load(const float *x)
+{
+    return *(const vec *)x;
+}
+
+static inline vec load_bf16(const uint16_t *x)
+{
+    bf16vec bits = *(const bf16vec_unaligned *)x;
+    return (vec)(__builtin_convertvector(bits, uvec) << 16);
+}
+
+/* yes where mask is all ones, no where it is 0. */
+static inline vec choose(ivec mask, vec yes, vec no)
+{
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
+
+/* Rounds to the nearest bf16, ties to even; NaN stays NaN. */
+static inline void store_bf16(uint16_t *to, vec x)
+{
+    uvec bits = (uvec)x;
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uvec is_nan = (uvec)(x != x);
+    rounded = (is_nan & 0x7fc0) | (~is_nan & rounded);
+    *(bf16vec_unaligned *)to = __builtin_convertvector(rounded, bf16vec);
+}
+
+/* 2^x for |x| <= 125; NaN for NaN. Error below 1e-7 of the value, and exactly 1 at 0. */
+static inline vec exp2_near(vec x)
+{
+    /* Adding 1.5 * 2^23 + 127 leaves the nearest integer, biased as an exponent, in the low bits. */
+    const float magic = 12582912.0f + 127.0f;
+    vec shifted = x + magic;
+    vec f = x - (shifted - magic);
+    vec p = f * 1.53533619e-4f + 1.33988738e-3f;
+    p = p * f + 9.61843729e-3f;
+    p = p * f + 5.55033237e-2f;
+    p = p * f + 2.40226477e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    return p * (vec)((uvec)shifted << 23);
+}
+
+/* 1 / (1 + 2^x) for any x; where 2^|x| leaves the range of exp2_near the result is below 2^-124 or 1. */
+static inline vec sigmoid_exp2(vec x)
+{
+    x = choose(x < -125.0f, splat(-125.0f), x);
+    x = choose(x > 125.0f, splat(125.0f), x);
+    return 1.0f / (1.0f + exp2_near(x));
+}
+
+/* Sums of many vectors at once: fold(g) halves two vectors by adding neighbouring groups of g lanes, and
+ * keeps their order; log2(LANES) folds leave one vector with the sum of x[i] in lane i. */
+#define LANE(g, odd, i) ((i) / (g)*2 * (g) + (i) % (g) + (odd) * (g))
+#if FKDA_LANES == 16
+#define LANES_OF(g, odd)                                                                                     \
+    LANE(g, odd, 0), LANE(g, odd, 1), LANE(g, odd, 2), LANE(g, odd, 3), LANE(g, odd, 4), LANE(g, odd, 5),    \
+        LANE(g, odd, 6), LANE(g, odd, 7), LANE(g, odd, 8), LANE(g, odd, 9), LANE(g, odd, 10),                \
+        LANE(g, odd, 11), LANE(g, odd, 12), LANE(g, odd, 13), LANE(g, odd, 14), LANE(g, odd, 15)
+#elif FKDA_LANES == 8
+#define LANES_OF(g, odd)                                                                                     \
+    LANE(g, odd, 0), LANE(g, odd, 1), LANE(g, odd, 2), LANE(g, odd, 3), LANE(g, odd, 4), LANE(g, odd, 5),    \
+        LANE(g, odd, 6), LANE(g, odd, 7)
+#else
+#define LANES_OF(g, odd) LANE(g, odd, 0), LANE(g, odd, 1), LANE(g, odd, 2), LANE(g, odd, 3)
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#define FOLD(g, a, b) (SHUFFLE(a, b, LANES_OF(g, 0)) + SHUFFLE(a, b, LANES_OF(g, 1)))
+
+static inline vec lane_sums(vec x[LANES])
+{
+#if FKDA_LANES == 16
+    UNROLL for (int i = 0; i < 8; i++) x[i] = FOLD(8, x[2 * i], x[2 * i + 1]);
+#endif
+#if FKDA_LANES >= 8
+    UNROLL for (int i = 0; i < 4; i++) x[i] = FOLD(4, x[2 * i], x[2 * i + 1]);
+#endif
+    UNROLL for (int i = 0; i < 2; i++) x[i] = FOLD(2, x[2 * i], x[2 * i + 1]);
+    return FOLD(1, x[0], x[1]);
+}
+
+#endif
