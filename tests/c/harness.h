@@ -1,0 +1,57 @@
+/* What the test programs share: the command line, checks, and one line of report for each group. */
+#ifndef TESTS_HARNESS_H
+#define TESTS_HARNESS_H
+
+#include "call.h"
+#include "cases.h"
+#include "compare.h"
+
+typedef struct settings {
+    flash_kda_device device;
+    const char *kernel; /* NULL: the default */
+    bool quick;         /* a thinner grid, for sanitizers */
+} settings;
+extern settings test;
+
+/* --device cpu|cuda:N, --kernel NAME, --quick (or FLASH_KDA_TEST_QUICK=1); the rest are names of groups. Ends the
+ * program with status 77, which CTest counts as skipped, if the device is not there. */
+void harness_start(int argc, char **argv);
+
+typedef struct group {
+    const char *name;
+    void (*run)(void);
+} group;
+
+/* Runs the groups that were asked for (all if none was) with every kernel of the device, and returns the exit
+ * status. */
+int harness_run(const group *groups, int count);
+
+/* What is being tried; goes into the message of a check that fails. Per thread. */
+void trying(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* Counts a check, and reports it if it fails. Returns `good`. */
+bool check_that(bool good, const char *file, int line, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+#define CHECK(good, ...) check_that(good, __FILE__, __LINE__, __VA_ARGS__)
+
+/* Checks error <= bar, and remembers the worst of the group. `what` is "out", "state" or
+ * "bf16 state". */
+void check_error(const char *what, double error, double bar);
+
+/* What one call gave. */
+typedef struct result {
+    uint16_t *out; /* bf16 [B, T, H, DIM] */
+    void *state;   /* [N, H, DIM, DIM] of the type of the call, or NULL */
+} result;
+void result_free(result *r);
+
+/* Runs the problem once on the device under test, checks that only outputs were written, and holds the result
+ * to the answer. A NULL answer compares nothing. */
+result run_and_check(const problem *p, const answer *truth, bars limits, call_options options);
+call_options options_of(state_mode mode, bool bf16_state);
+
+/* Every state mode and dtype against the reference; and calls that differ only in where the state comes from or
+ * goes to must give the same bits. */
+void check_state_modes(const problem *p, bars limits);
+
+#endif
