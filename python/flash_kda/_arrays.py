@@ -8,7 +8,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint8, c_uint16, c_uin
 from typing import Any, NamedTuple
 
 from . import _lib
-from ._plan import Plan, check_devices, check_options
+from ._plan import Plan, check_devices, check_options, scratch
 
 _WRITTEN = ("out", "final_state")
 
@@ -96,14 +96,30 @@ def fwd(arrays: dict[str, Any], scale, lower_bound, kernel, threads) -> None:
     views = {name: read(name, x, stream) for name, x in arrays.items()}
     fields = [(name, a.pointer, a.dtype, a.shape, a.stride) for name, a in views.items()]
     plan = Plan(device, fields, kernel, threads)
-    plan.scale.value = scale
-    plan.bound.value = lower_bound
+    plan.fill([a.pointer for a in views.values()], scale, lower_bound)
+    if not on_gpu:
+        plan.workspace.value = scratch.address(plan.workspace_size)
+        plan.run()
+        return
     plan.stream.value = stream
-    with _Workspace(device, stream, plan.workspace_size) as workspace:
-        plan.workspace.value = workspace
+    if plan.workspace_size:
+        _run_with_workspace(plan, _lib.Device(*device), stream)
+    else:
         plan.run()
     if not ordered:
         _lib.check(_lib.lib.flash_kda_synchronize(_lib.Device(*device), stream))
+
+
+def _run_with_workspace(plan: Plan, device: _lib.Device, stream: int | None) -> None:
+    """Without a framework's allocator the memory can go back only after the device is done with it."""
+    memory = c_void_p()
+    _lib.check(_lib.lib.flash_kda_malloc(device, plan.workspace_size, ctypes.byref(memory)))
+    try:
+        plan.workspace.value = memory.value
+        plan.run()
+        _lib.check(_lib.lib.flash_kda_synchronize(device, stream))
+    finally:
+        _lib.lib.flash_kda_free(device, memory)
 
 
 def device_of(name: str, x: Any) -> tuple[int, int]:
@@ -200,22 +216,3 @@ def _read_dlpack(name: str, x: Any, stream: int | None) -> Array:
     pointer = (tensor.data or 0) + tensor.byte_offset
     # Left as it is, the capsule returns the memory to its library when it goes.
     return Array(pointer, dtype, shape, stride, (kind, tensor.device_id if kind else 0), capsule)
-
-
-class _Workspace:
-    """Scratch memory for one call, given back once the device is done with it."""
-
-    def __init__(self, device: tuple[int, int], stream: int | None, size: int):
-        self.device, self.stream, self.size = _lib.Device(*device), stream, size
-        self.memory = c_void_p()
-
-    def __enter__(self) -> int | None:
-        if self.size:
-            _lib.check(_lib.lib.flash_kda_malloc(self.device, self.size, ctypes.byref(self.memory)))
-        return self.memory.value
-
-    def __exit__(self, *_: object) -> None:
-        if self.size:
-            if self.device.type == _lib.CUDA:
-                _lib.lib.flash_kda_synchronize(self.device, self.stream)
-            _lib.lib.flash_kda_free(self.device, self.memory)

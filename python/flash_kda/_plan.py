@@ -8,7 +8,9 @@ may differ: pointers, scale, lower_bound, stream and workspace. The C library ch
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import c_float, c_void_p
+from typing import Any
 
 from . import _lib
 
@@ -17,13 +19,45 @@ from . import _lib
 _EMPTY_BUT_PRESENT = 64
 
 
+class _Scratch(threading.local):
+    """Workspace in CPU memory that a thread keeps for its next call."""
+
+    memory: Any = None
+    size = 0
+    start: int | None = None
+
+    def address(self, size: int) -> int | None:
+        if size > self.size:
+            self.memory = ctypes.create_string_buffer(size + 63)
+            self.start = (ctypes.addressof(self.memory) + 63) & ~63
+            self.size = size
+        return self.start
+
+
+scratch = _Scratch()
+
+
 class Plan:
-    __slots__ = ("bound", "params", "pointers", "ref", "scale", "stream", "views", "workspace", "workspace_size")
+    __slots__ = (
+        "bound",
+        "busy",
+        "device_index",
+        "on_gpu",
+        "params",
+        "ref",
+        "scale",
+        "stream",
+        "views",
+        "workspace",
+        "workspace_size",
+    )
 
     def __init__(self, device: tuple[int, int], tensors, kernel: str | None, threads: int):
         """tensors: for each that is present (name, pointer, dtype, shape, strides or None if contiguous)."""
         params = _lib.new_params()
         params.device.type, params.device.index = device
+        self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
+        self.busy = False
         params.kernel = kernel.encode() if kernel is not None else None
         params.cpu_threads = threads
         self.params = params
@@ -46,6 +80,16 @@ class Plan:
     def _view(self, kind, field: str):
         """Access to one field without going through the struct: half the time."""
         return kind.from_buffer(self.params, getattr(_lib.FwdParams, field).offset)
+
+    def fill(self, pointers, scale, lower_bound) -> None:
+        for view, pointer in zip(self.views, pointers):
+            view.value = pointer
+        try:
+            self.scale.value = scale
+            self.bound.value = lower_bound
+        except TypeError:
+            check_options(scale, lower_bound, None, 0)
+            raise
 
     def run(self) -> None:
         status = _lib.lib.flash_kda_fwd(self.ref)

@@ -36,6 +36,7 @@ def reference(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_stat
         tensor = getattr(params, name)
         _lib.set_shape(tensor, view.dtype, view.shape, view.stride)
         tensor.data = view.pointer
+    _lib.set_shape(params.out, _lib.BF16, views["v"].shape)
     _lib.workspace_size(params)  # checks every shape, so that the results can be allocated
 
     B, _, H, K = views["q"].shape

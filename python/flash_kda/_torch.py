@@ -6,11 +6,12 @@ Imported only once PyTorch itself is there.
 from __future__ import annotations
 
 from operator import attrgetter
+from threading import get_ident as _thread
 
 import torch
 
 from . import _arrays, _lib
-from ._plan import Plan, check_devices, check_options
+from ._plan import Plan, check_devices, check_options, scratch
 
 Tensor = torch.Tensor
 
@@ -33,6 +34,8 @@ _plain_types = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
+_is_compiling = torch.compiler.is_compiling
+_requires_grad = attrgetter("requires_grad")
 
 
 def _current_stream(index: int) -> int:
@@ -42,7 +45,6 @@ def _current_stream(index: int) -> int:
 # What torch.cuda.current_stream() itself calls, without building an object; absent in CPU-only builds.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
-# A plan is taken out while in use, so two threads never share one.
 _plans: dict[tuple, Plan] = {}
 _MAX_PLANS = 256
 
@@ -50,7 +52,7 @@ _MAX_PLANS = 256
 def fwd(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, kernel, threads
 ) -> None:
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         _refuse_gradients((q, k, v, g, beta, A_log, dt_bias, initial_state))
         torch.ops.flash_kda.fwd(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
@@ -77,7 +79,7 @@ def fwd(
             cu_seqlens, kernel, threads,
         )  # fmt: skip
         return
-    if _is_grad_enabled():
+    if _is_grad_enabled() and any(map(_requires_grad, tensors)):
         _refuse_gradients(tensors)
     _launch(tensors, initial_state is None, final_state is None, cu_seqlens is None, scale, lower_bound, kernel, threads)
     _increment_version(out)
@@ -89,32 +91,31 @@ def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, ke
     """tensors: those that are present, in the order of TENSOR_FIELDS."""
     if kernel is not None or threads:
         check_options(scale, lower_bound, kernel, threads)
-    key = (no_initial, no_final, no_cu_seqlens, kernel, threads, *map(_describe, tensors))
+    # A thread has plans of its own, since a plan holds one call's pointers.
+    key = (_thread(), no_initial, no_final, no_cu_seqlens, kernel, threads, *map(_describe, tensors))
     reusable = all(map(_is_contiguous, tensors))
-    plan = _plans.pop(key, None) if reusable else None
-    if plan is None:
+    plan = _plans.get(key) if reusable else None
+    if plan is None or plan.busy:
         check_options(scale, lower_bound, kernel, threads)
         plan = _new_plan(tensors, _names(no_initial, no_final, no_cu_seqlens), kernel, threads)
+        if reusable:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    plan.busy = True
     try:
-        plan.scale.value = scale
-        plan.bound.value = lower_bound
-    except TypeError:
-        check_options(scale, lower_bound, kernel, threads)
-        raise
-    for view, pointer in zip(plan.views, map(_data_ptr, tensors)):
-        view.value = pointer
-    device = tensors[0].device
-    if device.type == "cuda":
-        plan.stream.value = _current_stream(device.index)
-    if plan.workspace_size:
-        # Freed when this function returns: the allocator gives it only to later work of the same stream.
-        workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
-        plan.workspace.value = workspace.data_ptr()
-    plan.run()
-    if reusable:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        plan.fill(map(_data_ptr, tensors), scale, lower_bound)
+        if not plan.on_gpu:
+            plan.workspace.value = scratch.address(plan.workspace_size)
+        else:
+            plan.stream.value = _current_stream(plan.device_index)
+            if plan.workspace_size:
+                # Freed when this function returns: the allocator gives it only to later work of the stream.
+                workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=tensors[0].device)
+                plan.workspace.value = workspace.data_ptr()
+        plan.run()
+    finally:
+        plan.busy = False
 
 
 def _names(no_initial: bool, no_final: bool, no_cu_seqlens: bool) -> list[str]:
