@@ -115,45 +115,51 @@ static flash_kda_status check_tensor(const flash_kda_tensor *t, const requiremen
     return check_memory(t, r);
 }
 
-static bool overlap(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
+/* A stretch of memory that belongs to one argument; bytes is 0 if it is absent or empty. */
+typedef struct extent {
+    const char *name;
+    const void *data;
+    size_t bytes;
+} extent;
+
+static extent extent_of(const char *name, const flash_kda_tensor *t)
 {
-    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
-    return a && b && x < y + (uintptr_t)b_bytes && y < x + (uintptr_t)a_bytes;
+    extent e = {name, t->data, 0};
+    if (!t->data) return e; /* its other fields mean nothing */
+    e.bytes = dtype_size(t->dtype);
+    for (int i = 0; i < t->ndim; i++) e.bytes *= (size_t)t->shape[i];
+    return e;
 }
 
-static int64_t tensor_bytes(const flash_kda_tensor *t)
+static bool overlap(extent a, extent b)
 {
-    int64_t bytes = (int64_t)dtype_size(t->dtype);
-    for (int i = 0; i < t->ndim; i++) bytes *= t->shape[i];
-    return t->data ? bytes : 0;
+    uintptr_t x = (uintptr_t)a.data, y = (uintptr_t)b.data;
+    return a.bytes && b.bytes && x < y + b.bytes && y < x + a.bytes;
 }
 
 /* Nothing that is written may lie on anything else, but for the state updated in place. */
 static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
 {
-    const struct {
-        const char *name;
-        const flash_kda_tensor *t;
-    } all[] = {
-        {"q", &p->q},
-        {"k", &p->k},
-        {"v", &p->v},
-        {"g", &p->g},
-        {"beta", &p->beta},
-        {"A_log", &p->A_log},
-        {"dt_bias", &p->dt_bias},
-        {"cu_seqlens", &p->cu_seqlens},
-        {"initial_state", &p->initial_state},
-        {"final_state", &p->final_state},
-        {"out", &p->out},
+    enum { INITIAL = 8, FINAL = 9, FIRST_WRITTEN = FINAL, COUNT = 12 };
+    const extent all[COUNT] = {
+        extent_of("q", &p->q),
+        extent_of("k", &p->k),
+        extent_of("v", &p->v),
+        extent_of("g", &p->g),
+        extent_of("beta", &p->beta),
+        extent_of("A_log", &p->A_log),
+        extent_of("dt_bias", &p->dt_bias),
+        extent_of("cu_seqlens", &p->cu_seqlens),
+        [INITIAL] = extent_of("initial_state", &p->initial_state),
+        [FINAL] = extent_of("final_state", &p->final_state),
+        extent_of("out", &p->out),
+        {"workspace", p->workspace, p->workspace ? p->workspace_size : 0},
     };
-    const int count = sizeof all / sizeof *all, first_written = count - 2;
-    for (int w = first_written; w < count; w++)
+    for (int w = FIRST_WRITTEN; w < COUNT; w++)
         for (int i = 0; i < w; i++) {
-            const flash_kda_tensor *a = all[w].t, *b = all[i].t;
-            if (!overlap(a->data, tensor_bytes(a), b->data, tensor_bytes(b))) continue;
-            if (a == &p->final_state && b == &p->initial_state) {
-                if (a->data == b->data) continue;
+            if (!overlap(all[w], all[i])) continue;
+            if (w == FINAL && i == INITIAL) {
+                if (all[w].data == all[i].data) continue;
                 return INVALID(
                     "final_state overlaps initial_state in part; they must be the same memory or apart");
             }
@@ -311,7 +317,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
 
     TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));
     if (purpose == FKDA_FOR_WORKSPACE) return FLASH_KDA_OK;
-    TRY(check_overlap(p));
+    if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     if (p->device.type == FLASH_KDA_CPU && out->cu_seqlens) TRY(check_cu_seqlens(out));
     return purpose == FKDA_FOR_FWD ? check_workspace(out) : FLASH_KDA_OK;
 }

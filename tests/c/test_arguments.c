@@ -1,0 +1,387 @@
+/* Every wrong argument is refused with its sentence, and nothing is written. */
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+
+/* B = 2, T = 5, H = 3; or two sequences of 4 and 6 tokens. */
+static problem *fixed_problem, *ragged_problem;
+static call fixed, with_seqlens;
+
+static const char *text(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static const char *text(const char *format, ...)
+{
+    static char words[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(words, sizeof words, format, args);
+    va_end(args);
+    return words;
+}
+
+static void expect(const call *c, const flash_kda_fwd_params *params, flash_kda_status want,
+                   const char *sentence)
+{
+    trying("expected: %s", sentence);
+    flash_kda_status got = flash_kda_fwd(params);
+    CHECK(got == want, "%s; it must be %s", flash_kda_status_string(got), flash_kda_status_string(want));
+    CHECK(strcmp(flash_kda_last_error(), sentence) == 0, "the sentence is: %s", flash_kda_last_error());
+    must(flash_kda_synchronize(test.device, NULL));
+    CHECK(call_untouched(c), "an output was written");
+}
+
+/* REFUSED(call, status, sentence, changes): the call's parameters `p` after the changes are refused. */
+#define REFUSED(c, status, sentence, ...)                                                                    \
+    do {                                                                                                     \
+        flash_kda_fwd_params p = (c).params;                                                                 \
+        __VA_ARGS__;                                                                                         \
+        expect(&(c), &p, FLASH_KDA_##status, sentence);                                                      \
+    } while (0)
+#define INVALID(sentence, ...) REFUSED(fixed, INVALID_VALUE, sentence, __VA_ARGS__)
+#define DTYPE(sentence, ...) REFUSED(fixed, INVALID_DTYPE, sentence, __VA_ARGS__)
+#define SEQLENS(sentence, ...) REFUSED(with_seqlens, INVALID_VALUE, sentence, __VA_ARGS__)
+
+static void structs(void)
+{
+    expect(&fixed, NULL, FLASH_KDA_INVALID_VALUE, "params is null; it must point to a flash_kda_fwd_params");
+    INVALID(text("params->struct_size is 0; it must be sizeof(flash_kda_fwd_params) = %zu", sizeof p),
+            p.struct_size = 0);
+    INVALID(text("params->struct_size is 8; it must be sizeof(flash_kda_fwd_params) = %zu", sizeof p),
+            p.struct_size = 8);
+    size_t bytes;
+    CHECK(flash_kda_fwd_workspace_size(&fixed.params, NULL) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(flash_kda_fwd_workspace_size(NULL, &bytes) == FLASH_KDA_INVALID_VALUE, "no refusal");
+}
+
+static void null_pointers(void)
+{
+    INVALID("q is null; it must point to its 7680 bytes", p.q.data = NULL);
+    INVALID("k is null; it must point to its 7680 bytes", p.k.data = NULL);
+    INVALID("v is null; it must point to its 7680 bytes", p.v.data = NULL);
+    INVALID("g is null; it must point to its 7680 bytes", p.g.data = NULL);
+    INVALID("beta is null; it must point to its 60 bytes", p.beta.data = NULL);
+    INVALID("out is null; it must point to its 7680 bytes", p.out.data = NULL);
+    INVALID("A_log is null; it must point to its 12 bytes", p.A_log.data = NULL);
+    INVALID("dt_bias is null; it must point to its 1536 bytes", p.dt_bias.data = NULL);
+}
+
+static void sizes(void)
+{
+    INVALID("q has 3 dimensions; it must have 4: [B, T, H, K]", p.q.ndim = 3);
+    INVALID("beta has 4 dimensions; it must have 3: [B, T, H]", p.beta.ndim = 4);
+    INVALID("A_log has 0 dimensions; it must have 1: [H]", p.A_log.ndim = 0);
+    INVALID("out has 1000 dimensions; it must have 4: [B, T, H, V]", p.out.ndim = 1000);
+    INVALID("dt_bias has -1 dimensions; it must have 2: [H, K]", p.dt_bias.ndim = -1);
+    INVALID("q has size -1 in dimension 0; sizes must not be negative", p.q.shape[0] = -1);
+    INVALID("q has size -5 in dimension 1; sizes must not be negative", p.q.shape[1] = -5);
+    INVALID("v has size -128 in dimension 3; sizes must not be negative", p.v.shape[3] = -128);
+    INVALID("g has size -3 in dimension 2; sizes must not be negative", p.g.shape[2] = -3);
+    INVALID("final_state has size -2 in dimension 0; sizes must not be negative",
+            p.final_state.shape[0] = -2);
+    INVALID("q has B = 0; there must be at least 1 batch row", p.q.shape[0] = 0);
+    INVALID("q has H = 0; there must be at least 1 head", p.q.shape[2] = 0);
+    INVALID("q has K = 64; the head size K must be 128", p.q.shape[3] = 64);
+    INVALID("q has K = 256; the head size K must be 128", p.q.shape[3] = 256);
+    INVALID("v has V = 64; the head size V must be 128", p.v.shape[3] = 64);
+    INVALID("v has V = 0; the head size V must be 128", p.v.shape[3] = 0);
+    INVALID("k has shape [2, 4, 3, 128]; it must be [B, T, H, K] = [2, 5, 3, 128]", p.k.shape[1] = 4);
+    INVALID("v has shape [2, 5, 6, 128]; it must be [B, T, H, V] = [2, 5, 3, 128]", p.v.shape[2] = 6);
+    INVALID("g has shape [1, 5, 3, 128]; it must be [B, T, H, K] = [2, 5, 3, 128]", p.g.shape[0] = 1);
+    INVALID("beta has shape [2, 5, 1]; it must be [B, T, H] = [2, 5, 3]", p.beta.shape[2] = 1);
+    INVALID("out has shape [2, 6, 3, 128]; it must be [B, T, H, V] = [2, 5, 3, 128]", p.out.shape[1] = 6);
+    INVALID("A_log has shape [2]; it must be [H] = [3]", p.A_log.shape[0] = 2);
+    INVALID("dt_bias has shape [3, 64]; it must be [H, K] = [3, 128]", p.dt_bias.shape[1] = 64);
+    INVALID("initial_state has shape [1, 3, 128, 128]; it must be [N, H, V, K] = [2, 3, 128, 128]",
+            p.initial_state.shape[0] = 1);
+    INVALID("final_state has shape [2, 3, 64, 128]; it must be [N, H, V, K] = [2, 3, 128, 128]",
+            p.final_state.shape[2] = 64);
+    INVALID("initial_state has 3 dimensions; it must have 4: [N, H, V, K]", p.initial_state.ndim = 3);
+}
+
+static void overflowing_sizes(void)
+{
+    const long long huge = 1LL << 62;
+    const char *many = "q has B * T = %lld * %lld tokens of %lld heads; there must be at most 2147482623 "
+                       "tokens, and a tensor must fit in memory";
+#define TOKENS(b, t, h)                                                                                      \
+    INVALID(text(many, (long long)(b), (long long)(t), (long long)(h)), p.q.shape[0] = b, p.q.shape[1] = t,  \
+            p.q.shape[2] = h)
+    TOKENS(2, INT64_MAX, 3);
+    TOKENS(huge, huge, 3);
+    TOKENS(2, 1 << 30, 3);
+    TOKENS(1, INT32_MAX, 1);
+    TOKENS(1, 1 << 30, huge);
+    INVALID(text("there are N * H = 2 * %lld states; there must be at most 2147483647", huge),
+            p.q.shape[1] = 0, p.q.shape[2] = huge);
+    INVALID("there are N * H = 70000 * 70000 states; there must be at most 2147483647", p.q.shape[0] = 70000,
+            p.q.shape[1] = 0, p.q.shape[2] = 70000);
+    SEQLENS(text("there are N * H = %lld * 3 states; there must be at most 2147483647", huge),
+            p.cu_seqlens.shape[0] = huge + 1);
+#undef TOKENS
+}
+
+static void dtypes(void)
+{
+    DTYPE("q has dtype float32; it must be bfloat16", p.q.dtype = FLASH_KDA_F32);
+    DTYPE("k has dtype float16; it must be bfloat16", p.k.dtype = FLASH_KDA_F16);
+    DTYPE("v has dtype float64; it must be bfloat16", p.v.dtype = FLASH_KDA_F64);
+    DTYPE("g has dtype float32; it must be bfloat16", p.g.dtype = FLASH_KDA_F32);
+    DTYPE("beta has dtype float32; it must be bfloat16", p.beta.dtype = FLASH_KDA_F32);
+    DTYPE("out has dtype float32; it must be bfloat16", p.out.dtype = FLASH_KDA_F32);
+    DTYPE("A_log has dtype bfloat16; it must be float32", p.A_log.dtype = FLASH_KDA_BF16);
+    DTYPE("dt_bias has dtype bfloat16; it must be float32", p.dt_bias.dtype = FLASH_KDA_BF16);
+    DTYPE("initial_state has dtype float16; it must be float32 or bfloat16",
+          p.initial_state.dtype = FLASH_KDA_F16);
+    DTYPE("final_state has dtype int32; it must be float32 or bfloat16", p.final_state.dtype = FLASH_KDA_I32);
+    DTYPE("final_state has dtype bfloat16 and initial_state float32; they must have the same",
+          p.final_state.dtype = FLASH_KDA_BF16);
+    DTYPE("q has dtype none; it must be bfloat16", p.q.dtype = 0);
+    DTYPE("q has dtype another type; it must be bfloat16", p.q.dtype = FLASH_KDA_OTHER);
+    DTYPE("q has dtype an unknown type; it must be bfloat16", p.q.dtype = 99);
+    DTYPE("q has dtype an unknown type; it must be bfloat16", p.q.dtype = -1);
+    REFUSED(with_seqlens, INVALID_DTYPE, "cu_seqlens has dtype float32; it must be int64 or int32",
+            p.cu_seqlens.dtype = FLASH_KDA_F32);
+}
+
+static void strides(void)
+{
+    INVALID("q has strides [1920, 385, 128, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
+            p.q.stride[1] = 385);
+    INVALID("k has strides [1920, 384, 128, 2]; it must be contiguous, with strides [1920, 384, 128, 1]",
+            p.k.stride[3] = 2);
+    INVALID("v has strides [0, 384, 128, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
+            p.v.stride[0] = 0);
+    INVALID("g has strides [1920, -384, 128, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
+            p.g.stride[1] = -384);
+    INVALID("beta has strides [15, 1, 5]; it must be contiguous, with strides [15, 3, 1]",
+            p.beta.stride[1] = 1, p.beta.stride[2] = 5);
+    INVALID("out has strides [1920, 128, 640, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
+            p.out.stride[1] = 128, p.out.stride[2] = 640);
+    INVALID("A_log has strides [2]; it must be contiguous, with strides [1]", p.A_log.stride[0] = 2);
+    INVALID("dt_bias has strides [1, 3]; it must be contiguous, with strides [128, 1]",
+            p.dt_bias.stride[0] = 1, p.dt_bias.stride[1] = 3);
+    INVALID("final_state has strides [49152, 16384, 1, 128]; it must be contiguous, with strides "
+            "[49152, 16384, 128, 1]",
+            p.final_state.stride[2] = 1, p.final_state.stride[3] = 128);
+    SEQLENS("cu_seqlens has strides [2]; it must be contiguous, with strides [1]",
+            p.cu_seqlens.stride[0] = 2);
+}
+
+/* Moves a tensor by some bytes and expects the sentence about alignment. */
+static void misaligned(const call *c, size_t tensor_offset, const char *name, size_t by, size_t alignment)
+{
+    flash_kda_fwd_params p = c->params;
+    flash_kda_tensor *t = (flash_kda_tensor *)((char *)&p + tensor_offset);
+    t->data = (char *)t->data + by;
+    expect(c, &p, FLASH_KDA_INVALID_VALUE,
+           text("%s is at address %p; it must be aligned to %zu bytes", name, t->data, alignment));
+}
+
+static void alignment(void)
+{
+#define MISALIGNED(c, name, by, alignment)                                                                   \
+    misaligned(&(c), offsetof(flash_kda_fwd_params, name), #name, by, alignment)
+    MISALIGNED(fixed, q, 2, 16);
+    MISALIGNED(fixed, k, 8, 16);
+    MISALIGNED(fixed, v, 1, 16);
+    MISALIGNED(fixed, g, 4, 16);
+    MISALIGNED(fixed, out, 2, 16);
+    MISALIGNED(fixed, beta, 1, 2);
+    MISALIGNED(fixed, A_log, 2, 4);
+    MISALIGNED(fixed, dt_bias, 4, 16);
+    MISALIGNED(fixed, initial_state, 4, 16);
+    MISALIGNED(fixed, final_state, 8, 16);
+    MISALIGNED(with_seqlens, cu_seqlens, 4, 8);
+#undef MISALIGNED
+}
+
+static void scalars(void)
+{
+    INVALID("scale is inf; it must be finite", p.scale = INFINITY);
+    INVALID("scale is -inf; it must be finite", p.scale = -INFINITY);
+    INVALID("scale is nan; it must be finite", p.scale = fabsf(NAN));
+    INVALID("lower_bound is 0.5; it must be in [-5, 0]", p.lower_bound = 0.5f);
+    INVALID("lower_bound is -5.25; it must be in [-5, 0]", p.lower_bound = -5.25f);
+    INVALID("lower_bound is -inf; it must be in [-5, 0]", p.lower_bound = -INFINITY);
+    INVALID("lower_bound is inf; it must be in [-5, 0]", p.lower_bound = INFINITY);
+    INVALID("lower_bound is nan; it must be in [-5, 0]", p.lower_bound = fabsf(NAN));
+    INVALID("cpu_threads is -1; it must be 0 (all) or more", p.cpu_threads = -1);
+}
+
+static void overlaps(void)
+{
+    INVALID("out overlaps v; it must have memory of its own", p.out.data = p.v.data);
+    INVALID("out overlaps q; it must have memory of its own", p.out.data = (char *)p.q.data + 7664);
+    INVALID("out overlaps final_state; it must have memory of its own", p.out.data = p.final_state.data);
+    INVALID("out overlaps dt_bias; it must have memory of its own", p.out.data = p.dt_bias.data);
+    INVALID("final_state overlaps g; it must have memory of its own", p.final_state.data = p.g.data);
+    INVALID("final_state overlaps initial_state in part; they must be the same memory or apart",
+            p.final_state.data = (char *)p.initial_state.data + 16);
+    INVALID("workspace overlaps out; it must have memory of its own", p.workspace = p.out.data,
+            p.workspace_size = 64);
+}
+
+static void workspaces(void)
+{
+    size_t need = fixed.params.workspace_size;
+    char *elsewhere = allocate(need + 256, 1); /* never used: the call is refused */
+    char *wrong = elsewhere + 64 - (uintptr_t)elsewhere % 64 + 32;
+    INVALID(text("workspace is at address %p; it must be aligned to 64 bytes", (void *)wrong),
+            p.workspace = wrong);
+    if (need > 0) {
+        INVALID(text("workspace_size is %zu bytes; this call needs %zu", need - 1, need),
+                p.workspace_size = need - 1);
+        INVALID(text("workspace_size is 0 bytes; this call needs %zu", need), p.workspace_size = 0);
+        INVALID(text("workspace is null; it must point to %zu bytes", need), p.workspace = NULL);
+    }
+    free(elsewhere);
+}
+
+static void sequences(void)
+{
+    SEQLENS("cu_seqlens has 1 entries; it must have N + 1 for N >= 1 sequences", p.cu_seqlens.shape[0] = 1);
+    SEQLENS("cu_seqlens has 0 entries; it must have N + 1 for N >= 1 sequences", p.cu_seqlens.shape[0] = 0);
+    SEQLENS("cu_seqlens has 2 dimensions; it must have 1: [N + 1]", p.cu_seqlens.ndim = 2);
+    INVALID("cu_seqlens is given with B = 2; B must be 1, all sequences in one row",
+            p.cu_seqlens = with_seqlens.params.cu_seqlens);
+}
+
+/* The values, which a GPU does not look at. */
+static void sequence_values(void)
+{
+    static const struct {
+        int64_t ends[3];
+        const char *sentence;
+    } wrong[] = {
+        {{1, 4, 10}, "cu_seqlens[0] is 1; it must be 0"},
+        {{-1, 4, 10}, "cu_seqlens[0] is -1; it must be 0"},
+        {{0, 4, 9}, "cu_seqlens ends with 9; its last entry must be T = 10"},
+        {{0, 4, 11}, "cu_seqlens ends with 11; its last entry must be T = 10"},
+        {{0, 12, 10}, "cu_seqlens[2] is 10 after 12; it must not decrease"},
+        {{0, -1, 10}, "cu_seqlens[1] is -1 after 0; it must not decrease"},
+    };
+    if (test.device.type != FLASH_KDA_CPU) return;
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        int64_t wide[3];
+        int32_t narrow[3];
+        for (int n = 0; n < 3; n++) narrow[n] = (int32_t)(wide[n] = wrong[i].ends[n]);
+        SEQLENS(wrong[i].sentence, p.cu_seqlens.data = wide);
+        SEQLENS(wrong[i].sentence, p.cu_seqlens.data = narrow, p.cu_seqlens.dtype = FLASH_KDA_I32);
+    }
+}
+
+static void devices(void)
+{
+    int32_t count;
+    const char *no_cuda;
+    must(flash_kda_list_devices(NULL, 0, &count, &no_cuda));
+    INVALID("device type is 7; it must be FLASH_KDA_CPU or FLASH_KDA_CUDA", p.kernel = NULL,
+            p.device.type = 7);
+    INVALID("device index is 1; the CPU's must be 0", p.kernel = NULL,
+            p.device = ((flash_kda_device){FLASH_KDA_CPU, 1}));
+    INVALID("kernel is \"nonsense\"; it must be NULL or a name that flash_kda_list_kernels() gives",
+            p.kernel = "nonsense");
+    if (count > 1)
+        INVALID(text("device index is 99; it must be in [0, %d], the CUDA devices there are", count - 2),
+                p.kernel = NULL, p.device = ((flash_kda_device){FLASH_KDA_CUDA, 99}));
+    else
+        REFUSED(fixed, UNAVAILABLE, text("device is CUDA device 0, but CUDA cannot be used: %s", no_cuda),
+                p.kernel = NULL, p.device = ((flash_kda_device){FLASH_KDA_CUDA, 0}));
+    if (count > 1 && test.device.type == FLASH_KDA_CUDA) {
+        REFUSED(fixed, UNAVAILABLE, "kernel is \"portable\", which does not run on the CPU",
+                p.kernel = "portable", p.device = ((flash_kda_device){FLASH_KDA_CPU, 0}));
+    }
+}
+
+/* Absent tensors' other fields are ignored, as are strides of dimensions of size 1. */
+static void legal(void)
+{
+    call c = with_seqlens;
+    memset(&c.params.initial_state, 0x7f, sizeof c.params.initial_state);
+    c.params.initial_state.data = NULL;
+    c.params.q.stride[0] = -77;
+    trying("rubbish in the fields of an absent tensor");
+    CHECK(flash_kda_fwd(&c.params) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    must(flash_kda_synchronize(test.device, NULL));
+    call_poison(&c);
+}
+
+/* Calls that are not about a forward pass. */
+static void others(void)
+{
+    void *memory;
+    float ms;
+    double one;
+    flash_kda_device nowhere = {9, 0};
+#define SAYS(call, want, sentence)                                                                           \
+    do {                                                                                                     \
+        trying("%s", #call);                                                                                 \
+        CHECK((call) == FLASH_KDA_##want, "the status is wrong");                                            \
+        CHECK(strcmp(flash_kda_last_error(), sentence) == 0, "the sentence is: %s", flash_kda_last_error()); \
+    } while (0)
+    SAYS(flash_kda_malloc(test.device, 8, NULL), INVALID_VALUE, "memory is null; it must point to a pointer");
+    SAYS(flash_kda_malloc(nowhere, 8, &memory), INVALID_VALUE,
+         "device type is 9; it must be FLASH_KDA_CPU or FLASH_KDA_CUDA");
+    SAYS(flash_kda_copy(test.device, NULL, test.device, &ms, 4), INVALID_VALUE,
+         "to is null; it must point to 4 bytes");
+    SAYS(flash_kda_copy(test.device, &ms, test.device, NULL, 4), INVALID_VALUE,
+         "from is null; it must point to 4 bytes");
+    SAYS(flash_kda_time_fwd(&fixed.params, 0, &ms), INVALID_VALUE, "repeats is 0; it must be at least 1");
+    SAYS(flash_kda_time_fwd(&fixed.params, 1, NULL), INVALID_VALUE,
+         "milliseconds is null; it must point to 1 floats");
+    SAYS(flash_kda_list_devices(NULL, 0, NULL, NULL), INVALID_VALUE,
+         "count is null; it must point to an int32_t");
+    SAYS(flash_kda_list_kernels(NULL, 0, NULL), INVALID_VALUE, "count is null; it must point to an int32_t");
+    SAYS(flash_kda_reference(NULL, &one, NULL), INVALID_VALUE,
+         "params is null; it must point to a flash_kda_fwd_params");
+    SAYS(flash_kda_reference(&fixed.params, NULL, NULL), INVALID_VALUE,
+         "out64 is null; it must point to [B, T, H, V] doubles");
+#undef SAYS
+    CHECK(flash_kda_free(test.device, NULL) == FLASH_KDA_OK, "freeing NULL is an error");
+    CHECK(strcmp(flash_kda_status_string((flash_kda_status)77), "unknown flash_kda_status") == 0, "77");
+}
+
+static void open_calls(void)
+{
+    static const int64_t lengths[] = {4, 6};
+    fixed_problem = problem_create(2, 5, 3);
+    ragged_problem = problem_create_ragged(lengths, 2, 3);
+    fill_case(fixed_problem, find_case("random"), 1);
+    fill_case(ragged_problem, find_case("random"), 2);
+    must(call_open(&fixed, fixed_problem, options_of(STATE_BOTH, false)));
+    must(call_open(&with_seqlens, ragged_problem, options_of(STATE_BOTH, false)));
+}
+
+static void arguments(void)
+{
+    open_calls();
+    structs();
+    null_pointers();
+    sizes();
+    overflowing_sizes();
+    dtypes();
+    strides();
+    alignment();
+    scalars();
+    overlaps();
+    workspaces();
+    sequences();
+    sequence_values();
+    devices();
+    others();
+    legal();
+    call_close(&fixed);
+    call_close(&with_seqlens);
+    problem_free(fixed_problem);
+    problem_free(ragged_problem);
+}
+
+int main(int argc, char **argv)
+{
+    static const group groups[] = {{"arguments", arguments}};
+    harness_start(argc, argv);
+    return harness_run(groups, 1);
+}

@@ -1,0 +1,134 @@
+/* The tests' own tools: a comparison that lets NaN pass or a guard band that sees nothing would make every other
+ * test worthless. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "recorded.h"
+#include "safetensors.h"
+
+static void comparison(void)
+{
+    const double truth[] = {1.0, -2.0, 2.0}, zeros[] = {0.0, 0.0, 0.0};
+    float got[] = {1.0f, -2.0f, 2.0f};
+    CHECK(relative_rms(truth, got, FLASH_KDA_F32, 3) == 0.0, "equal numbers differ");
+    got[0] = 1.3f;
+    CHECK(fabs(relative_rms(truth, got, FLASH_KDA_F32, 3) - 0.1) < 1e-7, "an error of 0.3 in 3");
+    got[1] = NAN;
+    CHECK(isinf(relative_rms(truth, got, FLASH_KDA_F32, 3)), "NaN passes");
+    got[1] = INFINITY;
+    CHECK(isinf(relative_rms(truth, got, FLASH_KDA_F32, 3)), "infinity passes");
+    memset(got, 0, sizeof got);
+    CHECK(relative_rms(zeros, got, FLASH_KDA_F32, 3) == 0.0, "zeros differ from zeros");
+    got[2] = 1e-30f;
+    CHECK(isinf(relative_rms(zeros, got, FLASH_KDA_F32, 3)), "1e-30 passes for 0");
+    uint16_t rounded[] = {0x3f80, 0xc000, 0x7fc0};
+    CHECK(isinf(relative_rms(truth, rounded, FLASH_KDA_BF16, 3)), "a bf16 NaN passes");
+    rounded[2] = 0x4000;
+    CHECK(relative_rms(truth, rounded, FLASH_KDA_BF16, 3) == 0.0, "equal bf16 numbers differ");
+}
+
+static void rounding(void)
+{
+    CHECK(bf16_from_float(1.0f) == 0x3f80, "1");
+    CHECK(bf16_from_float(1.00390625f) == 0x3f80, "halfway to the even one below");
+    CHECK(bf16_from_float(1.01171875f) == 0x3f82, "halfway to the even one above");
+    CHECK(bf16_from_float(3.4e38f) == 0x7f80, "past the largest");
+    CHECK(isnan(float_from_bf16(bf16_from_float(NAN))), "NaN");
+    CHECK(isnan(float_from_bf16(0xffff)), "the poison is NaN in bf16");
+    for (uint32_t bits = 0; bits < 0x10000; bits++)
+        if ((bits & 0x7f80) != 0x7f80 && bf16_from_float(float_from_bf16((uint16_t)bits)) != bits)
+            CHECK(false, "bf16 %04x changes", bits);
+}
+
+/* A write just outside of a buffer must be found, for each written buffer and either side. */
+static void guards(void)
+{
+#if defined(__SANITIZE_ADDRESS__)
+    return; /* the sanitizer's red zones take the place of the bands */
+#endif
+    problem *p = problem_create(1, 3, 2);
+    fill_case(p, find_case("random"), 1);
+    for (int where = 0; where < 5; where++) {
+        call c;
+        must(call_open(&c, p, options_of(STATE_BOTH, false)));
+        char *out = c.params.out.data, *state = c.params.final_state.data, *q = c.params.q.data;
+        char *const target[] = {out - 1, out + 3 * 2 * DIM * 2, state - 1, state + 2 * DIM * DIM * 4, q + 5};
+        const char *const names[] = {"out", "out", "final_state", "final_state", "q"};
+        const char byte = 0x11;
+        CHECK(!call_damage(&c, p), "damage before anything was written");
+        CHECK(call_untouched(&c), "outputs are not poisoned");
+        must(flash_kda_copy(test.device, target[where], (flash_kda_device){FLASH_KDA_CPU, 0}, &byte, 1));
+        const char *damaged = call_damage(&c, p);
+        CHECK(damaged && strcmp(damaged, names[where]) == 0, "the write near %s was not seen", names[where]);
+        must(flash_kda_copy(test.device, out, (flash_kda_device){FLASH_KDA_CPU, 0}, &byte, 1));
+        CHECK(!call_untouched(&c), "a write to out was not seen");
+        call_close(&c);
+    }
+    problem_free(p);
+}
+
+static void random_numbers(void)
+{
+    rng r = rng_seed(1);
+    double sum = 0, squares = 0;
+    const int count = 100000;
+    for (int i = 0; i < count; i++) {
+        double x = rng_normal(&r);
+        sum += x;
+        squares += x * x;
+    }
+    CHECK(fabs(sum / count) < 0.02, "mean %g", sum / count);
+    CHECK(fabs(squares / count - 1) < 0.03, "variance %g", squares / count);
+    rng known = rng_seed(0);
+    CHECK(rng_bits(&known) == 0xe220a8397b1dcdafu, "not splitmix64");
+}
+
+static void write_file(const char *path, const char *header, const void *data, size_t bytes)
+{
+    FILE *file = fopen(path, "wb");
+    if (!file) die("%s can't be written", path);
+    uint64_t length = strlen(header);
+    for (int i = 0; i < 8; i++) fputc((int)(length >> 8 * i & 0xff), file);
+    fwrite(header, 1, (size_t)length, file);
+    fwrite(data, 1, bytes, file);
+    fclose(file);
+}
+
+static void files(void)
+{
+    char why[256];
+    const float numbers[] = {1, 2, 3, 4, 5, 6};
+    const char *path = "test_support.safetensors";
+    write_file(
+        path,
+        "{\"__metadata__\":{\"a\":\"b\"},\"x\":{\"dtype\":\"F32\",\"shape\":[2, 2],\"data_offsets\":[8,24]},"
+        "\"past\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[20,28]},"
+        "\"wrong\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}",
+        numbers, sizeof numbers);
+    safetensors *file = safetensors_open(path, why);
+    if (!CHECK(file, "%s", why)) return;
+    flash_kda_tensor x = safetensors_get(file, "x");
+    CHECK(x.data && x.ndim == 2 && x.dtype == FLASH_KDA_F32 && x.shape[0] == 2 && x.shape[1] == 2, "x");
+    CHECK(x.data && memcmp(x.data, numbers + 2, 16) == 0, "x has other numbers");
+    CHECK(!safetensors_get(file, "past").data, "a tensor past the end of the file");
+    CHECK(!safetensors_get(file, "wrong").data, "a tensor with too few bytes");
+    CHECK(!safetensors_get(file, "none").data, "a tensor that is not there");
+    safetensors_close(file);
+    CHECK(!recorded_load(path, why) && strstr(why, "q is missing"), "%s", why);
+    CHECK(!safetensors_open("no/such/file", why) && strstr(why, "can't be opened"), "%s", why);
+    CHECK(!safetensors_open(FLASH_KDA_DATA "/README.md", why) && strstr(why, "not a safetensors"), "%s", why);
+    remove(path);
+}
+
+int main(int argc, char **argv)
+{
+    static const group groups[] = {
+        {"comparison", comparison},         {"rounding", rounding}, {"guards", guards},
+        {"random-numbers", random_numbers}, {"files", files},
+    };
+    harness_start(argc, argv);
+    return harness_run(groups, sizeof groups / sizeof *groups);
+}
