@@ -33,6 +33,7 @@ enum {
 };
 
 static const float LOG2E = 1.44269504088896341f;
+static const float HUGE_SCALE = 0x1p-32f; /* for rows too long to be squared in fp32 */
 
 typedef struct scratch {
     float kq[2 * CHUNK][K];       /* K~ and Q~, then K~' and Q~' */
@@ -45,8 +46,8 @@ typedef struct scratch {
     float to_last[K];   /* 2^(G_last - G_m) */
     float decay[K];     /* 2^G_last */
     float bias[K];
-    float unit[2 * CHUNK]; /* 1 / |k_i| and 1 / |q_i| */
-    float write[CHUNK];    /* b */
+    float scale[2 * CHUNK], unit[2 * CHUNK]; /* 1 / |k_i| and 1 / |q_i|, each the product of two */
+    float write[CHUNK];                      /* b */
     float state[V / BLOCK][K][BLOCK];
     /* The last tokens of a sequence, padded with zero rows to a chunk. */
     uint16_t padded_q[CHUNK][K], padded_k[CHUNK][K], padded_g[CHUNK][K], padded_v[CHUNK][V];
@@ -69,22 +70,22 @@ typedef struct gate_constants {
     float bound; /* log2(e) lower_bound */
 } gate_constants;
 
-/* The factor that makes a row a unit vector: 1 / sqrt(sum of squares + 1e-6). */
-static float unit_factor(const uint16_t *x, float sum)
+/* The length of a row whose squares leave fp32's range; the epsilon does not matter to it. */
+static float length_of_huge(const uint16_t *x)
 {
-    if (sum < 1e30f || sum != sum) return 1.0f / sqrtf(sum + 1e-6f);
-    /* The squares leave fp32's range. */
-    double wide = 0.0;
+    double sum = 0.0;
     for (int i = 0; i < K; i++) {
         uint32_t bits = (uint32_t)x[i] << 16;
         float value;
         memcpy(&value, &bits, sizeof value);
-        wide += (double)value * value;
+        sum += (double)(value * HUGE_SCALE) * (double)(value * HUGE_SCALE);
     }
-    return (float)(1.0 / sqrt(wide));
+    return (float)sqrt(sum);
 }
 
-static inline void normalise(const uint16_t *x, int64_t stride, float unit[CHUNK])
+/* What makes unit vectors of 16 rows: x * scale * unit, two factors because 1 / |x| alone may be too small
+ * for fp32. */
+static inline void normalise(const uint16_t *x, int64_t stride, float scale[CHUNK], float unit[CHUNK])
 {
     for (int first = 0; first < CHUNK; first += LANES) {
         vec sums[LANES];
@@ -100,7 +101,11 @@ static inline void normalise(const uint16_t *x, int64_t stride, float unit[CHUNK
         }
         *vec_at(unit + first) = lane_sums(sums);
     }
-    for (int i = 0; i < CHUNK; i++) unit[i] = unit_factor(x + i * stride, unit[i]);
+    for (int i = 0; i < CHUNK; i++) {
+        bool huge = unit[i] > 1e30f;
+        scale[i] = huge ? HUGE_SCALE : 1.0f;
+        unit[i] = 1.0f / (huge ? length_of_huge(x + i * stride) : sqrtf(unit[i] + 1e-6f));
+    }
 }
 
 /* One vector of key channels of a chunk, from gates to decayed keys and queries. */
@@ -129,8 +134,8 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
     UNROLL for (int i = 0; i < CHUNK; i++)
     {
         vec forward = exp2_near(exponent[i]), backward = exp2_near(-exponent[i]);
-        vec key = load_bf16(t->k + i * t->stride + k) * s->unit[i];
-        vec query = load_bf16(t->q + i * t->stride + k) * s->unit[CHUNK + i];
+        vec key = load_bf16(t->k + i * t->stride + k) * s->scale[i] * s->unit[i];
+        vec query = load_bf16(t->q + i * t->stride + k) * s->scale[CHUNK + i] * s->unit[CHUNK + i];
         *vec_at(s->kq[i] + k) = key * forward;
         *vec_at(s->kq[CHUNK + i] + k) = query * forward;
         *vec_at(s->kr[i] + k) = key * backward;
@@ -157,8 +162,8 @@ static inline void lower_products(float (*a)[K], float (*b)[K], float (*to)[CHUN
 /* Everything of a chunk that needs neither the state nor the values. */
 static void prepare(scratch *s, const tokens *t, const gate_constants *gate)
 {
-    normalise(t->k, t->stride, s->unit);
-    normalise(t->q, t->stride, s->unit + CHUNK);
+    normalise(t->k, t->stride, s->scale, s->unit);
+    normalise(t->q, t->stride, s->scale + CHUNK, s->unit + CHUNK);
     for (int i = 0; i < CHUNK; i++) {
         uint32_t bits = i < t->count ? (uint32_t)t->beta[i * t->beta_stride] << 16 : 0;
         memcpy(&s->write[i], &bits, sizeof bits);
