@@ -1,0 +1,55 @@
+"""The README's code is run as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import flash_kda
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run() -> None:
+    pytest.importorskip("torch")
+    found = blocks("python")
+    assert found
+    package_folder = str(Path(flash_kda.__file__).parent.parent)
+    for block in found:
+        run = subprocess.run(
+            [sys.executable, "-c", block],
+            env={**os.environ, "PYTHONPATH": package_folder},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+
+
+def test_c_block_compiles(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (block,) = blocks("c")
+    source = tmp_path / "readme.c"
+    source.write_text(
+        '#include <stdio.h>\n#include "flash_kda.h"\n'
+        "void *scratch(size_t bytes);\n"
+        "void example(void *stream, void *q, int64_t B, int64_t T, int64_t H);\n"
+        "void example(void *stream, void *q, int64_t B, int64_t T, int64_t H)\n{\n" + block + "}\n"
+    )
+    run = subprocess.run(
+        [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT}/include", str(source)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
