@@ -71,7 +71,8 @@ def fwd(
         scale: finite; multiplies the output, usually K ** -0.5.
         out: bf16 [B, T, H, V], written.
         A_log: fp32 [H].
-        dt_bias: fp32 [H, K].
+        dt_bias: fp32 [H, K]. PyTorch tensors in 16 bits are converted, these two alone: layers that were
+            cast as a whole hold them so.
         lower_bound: in [-5, 0], of one token's log decay, in nats.
         initial_state: bf16 or fp32 [N, H, V, K] (V first), or None: zeros.
         final_state: the same, written, or None. Of the dtype of initial_state if both are given; it may be

@@ -26,6 +26,7 @@ _DTYPES = {
 _DEVICES = {"cpu": _lib.CPU, "cuda": _lib.CUDA}
 
 _REQUIRED = _lib.TENSOR_FIELDS[:8]
+_A_LOG, _DT_BIAS = 6, 7
 _describe = attrgetter("shape", "dtype", "device")
 _is_contiguous = Tensor.is_contiguous
 _data_ptr = Tensor.data_ptr
@@ -97,6 +98,12 @@ def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, ke
     plan = _plans.get(key) if reusable else None
     if plan is None or plan.busy:
         check_options(scale, lower_bound, kernel, threads)
+        if _needs_float32(tensors[_A_LOG]) or _needs_float32(tensors[_DT_BIAS]):
+            converted = [*tensors]
+            for i in (_A_LOG, _DT_BIAS):
+                converted[i] = tensors[i].float()
+            _launch(converted, no_initial, no_final, no_cu_seqlens, scale, lower_bound, kernel, threads)
+            return
         plan = _new_plan(tensors, _names(no_initial, no_final, no_cu_seqlens), kernel, threads)
         if reusable:
             if len(_plans) >= _MAX_PLANS:
@@ -116,6 +123,11 @@ def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, ke
         plan.run()
     finally:
         plan.busy = False
+
+
+def _needs_float32(parameter: Tensor) -> bool:
+    """A layer that was cast as a whole holds its gate's parameters in 16 bits."""
+    return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 def _names(no_initial: bool, no_final: bool, no_cu_seqlens: bool) -> list[str]:

@@ -1,0 +1,49 @@
+"""Finds the package, and says which one is tested."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))  # problems.py
+
+# An installed package (a wheel under test) goes first, then what `make` built.
+if importlib.util.find_spec("flash_kda") is None:
+    built = ROOT / os.environ.get("BUILD", "build") / "python"
+    sys.path.insert(0, str(built))
+    # Subprocesses of the tests find the same package.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(built), os.environ.get("PYTHONPATH"))))
+
+import flash_kda  # noqa: E402
+
+
+def pytest_report_header():
+    return f"flash_kda {flash_kda.__version__} from {flash_kda.__path__[0]}"
+
+
+def _cuda_missing():
+    usable = [d for d in flash_kda.devices() if d.type == "cuda" and d.kernel]
+    if not usable:
+        return "flash_kda can use no CUDA device here"
+    torch = pytest.importorskip("torch", reason="the tests reach GPUs through PyTorch, which is not installed")
+    return None if torch.cuda.is_available() else "PyTorch can use no CUDA device here"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Each test that takes it runs on every device there is."""
+    reason = _cuda_missing() if request.param == "cuda" else None
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def cuda():
+    reason = _cuda_missing()
+    if reason:
+        pytest.skip(reason)
+    return "cuda"

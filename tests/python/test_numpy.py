@@ -1,0 +1,148 @@
+"""fwd on NumPy arrays, and the reference."""
+
+import threading
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from problems import BARS, error, hold_to, make, truth
+
+import flash_kda
+
+
+def recurrence(a, b, h, begin, end, state):
+    """The definition for one head of one sequence, written a second time. state: [V, K]"""
+    S = state.astype(np.float64).T.copy()
+    outs = []
+    for t in range(begin, end):
+        q, k, v, g = (a[name][b, t, h].astype(np.float64) for name in ("q", "k", "v", "g"))
+        gate = a["lower_bound"] / (1 + np.exp(-np.exp(np.float64(a["A_log"][h])) * (g + a["dt_bias"][h])))
+        q, k = (x / np.sqrt((x * x).sum() + 1e-6) for x in (q, k))
+        write = 1 / (1 + np.exp(-np.float64(a["beta"][b, t, h])))
+        S *= np.exp(gate)[:, None]
+        S += np.outer(k, write * (v - S.T @ k))
+        outs.append(a["scale"] * S.T @ q)
+    return np.array(outs).reshape(-1, 128), S.T
+
+
+def test_reference_is_the_recurrence():
+    a = make(lengths=[3, 0, 9], H=2, initial=np.float32)
+    out, state = flash_kda.reference(
+        *(a[n] for n in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound")),
+        initial_state=a["initial_state"],
+        cu_seqlens=a["cu_seqlens"],
+    )
+    assert out.dtype == state.dtype == np.float64
+    for n in range(3):
+        begin, end = a["cu_seqlens"][n : n + 2]
+        for h in range(2):
+            want_out, want_state = recurrence(a, 0, h, begin, end, a["initial_state"][n, h])
+            # scale and lower_bound are floats in C
+            np.testing.assert_allclose(out[0, begin:end, h], want_out, rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(state[n, h], want_state, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("T", [0, 1, 15, 16, 17, 63, 64, 65, 200])
+def test_lengths(T):
+    a = make(T=T, initial=np.float32)
+    assert flash_kda.fwd(**a) is None
+    if T:
+        hold_to(a, truth(a), "cpu")
+    else:
+        np.testing.assert_array_equal(a["final_state"], a["initial_state"])
+
+
+@pytest.mark.parametrize("initial", [None, np.float32, bfloat16])
+@pytest.mark.parametrize("final", [None, np.float32, bfloat16])
+def test_states(initial, final):
+    if initial and final and initial != final:
+        pytest.skip("both states must have one dtype")
+    a = make(T=40, B=3, initial=initial, final=final)
+    flash_kda.fwd(**a)
+    hold_to(a, truth(a), "cpu")
+    if final is bfloat16:
+        # A bf16 state is the fp32 state, rounded once.
+        wide = {**a, "final_state": np.empty(a["final_state"].shape, np.float32), "out": a["out"].copy()}
+        if initial is not None:
+            wide["initial_state"] = a["initial_state"].astype(np.float32)
+        flash_kda.fwd(**wide)
+        np.testing.assert_array_equal(a["final_state"], wide["final_state"].astype(bfloat16))
+
+
+def test_state_in_place():
+    a = make(T=33, initial=np.float32)
+    apart = {**a, "out": a["out"].copy()}
+    flash_kda.fwd(**apart)
+    a["final_state"] = a["initial_state"]
+    flash_kda.fwd(**a)
+    np.testing.assert_array_equal(a["out"], apart["out"])
+    np.testing.assert_array_equal(a["final_state"], apart["final_state"])
+
+
+@pytest.mark.parametrize("cu_dtype", [np.int64, np.int32])
+def test_sequences(cu_dtype):
+    a = make(lengths=[5, 0, 64, 1, 130, 0], initial=np.float32, cu_dtype=cu_dtype)
+    flash_kda.fwd(**a)
+    hold_to(a, truth(a), "cpu")
+
+
+def test_a_repeated_call_sees_new_memory_and_scalars():
+    """The second call of one shape takes the kept plan; everything that may differ must be set anew."""
+    for seed, scale, bound in ((1, 0.1, -5.0), (2, 2.0, -0.5), (3, -1.0, 0.0)):
+        a = {**make(seed=seed, initial=np.float32), "scale": scale, "lower_bound": bound}
+        flash_kda.fwd(**a)
+        hold_to(a, truth(a), "cpu")
+
+
+def test_positions_of_arguments():
+    a = make(T=20, lengths=[20], initial=np.float32)
+    expected = truth(a)
+    order = "q k v g beta scale out A_log dt_bias lower_bound initial_state final_state cu_seqlens".split()
+    flash_kda.fwd(*(a[name] for name in order))
+    hold_to(a, expected, "cpu")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads):
+    a = make(T=300, H=3)
+    b = {**a, "out": a["out"].copy(), "final_state": a["final_state"].copy()}
+    flash_kda.fwd(**a)
+    flash_kda.fwd(**b, threads=threads)
+    np.testing.assert_array_equal(a["out"], b["out"])
+    np.testing.assert_array_equal(a["final_state"], b["final_state"])
+
+
+def test_kernel_by_name():
+    a = make()
+    expected = truth(a)
+    for kernel in flash_kda.kernels():
+        if kernel.startswith("cpu"):
+            a["out"].fill(np.nan)
+            try:
+                flash_kda.fwd(**a, kernel=kernel)
+            except RuntimeError as unavailable:  # an instruction set that this CPU lacks
+                assert kernel in str(unavailable)  # noqa: PT017
+            else:
+                hold_to(a, expected, "cpu")
+
+
+def test_calls_from_many_threads():
+    problems = [make(T=50 + i % 2, seed=i) for i in range(8)]
+    expected = [truth(a) for a in problems]
+    failures = []
+
+    def work(a, want):
+        try:
+            for _ in range(20):
+                a["out"].fill(np.nan)
+                flash_kda.fwd(**a)
+                assert error(a["out"], want[0]) <= BARS["cpu"][0]
+        except Exception as failure:
+            failures.append(failure)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
