@@ -42,7 +42,9 @@ def parse_report(text: str) -> list[Usage]:
     for line in text.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             found.append(Usage(match[1], match[2]))
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             # Functions that were not inlined are reported too; the worst one counts.
             found[-1].stack = max(found[-1].stack, int(match[1]))
             found[-1].spills = max(found[-1].spills, int(match[2]) + int(match[3]))
@@ -104,7 +106,9 @@ def broken_rules(usage: Usage, plan: dict[str, Any], mnemonics: set[str] | None)
     if usage.registers > plan["registers"]:
         broken.append(f"uses {usage.registers} registers, planned {plan['registers']}")
     if usage.static_shared > plan["static_shared"]:
-        broken.append(f"uses {usage.static_shared} bytes of static shared memory, planned {plan['static_shared']}")
+        broken.append(
+            f"uses {usage.static_shared} bytes of static shared memory, planned {plan['static_shared']}"
+        )
     if mnemonics is not None:
         for wanted in plan.get("require", []):
             if not any(m == wanted or m.startswith(wanted + ".") for m in mnemonics):
@@ -138,7 +142,7 @@ def main() -> int:
             elif code is not None and (usage.kernel, usage.arch) not in code:
                 broken = ["is not in the disassembly"]
             else:
-                broken = broken_rules(usage, plan, code and code[usage.kernel, usage.arch])
+                broken = broken_rules(usage, plan, None if code is None else code[usage.kernel, usage.arch])
             verdict = "; ".join(broken) if broken else "ok"
             print(
                 f"{usage.kernel:32} {usage.arch:8} {usage.registers:4} registers {usage.spills:5} B spilled "

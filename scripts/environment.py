@@ -5,6 +5,8 @@ second run, nor on a machine whose own python3 has the packages (GPU machines wi
 Only the standard library is used, and only what Python 3.9 has.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -23,33 +26,33 @@ GROUPS = {
     "lint": "scripts/lint-requirements.txt",
 }
 NOTES = {
-    "torch": "PyTorch for the tests: several GB the first time, minutes on a fast line. `make test TORCH=0` goes without it.",
+    "torch": "PyTorch for the tests: several GB, this first time only. `make test TORCH=0` goes without it."
 }
 
 
-def say(text):
+def say(text: str) -> None:
     print(f"[environment] {text}", flush=True)
 
 
-def stop(text):
+def stop(text: str) -> NoReturn:
     sys.exit(f"[environment] {text}")
 
 
-def succeeds(*command):
+def succeeds(*command: str | Path) -> bool:
     try:
         return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
     except OSError:
         return False
 
 
-def as_root():
+def as_root() -> list[str] | None:
     """The prefix that makes a command run as root without asking, or None."""
     if os.geteuid() == 0:
         return []
     return ["sudo", "-n"] if succeeds("sudo", "-n", "true") else None
 
 
-def apt_install(*packages):
+def apt_install(*packages: str) -> bool:
     """Installs Debian packages if that can be done without a question; says whether it did."""
     prefix = as_root()
     if prefix is None or not shutil.which("apt-get"):
@@ -63,10 +66,10 @@ def apt_install(*packages):
     return subprocess.run(install).returncode == 0
 
 
-def need_c_compiler():
+def need_c_compiler() -> None:
     compiler = os.environ.get("CC", "cc")
 
-    def works():
+    def works() -> bool:
         run = subprocess.run(
             [compiler, "-fsyntax-only", "-x", "c", "-"],
             input=b"#include <stdio.h>\n",
@@ -81,11 +84,11 @@ def need_c_compiler():
         stop(f"{compiler} cannot compile #include <stdio.h>. On Debian: apt-get install libc6-dev")
 
 
-def make_venv():
+def make_venv() -> None:
     """Creates .venv, seeing the system's packages if PyTorch is among them."""
     if succeeds(VENV_PYTHON, "-m", "pip", "--version"):
         return
-    if sys.version_info < (3, 9):
+    if sys.version_info < (3, 9):  # noqa: UP036 - this runs before anything could be required
         stop(f"python3 is {sys.version.split()[0]}; it must be 3.9 or newer")
     options = ["--clear"]
     if succeeds(sys.executable, "-c", "import torch"):
@@ -93,13 +96,13 @@ def make_venv():
         options.append("--system-site-packages")
     create = [sys.executable, "-m", "venv", *options, str(VENV)]
     say("creating .venv")
-    if not succeeds(*create):  # Debian ships venv without pip's bootstrap in a package of its own
-        if not apt_install("python3-venv") or not succeeds(*create):
-            shutil.rmtree(VENV, ignore_errors=True)
-            stop("python3 cannot make a virtual environment. On Debian: apt-get install python3-venv")
+    # Debian ships the part of venv that brings pip in a package of its own.
+    if not succeeds(*create) and not (apt_install("python3-venv") and succeeds(*create)):
+        shutil.rmtree(VENV, ignore_errors=True)
+        stop("python3 cannot make a virtual environment. On Debian: apt-get install python3-venv")
 
 
-def ensure(group):
+def ensure(group: str) -> None:
     path = ROOT / GROUPS[group]
     if not path.exists():
         say(f"{GROUPS[group]} is not there: nothing to install for '{group}'")
@@ -118,7 +121,7 @@ def ensure(group):
     stamp.write_text(digest)
 
 
-def system_build_tools():
+def system_build_tools() -> bool:
     """The fallback for a machine that reaches no package index: its own cmake and ninja."""
     for tool in ("cmake", "ninja"):
         found = shutil.which(tool)
@@ -135,7 +138,7 @@ def system_build_tools():
     return True
 
 
-def main(groups):
+def main(groups: list[str]) -> None:
     if not groups or any(group not in GROUPS for group in groups):
         stop(f"usage: python3 scripts/environment.py GROUP..., of {', '.join(GROUPS)}")
     need_c_compiler()

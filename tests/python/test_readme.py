@@ -48,7 +48,16 @@ def test_c_block_compiles(tmp_path: Path) -> None:
         "void example(void *stream, void *q, int64_t B, int64_t T, int64_t H)\n{\n" + block + "}\n"
     )
     run = subprocess.run(
-        [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT}/include", str(source)],
+        [
+            compiler,
+            "-std=c11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fsyntax-only",
+            f"-I{ROOT}/include",
+            str(source),
+        ],
         capture_output=True,
         text=True,
     )
