@@ -1,0 +1,237 @@
+"""Every wrong argument: the exception, its sentence, and that nothing was written."""
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from problems import make, to_torch
+
+import flash_kda
+
+BIG = 2**31
+
+# (what to change, exception, the sentence). A value that is callable gets the arguments.
+WRONG = {
+    "q of another dtype": ({"q": lambda a: cast(a["q"], "float32")}, TypeError, "q has dtype float32; it must be bfloat16"),
+    "k in fp16": ({"k": lambda a: cast(a["k"], "float16")}, TypeError, "k has dtype float16; it must be bfloat16"),
+    "A_log in fp64": ({"A_log": lambda a: cast(a["A_log"], "float64")}, TypeError, "A_log has dtype float64; it must be float32"),
+    "A_log of integers": ({"A_log": lambda a: cast(a["A_log"], "int64")}, TypeError, "A_log has dtype int64; it must be float32"),
+    "out in fp32": ({"out": lambda a: cast(a["out"], "float32")}, TypeError, "out has dtype float32; it must be bfloat16"),
+    "a state of fp64": (
+        {"initial_state": lambda a: cast(a["initial_state"], "float64")},
+        TypeError,
+        "initial_state has dtype float64; it must be float32 or bfloat16",
+    ),
+    "states of two dtypes": (
+        {"final_state": lambda a: cast(a["final_state"], "bfloat16")},
+        TypeError,
+        "final_state has dtype bfloat16 and initial_state float32; they must have the same",
+    ),
+    "cu_seqlens of floats": (
+        {"cu_seqlens": lambda a: cast(a["cu_seqlens"], "float32")},
+        TypeError,
+        "cu_seqlens has dtype float32; it must be int64 or int32",
+    ),
+    "k of another length": ({"k": lambda a: a["k"][:, :7]}, ValueError, "k has shape [1, 7, 2, 128]; it must be [B, T, H, K] = [1, 8, 2, 128]"),
+    "K other than 128": ({"q": lambda a: first_channels(a["q"])}, ValueError, "q has K = 64; the head size K must be 128"),
+    "V other than 128": ({"v": lambda a: first_channels(a["v"])}, ValueError, "v has V = 64; the head size V must be 128"),
+    "q of rank 3": ({"q": lambda a: a["q"][0]}, ValueError, "q has 3 dimensions; it must have 4: [B, T, H, K]"),
+    "q of rank 5": ({"q": lambda a: a["q"][None]}, ValueError, "q has 5 dimensions; it must have 4: [B, T, H, K]"),
+    "beta of rank 4": ({"beta": lambda a: a["beta"][..., None]}, ValueError, "beta has 4 dimensions; it must have 3: [B, T, H]"),
+    "dt_bias flat": ({"dt_bias": lambda a: a["dt_bias"].reshape(-1)}, ValueError, "dt_bias has 1 dimensions; it must have 2: [H, K]"),
+    "no heads": ({"q": lambda a: a["q"][:, :, :0]}, ValueError, "q has H = 0; there must be at least 1 head"),
+    "states for another N": (
+        {"initial_state": lambda a: a["initial_state"][:1]},
+        ValueError,
+        "initial_state has shape [1, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
+    ),
+    "an empty state is not an absent one": (
+        {"initial_state": lambda a: a["initial_state"][:0]},
+        ValueError,
+        "initial_state has shape [0, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
+    ),
+    "an empty final state": (
+        {"final_state": lambda a: a["final_state"][:0]},
+        ValueError,
+        "final_state has shape [0, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
+    ),
+    "cu_seqlens empty": ({"cu_seqlens": lambda a: a["cu_seqlens"][:0]}, ValueError, "cu_seqlens has 0 entries; it must have N + 1 for N >= 1 sequences"),
+    "cu_seqlens without a sequence": ({"cu_seqlens": lambda a: a["cu_seqlens"][:1]}, ValueError, "cu_seqlens has 1 entries; it must have N + 1 for N >= 1 sequences"),
+    "k not contiguous": ({"k": lambda a: every_other(a["k"])}, ValueError, "k has strides [4096, 512, 128, 1]; it must be contiguous, with strides [2048, 256, 128, 1]"),
+    "scale not finite": ({"scale": float("nan")}, ValueError, "scale is nan; it must be finite"),
+    "scale infinite": ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
+    "scale missing": ({"scale": None}, TypeError, "scale is of type NoneType; it must be a number"),
+    "scale as text": ({"scale": "1"}, TypeError, "scale is of type str; it must be a number"),
+    "lower_bound too low": ({"lower_bound": -6}, ValueError, "lower_bound is -6; it must be in [-5, 0]"),
+    "lower_bound positive": ({"lower_bound": 0.5}, ValueError, "lower_bound is 0.5; it must be in [-5, 0]"),
+    "lower_bound not finite": ({"lower_bound": float("nan")}, ValueError, "lower_bound is nan; it must be in [-5, 0]"),
+    "lower_bound missing": ({"lower_bound": None}, TypeError, "lower_bound is of type NoneType; it must be a number"),
+    "q missing": ({"q": None}, TypeError, "q is of type builtins.NoneType; it must be a PyTorch tensor"),
+    "v as a list": ({"v": [1.0]}, TypeError, "v is of type builtins.list; it must be a PyTorch tensor"),
+    "out missing": ({"out": None}, TypeError, "out is of type builtins.NoneType; it must be a PyTorch tensor"),
+    "cu_seqlens as a list": ({"cu_seqlens": [0, 3, 8]}, TypeError, "cu_seqlens is of type builtins.list; it must be a PyTorch tensor"),
+    "out over q": ({"out": lambda a: a["q"]}, ValueError, "out overlaps q; it must have memory of its own"),
+    "out over v": ({"out": lambda a: a["v"]}, ValueError, "out overlaps v; it must have memory of its own"),
+    "an unknown kernel": ({"kernel": "fastest"}, ValueError, "fastest"),
+    "kernel as a number": ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
+    "threads negative": ({"threads": -1}, ValueError, "cpu_threads is -1; it must be 0 (all) or more"),
+    "threads as a float": ({"threads": 2.0}, TypeError, "threads is of type float; it must be an int"),
+    "too many threads": ({"threads": BIG}, ValueError, f"threads is {BIG}; it must be 0 (all) or more, and fit 32 bits"),
+}  # fmt: skip
+
+# Values of cu_seqlens, which the CPU looks at.
+WRONG_SEQUENCES = {
+    "starts late": ([1, 3, 8], "cu_seqlens[0] is 1; it must be 0"),
+    "decreases": ([0, 9, 8], "cu_seqlens[2] is 8 after 9; it must not decrease"),
+    "negative": ([0, -1, 8], "cu_seqlens[1] is -1 after 0; it must not decrease"),
+    "ends early": ([0, 3, 7], "cu_seqlens ends with 7; its last entry must be T = 8"),
+    "ends late": ([0, 3, 9], "cu_seqlens ends with 9; its last entry must be T = 8"),
+}
+
+
+def cast(x, dtype):
+    if isinstance(x, np.ndarray):
+        return x.astype(bfloat16 if dtype == "bfloat16" else dtype)
+    import torch
+
+    return x.to(getattr(torch, dtype))
+
+
+def first_channels(x):
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x[..., :64])
+    return x[..., :64].contiguous()
+
+
+def every_other(x):
+    """Of the same shape, out of memory twice as long."""
+    if isinstance(x, np.ndarray):
+        return np.concatenate([x, x], axis=1)[:, ::2]
+    import torch
+
+    return torch.cat([x, x], dim=1)[:, ::2]
+
+
+@pytest.fixture(params=["numpy", "torch cpu", "torch cuda"])
+def arguments(request):
+    """Two sequences of 8 tokens in all, and both states."""
+    a = make(lengths=[3, 5], initial=np.float32)
+    if request.param == "numpy":
+        return a
+    torch = pytest.importorskip("torch")
+    device = request.param.split()[1]
+    if device == "cuda":
+        request.getfixturevalue("cuda")
+    with torch.no_grad():
+        return to_torch(a, device)
+
+
+def untouched(a):
+    return all(bool((a[name] != a[name]).all()) for name in ("out", "final_state"))
+
+
+def refused(a, change, exception, sentence):
+    wrong = {**a, **{name: value(a) if callable(value) else value for name, value in change.items()}}
+    with pytest.raises(exception) as raised:
+        flash_kda.fwd(**wrong)
+    assert sentence in str(raised.value)
+    assert untouched(a)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_argument(arguments, case):
+    refused(arguments, *WRONG[case])
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_argument_after_a_right_call(arguments, case):
+    """Now a plan of the right shapes is kept, and must not hide what is wrong."""
+    flash_kda.fwd(**{**arguments, "out": arguments["out"] * 1, "final_state": arguments["final_state"] * 1})
+    refused(arguments, *WRONG[case])
+
+
+@pytest.mark.parametrize("case", WRONG_SEQUENCES)
+@pytest.mark.parametrize("dtype", ["int64", "int32"])
+def test_values_of_cu_seqlens(arguments, case, dtype):
+    if not isinstance(arguments["q"], np.ndarray) and arguments["q"].is_cuda:
+        pytest.skip("a GPU clamps these values instead of looking at them")
+    values, sentence = WRONG_SEQUENCES[case]
+    change = {"cu_seqlens": lambda a: cast(like(a["q"], values), dtype)}
+    refused(arguments, change, ValueError, sentence)
+
+
+def like(x, values):
+    if isinstance(x, np.ndarray):
+        return np.array(values)
+    import torch
+
+    return torch.tensor(values, device=x.device)
+
+
+def test_cu_seqlens_with_batch():
+    a = make(T=4, B=2)
+    refused(a, {"cu_seqlens": np.array([0, 4, 8])}, ValueError, "cu_seqlens is given with B = 2; B must be 1")
+
+
+def test_states_that_overlap_in_part():
+    a = make(T=4, B=2, initial=np.float32)
+    memory = np.full((3, 2, 128, 128), np.nan, np.float32)
+    a["initial_state"], a["final_state"] = memory[:2], memory[1:]
+    sentence = "final_state overlaps initial_state in part; they must be the same memory or apart"
+    refused(a, {}, ValueError, sentence)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "out", "initial_state", "final_state", "dt_bias"])
+def test_misaligned(name):
+    a = make(T=4, initial=np.float32)
+    x = a[name]
+    memory = np.full(x.nbytes + 64, 255, np.uint8)
+    begin = -memory.ctypes.data % 16 + x.itemsize
+    shifted = memory[begin : begin + x.nbytes].view(x.dtype).reshape(x.shape)
+    shifted[...] = x
+    refused(a, {name: shifted}, ValueError, f"{name} is at address {hex(shifted.ctypes.data)}; it must be aligned to 16 bytes")
+
+
+@pytest.mark.parametrize("name", ["out", "final_state"])
+def test_read_only(name):
+    a = make(T=4)
+    a[name].flags.writeable = False
+    refused(a, {}, ValueError, f"{name} is read-only; it must be writable, as the call writes to it")
+
+
+def test_foreign_byte_order():
+    a = make(T=4)
+    refused(a, {"A_log": lambda a: a["A_log"].astype(">f4")}, TypeError, "A_log has dtype another type; it must be float32")
+
+
+def test_strides_of_part_of_an_element():
+    a = make(T=4)
+    records = np.zeros(2, dtype=[("a", "f4"), ("b", "i2")])
+    refused(a, {"A_log": records["a"]}, ValueError, "A_log has strides of (6,) bytes; they must be multiples of its 4")
+
+
+def test_reference_checks_too():
+    a = make(T=4)
+    keep = {n: a[n] for n in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound")}
+    with pytest.raises(ValueError, match=r"k has shape \[1, 3, 2, 128\]; it must be"):
+        flash_kda.reference(**{**keep, "k": a["k"][:, :3]})
+    with pytest.raises(TypeError, match="q is of type list; the reference takes PyTorch tensors and NumPy arrays"):
+        flash_kda.reference(**{**keep, "q": [1.0]})
+    with pytest.raises(TypeError, match="g has dtype float32"):
+        flash_kda.reference(**{**keep, "g": a["g"].astype(np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "exception", "sentence"),
+    [
+        ((-1, 1), ValueError, "T_total is -1; it must be at least 0"),
+        ((8, 0), ValueError, "H is 0; it must be at least 1"),
+        ((8, 1, 0), ValueError, "N is 0; it must be at least 1"),
+        ((2.5, 1), TypeError, "T_total is of type float; it must be an int"),
+        ((BIG, 1), ValueError, f"T_total is {BIG}; it must be at least 0 and fit 32 bits"),
+        ((BIG - 1, 1), ValueError, "tokens"),
+    ],
+)
+def test_workspace_size_of_wrong_sizes(sizes, exception, sentence):
+    with pytest.raises(exception) as raised:
+        flash_kda.get_workspace_size(*sizes)
+    assert sentence in str(raised.value)
