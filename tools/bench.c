@@ -1,0 +1,196 @@
+/* flash-kda bench */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "call.h"
+#include "cases.h"
+#include "command.h"
+#include "terminal.h"
+
+static const char help[] =
+    "flash-kda bench [--device cpu|cuda:N] [--kernel NAME] [--heads H --lengths LENGTHS]\n\n"
+    "Times the forward pass with fp32 states in and out. LENGTHS are the tokens of each sequence: 8192, or\n"
+    "1300,547,2048, or 1024x8 for eight of 1024. Without --lengths, a few shapes that suit the device. "
+    "--device is\n"
+    "CUDA device 0 if it can be used, else the CPU.\n\n"
+    "  ms       the median of the time on the device (events around one call) or on the clock (CPU)\n"
+    "  GB/s     what must cross memory once, q, k, v, g, beta, out and both states, over that time\n"
+    "  floor    the time those bytes take at the speed of a large copy, measured in the same run\n"
+    "  x floor  ms over floor\n\n"
+    "Inputs have gates as trained models do: slow channels beside fast ones in every head. Where the tensors "
+    "of\n"
+    "one call would stay in the GPU's cache, calls take turns with several sets of them.\n";
+
+enum { MAX_SEQUENCES = 65536, MAX_SETS = 16, MAX_REPEATS = 200 };
+
+typedef struct shape {
+    const char *lengths;
+    int64_t heads;
+} shape;
+
+static const shape gpu_shapes[] = {
+    {"8192", 96},   {"1300,547,2048,963,271,3063", 96},
+    {"1024x8", 96}, {"8192", 16},
+    {"4096", 8},    {"2048x4", 12},
+    {"65536", 8},   {"512x32", 32},
+    {"16x256", 12},
+};
+static const shape cpu_shapes[] = {
+    {"8192", 8}, {"1300,547,2048,271", 8}, {"512x8", 8}, {"2048", 1}, {"16x64", 8}};
+
+/* "1300,547" or "1024x8" or both mixed; returns how many sequences. */
+static int64_t parse_lengths(const char *text, int64_t *lengths)
+{
+    int64_t count = 0;
+    const char *at = text;
+    for (;;) {
+        char *end;
+        long long tokens = strtoll(at, &end, 10), times = 1;
+        if (end == at || tokens < 0 || tokens > 1 << 24) break;
+        if (*end == 'x') {
+            at = end + 1;
+            times = strtoll(at, &end, 10);
+            if (end == at || times < 1) break;
+        }
+        if (times > MAX_SEQUENCES - count) die("--lengths has more than %d sequences", MAX_SEQUENCES);
+        while (times-- > 0) lengths[count++] = tokens;
+        if (*end == 0) return count;
+        if (*end != ',') break;
+        at = end + 1;
+    }
+    die("--lengths is '%s'; it must be like 8192, or 1300,547, or 1024x8", text);
+}
+
+/* Fills a few tokens and repeats them: the time does not depend on it, and random numbers are slow to make. */
+static void fill_repeating(problem *p)
+{
+    const int64_t period = p->tokens < 256 ? p->tokens : 256;
+    problem few = *p;
+    few.tokens = period;
+    fill_case(&few, find_case("channels from fast to slow"), 1);
+    uint16_t *const tensors[] = {p->q, p->k, p->v, p->g, p->beta};
+    for (int i = 0; i < 5; i++) {
+        int64_t row = p->heads * (i < 4 ? DIM : 1);
+        for (int64_t t = period; t < p->tokens; t++)
+            memcpy(tensors[i] + t * row, tensors[i] + (t - period) * row, (size_t)row * sizeof(uint16_t));
+    }
+}
+
+/* What must cross memory once. */
+static double bytes_of(const problem *p)
+{
+    double rows = (double)problem_rows(p), states = (double)problem_states(p);
+    return rows * (5 * DIM * 2 + 2) + 2 * states * DIM * DIM * 4;
+}
+
+/* Bytes per second, read and written, of a copy within the device. */
+static double copy_speed(flash_kda_device device)
+{
+    const size_t bytes = (size_t)1 << (device.type == FLASH_KDA_CPU ? 28 : 30);
+    double seconds[9];
+    void *from, *to;
+    must(flash_kda_malloc(device, bytes, &from));
+    must(flash_kda_malloc(device, bytes, &to));
+    char *zeros = allocate(bytes, 1);
+    must(flash_kda_copy(device, from, (flash_kda_device){FLASH_KDA_CPU, 0}, zeros, bytes));
+    free(zeros);
+    for (int i = -1; i < 9; i++) {
+        double start = now_seconds();
+        must(flash_kda_copy(device, to, device, from, bytes));
+        must(flash_kda_synchronize(device, NULL));
+        if (i >= 0) seconds[i] = now_seconds() - start;
+    }
+    must(flash_kda_free(device, from));
+    must(flash_kda_free(device, to));
+    return 2.0 * (double)bytes / median(seconds, 9);
+}
+
+/* The median of the milliseconds of one call. */
+static double time_problem(const problem *p, flash_kda_device device, const char *kernel)
+{
+    const double cache = 200e6; /* a few times the L2 of an H100 */
+    call sets[MAX_SETS];
+    double times[MAX_REPEATS], spent = 0;
+    int count = 1, done = 0;
+    float ms;
+    if (device.type == FLASH_KDA_CUDA) count += (int)(cache / (bytes_of(p) + 1));
+    if (count > MAX_SETS) count = MAX_SETS;
+    for (int i = 0; i < count; i++) {
+        must(call_open(&sets[i], p, (call_options){.device = device, .kernel = kernel, .mode = STATE_BOTH}));
+        must(flash_kda_time_fwd(&sets[i].params, 1, &ms)); /* loads kernels, warms up */
+    }
+    while (done < MAX_REPEATS && (done < 5 || spent < 1000)) {
+        must(flash_kda_time_fwd(&sets[done % count].params, 1, &ms));
+        times[done++] = ms;
+        spent += ms;
+    }
+    for (int i = 0; i < count; i++) call_close(&sets[i]);
+    return median(times, done);
+}
+
+static void bench_shape(shape s, const flash_kda_device_info *info, const char *kernel, double speed)
+{
+    int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
+    int64_t count = parse_lengths(s.lengths, lengths);
+    progress("%s, H = %lld", s.lengths, (long long)s.heads);
+    problem *p = problem_create_ragged(lengths, count, s.heads);
+    fill_repeating(p);
+    double ms = time_problem(p, info->device, kernel), bytes = bytes_of(p), floor_ms = 1e3 * bytes / speed;
+    progress_done();
+    printf("  %-28s %4lld %11.3f %9.1f %10.3f %9.1f\n", s.lengths, (long long)s.heads, ms, 1e-6 * bytes / ms,
+           floor_ms, ms / floor_ms);
+    fflush(stdout);
+    problem_free(p);
+    free(lengths);
+}
+
+static int bench(const flash_kda_device_info *info, const char *kernel, const shape *shapes, int count)
+{
+    bool cpu = info->device.type == FLASH_KDA_CPU;
+    printf("%s", bold());
+    print_device(info);
+    printf(", kernel %s%s\n", kernel ? kernel : info->kernel, plain());
+    progress("measuring a copy");
+    double speed = copy_speed(info->device);
+    progress_done();
+    printf("  a copy reads and writes %.1f GB/s%s\n\n", 1e-9 * speed, cpu ? " (one thread)" : "");
+    printf("  %-28s %4s %11s %9s %10s %9s\n", "lengths", "H", "ms", "GB/s", "floor ms", "x floor");
+    for (int i = 0; i < count; i++) bench_shape(shapes[i], info, kernel, speed);
+    return 0;
+}
+
+int command_bench(int argc, char **argv)
+{
+    static const struct option options[] = {
+        DEVICE_OPTION,
+        KERNEL_OPTION,
+        {"heads", required_argument, NULL, 'H'},
+        {"lengths", required_argument, NULL, 'l'},
+        HELP_OPTION,
+        {0},
+    };
+    flash_kda_device_info info = {0};
+    const char *kernel = NULL;
+    shape own = {NULL, 0};
+    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
+        switch (c) {
+        case 'h': fputs(help, stdout); return 0;
+        case 'd': info = find_device(device_option(optarg)); break;
+        case 'k': kernel = optarg; break;
+        case 'H': own.heads = number_option("--heads", optarg, 4096); break;
+        case 'l': own.lengths = optarg; break;
+        default: refuse_option("bench", argv);
+        }
+    }
+    if (optind < argc) die("bench takes no argument, but there is '%s'", argv[optind]);
+    if (own.heads && !own.lengths) die("--heads needs --lengths, for example --lengths 8192");
+    if (!info.struct_size) info = best_device();
+    if (own.lengths) {
+        if (!own.heads) own.heads = info.device.type == FLASH_KDA_CPU ? 8 : 96;
+        return bench(&info, kernel, &own, 1);
+    }
+    if (info.device.type == FLASH_KDA_CPU)
+        return bench(&info, kernel, cpu_shapes, sizeof cpu_shapes / sizeof *cpu_shapes);
+    return bench(&info, kernel, gpu_shapes, sizeof gpu_shapes / sizeof *gpu_shapes);
+}

@@ -1,0 +1,130 @@
+/* flash-kda check */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "call.h"
+#include "cases.h"
+#include "command.h"
+#include "compare.h"
+#include "terminal.h"
+
+static const char help[] =
+    "flash-kda check [--device cpu|cuda:N] [--kernel NAME]\n\n"
+    "Runs the forward pass on inputs of every kind, ordinary and hard, and compares output and final state "
+    "with\n"
+    "the recurrence in fp64: relative RMS error, next to the most that is allowed. Without --device, on "
+    "every\n"
+    "device that can be used. The exit status is 0 if every line is good, 1 if one is not.\n";
+
+enum { MAX_DEVICES = 64 };
+
+typedef struct measurement {
+    double out, state;
+    const char *fault; /* what went wrong apart from the numbers, or NULL */
+} measurement;
+
+static measurement measure(const problem *p, const answer *truth, flash_kda_device device, const char *kernel)
+{
+    call c;
+    measurement m = {0};
+    must(call_open(&c, p, (call_options){.device = device, .kernel = kernel, .mode = STATE_BOTH}));
+    must(call_run(&c));
+    uint16_t *out = call_read_out(&c);
+    float *state = call_read_state(&c);
+    m.out = relative_rms(truth->out, out, FLASH_KDA_BF16, problem_rows(p) * DIM);
+    m.state = relative_rms(truth->state, state, FLASH_KDA_F32, problem_states(p) * DIM * DIM);
+    m.fault = call_damage(&c, p);
+    free(out);
+    free(state);
+    call_close(&c);
+    return m;
+}
+
+static void print_error(double error, double bar)
+{
+    bool passed = error <= bar;
+    printf("  %s%9.2e%s %s%9.2e%s", passed ? "" : bad(), error, passed ? "" : plain(), faint(), bar, plain());
+}
+
+static bool print_row(const test_case *c, const measurement *m, flash_kda_device device)
+{
+    bars limits = case_bars(c, device);
+    bool passed = m->out <= limits.out && m->state <= limits.state && !m->fault;
+    printf("  %-28s", c->name);
+    print_error(m->out, limits.out);
+    print_error(m->state, limits.state);
+    printf("  %s%s%s", passed ? good() : bad(), passed ? "ok" : "FAILED", plain());
+    if (m->fault) printf("  memory around %s was written", m->fault);
+    putchar('\n');
+    return passed;
+}
+
+/* A long sequence, an empty one, and tails of a chunk. */
+static problem *case_problem(const test_case *c)
+{
+    static const int64_t lengths[] = {1000, 0, 17, 7};
+    problem *p = problem_create_ragged(lengths, 4, 2);
+    fill_case(p, c, 1);
+    return p;
+}
+
+static int check_devices(const flash_kda_device_info *infos, int count, const char *kernel)
+{
+    measurement *all = allocate((size_t)(count * test_case_count), sizeof *all);
+    int failed = 0;
+    for (int i = 0; i < test_case_count; i++) {
+        problem *p = case_problem(&test_cases[i]);
+        progress("%d of %d: %s", i + 1, test_case_count, test_cases[i].name);
+        answer truth = problem_solve(p, true);
+        for (int d = 0; d < count; d++)
+            all[d * test_case_count + i] = measure(p, &truth, infos[d].device, kernel);
+        answer_free(&truth);
+        problem_free(p);
+    }
+    progress_done();
+    for (int d = 0; d < count; d++) {
+        printf("%s", bold());
+        print_device(&infos[d]);
+        printf(", kernel %s%s\n", kernel ? kernel : infos[d].kernel, plain());
+        printf("  %-28s  %9s %9s  %9s %9s\n", "relative RMS error", "output", "at most", "state", "at most");
+        for (int i = 0; i < test_case_count; i++)
+            failed += !print_row(&test_cases[i], &all[d * test_case_count + i], infos[d].device);
+        putchar('\n');
+    }
+    free(all);
+    return failed;
+}
+
+int command_check(int argc, char **argv)
+{
+    static const struct option options[] = {DEVICE_OPTION, KERNEL_OPTION, HELP_OPTION, {0}};
+    flash_kda_device_info chosen[MAX_DEVICES];
+    const char *kernel = NULL, *no_cuda;
+    int count = 0, all_count;
+    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
+        switch (c) {
+        case 'h': fputs(help, stdout); return 0;
+        case 'd':
+            if (count < MAX_DEVICES) chosen[count++] = find_device(device_option(optarg));
+            break;
+        case 'k': kernel = optarg; break;
+        default: refuse_option("check", argv);
+        }
+    }
+    if (optind < argc) die("check takes no argument, but there is '%s'", argv[optind]);
+    if (kernel && count == 0) chosen[count++] = best_device();
+    bool every = count == 0;
+    if (every) {
+        flash_kda_device_info *all = list_devices(&all_count, &no_cuda);
+        for (int i = 0; i < all_count && count < MAX_DEVICES; i++)
+            if (all[i].kernel[0]) chosen[count++] = all[i];
+        free(all);
+    }
+    int failed = check_devices(chosen, count, kernel);
+    if (every && *no_cuda) printf("No CUDA device was checked: %s\n", no_cuda);
+    if (failed)
+        printf("%s%d of %d checks failed.%s\n", bad(), failed, count * test_case_count, plain());
+    else
+        printf("%sAll %d checks passed.%s\n", good(), count * test_case_count, plain());
+    return failed ? 1 : 0;
+}

@@ -1,0 +1,50 @@
+/* What the subcommands of `flash-kda` share. */
+#ifndef TOOLS_COMMAND_H
+#define TOOLS_COMMAND_H
+
+#include <getopt.h>
+
+#include "util.h"
+
+/* Each gets its own name as argv[0] and returns the exit status: 0 good, 1 a result was not, 2 wrong use. */
+int command_info(int argc, char **argv);
+int command_check(int argc, char **argv);
+int command_bench(int argc, char **argv);
+int command_run(int argc, char **argv);
+
+/* Options that several commands take. */
+#define DEVICE_OPTION                                                                                        \
+    {                                                                                                        \
+        "device", required_argument, NULL, 'd'                                                               \
+    }
+#define KERNEL_OPTION                                                                                        \
+    {                                                                                                        \
+        "kernel", required_argument, NULL, 'k'                                                               \
+    }
+#define HELP_OPTION                                                                                          \
+    {                                                                                                        \
+        "help", no_argument, NULL, 'h'                                                                       \
+    }
+
+/* A device as --device names it, or the end of the process with a sentence. */
+flash_kda_device device_option(const char *text);
+
+/* A whole number in [1, max], or the end of the process with a sentence that names the option. */
+int64_t number_option(const char *option, const char *text, int64_t max);
+
+/* Says what getopt_long() could not use and ends the process. */
+void refuse_option(const char *command, char **argv) __attribute__((noreturn));
+
+/* All devices, the CPU first; to be freed. */
+flash_kda_device_info *list_devices(int *count, const char **no_cuda);
+
+/* The device's entry; ends the process with the reason if the device can't be used. */
+flash_kda_device_info find_device(flash_kda_device device);
+
+/* CUDA device 0 if it can be used, else the CPU. */
+flash_kda_device_info best_device(void);
+
+/* One line: "cuda:0  NVIDIA H100 80GB HBM3, sm_90, 132 multiprocessors, 80 GB" */
+void print_device(const flash_kda_device_info *info);
+
+#endif

@@ -1,0 +1,71 @@
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "command.h"
+
+flash_kda_device device_option(const char *text)
+{
+    flash_kda_device device;
+    if (!parse_device(text, &device)) die("--device is '%s'; it must be cpu or cuda:N", text);
+    return device;
+}
+
+int64_t number_option(const char *option, const char *text, int64_t max)
+{
+    char *end;
+    long long number = strtoll(text, &end, 10);
+    if (end == text || *end || number < 1 || number > max)
+        die("%s is '%s'; it must be a whole number from 1 to %lld", option, text, (long long)max);
+    return number;
+}
+
+void refuse_option(const char *command, char **argv)
+{
+    const char *option = optind > 0 && argv[optind - 1] ? argv[optind - 1] : "";
+    die("'%s' is not an option here, or lacks its value; flash-kda %s --help lists them", option, command);
+}
+
+flash_kda_device_info *list_devices(int *count, const char **no_cuda)
+{
+    int32_t total;
+    must(flash_kda_list_devices(NULL, 0, &total, NULL));
+    flash_kda_device_info *infos = allocate((size_t)total, sizeof *infos);
+    for (int i = 0; i < total; i++) infos[i].struct_size = sizeof *infos;
+    must(flash_kda_list_devices(infos, total, &total, no_cuda));
+    *count = total;
+    return infos;
+}
+
+flash_kda_device_info find_device(flash_kda_device device)
+{
+    int count;
+    const char *no_cuda;
+    char name[16];
+    flash_kda_device_info *infos = list_devices(&count, &no_cuda), found = {0};
+    for (int i = 0; i < count; i++)
+        if (infos[i].device.type == device.type && infos[i].device.index == device.index) found = infos[i];
+    free(infos);
+    if (!found.struct_size && *no_cuda)
+        die("--device %s can't be used: %s", device_text(device, name), no_cuda);
+    if (!found.struct_size)
+        die("--device is %s; there are CUDA devices 0 to %d", device_text(device, name), count - 2);
+    if (!found.kernel[0]) die("--device %s can't be used: %s", device_text(device, name), found.reason);
+    return found;
+}
+
+flash_kda_device_info best_device(void)
+{
+    int count;
+    flash_kda_device_info *infos = list_devices(&count, NULL), best = infos[0];
+    if (count > 1 && infos[1].kernel[0]) best = infos[1];
+    free(infos);
+    return best;
+}
+
+void print_device(const flash_kda_device_info *info)
+{
+    char name[16];
+    printf("%-7s %s, %s, %d %s, %.0f GB", device_text(info->device, name), info->name, info->arch,
+           info->units, info->device.type == FLASH_KDA_CPU ? "threads" : "multiprocessors",
+           1e-9 * (double)info->memory);
+}

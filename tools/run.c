@@ -1,0 +1,229 @@
+/* flash-kda run */
+#define _POSIX_C_SOURCE 200809L
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "call.h"
+#include "cases.h"
+#include "command.h"
+#include "compare.h"
+#include "recorded.h"
+#include "terminal.h"
+
+static const char help[] =
+    "flash-kda run [FILE.safetensors] [--device cpu|cuda:N] [--kernel NAME]\n\n"
+    "Runs the forward pass on the activations in FILE (q, k, v, g, beta, A_log, dt_bias as one layer of a "
+    "model\n"
+    "hands them over) and shows what it computed, its error against the recurrence in fp64, its time, and "
+    "how\n"
+    "long each head remembers. Without FILE: the recorded last layer of a small model, or made-up "
+    "activations if\n"
+    "that file is not there. --device is CUDA device 0 if it can be used, else the CPU.\n";
+
+enum { COLUMNS = 64, SHOWN_HEADS = 16, REPEATS = 50 };
+
+/* The recorded layer: here, beside the folder of the program, or where it is installed. */
+static bool find_recorded(char path[1024])
+{
+    static const char *const places[] = {"/data", "/../data", "/../share/flash_kda"};
+    char folder[900] = "";
+    snprintf(path, 1024, "data/kda_layer3.safetensors");
+    if (access(path, R_OK) == 0) return true;
+    ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
+    if (length <= 0) return false;
+    folder[length] = 0;
+    *strrchr(folder, '/') = 0;
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, 1024, "%s%s/kda_layer3.safetensors", folder, places[i]);
+        if (access(path, R_OK) == 0) return true;
+    }
+    return false;
+}
+
+static problem *load(const char *given)
+{
+    char path[1024], why[256];
+    if (given || find_recorded(path)) {
+        problem *p = recorded_load(given ? given : path, why);
+        if (!p) die("%s", why);
+        printf("%s%s%s\n", bold(), given ? given : path, plain());
+        return p;
+    }
+    problem *p = problem_create(1, 2048, 4);
+    fill_case(p, find_case("channels from fast to slow"), 1);
+    printf("%smade-up activations%s (no recorded ones found)\n", bold(), plain());
+    return p;
+}
+
+/* ---- What the gates are ---- */
+
+/* Mean log decay of every channel of a head in nats a token, positive; ascending, so the slowest comes first. */
+static void decay_rates(const problem *p, int64_t h, double rates[DIM])
+{
+    int64_t tokens = p->batch * p->tokens;
+    for (int i = 0; i < DIM; i++) {
+        double sum = 0;
+        for (int64_t t = 0; t < tokens; t++) {
+            double raw =
+                float_from_bf16(p->g[(t * p->heads + h) * DIM + i]) + (double)p->dt_bias[h * DIM + i];
+            sum -= p->lower_bound / (1.0 + exp(-exp((double)p->A_log[h]) * raw));
+        }
+        rates[i] = sum / (double)tokens;
+    }
+    median(rates, DIM); /* sorts */
+}
+
+/* "0.18", "34", "12,800" tokens until half is forgotten. */
+static const char *half_life(double rate, char words[24])
+{
+    double tokens = log(2.0) / rate;
+    if (tokens < 10)
+        snprintf(words, 24, "%.2f", tokens);
+    else if (tokens < 1000)
+        snprintf(words, 24, "%.0f", tokens);
+    else if (tokens < 1e6)
+        snprintf(words, 24, "%d,%03d", (int)tokens / 1000, (int)tokens % 1000);
+    else
+        snprintf(words, 24, "over 1,000,000");
+    return words;
+}
+
+static void print_levels(const double levels[COLUMNS])
+{
+    for (int i = 0; i < COLUMNS; i++) print_level(levels[i]);
+    end_levels();
+}
+
+/* Half-lives from 0.1 to 10,000 tokens, on a log scale. */
+static void print_memory(const problem *p, int64_t heads)
+{
+    char slow[24], middle[24], fast[24];
+    printf("\n%sMemory of the channels%s, slowest to fastest; height: tokens until half is forgotten, 0.1 to "
+           "10,000 "
+           "(log)\n  %-6s  %-*s %9s %9s %9s\n",
+           bold(), plain(), "", COLUMNS, "", "slowest", "median", "fastest");
+    for (int64_t h = 0; h < heads; h++) {
+        double rates[DIM], levels[COLUMNS];
+        decay_rates(p, h, rates);
+        for (int i = 0; i < COLUMNS; i++) {
+            double rate = 0.5 * (rates[2 * i] + rates[2 * i + 1]);
+            levels[i] = (log10(log(2.0) / rate) + 1) / 5;
+            if (levels[i] < 0.125) levels[i] = 0.125; /* a channel that forgets at once is still there */
+        }
+        printf("  head %-2lld ", (long long)h);
+        print_levels(levels);
+        printf(" %9s %9s %9s\n", half_life(rates[0], slow), half_life(rates[DIM / 2], middle),
+               half_life(rates[DIM - 1], fast));
+    }
+}
+
+/* ---- What came out ---- */
+
+static void print_output(const problem *p, const uint16_t *out, int64_t heads)
+{
+    int64_t tokens = p->batch * p->tokens;
+    printf("\n%sSize of the output%s over time; height: relative to the head's largest; RMS over all on the "
+           "right\n",
+           bold(), plain());
+    for (int64_t h = 0; h < heads; h++) {
+        double levels[COLUMNS] = {0}, largest = 0, total = 0;
+        for (int column = 0; column < COLUMNS; column++) {
+            int64_t begin = tokens * column / COLUMNS, end = tokens * (column + 1) / COLUMNS;
+            double sum = 0;
+            for (int64_t t = begin; t < end; t++)
+                for (int i = 0; i < DIM; i++) {
+                    double x = float_from_bf16(out[(t * p->heads + h) * DIM + i]);
+                    sum += x * x;
+                }
+            total += sum;
+            levels[column] = end > begin ? sqrt(sum / (double)((end - begin) * DIM)) : 0;
+            if (levels[column] > largest) largest = levels[column];
+        }
+        for (int i = 0; i < COLUMNS; i++) levels[i] = largest > 0 ? levels[i] / largest : 0;
+        printf("  head %-2lld ", (long long)h);
+        print_levels(levels);
+        printf(" %9.4f\n", tokens ? sqrt(total / (double)(tokens * DIM)) : 0.0);
+    }
+}
+
+static bool print_error(const char *what, double error, double bar)
+{
+    printf("  %-7s relative error %s%.2e%s  (at most %.1e)\n", what, error <= bar ? good() : bad(), error,
+           plain(), bar);
+    return error <= bar;
+}
+
+static void print_time(const call *c, const problem *p)
+{
+    double times[REPEATS], spent = 0;
+    float ms;
+    int count = 0;
+    progress("timing");
+    while (count < REPEATS && (count < 5 || spent < 500)) {
+        must(flash_kda_time_fwd(&c->params, 1, &ms));
+        times[count++] = ms;
+        spent += ms;
+    }
+    progress_done();
+    double middle = median(times, count);
+    printf("  %-7s %.3f ms, %.0f thousand tokens a second  (median of %d)\n", "time", middle,
+           (double)(p->batch * p->tokens) / middle, count);
+}
+
+static int run(const char *file, const flash_kda_device_info *info, const char *kernel)
+{
+    problem *p = load(file);
+    call c;
+    printf("  B = %lld, T = %lld, H = %lld, K = V = %d, no initial state, on ", (long long)p->batch,
+           (long long)p->tokens, (long long)p->heads, DIM);
+    print_device(info);
+    printf(", kernel %s\n\n", kernel ? kernel : info->kernel);
+    must(call_open(&c, p, (call_options){.device = info->device, .kernel = kernel, .mode = STATE_OUT}));
+    must(call_run(&c));
+    uint16_t *out = call_read_out(&c);
+    float *state = call_read_state(&c);
+
+    progress("the recurrence in fp64");
+    answer truth = problem_solve(p, false);
+    progress_done();
+    bars limits = case_bars(&recorded_cases[1], info->device);
+    bool passed = print_error("output", relative_rms(truth.out, out, FLASH_KDA_BF16, problem_rows(p) * DIM),
+                              limits.out);
+    passed &=
+        print_error("state", relative_rms(truth.state, state, FLASH_KDA_F32, problem_states(p) * DIM * DIM),
+                    limits.state);
+    print_time(&c, p);
+    int64_t heads = p->heads < SHOWN_HEADS ? p->heads : SHOWN_HEADS;
+    if (p->tokens > 0) {
+        print_memory(p, heads);
+        print_output(p, out, heads);
+    }
+    if (heads < p->heads) printf("  and %lld heads more\n", (long long)(p->heads - heads));
+    answer_free(&truth);
+    free(out);
+    free(state);
+    call_close(&c);
+    problem_free(p);
+    return passed ? 0 : 1;
+}
+
+int command_run(int argc, char **argv)
+{
+    static const struct option options[] = {DEVICE_OPTION, KERNEL_OPTION, HELP_OPTION, {0}};
+    flash_kda_device_info info = {0};
+    const char *kernel = NULL;
+    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
+        switch (c) {
+        case 'h': fputs(help, stdout); return 0;
+        case 'd': info = find_device(device_option(optarg)); break;
+        case 'k': kernel = optarg; break;
+        default: refuse_option("run", argv);
+        }
+    }
+    if (argc - optind > 1) die("run takes one file, but there is '%s' too", argv[optind + 1]);
+    if (!info.struct_size) info = best_device();
+    return run(optind < argc ? argv[optind] : NULL, &info, kernel);
+}
