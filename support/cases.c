@@ -66,6 +66,11 @@ bars case_bars(const test_case *c, flash_kda_device device)
     return device.type == FLASH_KDA_CPU ? c->cpu : c->gpu;
 }
 
+bars ordinary_bars(flash_kda_device device)
+{
+    return device.type == FLASH_KDA_CPU ? (bars)CPU : (bars)OTHER;
+}
+
 double bar_of_bf16_state(double bar)
 {
     const double rounding = 0x1p-9; /* half a step of an 8-bit significand */

@@ -36,6 +36,7 @@ extern const test_case recorded_cases[2]; /* the recorded first and last layer: 
 const test_case *find_case(const char *name);
 
 bars case_bars(const test_case *c, flash_kda_device device);
+bars ordinary_bars(flash_kda_device device); /* for inputs that are no case of these */
 
 /* What rounding a state to bf16 adds at most, and how it adds to a bar: in squares. */
 double bar_of_bf16_state(double bar);

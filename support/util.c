@@ -22,7 +22,7 @@ void die(const char *format, ...)
 
 void must(flash_kda_status status)
 {
-    if (status != FLASH_KDA_OK) die("%s: %s", flash_kda_status_string(status), flash_kda_last_error());
+    if (status != FLASH_KDA_OK) die("%s", flash_kda_last_error());
 }
 
 void *allocate(size_t count, size_t size)

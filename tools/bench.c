@@ -62,6 +62,15 @@ static int64_t parse_lengths(const char *text, int64_t *lengths)
     die("--lengths is '%s'; it must be like 8192, or 1300,547, or 1024x8", text);
 }
 
+static problem *create_problem(shape s)
+{
+    int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
+    int64_t count = parse_lengths(s.lengths, lengths);
+    problem *p = problem_create_ragged(lengths, count, s.heads);
+    free(lengths);
+    return p;
+}
+
 /* Fills a few tokens and repeats them: the time does not depend on it, and random numbers are slow to make. */
 static void fill_repeating(problem *p)
 {
@@ -131,10 +140,8 @@ static double time_problem(const problem *p, flash_kda_device device, const char
 
 static void bench_shape(shape s, const flash_kda_device_info *info, const char *kernel, double speed)
 {
-    int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
-    int64_t count = parse_lengths(s.lengths, lengths);
     progress("%s, H = %lld", s.lengths, (long long)s.heads);
-    problem *p = problem_create_ragged(lengths, count, s.heads);
+    problem *p = create_problem(s);
     fill_repeating(p);
     double ms = time_problem(p, info->device, kernel), bytes = bytes_of(p), floor_ms = 1e3 * bytes / speed;
     progress_done();
@@ -142,7 +149,6 @@ static void bench_shape(shape s, const flash_kda_device_info *info, const char *
            floor_ms, ms / floor_ms);
     fflush(stdout);
     problem_free(p);
-    free(lengths);
 }
 
 static int bench(const flash_kda_device_info *info, const char *kernel, const shape *shapes, int count)
@@ -187,6 +193,9 @@ int command_bench(int argc, char **argv)
     if (own.heads && !own.lengths) die("--heads needs --lengths, for example --lengths 8192");
     if (!info.struct_size) info = best_device();
     if (own.lengths) {
+        int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
+        parse_lengths(own.lengths, lengths); /* refuse before anything takes time */
+        free(lengths);
         if (!own.heads) own.heads = info.device.type == FLASH_KDA_CPU ? 8 : 96;
         return bench(&info, kernel, &own, 1);
     }

@@ -44,7 +44,7 @@ flash_kda_device_info find_device(flash_kda_device device);
 /* CUDA device 0 if it can be used, else the CPU. */
 flash_kda_device_info best_device(void);
 
-/* One line: "cuda:0  NVIDIA H100 80GB HBM3, sm_90, 132 multiprocessors, 80 GB" */
+/* One line: "cuda:0: NVIDIA H100 80GB HBM3, sm_90, 132 multiprocessors, 80 GB" */
 void print_device(const flash_kda_device_info *info);
 
 #endif

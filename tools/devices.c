@@ -65,7 +65,6 @@ flash_kda_device_info best_device(void)
 void print_device(const flash_kda_device_info *info)
 {
     char name[16];
-    printf("%-7s %s, %s, %d %s, %.0f GB", device_text(info->device, name), info->name, info->arch,
-           info->units, info->device.type == FLASH_KDA_CPU ? "threads" : "multiprocessors",
-           1e-9 * (double)info->memory);
+    printf("%s: %s, %s, %d %s, %.0f GB", device_text(info->device, name), info->name, info->arch, info->units,
+           info->device.type == FLASH_KDA_CPU ? "threads" : "multiprocessors", 1e-9 * (double)info->memory);
 }

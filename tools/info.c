@@ -20,11 +20,11 @@ static void print_devices(void)
         printf("  ");
         print_device(&infos[i]);
         if (infos[i].kernel[0])
-            printf("\n          runs kernel %s%s%s\n", good(), infos[i].kernel, plain());
+            printf("\n    runs kernel %s%s%s\n", good(), infos[i].kernel, plain());
         else
-            printf("\n          %scan't be used%s: %s\n", bad(), plain(), infos[i].reason);
+            printf("\n    %scan't be used%s: %s\n", bad(), plain(), infos[i].reason);
     }
-    if (*no_cuda) printf("  cuda    can't be used: %s\n", no_cuda);
+    if (*no_cuda) printf("  cuda: can't be used: %s\n", no_cuda);
     free(infos);
 }
 

@@ -177,10 +177,10 @@ static int run(const char *file, const flash_kda_device_info *info, const char *
 {
     problem *p = load(file);
     call c;
-    printf("  B = %lld, T = %lld, H = %lld, K = V = %d, no initial state, on ", (long long)p->batch,
-           (long long)p->tokens, (long long)p->heads, DIM);
+    printf("  %-7s B = %lld, T = %lld, H = %lld, K = V = %d, no initial state\n  %-7s ", "shape",
+           (long long)p->batch, (long long)p->tokens, (long long)p->heads, DIM, "device");
     print_device(info);
-    printf(", kernel %s\n\n", kernel ? kernel : info->kernel);
+    printf(", kernel %s\n", kernel ? kernel : info->kernel);
     must(call_open(&c, p, (call_options){.device = info->device, .kernel = kernel, .mode = STATE_OUT}));
     must(call_run(&c));
     uint16_t *out = call_read_out(&c);
@@ -189,7 +189,7 @@ static int run(const char *file, const flash_kda_device_info *info, const char *
     progress("the recurrence in fp64");
     answer truth = problem_solve(p, false);
     progress_done();
-    bars limits = case_bars(&recorded_cases[1], info->device);
+    bars limits = ordinary_bars(info->device);
     bool passed = print_error("output", relative_rms(truth.out, out, FLASH_KDA_BF16, problem_rows(p) * DIM),
                               limits.out);
     passed &=

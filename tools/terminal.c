@@ -22,6 +22,8 @@ static bool knows_unicode(void)
     return isatty(STDOUT_FILENO) && strcmp(nl_langinfo(CODESET), "UTF-8") == 0;
 }
 
+static int colour_now = -1; /* of a run of levels */
+
 void print_level(double level)
 {
     static const char *const blocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
@@ -29,7 +31,8 @@ void print_level(double level)
     static const int colours[] = {24, 24, 31, 38, 44, 43, 79, 150, 229}; /* deep blue to pale yellow */
     int step = level > 0 ? (int)(level * 8 + 0.5) : 0;
     if (step > 8) step = 8;
-    if (terminal_has_colour()) printf("\033[38;5;%dm", colours[step]);
+    if (terminal_has_colour() && colours[step] != colour_now) printf("\033[38;5;%dm", colours[step]);
+    colour_now = colours[step];
     if (knows_unicode())
         fputs(blocks[step], stdout);
     else
@@ -38,6 +41,7 @@ void print_level(double level)
 
 void end_levels(void)
 {
+    colour_now = -1;
     fputs(plain(), stdout);
 }
 
