@@ -158,22 +158,38 @@ def _refuse_gradients(tensors) -> None:
         )
 
 
-@torch.library.custom_op(
+# The operator. Its name for `kernel` is kernel_name: inductor passes arguments by name beside a `kernel` of its own.
+# (torch.library.custom_op would do all of this, but it fails on a written tensor that is left at its default.)
+torch.library.define(
     "flash_kda::fwd",
-    mutates_args=("out", "final_state"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
     "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
-    "Tensor? cu_seqlens=None, str? kernel=None, int threads=0) -> ()",
+    "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0) -> ()",
+    # The strides that tracing saw are those that the call gets: it takes contiguous tensors.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
+
+
+@torch.library.impl("flash_kda::fwd", ("cpu", "cuda"))
 def _operator(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound,
-    initial_state=None, final_state=None, cu_seqlens=None, kernel=None, threads=0,
+    initial_state=None, final_state=None, cu_seqlens=None, kernel_name=None, threads=0,
 ):  # fmt: skip
     optional = (initial_state, final_state, cu_seqlens)
     tensors = [q, k, v, g, beta, out, A_log, dt_bias, *(t for t in optional if t is not None)]
-    _launch(tensors, *(t is None for t in optional), scale, lower_bound, kernel, threads)
+    _launch(tensors, *(t is None for t in optional), scale, lower_bound, kernel_name, threads)
+    _increment_version(out)
+    if final_state is not None:
+        _increment_version(final_state)
 
 
-@_operator.register_fake
-def _(*args, **kwargs):
+@torch.library.impl("flash_kda::fwd", "Autograd")
+def _operator_autograd(*args, **kwargs):
+    _refuse_gradients([t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.flash_kda.fwd(*args, **kwargs)
+
+
+@torch.library.register_fake("flash_kda::fwd")
+def _operator_fake(*args, **kwargs):
     """Nothing is returned; what is written has its shape already."""

@@ -1,0 +1,357 @@
+"""fwd on PyTorch tensors: eager calls, the operator, compilers."""
+
+import functools
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from problems import hold_to, make, to_numpy, to_torch, truth
+
+import flash_kda
+
+torch = pytest.importorskip("torch")
+
+ORDER = (
+    "q",
+    "k",
+    "v",
+    "g",
+    "beta",
+    "scale",
+    "out",
+    "A_log",
+    "dt_bias",
+    "lower_bound",
+    "initial_state",
+    "final_state",
+    "cu_seqlens",
+)
+
+
+def check(a, device, call=flash_kda.fwd):
+    """Runs call on the problem, and holds what it wrote to the truth."""
+    expected = truth(a)
+    tensors = to_torch(a, device)
+    with torch.no_grad():
+        assert call(**tensors) is None
+    hold_to(to_numpy(tensors), expected, device)
+    return tensors
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 300])
+@pytest.mark.parametrize("H", [1, 3])
+def test_lengths(device, T, H):
+    check(make(T=T, H=H, B=2, initial=np.float32), device)
+
+
+@pytest.mark.parametrize("initial", [None, np.float32, bfloat16])
+@pytest.mark.parametrize("final", [None, np.float32, bfloat16])
+def test_states(device, initial, final):
+    if initial and final and initial != final:
+        pytest.skip("both states must have one dtype")
+    a = make(T=40, B=3, initial=initial, final=final)
+    tensors = check(a, device)
+    if final is bfloat16:
+        wide = {**tensors, "out": torch.empty_like(tensors["out"]), "final_state": tensors["final_state"].float()}
+        if initial is not None:
+            wide["initial_state"] = tensors["initial_state"].float()
+        flash_kda.fwd(**wide)
+        assert torch.equal(tensors["final_state"], wide["final_state"].bfloat16())
+
+
+@pytest.mark.parametrize("cu_dtype", [np.int64, np.int32])
+def test_sequences(device, cu_dtype):
+    check(make(lengths=[5, 0, 64, 1, 130, 0], initial=np.float32, cu_dtype=cu_dtype), device)
+
+
+def test_no_tokens(device):
+    tensors = to_torch(make(T=0, B=2, initial=np.float32), device)
+    flash_kda.fwd(**tensors)
+    assert torch.equal(tensors["final_state"], tensors["initial_state"])
+
+
+def test_state_in_place(device):
+    a = make(T=33, initial=np.float32)
+    expected = truth(a)
+    tensors = to_torch(a, device)
+    tensors["final_state"] = tensors["initial_state"]
+    flash_kda.fwd(**tensors)
+    hold_to(to_numpy(tensors), expected, device)
+
+
+def test_positions_of_arguments(device):
+    check(make(lengths=[20, 3], initial=np.float32), device, lambda **t: flash_kda.fwd(*(t[n] for n in ORDER)))
+
+
+def test_reference_of_tensors(device):
+    a = make(T=9)
+    out, state = truth(a)
+    t_out, t_state = truth(to_torch(a, device))
+    assert t_out.dtype == t_state.dtype == torch.float64
+    np.testing.assert_array_equal(t_out.numpy(), out)
+    np.testing.assert_array_equal(t_state.numpy(), state)
+
+
+def test_inference_mode(device):
+    with torch.inference_mode():
+        check(make(), device)
+
+
+def test_parameters_of_a_layer_cast_as_a_whole(device):
+    """A_log and dt_bias in 16 bits are taken as what they hold."""
+    a = make()
+    for name in ("A_log", "dt_bias"):
+        a[name] = a[name].astype(bfloat16).astype(np.float32)
+    for _ in range(2):
+        check(
+            a,
+            device,
+            lambda **t: flash_kda.fwd(**{**t, "A_log": t["A_log"].bfloat16(), "dt_bias": t["dt_bias"].bfloat16()}),
+        )
+
+
+def test_parameters_are_tensors(device):
+    check(
+        make(),
+        device,
+        lambda **t: flash_kda.fwd(
+            **{**t, "A_log": torch.nn.Parameter(t["A_log"]), "dt_bias": torch.nn.Parameter(t["dt_bias"])}
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
+def test_gradients_are_refused(device, name):
+    tensors = to_torch(make(T=4, initial=np.float32), device)
+    tensors[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode\(\)"):
+        flash_kda.fwd(**tensors)
+    assert tensors["out"].isnan().all()
+    with torch.no_grad():
+        flash_kda.fwd(**tensors)
+    assert not tensors["out"].isnan().any()
+
+
+def test_autograd_notices_what_was_written(device):
+    """A tensor saved for a backward pass and then written by fwd must not be used unnoticed."""
+    tensors = to_torch(make(T=4), device)
+    weight = torch.ones((), device=device, requires_grad=True)
+    for name in ("out", "final_state"):
+        loss = (weight * tensors[name]).sum()
+        flash_kda.fwd(**tensors)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_devices_must_agree(cuda):
+    tensors = to_torch(make(T=4), cuda)
+    with pytest.raises(ValueError, match="k is on cpu and q on cuda:0; all tensors must be on one device"):
+        flash_kda.fwd(**{**tensors, "k": tensors["k"].cpu()})
+    flash_kda.fwd(**tensors)
+    with pytest.raises(ValueError, match="k is on cpu and q on cuda:0; all tensors must be on one device"):
+        flash_kda.fwd(**{**tensors, "k": tensors["k"].cpu()})
+
+
+def test_tensors_without_memory():
+    tensors = to_torch(make(T=4), "cpu")
+    meta = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in tensors.items()}
+    with pytest.raises(ValueError, match="q is on meta; tensors must be on the CPU or a CUDA device"):
+        flash_kda.fwd(**meta)
+    with pytest.raises(ValueError, match=r"A_log has the layout torch.sparse_coo; it must be a dense tensor"):
+        flash_kda.fwd(**{**tensors, "A_log": tensors["A_log"].to_sparse()})
+
+
+def test_current_stream(cuda):
+    """The work lands on the stream that is current, behind what is queued there."""
+    a = make(T=64)
+    expected = truth(a)
+    late = to_torch(a, cuda)
+    tensors = {n: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for n, x in late.items()}
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for name, x in late.items():
+            if isinstance(x, torch.Tensor):
+                tensors[name].copy_(x)
+        flash_kda.fwd(**tensors)
+        assert not stream.query(), "the call waited for the device"
+    stream.synchronize()
+    hold_to(to_numpy(tensors), expected, cuda)
+
+
+def test_cuda_graph(cuda):
+    a = make(lengths=[40, 60], initial=np.float32)
+    expected = truth(a)
+    tensors = to_torch(a, cuda)
+    flash_kda.fwd(**tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flash_kda.fwd(**tensors)
+    for name in ("out", "final_state"):
+        tensors[name].fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    hold_to(to_numpy(tensors), expected, cuda)
+
+
+def test_second_gpu(cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    a = make()
+    expected = truth(a)
+    tensors = to_torch(a, "cuda:1")  # while cuda:0 is current
+    flash_kda.fwd(**tensors)
+    hold_to(to_numpy(tensors), expected, cuda)
+
+
+def test_calls_from_many_threads(device):
+    problems = [make(T=50 + i % 2, seed=i) for i in range(6)]
+    expected = [truth(a) for a in problems]
+    failures = []
+
+    def work(a, want):
+        try:
+            tensors = to_torch(a, device)
+            stream = torch.cuda.Stream() if device == "cuda" else None
+            with torch.cuda.stream(stream):
+                for _ in range(20):
+                    tensors["out"].fill_(float("nan"))
+                    flash_kda.fwd(**tensors)
+                if stream:
+                    stream.synchronize()
+            hold_to(to_numpy(tensors), want, device)
+        except BaseException as failure:
+            failures.append(failure)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+# The operator and the compilers.
+
+
+def test_operator(device):
+    check(make(lengths=[20, 3], initial=np.float32), device, torch.ops.flash_kda.fwd)
+    check(make(final=None), device, torch.ops.flash_kda.fwd)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"final": None},
+        {"initial": np.float32},
+        {"lengths": [3, 9], "initial": np.float32},
+        {"final": bfloat16, "initial": bfloat16},
+    ],
+)
+def test_opcheck(device, options):
+    tensors = to_torch(make(**{"T": 12, **options}), device)
+    torch.library.opcheck(torch.ops.flash_kda.fwd.default, (), tensors)
+
+
+def test_operator_refuses_gradients(device):
+    tensors = to_torch(make(T=4), device)
+    tensors["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward pass yet"):
+        torch.ops.flash_kda.fwd(**tensors)
+    assert tensors["out"].isnan().all()
+
+
+def with_allocation(q, k, v, g, beta, A_log, dt_bias, initial_state=None, cu_seqlens=None):
+    """As a model uses it: buffers made inside, arithmetic around."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = torch.empty_like(v)
+    state = torch.empty(N, q.shape[2], v.shape[3], q.shape[3], dtype=torch.float32, device=q.device)
+    flash_kda.fwd(
+        q, k, v * 2, g, beta, q.shape[-1] ** -0.5, out, A_log, dt_bias, -5.0, initial_state, state, cu_seqlens
+    )
+    return out + 1, state
+
+
+INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compile(device, backend, mode):
+    torch.compiler.reset()
+    compiled = torch.compile(with_allocation, fullgraph=True, backend=backend)
+    with mode():
+        for a in (make(T=40, initial=np.float32), make(lengths=[20, 0, 7])):
+            tensors = to_torch(a, device)
+            inputs = {n: tensors[n] for n in INPUTS if n in tensors}
+            got, want = compiled(**inputs), with_allocation(**inputs)
+            assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_compile_writes_arguments(device, backend):
+    torch.compiler.reset()
+    a = make(T=20, initial=np.float32)
+    check(a, device, torch.compile(lambda **t: flash_kda.fwd(**t), fullgraph=True, backend=backend))
+    # In place: one tensor is both states.
+    tensors = to_torch(a, device)
+    state = tensors["initial_state"].clone()
+    step = torch.compile(
+        lambda state: flash_kda.fwd(**{**tensors, "initial_state": state, "final_state": state}),
+        fullgraph=True,
+        backend=backend,
+    )
+    flash_kda.fwd(**tensors)
+    with torch.no_grad():
+        step(state)
+    assert torch.equal(state, tensors["final_state"])
+
+
+def test_compile_dynamic_shapes(device):
+    torch.compiler.reset()
+    compiled = torch.compile(with_allocation, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for T in (5, 20, 33):
+            tensors = to_torch(make(T=T, H=3), device)
+            inputs = {n: tensors[n] for n in INPUTS if n in tensors}
+            assert all(torch.equal(x, y) for x, y in zip(compiled(**inputs), with_allocation(**inputs)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(device, strict):
+    class Layer(torch.nn.Module):
+        forward = staticmethod(with_allocation)
+
+    tensors = to_torch(make(T=20, initial=np.float32), device)
+    inputs = {n: tensors[n] for n in INPUTS if n in tensors}
+    with torch.no_grad():
+        program = torch.export.export(Layer(), (), inputs, strict=strict)
+        assert "flash_kda.fwd" in program.graph_module.code
+        got, want = program.module()(**inputs), with_allocation(**inputs)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+def test_fake_tensors(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors = to_torch(make(T=20), device)
+    with FakeTensorMode() as mode, torch.no_grad():
+        fakes = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in tensors.items()}
+        out, _ = with_allocation(**{n: fakes[n] for n in INPUTS if n in fakes})
+    assert out.shape == tensors["out"].shape
+
+
+def test_make_fx_sees_the_operator(device):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = to_torch(make(T=5), device)
+    inputs = [tensors[n] for n in INPUTS if n in tensors]
+    with torch.no_grad():
+        graph = make_fx(functools.partial(with_allocation))(*inputs)
+    assert "flash_kda.fwd" in graph.code
