@@ -3,7 +3,8 @@
 #   a plain CMake build    <build folder>/python is importable: links to the modules and to what was built.
 if(SKBUILD)
   # One real file: a wheel holds no links, and the package loads the library by its full name.
-  set_target_properties(flashkda PROPERTIES VERSION "" SOVERSION "")
+  set_property(TARGET flashkda PROPERTY VERSION)
+  set_property(TARGET flashkda PROPERTY SOVERSION)
   install(TARGETS flashkda LIBRARY DESTINATION flash_kda COMPONENT python)
   install(FILES include/flash_kda.h DESTINATION flash_kda/include COMPONENT python)
   if(TARGET flash-kda)
