@@ -66,7 +66,8 @@ static problem *create_problem(shape s)
 {
     int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
     int64_t count = parse_lengths(s.lengths, lengths);
-    problem *p = problem_create_ragged(lengths, count, s.heads);
+    problem *p =
+        count == 1 ? problem_create(1, lengths[0], s.heads) : problem_create_ragged(lengths, count, s.heads);
     free(lengths);
     return p;
 }

@@ -186,6 +186,28 @@ static void slow_channels(void)
     problem_free(p);
 }
 
+static void check_large(int64_t batch, int64_t tokens, int64_t head_count)
+{
+    const test_case *c = find_case("channels from fast to slow");
+    problem *p = problem_create(batch, tokens, head_count);
+    fill_case(p, c, 61);
+    trying("B = %lld, T = %lld, H = %lld", (long long)batch, (long long)tokens, (long long)head_count);
+    answer truth = problem_solve(p, true);
+    result r = run_and_check(p, &truth, case_bars(c, test.device), options_of(STATE_BOTH, false));
+    result_free(&r);
+    answer_free(&truth);
+    problem_free(p);
+}
+
+/* The largest of each size that is promised for a GPU; less where the tests should stay short. */
+static void large(void)
+{
+    bool gpu = test.device.type == FLASH_KDA_CUDA && !test.quick;
+    check_large(1, gpu ? 1048576 : 16384, 1);
+    check_large(1, 5, 256);
+    check_large(64, 5, gpu ? 256 : 3);
+}
+
 /* The same bits from every run, and on a CPU with any number of threads. */
 static void determinism(void)
 {
@@ -252,6 +274,7 @@ int main(int argc, char **argv)
         {"cases", cases},
         {"recorded", recorded},
         {"slow-channels", slow_channels},
+        {"large", large},
         {"determinism", determinism},
         {"wild-seqlens", wild_seqlens},
     };
