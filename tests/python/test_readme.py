@@ -35,6 +35,10 @@ def test_python_blocks_run() -> None:
         assert run.returncode == 0, run.stderr
 
 
+def test_the_example_is_a_file_too() -> None:
+    assert blocks("python")[0] in (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
+
+
 def test_c_block_compiles(tmp_path: Path) -> None:
     compiler = shutil.which("cc")
     if compiler is None:
