@@ -336,6 +336,40 @@ static tokens pad(scratch *s, const tokens *t)
     return padded;
 }
 
+/* The chunk that starts at a token, or what is left of the sequence there, which may be nothing. */
+static tokens tokens_at(const fkda_problem *p, int64_t h, int64_t token, int64_t end)
+{
+    int64_t left = end - token, row = token * p->heads + h;
+    if (left <= 0) return (tokens){0};
+    return (tokens){
+        .q = p->q + row * K,
+        .k = p->k + row * K,
+        .g = p->g + row * K,
+        .v = p->v + row * V,
+        .beta = p->beta + row,
+        .out = p->out + row * V,
+        .stride = p->heads * K,
+        .beta_stride = p->heads,
+        .out_stride = p->heads * V,
+        .count = left < CHUNK ? (int)left : CHUNK,
+    };
+}
+
+/* Asks for rows of the next chunk: with many heads they lie too far apart for the CPU to guess. Always
+ * inlined, because GCC takes a function that only prefetches for one without effect and drops the call. */
+__attribute__((always_inline)) static inline void prefetch(const tokens *t, int first, int last)
+{
+    enum { LINE = 64 / sizeof(uint16_t) };
+    for (int i = first; i < last && i < t->count; i++) {
+        for (int k = 0; k < K; k += LINE) {
+            __builtin_prefetch(t->k + i * t->stride + k, 0, 2);
+            __builtin_prefetch(t->q + i * t->stride + k, 0, 2);
+            __builtin_prefetch(t->g + i * t->stride + k, 0, 2);
+            __builtin_prefetch(t->v + i * t->stride + k, 0, 2);
+        }
+    }
+}
+
 static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, int v_end, void *memory)
 {
     scratch *s = memory;
@@ -351,23 +385,13 @@ static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, i
     int64_t begin, end;
     fkda_sequence_range(p, n, &begin, &end);
     for (int64_t token = begin; token < end; token += CHUNK) {
-        int64_t row = token * p->heads + h;
-        tokens t = {
-            .q = p->q + row * K,
-            .k = p->k + row * K,
-            .g = p->g + row * K,
-            .v = p->v + row * V,
-            .beta = p->beta + row,
-            .out = p->out + row * V,
-            .stride = p->heads * K,
-            .beta_stride = p->heads,
-            .out_stride = p->heads * V,
-            .count = end - token < CHUNK ? (int)(end - token) : CHUNK,
-        };
+        tokens t = tokens_at(p, h, token, end), next = tokens_at(p, h, token + CHUNK, end);
         if (t.count < CHUNK) t = pad(s, &t);
         prepare(s, &t, &gate);
         for (int v = v_begin; v < v_end; v += BLOCK) {
             float(*state)[BLOCK] = s->state[v / BLOCK];
+            prefetch(&next, CHUNK * (v - v_begin) / (v_end - v_begin),
+                     CHUNK * (v + BLOCK - v_begin) / (v_end - v_begin));
             read_state(s, state);
             solve(s, &t, v);
             write_out(s, &t, v, p->scale);
