@@ -22,15 +22,14 @@ DIM = 128
 LOG2_E = 1.4426950408889634
 HERE = Path(__file__).parent
 
-# The depth order of products over channels and over tokens: slots t and t + 4 of each step of eight hold
-# two neighbours. See kernels/portable/recurrence.cuh.
-CHANNEL_ORDER = [16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)]
+# The depth order of products: slots t and t + 4 of each step of eight hold two neighbours. The state's channels and
+# the tokens of a chunk are ordered by kernels/portable/recurrence.cuh, the channels of q and k by prepare.cuh.
+STATE_ORDER = [16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)]
 TOKEN_ORDER = [8 * i + 2 * t + e for i in range(2) for e in range(2) for t in range(4)]
+LANE_ORDER = [32 * w + 8 * t + 2 * s + e for w in range(4) for s in range(4) for e in range(2) for t in range(4)]
 
-
-def round_tf32(x: torch.Tensor) -> torch.Tensor:
-    """To the nearest tf32, ties away from zero: cvt.rna.tf32.f32."""
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+# Makes up for the truncation of two operands; see kernels/portable/shared.cuh.
+UNTRUNCATE = 1 + 2 * 0.7213 / 2048
 
 
 def truncate_tf32(x: torch.Tensor) -> torch.Tensor:
@@ -107,16 +106,15 @@ def to_chunks(x: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, CHUNK, *x.shape[1:]).transpose(1, 2)
 
 
-def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+def sum_of_squares(ops, x: torch.Tensor) -> torch.Tensor:
     """Over the channels of [..., D], in the order of lanes and warps."""
-    x = (x * x).view(*x.shape[:-1], 8, 4, 4)
-    lane = ((x[..., 0] + x[..., 1]) + x[..., 2]) + x[..., 3]
+    x = x.unflatten(-1, (4, 4, 8))
+    lane = x[..., 0] * x[..., 0]
+    for c in range(1, 8):
+        lane = ops.fma(x[..., c], x[..., c], lane)
     lane = lane[..., 0::2] + lane[..., 1::2]
     warp = lane[..., 0] + lane[..., 1]
-    total = warp[..., 0]
-    for w in range(1, 8):
-        total = total + warp[..., w]
-    return total
+    return ((warp[..., 0] + warp[..., 1]) + warp[..., 2]) + warp[..., 3]
 
 
 def running_sum(g: torch.Tensor) -> torch.Tensor:
@@ -133,14 +131,11 @@ def running_sum(g: torch.Tensor) -> torch.Tensor:
 
 
 def products_over_channels(ops, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """rows . columns^T of [n, H, C, D]: 16 channels at a time, then the sum over those groups."""
-    group = lambda x: x[..., CHANNEL_ORDER].unflatten(-1, (8, 16)).transpose(-2, -3)  # noqa: E731
-    rows, columns = group(rows), group(columns)
+    """rows . columns^T of [n, H, C, D]: each warp's 32 channels, then the sum over the four warps."""
+    by_warp = lambda x: x[..., LANE_ORDER].unflatten(-1, (4, 32)).transpose(-2, -3)  # noqa: E731
+    rows, columns = by_warp(rows), by_warp(columns)
     parts = ops.multiply(rows, columns, rows.new_zeros(*rows.shape[:-1], CHUNK))
-    total = parts[..., 0, :, :]
-    for w in range(1, 8):
-        total = total + parts[..., w, :, :]
-    return total
+    return ((parts[..., 0, :, :] + parts[..., 1, :, :]) + parts[..., 2, :, :]) + parts[..., 3, :, :]
 
 
 def solve(ops, strictly_lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -157,31 +152,33 @@ def prepare(ops, q, k, g, beta, scale, A_log, dt_bias, lower_bound):
     valid = to_chunks(torch.ones_like(beta)).bool()
     q, k, g, beta = to_chunks(q), to_chunks(k), to_chunks(g), to_chunks(beta)
 
-    factor = ops.ex2(A_log * f32(LOG2_E)) * f32(-LOG2_E)
-    sigmoid = ops.rcp(1.0 + ops.ex2((g + dt_bias[:, None]) * factor[:, None, None]))
+    factor = (ops.ex2(A_log * f32(LOG2_E)) * f32(-LOG2_E))[:, None]
+    sigmoid = ops.rcp(1.0 + ops.ex2(ops.fma(g, factor[:, None], (dt_bias * factor)[:, None])))
     decay = torch.where(valid[..., None], sigmoid * (f32(lower_bound) * f32(LOG2_E)), 0.0)
-    b = torch.where(valid, ops.rcp(1.0 + ops.ex2(beta * f32(-LOG2_E))), 0.0)
+    b = torch.where(valid, ops.rcp(1.0 + ops.ex2(beta * f32(-LOG2_E))) * f32(UNTRUNCATE), 0.0)
 
     total = running_sum(decay)
     middle, last = total[:, :, 7:8], total[:, :, 15:16]
-    to_middle, to_last = ops.ex2(middle), ops.ex2(last - middle)
+    from_start, to_last = ops.ex2(middle), ops.ex2(last - middle)
+    gamma = (from_start * to_last).squeeze(2)
+    from_start, to_last = from_start * f32(UNTRUNCATE), to_last * f32(UNTRUNCATE)
     up, down = ops.ex2(total - middle), ops.ex2(middle - total)
 
-    q = q * (ops.rsqrt(sum_of_squares(q) + f32(1e-6)) * f32(scale))[..., None]
-    k = k * ops.rsqrt(sum_of_squares(k) + f32(1e-6))[..., None]
+    q = q * (ops.rsqrt(sum_of_squares(ops, q) + f32(1e-6)) * f32(scale))[..., None]
+    k = k * ops.rsqrt(sum_of_squares(ops, k) + f32(1e-6))[..., None]
     q_up, k_up, k_down = q * up, k * up, k * down
 
     tokens = torch.arange(CHUNK, device=q.device)
     lower = tokens[:, None] > tokens
     strictly_lower = torch.where(lower, products_over_channels(ops, k_up, k_down) * b[..., None], 0.0)
-    attend = torch.where(lower.mT, 0.0, products_over_channels(ops, q_up, k_down))
+    attend = products_over_channels(ops, q_up, k_down) * (f32(UNTRUNCATE) * f32(UNTRUNCATE))
     return {
-        "minus_k_decayed": round_tf32(-(k_up * to_middle)),
-        "q_decayed": round_tf32(q_up * to_middle),
-        "k_rest": round_tf32(k_down * to_last),
-        "solve": round_tf32(solve(ops, strictly_lower, b)),
-        "attend": round_tf32(attend),
-        "gamma": (to_middle * to_last).squeeze(2),
+        "minus_k_decayed": k_up * -from_start,
+        "q_decayed": q_up * from_start,
+        "k_rest": k_down * to_last,
+        "solve": solve(ops, strictly_lower, b),
+        "attend": torch.where(lower.mT, 0.0, attend),
+        "gamma": gamma,
     }
 
 
@@ -203,10 +200,10 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
     out = torch.empty_like(values)
     for n in range(values.shape[0]):
         tile = {name: x[n] for name, x in prepared.items()}
-        ordered = state[..., CHANNEL_ORDER]
-        rest = ops.multiply(ordered, tile["minus_k_decayed"][..., CHANNEL_ORDER], values[n])
-        u = round_tf32(multiply_lower(ops, round_tf32(rest), tile["solve"], torch.zeros_like(rest)))
-        read = ops.multiply(ordered, tile["q_decayed"][..., CHANNEL_ORDER], torch.zeros_like(rest))
+        ordered = state[..., STATE_ORDER]
+        rest = ops.multiply(ordered, tile["minus_k_decayed"][..., STATE_ORDER], values[n])
+        u = multiply_lower(ops, rest, tile["solve"], torch.zeros_like(rest))
+        read = ops.multiply(ordered, tile["q_decayed"][..., STATE_ORDER], torch.zeros_like(rest))
         out[n] = multiply_lower(ops, u, tile["attend"], read)
         written = tile["k_rest"].mT[..., TOKEN_ORDER]
         state = ops.multiply(u[..., TOKEN_ORDER], written, state * tile["gamma"][:, None, :])

@@ -34,14 +34,6 @@ __device__ __forceinline__ float rsqrt_approx(float x)
     return y;
 }
 
-/* Rounds to the nearest tf32 (8 exponent bits, 10 of mantissa), ties away from zero. */
-__device__ __forceinline__ float round_tf32(float x)
-{
-    uint32_t y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return __uint_as_float(y);
-}
-
 /* d += a * b on 16 x 8 += (16 x 8) (8 x 8) tiles of tf32. With g = lane / 4 and t = lane % 4:
  *   d: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1
  *   a: rows g, g + 8, g, g + 8, depths t, t, t + 4, t + 4
@@ -92,15 +84,18 @@ template <int pending> __device__ __forceinline__ void copy_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-/* Named barriers: `threads` of the block take part, some waiting, some only arriving. */
-__device__ __forceinline__ void barrier_sync(int barrier, int threads)
+/* Named barriers, here first + index: `threads` of the block take part, some waiting, some only arriving. The sum is
+ * left to the assembler, which has registers to spare for it where the compiler would keep it across loops. */
+template <int first, int threads> __device__ __forceinline__ void barrier_sync(int index)
 {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.sync id, %2; }" ::"r"(index), "n"(first), "n"(threads)
+                 : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads)
+template <int first, int threads> __device__ __forceinline__ void barrier_arrive(int index)
 {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.arrive id, %2; }" ::"r"(index), "n"(first), "n"(threads)
+                 : "memory");
 }
 
 /* The two bf16 in one register. */

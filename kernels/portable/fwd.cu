@@ -10,16 +10,29 @@
 #include "prepare.cuh"
 #include "recurrence.cuh"
 
-extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_THREADS, 1)
-    fkda_portable_fwd(const __grid_constant__ fkda_portable_args args)
+/* A block for `rows` rows of V of one head: all 128, or fewer where there are too few heads to fill the GPU and it
+ * pays that blocks prepare the same chunks. */
+template <int rows> static __device__ void forward(const fkda_portable_args &args)
 {
+    using namespace fkda;
     extern __shared__ __align__(16) unsigned char memory[];
-    fkda::Shared &shared = *reinterpret_cast<fkda::Shared *>(memory);
-    const fkda::Task task = fkda::find_task(args);
-    const int thread = threadIdx.x;
-    if (thread < fkda::PREPARE_THREADS) {
-        if (task.chunks > 0) fkda::Preparation(args, task, shared, thread).run();
-    } else {
-        fkda::Recurrence(args, task, shared, thread - fkda::PREPARE_THREADS).run();
-    }
+    constexpr int blocks_per_head = DIM / rows;
+    Shared &shared = *reinterpret_cast<Shared *>(memory);
+    const Task task = find_task(args, blockIdx.x / blocks_per_head);
+    const int thread = threadIdx.x, first_row = blockIdx.x % blocks_per_head * rows;
+    if (thread < FKDA_PORTABLE_PREPARE_THREADS)
+        Preparation<rows>(args, task, shared, thread).run();
+    else
+        Recurrence<rows>(args, task, shared, thread - FKDA_PORTABLE_PREPARE_THREADS, first_row).run();
 }
+
+#define FKDA_DEFINE_KERNEL(rows)                                                           \
+    extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_THREADS(rows), 1)           \
+        fkda_portable_fwd_##rows(const __grid_constant__ fkda_portable_args args)          \
+    {                                                                                      \
+        forward<rows>(args);                                                               \
+    }
+
+FKDA_DEFINE_KERNEL(128)
+FKDA_DEFINE_KERNEL(64)
+FKDA_DEFINE_KERNEL(32)

@@ -2,11 +2,13 @@
 #ifndef FKDA_PORTABLE_FWD_SHAPE_H
 #define FKDA_PORTABLE_FWD_SHAPE_H
 
-#define FKDA_PORTABLE_PREPARE_WARPS 8    /* 16 channels each */
-#define FKDA_PORTABLE_RECURRENCE_WARPS 8 /* 16 rows of V each */
-#define FKDA_PORTABLE_THREADS (32 * (FKDA_PORTABLE_PREPARE_WARPS + FKDA_PORTABLE_RECURRENCE_WARPS))
+#define FKDA_PORTABLE_PREPARE_THREADS 256 /* two groups of four warps */
+#define FKDA_PORTABLE_ROWS_PER_WARP 16    /* of V, in the recurrence */
 
-/* sizeof(Shared) in shared.cuh, which asserts it. Under the 99 KB that every GPU from sm_80 on has. */
-#define FKDA_PORTABLE_SHARED_BYTES 92736
+/* Threads of a block that carries `rows` of V. */
+#define FKDA_PORTABLE_THREADS(rows) (FKDA_PORTABLE_PREPARE_THREADS + 32 * (rows) / FKDA_PORTABLE_ROWS_PER_WARP)
+
+/* sizeof(Shared) in shared.cuh, which asserts it. Every GPU from sm_80 on has 99 KB = 101376 bytes. */
+#define FKDA_PORTABLE_SHARED_BYTES 99488
 
 #endif

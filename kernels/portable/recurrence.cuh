@@ -17,7 +17,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&tile)[4], 
     mma_tf32(d, tile[0], tile[2], tile[1], tile[3], b0, b1);
 }
 
-struct Recurrence {
+/* Of `rows` rows of V from `row` on. */
+template <int rows> struct Recurrence {
     const fkda_portable_args &args;
     const Task &task;
     Shared &shared;
@@ -26,29 +27,35 @@ struct Recurrence {
     /* state[j][h]: rows g and g + 8, channels 16 j + 4 t + 2 h and + 1: {g, g, g + 8, g + 8} */
     float state[DIM / 16][2][4];
 
-    __device__ Recurrence(const fkda_portable_args &a, const Task &k, Shared &s, int thread)
-        : args(a), task(k), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4), first_row(thread / 32 * 16)
+    __device__ Recurrence(const fkda_portable_args &a, const Task &k, Shared &s, int thread, int row)
+        : args(a), task(k), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4),
+          first_row(row + thread / 32 * FKDA_PORTABLE_ROWS_PER_WARP)
     {
     }
 
-    /* Where four channels of a row of this head's state are, in elements; r is 0 for row g, 1 for g + 8. */
-    __device__ long long state_at(int j, int r) const
+    /* Where this lane's part of this head's state begins, in elements. The indices are read anew, so that the
+     * address does not occupy registers from the first chunk to the last. */
+    __device__ long long state_begin() const
     {
-        return (task.index * DIM + first_row + g + 8 * r) * DIM + 16 * j + 4 * t;
+        int block, id;
+        asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%tid.x;" : "=r"(block), "=r"(id));
+        int row = block % (DIM / rows) * rows + (id - FKDA_PORTABLE_PREPARE_THREADS) / 32 * 16 + id % 32 / 4;
+        return static_cast<long long>(block / (DIM / rows)) * (DIM * DIM) + (row * DIM + id % 4 * 4);
     }
 
     __device__ void load_state()
     {
+        const long long begin = state_begin();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float4 x = make_float4(0, 0, 0, 0);
                 if (args.initial_state && args.state_is_bf16) {
-                    uint2 b = *reinterpret_cast<const uint2 *>(static_cast<const uint16_t *>(args.initial_state) + state_at(j, r));
+                    uint2 b = *reinterpret_cast<const uint2 *>(static_cast<const uint16_t *>(args.initial_state) + begin + 8 * r * DIM + 16 * j);
                     x = make_float4(bf16_low(b.x), bf16_high(b.x), bf16_low(b.y), bf16_high(b.y));
                 } else if (args.initial_state) {
-                    x = *reinterpret_cast<const float4 *>(static_cast<const float *>(args.initial_state) + state_at(j, r));
+                    x = *reinterpret_cast<const float4 *>(static_cast<const float *>(args.initial_state) + begin + 8 * r * DIM + 16 * j);
                 }
                 state[j][0][2 * r] = x.x, state[j][0][2 * r + 1] = x.y;
                 state[j][1][2 * r] = x.z, state[j][1][2 * r + 1] = x.w;
@@ -57,16 +64,17 @@ struct Recurrence {
 
     __device__ void store_state() const
     {
+        const long long begin = state_begin();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float4 x = make_float4(state[j][0][2 * r], state[j][0][2 * r + 1], state[j][1][2 * r], state[j][1][2 * r + 1]);
                 if (args.state_is_bf16)
-                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state) + state_at(j, r)) =
+                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state) + begin + 8 * r * DIM + 16 * j) =
                         make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
                 else
-                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state) + state_at(j, r)) = x;
+                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state) + begin + 8 * r * DIM + 16 * j) = x;
             }
     }
 
@@ -94,14 +102,6 @@ struct Recurrence {
         multiply(d[0], u[0], top.x, top.y);
         multiply(d[1], u[0], left.x, left.y);
         multiply(d[1], u[1], right.x, right.y);
-    }
-
-    __device__ static void round_tiles(float (&x)[2][4])
-    {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[i][e] = round_tf32(x[i][e]);
     }
 
     /* S^T = S^T diag(gamma) + U^T Kr */
@@ -146,7 +146,7 @@ struct Recurrence {
         for (int chunk = 0; chunk < task.chunks; chunk++) {
             const Stage &stage = shared.stage[chunk % STAGES];
             float r[2][4], u[2][4] = {}, o[2][4] = {};
-            barrier_sync(FULL + chunk % STAGES, THREADS);
+            barrier_sync<FULL, STAGE_THREADS<rows>>(chunk % STAGES);
             load_values(chunk, r);
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) { /* r = V - K~ S, o = Q~ S */
@@ -160,12 +160,10 @@ struct Recurrence {
                     multiply(o[i], state[j][1], q.z, q.w);
                 }
             }
-            round_tiles(r);
             multiply_lower(u, r, stage.solve);
-            round_tiles(u);
             multiply_lower(o, u, stage.attend);
             update_state(stage, u);
-            if (chunk + STAGES < task.chunks) barrier_arrive(EMPTY + chunk % STAGES, THREADS);
+            if (chunk + STAGES < task.chunks) barrier_arrive<EMPTY, STAGE_THREADS<rows>>(chunk % STAGES);
             store_output(chunk, o);
         }
         if (args.final_state) store_state();

@@ -10,20 +10,25 @@ namespace fkda {
 
 constexpr int CHUNK = 16; /* tokens */
 constexpr int DIM = 128;  /* K and V */
-constexpr int PREPARE_WARPS = FKDA_PORTABLE_PREPARE_WARPS;
-constexpr int PREPARE_THREADS = 32 * PREPARE_WARPS;
-constexpr int THREADS = FKDA_PORTABLE_THREADS;
-constexpr int STAGES = 2;   /* prepared chunks */
-constexpr int V_STAGES = 3; /* value tiles, loaded one chunk further ahead */
+constexpr int STAGES = 2; /* prepared chunks, each with a group of warps that prepares it */
+constexpr int GROUP_WARPS = FKDA_PORTABLE_PREPARE_THREADS / 32 / STAGES;
+constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
+constexpr int V_STAGES = 2 * STAGES; /* value tiles, loaded ahead by a turn of the stages */
 
-/* A prepared chunk, all in fp32 rounded to tf32. With G the running sum of the log decay, rows i, j:
+/* The tensor core drops the 13 low bits of an fp32 operand, which makes it smaller by 0.72 * 2^-11 of itself on
+ * average (over mantissas spread evenly in the logarithm). A factor for a product of two operands takes the
+ * average back out, folded into multiplications that are made anyway; what is left is as random and as
+ * large as the error of rounding. */
+constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
+
+/* A prepared chunk in fp32. With G the running sum of the log decay, rows i, j:
  *   minus_k_decayed[i] = -k_i exp(G_i)           q_decayed[i] = scale q_i exp(G_i)
  *   k_rest: k_j exp(G_last - G_j), as the state update's B fragments: element [j / 2][8 * group + n] holds
  *           tokens j, j + 1 of channel c(n), then tokens j, j + 1 of channel c(n) + 2, where
  *           c(n) = 16 * group + 4 * (n / 2) + n % 2
  *   solve  = (I + L)^-1 diag(b)                  attend = tril(q_i k_j exp(G_i - G_j))
  *   gamma  = exp(G_last)
- * The row paddings make the fragment loads free of bank conflicts. */
+ * All but gamma carry UNTRUNCATE. The row paddings make the fragment loads free of bank conflicts. */
 struct Stage {
     float minus_k_decayed[CHUNK][DIM + 16];
     float q_decayed[CHUNK][DIM + 16];
@@ -33,25 +38,33 @@ struct Stage {
     float gamma[DIM];
 };
 
+/* Scratch of a group of preparing warps. */
+struct Scratch {
+    float products[GROUP_WARPS][2][CHUNK][CHUNK]; /* K~ K^^T and Q~ K^^T over one warp's channels */
+    float4 squares[GROUP_WARPS][CHUNK / 2];       /* of q, k of an even token, then of the odd one after */
+    float l_columns[CHUNK][CHUNK + 4];            /* L transposed */
+    float beta[CHUNK];
+    float gate_factor[GROUP_WARPS]; /* -exp(A_log) log2(e), to each warp its own */
+    float gate_offset[DIM];         /* that times dt_bias */
+};
+
 struct Shared {
     Stage stage[STAGES];
+    Scratch scratch[STAGES];
     __nv_bfloat16 v[V_STAGES][CHUNK][DIM + 8];
-    /* scratch of the preparation: */
-    float partial[PREPARE_WARPS][2][CHUNK][CHUNK]; /* K~ K^^T and Q~ K^^T over one warp's channels */
-    float4 squares[PREPARE_WARPS][CHUNK / 2];      /* of q, k of an even token, then of the odd one after */
-    float l_columns[CHUNK][CHUNK + 4];             /* L transposed */
-    float beta[CHUNK];
 };
 static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in step");
 
-/* Barriers 0 is __syncthreads'. A stage is full when both roles have reached FULL + stage, and empty again
- * when both have reached EMPTY + stage; on each, one role waits and the other only arrives. */
-enum Barrier { PREPARE = 1, FULL = 2, EMPTY = FULL + STAGES };
+/* Named barriers; 0 is __syncthreads'. A stage is full when its group and the recurrence have both reached
+ * FULL + stage, and empty again when both have reached EMPTY + stage; one of them waits, the other only
+ * arrives. GROUP + stage is the group's own. */
+enum Barrier { GROUP = 1, FULL = GROUP + STAGES, EMPTY = FULL + STAGES };
+template <int rows>
+constexpr int STAGE_THREADS = GROUP_THREADS + FKDA_PORTABLE_THREADS(rows) - FKDA_PORTABLE_PREPARE_THREADS;
 
 /* One head of one sequence. */
 struct Task {
     int head;
-    long long index; /* sequence * heads + head */
     long long begin; /* first token, counted over the whole tensor */
     int length;      /* tokens */
     int chunks;
@@ -64,12 +77,11 @@ __device__ inline long long sequence_border(const fkda_portable_args &args, long
     return min(max(border, 0LL), args.tokens);
 }
 
-__device__ inline Task find_task(const fkda_portable_args &args)
+__device__ inline Task find_task(const fkda_portable_args &args, int index)
 {
     Task task;
-    int sequence = blockIdx.x / args.heads;
-    task.head = blockIdx.x % args.heads;
-    task.index = blockIdx.x;
+    int sequence = index / args.heads;
+    task.head = index % args.heads;
     if (args.cu_seqlens) {
         task.begin = sequence_border(args, sequence);
         task.length = static_cast<int>(max(sequence_border(args, sequence + 1LL) - task.begin, 0LL));

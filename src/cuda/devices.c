@@ -108,3 +108,12 @@ void fkda_leave_device(const fkda_driver *driver)
     CUcontext context;
     driver->cuCtxPopCurrent(&context);
 }
+
+flash_kda_status fkda_multiprocessors(const fkda_driver *driver, int ordinal, int *count)
+{
+    CUdevice device;
+    CUresult result = driver->cuDeviceGet(&device, ordinal);
+    if (!result)
+        result = driver->cuDeviceGetAttribute(count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
+    return result ? fkda_driver_fail("cuDeviceGetAttribute", result) : FLASH_KDA_OK;
+}

@@ -73,4 +73,6 @@ flash_kda_status fkda_driver_fail(const char *call, CUresult result);
 flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver);
 void fkda_leave_device(const fkda_driver *driver);
 
+flash_kda_status fkda_multiprocessors(const fkda_driver *driver, int ordinal, int *count);
+
 #endif
