@@ -1,7 +1,11 @@
 # Compiles the kernels with nvcc into fat binaries and embeds them. nvcc is used as a plain command, not as
 # a CMake language: the host code is C, and a machine without nvcc still builds the CPU backend.
 find_program(NVCC nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
-if(NOT FLASH_KDA_CUDA OR NOT NVCC)
+if(NOT FLASH_KDA_CUDA)
+  message(STATUS "flash_kda: without kernels (FLASH_KDA_CUDA=OFF), so the library has the CPU backend alone")
+  return()
+endif()
+if(NOT NVCC)
   message(STATUS "flash_kda: no nvcc, so the library has the CPU backend alone")
   return()
 endif()
