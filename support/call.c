@@ -192,9 +192,10 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
 
 void call_close(call *c)
 {
-    buffer *all[] = {&c->q,       &c->k,          &c->v,       &c->g,     &c->beta, &c->A_log,
-                     &c->dt_bias, &c->cu_seqlens, &c->initial, &c->final, &c->out,  &c->workspace};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) buffer_free(all[i]);
+    enum { BUFFERS = 12 };
+    buffer *all[BUFFERS] = {&c->q,       &c->k,          &c->v,       &c->g,     &c->beta, &c->A_log,
+                            &c->dt_bias, &c->cu_seqlens, &c->initial, &c->final, &c->out,  &c->workspace};
+    for (int i = 0; i < BUFFERS; i++) buffer_free(all[i]);
 }
 
 void call_poison(call *c)

@@ -70,7 +70,7 @@ static problem *case_problem(const test_case *c)
 
 static int check_devices(const flash_kda_device_info *infos, int count, const char *kernel)
 {
-    measurement *all = allocate((size_t)(count * test_case_count), sizeof *all);
+    measurement *all = allocate((size_t)count * (size_t)test_case_count, sizeof *all);
     int failed = 0;
     for (int i = 0; i < test_case_count; i++) {
         problem *p = case_problem(&test_cases[i]);
