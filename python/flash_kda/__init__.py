@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from . import _arrays, _later, _lib
 
@@ -148,7 +149,8 @@ def _workspace_size(T: int, H: int, N: int, device: _lib.Device, kernel: bytes) 
         return 0
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     """A device of this machine."""
 
     type: str  #: "cpu" or "cuda"
@@ -163,16 +165,24 @@ class Device(NamedTuple):
 
 def devices() -> list[Device]:
     """The devices of this machine: the CPU first, then the GPUs, if CUDA can be used."""
-    return [
-        Device(
-            "cuda" if info.device.type == _lib.CUDA else "cpu",
-            info.device.index,
-            *(getattr(info, field).decode(errors="replace") for field in ("name", "arch", "kernel", "reason")),
-            info.units,
-            info.memory,
-        )
-        for info in _lib.device_infos()
-    ]
+    return [_describe(info) for info in _lib.device_infos()]
+
+
+def _describe(info: _lib.DeviceInfo) -> Device:
+    def text(field: bytes) -> str:
+        return field.decode(errors="replace")
+
+    kind = "cuda" if info.device.type == _lib.CUDA else "cpu"
+    return Device(
+        kind,
+        info.device.index,
+        text(info.name),
+        text(info.arch),
+        text(info.kernel),
+        text(info.reason),
+        info.units,
+        info.memory,
+    )
 
 
 def kernels() -> list[str]:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p, py_object
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    py_object,
+)
 from typing import Any, NamedTuple
 
 from . import _lib
@@ -135,7 +146,9 @@ def device_of(name: str, x: Any) -> tuple[int, int]:
         return _lib.CPU, 0
     if int(kind) in _CUDA_TYPES:
         return _lib.CUDA, int(index)
-    raise ValueError(f"{name} is on a device of DLPack type {int(kind)}; it must be on the CPU or a CUDA device")
+    raise ValueError(
+        f"{name} is on a device of DLPack type {int(kind)}; it must be on the CPU or a CUDA device"
+    )
 
 
 def _device_text(device: tuple[int, int]) -> str:
@@ -171,7 +184,9 @@ def _read_numpy(name: str, x: Any) -> Array:
     stride = None
     if not x.flags.c_contiguous:
         if any(step % x.itemsize for step in x.strides):
-            raise ValueError(f"{name} has strides of {x.strides} bytes; they must be multiples of its {x.itemsize}")
+            raise ValueError(
+                f"{name} has strides of {x.strides} bytes; they must be multiples of its {x.itemsize}"
+            )
         stride = tuple(step // x.itemsize for step in x.strides)
     # Another byte order is another type.
     dtype = _NUMPY_DTYPES.get(x.dtype.name, _lib.OTHER) if x.dtype.isnative else _lib.OTHER
@@ -203,7 +218,9 @@ def _read_dlpack(name: str, x: Any, stream: int | None) -> Array:
         if name in _WRITTEN and versioned.flags & _READ_ONLY:
             raise _read_only(name)
         if name in _WRITTEN and versioned.flags & _IS_COPIED:
-            raise ValueError(f"{name} came as a copy through DLPack; it must share its memory, as the call writes to it")
+            raise ValueError(
+                f"{name} came as a copy through DLPack; it must share its memory, as the call writes to it"
+            )
     elif _is_capsule(capsule, b"dltensor"):
         tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     else:

@@ -14,7 +14,9 @@ class _Watcher:
     def __init__(self, module: str, function: Callable[[], None]):
         self.module, self.function, self.asking = module, function, False
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.module or self.asking:
             return None
         self.asking = True

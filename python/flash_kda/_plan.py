@@ -42,7 +42,9 @@ class Plan:
         "bound",
         "busy",
         "device_index",
+        "matches",
         "on_gpu",
+        "options",
         "params",
         "ref",
         "scale",
@@ -58,6 +60,8 @@ class Plan:
         params.device.type, params.device.index = device
         self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
         self.busy = False
+        self.options: tuple = ()
+        self.matches: Any = None
         params.kernel = kernel.encode() if kernel is not None else None
         params.cpu_threads = threads
         self.params = params
@@ -117,4 +121,6 @@ def check_devices(devices: list[tuple[str, str]]) -> None:
     first_name, first = devices[0]
     for name, device in devices[1:]:
         if device != first:
-            raise ValueError(f"{name} is on {device} and {first_name} on {first}; all tensors must be on one device")
+            raise ValueError(
+                f"{name} is on {device} and {first_name} on {first}; all tensors must be on one device"
+            )

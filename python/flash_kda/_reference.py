@@ -11,20 +11,28 @@ from . import _arrays, _lib
 from ._plan import check_options
 
 
-def reference(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens) -> tuple[Any, Any]:
+def reference(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
+) -> tuple[Any, Any]:
     check_options(scale, lower_bound, None, 0)
     arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
-    arrays.update((n, x) for n, x in (("initial_state", initial_state), ("cu_seqlens", cu_seqlens)) if x is not None)
+    arrays.update(
+        (n, x) for n, x in (("initial_state", initial_state), ("cu_seqlens", cu_seqlens)) if x is not None
+    )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
-        arrays = {n: x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else x for n, x in arrays.items()}
+        arrays = {
+            n: x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else x for n, x in arrays.items()
+        }
         new = lambda shape: torch.empty(shape, dtype=torch.float64)  # noqa: E731
     elif _arrays.is_numpy(q):
         import numpy
 
         new = numpy.empty
     else:
-        raise TypeError(f"q is of type {type(q).__name__}; the reference takes PyTorch tensors and NumPy arrays")
+        raise TypeError(
+            f"q is of type {type(q).__name__}; the reference takes PyTorch tensors and NumPy arrays"
+        )
 
     params = _lib.new_params()
     params.scale, params.lower_bound = scale, lower_bound
@@ -43,5 +51,9 @@ def reference(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_stat
     N = views["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in views else B
     out, state = new(views["v"].shape), new((N, H, views["v"].shape[3], K))
     pointers = [_arrays.read("result", x, None).pointer or 8 for x in (out, state)]
-    _lib.check(_lib.lib.flash_kda_reference(ctypes.byref(params), *(ctypes.cast(p, POINTER(c_double)) for p in pointers)))
+    _lib.check(
+        _lib.lib.flash_kda_reference(
+            ctypes.byref(params), *(ctypes.cast(p, POINTER(c_double)) for p in pointers)
+        )
+    )
     return out, state

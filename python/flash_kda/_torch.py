@@ -46,12 +46,29 @@ def _current_stream(index: int) -> int:
 # What torch.cuda.current_stream() itself calls, without building an object; absent in CPU-only builds.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
+# A thread has plans of its own, since a plan holds one call's pointers: by thread and what the tensors look
+# like, and each thread's latest by thread alone.
 _plans: dict[tuple, Plan] = {}
+_latest: dict[int, Plan] = {}
 _MAX_PLANS = 256
 
 
 def fwd(
-    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, kernel, threads
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale,
+    out,
+    A_log,
+    dt_bias,
+    lower_bound,
+    initial_state,
+    final_state,
+    cu_seqlens,
+    kernel,
+    threads,
 ) -> None:
     if _is_compiling():
         _refuse_gradients((q, k, v, g, beta, A_log, dt_bias, initial_state))
@@ -82,7 +99,16 @@ def fwd(
         return
     if _is_grad_enabled() and any(map(_requires_grad, tensors)):
         _refuse_gradients(tensors)
-    _launch(tensors, initial_state is None, final_state is None, cu_seqlens is None, scale, lower_bound, kernel, threads)
+    _launch(
+        tensors,
+        initial_state is None,
+        final_state is None,
+        cu_seqlens is None,
+        scale,
+        lower_bound,
+        kernel,
+        threads,
+    )
     _increment_version(out)
     if final_state is not None:
         _increment_version(final_state)
@@ -90,13 +116,9 @@ def fwd(
 
 def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, kernel, threads) -> None:
     """tensors: those that are present, in the order of TENSOR_FIELDS."""
-    if kernel is not None or threads:
-        check_options(scale, lower_bound, kernel, threads)
-    # A thread has plans of its own, since a plan holds one call's pointers.
-    key = (_thread(), no_initial, no_final, no_cu_seqlens, kernel, threads, *map(_describe, tensors))
-    reusable = all(map(_is_contiguous, tensors))
-    plan = _plans.get(key) if reusable else None
-    if plan is None or plan.busy:
+    options = (no_initial, no_final, no_cu_seqlens, kernel, threads)
+    plan = _latest.get(_thread())
+    if plan is None or plan.busy or plan.options != options or not plan.matches(*tensors):
         check_options(scale, lower_bound, kernel, threads)
         if _needs_float32(tensors[_A_LOG]) or _needs_float32(tensors[_DT_BIAS]):
             converted = [*tensors]
@@ -104,11 +126,7 @@ def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, ke
                 converted[i] = tensors[i].float()
             _launch(converted, no_initial, no_final, no_cu_seqlens, scale, lower_bound, kernel, threads)
             return
-        plan = _new_plan(tensors, _names(no_initial, no_final, no_cu_seqlens), kernel, threads)
-        if reusable:
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
+        plan = _find_plan(tensors, options)
     plan.busy = True
     try:
         plan.fill(map(_data_ptr, tensors), scale, lower_bound)
@@ -125,7 +143,64 @@ def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, ke
         plan.busy = False
 
 
-def _needs_float32(parameter: Tensor) -> bool:
+def _find_plan(tensors, options) -> Plan:
+    key = (_thread(), options, *map(_describe, tensors))
+    reusable = all(map(_is_contiguous, tensors))
+    plan = _plans.get(key) if reusable else None
+    if plan is None or plan.busy:
+        plan = _new_plan(tensors, _names(*options[:3]), *options[3:])
+        plan.options = options
+    # Also for a known plan: what torch.compile's guards compare includes inference mode.
+    plan.matches = _matcher(tensors)
+    if reusable:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+            _latest.clear()
+        _plans[key] = _latest[_thread()] = plan
+    return plan
+
+
+def _matcher(tensors):
+    """A function that says whether other tensors look the same: type, dtype, device, shape, contiguous."""
+    if _TensorGuards is not None:
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    looks = [*map(_describe, tensors)]
+    return lambda *others: all(map(_is_contiguous, others)) and [*map(_describe, others)] == looks
+
+
+def _usable_guards():
+    """What torch.compile checks its inputs with: all of the above in C++, in a tenth of the time. It is PyTorch's
+    own affair, so it is used only if it is there and tells apart what must be told apart."""
+    global _TensorGuards
+    try:
+        from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+
+        x, y = torch.empty(1, 2, 3, dtype=torch.bfloat16), torch.empty(4)
+        same = _matcher([x, y])
+        others = [
+            (x, torch.empty(5)),
+            (x, torch.empty(2, 2)),
+            (x, torch.empty(8)[::2]),
+            (x, torch.empty(4, dtype=torch.float64)),
+            (x, torch.empty(4, device="meta")),
+            (torch.empty(1, 3, 2, dtype=torch.bfloat16), y),
+            (torch.empty(1, 3, 2, dtype=torch.bfloat16).mT, y),
+            (torch.empty(2, 2, 3, dtype=torch.bfloat16), y),
+            (torch.empty(1, 2, 3, dtype=torch.float16), y),
+        ]
+        if same(x, y) and same(x + 1, y + 1) and not any(same(*other) for other in others):
+            return _TensorGuards
+    except Exception:
+        pass
+    return None
+
+
+_TensorGuards = None
+_TensorGuards = _usable_guards()
+
+
+def _needs_float32(parameter: torch.Tensor) -> bool:
     """A layer that was cast as a whole holds its gate's parameters in 16 bits."""
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
@@ -144,7 +219,13 @@ def _new_plan(tensors, names, kernel, threads) -> Plan:
         if t.layout is not torch.strided:
             raise ValueError(f"{name} has the layout {t.layout}; it must be a dense tensor (torch.strided)")
     fields = [
-        (name, t.data_ptr(), _DTYPES.get(t.dtype, _lib.OTHER), tuple(t.shape), None if t.is_contiguous() else t.stride())
+        (
+            name,
+            t.data_ptr(),
+            _DTYPES.get(t.dtype, _lib.OTHER),
+            tuple(t.shape),
+            None if t.is_contiguous() else t.stride(),
+        )
         for name, t in zip(names, tensors)
     ]
     return Plan((_DEVICES[device.type], device.index or 0), fields, kernel, threads)
@@ -175,9 +256,18 @@ def _operator(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound,
     initial_state=None, final_state=None, cu_seqlens=None, kernel_name=None, threads=0,
 ):  # fmt: skip
-    optional = (initial_state, final_state, cu_seqlens)
-    tensors = [q, k, v, g, beta, out, A_log, dt_bias, *(t for t in optional if t is not None)]
-    _launch(tensors, *(t is None for t in optional), scale, lower_bound, kernel_name, threads)
+    tensors = [q, k, v, g, beta, out, A_log, dt_bias]
+    tensors += [t for t in (initial_state, final_state, cu_seqlens) if t is not None]
+    _launch(
+        tensors,
+        initial_state is None,
+        final_state is None,
+        cu_seqlens is None,
+        scale,
+        lower_bound,
+        kernel_name,
+        threads,
+    )
     _increment_version(out)
     if final_state is not None:
         _increment_version(final_state)

@@ -28,7 +28,9 @@ def _cuda_missing():
     usable = [d for d in flash_kda.devices() if d.type == "cuda" and d.kernel]
     if not usable:
         return "flash_kda can use no CUDA device here"
-    torch = pytest.importorskip("torch", reason="the tests reach GPUs through PyTorch, which is not installed")
+    torch = pytest.importorskip(
+        "torch", reason="the tests reach GPUs through PyTorch, which is not installed"
+    )
     return None if torch.cuda.is_available() else "PyTorch can use no CUDA device here"
 
 

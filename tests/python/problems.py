@@ -1,9 +1,8 @@
 """Inputs, the truth about them, and error measures, in NumPy alone."""
 
+import flash_kda
 import numpy as np
 from ml_dtypes import bfloat16
-
-import flash_kda
 
 # Relative RMS error against the fp64 recurrence, out and fp32 state.
 BARS = {"cpu": (2.2e-3, 1e-5), "cuda": (5.6e-3, 4.8e-3)}
@@ -91,7 +90,11 @@ def to_numpy(arguments):
         if not hasattr(x, "detach"):
             return x
         x = x.detach().cpu()
-        return x.view(dtype=_torch().uint16).numpy().view(bfloat16) if x.dtype == _torch().bfloat16 else x.numpy()
+        return (
+            x.view(dtype=_torch().uint16).numpy().view(bfloat16)
+            if x.dtype == _torch().bfloat16
+            else x.numpy()
+        )
 
     return {name: convert(x) for name, x in arguments.items()}
 

@@ -4,13 +4,12 @@ import ctypes
 import sys
 from ctypes import POINTER, c_int64, c_void_p, py_object
 
+import flash_kda
 import numpy as np
 import pytest
+from flash_kda._arrays import _DLTensor, _Versioned
 from ml_dtypes import bfloat16
 from problems import hold_to, make, to_numpy, to_torch, truth
-
-import flash_kda
-from flash_kda._arrays import _DLTensor, _Versioned
 
 CODES = {"bfloat16": (4, 16), "float32": (2, 32), "int64": (0, 64), "int32": (0, 32)}
 
@@ -94,7 +93,9 @@ def test_what_is_written_must_be_writable(name):
 
 def test_refusals():
     a = make(T=4)
-    with pytest.raises(ValueError, match="v is on a device of DLPack type 10; it must be on the CPU or a CUDA device"):
+    with pytest.raises(
+        ValueError, match="v is on a device of DLPack type 10; it must be on the CPU or a CUDA device"
+    ):
         flash_kda.fwd(**{**a, "v": Foreign(a["v"], device=(10, 0))})
     with pytest.raises(ValueError, match="k is on cuda:1 and q on cpu; all tensors must be on one device"):
         flash_kda.fwd(**{**a, "k": Foreign(a["k"], device=(2, 1))})

@@ -1,11 +1,10 @@
 """Every wrong argument: the exception, its sentence, and that nothing was written."""
 
+import flash_kda
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from problems import make, to_torch
-
-import flash_kda
 
 BIG = 2**31
 
@@ -188,7 +187,12 @@ def test_misaligned(name):
     begin = -memory.ctypes.data % 16 + x.itemsize
     shifted = memory[begin : begin + x.nbytes].view(x.dtype).reshape(x.shape)
     shifted[...] = x
-    refused(a, {name: shifted}, ValueError, f"{name} is at address {hex(shifted.ctypes.data)}; it must be aligned to 16 bytes")
+    refused(
+        a,
+        {name: shifted},
+        ValueError,
+        f"{name} is at address {hex(shifted.ctypes.data)}; it must be aligned to 16 bytes",
+    )
 
 
 @pytest.mark.parametrize("name", ["out", "final_state"])
@@ -200,13 +204,23 @@ def test_read_only(name):
 
 def test_foreign_byte_order():
     a = make(T=4)
-    refused(a, {"A_log": lambda a: a["A_log"].astype(">f4")}, TypeError, "A_log has dtype another type; it must be float32")
+    refused(
+        a,
+        {"A_log": lambda a: a["A_log"].astype(">f4")},
+        TypeError,
+        "A_log has dtype another type; it must be float32",
+    )
 
 
 def test_strides_of_part_of_an_element():
     a = make(T=4)
     records = np.zeros(2, dtype=[("a", "f4"), ("b", "i2")])
-    refused(a, {"A_log": records["a"]}, ValueError, "A_log has strides of (6,) bytes; they must be multiples of its 4")
+    refused(
+        a,
+        {"A_log": records["a"]},
+        ValueError,
+        "A_log has strides of (6,) bytes; they must be multiples of its 4",
+    )
 
 
 def test_reference_checks_too():
@@ -214,7 +228,9 @@ def test_reference_checks_too():
     keep = {n: a[n] for n in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound")}
     with pytest.raises(ValueError, match=r"k has shape \[1, 3, 2, 128\]; it must be"):
         flash_kda.reference(**{**keep, "k": a["k"][:, :3]})
-    with pytest.raises(TypeError, match="q is of type list; the reference takes PyTorch tensors and NumPy arrays"):
+    with pytest.raises(
+        TypeError, match="q is of type list; the reference takes PyTorch tensors and NumPy arrays"
+    ):
         flash_kda.reference(**{**keep, "q": [1.0]})
     with pytest.raises(TypeError, match="g has dtype float32"):
         flash_kda.reference(**{**keep, "g": a["g"].astype(np.float32)})

@@ -2,12 +2,11 @@
 
 import threading
 
+import flash_kda
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from problems import BARS, error, hold_to, make, truth
-
-import flash_kda
 
 
 def recurrence(a, b, h, begin, end, state):
@@ -97,7 +96,21 @@ def test_a_repeated_call_sees_new_memory_and_scalars():
 def test_positions_of_arguments():
     a = make(T=20, lengths=[20], initial=np.float32)
     expected = truth(a)
-    order = "q k v g beta scale out A_log dt_bias lower_bound initial_state final_state cu_seqlens".split()
+    order = [
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "out",
+        "A_log",
+        "dt_bias",
+        "lower_bound",
+        "initial_state",
+        "final_state",
+        "cu_seqlens",
+    ]
     flash_kda.fwd(*(a[name] for name in order))
     hold_to(a, expected, "cpu")
 

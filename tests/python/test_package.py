@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flash_kda
 import numpy as np
 import pytest
 from problems import make
-
-import flash_kda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +29,21 @@ def test_version_is_the_header_s():
 
 def test_signature_is_the_one_that_callers_know():
     parameters = inspect.signature(flash_kda.fwd).parameters.values()
-    known = "q k v g beta scale out A_log dt_bias lower_bound initial_state final_state cu_seqlens".split()
+    known = [
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "out",
+        "A_log",
+        "dt_bias",
+        "lower_bound",
+        "initial_state",
+        "final_state",
+        "cu_seqlens",
+    ]
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [p.name for p in positional] == known
     assert [p.name for p in positional if p.default is None] == known[-3:]
@@ -138,7 +151,9 @@ def test_command():
     run = subprocess.run([sys.executable, "-m", "flash_kda", "info"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert flash_kda.__version__ in run.stdout
-    wrong = subprocess.run([sys.executable, "-m", "flash_kda", "no-such-thing"], capture_output=True, text=True)
+    wrong = subprocess.run(
+        [sys.executable, "-m", "flash_kda", "no-such-thing"], capture_output=True, text=True
+    )
     assert wrong.returncode != 0
 
 
@@ -164,5 +179,7 @@ def test_environment_changes_nothing():
     here = make(T=100, H=3)
     flash_kda.fwd(**here)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLASH_KDA_KERNEL": "none", "FLA_FLASH_KDA": "0"}
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True).stdout
+    there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=environment, check=True
+    ).stdout
     np.testing.assert_array_equal(np.frombuffer(there, np.uint16), here["out"].view(np.uint16).reshape(-1))

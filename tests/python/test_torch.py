@@ -4,12 +4,11 @@ import functools
 import shutil
 import threading
 
+import flash_kda
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from problems import hold_to, make, to_numpy, to_torch, truth
-
-import flash_kda
 
 torch = pytest.importorskip("torch")
 
@@ -54,7 +53,11 @@ def test_states(device, initial, final):
     a = make(T=40, B=3, initial=initial, final=final)
     tensors = check(a, device)
     if final is bfloat16:
-        wide = {**tensors, "out": torch.empty_like(tensors["out"]), "final_state": tensors["final_state"].float()}
+        wide = {
+            **tensors,
+            "out": torch.empty_like(tensors["out"]),
+            "final_state": tensors["final_state"].float(),
+        }
         if initial is not None:
             wide["initial_state"] = tensors["initial_state"].float()
         flash_kda.fwd(**wide)
@@ -82,7 +85,9 @@ def test_state_in_place(device):
 
 
 def test_positions_of_arguments(device):
-    check(make(lengths=[20, 3], initial=np.float32), device, lambda **t: flash_kda.fwd(*(t[n] for n in ORDER)))
+    check(
+        make(lengths=[20, 3], initial=np.float32), device, lambda **t: flash_kda.fwd(*(t[n] for n in ORDER))
+    )
 
 
 def test_reference_of_tensors(device):
@@ -108,7 +113,9 @@ def test_parameters_of_a_layer_cast_as_a_whole(device):
         check(
             a,
             device,
-            lambda **t: flash_kda.fwd(**{**t, "A_log": t["A_log"].bfloat16(), "dt_bias": t["dt_bias"].bfloat16()}),
+            lambda **t: flash_kda.fwd(
+                **{**t, "A_log": t["A_log"].bfloat16(), "dt_bias": t["dt_bias"].bfloat16()}
+            ),
         )
 
 
@@ -126,7 +133,9 @@ def test_parameters_are_tensors(device):
 def test_gradients_are_refused(device, name):
     tensors = to_torch(make(T=4, initial=np.float32), device)
     tensors[name].requires_grad_()
-    with pytest.raises(RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode\(\)"
+    ):
         flash_kda.fwd(**tensors)
     assert tensors["out"].isnan().all()
     with torch.no_grad():
@@ -278,7 +287,9 @@ def with_allocation(q, k, v, g, beta, A_log, dt_bias, initial_state=None, cu_seq
 
 
 INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU"
+)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)])
