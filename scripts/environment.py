@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -85,21 +86,23 @@ def need_c_compiler() -> None:
 
 
 def make_venv() -> None:
-    """Creates .venv, seeing the system's packages if PyTorch is among them."""
+    """Creates .venv, which sees the packages of python3 if PyTorch is among them."""
     if succeeds(VENV_PYTHON, "-m", "pip", "--version"):
         return
     if sys.version_info < (3, 9):  # noqa: UP036 - this runs before anything could be required
         stop(f"python3 is {sys.version.split()[0]}; it must be 3.9 or newer")
-    options = ["--clear"]
-    if succeeds(sys.executable, "-c", "import torch"):
-        say("python3 has PyTorch, so .venv will use the packages it has")
-        options.append("--system-site-packages")
-    create = [sys.executable, "-m", "venv", *options, str(VENV)]
+    create = [sys.executable, "-m", "venv", "--clear", str(VENV)]
     say("creating .venv")
     # Debian ships the part of venv that brings pip in a package of its own.
     if not succeeds(*create) and not (apt_install("python3-venv") and succeeds(*create)):
         shutil.rmtree(VENV, ignore_errors=True)
         stop("python3 cannot make a virtual environment. On Debian: apt-get install python3-venv")
+    if succeeds(sys.executable, "-c", "import torch"):
+        say("python3 has PyTorch, so .venv uses the packages that it has")
+        # Not --system-site-packages: python3 may itself be of a virtual environment, which that would skip.
+        (packages,) = VENV.glob("lib/python3*/site-packages")
+        folders = [*site.getsitepackages(), site.getusersitepackages()]
+        (packages / "of_python3.pth").write_text("".join(f"{folder}\n" for folder in folders))
 
 
 def ensure(group: str) -> None:
@@ -116,6 +119,9 @@ def ensure(group: str) -> None:
         say(NOTES.get(group, f"installing {group} packages ({GROUPS[group]})"))
         if subprocess.run([*pip, "--retries", "2"]).returncode != 0:
             if group == "build" and system_build_tools():
+                return
+            if group == "torch" and succeeds(VENV_PYTHON, "-c", "import torch"):
+                say(f"not all of {GROUPS[group]} is there; tests that need the rest will be skipped")
                 return
             stop(f"could not install {GROUPS[group]} into .venv: the network is needed once")
     stamp.write_text(digest)
