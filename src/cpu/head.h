@@ -89,11 +89,11 @@ static inline void normalise(const uint16_t *x, int64_t stride, float scale[CHUN
 {
     for (int first = 0; first < CHUNK; first += LANES) {
         vec sums[LANES];
-        UNROLL for (int i = 0; i < LANES; i++)
-        {
+        UNROLL
+        for (int i = 0; i < LANES; i++) {
             vec sum = {0};
-            UNROLL for (int k = 0; k < K; k += LANES)
-            {
+            UNROLL
+            for (int k = 0; k < K; k += LANES) {
                 vec part = load_bf16(x + (first + i) * stride + k);
                 sum += part * part;
             }
@@ -113,8 +113,8 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
 {
     vec gates[CHUNK], exponent[CHUNK];
     vec bias = load(s->bias + k);
-    UNROLL for (int i = 0; i < CHUNK; i++)
-    {
+    UNROLL
+    for (int i = 0; i < CHUNK; i++) {
         vec raw = load_bf16(t->g + i * t->stride + k);
         gates[i] = gate->bound * sigmoid_exp2((raw + bias) * gate->slope);
         if (i >= t->count) gates[i] = (vec){0};
@@ -122,17 +122,20 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
 
     /* Summed outwards from the middle row, so that neighbours differ by no more than they must. */
     vec to_middle = gates[0];
-    UNROLL for (int i = 1; i <= MIDDLE; i++) to_middle += gates[i];
+    UNROLL
+    for (int i = 1; i <= MIDDLE; i++) to_middle += gates[i];
     exponent[MIDDLE] = (vec){0};
-    UNROLL for (int i = MIDDLE; i > 0; i--) exponent[i - 1] = exponent[i] - gates[i];
-    UNROLL for (int i = MIDDLE + 1; i < CHUNK; i++) exponent[i] = exponent[i - 1] + gates[i];
+    UNROLL
+    for (int i = MIDDLE; i > 0; i--) exponent[i - 1] = exponent[i] - gates[i];
+    UNROLL
+    for (int i = MIDDLE + 1; i < CHUNK; i++) exponent[i] = exponent[i - 1] + gates[i];
 
     *vec_at(s->to_middle + k) = exp2_near(to_middle);
     *vec_at(s->to_last + k) = exp2_near(exponent[CHUNK - 1]);
     *vec_at(s->decay + k) = exp2_near(to_middle + exponent[CHUNK - 1]);
 
-    UNROLL for (int i = 0; i < CHUNK; i++)
-    {
+    UNROLL
+    for (int i = 0; i < CHUNK; i++) {
         vec forward = exp2_near(exponent[i]), backward = exp2_near(-exponent[i]);
         vec key = load_bf16(t->k + i * t->stride + k) * s->scale[i] * s->unit[i];
         vec query = load_bf16(t->q + i * t->stride + k) * s->scale[CHUNK + i] * s->unit[CHUNK + i];
@@ -149,9 +152,11 @@ static inline void lower_products(float (*a)[K], float (*b)[K], float (*to)[CHUN
     for (int i = 0; i < CHUNK; i += TILE_ROWS) {
         for (int j = 0; j < i + TILE_ROWS; j += TILE_COLUMNS) {
             vec sums[LANES] = {{0}};
-            for (int k = 0; k < K; k += LANES)
-                UNROLL for (int x = 0; x < LANES; x++) sums[x] +=
-                    load(a[i + x / TILE_COLUMNS] + k) * load(b[j + x % TILE_COLUMNS] + k);
+            for (int k = 0; k < K; k += LANES) {
+                UNROLL
+                for (int x = 0; x < LANES; x++)
+                    sums[x] += load(a[i + x / TILE_COLUMNS] + k) * load(b[j + x % TILE_COLUMNS] + k);
+            }
             vec tile = lane_sums(sums);
             for (int r = 0; r < TILE_ROWS; r++)
                 memcpy(&to[i + r][j], (const float *)&tile + r * TILE_COLUMNS, TILE_COLUMNS * sizeof(float));
@@ -192,15 +197,20 @@ static inline void read_state(scratch *s, float (*state)[BLOCK])
         vec sum[ROWS][COLUMNS] = {{{0}}};
         for (int k = 0; k < K; k++) {
             vec part[COLUMNS];
-            UNROLL for (int c = 0; c < COLUMNS; c++) part[c] = load(state[k] + c * LANES);
-            UNROLL for (int r = 0; r < ROWS; r++)
-            {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) part[c] = load(state[k] + c * LANES);
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
                 vec a = splat(s->kq[row + r][k]);
-                UNROLL for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * part[c];
+                UNROLL
+                for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * part[c];
             }
         }
-        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int c = 0; c < COLUMNS; c++) *
-            vec_at(s->read[row + r] + c * LANES) = sum[r][c];
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) *vec_at(s->read[row + r] + c * LANES) = sum[r][c];
+        }
     }
 }
 
@@ -210,18 +220,20 @@ static inline void solve(scratch *s, const tokens *t, int64_t v)
     for (int row = 0; row < CHUNK; row += ROWS) {
         for (int c = 0; c < BLOCK; c += LANES) {
             vec u[ROWS];
-            UNROLL for (int r = 0; r < ROWS; r++)
-            {
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
                 vec value = load_bf16(t->v + (row + r) * t->stride + v + c);
                 u[r] = s->write[row + r] * (value - load(s->read[row + r] + c));
             }
             for (int j = 0; j < row; j++) {
                 vec above = load(s->u[j] + c);
-                UNROLL for (int r = 0; r < ROWS; r++) u[r] -= s->lower[row + r][j] * above;
+                UNROLL
+                for (int r = 0; r < ROWS; r++) u[r] -= s->lower[row + r][j] * above;
             }
-            UNROLL for (int j = 0; j < ROWS; j++)
-            {
-                UNROLL for (int r = j + 1; r < ROWS; r++) u[r] -= s->lower[row + r][row + j] * u[j];
+            UNROLL
+            for (int j = 0; j < ROWS; j++) {
+                UNROLL
+                for (int r = j + 1; r < ROWS; r++) u[r] -= s->lower[row + r][row + j] * u[j];
                 *vec_at(s->u[row + j] + c) = u[j];
             }
         }
@@ -234,18 +246,23 @@ static inline void write_out(const scratch *s, const tokens *t, int64_t v, float
     for (int row = 0; row < t->count; row += ROWS) {
         for (int c = 0; c < BLOCK; c += LANES) {
             vec sum[ROWS];
-            UNROLL for (int r = 0; r < ROWS; r++) sum[r] = load(s->read[CHUNK + row + r] + c);
+            UNROLL
+            for (int r = 0; r < ROWS; r++) sum[r] = load(s->read[CHUNK + row + r] + c);
             for (int j = 0; j < row; j++) {
                 vec u = load(s->u[j] + c);
-                UNROLL for (int r = 0; r < ROWS; r++) sum[r] += s->mix[row + r][j] * u;
+                UNROLL
+                for (int r = 0; r < ROWS; r++) sum[r] += s->mix[row + r][j] * u;
             }
-            UNROLL for (int j = 0; j < ROWS; j++)
-            {
+            UNROLL
+            for (int j = 0; j < ROWS; j++) {
                 vec u = load(s->u[row + j] + c);
-                UNROLL for (int r = j; r < ROWS; r++) sum[r] += s->mix[row + r][row + j] * u;
+                UNROLL
+                for (int r = j; r < ROWS; r++) sum[r] += s->mix[row + r][row + j] * u;
             }
-            UNROLL for (int r = 0; r < ROWS; r++) if (row + r < t->count)
-                store_bf16(t->out + (row + r) * t->out_stride + v + c, scale * sum[r]);
+            UNROLL
+            for (int r = 0; r < ROWS; r++)
+                if (row + r < t->count)
+                    store_bf16(t->out + (row + r) * t->out_stride + v + c, scale * sum[r]);
         }
     }
 }
@@ -255,40 +272,47 @@ static inline void update_state(const scratch *s, float (*state)[BLOCK])
 {
     for (int k = 0; k < K; k += ROWS) {
         vec sum[ROWS][COLUMNS];
-        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int c = 0; c < COLUMNS; c++) sum[r][c] =
-            s->decay[k + r] * load(state[k + r] + c * LANES);
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) sum[r][c] = s->decay[k + r] * load(state[k + r] + c * LANES);
+        }
         for (int i = 0; i < CHUNK; i++) {
             vec u[COLUMNS];
-            UNROLL for (int c = 0; c < COLUMNS; c++) u[c] = load(s->u[i] + c * LANES);
-            UNROLL for (int r = 0; r < ROWS; r++)
-            {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) u[c] = load(s->u[i] + c * LANES);
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
                 vec a = splat(s->kr[i][k + r]);
-                UNROLL for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * u[c];
+                UNROLL
+                for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * u[c];
             }
         }
-        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int c = 0; c < COLUMNS; c++) *
-            vec_at(state[k + r] + c * LANES) = sum[r][c];
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) *vec_at(state[k + r] + c * LANES) = sum[r][c];
+        }
     }
 }
 
 /* The state in memory is [V, K], bf16 or fp32; at work it is [V / BLOCK][K][BLOCK]. */
 static void load_state(const fkda_problem *p, int64_t base, int v_begin, int v_end, scratch *s)
 {
-    for (int v = v_begin; v < v_end; v++) {
-        float(*block)[BLOCK] = s->state[v / BLOCK];
-        int lane = v % BLOCK;
-        int64_t row = base + (int64_t)v * K;
-        if (!p->initial_state) {
-            for (int k = 0; k < K; k++) block[k][lane] = 0.0f;
-        } else if (!p->state_is_bf16) {
-            const float *from = (const float *)p->initial_state + row;
-            for (int k = 0; k < K; k++) block[k][lane] = from[k];
-        } else {
-            const uint16_t *from = (const uint16_t *)p->initial_state + row;
-            for (int k = 0; k < K; k++) {
-                uint32_t bits = (uint32_t)from[k] << 16;
-                memcpy(&block[k][lane], &bits, sizeof bits);
+    if (!p->initial_state) {
+        memset(s->state, 0, sizeof s->state);
+        return;
+    }
+    for (int v = v_begin; v < v_end; v += LANES) {
+        for (int k = 0; k < K; k += LANES) {
+            vec tile[LANES];
+            for (int i = 0; i < LANES; i++) {
+                int64_t at = base + (int64_t)(v + i) * K + k;
+                tile[i] = p->state_is_bf16 ? load_bf16((const uint16_t *)p->initial_state + at)
+                                           : load_f32((const float *)p->initial_state + at);
             }
+            transpose(tile);
+            for (int i = 0; i < LANES; i++) *vec_at(s->state[v / BLOCK][k + i] + v % BLOCK) = tile[i];
         }
     }
 }
@@ -296,17 +320,18 @@ static void load_state(const fkda_problem *p, int64_t base, int v_begin, int v_e
 static void store_state(const fkda_problem *p, int64_t base, int v_begin, int v_end, const scratch *s)
 {
     if (!p->final_state) return;
-    for (int v = v_begin; v < v_end; v++) {
-        const float(*block)[BLOCK] = s->state[v / BLOCK];
-        int lane = v % BLOCK;
-        int64_t row = base + (int64_t)v * K;
-        float values[K] __attribute__((aligned(64)));
-        for (int k = 0; k < K; k++) values[k] = block[k][lane];
-        if (!p->state_is_bf16) {
-            memcpy((float *)p->final_state + row, values, sizeof values);
-        } else {
-            uint16_t *to = (uint16_t *)p->final_state + row;
-            for (int k = 0; k < K; k += LANES) store_bf16(to + k, load(values + k));
+    for (int v = v_begin; v < v_end; v += LANES) {
+        for (int k = 0; k < K; k += LANES) {
+            vec tile[LANES];
+            for (int i = 0; i < LANES; i++) tile[i] = load(s->state[v / BLOCK][k + i] + v % BLOCK);
+            transpose(tile);
+            for (int i = 0; i < LANES; i++) {
+                int64_t at = base + (int64_t)(v + i) * K + k;
+                if (p->state_is_bf16)
+                    store_bf16((uint16_t *)p->final_state + at, tile[i]);
+                else
+                    store_f32((float *)p->final_state + at, tile[i]);
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ enum { LANES = FKDA_LANES };
 
 /* may_alias: the scratch and the tensors are declared as plain arrays. */
 typedef float vec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
+typedef float vec_unaligned __attribute__((vector_size(4 * FKDA_LANES), may_alias, aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
 typedef uint16_t bf16vec __attribute__((vector_size(2 * FKDA_LANES), may_alias));
@@ -30,9 +31,20 @@ static inline vec *vec_at(float *x)
     return (vec *)x;
 }
 
+/* From the scratch, which is aligned; load_f32 and load_bf16 read tensors. */
 static inline vec load(const float *x)
 {
     return *(const vec *)x;
+}
+
+static inline vec load_f32(const float *x)
+{
+    return *(const vec_unaligned *)x;
+}
+
+static inline void store_f32(float *to, vec x)
+{
+    *(vec_unaligned *)to = x;
 }
 
 static inline vec load_bf16(const uint16_t *x)
@@ -81,38 +93,62 @@ static inline vec sigmoid_exp2(vec x)
     return 1.0f / (1.0f + exp2_near(x));
 }
 
-/* Sums of many vectors at once: fold(g) halves two vectors by adding neighbouring groups of g lanes, and
- * keeps their order; log2(LANES) folds leave one vector with the sum of x[i] in lane i. */
-#define LANE(g, odd, i) ((i) / (g)*2 * (g) + (i) % (g) + (odd) * (g))
+/* index(a, b, 0), index(a, b, 1), ... for every lane of a vector. */
 #if FKDA_LANES == 16
-#define LANES_OF(g, odd)                                                                                     \
-    LANE(g, odd, 0), LANE(g, odd, 1), LANE(g, odd, 2), LANE(g, odd, 3), LANE(g, odd, 4), LANE(g, odd, 5),    \
-        LANE(g, odd, 6), LANE(g, odd, 7), LANE(g, odd, 8), LANE(g, odd, 9), LANE(g, odd, 10),                \
-        LANE(g, odd, 11), LANE(g, odd, 12), LANE(g, odd, 13), LANE(g, odd, 14), LANE(g, odd, 15)
+#define EACH_LANE(index, a, b)                                                                               \
+    index(a, b, 0), index(a, b, 1), index(a, b, 2), index(a, b, 3), index(a, b, 4), index(a, b, 5),          \
+        index(a, b, 6), index(a, b, 7), index(a, b, 8), index(a, b, 9), index(a, b, 10), index(a, b, 11),    \
+        index(a, b, 12), index(a, b, 13), index(a, b, 14), index(a, b, 15)
 #elif FKDA_LANES == 8
-#define LANES_OF(g, odd)                                                                                     \
-    LANE(g, odd, 0), LANE(g, odd, 1), LANE(g, odd, 2), LANE(g, odd, 3), LANE(g, odd, 4), LANE(g, odd, 5),    \
-        LANE(g, odd, 6), LANE(g, odd, 7)
+#define EACH_LANE(index, a, b)                                                                               \
+    index(a, b, 0), index(a, b, 1), index(a, b, 2), index(a, b, 3), index(a, b, 4), index(a, b, 5),          \
+        index(a, b, 6), index(a, b, 7)
 #else
-#define LANES_OF(g, odd) LANE(g, odd, 0), LANE(g, odd, 1), LANE(g, odd, 2), LANE(g, odd, 3)
+#define EACH_LANE(index, a, b) index(a, b, 0), index(a, b, 1), index(a, b, 2), index(a, b, 3)
 #endif
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
-#define FOLD(g, a, b) (SHUFFLE(a, b, LANES_OF(g, 0)) + SHUFFLE(a, b, LANES_OF(g, 1)))
+
+/* Sums of many vectors at once: FOLD(g) halves two vectors by adding neighbouring groups of g lanes, and
+ * keeps their order; log2(LANES) folds leave one vector with the sum of x[i] in lane i. */
+#define GROUP_LANE(g, odd, i) ((i) / (g)*2 * (g) + (i) % (g) + (odd) * (g))
+#define FOLD(g, a, b)                                                                                        \
+    (SHUFFLE(a, b, EACH_LANE(GROUP_LANE, g, 0)) + SHUFFLE(a, b, EACH_LANE(GROUP_LANE, g, 1)))
 
 static inline vec lane_sums(vec x[LANES])
 {
 #if FKDA_LANES == 16
-    UNROLL for (int i = 0; i < 8; i++) x[i] = FOLD(8, x[2 * i], x[2 * i + 1]);
+    UNROLL
+    for (int i = 0; i < 8; i++) x[i] = FOLD(8, x[2 * i], x[2 * i + 1]);
 #endif
 #if FKDA_LANES >= 8
-    UNROLL for (int i = 0; i < 4; i++) x[i] = FOLD(4, x[2 * i], x[2 * i + 1]);
+    UNROLL
+    for (int i = 0; i < 4; i++) x[i] = FOLD(4, x[2 * i], x[2 * i + 1]);
 #endif
-    UNROLL for (int i = 0; i < 2; i++) x[i] = FOLD(2, x[2 * i], x[2 * i + 1]);
+    UNROLL
+    for (int i = 0; i < 2; i++) x[i] = FOLD(2, x[2 * i], x[2 * i + 1]);
     return FOLD(1, x[0], x[1]);
+}
+
+/* Rows become columns: log2(LANES) times, each of the first half of the rows is interleaved with its
+ * partner in the second. */
+#define MIXED_LANE(first, unused, i) ((first) + (i) / 2 + (i) % 2 * FKDA_LANES)
+static inline void transpose(vec x[LANES])
+{
+    for (int step = 1; step < LANES; step *= 2) {
+        vec mixed[LANES];
+        UNROLL
+        for (int i = 0; i < LANES / 2; i++) {
+            vec a = x[i], b = x[i + LANES / 2];
+            mixed[2 * i] = SHUFFLE(a, b, EACH_LANE(MIXED_LANE, 0, 0));
+            mixed[2 * i + 1] = SHUFFLE(a, b, EACH_LANE(MIXED_LANE, FKDA_LANES / 2, 0));
+        }
+        UNROLL
+        for (int i = 0; i < LANES; i++) x[i] = mixed[i];
+    }
 }
 
 #endif
