@@ -16,6 +16,8 @@ from ctypes import (
     c_void_p,
     py_object,
 )
+from operator import attrgetter
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from . import _lib
@@ -99,6 +101,9 @@ def is_numpy(x: Any) -> bool:
 def fwd(arrays: dict[str, Any], scale, lower_bound, kernel, threads) -> None:
     """arrays: those that are present, by name, in the order of TENSOR_FIELDS."""
     check_options(scale, lower_bound, kernel, threads)
+    if all(map(is_numpy, arrays.values())):
+        _numpy_fwd(arrays, scale, lower_bound, kernel, threads)
+        return
     devices = {name: device_of(name, x) for name, x in arrays.items()}
     check_devices([(name, _device_text(device)) for name, device in devices.items()])
     device = devices["q"]
@@ -119,6 +124,37 @@ def fwd(arrays: dict[str, Any], scale, lower_bound, kernel, threads) -> None:
         plan.run()
     if not ordered:
         _lib.check(_lib.lib.flash_kda_synchronize(_lib.Device(*device), stream))
+
+
+# By thread, since a plan holds one call's pointers.
+_numpy_plans: dict[tuple, Plan] = {}
+_MAX_PLANS = 256
+_describe = attrgetter("shape", "strides", "dtype")
+
+
+def _numpy_fwd(arrays, scale, lower_bound, kernel, threads) -> None:
+    key = (get_ident(), kernel, threads, *arrays, *map(_describe, arrays.values()))
+    plan = _numpy_plans.get(key)
+    if plan is None or plan.busy:
+        views = {name: _read_numpy(name, x) for name, x in arrays.items()}
+        fields = [(name, a.pointer, a.dtype, a.shape, a.stride) for name, a in views.items()]
+        plan = Plan((_lib.CPU, 0), fields, kernel, threads)
+        if len(_numpy_plans) >= _MAX_PLANS:
+            _numpy_plans.clear()
+        _numpy_plans[key] = plan
+    plan.busy = True
+    try:
+        pointers = []
+        for name, x in arrays.items():
+            pointer, read_only = x.__array_interface__["data"]
+            if read_only and name in _WRITTEN:
+                raise _read_only(name)
+            pointers.append(pointer)
+        plan.fill(pointers, scale, lower_bound)
+        plan.workspace.value = scratch.address(plan.workspace_size)
+        plan.run()
+    finally:
+        plan.busy = False
 
 
 def _run_with_workspace(plan: Plan, device: _lib.Device, stream: int | None) -> None:

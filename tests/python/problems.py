@@ -1,8 +1,9 @@
 """Inputs, the truth about them, and error measures, in NumPy alone."""
 
-import flash_kda
 import numpy as np
 from ml_dtypes import bfloat16
+
+import flash_kda
 
 # Relative RMS error against the fp64 recurrence, out and fp32 state.
 BARS = {"cpu": (2.2e-3, 1e-5), "cuda": (5.6e-3, 4.8e-3)}

@@ -4,11 +4,12 @@ import ctypes
 import sys
 from ctypes import POINTER, c_int64, c_void_p, py_object
 
-import flash_kda
 import numpy as np
 import pytest
-from flash_kda._arrays import _DLTensor, _Versioned
 from ml_dtypes import bfloat16
+
+import flash_kda
+from flash_kda._arrays import _DLTensor, _Versioned
 from problems import hold_to, make, to_numpy, to_torch, truth
 
 CODES = {"bfloat16": (4, 16), "float32": (2, 32), "int64": (0, 64), "int32": (0, 32)}

@@ -1,9 +1,10 @@
 """Every wrong argument: the exception, its sentence, and that nothing was written."""
 
-import flash_kda
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
+
+import flash_kda
 from problems import make, to_torch
 
 BIG = 2**31

@@ -2,9 +2,10 @@
 
 import warnings
 
-import flash_kda
 import numpy as np
 import pytest
+
+import flash_kda
 from problems import BARS, error, make, to_numpy, to_torch, truth
 
 torch = pytest.importorskip("torch")

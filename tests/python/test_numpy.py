@@ -2,10 +2,11 @@
 
 import threading
 
-import flash_kda
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
+
+import flash_kda
 from problems import BARS, error, hold_to, make, truth
 
 

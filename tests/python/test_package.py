@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flash_kda
 import numpy as np
 import pytest
+
+import flash_kda
 from problems import make
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flash_kda
 import pytest
+
+import flash_kda
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,10 +4,11 @@ import functools
 import shutil
 import threading
 
-import flash_kda
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
+
+import flash_kda
 from problems import hold_to, make, to_numpy, to_torch, truth
 
 torch = pytest.importorskip("torch")
