@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from typing import Any, Callable
 
-import flash_kda
 import torch
+
+import flash_kda
 from flash_kda import _lib, _torch
 
 ROUNDS, CALLS = 200, 50
