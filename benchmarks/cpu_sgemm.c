@@ -156,7 +156,7 @@ int main(int argc, char **argv)
         if (sgemm.rate == 0.0) die("sgemm did not run");
         printf("%s, kernel %s\n", sgemm.config, sgemm.core);
         for (int mode = 0; mode < STATE_MODES; mode++) {
-            for (int bf16_state = 0; bf16_state <= (mode != STATE_NONE); bf16_state++) {
+            for (int bf16_state = 0; bf16_state <= (mode == STATE_NONE ? 0 : 1); bf16_state++) {
                 double kda = kda_rate(p, kernel, threads, (state_mode)mode, bf16_state);
                 printf("%7d  %-16s %-4s  %12.1f  %16.1f  %4.0f%%\n", threads, state_mode_names[mode],
                        mode == STATE_NONE ? ""

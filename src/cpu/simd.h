@@ -64,7 +64,7 @@ static inline void store_bf16(uint16_t *to, vec x)
 {
     uvec bits = (uvec)x;
     uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    uvec is_nan = (uvec)(x != x);
+    uvec is_nan = (uvec)(((ivec)bits & 0x7fffffff) > 0x7f800000);
     rounded = (is_nan & 0x7fc0) | (~is_nan & rounded);
     *(bf16vec_unaligned *)to = __builtin_convertvector(rounded, bf16vec);
 }
