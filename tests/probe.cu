@@ -56,7 +56,8 @@ extern "C" int probe_fma(const float *a, const float *b, const float *c, float *
     return cudaGetLastError();
 }
 
-extern "C" int probe_multiply(const float *a, const float *b, const float *c, float *d, long long batch, int m, int n, int k)
+extern "C" int probe_multiply(const float *a, const float *b, const float *c, float *d, long long batch,
+                              int m, int n, int k)
 {
     multiply<<<(unsigned)(batch * (m / 16) * (n / 8)), 32>>>(a, b, c, d, m, n, k);
     return cudaGetLastError();

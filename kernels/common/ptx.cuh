@@ -5,7 +5,8 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-namespace fkda {
+namespace fkda
+{
 
 __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 {
@@ -39,12 +40,14 @@ __device__ __forceinline__ float rsqrt_approx(float x)
  *   a: rows g, g + 8, g, g + 8, depths t, t, t + 4, t + 4
  *   b: column g, depths t, t + 4
  * The tensor core ignores the 13 low bits of a and b: an fp32 value counts as truncated to tf32. */
-__device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1)
+__device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
+                                         float b1)
 {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 /* Four 8 x 8 tiles of 16-bit elements, each transposed on the way. Lane i gives the address of row i % 8
@@ -88,13 +91,15 @@ template <int pending> __device__ __forceinline__ void copy_async_wait()
  * left to the assembler, which has registers to spare for it where the compiler would keep it across loops. */
 template <int first, int threads> __device__ __forceinline__ void barrier_sync(int index)
 {
-    asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.sync id, %2; }" ::"r"(index), "n"(first), "n"(threads)
+    asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.sync id, %2; }" ::"r"(index), "n"(first),
+                 "n"(threads)
                  : "memory");
 }
 
 template <int first, int threads> __device__ __forceinline__ void barrier_arrive(int index)
 {
-    asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.arrive id, %2; }" ::"r"(index), "n"(first), "n"(threads)
+    asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.arrive id, %2; }" ::"r"(index), "n"(first),
+                 "n"(threads)
                  : "memory");
 }
 

@@ -26,11 +26,11 @@ template <int rows> static __device__ void forward(const fkda_portable_args &arg
         Recurrence<rows>(args, task, shared, thread - FKDA_PORTABLE_PREPARE_THREADS, first_row).run();
 }
 
-#define FKDA_DEFINE_KERNEL(rows)                                                           \
-    extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_THREADS(rows), 1)           \
-        fkda_portable_fwd_##rows(const __grid_constant__ fkda_portable_args args)          \
-    {                                                                                      \
-        forward<rows>(args);                                                               \
+#define FKDA_DEFINE_KERNEL(rows)                                                                             \
+    extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_THREADS(rows), 1)                             \
+        fkda_portable_fwd_##rows(const __grid_constant__ fkda_portable_args args)                            \
+    {                                                                                                        \
+        forward<rows>(args);                                                                                 \
     }
 
 FKDA_DEFINE_KERNEL(128)

@@ -6,9 +6,10 @@
 #define FKDA_PORTABLE_ROWS_PER_WARP 16    /* of V, in the recurrence */
 
 /* Threads of a block that carries `rows` of V. */
-#define FKDA_PORTABLE_THREADS(rows) (FKDA_PORTABLE_PREPARE_THREADS + 32 * (rows) / FKDA_PORTABLE_ROWS_PER_WARP)
+#define FKDA_PORTABLE_THREADS(rows)                                                                          \
+    (FKDA_PORTABLE_PREPARE_THREADS + 32 * (rows) / FKDA_PORTABLE_ROWS_PER_WARP)
 
 /* sizeof(Shared) in shared.cuh, which asserts it. Every GPU from sm_80 on has 99 KB = 101376 bytes. */
-#define FKDA_PORTABLE_SHARED_BYTES 99488
+#define FKDA_PORTABLE_SHARED_BYTES 100512
 
 #endif

@@ -9,7 +9,8 @@
 
 #include "shared.cuh"
 
-namespace fkda {
+namespace fkda
+{
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -48,15 +49,16 @@ template <int rows> struct Preparation {
     Stage &stage;
     int group, thread, warp, pair, t; /* pair: tokens 2 pair and 2 pair + 1; thread: within the group */
     int channel;                      /* the first of eight */
-    float bound;         /* lower_bound log2(e): decays are powers of two here */
-    long long base;      /* this lane's first channel at the task's first token, in elements */
-    int step;            /* from a token to the next */
+    float bound;                      /* lower_bound log2(e): decays are powers of two here */
+    long long base;                   /* this lane's first channel at the task's first token, in elements */
+    int step;                         /* from a token to the next */
 
     __device__ Preparation(const fkda_portable_args &a, const Task &k, Shared &s, int id)
-        : args(a), task(k), shared(s), scratch(s.scratch[id / GROUP_THREADS]), stage(s.stage[id / GROUP_THREADS]),
-          group(id / GROUP_THREADS), thread(id % GROUP_THREADS), warp(thread / 32), pair(thread % 32 / 4),
-          t(thread % 4), channel(32 * warp + 8 * t), bound(a.lower_bound * LOG2_E),
-          base((k.begin * a.heads + k.head) * DIM + channel), step(a.heads * DIM)
+        : args(a), task(k), shared(s), scratch(s.scratch[id / GROUP_THREADS]),
+          stage(s.stage[id / GROUP_THREADS]), group(id / GROUP_THREADS), thread(id % GROUP_THREADS),
+          warp(thread / 32), pair(thread % 32 / 4), t(thread % 4), channel(32 * warp + 8 * t),
+          bound(a.lower_bound * LOG2_E), base((k.begin * a.heads + k.head) * DIM + channel),
+          step(a.heads * DIM)
     {
         const float gate_factor = ex2(a.A_log[k.head] * LOG2_E) * -LOG2_E;
         if (thread % 32 == 0) scratch.gate_factor[warp] = gate_factor;
@@ -94,7 +96,9 @@ template <int rows> struct Preparation {
             for (int e = 0; e < 2; e++) {
                 int token = chunk * CHUNK + 2 * pair + e;
                 bool valid = token < task.length;
-                copy_async_16(&shared.v[chunk % V_STAGES][2 * pair + e][channel], valid ? from + at(token) : from, valid);
+                void *to =
+                    &shared.v[slot<V_STAGES>(chunk)][2 * pair + e][value_column(2 * pair + e, channel)];
+                copy_async_16(to, valid ? from + at(token) : from, valid);
             }
         }
         copy_async_commit();
@@ -106,7 +110,8 @@ template <int rows> struct Preparation {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int token = chunk * CHUNK + thread / CHUNK + 8 * e;
-            const uint16_t *beta = static_cast<const uint16_t *>(args.beta) + task.begin * args.heads + task.head;
+            const uint16_t *beta =
+                static_cast<const uint16_t *>(args.beta) + task.begin * args.heads + task.head;
             logit[e] = token < task.length ? __ldg(beta + static_cast<long long>(token) * args.heads) : 0;
         }
     }
@@ -167,7 +172,8 @@ template <int rows> struct Preparation {
             float4 part = scratch.squares[w][pair];
             s.x += part.x, s.y += part.y, s.z += part.z, s.w += part.w;
         }
-        q_factor[0] = rsqrt_approx(s.x + 1e-6f) * args.scale, q_factor[1] = rsqrt_approx(s.z + 1e-6f) * args.scale;
+        q_factor[0] = rsqrt_approx(s.x + 1e-6f) * args.scale,
+        q_factor[1] = rsqrt_approx(s.z + 1e-6f) * args.scale;
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
     }
 
@@ -177,21 +183,19 @@ template <int rows> struct Preparation {
     __device__ void decay(const Eight (&raw_q)[2], const Eight (&raw_k)[2], const float (&sum)[2][8]) const
     {
         float q_factor[2], k_factor[2], products[2][2][4] = {};
-        float *k_rest = &stage.k_rest[pair][channel / 2].x;
         find_norms(q_factor, k_factor);
 #pragma unroll
-        for (int half = 0; half < 8; half += 2) { /* two channels at a time keep it within the registers */
-            const int first = channel + half;
+        for (int first = 0; first < 8; first += 2) { /* two channels at a time: it must fit in registers */
             float q_up[2][2], k_up[2][2], k_down[2][2], from_start[2], to_last[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                float middle = __shfl_sync(~0u, sum[1][half + c], 4 * 3 + t);
-                float last = __shfl_sync(~0u, sum[1][half + c], 4 * 7 + t);
+                float middle = __shfl_sync(~0u, sum[1][first + c], 4 * 3 + t);
+                float last = __shfl_sync(~0u, sum[1][first + c], 4 * 7 + t);
                 from_start[c] = ex2(middle), to_last[c] = ex2(last - middle);
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float distance = sum[e][half + c] - middle, up = ex2(distance), down = ex2(-distance);
-                    float q = raw_q[e][half + c] * q_factor[e], k = raw_k[e][half + c] * k_factor[e];
+                    float distance = sum[e][first + c] - middle, up = ex2(distance), down = ex2(-distance);
+                    float q = raw_q[e][first + c] * q_factor[e], k = raw_k[e][first + c] * k_factor[e];
                     q_up[e][c] = q * up;
                     k_up[e][c] = k * up;
                     k_down[e][c] = k * down;
@@ -199,16 +203,21 @@ template <int rows> struct Preparation {
             }
             multiply_channels(products[0], k_up, k_down);
             multiply_channels(products[1], q_up, k_down);
-            if (pair == 0) store_two(&stage.gamma[first], from_start[0] * to_last[0], from_start[1] * to_last[1]);
+            if (pair == 0)
+                store_two(&stage.gamma[channel + first], from_start[0] * to_last[0],
+                          from_start[1] * to_last[1]);
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 from_start[c] *= UNTRUNCATE, to_last[c] *= UNTRUNCATE;
-                store_two(k_rest + 4 * (half / 4 * 2 + c) + half % 4, k_down[0][c] * to_last[c], k_down[1][c] * to_last[c]);
+                float4 &rest = stage.k_rest[pair][9 * (channel / 16) + channel % 16 / 2 + first / 4 * 2 + c];
+                store_two(&rest.x + first % 4, k_down[0][c] * to_last[c], k_down[1][c] * to_last[c]);
             }
+            const int column = decayed_column(2 * pair, channel + first / 4 * 4) + first % 4;
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                store_two(&stage.q_decayed[2 * pair + e][first], q_up[e][0] * from_start[0], q_up[e][1] * from_start[1]);
-                store_two(&stage.minus_k_decayed[2 * pair + e][first], k_up[e][0] * -from_start[0],
+                store_two(&stage.q_decayed[2 * pair + e][column], q_up[e][0] * from_start[0],
+                          q_up[e][1] * from_start[1]);
+                store_two(&stage.minus_k_decayed[2 * pair + e][column], k_up[e][0] * -from_start[0],
                           k_up[e][1] * -from_start[1]);
             }
         }
@@ -216,14 +225,15 @@ template <int rows> struct Preparation {
         for (int which = 0; which < 2; which++) {
             const float(&even)[4] = products[which][0], (&odd)[4] = products[which][1];
             float(&to)[CHUNK][CHUNK] = scratch.products[warp][which];
-            store_four(&to[2 * pair][4 * t], even[0], odd[0], even[1], odd[1]);
-            store_four(&to[2 * pair + 1][4 * t], even[2], odd[2], even[3], odd[3]);
+            store_four(&to[product_row(2 * pair)][4 * t], even[0], odd[0], even[1], odd[1]);
+            store_four(&to[product_row(2 * pair + 1)][4 * t], even[2], odd[2], even[3], odd[3]);
         }
     }
 
     /* product += x . y^T over two channels of each lane. Row g of the tiles is token 2 g and row g + 8
      * token 2 g + 1; product[0] has the even tokens of y as columns and product[1] the odd ones. */
-    __device__ static void multiply_channels(float (&product)[2][4], const float (&x)[2][2], const float (&y)[2][2])
+    __device__ static void multiply_channels(float (&product)[2][4], const float (&x)[2][2],
+                                             const float (&y)[2][2])
     {
 #pragma unroll
         for (int e = 0; e < 2; e++)
@@ -240,9 +250,10 @@ template <int rows> struct Preparation {
             float sums[2];
 #pragma unroll
             for (int which = 0; which < 2; which++) {
-                sums[which] = scratch.products[0][which][i][j];
+                sums[which] = scratch.products[0][which][product_row(i)][j];
 #pragma unroll
-                for (int w = 1; w < GROUP_WARPS; w++) sums[which] += scratch.products[w][which][i][j];
+                for (int w = 1; w < GROUP_WARPS; w++)
+                    sums[which] += scratch.products[w][which][product_row(i)][j];
             }
             float logit = __uint_as_float(static_cast<uint32_t>(beta[e]) << 16);
             float b = chunk * CHUNK + i < task.length ? rcp(1.0f + ex2(logit * -LOG2_E)) * UNTRUNCATE : 0.0f;

@@ -9,7 +9,8 @@
 
 #include "shared.cuh"
 
-namespace fkda {
+namespace fkda
+{
 
 /* An accumulator tile as the A operand: d += tile * (b0, b1). */
 __device__ __forceinline__ void multiply(float (&d)[4], const float (&tile)[4], float b0, float b1)
@@ -23,13 +24,15 @@ template <int rows> struct Recurrence {
     const Task &task;
     Shared &shared;
     int lane, g, t;
-    int first_row; /* of V */
+    int first_row;       /* of V */
+    long long out_begin; /* where this lane's rows of the first token's output are, in elements */
     /* state[j][h]: rows g and g + 8, channels 16 j + 4 t + 2 h and + 1: {g, g, g + 8, g + 8} */
     float state[DIM / 16][2][4];
 
     __device__ Recurrence(const fkda_portable_args &a, const Task &k, Shared &s, int thread, int row)
         : args(a), task(k), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4),
-          first_row(row + thread / 32 * FKDA_PORTABLE_ROWS_PER_WARP)
+          first_row(row + thread / 32 * FKDA_PORTABLE_ROWS_PER_WARP),
+          out_begin((k.begin * a.heads + k.head) * DIM + first_row + 2 * t)
     {
     }
 
@@ -52,10 +55,12 @@ template <int rows> struct Recurrence {
             for (int r = 0; r < 2; r++) {
                 float4 x = make_float4(0, 0, 0, 0);
                 if (args.initial_state && args.state_is_bf16) {
-                    uint2 b = *reinterpret_cast<const uint2 *>(static_cast<const uint16_t *>(args.initial_state) + begin + 8 * r * DIM + 16 * j);
+                    uint2 b = *reinterpret_cast<const uint2 *>(
+                        static_cast<const uint16_t *>(args.initial_state) + begin + 8 * r * DIM + 16 * j);
                     x = make_float4(bf16_low(b.x), bf16_high(b.x), bf16_low(b.y), bf16_high(b.y));
                 } else if (args.initial_state) {
-                    x = *reinterpret_cast<const float4 *>(static_cast<const float *>(args.initial_state) + begin + 8 * r * DIM + 16 * j);
+                    x = *reinterpret_cast<const float4 *>(static_cast<const float *>(args.initial_state) +
+                                                          begin + 8 * r * DIM + 16 * j);
                 }
                 state[j][0][2 * r] = x.x, state[j][0][2 * r + 1] = x.y;
                 state[j][1][2 * r] = x.z, state[j][1][2 * r + 1] = x.w;
@@ -69,12 +74,15 @@ template <int rows> struct Recurrence {
         for (int j = 0; j < DIM / 16; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float4 x = make_float4(state[j][0][2 * r], state[j][0][2 * r + 1], state[j][1][2 * r], state[j][1][2 * r + 1]);
+                float4 x = make_float4(state[j][0][2 * r], state[j][0][2 * r + 1], state[j][1][2 * r],
+                                       state[j][1][2 * r + 1]);
                 if (args.state_is_bf16)
-                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state) + begin + 8 * r * DIM + 16 * j) =
+                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state) + begin +
+                                               8 * r * DIM + 16 * j) =
                         make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
                 else
-                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state) + begin + 8 * r * DIM + 16 * j) = x;
+                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state) + begin + 8 * r * DIM +
+                                                16 * j) = x;
             }
     }
 
@@ -83,7 +91,7 @@ template <int rows> struct Recurrence {
     {
         uint32_t v[4];
         int token = lane % 8 + 8 * (lane / 16), row = first_row + lane / 8 % 2 * 8;
-        load_matrices_transposed(v, &shared.v[chunk % V_STAGES][token][row]);
+        load_matrices_transposed(v, &shared.v[slot<V_STAGES>(chunk)][token][value_column(token, row)]);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -94,7 +102,8 @@ template <int rows> struct Recurrence {
     }
 
     /* d += u M^T for a lower triangular M of 16 x 16: of its 8 x 8 blocks the upper right one is zero. */
-    __device__ void multiply_lower(float (&d)[2][4], const float (&u)[2][4], const float (&m)[CHUNK][CHUNK + 8]) const
+    __device__ void multiply_lower(float (&d)[2][4], const float (&u)[2][4],
+                                   const float (&m)[CHUNK][CHUNK + 8]) const
     {
         float2 top = *reinterpret_cast<const float2 *>(&m[g][2 * t]);
         float2 left = *reinterpret_cast<const float2 *>(&m[g + 8][2 * t]);
@@ -117,7 +126,7 @@ template <int rows> struct Recurrence {
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float4 k = stage.k_rest[4 * i + t][8 * j + g];
+                float4 k = stage.k_rest[4 * i + t][9 * j + g];
                 multiply(state[j][0], u[i], k.x, k.y);
                 multiply(state[j][1], u[i], k.z, k.w);
             }
@@ -133,7 +142,7 @@ template <int rows> struct Recurrence {
             uint32_t high = transpose_matrix(pack_bf16(o[i][2], o[i][3]));
             int token = chunk * CHUNK + 8 * i + g;
             if (token >= task.length) continue;
-            long long at = ((task.begin + token) * args.heads + task.head) * DIM + first_row + 2 * t;
+            long long at = out_begin + static_cast<long long>(token) * (args.heads * DIM);
             uint32_t *to = reinterpret_cast<uint32_t *>(static_cast<uint16_t *>(args.out) + at);
             to[0] = low;
             to[4] = high;
@@ -144,16 +153,17 @@ template <int rows> struct Recurrence {
     {
         load_state();
         for (int chunk = 0; chunk < task.chunks; chunk++) {
-            const Stage &stage = shared.stage[chunk % STAGES];
+            const Stage &stage = shared.stage[slot<STAGES>(chunk)];
             float r[2][4], u[2][4] = {}, o[2][4] = {};
-            barrier_sync<FULL, STAGE_THREADS<rows>>(chunk % STAGES);
+            barrier_sync<FULL, STAGE_THREADS<rows>>(slot<STAGES>(chunk));
             load_values(chunk, r);
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) { /* r = V - K~ S, o = Q~ S */
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float4 k = *reinterpret_cast<const float4 *>(&stage.minus_k_decayed[8 * i + g][16 * j + 4 * t]);
-                    float4 q = *reinterpret_cast<const float4 *>(&stage.q_decayed[8 * i + g][16 * j + 4 * t]);
+                    const int row = 8 * i + g, column = 16 * j + decayed_column(g, 4 * t);
+                    float4 k = *reinterpret_cast<const float4 *>(&stage.minus_k_decayed[row][column]);
+                    float4 q = *reinterpret_cast<const float4 *>(&stage.q_decayed[row][column]);
                     multiply(r[i], state[j][0], k.x, k.y);
                     multiply(o[i], state[j][0], q.x, q.y);
                     multiply(r[i], state[j][1], k.z, k.w);
@@ -163,7 +173,7 @@ template <int rows> struct Recurrence {
             multiply_lower(u, r, stage.solve);
             multiply_lower(o, u, stage.attend);
             update_state(stage, u);
-            if (chunk + STAGES < task.chunks) barrier_arrive<EMPTY, STAGE_THREADS<rows>>(chunk % STAGES);
+            if (chunk + STAGES < task.chunks) barrier_arrive<EMPTY, STAGE_THREADS<rows>>(slot<STAGES>(chunk));
             store_output(chunk, o);
         }
         if (args.final_state) store_state();

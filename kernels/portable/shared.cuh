@@ -6,7 +6,8 @@
 #include "fwd_args.h"
 #include "fwd_shape.h"
 
-namespace fkda {
+namespace fkda
+{
 
 constexpr int CHUNK = 16; /* tokens */
 constexpr int DIM = 128;  /* K and V */
@@ -23,16 +24,17 @@ constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
 
 /* A prepared chunk in fp32. With G the running sum of the log decay, rows i, j:
  *   minus_k_decayed[i] = -k_i exp(G_i)           q_decayed[i] = scale q_i exp(G_i)
- *   k_rest: k_j exp(G_last - G_j), as the state update's B fragments: element [j / 2][8 * group + n] holds
+ *   k_rest: k_j exp(G_last - G_j), as the state update's B fragments: element [j / 2][9 * group + n] holds
  *           tokens j, j + 1 of channel c(n), then tokens j, j + 1 of channel c(n) + 2, where
  *           c(n) = 16 * group + 4 * (n / 2) + n % 2
  *   solve  = (I + L)^-1 diag(b)                  attend = tril(q_i k_j exp(G_i - G_j))
  *   gamma  = exp(G_last)
- * All but gamma carry UNTRUNCATE. The row paddings make the fragment loads free of bank conflicts. */
+ * All but gamma carry UNTRUNCATE. Row paddings and the column functions below make both the stores of the
+ * preparation and the fragment loads of the recurrence free of bank conflicts. */
 struct Stage {
     float minus_k_decayed[CHUNK][DIM + 16];
     float q_decayed[CHUNK][DIM + 16];
-    float4 k_rest[CHUNK / 2][DIM / 2 + 2];
+    float4 k_rest[CHUNK / 2][DIM / 16 * 9 + 2];
     float solve[CHUNK][CHUNK + 8];
     float attend[CHUNK][CHUNK + 8];
     float gamma[DIM];
@@ -48,10 +50,28 @@ struct Scratch {
     float gate_offset[DIM];         /* that times dt_bias */
 };
 
+/* Where four channels of a row are in minus_k_decayed and q_decayed. */
+__device__ __forceinline__ int decayed_column(int row, int channel)
+{
+    return channel ^ ((row & 6) << 1);
+}
+
+/* Where eight rows of V of a token are in v. */
+__device__ __forceinline__ int value_column(int token, int row)
+{
+    return row ^ ((token & 7) << 3);
+}
+
+/* Where a row of a product over channels is. */
+__device__ __forceinline__ int product_row(int row)
+{
+    return row ^ (row >> 1 & 1);
+}
+
 struct Shared {
     Stage stage[STAGES];
     Scratch scratch[STAGES];
-    __nv_bfloat16 v[V_STAGES][CHUNK][DIM + 8];
+    __nv_bfloat16 v[V_STAGES][CHUNK][DIM];
 };
 static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in step");
 
@@ -61,6 +81,12 @@ static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in
 enum Barrier { GROUP = 1, FULL = GROUP + STAGES, EMPTY = FULL + STAGES };
 template <int rows>
 constexpr int STAGE_THREADS = GROUP_THREADS + FKDA_PORTABLE_THREADS(rows) - FKDA_PORTABLE_PREPARE_THREADS;
+
+/* Which of n slots a chunk uses. */
+template <int n> __device__ __forceinline__ int slot(int chunk)
+{
+    return static_cast<unsigned>(chunk) % n;
+}
 
 /* One head of one sequence. */
 struct Task {
