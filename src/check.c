@@ -33,6 +33,9 @@ static size_t dtype_size(int32_t dtype)
     }
 }
 
+/* So that a step from a token to the next, in elements, is 32-bit too. */
+static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
+
 /* "[1, 8192, 96, 128]" */
 static const char *shape_text(const int64_t *sizes, int ndim, char text[96])
 {
@@ -199,6 +202,9 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
         __builtin_mul_overflow(tasks, 4 * FKDA_DIM * FKDA_DIM, &states))
         return INVALID("there are N * H = %lld * %lld states; there must be at most %d", (long long)N,
                        (long long)H, INT32_MAX);
+    if (H > MAX_HEADS)
+        return INVALID("q has H = %lld; there must be at most %lld heads", (long long)H,
+                       (long long)MAX_HEADS);
     out->batch = B;
     out->tokens = T;
     out->heads = H;

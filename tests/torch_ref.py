@@ -24,9 +24,13 @@ HERE = Path(__file__).parent
 
 # The depth order of products: slots t and t + 4 of each step of eight hold two neighbours. The state's channels and
 # the tokens of a chunk are ordered by kernels/portable/recurrence.cuh, the channels of q and k by prepare.cuh.
-STATE_ORDER = [16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)]
+STATE_ORDER = [
+    16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)
+]
 TOKEN_ORDER = [8 * i + 2 * t + e for i in range(2) for e in range(2) for t in range(4)]
-LANE_ORDER = [32 * w + 8 * t + 2 * s + e for w in range(4) for s in range(4) for e in range(2) for t in range(4)]
+LANE_ORDER = [
+    32 * w + 8 * t + 2 * s + e for w in range(4) for s in range(4) for e in range(2) for t in range(4)
+]
 
 # Makes up for the truncation of two operands; see kernels/portable/shared.cuh.
 UNTRUNCATE = 1 + 2 * 0.7213 / 2048
@@ -60,7 +64,17 @@ class CudaOps:
         nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         major, minor = torch.cuda.get_device_capability()
         arch = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
-        command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-O2", arch, "-o", str(library), str(HERE / "probe.cu")]
+        command = [
+            nvcc,
+            "-shared",
+            "-Xcompiler",
+            "-fPIC",
+            "-O2",
+            arch,
+            "-o",
+            str(library),
+            str(HERE / "probe.cu"),
+        ]
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(library))
 
@@ -142,7 +156,9 @@ def solve(ops, strictly_lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(I + L)^-1 diag(b) by forward substitution, for L [n, H, C, C] and b [n, H, C]."""
     x = torch.diag_embed(b)
     for m in range(CHUNK - 1):
-        x[..., m + 1 :, :] = ops.fma(-strictly_lower[..., m + 1 :, m : m + 1], x[..., m : m + 1, :], x[..., m + 1 :, :])
+        x[..., m + 1 :, :] = ops.fma(
+            -strictly_lower[..., m + 1 :, m : m + 1], x[..., m : m + 1, :], x[..., m + 1 :, :]
+        )
     return x
 
 

@@ -120,6 +120,8 @@ static void overflowing_sizes(void)
             p.q.shape[1] = 0, p.q.shape[2] = 70000);
     SEQLENS(text("there are N * H = %lld * 3 states; there must be at most 2147483647", huge),
             p.cu_seqlens.shape[0] = huge + 1);
+    INVALID("q has H = 16777216; there must be at most 16777215 heads", p.q.shape[1] = 0,
+            p.q.shape[2] = 1 << 24);
 #undef TOKENS
 }
 

@@ -1,0 +1,50 @@
+#!/bin/sh
+# gpu.sh [STEP...]: what needs a GPU, from a clean tree, with nvcc and a python3 that has PyTorch: build, check, tests,
+# sanitizers, bench. Without arguments all of them; each runs whatever the others do, and the end says which failed.
+set -u
+cd "$(dirname "$0")/.."
+BUILD=${BUILD:-build-gpu}
+PYTHON=${PYTHON:-python3}
+export BUILD
+
+build() {
+    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d .)
+    sh scripts/build.sh "$BUILD" "-DFLASH_KDA_CUDA_ARCHS=$arch" >"$BUILD.log" 2>&1 || { cat "$BUILD.log"; return 1; }
+}
+
+check() { "$BUILD/flash-kda" info && "$BUILD/flash-kda" check --device cuda:0; }
+
+tests() {
+    ctest --test-dir "$BUILD" --output-on-failure --no-tests=error -R 'cuda:0' &&
+        "$PYTHON" -m pytest tests/python -q -rs
+}
+
+# Small problems: these tools slow a kernel down a hundredfold. Four at a time, since they wait for each other little.
+sanitizers() {
+    status=0
+    for tool in memcheck racecheck synccheck initcheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 "$BUILD/tests/test_forward" --device cuda:0 --quick \
+            batches ragged empty recorded >"$BUILD/$tool.log" 2>&1 &
+        eval "$tool=$!"
+    done
+    for tool in memcheck racecheck synccheck initcheck; do
+        eval "wait \$$tool" || status=1
+        echo "$tool: $(tail -n 1 "$BUILD/$tool.log")"
+    done
+    return $status
+}
+
+bench() {
+    "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py
+}
+
+failed=""
+for step in ${@:-build check tests sanitizers bench}; do
+    printf '\n== %s\n' "$step"
+    "$step" || failed="$failed $step"
+done
+if [ -n "$failed" ]; then
+    printf '\nfailed:%s\n' "$failed"
+    exit 1
+fi
+printf '\nall passed\n'
