@@ -102,7 +102,8 @@ typedef struct flash_kda_tensor {
  *                  into [0, T], so wrong ones give wrong numbers but never touch other memory.
  *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
- * element). out must not overlap any other tensor, and final_state no other than initial_state.
+ * element). out and the workspace must not overlap any other tensor, and final_state no other than
+ * initial_state.
  * T may be 0, and so may any sequence's length: its final state is its initial state.
  */
 typedef struct flash_kda_fwd_params {
@@ -159,7 +160,7 @@ typedef struct flash_kda_device_info {
 } flash_kda_device_info;
 
 /* Writes up to capacity entries (whose struct_size is set by the caller) and the number there are. The
- * CPU is always the first. infos may be NULL if capacity is 0. If CUDA cannot be used at all, *count
+ * CPU is always the first. Looking starts CUDA, so a process forked afterwards cannot use it. infos may be NULL if capacity is 0. If CUDA cannot be used at all, *count
  * covers the CPU alone and, unless NULL, no_cuda points to a sentence that says why (else to ""). */
 FLASH_KDA_API flash_kda_status flash_kda_list_devices(flash_kda_device_info *infos, int32_t capacity,
                                                       int32_t *count, const char **no_cuda);
@@ -172,6 +173,7 @@ typedef struct flash_kda_kernel_info {
     const char *description; /* one line */
 } flash_kda_kernel_info;
 
+/* The kernels that this build has, as flash_kda_list_devices() gives devices. */
 FLASH_KDA_API flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t capacity,
                                                       int32_t *count);
 

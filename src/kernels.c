@@ -77,7 +77,12 @@ flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t ca
     if (!count) return fkda_fail(FLASH_KDA_INVALID_VALUE, "count is null; it must point to an int32_t");
     if (capacity < 0 || (capacity > 0 && !infos))
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos must point to capacity = %d entries", capacity);
-    for (int i = 0; i < KERNEL_COUNT && i < capacity; i++) infos[i] = kernels[i].info;
+    for (int i = 0; i < KERNEL_COUNT && i < capacity; i++) {
+        if (infos[i].struct_size != sizeof *infos)
+            return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos[%d].struct_size is %zu; it must be %zu", i,
+                             infos[i].struct_size, sizeof *infos);
+        infos[i] = kernels[i].info;
+    }
     *count = KERNEL_COUNT;
     return FLASH_KDA_OK;
 }

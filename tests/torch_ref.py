@@ -162,13 +162,14 @@ def solve(ops, strictly_lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def prepare(ops, q, k, g, beta, scale, A_log, dt_bias, lower_bound):
+def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
     """The preparation of all chunks of one sequence; q, k, g [T, H, D], beta [T, H]."""
     f32 = lambda x: torch.tensor(x, dtype=torch.float32, device=q.device)  # noqa: E731
     valid = to_chunks(torch.ones_like(beta)).bool()
     q, k, g, beta = to_chunks(q), to_chunks(k), to_chunks(g), to_chunks(beta)
 
-    factor = (ops.ex2(A_log * f32(LOG2_E)) * f32(-LOG2_E))[:, None]
+    exponent = A_log * f32(LOG2_E)
+    factor = (ops.ex2(torch.where(exponent > 100, 100.0, exponent)) * f32(-LOG2_E))[:, None]
     sigmoid = ops.rcp(1.0 + ops.ex2(ops.fma(g, factor[:, None], (dt_bias * factor)[:, None])))
     decay = torch.where(valid[..., None], sigmoid * (f32(lower_bound) * f32(LOG2_E)), 0.0)
     b = torch.where(valid, ops.rcp(1.0 + ops.ex2(beta * f32(-LOG2_E))) * f32(UNTRUNCATE), 0.0)
@@ -180,7 +181,7 @@ def prepare(ops, q, k, g, beta, scale, A_log, dt_bias, lower_bound):
     from_start, to_last = from_start * f32(UNTRUNCATE), to_last * f32(UNTRUNCATE)
     up, down = ops.ex2(total - middle), ops.ex2(middle - total)
 
-    q = q * (ops.rsqrt(sum_of_squares(ops, q) + f32(1e-6)) * f32(scale))[..., None]
+    q = q * ops.rsqrt(sum_of_squares(ops, q) + f32(1e-6))[..., None]
     k = k * ops.rsqrt(sum_of_squares(ops, k) + f32(1e-6))[..., None]
     q_up, k_up, k_down = q * up, k * up, k * down
 
@@ -211,7 +212,7 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
     length = q.shape[0]
     if length == 0:
         return v.clone(), state
-    prepared = prepare(ops, q, k, g, beta, scale, A_log, dt_bias, lower_bound)
+    prepared = prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound)
     values = to_chunks(v).mT
     out = torch.empty_like(values)
     for n in range(values.shape[0]):
@@ -223,7 +224,9 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
         out[n] = multiply_lower(ops, u, tile["attend"], read)
         written = tile["k_rest"].mT[..., TOKEN_ORDER]
         state = ops.multiply(u[..., TOKEN_ORDER], written, state * tile["gamma"][:, None, :])
-    out = out.permute(0, 3, 1, 2).flatten(0, 1)[:length]
+    out = out.permute(0, 3, 1, 2).flatten(0, 1)[:length] * torch.tensor(
+        scale, dtype=torch.float32, device=q.device
+    )
     return out.bfloat16(), state
 
 

@@ -60,11 +60,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                  : "memory");
 }
 
-/* Transposes one 8 x 8 tile of 16-bit elements held by a warp, two to a lane. */
+/* Transposes one 8 x 8 tile of 16-bit elements held by a warp, two to a lane. Volatile, so that it is not moved to
+ * where some lanes don't come. */
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
 {
     uint32_t y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
 

@@ -60,7 +60,8 @@ template <int rows> struct Preparation {
           bound(a.lower_bound * LOG2_E), base((k.begin * a.heads + k.head) * DIM + channel),
           step(a.heads * DIM)
     {
-        const float gate_factor = ex2(a.A_log[k.head] * LOG2_E) * -LOG2_E;
+        const float exponent = a.A_log[k.head] * LOG2_E;
+        const float gate_factor = ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E; /* finite */
         if (thread % 32 == 0) scratch.gate_factor[warp] = gate_factor;
         scratch.gate_offset[channel + pair] = a.dt_bias[k.head * DIM + channel + pair] * gate_factor;
         __syncwarp(); /* a warp reads what its own lanes wrote */
@@ -163,7 +164,7 @@ template <int rows> struct Preparation {
         if (t == 0) scratch.squares[warp][pair] = make_float4(s[0], s[1], s[2], s[3]);
     }
 
-    /* scale / |q| and 1 / |k| of this lane's two tokens. */
+    /* 1 / |q| and 1 / |k| of this lane's two tokens. */
     __device__ void find_norms(float (&q_factor)[2], float (&k_factor)[2]) const
     {
         float4 s = scratch.squares[0][pair];
@@ -172,8 +173,7 @@ template <int rows> struct Preparation {
             float4 part = scratch.squares[w][pair];
             s.x += part.x, s.y += part.y, s.z += part.z, s.w += part.w;
         }
-        q_factor[0] = rsqrt_approx(s.x + 1e-6f) * args.scale,
-        q_factor[1] = rsqrt_approx(s.z + 1e-6f) * args.scale;
+        q_factor[0] = rsqrt_approx(s.x + 1e-6f), q_factor[1] = rsqrt_approx(s.z + 1e-6f);
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
     }
 

@@ -138,8 +138,8 @@ template <int rows> struct Recurrence {
     {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            uint32_t low = transpose_matrix(pack_bf16(o[i][0], o[i][1]));
-            uint32_t high = transpose_matrix(pack_bf16(o[i][2], o[i][3]));
+            uint32_t low = transpose_matrix(pack_bf16(o[i][0] * args.scale, o[i][1] * args.scale));
+            uint32_t high = transpose_matrix(pack_bf16(o[i][2] * args.scale, o[i][3] * args.scale));
             int token = chunk * CHUNK + 8 * i + g;
             if (token >= task.length) continue;
             long long at = out_begin + static_cast<long long>(token) * (args.heads * DIM);

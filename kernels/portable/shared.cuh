@@ -23,7 +23,7 @@ constexpr int V_STAGES = 2 * STAGES; /* value tiles, loaded ahead by a turn of t
 constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
 
 /* A prepared chunk in fp32. With G the running sum of the log decay, rows i, j:
- *   minus_k_decayed[i] = -k_i exp(G_i)           q_decayed[i] = scale q_i exp(G_i)
+ *   minus_k_decayed[i] = -k_i exp(G_i)           q_decayed[i] = q_i exp(G_i)
  *   k_rest: k_j exp(G_last - G_j), as the state update's B fragments: element [j / 2][9 * group + n] holds
  *           tokens j, j + 1 of channel c(n), then tokens j, j + 1 of channel c(n) + 2, where
  *           c(n) = 16 * group + 4 * (n / 2) + n % 2

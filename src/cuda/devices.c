@@ -16,8 +16,14 @@ int fkda_cuda_device_count(const char **reason)
     const fkda_driver *driver = fkda_driver_open(reason);
     int count = 0;
     if (!driver) return 0;
-    if (driver->cuDeviceGetCount(&count) || count == 0) {
-        if (reason) *reason = "the NVIDIA driver reports no device";
+    static _Thread_local char failure[160];
+    CUresult result = driver->cuDeviceGetCount(&count);
+    if (result)
+        snprintf(failure, sizeof failure,
+                 "the NVIDIA driver gave %s; a process forked after CUDA was first used cannot use it",
+                 fkda_result_name(result));
+    if (result || count == 0) {
+        if (reason) *reason = result ? failure : "the NVIDIA driver reports no device";
         return 0;
     }
     return count < FKDA_MAX_DEVICES ? count : FKDA_MAX_DEVICES;

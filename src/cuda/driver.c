@@ -8,7 +8,7 @@ static fkda_driver driver;
 static char failure[256];
 static pthread_once_t opened = PTHREAD_ONCE_INIT;
 
-static const char *result_name(CUresult result)
+const char *fkda_result_name(CUresult result)
 {
     const char *name = NULL;
     if (driver.cuGetErrorName) driver.cuGetErrorName(result, &name);
@@ -41,7 +41,7 @@ static void open_driver(void)
     CUresult result = driver.cuInit(0);
     if (result)
         snprintf(failure, sizeof failure, "the NVIDIA driver did not start: cuInit gave %s",
-                 result_name(result));
+                 fkda_result_name(result));
 }
 
 const fkda_driver *fkda_driver_open(const char **reason)
@@ -53,5 +53,6 @@ const fkda_driver *fkda_driver_open(const char **reason)
 
 flash_kda_status fkda_driver_fail(const char *call, CUresult result)
 {
-    return fkda_fail(FLASH_KDA_DEVICE_ERROR, "%s failed with %s (%d)", call, result_name(result), result);
+    return fkda_fail(FLASH_KDA_DEVICE_ERROR, "%s failed with %s (%d)", call, fkda_result_name(result),
+                     result);
 }

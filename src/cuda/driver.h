@@ -66,6 +66,9 @@ typedef struct fkda_driver {
  * ever after). */
 const fkda_driver *fkda_driver_open(const char **reason);
 
+/* "CUDA_ERROR_..." */
+const char *fkda_result_name(CUresult result);
+
 /* Stores a sentence about a driver call that failed. */
 flash_kda_status fkda_driver_fail(const char *call, CUresult result);
 

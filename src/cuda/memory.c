@@ -33,7 +33,14 @@ flash_kda_status fkda_cuda_free(int ordinal, void *memory)
 
 flash_kda_status fkda_cuda_copy(int ordinal, void *to, const void *from, size_t bytes)
 {
-    IN_DEVICE(ordinal, "cuMemcpy", cuMemcpy((CUdeviceptr)(uintptr_t)to, (CUdeviceptr)(uintptr_t)from, bytes));
+    const fkda_driver *driver;
+    flash_kda_status status = fkda_enter_device(ordinal, &driver);
+    if (status != FLASH_KDA_OK) return status;
+    CUresult result = driver->cuMemcpy((CUdeviceptr)(uintptr_t)to, (CUdeviceptr)(uintptr_t)from, bytes);
+    /* Small copies from the host and copies on the device return before they are done. */
+    if (!result) result = driver->cuStreamSynchronize(NULL);
+    fkda_leave_device(driver);
+    return result ? fkda_driver_fail("cuMemcpy", result) : FLASH_KDA_OK;
 }
 
 flash_kda_status fkda_cuda_synchronize(int ordinal, void *stream)

@@ -2,31 +2,30 @@
 
 #include <stdatomic.h>
 
-static flash_kda_status load(const fkda_driver *driver, const fkda_function *f, CUfunction *function)
+static flash_kda_status load(const fkda_driver *driver, const fkda_module *m, CUfunction *functions)
 {
     CUmodule module;
-    CUresult result = driver->cuModuleLoadData(&module, f->image);
+    CUresult result = driver->cuModuleLoadData(&module, m->image);
     if (result) return fkda_driver_fail("cuModuleLoadData", result);
-    result = driver->cuModuleGetFunction(function, module, f->name);
-    if (result) return fkda_driver_fail("cuModuleGetFunction", result);
-    result = driver->cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                        f->shared_bytes);
-    if (result) return fkda_driver_fail("cuFuncSetAttribute", result);
+    for (int i = 0; i < FKDA_MAX_FUNCTIONS && m->names[i]; i++) {
+        result = driver->cuModuleGetFunction(&functions[i], module, m->names[i]);
+        if (result) return fkda_driver_fail("cuModuleGetFunction", result);
+        result = driver->cuFuncSetAttribute(functions[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                            m->shared_bytes);
+        if (result) return fkda_driver_fail("cuFuncSetAttribute", result);
+    }
     return FLASH_KDA_OK;
 }
 
-flash_kda_status fkda_load_function(const fkda_driver *driver, fkda_function *f, int ordinal,
-                                    CUfunction *loaded)
+flash_kda_status fkda_load_module(const fkda_driver *driver, fkda_module *m, int ordinal)
 {
     flash_kda_status status = FLASH_KDA_OK;
-    *loaded = atomic_load_explicit(&f->loaded[ordinal], memory_order_acquire);
-    if (*loaded) return FLASH_KDA_OK;
-    pthread_mutex_lock(&f->lock);
-    *loaded = atomic_load(&f->loaded[ordinal]);
-    if (!*loaded) {
-        status = load(driver, f, loaded);
-        if (status == FLASH_KDA_OK) atomic_store_explicit(&f->loaded[ordinal], *loaded, memory_order_release);
+    if (atomic_load_explicit(&m->loaded[ordinal], memory_order_acquire)) return FLASH_KDA_OK;
+    pthread_mutex_lock(&m->lock);
+    if (!atomic_load(&m->loaded[ordinal])) {
+        status = load(driver, m, m->functions[ordinal]);
+        if (status == FLASH_KDA_OK) atomic_store_explicit(&m->loaded[ordinal], true, memory_order_release);
     }
-    pthread_mutex_unlock(&f->lock);
+    pthread_mutex_unlock(&m->lock);
     return status;
 }

@@ -6,19 +6,20 @@
 
 #include "driver.h"
 
-enum { FKDA_MAX_DEVICES = 64 };
+enum { FKDA_MAX_DEVICES = 64, FKDA_MAX_FUNCTIONS = 4 };
 
-/* One kernel function of one embedded fat binary; define it static and fill in the first fields. */
-typedef struct fkda_function {
-    const void *image; /* the fat binary */
-    const char *name;
-    int shared_bytes; /* dynamic shared memory a block needs */
+/* An embedded fat binary and the kernels in it; define it static and fill in all but the last two. */
+typedef struct fkda_module {
+    const void *image;
+    const char *names[FKDA_MAX_FUNCTIONS]; /* up to the first NULL */
+    int shared_bytes;                      /* dynamic shared memory that a block of any of them may take */
     pthread_mutex_t lock;
-    _Atomic(CUfunction) loaded[FKDA_MAX_DEVICES];
-} fkda_function;
+    CUfunction functions[FKDA_MAX_DEVICES][FKDA_MAX_FUNCTIONS];
+    _Atomic(bool) loaded[FKDA_MAX_DEVICES];
+} fkda_module;
 
-/* The function on a device, whose context must be current. Only the first call for a device loads. */
-flash_kda_status fkda_load_function(const fkda_driver *driver, fkda_function *function, int ordinal,
-                                    CUfunction *loaded);
+/* Fills in functions[ordinal] for a device, whose context must be current. Only the first call for a device
+ * loads, and loads all: what a stream captures later finds every kernel there. */
+flash_kda_status fkda_load_module(const fkda_driver *driver, fkda_module *module, int ordinal);
 
 #endif

@@ -6,20 +6,19 @@
 
 extern const unsigned char fkda_fatbin_portable_fwd[];
 
-/* One kernel for each number of rows of V that a block can carry. */
-#define FWD_FUNCTION(rows)                                                                                   \
-    {                                                                                                        \
-        .image = fkda_fatbin_portable_fwd, .name = "fkda_portable_fwd_" #rows,                               \
-        .shared_bytes = FKDA_PORTABLE_SHARED_BYTES, .lock = PTHREAD_MUTEX_INITIALIZER                        \
-    }
-static fkda_function fwd_128 = FWD_FUNCTION(128), fwd_64 = FWD_FUNCTION(64), fwd_32 = FWD_FUNCTION(32);
+/* A kernel for each number of rows of V that a block can carry: 128, 64, 32. */
+static fkda_module fwd_module = {
+    .image = fkda_fatbin_portable_fwd,
+    .names = {"fkda_portable_fwd_128", "fkda_portable_fwd_64", "fkda_portable_fwd_32"},
+    .shared_bytes = FKDA_PORTABLE_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
 
-/* Blocks that share a head repeat its preparation, so a head is only split over multiprocessors that
- * would be idle. Rows of V are independent: the split does not change results. */
-static fkda_function *choose_rows(int64_t heads, int multiprocessors, int *rows)
+/* Into how many blocks a head is split, as a power of two. Blocks that share a head repeat its preparation, so it
+ * is only split over multiprocessors that would be idle. Rows of V are independent: results do not change. */
+static int choose_split(int64_t heads, int multiprocessors)
 {
-    *rows = 4 * heads <= multiprocessors ? 32 : 2 * heads <= multiprocessors ? 64 : 128;
-    return *rows == 32 ? &fwd_32 : *rows == 64 ? &fwd_64 : &fwd_128;
+    return 4 * heads <= multiprocessors ? 2 : 2 * heads <= multiprocessors ? 1 : 0;
 }
 
 size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem)
@@ -49,21 +48,20 @@ flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *p)
         .state_is_bf16 = p->state_is_bf16,
         .cu_seqlens_is_i32 = p->cu_seqlens_is_i32,
     };
-    int rows, multiprocessors;
     const int64_t heads = p->sequences * p->heads;
+    int multiprocessors;
     const fkda_driver *driver;
-    CUfunction function;
     flash_kda_status status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_multiprocessors(driver, p->device.index, &multiprocessors);
-    if (status == FLASH_KDA_OK)
-        status = fkda_load_function(driver, choose_rows(heads, multiprocessors, &rows), p->device.index,
-                                    &function);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, &fwd_module, p->device.index);
     if (status == FLASH_KDA_OK) {
+        const int split = choose_split(heads, multiprocessors);
+        const unsigned blocks = (unsigned)(heads << split);
+        const unsigned threads = FKDA_PORTABLE_THREADS(FKDA_DIM >> split);
         void *arguments[] = {&args};
-        unsigned blocks = (unsigned)(heads * (FKDA_DIM / rows));
         CUresult result =
-            driver->cuLaunchKernel(function, blocks, 1, 1, (unsigned)FKDA_PORTABLE_THREADS(rows), 1, 1,
+            driver->cuLaunchKernel(fwd_module.functions[p->device.index][split], blocks, 1, 1, threads, 1, 1,
                                    FKDA_PORTABLE_SHARED_BYTES, (CUstream)p->stream, arguments, NULL);
         if (result) status = fkda_driver_fail("cuLaunchKernel", result);
     }
