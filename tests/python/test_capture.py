@@ -1,0 +1,34 @@
+"""CUDA graphs: after one call on a device, a call of any other shape can be captured."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# A process of its own, so that nothing has loaded kernels before.
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, flash_kda
+from problems import make, to_torch
+
+def arguments(**options):
+    return to_torch(make(**options), "cuda")
+
+flash_kda.fwd(**arguments(T=20, H=140))  # more heads than a GPU has multiprocessors: a whole head to a block
+for heads in (2, 40):                    # few heads: other kernels
+    a = arguments(T=33, H=heads)
+    want = {{n: torch.empty_like(a[n]) for n in ("out", "final_state")}}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flash_kda.fwd(**a)
+    graph.replay()
+    flash_kda.fwd(**{{**a, **want}})
+    assert torch.equal(a["out"], want["out"]) and torch.equal(a["final_state"], want["final_state"])
+print("captured")
+"""
+
+
+def test_another_shape_after_one_call(cuda):
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "captured", run.stderr
