@@ -312,6 +312,7 @@ template <int rows> struct Preparation {
             add_products(beta, chunk);
             sync();
             if (warp == 0) solve();
+            sync(); /* not needed for what arriving orders, but compute-sanitizer's racecheck does not see that */
             copy_async_wait<1>(); /* this chunk's values have landed; the next ones may be in flight */
             barrier_arrive<FULL, STAGE_THREADS<rows>>(group);
         }
