@@ -162,6 +162,14 @@ def solve(ops, strictly_lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def ex2_minus_1(ops, x: torch.Tensor) -> torch.Tensor:
+    y = x * torch.tensor(0.6931471805599453, dtype=torch.float32, device=x.device)
+    series = torch.full_like(x, 1 / 120)
+    for coefficient in (1 / 24, 1 / 6, 0.5, 1.0):
+        series = ops.fma(y, series, torch.full_like(x, coefficient))
+    return torch.where(x > -0.25, series * y, ops.ex2(x) - 1.0)
+
+
 def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
     """The preparation of all chunks of one sequence; q, k, g [T, H, D], beta [T, H]."""
     f32 = lambda x: torch.tensor(x, dtype=torch.float32, device=q.device)  # noqa: E731
@@ -177,7 +185,6 @@ def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
     total = running_sum(decay)
     middle, last = total[:, :, 7:8], total[:, :, 15:16]
     from_start, to_last = ops.ex2(middle), ops.ex2(last - middle)
-    gamma = (from_start * to_last).squeeze(2)
     from_start, to_last = from_start * f32(UNTRUNCATE), to_last * f32(UNTRUNCATE)
     up, down = ops.ex2(total - middle), ops.ex2(middle - total)
 
@@ -195,7 +202,7 @@ def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
         "k_rest": k_down * to_last,
         "solve": solve(ops, strictly_lower, b),
         "attend": torch.where(lower.mT, 0.0, attend),
-        "gamma": gamma,
+        "gamma_minus_1": ex2_minus_1(ops, last.squeeze(2)),
     }
 
 
@@ -223,7 +230,9 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
         read = ops.multiply(ordered, tile["q_decayed"][..., STATE_ORDER], torch.zeros_like(rest))
         out[n] = multiply_lower(ops, u, tile["attend"], read)
         written = tile["k_rest"].mT[..., TOKEN_ORDER]
-        state = ops.multiply(u[..., TOKEN_ORDER], written, state * tile["gamma"][:, None, :])
+        state = ops.multiply(
+            u[..., TOKEN_ORDER], written, ops.fma(state, tile["gamma_minus_1"][:, None, :], state)
+        )
     out = out.permute(0, 3, 1, 2).flatten(0, 1)[:length] * torch.tensor(
         scale, dtype=torch.float32, device=q.device
     )

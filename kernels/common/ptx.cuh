@@ -35,6 +35,17 @@ __device__ __forceinline__ float rsqrt_approx(float x)
     return y;
 }
 
+/* 2^x - 1 for x <= 0, with a small relative error also near 0: the Taylor series in y = x ln 2 down to 2^-0.25. */
+__device__ __forceinline__ float ex2_minus_1(float x)
+{
+    float y = x * 0.6931471805599453f;
+    float series = __fmaf_rn(y, 1.0f / 120, 1.0f / 24);
+    series = __fmaf_rn(y, series, 1.0f / 6);
+    series = __fmaf_rn(y, series, 0.5f);
+    series = __fmaf_rn(y, series, 1.0f) * y;
+    return x > -0.25f ? series : ex2(x) - 1.0f;
+}
+
 /* d += a * b on 16 x 8 += (16 x 8) (8 x 8) tiles of tf32. With g = lane / 4 and t = lane % 4:
  *   d: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1
  *   a: rows g, g + 8, g, g + 8, depths t, t, t + 4, t + 4

@@ -3,9 +3,9 @@
  * sequence, chunk by chunk of 16 tokens, in two roles that meet at stages in shared memory: half of its
  * warps prepare chunks (prepare.cuh), the other half carry the state through them (recurrence.cuh).
  *
- * The chunk form is in docs/architecture.md, the layout in docs/portable-kernel.md. Products run on tensor cores in tf32 with fp32 sums, everything else in
- * fp32; tests/torch_ref.py does the same in PyTorch, bit for bit, which is why multiplications and additions
- * are not contracted here (-fmad=false).
+ * The chunk form is in docs/architecture.md, the layout in docs/portable-kernel.md. Products run on tensor cores in
+ * tf32 with fp32 sums, everything else in fp32; tests/torch_ref.py does the same in PyTorch, bit for bit, which is
+ * why multiplications and additions are not contracted here (-fmad=false).
  */
 #include "prepare.cuh"
 #include "recurrence.cuh"

@@ -177,6 +177,20 @@ template <int rows> struct Preparation {
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
     }
 
+    /* Writes the state's decay over the chunk, less one: rounded to fp32 itself, the decay of a slow channel would be
+     * off by the same amount chunk after chunk. The lanes with the last tokens know the sums; each of the eight
+     * lanes with the same channels takes one. */
+    __device__ void store_gamma(const float (&sum)[2][8]) const
+    {
+        float *gamma = &stage.gamma_minus_1[channel];
+        if (pair == 7) {
+            store_four(gamma, sum[1][0], sum[1][1], sum[1][2], sum[1][3]);
+            store_four(gamma + 4, sum[1][4], sum[1][5], sum[1][6], sum[1][7]);
+        }
+        __syncwarp();
+        gamma[pair] = ex2_minus_1(gamma[pair]);
+    }
+
     /* Writes the decayed tiles of this lane's elements, and its warp's part of the two products over channels.
      * Exponents are taken relative to token 7: 16 tokens at the bound of -5 nats span e^80, and neither
      * e^35 nor e^-40 leaves fp32. */
@@ -203,9 +217,6 @@ template <int rows> struct Preparation {
             }
             multiply_channels(products[0], k_up, k_down);
             multiply_channels(products[1], q_up, k_down);
-            if (pair == 0)
-                store_two(&stage.gamma[channel + first], from_start[0] * to_last[0],
-                          from_start[1] * to_last[1]);
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 from_start[c] *= UNTRUNCATE, to_last[c] *= UNTRUNCATE;
@@ -305,6 +316,7 @@ template <int rows> struct Preparation {
             if (chunk >= STAGES) barrier_sync<EMPTY, STAGE_THREADS<rows>>(group);
             load_values(next);
             decay(q, k, sum);
+            store_gamma(sum);
             load(g, args.g, next);
             load(q, args.q, next);
             load(k, args.k, next);

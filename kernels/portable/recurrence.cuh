@@ -113,16 +113,24 @@ template <int rows> struct Recurrence {
         multiply(d[1], u[1], right.x, right.y);
     }
 
+    /* x * gamma, given gamma - 1. */
+    __device__ static void decay(float &x, float gamma_minus_1)
+    {
+        x = __fmaf_rn(x, gamma_minus_1, x);
+    }
+
     /* S^T = S^T diag(gamma) + U^T Kr */
     __device__ void update_state(const Stage &stage, const float (&u)[2][4])
     {
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
-            float4 gamma = *reinterpret_cast<const float4 *>(&stage.gamma[16 * j + 4 * t]);
+            float4 gamma_1 = *reinterpret_cast<const float4 *>(&stage.gamma_minus_1[16 * j + 4 * t]);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                state[j][0][2 * r] *= gamma.x, state[j][0][2 * r + 1] *= gamma.y;
-                state[j][1][2 * r] *= gamma.z, state[j][1][2 * r + 1] *= gamma.w;
+                decay(state[j][0][2 * r], gamma_1.x);
+                decay(state[j][0][2 * r + 1], gamma_1.y);
+                decay(state[j][1][2 * r], gamma_1.z);
+                decay(state[j][1][2 * r + 1], gamma_1.w);
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {

@@ -28,8 +28,8 @@ constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
  *           tokens j, j + 1 of channel c(n), then tokens j, j + 1 of channel c(n) + 2, where
  *           c(n) = 16 * group + 4 * (n / 2) + n % 2
  *   solve  = (I + L)^-1 diag(b)                  attend = tril(q_i k_j exp(G_i - G_j))
- *   gamma  = exp(G_last)
- * All but gamma carry UNTRUNCATE. Row paddings and the column functions below make both the stores of the
+ *   gamma_minus_1 = exp(G_last) - 1
+ * All but the last carry UNTRUNCATE. Row paddings and the column functions below make both the stores of the
  * preparation and the fragment loads of the recurrence free of bank conflicts. */
 struct Stage {
     float minus_k_decayed[CHUNK][DIM + 16];
@@ -37,7 +37,7 @@ struct Stage {
     float4 k_rest[CHUNK / 2][DIM / 16 * 9 + 2];
     float solve[CHUNK][CHUNK + 8];
     float attend[CHUNK][CHUNK + 8];
-    float gamma[DIM];
+    float gamma_minus_1[DIM];
 };
 
 /* Scratch of a group of preparing warps. */

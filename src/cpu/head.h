@@ -44,7 +44,7 @@ typedef struct scratch {
     float u[CHUNK][BLOCK];
     float to_middle[K]; /* 2^G_m */
     float to_last[K];   /* 2^(G_last - G_m) */
-    float decay[K];     /* 2^G_last */
+    float decay_1[K];   /* 2^G_last - 1: rounded itself, a slow decay would be off alike in every chunk */
     float bias[K];
     float scale[2 * CHUNK], unit[2 * CHUNK]; /* 1 / |k_i| and 1 / |q_i|, each the product of two */
     float write[CHUNK];                      /* b */
@@ -132,7 +132,7 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
 
     *vec_at(s->to_middle + k) = exp2_near(to_middle);
     *vec_at(s->to_last + k) = exp2_near(exponent[CHUNK - 1]);
-    *vec_at(s->decay + k) = exp2_near(to_middle + exponent[CHUNK - 1]);
+    *vec_at(s->decay_1 + k) = exp2_minus_1(to_middle + exponent[CHUNK - 1]);
 
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
@@ -275,7 +275,10 @@ static inline void update_state(const scratch *s, float (*state)[BLOCK])
         UNROLL
         for (int r = 0; r < ROWS; r++) {
             UNROLL
-            for (int c = 0; c < COLUMNS; c++) sum[r][c] = s->decay[k + r] * load(state[k + r] + c * LANES);
+            for (int c = 0; c < COLUMNS; c++) {
+                vec old = load(state[k + r] + c * LANES);
+                sum[r][c] = s->decay_1[k + r] * old + old;
+            }
         }
         for (int i = 0; i < CHUNK; i++) {
             vec u[COLUMNS];

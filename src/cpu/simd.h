@@ -69,8 +69,8 @@ static inline void store_bf16(uint16_t *to, vec x)
     *(bf16vec_unaligned *)to = __builtin_convertvector(rounded, bf16vec);
 }
 
-/* 2^x for |x| <= 125; NaN for NaN. Error below 1e-7 of the value, and exactly 1 at 0. */
-static inline vec exp2_near(vec x)
+/* For |x| <= 125 and 2^x = power * (1 + fraction), the fraction in [-0.3, 0.42]. */
+static inline vec exp2_fraction(vec x, vec *power)
 {
     /* Adding 1.5 * 2^23 + 127 leaves the nearest integer, biased as an exponent, in the low bits. */
     const float magic = 12582912.0f + 127.0f;
@@ -81,8 +81,22 @@ static inline vec exp2_near(vec x)
     p = p * f + 5.55033237e-2f;
     p = p * f + 2.40226477e-1f;
     p = p * f + 6.93147182e-1f;
-    p = p * f + 1.0f;
-    return p * (vec)((uvec)shifted << 23);
+    *power = (vec)((uvec)shifted << 23);
+    return p * f;
+}
+
+/* 2^x for |x| <= 125; NaN for NaN. Error below 1e-7 of the value, and exactly 1 at 0. */
+static inline vec exp2_near(vec x)
+{
+    vec power, fraction = exp2_fraction(x, &power);
+    return (fraction + 1.0f) * power;
+}
+
+/* 2^x - 1 for |x| <= 125, with a small relative error also near 0. */
+static inline vec exp2_minus_1(vec x)
+{
+    vec power, fraction = exp2_fraction(x, &power);
+    return fraction * power + (power - 1.0f);
 }
 
 /* 1 / (1 + 2^x) for any x; where 2^|x| leaves the range of exp2_near the result is below 2^-124 or 1. */
