@@ -37,9 +37,9 @@ def torch_arguments(device: str, optional: tuple[str, ...]) -> dict[str, Any]:
 
 def raw_call(arguments: dict[str, Any]) -> Callable[[], None]:
     """The C function with the struct that flash_kda.fwd would fill."""
-    names = [name for name in _lib.TENSOR_FIELDS if name in arguments]
-    tensors = [arguments[name] for name in names]
-    plan = _torch._new_plan(tensors, names, None, 0)
+    tensors = [arguments[name] for name in _lib.TENSOR_FIELDS if name in arguments]
+    options = (*(name in arguments for name in _lib.TENSOR_FIELDS[8:]), None, 0, int)
+    plan = _torch._new_plan(tensors, options)
     plan.scale.value, plan.bound.value = arguments["scale"], arguments["lower_bound"]
     if tensors[0].is_cuda:
         plan.stream.value = torch.cuda.current_stream().cuda_stream

@@ -101,15 +101,25 @@ def fwd(
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
+    arrays = [q, k, v, g, beta, out, A_log, dt_bias]
+    if initial_state is not None:
+        arrays.append(initial_state)
+    if final_state is not None:
+        arrays.append(final_state)
+    if cu_seqlens is not None:
+        arrays.append(cu_seqlens)
+    options = (
+        initial_state is not None,
+        final_state is not None,
+        cu_seqlens is not None,
+        kernel,
+        threads,
+        type(threads),
+    )
     if _torch_layer is not None and isinstance(q, _torch_layer.Tensor):
-        return _torch_layer.fwd(
-            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-            kernel, threads,
-        )  # fmt: skip
-    arrays = dict(zip(_lib.TENSOR_FIELDS, (q, k, v, g, beta, out, A_log, dt_bias)))
-    optional = {"initial_state": initial_state, "final_state": final_state, "cu_seqlens": cu_seqlens}
-    arrays.update((name, x) for name, x in optional.items() if x is not None)
-    _arrays.fwd(arrays, scale, lower_bound, kernel, threads)
+        _torch_layer.fwd(arrays, options, scale, lower_bound)
+    else:
+        _arrays.fwd(arrays, options, scale, lower_bound)
 
 
 def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from ctypes import (
     POINTER,
+    c_char,
     c_char_p,
+    c_int,
     c_int32,
     c_int64,
     c_uint8,
@@ -17,11 +20,10 @@ from ctypes import (
     py_object,
 )
 from operator import attrgetter
-from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from . import _lib
-from ._plan import Plan, check_devices, check_options, scratch
+from ._plan import OUT, Options, Plan, Plans, check_devices, check_numbers, check_options, names
 
 _WRITTEN = ("out", "final_state")
 
@@ -93,77 +95,115 @@ _capsule_pointer.argtypes = [py_object, c_char_p]
 _capsule_pointer.restype = c_void_p
 
 
+class _ArrayInterface(ctypes.Structure):
+    """PyArrayInterface of NumPy's array interface protocol, behind __array_struct__."""
+
+    _fields_ = (
+        ("two", c_int),
+        ("nd", c_int),
+        ("typekind", c_char),
+        ("itemsize", c_int),
+        ("flags", c_int),
+        ("shape", c_void_p),
+        ("strides", c_void_p),
+        ("data", c_void_p),
+        ("descr", c_void_p),
+    )
+
+
+# An _ArrayInterface as a row of pointers, of which one is read: half the time of reading a field.
+_interface = ctypes.pythonapi["PyCapsule_GetPointer"]
+_interface.argtypes = [py_object, c_void_p]
+_interface.restype = POINTER(c_void_p)
+_DATA = _ArrayInterface.data.offset // ctypes.sizeof(c_void_p)
+_array_struct = attrgetter("__array_struct__")
+
+
 def is_numpy(x: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray)
 
 
-def fwd(arrays: dict[str, Any], scale, lower_bound, kernel, threads) -> None:
-    """arrays: those that are present, by name, in the order of TENSOR_FIELDS."""
-    check_options(scale, lower_bound, kernel, threads)
-    if all(map(is_numpy, arrays.values())):
-        _numpy_fwd(arrays, scale, lower_bound, kernel, threads)
-        return
-    devices = {name: device_of(name, x) for name, x in arrays.items()}
-    check_devices([(name, _device_text(device)) for name, device in devices.items()])
-    device = devices["q"]
-    on_gpu = device[0] == _lib.CUDA
-    stream, ordered = _stream(arrays.values(), device[1]) if on_gpu else (None, True)
-    views = {name: read(name, x, stream) for name, x in arrays.items()}
-    fields = [(name, a.pointer, a.dtype, a.shape, a.stride) for name, a in views.items()]
-    plan = Plan(device, fields, kernel, threads)
-    plan.fill([a.pointer for a in views.values()], scale, lower_bound)
-    if not on_gpu:
-        plan.workspace.value = scratch.address(plan.workspace_size)
-        plan.run()
-        return
-    plan.stream.value = stream
-    if plan.workspace_size:
-        _run_with_workspace(plan, _lib.Device(*device), stream)
-    else:
-        plan.run()
-    if not ordered:
-        _lib.check(_lib.lib.flash_kda_synchronize(_lib.Device(*device), stream))
+_plans = Plans()  # of NumPy's own arrays, without subclasses
+_describe = attrgetter("__class__", "shape", "strides", "dtype")
 
 
-# By thread, since a plan holds one call's pointers.
-_numpy_plans: dict[tuple, Plan] = {}
-_MAX_PLANS = 256
-_describe = attrgetter("shape", "strides", "dtype")
-
-
-def _numpy_fwd(arrays, scale, lower_bound, kernel, threads) -> None:
-    key = (get_ident(), kernel, threads, *arrays, *map(_describe, arrays.values()))
-    plan = _numpy_plans.get(key)
-    if plan is None or plan.busy:
-        views = {name: _read_numpy(name, x) for name, x in arrays.items()}
-        fields = [(name, a.pointer, a.dtype, a.shape, a.stride) for name, a in views.items()]
-        plan = Plan((_lib.CPU, 0), fields, kernel, threads)
-        if len(_numpy_plans) >= _MAX_PLANS:
-            _numpy_plans.clear()
-        _numpy_plans[key] = plan
+def fwd(arrays: list, options: Options, scale, lower_bound) -> None:
+    """arrays: those that are given, in the order of TENSOR_FIELDS."""
+    plan = _plans.fitting(arrays, options)
+    if plan is None:
+        check_numbers(scale, lower_bound)
+        check_options(options)
+        numpy = sys.modules.get("numpy")
+        if numpy is None or not all(type(x) is numpy.ndarray for x in arrays):
+            _fwd_once(arrays, options, scale, lower_bound)
+            return
+        plan = _find_plan(arrays, options)
     plan.busy = True
     try:
-        pointers = []
-        for name, x in arrays.items():
-            pointer, read_only = x.__array_interface__["data"]
-            if read_only and name in _WRITTEN:
-                raise _read_only(name)
-            pointers.append(pointer)
-        plan.fill(pointers, scale, lower_bound)
-        plan.workspace.value = scratch.address(plan.workspace_size)
-        plan.run()
+        _check_writable("out", arrays[OUT])
+        if options[1]:
+            _check_writable("final_state", arrays[8 + options[0]])
+        # A capsule must outlive the reading of its struct.
+        pointers = [_interface(capsule, None)[_DATA] for capsule in map(_array_struct, arrays)]
+        plan.run(pointers, scale, lower_bound)
     finally:
         plan.busy = False
 
 
-def _run_with_workspace(plan: Plan, device: _lib.Device, stream: int | None) -> None:
+def _find_plan(arrays: list, options: Options) -> Plan:
+    looks = [*map(_describe, arrays)]
+    key = (options, *looks)
+    plan = _plans.find(key)
+    if plan is None:
+        views = [(name, _read_numpy(name, x)) for name, x in zip(names(options), arrays)]
+        plan = Plan((_lib.CPU, 0), [(name, *a[:4]) for name, a in views], options)
+        plan.fits = _matcher(looks)
+    _plans.keep(key, plan)
+    return plan
+
+
+def _matcher(looks: list) -> Callable[[list], bool]:
+    def fits(arrays: list) -> bool:
+        try:
+            return [*map(_describe, arrays)] == looks
+        except AttributeError:  # what has no shape is no array
+            return False
+
+    return fits
+
+
+def _fwd_once(arrays: list, options: Options, scale, lower_bound) -> None:
+    """Of any libraries: what it reads is not kept."""
+    named = dict(zip(names(options), arrays))
+    devices = {name: device_of(name, x) for name, x in named.items()}
+    check_devices([(name, _device_text(device)) for name, device in devices.items()])
+    device = devices["q"]
+    on_gpu = device[0] == _lib.CUDA
+    stream, ordered = _stream(arrays, device[1]) if on_gpu else (None, True)
+    views = {name: read(name, x, stream) for name, x in named.items()}
+    fields = [(name, a.pointer, a.dtype, a.shape, a.stride) for name, a in views.items()]
+    plan = Plan(device, fields, options)
+    run = functools.partial(plan.run, [a.pointer for a in views.values()], scale, lower_bound)
+    if not on_gpu:
+        run()
+        return
+    plan.stream.value = stream
+    if plan.workspace_size:
+        _run_with_workspace(plan, run, _lib.Device(*device), stream)
+    else:
+        run()
+    if not ordered:
+        _lib.check(_lib.lib.flash_kda_synchronize(_lib.Device(*device), stream))
+
+
+def _run_with_workspace(plan: Plan, run: Callable[[], None], device: _lib.Device, stream: int | None) -> None:
     """Without a framework's allocator the memory can go back only after the device is done with it."""
     memory = c_void_p()
     _lib.check(_lib.lib.flash_kda_malloc(device, plan.workspace_size, ctypes.byref(memory)))
     try:
         plan.workspace.value = memory.value
-        plan.run()
+        run()
         _lib.check(_lib.lib.flash_kda_synchronize(device, stream))
     finally:
         _lib.lib.flash_kda_free(device, memory)
@@ -214,9 +254,14 @@ def _read_only(name: str) -> ValueError:
     return ValueError(f"{name} is read-only; it must be writable, as the call writes to it")
 
 
-def _read_numpy(name: str, x: Any) -> Array:
-    if name in _WRITTEN and not x.flags.writeable:
+def _check_writable(name: str, x: Any) -> None:
+    if not x.flags.writeable:
         raise _read_only(name)
+
+
+def _read_numpy(name: str, x: Any) -> Array:
+    if name in _WRITTEN:
+        _check_writable(name, x)
     stride = None
     if not x.flags.c_contiguous:
         if any(step % x.itemsize for step in x.strides):

@@ -3,6 +3,8 @@
 Checking shapes and filling a struct from Python takes longer than the rest of a call. A Plan holds the
 filled flash_kda_fwd_params of one combination of shapes, dtypes and device; a repeated call only sets what
 may differ: pointers, scale, lower_bound, stream and workspace. The C library checks all of it every time.
+Whether a plan fits is decided by what the arrays look like at the time of the call, never by which objects
+they are: an array may be resized, moved or retyped in place.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from ctypes import c_float, c_void_p
-from typing import Any
+from typing import Any, Callable
 
 from . import _lib
 
@@ -19,22 +21,34 @@ from . import _lib
 _EMPTY_BUT_PRESENT = 64
 
 
-class _Scratch(threading.local):
-    """Workspace in CPU memory that a thread keeps for its next call."""
+class Scratch(threading.local):
+    """Workspace in CPU memory that a thread keeps for its next call: who holds it, and where it starts."""
 
-    memory: Any = None
+    block: tuple[Any, int | None] = (None, None)
     size = 0
-    start: int | None = None
 
-    def address(self, size: int) -> int | None:
+    def reserve(self, size: int) -> tuple[Any, int | None]:
         if size > self.size:
-            self.memory = ctypes.create_string_buffer(size + 63)
-            self.start = (ctypes.addressof(self.memory) + 63) & ~63
+            memory = ctypes.create_string_buffer(size + 63)
+            self.block = memory, (ctypes.addressof(memory) + 63) & ~63
             self.size = size
-        return self.start
+        return self.block
 
 
-scratch = _Scratch()
+scratch = Scratch()
+
+
+_REQUIRED, _OPTIONAL = _lib.TENSOR_FIELDS[:8], _lib.TENSOR_FIELDS[8:]
+OUT, A_LOG, DT_BIAS = 5, 6, 7  # where they are among a call's arrays
+
+# What a call asks for apart from its arrays and numbers: for each optional array whether it is given, then
+# kernel, threads, and the type of threads, since 2 == 2.0.
+Options = tuple
+
+
+def names(options: Options) -> list[str]:
+    """Of the arrays of a call, in its order."""
+    return [*_REQUIRED, *(name for name, given in zip(_OPTIONAL, options) if given)]
 
 
 class Plan:
@@ -42,7 +56,7 @@ class Plan:
         "bound",
         "busy",
         "device_index",
-        "matches",
+        "fits",
         "on_gpu",
         "options",
         "params",
@@ -54,14 +68,16 @@ class Plan:
         "workspace_size",
     )
 
-    def __init__(self, device: tuple[int, int], tensors, kernel: str | None, threads: int):
-        """tensors: for each that is present (name, pointer, dtype, shape, strides or None if contiguous)."""
+    def __init__(self, device: tuple[int, int], tensors, options: Options):
+        """tensors: for each that is given (name, pointer, dtype, shape, strides or None if contiguous)."""
         params = _lib.new_params()
         params.device.type, params.device.index = device
         self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
         self.busy = False
-        self.options: tuple = ()
-        self.matches: Any = None
+        self.options = options
+        # Whether other arrays look like those it was made for.
+        self.fits: Callable[[list], bool] = lambda arrays: False
+        kernel, threads = options[3:5]
         params.kernel = kernel.encode() if kernel is not None else None
         params.cpu_threads = threads
         self.params = params
@@ -85,29 +101,67 @@ class Plan:
         """Access to one field without going through the struct: half the time."""
         return kind.from_buffer(self.params, getattr(_lib.FwdParams, field).offset)
 
-    def fill(self, pointers, scale, lower_bound) -> None:
+    def run(self, pointers, scale, lower_bound) -> None:
+        """On the CPU; on a GPU stream and workspace are set before."""
+        if not self.on_gpu:
+            _memory, self.workspace.value = scratch.reserve(self.workspace_size)
         for view, pointer in zip(self.views, pointers):
             view.value = pointer
         try:
             self.scale.value = scale
             self.bound.value = lower_bound
         except TypeError:
-            check_options(scale, lower_bound, None, 0)
+            check_numbers(scale, lower_bound)
             raise
-
-    def run(self) -> None:
-        status = _lib.lib.flash_kda_fwd(self.ref)
+        status = _fwd(self.ref)
         if status:
             raise _lib.last_error(status)
 
 
-def check_options(scale, lower_bound, kernel, threads) -> None:
-    """Only what C cannot tell: the types."""
+_fwd = _lib.lib.flash_kda_fwd
+
+
+class Plans(threading.local):
+    """A thread's plans, since a plan holds one call's pointers."""
+
+    latest: Plan | None = None
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, Plan] = {}
+
+    def fitting(self, arrays: list, options: Options) -> Plan | None:
+        """The latest plan, if it can be used again."""
+        plan = self.latest
+        if plan is None or plan.busy or plan.options != options or not plan.fits(arrays):
+            return None
+        return plan
+
+    def find(self, key: tuple) -> Plan | None:
+        plan = self.known.get(key)
+        return None if plan is None or plan.busy else plan
+
+    def keep(self, key: tuple, plan: Plan) -> None:
+        if len(self.known) >= _MAX_PLANS:
+            self.known.clear()
+        self.known[key] = self.latest = plan
+
+
+_MAX_PLANS = 256
+
+
+# Of numbers and options only what C cannot tell is checked: the types.
+
+
+def check_numbers(scale, lower_bound) -> None:
     for name, value in (("scale", scale), ("lower_bound", lower_bound)):
         try:
             c_float(value)
         except TypeError:
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number") from None
+
+
+def check_options(options: Options) -> None:
+    kernel, threads = options[3:5]
     if kernel is not None and not isinstance(kernel, str):
         raise TypeError(f"kernel is of type {type(kernel).__name__}; it must be a string or None")
     if not isinstance(threads, int):

@@ -8,13 +8,13 @@ from ctypes import POINTER, c_double
 from typing import Any
 
 from . import _arrays, _lib
-from ._plan import check_options
+from ._plan import check_numbers
 
 
 def reference(
     q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
 ) -> tuple[Any, Any]:
-    check_options(scale, lower_bound, None, 0)
+    check_numbers(scale, lower_bound)
     arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
     arrays.update(
         (n, x) for n, x in (("initial_state", initial_state), ("cu_seqlens", cu_seqlens)) if x is not None

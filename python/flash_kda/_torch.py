@@ -6,12 +6,23 @@ Imported only once PyTorch itself is there.
 from __future__ import annotations
 
 from operator import attrgetter
-from threading import get_ident as _thread
+from typing import Any, Callable
 
 import torch
 
 from . import _arrays, _lib
-from ._plan import Plan, check_devices, check_options, scratch
+from ._plan import (
+    A_LOG,
+    DT_BIAS,
+    OUT,
+    Options,
+    Plan,
+    Plans,
+    check_devices,
+    check_numbers,
+    check_options,
+    names,
+)
 
 Tensor = torch.Tensor
 
@@ -25,18 +36,17 @@ _DTYPES = {
 }
 _DEVICES = {"cpu": _lib.CPU, "cuda": _lib.CUDA}
 
-_REQUIRED = _lib.TENSOR_FIELDS[:8]
-_A_LOG, _DT_BIAS = 6, 7
-_describe = attrgetter("shape", "dtype", "device")
+# All of what a plan depends on but contiguity.
+_describe = attrgetter("__class__", "shape", "dtype", "device")
 _is_contiguous = Tensor.is_contiguous
 _data_ptr = Tensor.data_ptr
+_requires_grad = attrgetter("requires_grad")
 # Types whose memory may be read as it is. Any other (FakeTensor, DTensor, ...) goes through the dispatcher.
 _plain_types = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
 _is_compiling = torch.compiler.is_compiling
-_requires_grad = attrgetter("requires_grad")
 
 
 def _current_stream(index: int) -> int:
@@ -46,127 +56,100 @@ def _current_stream(index: int) -> int:
 # What torch.cuda.current_stream() itself calls, without building an object; absent in CPU-only builds.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
-# A thread has plans of its own, since a plan holds one call's pointers: by thread and what the tensors look
-# like, and each thread's latest by thread alone.
-_plans: dict[tuple, Plan] = {}
-_latest: dict[int, Plan] = {}
-_MAX_PLANS = 256
+_plans = Plans()
 
 
-def fwd(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    out,
-    A_log,
-    dt_bias,
-    lower_bound,
-    initial_state,
-    final_state,
-    cu_seqlens,
-    kernel,
-    threads,
-) -> None:
+def fwd(tensors: list, options: Options, scale, lower_bound) -> None:
+    """tensors: those that are given, in the order of TENSOR_FIELDS; q is a tensor."""
     if _is_compiling():
-        _refuse_gradients((q, k, v, g, beta, A_log, dt_bias, initial_state))
-        torch.ops.flash_kda.fwd(
-            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-            kernel, threads,
-        )  # fmt: skip
+        _refuse_gradients(tensors)
+        _call_operator(tensors, options, scale, lower_bound)
         return
-    tensors = [q, k, v, g, beta, out, A_log, dt_bias]
-    if initial_state is not None:
-        tensors.append(initial_state)
-    if final_state is not None:
-        tensors.append(final_state)
-    if cu_seqlens is not None:
-        tensors.append(cu_seqlens)
-    if not _plain_types.issuperset(map(type, tensors)) or _dispatch_modes():
+    plan = _plans.fitting(tensors, options)
+    if plan is None or _dispatch_modes():
         if not all(isinstance(t, Tensor) for t in tensors):
             # Tensors among other arrays are read through DLPack; what is no array gets its sentence there.
-            names = _names(initial_state is None, final_state is None, cu_seqlens is None)
-            _arrays.fwd(dict(zip(names, tensors)), scale, lower_bound, kernel, threads)
+            _arrays.fwd(tensors, options, scale, lower_bound)
             return
-        check_options(scale, lower_bound, kernel, threads)
+        check_numbers(scale, lower_bound)
+        check_options(options)
         _refuse_gradients(tensors)
-        torch.ops.flash_kda.fwd(
-            q, k, v, g, beta, float(scale), out, A_log, dt_bias, float(lower_bound), initial_state, final_state,
-            cu_seqlens, kernel, threads,
-        )  # fmt: skip
-        return
-    if _is_grad_enabled() and any(map(_requires_grad, tensors)):
+        if not _plain_types.issuperset(map(type, tensors)) or _dispatch_modes():
+            _call_operator(tensors, options, float(scale), float(lower_bound))
+            return
+        tensors, plan = _prepare(tensors, options)
+    elif _is_grad_enabled() and any(map(_requires_grad, tensors)):
         _refuse_gradients(tensors)
-    _launch(
-        tensors,
-        initial_state is None,
-        final_state is None,
-        cu_seqlens is None,
-        scale,
-        lower_bound,
-        kernel,
-        threads,
-    )
-    _increment_version(out)
-    if final_state is not None:
-        _increment_version(final_state)
+    _run(plan, tensors, scale, lower_bound)
+    _mark_written(tensors, options)
 
 
-def _launch(tensors, no_initial, no_final, no_cu_seqlens, scale, lower_bound, kernel, threads) -> None:
-    """tensors: those that are present, in the order of TENSOR_FIELDS."""
-    options = (no_initial, no_final, no_cu_seqlens, kernel, threads)
-    plan = _latest.get(_thread())
-    if plan is None or plan.busy or plan.options != options or not plan.matches(*tensors):
-        check_options(scale, lower_bound, kernel, threads)
-        if _needs_float32(tensors[_A_LOG]) or _needs_float32(tensors[_DT_BIAS]):
-            converted = [*tensors]
-            for i in (_A_LOG, _DT_BIAS):
-                converted[i] = tensors[i].float()
-            _launch(converted, no_initial, no_final, no_cu_seqlens, scale, lower_bound, kernel, threads)
-            return
-        plan = _find_plan(tensors, options)
+def _mark_written(tensors, options) -> None:
+    """For autograd, which may have saved them."""
+    _increment_version(tensors[OUT])
+    if options[1]:
+        _increment_version(tensors[8 + options[0]])
+
+
+def _call_operator(tensors, options, scale, lower_bound) -> None:
+    """By position: to old compilers a keyword `out` means something else."""
+    q, k, v, g, beta, out, A_log, dt_bias = tensors[:8]
+    given = tensors[8:]
+    initial_state = given.pop(0) if options[0] else None
+    final_state = given.pop(0) if options[1] else None
+    cu_seqlens = given.pop(0) if options[2] else None
+    torch.ops.flash_kda.fwd(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+        options[3], options[4],
+    )  # fmt: skip
+
+
+def _run(plan: Plan, tensors, scale, lower_bound) -> None:
     plan.busy = True
     try:
-        plan.fill(map(_data_ptr, tensors), scale, lower_bound)
-        if not plan.on_gpu:
-            plan.workspace.value = scratch.address(plan.workspace_size)
-        else:
+        if plan.on_gpu:
             plan.stream.value = _current_stream(plan.device_index)
             if plan.workspace_size:
                 # Freed when this function returns: the allocator gives it only to later work of the stream.
                 workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=tensors[0].device)
                 plan.workspace.value = workspace.data_ptr()
-        plan.run()
+        plan.run(map(_data_ptr, tensors), scale, lower_bound)
     finally:
         plan.busy = False
 
 
-def _find_plan(tensors, options) -> Plan:
-    key = (_thread(), options, *map(_describe, tensors))
-    reusable = all(map(_is_contiguous, tensors))
-    plan = _plans.get(key) if reusable else None
-    if plan is None or plan.busy:
-        plan = _new_plan(tensors, _names(*options[:3]), *options[3:])
-        plan.options = options
+def _prepare(tensors: list, options: Options) -> tuple[list, Plan]:
+    """The tensors as C takes them, and a plan for them."""
+    for i in (A_LOG, DT_BIAS):
+        if _needs_float32(tensors[i]):
+            tensors = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
+    if not all(t.layout is torch.strided and t.is_contiguous() for t in tensors):
+        return tensors, _new_plan(tensors, options)
+    key = (options, *map(_describe, tensors))
+    plan = _plans.find(key)
+    if plan is None:
+        plan = _new_plan(tensors, options)
     # Also for a known plan: what torch.compile's guards compare includes inference mode.
-    plan.matches = _matcher(tensors)
-    if reusable:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-            _latest.clear()
-        _plans[key] = _latest[_thread()] = plan
-    return plan
+    plan.fits = _matcher(tensors)
+    _plans.keep(key, plan)
+    return tensors, plan
 
 
-def _matcher(tensors):
-    """A function that says whether other tensors look the same: type, dtype, device, shape, contiguous."""
+def _matcher(tensors) -> Callable[[Any], bool]:
+    """A function that says whether others look the same: type, dtype, device, shape, contiguous."""
     if _TensorGuards is not None:
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        check = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        return lambda others: check(*others)
     looks = [*map(_describe, tensors)]
-    return lambda *others: all(map(_is_contiguous, others)) and [*map(_describe, others)] == looks
+
+    def fits(others) -> bool:
+        try:
+            return [*map(_describe, others)] == looks and all(map(_is_contiguous, others))
+        except (AttributeError, RuntimeError):  # no tensor; a sparse one, neither contiguous nor not
+            return False
+
+    return fits
 
 
 def _usable_guards():
@@ -174,8 +157,7 @@ def _usable_guards():
     own affair, so it is used only if it is there and tells apart what must be told apart."""
     global _TensorGuards
     try:
-        from torch._C._dynamo.guards import TensorGuards as _TensorGuards
-
+        _TensorGuards = torch._C._dynamo.guards.TensorGuards  # not a package that could be imported
         x, y = torch.empty(1, 2, 3, dtype=torch.bfloat16), torch.empty(4)
         same = _matcher([x, y])
         others = [
@@ -189,7 +171,7 @@ def _usable_guards():
             (torch.empty(2, 2, 3, dtype=torch.bfloat16), y),
             (torch.empty(1, 2, 3, dtype=torch.float16), y),
         ]
-        if same(x, y) and same(x + 1, y + 1) and not any(same(*other) for other in others):
+        if same((x, y)) and same((x + 1, y + 1)) and not any(same(other) for other in others):
             return _TensorGuards
     except Exception:
         pass
@@ -205,17 +187,13 @@ def _needs_float32(parameter: torch.Tensor) -> bool:
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
-def _names(no_initial: bool, no_final: bool, no_cu_seqlens: bool) -> list[str]:
-    optional = zip(_lib.TENSOR_FIELDS[8:], (no_initial, no_final, no_cu_seqlens))
-    return [*_REQUIRED, *(name for name, absent in optional if not absent)]
-
-
-def _new_plan(tensors, names, kernel, threads) -> Plan:
+def _new_plan(tensors, options: Options) -> Plan:
     device = tensors[0].device
     if device.type not in _DEVICES:
         raise ValueError(f"q is on {device}; tensors must be on the CPU or a CUDA device")
-    check_devices([(name, str(t.device)) for name, t in zip(names, tensors)])
-    for name, t in zip(names, tensors):
+    named = [*zip(names(options), tensors)]
+    check_devices([(name, str(t.device)) for name, t in named])
+    for name, t in named:
         if t.layout is not torch.strided:
             raise ValueError(f"{name} has the layout {t.layout}; it must be a dense tensor (torch.strided)")
     fields = [
@@ -226,9 +204,9 @@ def _new_plan(tensors, names, kernel, threads) -> Plan:
             tuple(t.shape),
             None if t.is_contiguous() else t.stride(),
         )
-        for name, t in zip(names, tensors)
+        for name, t in named
     ]
-    return Plan((_DEVICES[device.type], device.index or 0), fields, kernel, threads)
+    return Plan((_DEVICES[device.type], device.index or 0), fields, options)
 
 
 def _refuse_gradients(tensors) -> None:
@@ -256,21 +234,14 @@ def _operator(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound,
     initial_state=None, final_state=None, cu_seqlens=None, kernel_name=None, threads=0,
 ):  # fmt: skip
-    tensors = [q, k, v, g, beta, out, A_log, dt_bias]
-    tensors += [t for t in (initial_state, final_state, cu_seqlens) if t is not None]
-    _launch(
-        tensors,
-        initial_state is None,
-        final_state is None,
-        cu_seqlens is None,
-        scale,
-        lower_bound,
-        kernel_name,
-        threads,
-    )
-    _increment_version(out)
-    if final_state is not None:
-        _increment_version(final_state)
+    optional = (initial_state, final_state, cu_seqlens)
+    tensors = [q, k, v, g, beta, out, A_log, dt_bias, *(t for t in optional if t is not None)]
+    options = (*(t is not None for t in optional), kernel_name, threads, type(threads))
+    plan = _plans.fitting(tensors, options)
+    if plan is None:
+        tensors, plan = _prepare(tensors, options)
+    _run(plan, tensors, scale, lower_bound)
+    _mark_written(tensors, options)
 
 
 @torch.library.impl("flash_kda::fwd", "Autograd")

@@ -122,10 +122,10 @@ def arguments(request, monkeypatch):
     if device == "cuda":
         request.getfixturevalue("cuda")
     if "without guards" in request.param:
-        from flash_kda import _torch
+        from flash_kda import _plan, _torch
 
-        for name, value in (("_TensorGuards", None), ("_plans", {}), ("_latest", {})):
-            monkeypatch.setattr(_torch, name, value)
+        monkeypatch.setattr(_torch, "_TensorGuards", None)
+        monkeypatch.setattr(_torch, "_plans", _plan.Plans())
     with torch.no_grad():
         return to_torch(a, device)
 
@@ -152,6 +152,12 @@ def test_wrong_argument_after_a_right_call(arguments, case):
     """Now a plan of the right shapes is kept, and must not hide what is wrong."""
     flash_kda.fwd(**{**arguments, **{name: copy(arguments[name]) for name in ("out", "final_state")}})
     refused(arguments, *WRONG[case])
+
+
+def test_threads_of_another_type_after_a_right_call(arguments):
+    fresh = {name: copy(arguments[name]) for name in ("out", "final_state")}
+    flash_kda.fwd(**{**arguments, **fresh}, threads=2)
+    refused(arguments, {"threads": 2.0}, TypeError, "threads is of type float; it must be an int")
 
 
 def copy(x):

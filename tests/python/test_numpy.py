@@ -1,6 +1,7 @@
 """fwd on NumPy arrays, and the reference."""
 
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -92,6 +93,93 @@ def test_a_repeated_call_sees_new_memory_and_scalars():
         a = {**make(seed=seed, initial=np.float32), "scale": scale, "lower_bound": bound}
         flash_kda.fwd(**a)
         hold_to(a, truth(a), "cpu")
+
+
+def turned(x):
+    """The same array object, seen through other strides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x.strides = (*x.strides[:-1], 0)
+    return x
+
+
+def reshaped(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x.shape = (1, *x.shape)
+    return x
+
+
+def retyped(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x.dtype = np.float16 if x.itemsize == 2 else np.int32
+    return x
+
+
+def locked(x):
+    x.flags.writeable = False
+    return x
+
+
+EVERY = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state")
+# In place: the array stays the same object.
+CHANGES = {
+    "shape": (EVERY, reshaped, ValueError, "has . dimensions; it must have"),
+    "stride": (EVERY, turned, ValueError, "stride|contiguous"),
+    "dtype": (EVERY, retyped, TypeError, "has dtype (float16|int32); it must be"),
+    "read-only": (("out", "final_state"), locked, ValueError, "is read-only; it must be writable"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(change, name) for change in CHANGES for name in CHANGES[change][0]]
+)
+def test_no_change_slips_past_a_kept_plan(change, name):
+    a = make(T=6, B=2, initial=np.float32)
+    flash_kda.fwd(**a)
+    for written in ("out", "final_state"):
+        a[written].fill(np.nan)
+    _, changed, exception, sentence = CHANGES[change]
+    with pytest.raises(exception, match=sentence):
+        flash_kda.fwd(**{**a, name: changed(a[name])})
+    assert all(np.isnan(a[n].astype(np.float32)).all() for n in ("out", "final_state") if n != name)
+
+
+def test_a_kept_plan_follows_memory_that_moved():
+    """ndarray.resize gives the same object other memory."""
+    a = make(T=6, B=2, initial=np.float32)
+    flash_kda.fwd(**a)
+    other = make(T=6, B=2, initial=np.float32, seed=5)
+    before = {name: a[name].ctypes.data for name in EVERY}
+    moved = {name: np.array(a[name]) for name in EVERY}
+    flash_kda.fwd(**{**a, **moved})
+    blockers = []
+    for name, x in moved.items():
+        shape = x.shape
+        x.resize(1, refcheck=False)
+        blockers.append(np.empty(x.nbytes, np.uint8))
+        x.resize(shape, refcheck=False)
+        x[...] = other[name]
+    assert any(moved[name].ctypes.data != before[name] for name in EVERY)
+    flash_kda.fwd(**{**a, **moved})
+    hold_to({**a, **moved}, truth(other), "cpu")
+
+
+def test_subclasses_and_read_only_inputs():
+    a = make(T=6, initial=np.float32)
+    expected = truth(a)
+    for name in ("q", "A_log", "initial_state"):
+        a[name].flags.writeable = False
+    flash_kda.fwd(**a)
+    hold_to(a, expected, "cpu")
+
+    class Subclass(np.ndarray):
+        pass
+
+    a["out"].fill(np.nan)
+    flash_kda.fwd(**{name: x.view(Subclass) if isinstance(x, np.ndarray) else x for name, x in a.items()})
+    hold_to(a, expected, "cpu")
 
 
 def test_positions_of_arguments():

@@ -155,6 +155,87 @@ def test_autograd_notices_what_was_written(device):
             loss.backward()
 
 
+@pytest.fixture(params=["guards", "no guards"])
+def kept(request, device, monkeypatch):
+    """Tensors whose plan is kept by a call that was right; what it wrote is poisoned again."""
+    from flash_kda import _plan, _torch
+
+    if request.param == "no guards":
+        monkeypatch.setattr(_torch, "_TensorGuards", None)
+    elif _torch._TensorGuards is None:
+        pytest.skip("this PyTorch has no guards that can be used")
+    monkeypatch.setattr(_torch, "_plans", _plan.Plans())
+    tensors = to_torch(make(T=6, B=2, initial=np.float32), device)
+    flash_kda.fwd(**tensors)
+    plan = _torch._plans.latest
+    flash_kda.fwd(**tensors)
+    assert plan is _torch._plans.latest
+    assert plan.fits([tensors[name] for name in EVERY])
+    for name in ("out", "final_state"):
+        tensors[name].fill_(float("nan"))
+    return tensors
+
+
+def replaced(x, data):
+    """The same tensor object, with another one's memory, shape, strides and dtype."""
+    x.data = data
+    return x
+
+
+EVERY = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state")
+# In place where PyTorch can: the tensor stays the same object.
+CHANGES = {
+    "shape": (lambda x: x.unsqueeze_(0), ValueError, "has . dimensions; it must have"),
+    "shape of the same rank": (lambda x: replaced(x, x[..., :-1].clone()), ValueError, "has (shape|K|V|H|N) .*must"),
+    "stride": (lambda x: replaced(x, torch.stack([x, x], -1)[..., 0]), ValueError, "stride|contiguous"),
+    "dtype": (lambda x: replaced(x, x.double()), TypeError, "has dtype float64; it must be"),
+    "device": (lambda x: x.to("meta"), ValueError, "is on meta"),
+    "layout": (lambda x: x.to_sparse(), ValueError, "has the layout torch.sparse_coo; it must be a dense tensor"),
+    "requires_grad": (lambda x: x.requires_grad_(), RuntimeError, "no backward pass yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_slips_past_a_kept_plan(kept, name, change):
+    changed, exception, sentence = CHANGES[change]
+    tensors = {**kept, name: changed(kept[name])}
+    with pytest.raises(exception, match=sentence):
+        flash_kda.fwd(**tensors)
+    written = [kept[n] for n in ("out", "final_state") if n != name]
+    assert all(x.isnan().all() for x in written)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_kept_plan_follows_pointers(kept, name):
+    """Other values in other memory of the same tensor objects."""
+    a = make(T=6, B=2, initial=np.float32, seed=5)
+    expected, device = truth(a), kept["q"].device.type
+    for n, x in to_torch(a, device).items():
+        if isinstance(x, torch.Tensor):
+            kept[n].data = x if n == name else kept[n].data.copy_(x)
+    flash_kda.fwd(**kept)
+    hold_to(to_numpy(kept), expected, device)
+
+
+def test_kept_plans_take_turns(kept):
+    """Shapes, dtypes and modes alternate; each call finds what it needs."""
+    device = kept["q"].device.type
+    problems = [
+        make(T=6, B=2, initial=np.float32),
+        make(T=7),
+        make(lengths=[3, 4], initial=bfloat16, final=bfloat16),
+    ]
+    expected = [truth(a) for a in problems]
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        for a, want in zip(problems, expected):
+            tensors = to_torch(a, device)
+            with mode():
+                for _ in range(2):
+                    flash_kda.fwd(**tensors)
+            hold_to(to_numpy(tensors), want, device)
+
+
 def test_devices_must_agree(cuda):
     tensors = to_torch(make(T=4), cuda)
     with pytest.raises(ValueError, match="k is on cpu and q on cuda:0; all tensors must be on one device"):
