@@ -141,9 +141,10 @@ def fwd(arrays: list, options: Options, scale, lower_bound) -> None:
         plan = _find_plan(arrays, options)
     plan.busy = True
     try:
-        _check_writable("out", arrays[OUT])
-        if options[1]:
-            _check_writable("final_state", arrays[8 + options[0]])
+        if not arrays[OUT].flags.writeable:
+            raise _read_only("out")
+        if options[1] and not arrays[8 + options[0]].flags.writeable:
+            raise _read_only("final_state")
         # A capsule must outlive the reading of its struct.
         pointers = [_interface(capsule, None)[_DATA] for capsule in map(_array_struct, arrays)]
         plan.run(pointers, scale, lower_bound)
@@ -254,14 +255,9 @@ def _read_only(name: str) -> ValueError:
     return ValueError(f"{name} is read-only; it must be writable, as the call writes to it")
 
 
-def _check_writable(name: str, x: Any) -> None:
-    if not x.flags.writeable:
-        raise _read_only(name)
-
-
 def _read_numpy(name: str, x: Any) -> Array:
-    if name in _WRITTEN:
-        _check_writable(name, x)
+    if name in _WRITTEN and not x.flags.writeable:
+        raise _read_only(name)
     stride = None
     if not x.flags.c_contiguous:
         if any(step % x.itemsize for step in x.strides):

@@ -166,6 +166,23 @@ def test_a_kept_plan_follows_memory_that_moved():
     hold_to({**a, **moved}, truth(other), "cpu")
 
 
+def test_a_kept_plan_is_for_numpy_arrays():
+    """Of another library's array that looks the same only DLPack may be used."""
+
+    class Lookalike:
+        def __init__(self, x):
+            self.shape, self.strides, self.dtype = x.shape, x.strides, x.dtype
+            self.__dlpack__, self.__dlpack_device__ = x.__dlpack__, x.__dlpack_device__
+
+    a = make(T=6, initial=np.float32)
+    expected = truth(a)
+    for name in ("A_log", "initial_state"):
+        flash_kda.fwd(**a)
+        a["out"].fill(np.nan)
+        flash_kda.fwd(**{**a, name: Lookalike(a[name])})
+        hold_to(a, expected, "cpu")
+
+
 def test_subclasses_and_read_only_inputs():
     a = make(T=6, initial=np.float32)
     expected = truth(a)

@@ -1,5 +1,6 @@
 """fwd on PyTorch tensors: eager calls, the operator, compilers."""
 
+import contextlib
 import functools
 import shutil
 import threading
@@ -216,6 +217,20 @@ def test_a_kept_plan_follows_pointers(kept, name):
             kept[n].data = x if n == name else kept[n].data.copy_(x)
     flash_kda.fwd(**kept)
     hold_to(to_numpy(kept), expected, device)
+
+
+def test_a_kept_plan_is_for_plain_tensors(kept):
+    """Fake tensors look the same, but have no memory to be read."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in kept.items()}
+    for outside in (True, False):
+        with torch.no_grad(), contextlib.nullcontext() if outside else mode:
+            assert flash_kda.fwd(**fakes) is None
+    with mode:
+        flash_kda.fwd(**kept)  # a mode sees plain tensors, too
+    assert kept["out"].isnan().all()
 
 
 def test_kept_plans_take_turns(kept):
