@@ -10,12 +10,6 @@
 #include "cuda/cuda.h"
 #include "internal.h"
 
-#ifdef FKDA_WITH_CUDA
-static const bool with_cuda = true;
-#else
-static const bool with_cuda = false;
-#endif
-
 /* "model name : ..." of /proc/cpuinfo, where there is such a thing. */
 static void cpu_name(char *name, size_t size)
 {
@@ -43,12 +37,8 @@ static void describe_cpu(flash_kda_device_info *info)
 
 static flash_kda_status describe(int i, flash_kda_device_info *info)
 {
-    size_t size = info->struct_size;
-    if (size != sizeof *info)
-        return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos[%d].struct_size is %zu; it must be %zu", i, size,
-                         sizeof *info);
     memset(info, 0, sizeof *info);
-    info->struct_size = size;
+    info->struct_size = sizeof *info;
     if (i == 0) {
         describe_cpu(info);
     } else {
@@ -58,9 +48,6 @@ static flash_kda_status describe(int i, flash_kda_device_info *info)
     const fkda_kernel *kernel;
     if (fkda_find_kernel(info->device, NULL, &kernel) == FLASH_KDA_OK)
         snprintf(info->kernel, sizeof info->kernel, "%s", kernel->info.name);
-    else if (!with_cuda)
-        snprintf(info->reason, sizeof info->reason,
-                 "the library was built without nvcc, so it has no CUDA kernels");
     else
         snprintf(info->reason, sizeof info->reason, "%s", flash_kda_last_error());
     return FLASH_KDA_OK;
@@ -74,7 +61,12 @@ flash_kda_status flash_kda_list_devices(flash_kda_device_info *infos, int32_t ca
     if (capacity < 0 || (capacity > 0 && !infos))
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos must point to capacity = %d entries", capacity);
     int total = 1 + fkda_cuda_device_count(&reason);
-    for (int i = 0; i < total && i < capacity; i++) {
+    const int32_t written = capacity < total ? capacity : total;
+    for (int i = 0; i < written; i++)
+        if (infos[i].struct_size != sizeof *infos)
+            return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos[%d].struct_size is %zu; it must be %zu", i,
+                             infos[i].struct_size, sizeof *infos);
+    for (int i = 0; i < written; i++) {
         flash_kda_status status = describe(i, &infos[i]);
         if (status != FLASH_KDA_OK) return status;
     }

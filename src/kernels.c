@@ -31,6 +31,12 @@ static const fkda_kernel kernels[] = {
 };
 enum { KERNEL_COUNT = sizeof kernels / sizeof *kernels };
 
+#ifdef FKDA_WITH_CUDA
+static const bool with_cuda = true;
+#else
+static const bool with_cuda = false;
+#endif
+
 static flash_kda_status device_capability(flash_kda_device device, int *capability)
 {
     *capability = 0;
@@ -48,10 +54,10 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, con
     int capability;
     flash_kda_status status = device_capability(device, &capability);
     if (status != FLASH_KDA_OK) return status;
-    bool known = false;
+    const fkda_kernel *named = NULL;
     for (int i = 0; i < KERNEL_COUNT; i++) {
         if (name && strcmp(name, kernels[i].info.name) != 0) continue;
-        known = true;
+        if (name) named = &kernels[i];
         if (kernels[i].info.device_type != device.type || capability < kernels[i].min_compute_capability)
             continue;
         if (device.type == FLASH_KDA_CPU && !fkda_cpu_runs(kernels[i].info.name))
@@ -60,12 +66,17 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, con
         *kernel = &kernels[i];
         return FLASH_KDA_OK;
     }
-    if (name && !known)
+    if (name && !named)
         return fkda_fail(FLASH_KDA_INVALID_VALUE,
                          "kernel is \"%s\"; it must be NULL or a name that flash_kda_list_kernels() gives",
                          name);
-    if (device.type == FLASH_KDA_CPU)
-        return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which does not run on the CPU", name);
+    if (named && named->info.device_type != device.type)
+        return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which does not run on %s", name,
+                         device.type == FLASH_KDA_CPU ? "the CPU" : "a CUDA device");
+    if (!with_cuda)
+        return fkda_fail(FLASH_KDA_UNAVAILABLE,
+                         "device is CUDA device %d, but the library was built without CUDA kernels",
+                         device.index);
     return fkda_fail(FLASH_KDA_UNAVAILABLE,
                      "device is CUDA device %d of compute capability %d.%d; %s%s%s needs at least 8.0",
                      device.index, capability / 10, capability % 10, name ? "kernel \"" : "the library",
@@ -77,12 +88,12 @@ flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t ca
     if (!count) return fkda_fail(FLASH_KDA_INVALID_VALUE, "count is null; it must point to an int32_t");
     if (capacity < 0 || (capacity > 0 && !infos))
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos must point to capacity = %d entries", capacity);
-    for (int i = 0; i < KERNEL_COUNT && i < capacity; i++) {
+    const int32_t written = capacity < KERNEL_COUNT ? capacity : KERNEL_COUNT;
+    for (int i = 0; i < written; i++)
         if (infos[i].struct_size != sizeof *infos)
             return fkda_fail(FLASH_KDA_INVALID_VALUE, "infos[%d].struct_size is %zu; it must be %zu", i,
                              infos[i].struct_size, sizeof *infos);
-        infos[i] = kernels[i].info;
-    }
+    for (int i = 0; i < written; i++) infos[i] = kernels[i].info;
     *count = KERNEL_COUNT;
     return FLASH_KDA_OK;
 }

@@ -41,7 +41,7 @@ static void print_kernels(void)
         cuda = cuda || infos[i].device_type == FLASH_KDA_CUDA;
         printf("  %-13s %s: %s\n", infos[i].name, infos[i].archs, infos[i].description);
     }
-    if (!cuda) printf("  This build has no CUDA kernels: there was no nvcc.\n");
+    if (!cuda) printf("  This build has no CUDA kernels: nvcc did not work, or FLASH_KDA_CUDA was off.\n");
     free(infos);
 }
 

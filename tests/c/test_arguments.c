@@ -295,6 +295,7 @@ static void devices(void)
     if (count > 1 && test.device.type == FLASH_KDA_CUDA) {
         REFUSED(fixed, UNAVAILABLE, "kernel is \"portable\", which does not run on the CPU",
                 p.kernel = "portable", p.device = ((flash_kda_device){FLASH_KDA_CPU, 0}));
+        REFUSED(fixed, UNAVAILABLE, "kernel is \"cpu\", which does not run on a CUDA device", p.kernel = "cpu");
     }
 }
 
@@ -318,6 +319,9 @@ static void others(void)
     float ms;
     double one;
     flash_kda_device nowhere = {9, 0};
+    flash_kda_device_info device[1] = {0};
+    flash_kda_kernel_info kernels[2] = {{.struct_size = sizeof *kernels}};
+    int32_t count = -1;
 #define SAYS(call, want, sentence)                                                                           \
     do {                                                                                                     \
         trying("%s", #call);                                                                                 \
@@ -337,6 +341,12 @@ static void others(void)
     SAYS(flash_kda_list_devices(NULL, 0, NULL, NULL), INVALID_VALUE,
          "count is null; it must point to an int32_t");
     SAYS(flash_kda_list_kernels(NULL, 0, NULL), INVALID_VALUE, "count is null; it must point to an int32_t");
+    SAYS(flash_kda_list_kernels(kernels, 2, &count), INVALID_VALUE,
+         text("infos[1].struct_size is 0; it must be %zu", sizeof *kernels));
+    CHECK(count == -1 && !kernels[0].name, "a refused call wrote");
+    SAYS(flash_kda_list_devices(device, 1, &count, NULL), INVALID_VALUE,
+         text("infos[0].struct_size is 0; it must be %zu", sizeof *device));
+    CHECK(count == -1, "a refused call wrote");
     SAYS(flash_kda_reference(NULL, &one, NULL), INVALID_VALUE,
          "params is null; it must point to a flash_kda_fwd_params");
     SAYS(flash_kda_reference(&fixed.params, NULL, NULL), INVALID_VALUE,
