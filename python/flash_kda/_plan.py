@@ -78,7 +78,8 @@ class Plan:
         # Whether other arrays look like those it was made for.
         self.fits: Callable[[list], bool] = lambda arrays: False
         kernel, threads = options[3:5]
-        params.kernel = kernel.encode() if kernel is not None else None
+        # A character that C cannot read makes it a name that no kernel has.
+        params.kernel = kernel.encode(errors="replace").replace(b"\0", b"?") if kernel is not None else None
         params.cpu_threads = threads
         self.params = params
         self.ref = ctypes.byref(params)
@@ -110,7 +111,7 @@ class Plan:
         try:
             self.scale.value = scale
             self.bound.value = lower_bound
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             check_numbers(scale, lower_bound)
             raise
         status = _fwd(self.ref)
@@ -156,8 +157,10 @@ def check_numbers(scale, lower_bound) -> None:
     for name, value in (("scale", scale), ("lower_bound", lower_bound)):
         try:
             c_float(value)
-        except TypeError:
+        except (TypeError, ValueError):  # ValueError: a tensor of several
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number") from None
+        except OverflowError:
+            raise ValueError(f"{name} is an int too large for a float; it must be finite") from None
 
 
 def check_options(options: Options) -> None:
@@ -166,7 +169,7 @@ def check_options(options: Options) -> None:
         raise TypeError(f"kernel is of type {type(kernel).__name__}; it must be a string or None")
     if not isinstance(threads, int):
         raise TypeError(f"threads is of type {type(threads).__name__}; it must be an int")
-    if not -(2**31) <= threads < 2**31:
+    if not 0 <= threads < 2**31:
         raise ValueError(f"threads is {threads}; it must be 0 (all) or more, and fit 32 bits")
 
 
