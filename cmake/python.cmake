@@ -15,7 +15,8 @@ if(SKBUILD)
 endif()
 
 set(package ${CMAKE_CURRENT_BINARY_DIR}/python/flash_kda)
-file(GLOB modules CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/python/flash_kda/*.py)
+file(GLOB modules CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/python/flash_kda/*.py
+  ${CMAKE_CURRENT_SOURCE_DIR}/python/flash_kda/py.typed)
 file(REMOVE_RECURSE ${package})
 file(MAKE_DIRECTORY ${package})
 foreach(module IN LISTS modules)
