@@ -16,6 +16,8 @@
 
 /* Token positions inside a kernel are 32-bit; the room above lets them run past the end by a chunk. */
 static const int64_t MAX_TOKENS = INT32_MAX - 1024;
+/* So that a step from a token to the next, in elements, is 32-bit too. */
+static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
 static const char *dtype_name(int32_t dtype)
 {
@@ -32,9 +34,6 @@ static size_t dtype_size(int32_t dtype)
     default: return 4;
     }
 }
-
-/* So that a step from a token to the next, in elements, is 32-bit too. */
-static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
 /* "[1, 8192, 96, 128]" */
 static const char *shape_text(const int64_t *sizes, int ndim, char text[96])

@@ -1,7 +1,8 @@
 /*
  * The forward pass of one head of one sequence, for a range of its value channels: the chunk form of the
  * recurrence, 16 tokens at a time, in fp32. A template: the including file sets FKDA_LANES (floats in a
- * vector), FKDA_ROWS (rows of a register tile, 4 or 8) and FKDA_VARIANT (the name of what it defines).
+ * vector), FKDA_ROWS (rows of a register tile, 4 or 8), FKDA_VARIANT (the name of what it defines), FKDA_KERNEL
+ * and FKDA_ARCH (the texts of fkda_cpu_variant).
  *
  * Inside a chunk, with G the running sum of the log2 decays and the middle row m as the reference:
  *
