@@ -48,7 +48,7 @@ typedef enum flash_kda_status {
     FLASH_KDA_INVALID_VALUE = 1, /* an argument is null, out of range, misaligned, of a wrong shape */
     FLASH_KDA_INVALID_DTYPE = 2, /* an argument has a data type that the call does not take */
     FLASH_KDA_UNAVAILABLE = 3,   /* no such device, no driver, or no kernel for the device */
-    FLASH_KDA_DEVICE_ERROR = 4,  /* the CUDA driver reported an error */
+    FLASH_KDA_DEVICE_ERROR = 4,  /* the CUDA driver reported an error, or the CPU has no memory left */
 } flash_kda_status;
 
 /* Element types. The forward pass takes the first four; the rest let an error name what it got. */

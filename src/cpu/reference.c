@@ -115,7 +115,7 @@ flash_kda_status fkda_cpu_reference(const fkda_problem *p, double *out, double *
     size_t bytes = (size_t)threads * sizeof(double[K][V]);
     job j = {.problem = p, .out = out, .final_state = final_state, .scratch_states = malloc(bytes)};
     if (!j.scratch_states)
-        return fkda_fail(FLASH_KDA_UNAVAILABLE, "the reference could not allocate %zu bytes of memory",
+        return fkda_fail(FLASH_KDA_DEVICE_ERROR, "the reference could not allocate %zu bytes of memory",
                          bytes);
     fkda_parallel_for(threads, count, run_head, &j);
     free(j.scratch_states);

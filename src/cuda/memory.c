@@ -56,9 +56,11 @@ static flash_kda_status time_once(const fkda_driver *driver, const flash_kda_fwd
     flash_kda_status status = flash_kda_fwd(params);
     if (status != FLASH_KDA_OK) return status;
     result = driver->cuEventRecord(end, (CUstream)params->stream);
-    if (!result) result = driver->cuEventSynchronize(end);
-    if (!result) result = driver->cuEventElapsedTime(milliseconds, start, end);
-    return result ? fkda_driver_fail("cuEventSynchronize", result) : FLASH_KDA_OK;
+    if (result) return fkda_driver_fail("cuEventRecord", result);
+    result = driver->cuEventSynchronize(end);
+    if (result) return fkda_driver_fail("cuEventSynchronize", result);
+    result = driver->cuEventElapsedTime(milliseconds, start, end);
+    return result ? fkda_driver_fail("cuEventElapsedTime", result) : FLASH_KDA_OK;
 }
 
 flash_kda_status fkda_cuda_time_fwd(const flash_kda_fwd_params *params, int repeats, float *milliseconds)
