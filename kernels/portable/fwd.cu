@@ -1,7 +1,7 @@
 /*
  * The KDA forward pass for sm_80 and newer, in one launch and one pass over memory. A block runs one head of one
- * sequence, chunk by chunk of 16 tokens, in two roles that meet at stages in shared memory: half of its
- * warps prepare chunks (prepare.cuh), the other half carry the state through them (recurrence.cuh).
+ * sequence, chunk by chunk of 16 tokens, in two roles that meet at stages in shared memory: eight warps
+ * prepare chunks (prepare.cuh), the others carry the state through them (recurrence.cuh).
  *
  * The chunk form is in docs/architecture.md, the layout in docs/portable-kernel.md. Products run on tensor cores in
  * tf32 with fp32 sums, everything else in fp32; tests/torch_ref.py does the same in PyTorch, bit for bit, which is
