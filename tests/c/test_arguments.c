@@ -295,7 +295,8 @@ static void devices(void)
     if (count > 1 && test.device.type == FLASH_KDA_CUDA) {
         REFUSED(fixed, UNAVAILABLE, "kernel is \"portable\", which does not run on the CPU",
                 p.kernel = "portable", p.device = ((flash_kda_device){FLASH_KDA_CPU, 0}));
-        REFUSED(fixed, UNAVAILABLE, "kernel is \"cpu\", which does not run on a CUDA device", p.kernel = "cpu");
+        REFUSED(fixed, UNAVAILABLE, "kernel is \"cpu\", which does not run on a CUDA device",
+                p.kernel = "cpu");
     }
 }
 
