@@ -13,7 +13,8 @@
 
 /* The default for a device is the first that it can run. */
 static const fkda_kernel kernels[] = {
-    CPU_KERNEL("cpu", "any 64-bit CPU", "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores"),
+    CPU_KERNEL("cpu", "any 64-bit CPU",
+               "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores by default"),
 #if defined(__x86_64__)
     CPU_KERNEL("cpu-avx512", "x86-64 with AVX-512 F, BW, DQ, VL", "the same with vectors of 16 floats"),
     CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "the same with vectors of 8 floats"),
