@@ -12,25 +12,12 @@ import numpy as np
 import pytest
 
 import flash_kda
-from problems import BARS, error, make, to_torch, truth
+from problems import BARS, REFERENCE_ARGUMENTS, error, make, to_torch, truth
 
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch_ref  # noqa: E402
 
-INPUTS = (
-    "q",
-    "k",
-    "v",
-    "g",
-    "beta",
-    "scale",
-    "A_log",
-    "dt_bias",
-    "lower_bound",
-    "initial_state",
-    "cu_seqlens",
-)
 RAGGED = [1300, 547, 2048, 963, 271, 3063]
 
 
@@ -104,7 +91,7 @@ def test_sequences_with_empty_ones(ops):
 )
 def test_algorithm(options):
     a = make(**options)
-    x = to_torch({name: a[name] for name in INPUTS if name in a}, "cpu")
+    x = to_torch({name: a[name] for name in REFERENCE_ARGUMENTS if name in a}, "cpu")
     out, state = torch_ref.forward(torch_ref.CpuOps(), **x)
     want, want_state = truth(a)
     # As on a GPU: tf32 products, here with the same truncation.
