@@ -7,19 +7,23 @@ import flash_kda
 
 # Relative RMS error against the fp64 recurrence, out and fp32 state.
 BARS = {"cpu": (2.2e-3, 1e-5), "cuda": (5.6e-3, 4.8e-3)}
-REFERENCE_ARGUMENTS = (
+# Of fwd, in the order that callers know, and of reference.
+ARGUMENTS = (
     "q",
     "k",
     "v",
     "g",
     "beta",
     "scale",
+    "out",
     "A_log",
     "dt_bias",
     "lower_bound",
     "initial_state",
+    "final_state",
     "cu_seqlens",
 )
+REFERENCE_ARGUMENTS = tuple(name for name in ARGUMENTS if name not in ("out", "final_state"))
 
 
 def make(T=70, H=2, B=1, lengths=None, initial=None, final=np.float32, cu_dtype=np.int64, seed=0):

@@ -8,7 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import BARS, error, hold_to, make, truth
+from problems import ARGUMENTS, BARS, error, hold_to, make, truth
 
 
 def recurrence(a, b, h, begin, end, state):
@@ -202,22 +202,7 @@ def test_subclasses_and_read_only_inputs():
 def test_positions_of_arguments():
     a = make(T=20, lengths=[20], initial=np.float32)
     expected = truth(a)
-    order = [
-        "q",
-        "k",
-        "v",
-        "g",
-        "beta",
-        "scale",
-        "out",
-        "A_log",
-        "dt_bias",
-        "lower_bound",
-        "initial_state",
-        "final_state",
-        "cu_seqlens",
-    ]
-    flash_kda.fwd(*(a[name] for name in order))
+    flash_kda.fwd(*(a[name] for name in ARGUMENTS))
     hold_to(a, expected, "cpu")
 
 

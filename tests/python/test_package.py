@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import flash_kda
-from problems import make
+from problems import ARGUMENTS, make
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,24 +30,9 @@ def test_version_is_the_header_s():
 
 def test_signature_is_the_one_that_callers_know():
     parameters = inspect.signature(flash_kda.fwd).parameters.values()
-    known = [
-        "q",
-        "k",
-        "v",
-        "g",
-        "beta",
-        "scale",
-        "out",
-        "A_log",
-        "dt_bias",
-        "lower_bound",
-        "initial_state",
-        "final_state",
-        "cu_seqlens",
-    ]
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [p.name for p in positional] == known
-    assert [p.name for p in positional if p.default is None] == known[-3:]
+    assert [p.name for p in positional] == list(ARGUMENTS)
+    assert [p.name for p in positional if p.default is None] == list(ARGUMENTS[-3:])
     assert list(inspect.signature(flash_kda.get_workspace_size).parameters) == ["T_total", "H", "N"]
 
 

@@ -10,25 +10,9 @@ import pytest
 from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import hold_to, make, to_numpy, to_torch, truth
+from problems import ARGUMENTS, hold_to, make, to_numpy, to_torch, truth
 
 torch = pytest.importorskip("torch")
-
-ORDER = (
-    "q",
-    "k",
-    "v",
-    "g",
-    "beta",
-    "scale",
-    "out",
-    "A_log",
-    "dt_bias",
-    "lower_bound",
-    "initial_state",
-    "final_state",
-    "cu_seqlens",
-)
 
 
 def check(a, device, call=flash_kda.fwd):
@@ -88,7 +72,9 @@ def test_state_in_place(device):
 
 def test_positions_of_arguments(device):
     check(
-        make(lengths=[20, 3], initial=np.float32), device, lambda **t: flash_kda.fwd(*(t[n] for n in ORDER))
+        make(lengths=[20, 3], initial=np.float32),
+        device,
+        lambda **t: flash_kda.fwd(*(t[n] for n in ARGUMENTS)),
     )
 
 
