@@ -84,7 +84,9 @@ typedef struct flash_kda_tensor {
 
 /*
  * The arguments of the forward pass. Zero the struct, set struct_size to sizeof(flash_kda_fwd_params),
- * then fill in the rest: fields added by later versions come last and mean "default" when zero.
+ * then fill in the rest: fields added by later versions come last and mean "default" when zero. A smaller
+ * struct_size, of a program built with an older header, is taken: the fields beyond it count as zero. A larger
+ * one is refused, as this library would not see what the new fields ask for.
  *
  *   q, k, g        bf16 [B, T, H, K]   query, key, gate before its activation
  *   v              bf16 [B, T, H, V]   value
@@ -121,12 +123,20 @@ typedef struct flash_kda_fwd_params {
     size_t workspace_size;
     const char *kernel;  /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
     int32_t cpu_threads; /* 0: as many as the process may run on; results do not depend on it */
+    int32_t reserved;    /* 0 */
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes,
  * kernel and cpu_threads only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
+
+/* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the work
+ * out over the device, and its workspace. Looks at what flash_kda_fwd_workspace_size() looks at. Writes plain
+ * English in a few lines, each ended by a newline, cut to capacity bytes with the 0 at the end (1200 are enough).
+ * Meant to be read: the wording may change. */
+FLASH_KDA_API flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *text,
+                                                 size_t capacity);
 
 /* The forward pass. On a GPU it enqueues on the stream and returns: no allocation, no synchronisation.
  * The first call for a device loads its kernels; later ones are safe under CUDA graph capture. */

@@ -103,16 +103,24 @@ static flash_kda_status check_memory(const flash_kda_tensor *t, const requiremen
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_tensor(const flash_kda_tensor *t, const requirement *r, fkda_purpose purpose)
+static flash_kda_status refuse_shape(const flash_kda_tensor *t, const requirement *r, int64_t seqlens)
+{
+    char was[96], must[96], source[64] = "";
+    if (seqlens && strncmp(r->dims, "[N,", 3) == 0)
+        snprintf(source, sizeof source, ", with N from the %lld entries of cu_seqlens", (long long)seqlens);
+    return INVALID("%s has shape %s; it must be %s = %s%s", r->name, shape_text(t->shape, r->ndim, was),
+                   r->dims, shape_text(r->shape, r->ndim, must), source);
+}
+
+/* seqlens: the entries of cu_seqlens, 0 if it is absent. */
+static flash_kda_status check_tensor(const flash_kda_tensor *t, const requirement *r, int64_t seqlens,
+                                     fkda_purpose purpose)
 {
     TRY(check_dtype(t, r));
     TRY(check_rank(t, r->name, r->dims, r->ndim));
-    if (memcmp(t->shape, r->shape, sizeof(int64_t) * (size_t)r->ndim) != 0) {
-        char was[96], must[96];
-        return INVALID("%s has shape %s; it must be %s = %s", r->name, shape_text(t->shape, r->ndim, was),
-                       r->dims, shape_text(r->shape, r->ndim, must));
-    }
-    if (purpose == FKDA_FOR_WORKSPACE) return FLASH_KDA_OK;
+    if (memcmp(t->shape, r->shape, sizeof(int64_t) * (size_t)r->ndim) != 0)
+        return refuse_shape(t, r, seqlens);
+    if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK;
     TRY(check_strides(t, r));
     return check_memory(t, r);
 }
@@ -170,6 +178,11 @@ static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
     return FLASH_KDA_OK;
 }
 
+static bool has_seqlens(const flash_kda_fwd_params *p, fkda_purpose purpose)
+{
+    return p->cu_seqlens.data || (purpose == FKDA_FOR_SHAPES && p->cu_seqlens.ndim);
+}
+
 static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
 {
     TRY(check_rank(&p->q, "q", "[B, T, H, K]", 4));
@@ -181,7 +194,7 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
         return INVALID("v has V = %lld; the head size V must be 128", (long long)p->v.shape[3]);
     if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
     if (H < 1) return INVALID("q has H = %lld; there must be at least 1 head", (long long)H);
-    if (p->cu_seqlens.data || (purpose == FKDA_FOR_WORKSPACE && p->cu_seqlens.ndim)) {
+    if (has_seqlens(p, purpose)) {
         TRY(check_rank(&p->cu_seqlens, "cu_seqlens", "[N + 1]", 1));
         if (B != 1)
             return INVALID("cu_seqlens is given with B = %lld; B must be 1, all sequences in one row",
@@ -215,6 +228,7 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
                                       fkda_purpose purpose)
 {
     const int64_t B = s->batch, T = s->tokens, H = s->heads, N = s->sequences, D = FKDA_DIM;
+    const int64_t seqlens = has_seqlens(p, purpose) ? N + 1 : 0;
     const struct {
         const flash_kda_tensor *tensor;
         bool optional;
@@ -240,7 +254,7 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
     };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         if (tensors[i].optional && !tensors[i].tensor->data) continue;
-        TRY(check_tensor(tensors[i].tensor, &tensors[i].must, purpose));
+        TRY(check_tensor(tensors[i].tensor, &tensors[i].must, seqlens, purpose));
     }
     if (p->initial_state.data && p->final_state.data && p->initial_state.dtype != p->final_state.dtype)
         return fkda_fail(FLASH_KDA_INVALID_DTYPE,
@@ -255,6 +269,7 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p)
     if (!(p->lower_bound >= -5.0f && p->lower_bound <= 0.0f))
         return INVALID("lower_bound is %g; it must be in [-5, 0]", (double)p->lower_bound);
     if (p->cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", p->cpu_threads);
+    if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
     return FLASH_KDA_OK;
 }
 
@@ -286,13 +301,32 @@ static flash_kda_status check_workspace(const fkda_problem *p)
     return FLASH_KDA_OK;
 }
 
+_Static_assert(offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+               "no padding at the end: a later field there would find what an older caller left in it");
+
+/* A caller built with an older header has a shorter struct: `*params` becomes a copy in which what is missing
+ * is zero. What comes before the workspace was always there. */
+static flash_kda_status complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
+{
+    const size_t least = offsetof(flash_kda_fwd_params, workspace), most = sizeof *whole;
+    if (!*params) return INVALID("params is null; it must point to a flash_kda_fwd_params");
+    const size_t size = (*params)->struct_size;
+    if (size == most) return FLASH_KDA_OK;
+    if (size < least || size > most || size % sizeof(void *))
+        return INVALID("params->struct_size is %zu; it must be sizeof(flash_kda_fwd_params) = %zu (in older "
+                       "headers %zu or more)",
+                       size, most, least);
+    memset(whole, 0, sizeof *whole);
+    memcpy(whole, *params, size);
+    *params = whole;
+    return FLASH_KDA_OK;
+}
+
 flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
 {
+    flash_kda_fwd_params whole;
     memset(out, 0, sizeof *out);
-    if (!p) return INVALID("params is null; it must point to a flash_kda_fwd_params");
-    if (p->struct_size != sizeof *p)
-        return INVALID("params->struct_size is %zu; it must be sizeof(flash_kda_fwd_params) = %zu",
-                       p->struct_size, sizeof *p);
+    TRY(complete_params(&p, &whole));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, purpose, out));
@@ -320,8 +354,10 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     out->workspace_size = p->workspace_size;
     out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
 
+    out->kernel_is_asked = p->kernel;
+
     TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));
-    if (purpose == FKDA_FOR_WORKSPACE) return FLASH_KDA_OK;
+    if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK;
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     if (p->device.type == FLASH_KDA_CPU && out->cu_seqlens) TRY(check_cu_seqlens(out));
     return purpose == FKDA_FOR_FWD ? check_workspace(out) : FLASH_KDA_OK;

@@ -17,10 +17,11 @@ typedef struct fkda_problem {
     flash_kda_device device;
     void *stream;
     const fkda_kernel *kernel;
-    int64_t batch;     /* B */
-    int64_t tokens;    /* T, of one batch row */
-    int64_t heads;     /* H */
-    int64_t sequences; /* N */
+    bool kernel_is_asked; /* for by its name, else the default */
+    int64_t batch;        /* B */
+    int64_t tokens;       /* T, of one batch row */
+    int64_t heads;        /* H */
+    int64_t sequences;    /* N */
     const uint16_t *q, *k, *v, *g, *beta;
     uint16_t *out;
     const float *A_log, *dt_bias;
@@ -39,8 +40,11 @@ typedef struct fkda_problem {
 struct fkda_kernel {
     flash_kda_kernel_info info;
     int min_compute_capability; /* 10 * major + minor; 0 on the CPU */
+    int max_compute_capability; /* 0: no limit */
     size_t (*workspace_size)(const fkda_problem *);
     flash_kda_status (*fwd)(const fkda_problem *);
+    /* Writes a few sentences on how the work is laid out, on one line; of shapes and the device only. May be NULL. */
+    void (*explain)(const fkda_problem *, char *text, size_t size);
 };
 
 /* errors.c: stores the calling thread's sentence and returns status. */
@@ -48,11 +52,18 @@ flash_kda_status fkda_fail(flash_kda_status status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
 /* check.c */
-typedef enum fkda_purpose { FKDA_FOR_FWD, FKDA_FOR_REFERENCE, FKDA_FOR_WORKSPACE } fkda_purpose;
+typedef enum fkda_purpose {
+    FKDA_FOR_FWD,
+    FKDA_FOR_REFERENCE,
+    FKDA_FOR_SHAPES, /* nothing is read or written: pointers may be missing */
+} fkda_purpose;
 flash_kda_status fkda_check(const flash_kda_fwd_params *params, fkda_purpose purpose, fkda_problem *problem);
 
 /* kernels.c: the kernel called name, or the default for the device if name is NULL. */
 flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, const fkda_kernel **kernel);
+
+/* kernels.c: why the problem's kernel runs, in a sentence. */
+void fkda_explain_choice(const fkda_problem *problem, char *text, size_t size);
 
 /* Token range of sequence n, for cu_seqlens that the host may read. */
 static inline void fkda_sequence_range(const fkda_problem *p, int64_t n, int64_t *begin, int64_t *end)

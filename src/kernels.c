@@ -1,4 +1,5 @@
 /* The table of kernels and the choice among them: which one runs for a device. */
+#include <stdio.h>
 #include <string.h>
 
 #include "cpu/cpu.h"
@@ -8,7 +9,7 @@
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
         .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CPU, archs, description},                    \
-        .workspace_size = fkda_cpu_workspace_size, .fwd = fkda_cpu_fwd,                                      \
+        .workspace_size = fkda_cpu_workspace_size, .fwd = fkda_cpu_fwd, .explain = fkda_cpu_explain,         \
     }
 
 /* The default for a device is the first that it can run. */
@@ -27,6 +28,7 @@ static const fkda_kernel kernels[] = {
         .min_compute_capability = 80,
         .workspace_size = fkda_cuda_portable_workspace_size,
         .fwd = fkda_cuda_portable_fwd,
+        .explain = fkda_cuda_portable_explain,
     },
 #endif
 };
@@ -50,38 +52,98 @@ static flash_kda_status device_capability(flash_kda_device device, int *capabili
                      device.type);
 }
 
+/* Whether a device of that capability (0 on the CPU) can run a kernel. */
+static bool runs_on(const fkda_kernel *k, flash_kda_device device, int capability)
+{
+    if (k->info.device_type != device.type) return false;
+    if (device.type == FLASH_KDA_CPU) return fkda_cpu_runs(k->info.name);
+    return capability >= k->min_compute_capability &&
+           (!k->max_compute_capability || capability <= k->max_compute_capability);
+}
+
+static const fkda_kernel *kernel_called(const char *name)
+{
+    for (int i = 0; i < KERNEL_COUNT; i++)
+        if (strcmp(name, kernels[i].info.name) == 0) return &kernels[i];
+    return NULL;
+}
+
+/* "9.0", "8.0 or newer", "8.0 to 9.0" */
+static void capability_range(const fkda_kernel *k, char text[32])
+{
+    const int min = k->min_compute_capability, max = k->max_compute_capability;
+    int used = snprintf(text, 32, "%d.%d", min / 10, min % 10);
+    if (max == min) return;
+    if (max)
+        snprintf(text + used, (size_t)(32 - used), " to %d.%d", max / 10, max % 10);
+    else
+        snprintf(text + used, (size_t)(32 - used), " or newer");
+}
+
+static flash_kda_status refuse_unknown(flash_kda_device device, const char *name)
+{
+    char names[200] = "";
+    for (int i = 0, used = 0; i < KERNEL_COUNT && used < (int)sizeof names; i++)
+        if (kernels[i].info.device_type == device.type)
+            used += snprintf(names + used, sizeof names - (size_t)used, "%s%s", used ? ", " : "",
+                             kernels[i].info.name);
+    return fkda_fail(FLASH_KDA_INVALID_VALUE, "kernel is \"%.200s\"; it must be NULL or one of %s", name,
+                     names);
+}
+
+/* k is in the table, but the device cannot run it. */
+static flash_kda_status refuse_known(flash_kda_device device, int capability, const fkda_kernel *k)
+{
+    char range[32];
+    const char *name = k->info.name;
+    if (k->info.device_type != device.type)
+        return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which does not run on %s", name,
+                         device.type == FLASH_KDA_CPU ? "the CPU" : "a CUDA device");
+    if (device.type == FLASH_KDA_CPU)
+        return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which needs %s; this CPU is %s", name,
+                         k->info.archs, fkda_cpu_arch());
+    capability_range(k, range);
+    return fkda_fail(FLASH_KDA_UNAVAILABLE,
+                     "kernel is \"%s\", which needs compute capability %s; CUDA device %d has %d.%d", name,
+                     range, device.index, capability / 10, capability % 10);
+}
+
 flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, const fkda_kernel **kernel)
 {
     int capability;
     flash_kda_status status = device_capability(device, &capability);
     if (status != FLASH_KDA_OK) return status;
-    const fkda_kernel *named = NULL;
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        if (name && strcmp(name, kernels[i].info.name) != 0) continue;
-        if (name) named = &kernels[i];
-        if (kernels[i].info.device_type != device.type || capability < kernels[i].min_compute_capability)
-            continue;
-        if (device.type == FLASH_KDA_CPU && !fkda_cpu_runs(kernels[i].info.name))
-            return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which needs %s; this CPU is %s", name,
-                             kernels[i].info.archs, fkda_cpu_arch());
-        *kernel = &kernels[i];
-        return FLASH_KDA_OK;
-    }
-    if (name && !named)
-        return fkda_fail(FLASH_KDA_INVALID_VALUE,
-                         "kernel is \"%s\"; it must be NULL or a name that flash_kda_list_kernels() gives",
-                         name);
-    if (named && named->info.device_type != device.type)
-        return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which does not run on %s", name,
-                         device.type == FLASH_KDA_CPU ? "the CPU" : "a CUDA device");
-    if (!with_cuda)
+    if (device.type == FLASH_KDA_CUDA && !with_cuda)
         return fkda_fail(FLASH_KDA_UNAVAILABLE,
                          "device is CUDA device %d, but the library was built without CUDA kernels",
                          device.index);
+    if (name) {
+        const fkda_kernel *named = kernel_called(name);
+        if (!named) return refuse_unknown(device, name);
+        if (!runs_on(named, device, capability)) return refuse_known(device, capability, named);
+        *kernel = named;
+        return FLASH_KDA_OK;
+    }
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        if (!runs_on(&kernels[i], device, capability)) continue;
+        *kernel = &kernels[i];
+        return FLASH_KDA_OK;
+    }
     return fkda_fail(FLASH_KDA_UNAVAILABLE,
-                     "device is CUDA device %d of compute capability %d.%d; %s%s%s needs at least 8.0",
-                     device.index, capability / 10, capability % 10, name ? "kernel \"" : "the library",
-                     name ? name : "", name ? "\"" : "");
+                     "device is CUDA device %d of compute capability %d.%d; the library needs at least 8.0",
+                     device.index, capability / 10, capability % 10);
+}
+
+void fkda_explain_choice(const fkda_problem *p, char *text, size_t size)
+{
+    char where[64] = "the CPU", why[128] = "was asked for";
+    int capability;
+    if (p->device.type == FLASH_KDA_CUDA &&
+        fkda_cuda_capability(p->device.index, &capability) == FLASH_KDA_OK)
+        snprintf(where, sizeof where, "CUDA device %d (compute capability %d.%d)", p->device.index,
+                 capability / 10, capability % 10);
+    if (!p->kernel_is_asked) snprintf(why, sizeof why, "is the first in the table that %s can run", where);
+    snprintf(text, size, "Kernel \"%s\" (%s) %s.", p->kernel->info.name, p->kernel->info.description, why);
 }
 
 flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t capacity, int32_t *count)

@@ -55,6 +55,7 @@ class FwdParams(ctypes.Structure):
         ("workspace_size", c_size_t),
         ("kernel", c_char_p),
         ("cpu_threads", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -104,6 +105,7 @@ def _load() -> ctypes.CDLL:
     signatures = {
         "flash_kda_fwd": [params],
         "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
+        "flash_kda_explain": [params, c_char_p, c_size_t],
         "flash_kda_reference": [params, ctypes.POINTER(c_double), ctypes.POINTER(c_double)],
         "flash_kda_list_devices": [
             ctypes.POINTER(DeviceInfo),

@@ -23,6 +23,7 @@ bool fkda_cpu_runs(const char *kernel);
 /* fwd.c */
 size_t fkda_cpu_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cpu_fwd(const fkda_problem *problem);
+void fkda_cpu_explain(const fkda_problem *problem, char *text, size_t size);
 
 /* reference.c: out [B, T, H, V]; final_state [N, H, V, K] or NULL. */
 flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);

@@ -2,6 +2,7 @@
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
+#include <stdio.h>
 
 #include "cpu.h"
 #include "variant.h"
@@ -86,4 +87,14 @@ flash_kda_status fkda_cpu_fwd(const fkda_problem *p)
     work_plan plan = make_plan(p);
     fkda_parallel_for(plan.threads, plan.heads * plan.split, run_piece, &plan);
     return FLASH_KDA_OK;
+}
+
+void fkda_cpu_explain(const fkda_problem *p, char *text, size_t size)
+{
+    work_plan plan = make_plan(p);
+    char split[32] = "not split";
+    if (plan.split > 1) snprintf(split, sizeof split, "split into %d pieces", plan.split);
+    snprintf(text, size, "%lld pieces of work on %d %s, with %s: a head is %s, %d rows of V a piece.",
+             (long long)(plan.heads * plan.split), plan.threads, plan.threads == 1 ? "thread" : "threads",
+             plan.variant->arch, split, FKDA_DIM / plan.split);
 }

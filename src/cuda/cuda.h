@@ -8,6 +8,7 @@
 int fkda_cuda_device_count(const char **reason);
 flash_kda_status fkda_cuda_capability(int ordinal, int *capability);
 flash_kda_status fkda_cuda_describe(int ordinal, flash_kda_device_info *info);
+flash_kda_status fkda_cuda_multiprocessors(int ordinal, int *count);
 
 /* memory.c */
 flash_kda_status fkda_cuda_malloc(int ordinal, size_t bytes, void **memory);
@@ -19,5 +20,6 @@ flash_kda_status fkda_cuda_time_fwd(const flash_kda_fwd_params *params, int repe
 /* portable.c */
 size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *problem);
+void fkda_cuda_portable_explain(const fkda_problem *problem, char *text, size_t size);
 
 #endif

@@ -1,4 +1,6 @@
 /* Launches kernels/portable/fwd.cu. */
+#include <stdio.h>
+
 #include "../../kernels/portable/fwd_args.h"
 #include "../../kernels/portable/fwd_shape.h"
 #include "cuda.h"
@@ -67,4 +69,24 @@ flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *p)
     }
     fkda_leave_device(driver);
     return status;
+}
+
+void fkda_cuda_portable_explain(const fkda_problem *p, char *text, size_t size)
+{
+    const int64_t heads = p->sequences * p->heads;
+    int multiprocessors;
+    if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) {
+        snprintf(text, size, "%s", flash_kda_last_error());
+        return;
+    }
+    const int split = choose_split(heads, multiprocessors), rows = FKDA_DIM >> split;
+    snprintf(
+        text, size,
+        "%lld blocks of %d threads on %d multiprocessors, one block on each at a time: a head is %s, %d rows "
+        "of V a block.",
+        (long long)(heads << split), FKDA_PORTABLE_THREADS(rows), multiprocessors,
+        split == 0   ? "not split"
+        : split == 1 ? "split into 2 blocks"
+                     : "split into 4 blocks",
+        rows);
 }

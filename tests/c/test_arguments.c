@@ -44,13 +44,18 @@ static void expect(const call *c, const flash_kda_fwd_params *params, flash_kda_
 #define DTYPE(sentence, ...) REFUSED(fixed, INVALID_DTYPE, sentence, __VA_ARGS__)
 #define SEQLENS(sentence, ...) REFUSED(with_seqlens, INVALID_VALUE, sentence, __VA_ARGS__)
 
+/* The least struct_size: everything before the workspace. */
+static const size_t OLDEST = offsetof(flash_kda_fwd_params, workspace);
+
 static void structs(void)
 {
     expect(&fixed, NULL, FLASH_KDA_INVALID_VALUE, "params is null; it must point to a flash_kda_fwd_params");
-    INVALID(text("params->struct_size is 0; it must be sizeof(flash_kda_fwd_params) = %zu", sizeof p),
-            p.struct_size = 0);
-    INVALID(text("params->struct_size is 8; it must be sizeof(flash_kda_fwd_params) = %zu", sizeof p),
-            p.struct_size = 8);
+    const char *size =
+        "params->struct_size is %zu; it must be sizeof(flash_kda_fwd_params) = %zu (in older headers "
+        "%zu or more)";
+    const size_t wrong[] = {0, 8, OLDEST - 8, OLDEST + 4, sizeof(flash_kda_fwd_params) + 8, SIZE_MAX};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        INVALID(text(size, wrong[i], sizeof p, OLDEST), p.struct_size = wrong[i]);
     size_t bytes;
     CHECK(flash_kda_fwd_workspace_size(&fixed.params, NULL) == FLASH_KDA_INVALID_VALUE, "no refusal");
     CHECK(flash_kda_fwd_workspace_size(NULL, &bytes) == FLASH_KDA_INVALID_VALUE, "no refusal");
@@ -99,6 +104,14 @@ static void sizes(void)
     INVALID("final_state has shape [2, 3, 64, 128]; it must be [N, H, V, K] = [2, 3, 128, 128]",
             p.final_state.shape[2] = 64);
     INVALID("initial_state has 3 dimensions; it must have 4: [N, H, V, K]", p.initial_state.ndim = 3);
+    SEQLENS("initial_state has shape [1, 3, 128, 128]; it must be [N, H, V, K] = [2, 3, 128, 128], with N "
+            "from the 3 "
+            "entries of cu_seqlens",
+            p.initial_state.shape[0] = 1);
+    SEQLENS("final_state has shape [2, 3, 128, 128]; it must be [N, H, V, K] = [1, 3, 128, 128], with N from "
+            "the 2 "
+            "entries of cu_seqlens",
+            p.cu_seqlens.shape[0] = 2, p.initial_state.shape[0] = 1);
 }
 
 static void overflowing_sizes(void)
@@ -211,6 +224,7 @@ static void scalars(void)
     INVALID("lower_bound is inf; it must be in [-5, 0]", p.lower_bound = INFINITY);
     INVALID("lower_bound is nan; it must be in [-5, 0]", p.lower_bound = fabsf(NAN));
     INVALID("cpu_threads is -1; it must be 0 (all) or more", p.cpu_threads = -1);
+    INVALID("reserved is 1; it must be 0", p.reserved = 1);
 }
 
 static void overlaps(void)
@@ -275,6 +289,23 @@ static void sequence_values(void)
     }
 }
 
+/* "cpu, cpu-avx512, ..." */
+static const char *kernel_names(int32_t device_type)
+{
+    static char names[256];
+    flash_kda_kernel_info kernels[16];
+    int32_t count;
+    for (int i = 0; i < 16; i++) kernels[i].struct_size = sizeof *kernels;
+    must(flash_kda_list_kernels(kernels, 16, &count));
+    names[0] = 0;
+    for (int i = 0; i < count; i++) {
+        if (kernels[i].device_type != device_type) continue;
+        if (names[0]) strcat(names, ", ");
+        strcat(names, kernels[i].name);
+    }
+    return names;
+}
+
 static void devices(void)
 {
     int32_t count;
@@ -284,7 +315,7 @@ static void devices(void)
             p.device.type = 7);
     INVALID("device index is 1; the CPU's must be 0", p.kernel = NULL,
             p.device = ((flash_kda_device){FLASH_KDA_CPU, 1}));
-    INVALID("kernel is \"nonsense\"; it must be NULL or a name that flash_kda_list_kernels() gives",
+    INVALID(text("kernel is \"nonsense\"; it must be NULL or one of %s", kernel_names(test.device.type)),
             p.kernel = "nonsense");
     if (count > 1)
         INVALID(text("device index is 99; it must be in [0, %d], the CUDA devices there are", count - 2),
@@ -300,6 +331,34 @@ static void devices(void)
     }
 }
 
+/* A program built with a header that had no kernel and no cpu_threads yet: what is in memory there is not its own. */
+static void older_struct(void)
+{
+    struct {
+        flash_kda_fwd_params params;
+        char beyond[64];
+    } old;
+    memset(&old, 0x7f, sizeof old);
+    memcpy(&old.params, &fixed.params, sizeof old.params);
+    old.params.struct_size = offsetof(flash_kda_fwd_params, kernel);
+    memset((char *)&old.params + old.params.struct_size, 0x7f, sizeof old.params - old.params.struct_size);
+    size_t bytes = 0;
+    char words[1200];
+    trying("an older struct");
+    CHECK(flash_kda_fwd_workspace_size(&old.params, &bytes) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    CHECK(flash_kda_explain(&old.params, words, sizeof words) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    CHECK(strstr(words, "is the first in the table"), "it says: %s", words);
+    void *workspace;
+    must(flash_kda_malloc(test.device, bytes, &workspace));
+    old.params.workspace = workspace;
+    old.params.workspace_size = bytes;
+    CHECK(flash_kda_fwd(&old.params) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    must(flash_kda_synchronize(test.device, NULL));
+    CHECK(!call_untouched(&fixed), "nothing was written");
+    must(flash_kda_free(test.device, workspace));
+    call_poison(&fixed);
+}
+
 /* Absent tensors' other fields are ignored, as are strides of dimensions of size 1. */
 static void legal(void)
 {
@@ -311,6 +370,34 @@ static void legal(void)
     CHECK(flash_kda_fwd(&c.params) == FLASH_KDA_OK, "%s", flash_kda_last_error());
     must(flash_kda_synchronize(test.device, NULL));
     call_poison(&c);
+}
+
+/* What would run, for shapes alone. */
+static void explanations(void)
+{
+    char words[1200], few[12];
+    flash_kda_fwd_params p = with_seqlens.params;
+    p.q.data = p.k.data = p.v.data = p.g.data = p.beta.data = p.out.data = p.A_log.data = p.dt_bias.data =
+        NULL;
+    p.cu_seqlens.data = p.workspace = NULL;
+    p.workspace_size = 0;
+    trying("flash_kda_explain");
+    memset(words, 0x7f, sizeof words);
+    CHECK(flash_kda_explain(&p, words, sizeof words) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    CHECK(strncmp(words, text("Kernel \"%s\" (", test.kernel), strlen(test.kernel) + 10) == 0, "it says: %s",
+          words);
+    CHECK(strstr(words, "was asked for.\n"), "it says: %s", words);
+    CHECK(strstr(words, text("\nWorkspace: %zu bytes.\n", with_seqlens.params.workspace_size)), "it says: %s",
+          words);
+    memset(few, 0x7f, sizeof few);
+    CHECK(flash_kda_explain(&p, few, 11) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    CHECK(strlen(few) == 10 && few[11] == 0x7f && strncmp(few, words, 10) == 0, "it was not cut well");
+    CHECK(flash_kda_explain(&p, NULL, 8) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(strcmp(flash_kda_last_error(), "text must point to capacity = 8 bytes, at least 1") == 0,
+          "it says: %s", flash_kda_last_error());
+    CHECK(flash_kda_explain(&p, few, 0) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    p.cpu_threads = -1;
+    CHECK(flash_kda_explain(&p, words, sizeof words) == FLASH_KDA_INVALID_VALUE, "no refusal");
 }
 
 /* Calls that are not about a forward pass. */
@@ -385,7 +472,9 @@ static void arguments(void)
     sequence_values();
     devices();
     others();
+    explanations();
     legal();
+    older_struct();
     call_close(&fixed);
     call_close(&with_seqlens);
     problem_free(fixed_problem);
