@@ -17,10 +17,11 @@ static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu", "any 64-bit CPU",
                "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores by default"),
 #if defined(__x86_64__)
-    CPU_KERNEL("cpu-avx512", "x86-64 with AVX-512 F, BW, DQ, VL", "the same with vectors of 16 floats"),
-    CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "the same with vectors of 8 floats"),
+    CPU_KERNEL("cpu-avx512", "x86-64 with AVX-512 F, BW, DQ, VL",
+               "chunks of 16 tokens in fp32, vectors of 16 floats"),
+    CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "chunks of 16 tokens in fp32, vectors of 8 floats"),
 #endif
-    CPU_KERNEL("cpu-portable", "any 64-bit CPU", "the same with vectors of 4 floats"),
+    CPU_KERNEL("cpu-portable", "any 64-bit CPU", "chunks of 16 tokens in fp32, vectors of 4 floats"),
 #ifdef FKDA_WITH_CUDA
     {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",

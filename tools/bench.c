@@ -22,7 +22,7 @@ static const char help[] =
     "of\n"
     "one call would stay in the GPU's cache, calls take turns with several sets of them.\n";
 
-enum { MAX_SEQUENCES = 65536, MAX_SETS = 16, MAX_REPEATS = 200 };
+enum { MAX_SETS = 16, MAX_REPEATS = 200 };
 
 typedef struct shape {
     const char *lengths;
@@ -39,33 +39,9 @@ static const shape gpu_shapes[] = {
 static const shape cpu_shapes[] = {
     {"8192", 8}, {"1300,547,2048,271", 8}, {"512x8", 8}, {"2048", 1}, {"16x64", 8}};
 
-/* "1300,547" or "1024x8" or both mixed; returns how many sequences. */
-static int64_t parse_lengths(const char *text, int64_t *lengths)
-{
-    int64_t count = 0;
-    const char *at = text;
-    for (;;) {
-        char *end;
-        long long tokens = strtoll(at, &end, 10), times = 1;
-        if (end == at || tokens < 0 || tokens > 1 << 24) break;
-        if (*end == 'x') {
-            at = end + 1;
-            times = strtoll(at, &end, 10);
-            if (end == at || times < 1) break;
-        }
-        if (times > MAX_SEQUENCES - count) die("--lengths has more than %d sequences", MAX_SEQUENCES);
-        while (times-- > 0) lengths[count++] = tokens;
-        if (*end == 0) return count;
-        if (*end != ',') break;
-        at = end + 1;
-    }
-    die("--lengths is '%s'; it must be like 8192, or 1300,547, or 1024x8", text);
-}
-
 static problem *create_problem(shape s)
 {
-    int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
-    int64_t count = parse_lengths(s.lengths, lengths);
+    int64_t *lengths, count = lengths_option(s.lengths, &lengths);
     problem *p =
         count == 1 ? problem_create(1, lengths[0], s.heads) : problem_create_ragged(lengths, count, s.heads);
     free(lengths);
@@ -185,7 +161,7 @@ int command_bench(int argc, char **argv)
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
         case 'k': kernel = optarg; break;
-        case 'H': own.heads = number_option("--heads", optarg, 4096); break;
+        case 'H': own.heads = heads_option(optarg); break;
         case 'l': own.lengths = optarg; break;
         default: refuse_option("bench", argv);
         }
@@ -193,11 +169,12 @@ int command_bench(int argc, char **argv)
     if (optind < argc) die("bench takes no argument, but there is '%s'", argv[optind]);
     if (own.heads && !own.lengths) die("--heads needs --lengths, for example --lengths 8192");
     if (!info.struct_size) info = best_device();
+    require_kernel(info.device, kernel);
     if (own.lengths) {
-        int64_t *lengths = allocate(MAX_SEQUENCES, sizeof *lengths);
-        parse_lengths(own.lengths, lengths); /* refuse before anything takes time */
+        int64_t *lengths;
+        lengths_option(own.lengths, &lengths); /* refuse before anything takes time */
         free(lengths);
-        if (!own.heads) own.heads = info.device.type == FLASH_KDA_CPU ? 8 : 96;
+        if (!own.heads) own.heads = default_heads(info.device);
         return bench(&info, kernel, &own, 1);
     }
     if (info.device.type == FLASH_KDA_CPU)

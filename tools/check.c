@@ -120,6 +120,7 @@ int command_check(int argc, char **argv)
             if (all[i].kernel[0]) chosen[count++] = all[i];
         free(all);
     }
+    for (int i = 0; i < count; i++) require_kernel(chosen[i].device, kernel);
     int failed = check_devices(chosen, count, kernel);
     if (every && *no_cuda) printf("No CUDA device was checked: %s\n", no_cuda);
     if (failed)

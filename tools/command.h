@@ -32,6 +32,21 @@ flash_kda_device device_option(const char *text);
 /* A whole number in [1, max], or the end of the process with a sentence that names the option. */
 int64_t number_option(const char *option, const char *text, int64_t max);
 
+int64_t heads_option(const char *text);
+
+/* Heads, where --heads is not given. */
+int64_t default_heads(flash_kda_device device);
+
+/* The tokens of each sequence as --lengths gives them, "1300,547" or "1024x8" or both mixed, to be freed; returns
+ * how many there are, or ends the process with a sentence. */
+int64_t lengths_option(const char *text, int64_t **lengths);
+
+/* Arguments of that shape without data: enough to ask which kernel would run and how. */
+flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t heads);
+
+/* Ends the process with the library's sentence if the device can't run that kernel (NULL: the default). */
+void require_kernel(flash_kda_device device, const char *kernel);
+
 /* Says what getopt_long() could not use and ends the process. */
 void refuse_option(const char *command, char **argv) __attribute__((noreturn));
 

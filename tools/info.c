@@ -6,9 +6,18 @@
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda info\n\n"
-    "Prints the version, every device with the kernel that would run there (or why none\n"
-    "can), and all kernels of this build. A kernel's name may be given to --kernel.\n";
+    "flash-kda info [--lengths LENGTHS [--heads H] [--device cpu|cuda:N] [--kernel NAME]]\n\n"
+    "Prints the version, every device with the kernel that would run there (or why none can), and all "
+    "kernels of "
+    "this\n"
+    "build. A kernel's name may be given to --kernel.\n\n"
+    "With --lengths, the tokens of each sequence (8192, or 1300,547,2048, or 1024x8 for eight of 1024): "
+    "which "
+    "kernel\n"
+    "runs for that shape, why, and how it lays the work out. Nothing is computed. --device is CUDA device 0 "
+    "if it "
+    "can\n"
+    "be used, else the CPU.\n";
 
 static void print_devices(void)
 {
@@ -39,21 +48,62 @@ static void print_kernels(void)
     bool cuda = false;
     for (int i = 0; i < count; i++) {
         cuda = cuda || infos[i].device_type == FLASH_KDA_CUDA;
-        printf("  %-13s %s: %s\n", infos[i].name, infos[i].archs, infos[i].description);
+        printf("  %-13s %-5s %s: %s\n", infos[i].name,
+               infos[i].device_type == FLASH_KDA_CUDA ? "cuda" : "cpu", infos[i].archs, infos[i].description);
     }
     if (!cuda) printf("  This build has no CUDA kernels: nvcc did not work, or FLASH_KDA_CUDA was off.\n");
     free(infos);
 }
 
+static void explain(const flash_kda_device_info *info, const char *kernel, const char *text, int64_t heads)
+{
+    char words[1200];
+    int64_t *lengths, count = lengths_option(text, &lengths);
+    flash_kda_fwd_params params = shape_params(lengths, count, heads);
+    free(lengths);
+    params.device = info->device;
+    params.kernel = kernel;
+    must(flash_kda_explain(&params, words, sizeof words));
+    printf("%s", bold());
+    print_device(info);
+    printf("%s\n%lld %s, %lld tokens in all, %lld %s\n\n%s", plain(), (long long)count,
+           count == 1 ? "sequence" : "sequences", (long long)params.q.shape[1], (long long)heads,
+           heads == 1 ? "head" : "heads", words);
+}
+
 int command_info(int argc, char **argv)
 {
-    static const struct option options[] = {HELP_OPTION, {0}};
+    static const struct option options[] = {
+        DEVICE_OPTION,
+        KERNEL_OPTION,
+        {"heads", required_argument, NULL, 'H'},
+        {"lengths", required_argument, NULL, 'l'},
+        HELP_OPTION,
+        {0},
+    };
+    flash_kda_device_info info = {0};
+    const char *kernel = NULL, *lengths = NULL;
+    int64_t heads = 0;
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
-        if (c != 'h') refuse_option("info", argv);
-        fputs(help, stdout);
-        return 0;
+        switch (c) {
+        case 'h': fputs(help, stdout); return 0;
+        case 'd': info = find_device(device_option(optarg)); break;
+        case 'k': kernel = optarg; break;
+        case 'H': heads = heads_option(optarg); break;
+        case 'l': lengths = optarg; break;
+        default: refuse_option("info", argv);
+        }
     }
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
+    if (lengths) {
+        if (!info.struct_size) info = best_device();
+        explain(&info, kernel, lengths, heads ? heads : default_heads(info.device));
+        return 0;
+    }
+    if (heads || kernel || info.struct_size)
+        die("%s needs --lengths, for example --lengths 8192", heads    ? "--heads"
+                                                              : kernel ? "--kernel"
+                                                                       : "--device");
     printf("flash_kda %s\n", flash_kda_version());
     print_devices();
     print_kernels();

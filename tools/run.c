@@ -225,5 +225,6 @@ int command_run(int argc, char **argv)
     }
     if (argc - optind > 1) die("run takes one file, but there is '%s' too", argv[optind + 1]);
     if (!info.struct_size) info = best_device();
+    require_kernel(info.device, kernel);
     return run(optind < argc ? argv[optind] : NULL, &info, kernel);
 }

@@ -94,7 +94,7 @@ void fkda_cpu_explain(const fkda_problem *p, char *text, size_t size)
     work_plan plan = make_plan(p);
     char split[32] = "not split";
     if (plan.split > 1) snprintf(split, sizeof split, "split into %d pieces", plan.split);
-    snprintf(text, size, "%lld pieces of work on %d %s, with %s: a head is %s, %d rows of V a piece.",
+    snprintf(text, size, "%lld pieces of work on %d %s of %s: a head is %s, %d rows of V a piece.",
              (long long)(plan.heads * plan.split), plan.threads, plan.threads == 1 ? "thread" : "threads",
              plan.variant->arch, split, FKDA_DIM / plan.split);
 }

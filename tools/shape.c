@@ -1,0 +1,64 @@
+/* The shapes that options give. */
+#include <stdlib.h>
+
+#include "command.h"
+#include "problem.h"
+
+enum { MAX_SEQUENCES = 65536, MAX_HEADS = 4096 };
+
+int64_t heads_option(const char *text)
+{
+    return number_option("--heads", text, MAX_HEADS);
+}
+
+int64_t default_heads(flash_kda_device device)
+{
+    return device.type == FLASH_KDA_CPU ? 8 : 96;
+}
+
+int64_t lengths_option(const char *text, int64_t **lengths)
+{
+    int64_t count = 0, *out = allocate(MAX_SEQUENCES, sizeof *out);
+    const char *at = text;
+    for (;;) {
+        char *end;
+        long long tokens = strtoll(at, &end, 10), times = 1;
+        if (end == at || tokens < 0 || tokens > 1 << 24) break;
+        if (*end == 'x') {
+            at = end + 1;
+            times = strtoll(at, &end, 10);
+            if (end == at || times < 1) break;
+        }
+        if (times > MAX_SEQUENCES - count) die("--lengths has more than %d sequences", MAX_SEQUENCES);
+        while (times-- > 0) out[count++] = tokens;
+        *lengths = out;
+        if (*end == 0) return count;
+        if (*end != ',') break;
+        at = end + 1;
+    }
+    die("--lengths is '%s'; it must be like 8192, or 1300,547, or 1024x8", text);
+}
+
+flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t heads)
+{
+    flash_kda_fwd_params p = {.struct_size = sizeof p};
+    int64_t tokens = 0;
+    for (int64_t n = 0; n < count; n++) tokens += lengths[n];
+    const int64_t rows[] = {1, tokens, heads, DIM}, bias[] = {heads, DIM}, borders = count + 1;
+    p.q = p.k = p.v = p.g = p.out = tensor_of(NULL, FLASH_KDA_BF16, 4, rows);
+    p.beta = tensor_of(NULL, FLASH_KDA_BF16, 3, rows);
+    p.A_log = tensor_of(NULL, FLASH_KDA_F32, 1, bias);
+    p.dt_bias = tensor_of(NULL, FLASH_KDA_F32, 2, bias);
+    if (count > 1) p.cu_seqlens = tensor_of(NULL, FLASH_KDA_I64, 1, &borders);
+    return p;
+}
+
+void require_kernel(flash_kda_device device, const char *kernel)
+{
+    const int64_t one = 1;
+    size_t bytes;
+    flash_kda_fwd_params p = shape_params(&one, 1, 1);
+    p.device = device;
+    p.kernel = kernel;
+    must(flash_kda_fwd_workspace_size(&p, &bytes));
+}
