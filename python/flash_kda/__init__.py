@@ -1,18 +1,19 @@
 """Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
 
 `fwd` runs it, for PyTorch tensors, NumPy arrays and whatever else speaks DLPack. `reference` is the slow
-fp64 definition. `devices` lists what it can run on. The formula is in the docstring of `fwd`.
+fp64 definition. `devices` lists what it can run on, `explain` says how. The formula is in the docstring of `fwd`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays, _later, _lib
+from . import _arrays, _later, _lib, _plan
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 
-__all__ = ["Device", "devices", "fwd", "get_workspace_size", "kernels", "reference"]
+__all__ = ["Device", "devices", "explain", "fwd", "get_workspace_size", "kernels", "reference"]
 __version__ = _lib.version()
 
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is there
@@ -130,20 +131,60 @@ def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
         TypeError: an argument is no int.
         ValueError: a size is out of range.
     """
+    _check_sizes(T_total, H, N)
+    largest = 0
+    for info in _lib.device_infos():
+        for kernel in _lib.kernel_infos():
+            if kernel.device_type == info.device.type and info.kernel:
+                params = _shape_params(T_total, H, N, True, info.device, kernel.name)
+                with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
+                    largest = max(largest, _lib.workspace_size(params))
+    return largest
+
+
+def explain(T_total: int, H: int, N: int = 1, device: str | None = None, kernel: str | None = None) -> str:
+    """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, and how it would lay
+    the work out: a few lines to be read, whose wording may change.
+
+    Args:
+        device: "cpu" or "cuda:1"; None is the first CUDA device if it can be used, else the CPU.
+        kernel: as for `fwd`.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: a size is out of range, or there is no such device or kernel.
+        RuntimeError: the kernel does not run on the device.
+    """
+    _check_sizes(T_total, H, N)
+    if kernel is not None and not isinstance(kernel, str):
+        raise TypeError(f"kernel is of type {type(kernel).__name__}; it must be a string or None")
+    infos = _lib.device_infos()
+    if device is None:
+        chosen = infos[1 if len(infos) > 1 and infos[1].kernel else 0]
+    else:
+        named = {_device_name(info): info for info in infos}
+        if device not in named:
+            raise ValueError(f"device is {device!r}; it must be None or one of {', '.join(named)}")
+        chosen = named[device]
+    return _lib.explain(_shape_params(T_total, H, N, N > 1, chosen.device, _plan.kernel_name(kernel)))
+
+
+def _device_name(info: _lib.DeviceInfo) -> str:
+    return f"cuda:{info.device.index}" if info.device.type == _lib.CUDA else "cpu"
+
+
+def _check_sizes(T_total: int, H: int, N: int) -> None:
     for name, value, least in (("T_total", T_total, 0), ("H", H, 1), ("N", N, 1)):
         if not isinstance(value, int):
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
         if not least <= value < 2**31:
             raise ValueError(f"{name} is {value}; it must be at least {least} and fit 32 bits")
-    largest = 0
-    for info in _lib.device_infos():
-        for kernel in _lib.kernel_infos():
-            if kernel.device_type == info.device.type and info.kernel:
-                largest = max(largest, _workspace_size(T_total, H, N, info.device, kernel.name))
-    return largest
 
 
-def _workspace_size(T: int, H: int, N: int, device: _lib.Device, kernel: bytes) -> int:
+def _shape_params(
+    T: int, H: int, N: int, with_seqlens: bool, device: _lib.Device, kernel: bytes | None
+) -> _lib.FwdParams:
+    """A call of that shape, without its memory."""
     params = _lib.new_params()
     params.device = device
     params.kernel = kernel
@@ -152,11 +193,9 @@ def _workspace_size(T: int, H: int, N: int, device: _lib.Device, kernel: bytes) 
     _lib.set_shape(params.beta, _lib.BF16, (1, T, H))
     _lib.set_shape(params.A_log, _lib.F32, (H,))
     _lib.set_shape(params.dt_bias, _lib.F32, (H, 128))
-    _lib.set_shape(params.cu_seqlens, _lib.I64, (N + 1,))
-    try:
-        return _lib.workspace_size(params)
-    except RuntimeError:  # this kernel cannot run on this device
-        return 0
+    if with_seqlens:
+        _lib.set_shape(params.cu_seqlens, _lib.I64, (N + 1,))
+    return params
 
 
 @dataclass(frozen=True)

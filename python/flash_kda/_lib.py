@@ -171,6 +171,12 @@ def workspace_size(params: FwdParams) -> int:
     return size.value
 
 
+def explain(params: FwdParams) -> str:
+    text = ctypes.create_string_buffer(1200)
+    check(lib.flash_kda_explain(ctypes.byref(params), text, len(text)))
+    return text.value.decode()
+
+
 def new_params() -> FwdParams:
     params = FwdParams()
     params.struct_size = ctypes.sizeof(FwdParams)

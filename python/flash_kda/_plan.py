@@ -78,8 +78,7 @@ class Plan:
         # Whether other arrays look like those it was made for.
         self.fits: Callable[[list], bool] = lambda arrays: False
         kernel, threads = options[3:5]
-        # A character that C cannot read makes it a name that no kernel has.
-        params.kernel = kernel.encode(errors="replace").replace(b"\0", b"?") if kernel is not None else None
+        params.kernel = kernel_name(kernel)
         params.cpu_threads = threads
         self.params = params
         self.ref = ctypes.byref(params)
@@ -171,6 +170,11 @@ def check_options(options: Options) -> None:
         raise TypeError(f"threads is of type {type(threads).__name__}; it must be an int")
     if not 0 <= threads < 2**31:
         raise ValueError(f"threads is {threads}; it must be 0 (all) or more, and fit 32 bits")
+
+
+def kernel_name(kernel: str | None) -> bytes | None:
+    """A character that C cannot read makes it a name that no kernel has."""
+    return None if kernel is None else kernel.encode(errors="replace").replace(b"\0", b"?")
 
 
 def check_devices(devices: list[tuple[str, str]]) -> None:

@@ -42,7 +42,7 @@ WRONG = {
     "states for another N": (
         {"initial_state": lambda a: a["initial_state"][:1]},
         ValueError,
-        "initial_state has shape [1, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
+        "initial_state has shape [1, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128], with N from the 3 entries of cu_seqlens",
     ),
     "an empty state is not an absent one": (
         {"initial_state": lambda a: a["initial_state"][:0]},
@@ -267,7 +267,28 @@ def test_reference_checks_too():
         ((BIG - 1, 1), ValueError, "tokens"),
     ],
 )
-def test_workspace_size_of_wrong_sizes(sizes, exception, sentence):
+@pytest.mark.parametrize("call", [flash_kda.get_workspace_size, flash_kda.explain])
+def test_wrong_sizes_of_a_shape(call, sizes, exception, sentence):
     with pytest.raises(exception) as raised:
-        flash_kda.get_workspace_size(*sizes)
+        call(*sizes)
+    assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "exception", "sentence"),
+    [
+        ({"device": "gpu"}, ValueError, "device is 'gpu'; it must be None or one of cpu"),
+        ({"device": 0}, ValueError, "device is 0; it must be None or one of cpu"),
+        ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
+        ({"device": "cpu", "kernel": "zz"}, ValueError, 'kernel is "zz"; it must be NULL or one of cpu, '),
+        (
+            {"device": "cpu", "kernel": "cpu\0"},
+            ValueError,
+            'kernel is "cpu?"; it must be NULL or one of cpu, ',
+        ),
+    ],
+)
+def test_explain_of_wrong_options(options, exception, sentence):
+    with pytest.raises(exception) as raised:
+        flash_kda.explain(100, 2, **options)
     assert sentence in str(raised.value)

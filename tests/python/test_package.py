@@ -53,6 +53,18 @@ def test_workspace_size_is_enough():
     assert flash_kda.get_workspace_size(T_total=1 << 20, H=96, N=64) >= size
 
 
+def test_explain():
+    text = flash_kda.explain(1000, 3, 2, device="cpu", kernel="cpu-portable")
+    assert text.startswith('Kernel "cpu-portable"')
+    assert "was asked for" in text
+    assert "6 pieces of work" in text
+    assert re.search(r"Workspace: \d+ bytes", text)
+    assert flash_kda.explain(1000, 3, device="cpu") == flash_kda.explain(1000, 3, 1, "cpu", None)
+    assert 'Kernel "cpu" ' in flash_kda.explain(1000, 3, device="cpu")
+    best = next((d for d in flash_kda.devices()[1:2] if d.kernel), flash_kda.devices()[0])
+    assert f'Kernel "{best.kernel}" ' in flash_kda.explain(T_total=1000, H=3, N=2)
+
+
 def test_typed():
     assert (Path(flash_kda.__file__).resolve().parent / "py.typed").exists()
 
