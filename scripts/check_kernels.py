@@ -1,7 +1,8 @@
 """Holds every compiled kernel to scripts/kernel_plan.toml: check_kernels.py [BUILD/kernels]
 
 Reads ptxas' report of each kernel file (registers, spills, stack, static shared memory, for each
-architecture) and, where cuobjdump is to be had, the machine code. Exits 1 if any kernel breaks its plan.
+architecture; and what it warns of: wgmma that it had to serialise, setmaxnreg that it ignored) and, where
+cuobjdump is to be had, the machine code. Exits 1 if any kernel breaks its plan.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = ROOT / "scripts" / "kernel_plan.toml"
+
+
+# The mnemonics of each (kernel, architecture).
+Code = dict[tuple[str, str], set[str]]
 
 
 @dataclass
@@ -55,6 +60,23 @@ def parse_report(text: str) -> list[Usage]:
     return found
 
 
+def parse_losses(text: str) -> list[tuple[str, str]]:
+    """What ptxas says that it could not do as written, each with the kernel that it names ("" if none)."""
+    found: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if not re.search(
+            r"Potential Performance Loss|\(C75(08|10)\)|wgmma\.mma_async instructions are serialized|setmaxnreg\W* ignored",
+            line,
+        ):
+            continue
+        named = re.search(r"function '([^']+)'", line)
+        said = re.sub(r"^ptxas \w+\s*:\s*|Potential Performance Loss:\s*", "", line.strip())
+        entry = (named[1] if named else "", f"ptxas says: {said}")
+        if entry not in found:  # each architecture says it again
+            found.append(entry)
+    return found
+
+
 def find_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: from the toolkit, PATH, or the wheel in this environment."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
@@ -65,8 +87,8 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def disassemble(fatbin: Path) -> dict[tuple[str, str], set[str]] | None:
-    """The mnemonics of each (kernel, architecture), or None where there is no disassembler."""
+def disassemble(fatbin: Path) -> Code | None:
+    """None where there is no disassembler."""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     if not cuobjdump or not nvdisasm:
         return None
@@ -76,14 +98,18 @@ def disassemble(fatbin: Path) -> dict[tuple[str, str], set[str]] | None:
     )
     if run.returncode != 0:
         sys.exit(f"check_kernels: cuobjdump failed on {fatbin}")
-    code: dict[tuple[str, str], set[str]] = {}
+    return parse_disassembly(run.stdout)
+
+
+def parse_disassembly(text: str) -> Code:
+    code: Code = {}
     arch, mnemonics = "", set()
-    for line in run.stdout.splitlines():
+    for line in text.splitlines():
         if match := re.match(r"\s+code for (sm_\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s+Function : (\S+)", line):
             mnemonics = code.setdefault((match[1], arch), set())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", line):
             mnemonics.add(match[1])
     return code
 
@@ -93,6 +119,11 @@ def plan_for(plans: list[dict[str, Any]], kernel: str, arch: str) -> dict[str, A
         if fnmatch.fnmatchcase(kernel, plan["name"]):
             return {**plan, **plan.get(arch, {})}
     return None
+
+
+def occurs(mnemonic: str, mnemonics: set[str]) -> bool:
+    """HGMMA finds HGMMA.64x128x16.F32.BF16, but MMA does not."""
+    return any(m == mnemonic or m.startswith(mnemonic + ".") for m in mnemonics)
 
 
 def broken_rules(usage: Usage, plan: dict[str, Any], mnemonics: set[str] | None) -> list[str]:
@@ -111,12 +142,30 @@ def broken_rules(usage: Usage, plan: dict[str, Any], mnemonics: set[str] | None)
         )
     if mnemonics is not None:
         for wanted in plan.get("require", []):
-            if not any(m == wanted or m.startswith(wanted + ".") for m in mnemonics):
+            if not occurs(wanted, mnemonics):
                 broken.append(f"has no {wanted}")
         for unwanted in plan.get("forbid", []):
-            if any(m == unwanted or m.startswith(unwanted + ".") for m in mnemonics):
+            if occurs(unwanted, mnemonics):
                 broken.append(f"has {unwanted}")
     return broken
+
+
+def judge(text: str, code: Code | None, plans: list[dict[str, Any]]) -> list[tuple[Usage, list[str]]]:
+    """Each kernel and architecture of a report, with the rules that it breaks."""
+    losses = parse_losses(text)
+    verdicts = []
+    for usage in sorted(parse_report(text), key=lambda u: (u.kernel, int(re.sub(r"\D", "", u.arch)), u.arch)):
+        plan = plan_for(plans, usage.kernel, usage.arch)
+        # A loss without a name may be any kernel's of the file, so it is everyone's.
+        broken = [said for kernel, said in losses if kernel in ("", usage.kernel)]
+        if plan is None:
+            broken.append(f"has no plan in {PLAN.name}")
+        elif code is not None and (usage.kernel, usage.arch) not in code:
+            broken.append("is not in the disassembly")
+        else:
+            broken += broken_rules(usage, plan, None if code is None else code[usage.kernel, usage.arch])
+        verdicts.append((usage, broken))
+    return verdicts
 
 
 def main() -> int:
@@ -128,25 +177,17 @@ def main() -> int:
     plans = tomllib.loads(PLAN.read_text())["kernel"]
     checked = failed = 0
     for report in reports:
-        usages = parse_report(report.read_text())
-        if not usages:
-            print(f"{report.name}: no kernel in it")
-            failed += 1
         code = disassemble(report.with_suffix(".fatbin"))
         if code is None:
             print(f"{report.name}: no cuobjdump and nvdisasm, so the machine code was not looked at")
-        for usage in sorted(usages, key=lambda u: (u.kernel, int(re.sub(r"\D", "", u.arch)))):
-            plan = plan_for(plans, usage.kernel, usage.arch)
-            if plan is None:
-                broken = [f"has no plan in {PLAN.name}"]
-            elif code is not None and (usage.kernel, usage.arch) not in code:
-                broken = ["is not in the disassembly"]
-            else:
-                broken = broken_rules(usage, plan, None if code is None else code[usage.kernel, usage.arch])
-            verdict = "; ".join(broken) if broken else "ok"
+        verdicts = judge(report.read_text(), code, plans)
+        if not verdicts:
+            print(f"{report.name}: no kernel in it")
+            failed += 1
+        for usage, broken in verdicts:
             print(
                 f"{usage.kernel:32} {usage.arch:8} {usage.registers:4} registers {usage.spills:5} B spilled "
-                f"{usage.stack:5} B stack {usage.static_shared:6} B static shared   {verdict}"
+                f"{usage.stack:5} B stack {usage.static_shared:6} B static shared   {'; '.join(broken) or 'ok'}"
             )
             checked += 1
             failed += bool(broken)
