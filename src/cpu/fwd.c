@@ -92,9 +92,10 @@ flash_kda_status fkda_cpu_fwd(const fkda_problem *p)
 void fkda_cpu_explain(const fkda_problem *p, char *text, size_t size)
 {
     work_plan plan = make_plan(p);
+    const long long pieces = plan.heads * plan.split;
     char split[32] = "not split";
     if (plan.split > 1) snprintf(split, sizeof split, "split into %d pieces", plan.split);
-    snprintf(text, size, "%lld pieces of work on %d %s of %s: a head is %s, %d rows of V a piece.",
-             (long long)(plan.heads * plan.split), plan.threads, plan.threads == 1 ? "thread" : "threads",
-             plan.variant->arch, split, FKDA_DIM / plan.split);
+    snprintf(text, size, "%lld pieces of work on %d %s of %s: a head is %s, %d rows of V a piece.", pieces,
+             plan.threads, plan.threads == 1 ? "thread" : "threads", plan.variant->arch, split,
+             FKDA_DIM / plan.split);
 }

@@ -84,9 +84,9 @@ flash_kda_status fkda_cuda_describe(int ordinal, flash_kda_device_info *info)
 
 flash_kda_status fkda_cuda_multiprocessors(int ordinal, int *count)
 {
-    const fkda_driver *driver;
+    const fkda_driver *driver = NULL;
     flash_kda_status status = check_ordinal(ordinal, &driver);
-    return status == FLASH_KDA_OK ? fkda_multiprocessors(driver, ordinal, count) : status;
+    return driver ? fkda_multiprocessors(driver, ordinal, count) : status;
 }
 
 flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver_out)

@@ -80,11 +80,12 @@ void fkda_cuda_portable_explain(const fkda_problem *p, char *text, size_t size)
         return;
     }
     const int split = choose_split(heads, multiprocessors), rows = FKDA_DIM >> split;
+    const long long blocks = heads << split;
     snprintf(
         text, size,
         "%lld blocks of %d threads on %d multiprocessors, one block on each at a time: a head is %s, %d rows "
         "of V a block.",
-        (long long)(heads << split), FKDA_PORTABLE_THREADS(rows), multiprocessors,
+        blocks, FKDA_PORTABLE_THREADS(rows), multiprocessors,
         split == 0   ? "not split"
         : split == 1 ? "split into 2 blocks"
                      : "split into 4 blocks",

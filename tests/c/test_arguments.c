@@ -297,12 +297,10 @@ static const char *kernel_names(int32_t device_type)
     int32_t count;
     for (int i = 0; i < 16; i++) kernels[i].struct_size = sizeof *kernels;
     must(flash_kda_list_kernels(kernels, 16, &count));
-    names[0] = 0;
-    for (int i = 0; i < count; i++) {
-        if (kernels[i].device_type != device_type) continue;
-        if (names[0]) strcat(names, ", ");
-        strcat(names, kernels[i].name);
-    }
+    for (int i = 0, used = 0; i < count; i++)
+        if (kernels[i].device_type == device_type)
+            used += snprintf(names + used, sizeof names - (size_t)used, "%s%s", used ? ", " : "",
+                             kernels[i].name);
     return names;
 }
 

@@ -13,7 +13,12 @@ static int capability, multiprocessors;
 CUresult cuInit(unsigned flags)
 {
     const char *gpu = getenv("PRETEND_GPU");
-    return flags || !gpu || sscanf(gpu, "%d:%d", &capability, &multiprocessors) != 2;
+    char *end;
+    if (flags || !gpu) return 1;
+    capability = (int)strtol(gpu, &end, 10);
+    if (*end != ':') return 1;
+    multiprocessors = (int)strtol(end + 1, &end, 10);
+    return *end != 0;
 }
 
 CUresult cuDeviceGetCount(int *count)
@@ -46,6 +51,6 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = multiprocessors; return device != 0;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capability / 10; return device != 0;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = capability % 10; return device != 0;
+    default: return 1;
     }
-    return 1;
 }
