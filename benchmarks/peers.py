@@ -1,235 +1,232 @@
-"""Times flash_kda beside flash-linear-attention's Triton kernels, in one run on one GPU:
+"""Times flash_kda beside flash-linear-attention and other implementations, in one run on one GPU.
 
-    python benchmarks/peers.py [--json FILE] [--picture FILE] [--rounds N] [--shapes SHAPE...]
+    python benchmarks/peers.py --fla-shapes none --json ours.json
+    python benchmarks/peers.py --shapes 96:8192 8:4096 --peer before=../flash_kda/build/python
+    python benchmarks/peers.py --from-json ours.json fla.json --markdown BENCHMARK.md --picture docs/benchmark.svg
 
-A shape is HEADS:LENGTHS, LENGTHS as in `flash-kda bench`: 96:8192, 96:1300,547, 12:2048x4. Per shape: device time of one
-call by CUDA-graph replay (the median over rounds in which the two take turns; a graph holds a call for each of
-several sets of inputs that together exceed the L2 cache), and the ratio to the floor: the bytes that must
-cross memory once over the speed of a large copy in the same run. States are fp32, in and out. Gates are as
-in trained models: slow channels beside fast ones in every head.
+A shape is HEADS:LENGTHS: 96:8192, 96:1300,547 or 12:2048x4. Per shape: device time of a call by CUDA-graph replay
+over rotating inputs, the median of rounds in which all take turns; its ratio to the time in which its bytes could
+be copied; and the time of a plain call. A competitor whose time is not there is named, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+import datetime
+import importlib.util
 import os
-import statistics
+import re
+import shlex
+import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
-import torch
+from peer_timing import picture, report
+from peer_timing.race import Competitor, Race, RaceError
+from peer_timing.shapes import KNOWN, STATE_BYTES, parse
 
-import flash_kda
-
-SHAPES = [
-    "96:8192",
-    "96:1300,547,2048,963,271,3063",
-    "96:1024x8",
-    "64:8192",
-    "64:1024x8",
-    "24:8192",
-    "16:8192",
-    "16:2048x8",
-    "12:2048",
-    "8:4096",
-    "8:65536",
-    "12:128x64",
-    "12:16x256",
-    "32:512x32",
-]
-DIM = 128
-L2_BYTES = 50 << 20
+OURS, FLA = "flash_kda", "FLA"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def parse(shape: str) -> tuple[int, list[int]]:
-    heads, _, lengths = shape.partition(":")
-    parts = [part.partition("x") for part in lengths.split(",")]
-    return int(heads), [int(tokens) for tokens, _, times in parts for _ in range(int(times or 1))]
-
-
-def make_inputs(heads: int, lengths: list[int], seed: int) -> dict:
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
-
-    tokens, count = sum(lengths), len(lengths)
-    x = {name: normal(1, tokens, heads, DIM).bfloat16() for name in ("q", "k", "v", "g")}
-    x |= {"beta": normal(1, tokens, heads).bfloat16(), "scale": DIM**-0.5, "lower_bound": -5.0}
-    x |= {"A_log": torch.zeros(heads, device="cuda")}
-    x |= {"dt_bias": torch.linspace(-10, 2, DIM, device="cuda").expand(heads, DIM).contiguous()}
-    x |= {"initial_state": 0.1 * normal(count, heads, DIM, DIM)}
-    if count > 1:
-        x["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
-    return x
-
-
-def ours(x: dict):
-    out, state = torch.empty_like(x["v"]), torch.empty_like(x["initial_state"])
-    return lambda: flash_kda.fwd(**x, out=out, final_state=state)
-
-
-def triton(x: dict):
-    from fla.ops.kda import chunk_kda
-
-    arguments = {name: value for name, value in x.items() if name != "dt_bias"}
-    flags = (
-        "use_gate_in_kernel",
-        "use_qk_l2norm_in_kernel",
-        "use_beta_sigmoid_in_kernel",
-        "safe_gate",
-        "state_v_first",
-    )
-    options = dict.fromkeys(flags, True) | {"output_final_state": True, "dt_bias": x["dt_bias"].reshape(-1)}
-    if "cu_seqlens" in x:
-        options["cu_seqlens_cpu"] = x["cu_seqlens"].cpu()
-
-    def call():
-        os.environ["FLA_FLASH_KDA"] = "0"  # its own kernels, not ours through its dispatcher
-        chunk_kda(**arguments, **options)
-
-    return call
-
-
-def capture(calls: list) -> torch.cuda.CUDAGraph:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Milliseconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def copy_rate() -> float:
-    """Bytes a second of a large device-to-device copy, reads and writes counted."""
-    a = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.zeros_like(a)
-    times = []
-    for _ in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        b.copy_(a)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * a.numel() / (1e-3 * statistics.median(times[10:]))  # the first ten warm up
-
-
-def bytes_once(x: dict) -> int:
-    """What must cross memory once: q, k, v, g, beta, out and both states."""
-    sizes = {name: t.numel() * t.element_size() for name, t in x.items() if isinstance(t, torch.Tensor)}
-    once = sum(sizes[name] for name in ("q", "k", "v", "g", "beta", "initial_state"))
-    return once + sizes["v"] + sizes["initial_state"]
-
-
-def time_shape(shape: str, peers: dict, rounds: int, rate: float) -> dict:
-    heads, lengths = parse(shape)
-    first = make_inputs(heads, lengths, 0)
-    size = bytes_once(first)
-    count = min(32, 1 + 2 * L2_BYTES // size)
-    sets = [first] + [make_inputs(heads, lengths, seed) for seed in range(1, count)]
-    row = {"shape": shape, "floor_ms": 1e3 * size / rate}
-    graphs = {}
-    with torch.inference_mode():
-        for name, peer in peers.items():
-            graphs[name] = capture([peer(x) for x in sets])
-        times: dict[str, list[float]] = {name: [] for name in peers}
-        for _ in range(rounds + 2):
-            for name, graph in graphs.items():
-                times[name].append(replay(graph) / count)
-    for name, values in times.items():
-        values = sorted(values[2:])  # the first two warm up
-        row[name] = {"ms": statistics.median(values), "spread": values[-1] / values[0] - 1}
-    return row
-
-
-def table(rows: list[dict], names: list[str]) -> str:
-    head = ["H", "lengths", "floor ms", *itertools.chain(*((f"{n} ms", "x floor") for n in names))]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        heads, _, lengths = row["shape"].partition(":")
-        cells = [heads, lengths, f"{row['floor_ms']:.3f}"]
-        for n in names:
-            cells += [f"{row[n]['ms']:.3f}", f"{row[n]['ms'] / row['floor_ms']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw(rows: list[dict], names: list[str], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(rows) + 1.4))
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        ratios = [row[name]["ms"] / row["floor_ms"] for row in rows]
-        bars = axes.barh([y + i * height for y in range(len(rows))], ratios, height, label=name)
-        axes.bar_label(bars, [f"{row[name]['ms']:.3f} ms" for row in rows], padding=3, fontsize=7)
-    axes.set_yticks(
-        [y + 0.4 - height / 2 for y in range(len(rows))],
-        [row["shape"].replace(":", " heads, ") for row in rows],
-        fontsize=8,
-    )
-    axes.set(
-        xscale="log", xlabel="time over the memory floor (1 = every byte crosses memory once at copy speed)"
-    )
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="SHAPE")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--picture", metavar="FILE")
-    options = parser.parse_args()
-
-    peers = {"flash_kda": ours, "FLA": triton}
+def shape(text: str) -> str:
     try:
-        import fla.ops.kda  # noqa: F401
-    except ImportError:
-        print("flash-linear-attention is not installed: flash_kda alone", file=sys.stderr)
-        del peers["FLA"]
-    rate = copy_rate()
-    rows = []
-    for i, shape in enumerate(options.shapes):
-        print(f"\r{i + 1} of {len(options.shapes)}: {shape:40}", end="", file=sys.stderr, flush=True)
-        rows.append(time_shape(shape, peers, options.rounds, rate))
-    print(file=sys.stderr)
-    gpu = torch.cuda.get_device_name()
-    spread = max(row[name]["spread"] for row in rows for name in peers)
-    print(
-        f"{gpu}, copy {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}, PyTorch {torch.__version__}; "
-        f"largest spread over {options.rounds} rounds {100 * spread:.0f}%\n"
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def fla_shape(text: str) -> str:
+    return text if text in ("all", "none") else shape(text)
+
+
+def peer(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not re.fullmatch(r"[\w.+-]+", name) or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    if name in (OURS, FLA):
+        raise argparse.ArgumentTypeError(f"the name {name} is taken")
+    if not os.path.isdir(path) and not (os.path.isfile(path) and path.endswith(".py")):
+        raise argparse.ArgumentTypeError(f"{path} is neither a folder nor a .py file")
+    return name, path
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="peers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(table(rows, list(peers)))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"gpu": gpu, "copy_bytes_per_second": rate, "rows": rows}, file, indent=1)
+    add = parser.add_argument
+    add(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        default=list(KNOWN),
+        metavar="SHAPE",
+        help=f"default: {' '.join(KNOWN)}",
+    )
+    add(
+        "--gates",
+        choices=("mixed", "slow", "fast"),
+        default="mixed",
+        help="default: mixed, as in trained models",
+    )
+    add("--states", choices=tuple(STATE_BYTES), default="fp32", help="initial and final; default: fp32")
+    add("--rounds", type=positive, default=15, help="default: 15")
+    add(
+        "--peer",
+        action="append",
+        type=peer,
+        default=[],
+        metavar="NAME=PATH",
+        help="another fwd of the same signature: PATH is a folder with a package flash_kda, or a .py file",
+    )
+    add(
+        "--fla-shapes",
+        nargs="+",
+        type=fla_shape,
+        metavar="SHAPE",
+        help="the shapes that FLA runs, all or none; default: all if it is installed. Its tuning takes minutes",
+    )
+    add(
+        "--time-limit",
+        type=positive,
+        default=1200,
+        metavar="SECONDS",
+        help="FLA begins or tunes nothing more after so long; default: 1200",
+    )
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: plain calls only")
+    add("--commit", help="of the library, where there is no git to ask")
+    add("--json", metavar="FILE", help="every round's time; written anew after each shape")
+    add("--markdown", metavar="FILE")
+    add("--picture", metavar="FILE", help=".svg, .png or what else matplotlib writes")
+    add("--from-json", nargs="+", metavar="FILE", help="time nothing; put these results together")
+    options = parser.parse_args(argv)
+    names = [name for name, _ in options.peer]
+    if len(set(names)) < len(names):
+        parser.error("argument --peer: two peers have the same name")
+    if options.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("argument --picture: matplotlib is not installed")
+    for path in filter(None, (options.json, options.markdown, options.picture)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"there is no folder for {path}")
+    return parser, options
+
+
+def ours_importable() -> None:
+    """As the tests do: an installed package first, then what `make` built."""
+    if importlib.util.find_spec("flash_kda") is None:
+        built = str(ROOT / os.environ.get("BUILD", "build") / "python")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (built, os.environ.get("PYTHONPATH"))))
+
+
+def competitors(options: argparse.Namespace) -> list[Competitor]:
+    """Ours first: the table's ratios are its."""
+    ours_importable()
+    common = {"device": options.device}
+    found = [Competitor(OURS, common | {"kind": "flash_kda"})]
+    wanted = options.fla_shapes or ["all"]
+    if options.device == "cuda" and "none" not in wanted:
+        if importlib.util.find_spec("fla") is not None:
+            only = None if "all" in wanted else wanted
+            found.append(Competitor(FLA, common | {"kind": "fla"}, only, options.time_limit))
+        elif options.fla_shapes:
+            raise RaceError("argument --fla-shapes: flash-linear-attention is not installed")
+        else:
+            note("flash-linear-attention is not installed, and so not timed")
+    found += [
+        Competitor(name, common | {"kind": "path", "path": os.path.abspath(path)})
+        for name, path in options.peer
+    ]
+    return found
+
+
+def commit() -> str | None:
+    def git(*what: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *what], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Progress:
+    """One line that changes on a terminal; elsewhere a line every half minute."""
+
+    def __init__(self) -> None:
+        self.shown, self.last = sys.stderr.isatty(), 0.0
+
+    def __call__(self, text: str) -> None:
+        if self.shown:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() > self.last + 30:
+            self.last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(options: argparse.Namespace, argv: list[str]) -> report.Result:
+    progress = Progress()
+
+    def say(text: str) -> None:
+        progress.clear()
+        note(text)
+
+    race = Race(competitors(options), options.gates, options.states, options.rounds, say, progress)
+    try:
+        run: dict[str, Any] = {"command": shlex.join(["python", "benchmarks/peers.py", *argv])}
+        run |= {"date": datetime.date.today().isoformat(), "commit": options.commit or commit()}
+        run |= {"gates": options.gates, "states": options.states, "rounds": options.rounds, **race.start()}
+        result: report.Result = {"runs": [run], "rows": []}
+        say(report.environment(run))
+        for name in dict.fromkeys(options.shapes):
+            row = race.shape(name, run["copy_bytes_per_second"])
+            result["rows"].append(row)
+            figures = ", ".join(f"{who} {report.number(report.median(row, who))} ms" for who in row["times"])
+            say(f"{name}: floor {report.number(row['floor_ms'])} ms; {figures or 'nobody ran'}")
+            if options.json:
+                report.write(result, options.json)
+    finally:
+        race.stop()
+    return result
+
+
+def main(argv: list[str]) -> int:
+    parser, options = arguments(argv)
+    try:
+        result = report.load(options.from_json) if options.from_json else measure(options, argv)
+    except (RaceError, ValueError) as error:
+        parser.error(str(error))
+    print(report.text(result))
+    if options.from_json and options.json:
+        report.write(result, options.json)
     if options.picture:
-        draw(rows, list(peers), options.picture)
+        picture.draw(result, options.picture)
+    if options.markdown:
+        page = report.markdown(result, options.picture, os.path.dirname(options.markdown))
+        Path(options.markdown).write_text(page)
+    return 1 if any(OURS in row["left_out"] for row in result["rows"]) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

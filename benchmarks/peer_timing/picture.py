@@ -1,0 +1,44 @@
+"""The picture: every competitor's time over the floor. Needs matplotlib."""
+
+from __future__ import annotations
+
+from . import report
+from .shapes import label
+
+
+def draw(result: report.Result, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    rows, names = result["rows"], report.competitors(result)
+    figure, axes = pyplot.subplots(figsize=(9, (0.12 + 0.15 * len(names)) * len(rows) + 1.4))
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        timed = [(y, row, report.median(row, name)) for y, row in enumerate(rows)]
+        places = [(y + i * height, time / row["floor_ms"], time) for y, row, time in timed if time]
+        bars = axes.barh([p[0] for p in places], [p[1] for p in places], height, label=name)
+        axes.bar_label(bars, [f"{report.number(p[2])} ms" for p in places], padding=3, fontsize=7)
+    marks = [(y, row["floor_ms"], report.known(row).flashkda) for y, row in enumerate(rows)]
+    points = [(y, ms / floor) for y, floor, ms in marks if ms]
+    if points:
+        axes.plot([p[1] for p in points], [p[0] for p in points], "k.", label="FlashKDA, measured earlier")
+    varied = [key for key in ("gates", "states") if len({row[key] for row in rows}) > 1]
+    axes.set_yticks(
+        [y + 0.4 - height / 2 for y in range(len(rows))],
+        [", H ".join(label(row["shape"])) + "".join(f", {row[key]}" for key in varied) for row in rows],
+        fontsize=8,
+    )
+    axes.set(
+        xscale="log", xlabel="time over the memory floor (1: every byte crosses memory once at copy speed)"
+    )
+    axes.set_xlim(left=0.8)
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.margins(y=0.01)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

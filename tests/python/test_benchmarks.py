@@ -1,0 +1,353 @@
+"""The benchmark beside other implementations: benchmarks/peers.py. All of it but graphs runs without a GPU."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import peers  # noqa: E402
+from peer_timing import picture, race, report, shapes  # noqa: E402
+
+
+def test_shapes():
+    assert shapes.parse("96:8192") == (96, [8192])
+    assert shapes.parse("2:5,70x2,1") == (2, [5, 70, 70, 1])
+    assert shapes.label("12:2048x4") == ("2048 x 4", "12")
+    assert len(shapes.KNOWN) == 24
+    for shape in shapes.KNOWN:
+        shapes.parse(shape)
+    assert (shapes.SERVING[0], shapes.SERVING[-1], len(shapes.SERVING)) == ("12:2048", "16:2048x8", 10)
+
+
+@pytest.mark.parametrize(
+    "shape", ["", "8192", "8192:", ":8192", "0:16", "1:0", "1:16x", "1:16,", "a:16", "1:16x0", "1: 16"]
+)
+def test_shapes_that_are_none(shape):
+    with pytest.raises(ValueError, match=re.escape(f"shape {shape!r}: it must be HEADS:LENGTHS")):
+        shapes.parse(shape)
+
+
+# Milliseconds at 3.0 TB/s, worked out elsewhere.
+@pytest.mark.parametrize(
+    ("shape", "floor"),
+    [("96:8192", 0.340), ("96:1300,547,2048,963,271,3063", 0.361), ("12:16x256", 0.155), ("1:262144", 0.112)],
+)
+def test_floor(shape, floor):
+    assert 1e3 * shapes.bytes_once(shape, "fp32") / 3e12 == pytest.approx(floor, rel=0.01)
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "none"])
+def test_inputs_have_the_bytes_of_the_floor(states):
+    torch = pytest.importorskip("torch")
+    from peer_timing import inputs
+
+    (x,) = inputs.make_sets("2:5,3", "mixed", states, "cpu")
+    (again,) = inputs.make_sets("2:5,3", "mixed", states, "cpu")
+    size = {name: t.numel() * t.element_size() for name, t in x.items() if isinstance(t, torch.Tensor)}
+    moved = sum(size[name] for name in ("q", "k", "v", "g", "beta")) + size["v"]
+    assert moved + 2 * size.get("initial_state", 0) == shapes.bytes_once("2:5,3", states)
+    assert all(torch.equal(x[name], again[name]) for name in size)
+    assert x["cu_seqlens"].tolist() == [0, 5, 8]
+
+
+def test_gates_forget_as_they_say():
+    torch = pytest.importorskip("torch")
+    from peer_timing import inputs
+
+    def nats(gates):
+        """Forgotten a token, on average, by the slowest and by the fastest channel of a head."""
+        x = inputs.make("2:256", gates, "none", "cpu", 0)
+        decay = -x["lower_bound"] * torch.sigmoid(x["A_log"].exp()[:, None] * (x["g"].float() + x["dt_bias"]))
+        by_channel = decay.mean(1)
+        return by_channel.min(), by_channel.max()
+
+    assert nats("mixed")[0] < 1e-3
+    assert nats("mixed")[1] > 3
+    assert nats("slow")[1] < 0.05
+    assert nats("fast")[0] > 3
+
+
+def made_up_run(**changes):
+    run = {
+        "command": "python benchmarks/peers.py",
+        "date": "2026-01-02",
+        "commit": "abc",
+        "device": "NVIDIA H100",
+    }
+    run |= {"driver": "580.1", "cuda": "13.0", "torch": "2.11.0", "python": "3.12.0", "rounds": 3}
+    run |= {"gates": "mixed", "states": "fp32", "copy_bytes_per_second": 3e12}
+    return run | {"competitors": {"flash_kda": "0.1.0", "FLA": "0.6.0"}} | changes
+
+
+def made_up_row(shape="96:8192", floor=0.34, left_out=None, rms=None, **times):
+    """times: of each competitor, graph replay in every round."""
+    row = {"shape": shape, "gates": "mixed", "states": "fp32", "bytes": 10, "floor_ms": floor}
+    figures = {name: {"graph_ms": ms, "plain_ms": [t + 1 for t in ms]} for name, ms in times.items()}
+    return row | {"times": figures, "rms": rms or {}, "left_out": left_out or {}}
+
+
+@pytest.fixture
+def result():
+    first = made_up_row(flash_kda=[0.50, 0.51, 0.61], FLA=[3.2, 3.1, 3.3])
+    second = made_up_row(
+        "12:2048", 0.011, {"FLA": "the time limit came first (600 s)"}, flash_kda=[0.06, 0.0604, 0.06]
+    )
+    return {"runs": [made_up_run()], "rows": [first, second]}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table(result):
+    head, rule, first, second = report.table(result).splitlines()
+    names = [
+        "lengths",
+        "H",
+        "floor ms",
+        "flash_kda ms",
+        "x floor",
+        "spread",
+        "at most ms",
+        "FLA ms",
+        "FlashKDA ms*",
+    ]
+    assert cells(head) == [*names, "flash_kda plain ms", "FLA plain ms"]
+    assert cells(rule) == ["---"] * 11
+    assert cells(first) == [
+        "8192",
+        "96",
+        "0.340",
+        "0.510",
+        "1.50",
+        "21.6%",
+        "0.550",
+        "3.200",
+        "1.486",
+        "1.510",
+        "4.200",
+    ]
+    assert cells(second) == [
+        "2048",
+        "12",
+        "0.0110",
+        "0.0600",
+        "5.45",
+        "0.7%",
+        "0.0550",
+        "",
+        "0.236",
+        "1.060",
+        "",
+    ]
+
+
+def test_remarks(result):
+    said = " ".join(report.remarks(result))
+    assert "flash_kda is within `at most` in 1 of 2 rows, over it in: 2048, H 12 (1.09 of it)." in said
+    assert "FLA is left out of 2048, H 12: the time limit came first (600 s)." in said
+    assert "of all competitors: 21.6%" in said
+    assert "Geometric mean" not in said
+    assert "do not agree" not in said
+
+
+def test_bars_are_for_fp32_states_on_a_gpu(result):
+    for row in result["rows"]:
+        row["states"] = "bf16"
+    assert "at most" not in report.table(result) + " ".join(report.remarks(result))
+
+
+def test_geometric_mean():
+    rows = [made_up_row(shape, flash_kda=[0.02 if i % 2 else 0.08]) for i, shape in enumerate(shapes.SERVING)]
+    said = " ".join(report.remarks({"runs": [made_up_run()], "rows": rows}))
+    assert (
+        "10 shapes from `2048, H 12` to `2048 x 8, H 16`, mixed gates, fp32 states: flash_kda 0.0400 ms."
+        in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "agrees"), [([1.0, 2.01], True), ([1.0, 2.1], False), ([math.nan, 2.0], False)]
+)
+def test_competitors_that_compute_something_else_are_named(other, agrees):
+    row = made_up_row(flash_kda=[1.0], FLA=[2.0], rms={"flash_kda": [1.0, 2.0], "FLA": other})
+    said = " ".join(report.remarks({"runs": [made_up_run()], "rows": [row]}))
+    assert ("FLA and flash_kda do not agree on 8192, H 96" in said) is not agrees
+
+
+def test_merge(result):
+    later = made_up_row("12:2048", 0.0112, FLA=[0.2, 0.2, 0.2])
+    other_gates = dict(made_up_row("12:2048", flash_kda=[0.07]), gates="slow")
+    merged = report.merge([result, {"runs": [made_up_run(gates="slow")], "rows": [later, other_gates]}])
+    assert len(merged["runs"]) == 2
+    assert [(row["shape"], row["gates"]) for row in merged["rows"]] == [
+        ("96:8192", "mixed"),
+        ("12:2048", "mixed"),
+        ("12:2048", "slow"),
+    ]
+    assert merged["rows"][1]["times"].keys() == {"flash_kda", "FLA"}
+    assert merged["rows"][1]["left_out"] == {}
+    assert result["rows"][1]["left_out"], "the parts stay as they were"
+    assert [cells(line)[2] for line in report.table(merged).splitlines()] == [
+        "gates",
+        "---",
+        "mixed",
+        "mixed",
+        "slow",
+    ]
+    with pytest.raises(ValueError, match="different devices: NVIDIA H100, NVIDIA H200"):
+        report.merge([result, {"runs": [made_up_run(device="NVIDIA H200")], "rows": []}])
+
+
+def test_from_json(result, tmp_path, capsys):
+    one, two, page = (str(tmp_path / name) for name in ("one.json", "two.json", "page.md"))
+    report.write(result, one)
+    assert report.load([one]) == result
+    assert peers.main(["--from-json", one, "--json", two, "--markdown", page]) == 0
+    assert json.loads(Path(two).read_text()) == result
+    assert report.table(result) in capsys.readouterr().out
+    text = Path(page).read_text()
+    assert text.startswith("# flash_kda on NVIDIA H100\n")
+    assert report.table(result) in text
+    assert "    python benchmarks/peers.py\n" in text
+    assert (
+        "driver 580.1, CUDA 13.0, PyTorch 2.11.0, Python 3.12.0, flash_kda 0.1.0, FLA 0.6.0, commit abc"
+        in text
+    )
+    assert "copy 3.000 TB/s" in text
+    assert "![" not in text
+
+
+def test_picture(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "docs" / "times.svg"
+    file.parent.mkdir()
+    picture.draw(result, str(file))
+    assert "<svg" in file.read_text()
+    page = report.markdown(result, str(file), str(tmp_path))
+    assert "](docs/times.svg)" in page
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--shapes", "8192"], "argument --shapes: shape '8192': it must be HEADS:LENGTHS"),
+        (["--fla-shapes", "some"], "argument --fla-shapes: shape 'some': it must be HEADS:LENGTHS"),
+        (["--gates", "none"], "argument --gates: invalid choice"),
+        (["--rounds", "0"], "argument --rounds: '0' is not a positive number"),
+        (["--peer", "elsewhere"], "argument --peer: 'elsewhere' is not NAME=PATH"),
+        (["--peer", "FLA=."], "argument --peer: the name FLA is taken"),
+        (["--peer", "a=no/such"], "argument --peer: no/such is neither a folder nor a .py file"),
+        (["--peer", "a=.", "--peer", "a=.."], "argument --peer: two peers have the same name"),
+        (["--json", "no/such/x.json"], "there is no folder for no/such/x.json"),
+        (["--from-json", "no/such.json"], "no/such.json cannot be read: No such file or directory"),
+        (["--from-json", __file__], "is not a result of this benchmark"),
+    ],
+)
+def test_wrong_arguments(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        peers.main(argv)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+PEER = """
+import os, time, flash_kda
+__version__ = "1.2.3"
+def fwd(q, k, v, g, beta, scale, out, *rest, **options):
+    print("this must not reach the answers")
+    tokens = q.shape[1]
+    if tokens == 17: raise ValueError("17 tokens\\nare too many")
+    if tokens == 18: os._exit(3)
+    if tokens == 19: time.sleep(60)
+    flash_kda.fwd(q, k, v, g, beta, scale, out, *rest, **options)
+"""
+
+
+@pytest.fixture
+def peer_file(tmp_path):
+    pytest.importorskip("torch")
+    file = tmp_path / "peer.py"
+    file.write_text(PEER)
+    return str(file)
+
+
+def run(*argv):
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "peers.py"), *argv], capture_output=True, text=True
+    )
+
+
+def test_a_run_on_the_cpu(peer_file, tmp_path):
+    file = str(tmp_path / "result.json")
+    names = ["--shapes", "1:16", "2:5,4", "--peer", f"other={peer_file}", "--rounds", "3"]
+    done = run("--device", "cpu", *names, "--states", "bf16", "--commit", "abc", "--json", file)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(Path(file).read_text())
+    (about,) = result["runs"]
+    assert about["competitors"]["other"] == "1.2.3"
+    assert about["commit"] == "abc"
+    assert about["command"].startswith(
+        "python benchmarks/peers.py --device cpu --shapes 1:16 2:5,4 --peer other="
+    )
+    assert [row["shape"] for row in result["rows"]] == ["1:16", "2:5,4"]
+    for row in result["rows"]:
+        assert row["left_out"] == {}
+        assert row["rms"]["other"] == row["rms"]["flash_kda"], "not the same inputs"
+        assert (
+            row["floor_ms"] == 1e3 * shapes.bytes_once(row["shape"], "bf16") / about["copy_bytes_per_second"]
+        )
+        for figures in row["times"].values():
+            assert figures.keys() == {"plain_ms"}
+            assert len(figures["plain_ms"]) == 3
+            assert min(figures["plain_ms"]) > 0
+    assert report.table(result) in done.stdout
+
+
+def test_who_fails_is_left_out_and_may_come_back(peer_file):
+    said = []
+    odd = race.Competitor("odd", {"kind": "path", "path": peer_file, "device": "cpu"})
+    fine = race.Competitor("fine", {"kind": "flash_kda", "device": "cpu"}, only=["1:16", "1:17", "1:19"])
+    contest = race.Race([fine, odd], "mixed", "none", 1, said.append, lambda text: None)
+    try:
+        contest.start()
+        rows = {shape: contest.shape(shape, 1e9) for shape in ("1:17", "1:18", "1:16")}
+        odd.limit = time.monotonic() - contest.began + 0.5
+        rows["1:19"] = contest.shape("1:19", 1e9)
+    finally:
+        contest.stop()
+    assert rows["1:17"]["left_out"] == {"odd": "ValueError: 17 tokens"}
+    assert rows["1:18"]["left_out"] == {"odd": "its process ended with 3"}
+    assert rows["1:19"]["left_out"]["odd"].startswith("the time limit came first (")
+    assert [row["times"].keys() for row in rows.values()] == [{"fine"}, set(), {"fine", "odd"}, {"fine"}]
+    assert len(said) == 3
+    assert all(text.startswith("odd is left out of 1:1") for text in said)
+
+
+def test_a_peer_without_fwd(tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    for path, sentence in (
+        (tmp_path / "empty.py", f"x: ImportError: {tmp_path}/empty.py defines no fwd"),
+        (tmp_path, f"x: ImportError: {tmp_path} holds no package flash_kda"),
+    ):
+        pytest.importorskip("torch")  # ours is asked first
+        done = run("--device", "cpu", "--peer", f"x={path}")
+        assert done.returncode == 2
+        assert sentence in done.stderr
+
+
+def test_no_gpu():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("--fla-shapes", "none")
+    assert done.returncode == 2
+    assert "PyTorch can use no GPU here" in done.stderr
