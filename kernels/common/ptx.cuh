@@ -3,6 +3,7 @@
 #define FKDA_PTX_CUH
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <stdint.h>
 
 namespace fkda
@@ -61,6 +62,17 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, floa
           "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+/* d += a * b on 16 x 8 += (16 x 16) (16 x 8) tiles of bf16, two neighbouring depths to a register: d and the columns of
+ * b as in mma_tf32, a0 to a3 with depths 2t, 2t, 2t + 8, 2t + 8 and b0, b1 with depths 2t, 2t + 8. */
+__device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 /* Four 8 x 8 tiles of 16-bit elements, each transposed on the way. Lane i gives the address of row i % 8
  * of tile i / 8; register m of lane (g, t) gets rows 2t and 2t + 1 of column g of tile m. */
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row)
@@ -78,6 +90,36 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
     uint32_t y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
+}
+
+/* Loads zeros if !valid, stores nothing if !valid; without a branch. */
+__device__ __forceinline__ uint4 load_16_if(const void *from, bool valid)
+{
+    uint4 x;
+    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %5, 0;\n"
+                 "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+                 "@valid ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from), "r"(static_cast<int>(valid)));
+    return x;
+}
+
+__device__ __forceinline__ uint2 load_8_if(const void *from, bool valid)
+{
+    uint2 x;
+    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+                 "@valid ld.global.nc.v2.b32 {%0, %1}, [%2];\n}"
+                 : "=r"(x.x), "=r"(x.y)
+                 : "l"(from), "r"(static_cast<int>(valid)));
+    return x;
+}
+
+__device__ __forceinline__ void store_8_if(void *to, uint2 x, bool valid)
+{
+    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %3, 0;\n"
+                 "@valid st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
+                 "r"(x.x), "r"(x.y), "r"(static_cast<int>(valid))
+                 : "memory");
 }
 
 /* Copies 16 bytes from global to shared memory in the background; writes zeros if !valid. */
@@ -129,6 +171,12 @@ __device__ __forceinline__ float bf16_high(uint32_t pair)
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high)
 {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+__device__ __forceinline__ uint32_t pack_half(float low, float high)
+{
+    __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32_t *>(&pair);
 }
 

@@ -12,7 +12,7 @@
 
 /* A block for `rows` rows of V of one head: all 128, or fewer where there are too few heads to fill the GPU and it
  * pays that blocks prepare the same chunks. */
-template <int rows> static __device__ void forward(const fkda_portable_args &args)
+template <int rows> static __device__ void forward(const fkda_fwd_args &args)
 {
     using namespace fkda;
     extern __shared__ __align__(16) unsigned char memory[];
@@ -28,7 +28,7 @@ template <int rows> static __device__ void forward(const fkda_portable_args &arg
 
 #define FKDA_DEFINE_KERNEL(rows)                                                                             \
     extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_THREADS(rows), 1)                             \
-        fkda_portable_fwd_##rows(const __grid_constant__ fkda_portable_args args)                            \
+        fkda_portable_fwd_##rows(const __grid_constant__ fkda_fwd_args args)                            \
     {                                                                                                        \
         forward<rows>(args);                                                                                 \
     }

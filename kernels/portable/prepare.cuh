@@ -12,37 +12,9 @@
 namespace fkda
 {
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
-/* Eight bf16 as they come from memory. */
-struct Eight {
-    uint32_t pair[4];
-
-    __device__ float operator[](int i) const
-    {
-        return i % 2 ? bf16_high(pair[i / 2]) : bf16_low(pair[i / 2]);
-    }
-};
-
-__device__ __forceinline__ Eight load_eight(const void *base, long long at)
-{
-    uint4 x = __ldg(reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(base) + at));
-    return {{x.x, x.y, x.z, x.w}};
-}
-
-__device__ __forceinline__ void store_four(float *to, float a, float b, float c, float d)
-{
-    *reinterpret_cast<float4 *>(to) = make_float4(a, b, c, d);
-}
-
-__device__ __forceinline__ void store_two(float *to, float a, float b)
-{
-    *reinterpret_cast<float2 *>(to) = make_float2(a, b);
-}
-
 /* For a recurrence that carries `rows` rows of V. */
 template <int rows> struct Preparation {
-    const fkda_portable_args &args;
+    const fkda_fwd_args &args;
     const Task &task;
     Shared &shared;
     Scratch &scratch;
@@ -53,7 +25,7 @@ template <int rows> struct Preparation {
     long long base;                   /* this lane's first channel at the task's first token, in elements */
     int step;                         /* from a token to the next */
 
-    __device__ Preparation(const fkda_portable_args &a, const Task &k, Shared &s, int id)
+    __device__ Preparation(const fkda_fwd_args &a, const Task &k, Shared &s, int id)
         : args(a), task(k), shared(s), scratch(s.scratch[id / GROUP_THREADS]),
           stage(s.stage[id / GROUP_THREADS]), group(id / GROUP_THREADS), thread(id % GROUP_THREADS),
           warp(thread / 32), pair(thread % 32 / 4), t(thread % 4), channel(32 * warp + 8 * t),

@@ -20,7 +20,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&tile)[4], 
 
 /* Of `rows` rows of V from `row` on. */
 template <int rows> struct Recurrence {
-    const fkda_portable_args &args;
+    const fkda_fwd_args &args;
     const Task &task;
     Shared &shared;
     int lane, g, t;
@@ -29,7 +29,7 @@ template <int rows> struct Recurrence {
     /* state[j][h]: rows g and g + 8, channels 16 j + 4 t + 2 h and + 1: {g, g, g + 8, g + 8} */
     float state[DIM / 16][2][4];
 
-    __device__ Recurrence(const fkda_portable_args &a, const Task &k, Shared &s, int thread, int row)
+    __device__ Recurrence(const fkda_fwd_args &a, const Task &k, Shared &s, int thread, int row)
         : args(a), task(k), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4),
           first_row(row + thread / 32 * FKDA_PORTABLE_ROWS_PER_WARP),
           out_begin((k.begin * a.heads + k.head) * DIM + first_row + 2 * t)

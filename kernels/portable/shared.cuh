@@ -2,25 +2,17 @@
 #ifndef FKDA_PORTABLE_SHARED_CUH
 #define FKDA_PORTABLE_SHARED_CUH
 
-#include "../common/ptx.cuh"
-#include "fwd_args.h"
+#include "../common/elements.cuh"
+#include "../common/task.cuh"
 #include "fwd_shape.h"
 
 namespace fkda
 {
 
-constexpr int CHUNK = 16; /* tokens */
-constexpr int DIM = 128;  /* K and V */
 constexpr int STAGES = 2; /* prepared chunks, each with a group of warps that prepares it */
 constexpr int GROUP_WARPS = FKDA_PORTABLE_PREPARE_THREADS / 32 / STAGES;
 constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
 constexpr int V_STAGES = 2 * STAGES; /* value tiles, loaded ahead by a turn of the stages */
-
-/* The tensor core drops the 13 low bits of an fp32 operand, which makes it smaller by 0.72 * 2^-11 of itself on
- * average (over mantissas spread evenly in the logarithm). A factor for a product of two operands takes the
- * average back out, folded into multiplications that are made anyway; what is left is as random and as
- * large as the error of rounding. */
-constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
 
 /* A prepared chunk in fp32. With G the running sum of the log decay, rows i, j:
  *   minus_k_decayed[i] = -k_i exp(G_i)           q_decayed[i] = q_i exp(G_i)
@@ -86,37 +78,6 @@ constexpr int STAGE_THREADS = GROUP_THREADS + FKDA_PORTABLE_THREADS(rows) - FKDA
 template <int n> __device__ __forceinline__ int slot(int chunk)
 {
     return static_cast<unsigned>(chunk) % n;
-}
-
-/* One head of one sequence. */
-struct Task {
-    int head;
-    long long begin; /* first token, counted over the whole tensor */
-    int length;      /* tokens */
-    int chunks;
-};
-
-__device__ inline long long sequence_border(const fkda_portable_args &args, long long n)
-{
-    long long border = args.cu_seqlens_is_i32 ? static_cast<const int *>(args.cu_seqlens)[n]
-                                              : static_cast<const long long *>(args.cu_seqlens)[n];
-    return min(max(border, 0LL), args.tokens);
-}
-
-__device__ inline Task find_task(const fkda_portable_args &args, int index)
-{
-    Task task;
-    int sequence = index / args.heads;
-    task.head = index % args.heads;
-    if (args.cu_seqlens) {
-        task.begin = sequence_border(args, sequence);
-        task.length = static_cast<int>(max(sequence_border(args, sequence + 1LL) - task.begin, 0LL));
-    } else {
-        task.begin = sequence * args.tokens;
-        task.length = static_cast<int>(args.tokens);
-    }
-    task.chunks = (task.length + CHUNK - 1) / CHUNK;
-    return task;
 }
 
 } // namespace fkda

@@ -1,7 +1,7 @@
 /* Launches kernels/portable/fwd.cu. */
 #include <stdio.h>
 
-#include "../../kernels/portable/fwd_args.h"
+#include "../../kernels/common/fwd_args.h"
 #include "../../kernels/portable/fwd_shape.h"
 #include "cuda.h"
 #include "modules.h"
@@ -31,7 +31,7 @@ size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem)
 
 flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *p)
 {
-    fkda_portable_args args = {
+    fkda_fwd_args args = {
         .q = p->q,
         .k = p->k,
         .v = p->v,

@@ -1,8 +1,8 @@
-/* What the host passes to the portable forward kernel: one struct by value, the same in C and CUDA C. */
-#ifndef FKDA_PORTABLE_FWD_ARGS_H
-#define FKDA_PORTABLE_FWD_ARGS_H
+/* What the host passes to the forward kernels: one struct by value, the same in C and CUDA C. */
+#ifndef FKDA_FWD_ARGS_H
+#define FKDA_FWD_ARGS_H
 
-typedef struct fkda_portable_args {
+typedef struct fkda_fwd_args {
     const void *q, *k, *v, *g, *beta; /* bf16, see flash_kda.h for the shapes */
     void *out;
     const float *A_log, *dt_bias;
@@ -11,9 +11,10 @@ typedef struct fkda_portable_args {
     const void *cu_seqlens;    /* or null */
     long long tokens;          /* of one batch row */
     int heads;
+    int tasks; /* heads times sequences */
     float scale, lower_bound;
     int state_is_bf16;
     int cu_seqlens_is_i32;
-} fkda_portable_args;
+} fkda_fwd_args;
 
 #endif

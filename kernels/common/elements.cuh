@@ -1,0 +1,46 @@
+/* Numbers and how they are moved: constants, loads and stores that the kernels share. */
+#ifndef FKDA_ELEMENTS_CUH
+#define FKDA_ELEMENTS_CUH
+
+#include "ptx.cuh"
+
+namespace fkda
+{
+
+/* The tensor core drops the 13 low bits of an fp32 operand, which makes it smaller by 0.72 * 2^-11 of itself on
+ * average (over mantissas spread evenly in the logarithm). A factor for a product of two operands takes the
+ * average back out, folded into multiplications that are made anyway; what is left is as random and as
+ * large as the error of rounding. */
+constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+/* Eight bf16 as they come from memory. */
+struct Eight {
+    uint32_t pair[4];
+
+    __device__ float operator[](int i) const
+    {
+        return i % 2 ? bf16_high(pair[i / 2]) : bf16_low(pair[i / 2]);
+    }
+};
+
+__device__ __forceinline__ Eight load_eight(const void *base, long long at)
+{
+    uint4 x = __ldg(reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(base) + at));
+    return {{x.x, x.y, x.z, x.w}};
+}
+
+__device__ __forceinline__ void store_four(float *to, float a, float b, float c, float d)
+{
+    *reinterpret_cast<float4 *>(to) = make_float4(a, b, c, d);
+}
+
+__device__ __forceinline__ void store_two(float *to, float a, float b)
+{
+    *reinterpret_cast<float2 *>(to) = make_float2(a, b);
+}
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,127 @@
+/* Hopper's own instructions, as named functions: mbarriers, wgmma, register reallocation. */
+#ifndef FKDA_HOPPER_SM90_CUH
+#define FKDA_HOPPER_SM90_CUH
+
+#include "../common/ptx.cuh"
+
+namespace fkda
+{
+
+/* Barriers in shared memory: a phase ends when `count` arrivals have come, and waiting is for a phase's parity. */
+__device__ __forceinline__ void mbarrier_init(uint64_t *barrier, int count)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier)
+{
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
+__device__ __forceinline__ void fence_async_proxy()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+template <int registers> __device__ __forceinline__ void take_registers()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+template <int registers> __device__ __forceinline__ void give_registers()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+/* A tile of 16-bit elements in shared memory as wgmma's B operand: core matrices of 8 x 16 bytes, each contiguous,
+ * `depth_step` bytes from one to the next along the depth of the product and `column_step` along its columns. */
+template <int column_step, int depth_step> __device__ __forceinline__ uint64_t tile_descriptor(const void *tile)
+{
+    static_assert(column_step % 16 == 0 && depth_step % 16 == 0, "in units of 16 bytes");
+    constexpr uint64_t steps = static_cast<uint64_t>(depth_step / 16) << 16 |
+                               static_cast<uint64_t>(column_step / 16) << 32;
+    return steps | (shared_address(tile) & 0x3ffff) >> 4;
+}
+
+/* Around products: registers are touched before the fence and after the wait only. */
+__device__ __forceinline__ void wgmma_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* Waits until at most `pending` committed groups are in flight. */
+template <int pending> __device__ __forceinline__ void wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+/* d (+)= a b on 64 x n (+)= (64 x 16) (16 x n) tiles of fp16, asynchronously; a warp has 16 of the 64 rows. Registers are
+ * laid out as in mma.m16n8k16, here with n / 8 tiles of d side by side: two such tiles, packed to fp16, are an A
+ * operand. In a column-major B eight columns are neighbours in memory, else eight depths. */
+#define FKDA_D4(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+
+template <bool add, bool column_major>
+__device__ __forceinline__ void wgmma(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %13, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+                 "{%8, %9, %10, %11}, %12, add, 1, 1, %14;\n}"
+                 : FKDA_D4(d[0]), FKDA_D4(d[1])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0),
+                   "n"(column_major ? 1 : 0));
+}
+
+template <bool add, bool column_major>
+__device__ __forceinline__ void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "{%16, %17, %18, %19}, %20, add, 1, 1, %22;\n}"
+                 : FKDA_D4(d[0]), FKDA_D4(d[1]), FKDA_D4(d[2]), FKDA_D4(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0),
+                   "n"(column_major ? 1 : 0));
+}
+
+template <bool add, bool column_major>
+__device__ __forceinline__ void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+                 "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, "
+                 "%35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+                 "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"
+                 : FKDA_D4(d[0]), FKDA_D4(d[1]), FKDA_D4(d[2]), FKDA_D4(d[3]), FKDA_D4(d[4]),
+                   FKDA_D4(d[5]), FKDA_D4(d[6]), FKDA_D4(d[7]), FKDA_D4(d[8]), FKDA_D4(d[9]),
+                   FKDA_D4(d[10]), FKDA_D4(d[11]), FKDA_D4(d[12]), FKDA_D4(d[13]), FKDA_D4(d[14]),
+                   FKDA_D4(d[15])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0),
+                   "n"(column_major ? 1 : 0));
+}
+
+#undef FKDA_D4
+
+} // namespace fkda
+
+#endif
