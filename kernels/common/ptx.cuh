@@ -73,6 +73,16 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* Four 8 x 8 tiles of 16-bit elements. Lane i gives the address of row i % 8 of tile i / 8; register m of lane (g, t) is
+ * columns 2t and 2t + 1 of row g of tile m. */
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
 /* Four 8 x 8 tiles of 16-bit elements, each transposed on the way. Lane i gives the address of row i % 8
  * of tile i / 8; register m of lane (g, t) gets rows 2t and 2t + 1 of column g of tile m. */
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row)
@@ -93,17 +103,6 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
 }
 
 /* Loads zeros if !valid, stores nothing if !valid; without a branch. */
-__device__ __forceinline__ uint4 load_16_if(const void *from, bool valid)
-{
-    uint4 x;
-    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %5, 0;\n"
-                 "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-                 "@valid ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from), "r"(static_cast<int>(valid)));
-    return x;
-}
-
 __device__ __forceinline__ uint2 load_8_if(const void *from, bool valid)
 {
     uint2 x;
@@ -133,6 +132,11 @@ __device__ __forceinline__ void copy_async_16(void *to, const void *from, bool v
 __device__ __forceinline__ void copy_async_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_async_wait_all()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 /* Waits until at most `pending` of this thread's committed groups are in flight. */

@@ -6,8 +6,10 @@
  * The chunk form is in docs/architecture.md, the layout in docs/hopper-kernel.md. Products run on tensor cores in
  * tf32 with fp32 sums, everything else in fp32.
  */
+#include "load.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
+#include "solve.cuh"
 
 /* A block for `rows` rows of V of a head: all 128, or 64 where there are too few heads to fill the GPU. */
 template <int rows> static __device__ void forward(const fkda_fwd_args &args)
@@ -18,17 +20,31 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     const int thread = threadIdx.x;
     if (thread == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(&shared.full[i], GROUP_WARPS);
-            mbarrier_init(&shared.empty[i], Recurrence<rows>::WARPS);
+            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1); /* and the solver */
+            mbarrier_init(&shared.stages.empty[i], Recurrence<rows>::WARPS);
+        }
+        for (int i = 0; i < INPUTS; i++) {
+            mbarrier_init(&shared.inputs.full[i], 32);
+            mbarrier_init(&shared.inputs.empty[i], TEAM_WARPS);
+        }
+        for (int i = 0; i < TEAMS; i++) {
+            mbarrier_init(&shared.products_of_team.full[i], TEAM_WARPS);
+            mbarrier_init(&shared.products_of_team.empty[i], 1);
         }
     }
     __syncthreads();
-    if (thread < FKDA_HOPPER_PREPARE_THREADS) {
-        if (rows == 128) give_registers<112>();
-        Preparation<rows>(args, shared, thread).run();
-    } else {
+    if (thread < 2 * rows) {
         if (rows == 128) take_registers<144>();
-        Recurrence<rows>(args, shared, thread - FKDA_HOPPER_PREPARE_THREADS).run();
+        Recurrence<rows>(args, shared, thread).run();
+    } else {
+        if (rows == 128) give_registers<112>();
+        const int warp = thread / 32 - 2 * rows / 32, lane = thread % 32;
+        if (warp < FKDA_HOPPER_PREPARE_WARPS)
+            Preparation<rows>(args, shared, warp, lane).run();
+        else if (warp == FKDA_HOPPER_PREPARE_WARPS)
+            load_inputs<rows>(args, shared, lane);
+        else
+            solve<rows>(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS - 1, lane);
     }
 }
 

@@ -2,12 +2,13 @@
 #ifndef FKDA_HOPPER_FWD_SHAPE_H
 #define FKDA_HOPPER_FWD_SHAPE_H
 
-#define FKDA_HOPPER_PREPARE_THREADS 256 /* groups of four warps */
+#define FKDA_HOPPER_PREPARE_WARPS 6
+#define FKDA_HOPPER_HELPER_WARPS 2 /* one loads, one solves */
 
-/* Threads of a block that carries `rows` of V: a warpgroup for 64 rows. */
-#define FKDA_HOPPER_THREADS(rows) (FKDA_HOPPER_PREPARE_THREADS + 2 * (rows))
+/* Threads of a block that carries `rows` of V: a warpgroup for 64 rows, and the warps that work ahead of it. */
+#define FKDA_HOPPER_THREADS(rows) (2 * (rows) + 32 * (FKDA_HOPPER_PREPARE_WARPS + FKDA_HOPPER_HELPER_WARPS))
 
 /* sizeof(Shared) in shared.cuh, which asserts it. */
-#define FKDA_HOPPER_SHARED_BYTES 88128
+#define FKDA_HOPPER_SHARED_BYTES 195840
 
 #endif

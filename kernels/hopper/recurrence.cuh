@@ -12,6 +12,13 @@
 namespace fkda
 {
 
+/* Row r of the 16 of a warp stands for row permuted(r) of V: rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9 for the neighbours 4 t to
+ * 4 t + 3, which a lane holds after a transposition. */
+__device__ __forceinline__ int permuted(int row)
+{
+    return row % 8 / 2 * 4 + row % 2 + row / 8 * 2;
+}
+
 template <int rows> struct Recurrence {
     static constexpr int WARPS = rows / 16;
     const fkda_fwd_args &args;
@@ -69,22 +76,19 @@ template <int rows> struct Recurrence {
             }
     }
 
-    /* Where this lane's rows of V are in v and out at the first token, in elements. A lane loads and stores four rows of
-     * tokens g and g + 8 of a chunk, which a transposition makes the lane's two rows of four tokens. */
+    /* Where this lane's rows of V are in v and out at a sequence's token g, in elements. A lane loads and stores four rows
+     * of tokens g and g + 8 of a chunk, which a transposition makes the lane's two rows of four tokens. */
     __device__ long long value_begin(const Walk<rows> &walk, const Task &task) const
     {
-        return (task.begin * args.heads + task.head) * DIM + walk.first_row() + warp_row + 4 * t;
+        return ((task.begin + g) * args.heads + task.head) * DIM + walk.first_row() + warp_row + 4 * t;
     }
 
-    __device__ void load_values(uint2 (&v)[2], const Task &task, long long begin, int chunk) const
+    /* Of the chunk at `at`, which has `left` tokens. */
+    __device__ void load_values(uint2 (&v)[2], long long at, int left) const
     {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int token = chunk * CHUNK + 8 * i + g;
-            const uint16_t *from = static_cast<const uint16_t *>(args.v) + begin +
-                                   static_cast<long long>(token) * (args.heads * DIM);
-            v[i] = load_8_if(from, token < task.length);
-        }
+        const uint16_t *from = static_cast<const uint16_t *>(args.v) + at;
+        v[0] = load_8_if(from, g < left);
+        v[1] = load_8_if(from + 8 * args.heads * DIM, g + 8 < left);
     }
 
     /* v^T: rows as in the state, tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
@@ -135,11 +139,11 @@ template <int rows> struct Recurrence {
     /* Products take the state, R and U as fp16. A row of the state grows by at most the square root of the sum of its v^2
      * (normalised keys, decays below 1), so that with |v| <= 16 scales and 2^20 tokens it stays below 2^14.1 of
      * fp16's 2^16. Rows that fade are scaled up again: every eighth chunk is looked at, if v is small there. */
-    __device__ void keep_in_range(const float (&v)[2][4], int chunk)
+    __device__ void keep_in_range(const float (&v)[2][4], bool first, bool look)
     {
         const float top = largest(v, 0), low = largest(v, 1);
-        bool act = top > 16.0f * scale[0] || low > 16.0f * scale[1];
-        if (chunk % 8 == 0) act = act || top < 0x1p-9f * scale[0] || low < 0x1p-9f * scale[1];
+        bool act = first || top > 16.0f * scale[0] || low > 16.0f * scale[1];
+        if (look) act = act || top < 0x1p-9f * scale[0] || low < 0x1p-9f * scale[1];
         if (__any_sync(~0u, act)) rescale(v);
     }
 
@@ -150,18 +154,15 @@ template <int rows> struct Recurrence {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
-    __device__ void store_output(const float (&o)[2][4], const Task &task, long long begin, int chunk) const
+    __device__ void store_output(const float (&o)[2][4], long long at, int left) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
+        uint16_t *to = static_cast<uint16_t *>(args.out) + at;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            uint2 x;
-            x.x = transpose_matrix(pack_bf16(o[i][0] * top, o[i][1] * top));
-            x.y = transpose_matrix(pack_bf16(o[i][2] * low, o[i][3] * low));
-            const int token = chunk * CHUNK + 8 * i + g;
-            uint16_t *to = static_cast<uint16_t *>(args.out) + begin +
-                           static_cast<long long>(token) * (args.heads * DIM);
-            store_8_if(to, x, token < task.length);
+            const uint32_t x = transpose_matrix(pack_bf16(o[i][0] * top, o[i][1] * top));
+            const uint32_t y = transpose_matrix(pack_bf16(o[i][2] * low, o[i][3] * low));
+            store_8_if(to + i * 8 * args.heads * DIM, make_uint2(x, y), g + 8 * i < left);
         }
     }
 
@@ -169,10 +170,13 @@ template <int rows> struct Recurrence {
     __device__ void decay(const float *gamma_minus_1)
     {
 #pragma unroll
-        for (int s = 0; s < DIM / 8; s++) {
-            const float2 x = *reinterpret_cast<const float2 *>(&gamma_minus_1[8 * s + 2 * t]);
+        for (int s = 0; s < DIM / 8; s += 2) {
+            const float4 x = *reinterpret_cast<const float4 *>(&gamma_minus_1[8 * s + 4 * t]);
 #pragma unroll
-            for (int r = 0; r < 4; r++) state[s][r] = __fmaf_rn(state[s][r], r % 2 ? x.y : x.x, state[s][r]);
+            for (int r = 0; r < 4; r++) {
+                state[s][r] = __fmaf_rn(state[s][r], r % 2 ? x.y : x.x, state[s][r]);
+                state[s + 1][r] = __fmaf_rn(state[s + 1][r], r % 2 ? x.w : x.z, state[s + 1][r]);
+            }
         }
     }
 
@@ -209,43 +213,39 @@ template <int rows> struct Recurrence {
 
     __device__ void run()
     {
-        int n = 0;
+        Slot<STAGES> slot(0);
         for (Walk<rows> walk; !walk.done(args); walk.advance()) {
             const Task task = find_task(args, walk.index());
-            const long long begin = value_begin(walk, task);
+            long long at = value_begin(walk, task);
             uint2 raw[2];
-            load_values(raw, task, begin, 0);
+            load_values(raw, at, task.length);
             load_state(state_begin(walk));
-            for (int chunk = 0; chunk < task.chunks; chunk++, n++) {
+            scale[0] = scale[1] = 1.0f;
+            for (int left = task.length; left > 0; left -= CHUNK) {
                 float v[2][4], both[4][4], own[2][4];
+                const long long here = at;
                 transpose_values(v, raw);
-                if (chunk == 0) {
-                    scale[0] = scale[1] = 1.0f;
-                    rescale(v);
-                } else {
-                    keep_in_range(v, chunk);
-                }
+                keep_in_range(v, left == task.length, (left & 7 * CHUNK) == 0);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int r = 0; r < 4; r++) v[i][r] *= inverse_power(scale[r / 2]);
-                load_values(raw, task, begin, chunk + 1);
-                mbarrier_wait(&shared.full[stage_of(n)], parity_of(n));
-                step(shared.stage[stage_of(n)], v, both, own);
+                at += CHUNK * args.heads * DIM;
+                load_values(raw, at, left - CHUNK);
+                mbarrier_wait(&shared.stages.full[slot.index], slot.parity);
+                step(shared.stage[slot.index], v, both, own);
                 wgmma_wait<1>();
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int r = 0; r < 4; r++) own[i][r] += both[2 + i][r];
-                store_output(own, task, begin, chunk);
+                store_output(own, here, left);
                 wgmma_wait<0>();
                 __syncwarp();
-                if (lane == 0) mbarrier_arrive(&shared.empty[stage_of(n)]);
+                if (lane == 0) mbarrier_arrive(&shared.stages.empty[slot.index]);
+                slot.advance(1);
             }
-            if (args.final_state) {
-                if (task.chunks == 0) scale[0] = scale[1] = 1.0f;
-                store_state(state_begin(walk));
-            }
+            if (args.final_state) store_state(state_begin(walk));
         }
     }
 };

@@ -1,27 +1,26 @@
-/* What the two roles of the Hopper kernel share: the walk over tasks, the tiles in shared memory, the barriers. */
+/* What the roles of the Hopper kernel share: the tiles in shared memory and the barriers of their rings. */
 #ifndef FKDA_HOPPER_SHARED_CUH
 #define FKDA_HOPPER_SHARED_CUH
 
 #include "../common/elements.cuh"
-#include "../common/task.cuh"
 #include "fwd_shape.h"
 #include "sm90.cuh"
+#include "walk.cuh"
 
 namespace fkda
 {
 
-constexpr int GROUP_WARPS = 4;
-constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
-constexpr int GROUPS = FKDA_HOPPER_PREPARE_THREADS / GROUP_THREADS; /* each prepares every GROUPS-th chunk */
-constexpr int STAGES = 4;                                           /* chunks that can be prepared ahead */
+constexpr int TEAM_WARPS = 2;                                  /* that prepare a chunk together */
+constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS;  /* each prepares every TEAMS-th chunk */
+constexpr int SOLVERS = FKDA_HOPPER_HELPER_WARPS - 1;          /* each solves every SOLVERS-th chunk */
+constexpr int INPUTS = 7;                                      /* slots of the ring of inputs */
+constexpr int STAGES = 6;                                      /* slots of the ring of prepared chunks */
 
-/* Row r of a 16-row tile of tokens or rows of V stands for element permuted(r): rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
- * for the neighbours 4 t to 4 t + 3. A lane's two rows g and g + 8 are then two apart, and what a lane holds after a
- * transposition are four neighbours. */
-__device__ __forceinline__ int permuted(int row)
-{
-    return row % 8 / 2 * 4 + row % 2 + row / 8 * 2;
-}
+/* A chunk's inputs as they come from memory; tokens past the end are zero. */
+struct Input {
+    static constexpr int PITCH = DIM + 8; /* so that eight rows lie in different banks */
+    uint16_t q[CHUNK][PITCH], k[CHUNK][PITCH], g[CHUNK][PITCH];
+};
 
 /* A tile of fp16 that wgmma reads as B: `columns` of the result x `depth`, in core matrices of 8 x 8. In a core matrix the
  * eight neighbours of 16 bytes are columns (column_major) or depths. The steps in bytes between core matrices
@@ -52,60 +51,41 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
  *   solve  = (I + L)^-1 diag(b)                attend = tril(q_i k_j exp(G_i - G_j)), columns i, depths j
  *   gamma_minus_1 = exp(G_last) - 1 */
 struct Stage {
-    Tile<2 * CHUNK, DIM, false, 16 * 160, 160> decayed;
-    Tile<DIM, CHUNK, true, 160, 16 * 160> k_rest;
-    Tile<CHUNK, CHUNK, true, 160, 2 * 160> solve;
-    Tile<CHUNK, CHUNK, false, 2 * 160, 160> attend;
-    float gamma_minus_1[DIM];
+    Tile<2 * CHUNK, DIM, false, 16 * 128, 128> decayed;
+    Tile<DIM, CHUNK, true, 128, 16 * 128> k_rest;
+    Tile<CHUNK, CHUNK, true, 128, 2 * 128> solve;
+    Tile<CHUNK, CHUNK, false, 2 * 128, 128> attend;
+    float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
 };
 
-/* Scratch of a group of preparing warps. */
-struct Scratch {
-    float products[GROUP_WARPS][2][CHUNK][CHUNK]; /* -K~ K^^T and Q~ K^^T over one warp's channels */
-    float squares[2][CHUNK][GROUP_WARPS];         /* of q, of k: sums over one warp's channels */
-    float l_columns[CHUNK][CHUNK + 4];            /* L transposed */
+/* Where a channel is in gamma_minus_1: lane t of the recurrence reads the four of its accumulators of channels 16 s + 2 t,
+ * + 1, + 8, + 9 at once. */
+__device__ __forceinline__ int gamma_place(int channel)
+{
+    return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
+}
+
+/* What the warps of a team leave for the solver: their parts of -K~ K^^T and Q~ K^^T. */
+struct Products {
+    float part[TEAM_WARPS][2][CHUNK][CHUNK + 8];
+};
+
+/* A ring's barriers. */
+template <int slots> struct Ring {
+    uint64_t full[slots], empty[slots];
 };
 
 struct Shared {
     Stage stage[STAGES];
-    Scratch scratch[GROUPS];
-    uint64_t full[STAGES], empty[STAGES];
+    Input input[INPUTS];
+    Products products[TEAMS];
+    float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
+    float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
+    Ring<STAGES> stages;
+    Ring<INPUTS> inputs;
+    Ring<TEAMS> products_of_team;
 };
 static_assert(sizeof(Shared) == FKDA_HOPPER_SHARED_BYTES, "keep fwd_shape.h in step");
-
-/* The stage of chunk number n, counted over all tasks of a block, and the parity of the stage's phase. */
-__device__ __forceinline__ int stage_of(int n)
-{
-    return n % STAGES;
-}
-__device__ __forceinline__ int parity_of(int n)
-{
-    return n / STAGES % 2;
-}
-
-/* The tasks of this block, in order: every gridDim.x-th piece of `rows` rows of V of a head. */
-template <int rows> struct Walk {
-    static constexpr int PIECES = DIM / rows;
-    int piece;
-
-    __device__ Walk() : piece(static_cast<int>(blockIdx.x)) {}
-    __device__ bool done(const fkda_fwd_args &args) const
-    {
-        return piece >= args.tasks * PIECES;
-    }
-    __device__ int index() const
-    {
-        return piece / PIECES;
-    }
-    __device__ int first_row() const
-    {
-        return piece % PIECES * rows;
-    }
-    __device__ void advance()
-    {
-        piece += static_cast<int>(gridDim.x);
-    }
-};
 
 } // namespace fkda
 

@@ -30,6 +30,20 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
+/* Arrives once this thread's copies so far have landed. */
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+/* The opposite of load_matrices. */
+__device__ __forceinline__ void store_matrices(void *row, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
 __device__ __forceinline__ void fence_async_proxy()
 {

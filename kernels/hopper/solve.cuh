@@ -1,0 +1,106 @@
+/*
+ * The solving role: adds up a team's products, and turns them into the small matrices of a chunk. Every SOLVERS-th chunk is a
+ * warp's.
+ */
+#ifndef FKDA_HOPPER_SOLVE_CUH
+#define FKDA_HOPPER_SOLVE_CUH
+
+#include "shared.cuh"
+
+namespace fkda
+{
+
+__device__ __forceinline__ uint4 pack_eight(const float *x)
+{
+    return make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]), pack_half(x[4], x[5]), pack_half(x[6], x[7]));
+}
+
+/* L = tril(diag(b) K~ K^^T, -1), transposed, and tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
+__device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4], Stage &stage,
+                                             const Products &products, float b, int lane)
+{
+    const int i = lane / 2, first = lane % 2 * 8;
+    float sums[2][8];
+#pragma unroll
+    for (int which = 0; which < 2; which++)
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+            float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][i][first + j]);
+#pragma unroll
+            for (int w = 1; w < TEAM_WARPS; w++) {
+                float4 x = *reinterpret_cast<const float4 *>(&products.part[w][which][i][first + j]);
+                s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
+            }
+            sums[which][j] = s.x, sums[which][j + 1] = s.y, sums[which][j + 2] = s.z, sums[which][j + 3] = s.w;
+        }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        l_columns[first + j][i] = first + j < i ? sums[0][j] * (-UNTRUNCATE * b) : 0.0f;
+        sums[1][j] = first + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
+    }
+    *stage.attend.at(i, first) = pack_eight(sums[1]);
+}
+
+/* (I + L)^-1 diag(b) by forward substitution in fp32, a column to a lane; own is the column's b. */
+__device__ __forceinline__ void solve_columns(Stage &stage, const float (&l_columns)[CHUNK][CHUNK + 4], float own,
+                                              int lane)
+{
+    const int j = lane % CHUNK;
+    float x[CHUNK];
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) x[i] = i == j ? own : 0.0f;
+#pragma unroll
+    for (int m = 0; m < CHUNK - 1; m++) {
+        float column[CHUNK];
+#pragma unroll
+        for (int i = (m + 1) / 4 * 4; i < CHUNK; i += 4) {
+            float4 four = *reinterpret_cast<const float4 *>(&l_columns[m][i]);
+            column[i] = four.x, column[i + 1] = four.y, column[i + 2] = four.z, column[i + 3] = four.w;
+        }
+#pragma unroll
+        for (int i = m + 1; i < CHUNK; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
+    }
+    if (lane < CHUNK) {
+        *stage.solve.at(0, j) = pack_eight(&x[0]);
+        *stage.solve.at(8, j) = pack_eight(&x[8]);
+    }
+}
+
+/* b of token lane / 2: its logit through a sigmoid, zero past the end. */
+template <int rows>
+__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const Position<rows> &at, int lane)
+{
+    const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
+    return lane / 2 < at.left ? __ldg(beta + (at.token + lane / 2) * args.heads + at.head) : 0;
+}
+
+template <int rows>
+__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared &shared, int solver, int lane)
+{
+    Slot<STAGES> stage_slot(solver);
+    Slot<TEAMS> team(solver);
+    Position<rows> at(args, solver);
+    uint16_t logit = at.done(args) ? 0 : load_beta(args, at, lane);
+    while (!at.done(args)) {
+        Stage &stage = shared.stage[stage_slot.index];
+        const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
+        const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
+        at.advance(args, SOLVERS);
+        if (!at.done(args)) logit = load_beta(args, at, lane);
+        mbarrier_wait(&shared.products_of_team.full[team.index], team.parity);
+        mbarrier_wait(&shared.stages.empty[stage_slot.index], stage_slot.parity ^ 1);
+        add_products(shared.l_columns[solver], stage, shared.products[team.index], b, lane);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&shared.products_of_team.empty[team.index]);
+        solve_columns(stage, shared.l_columns[solver], __shfl_sync(~0u, b, 2 * (lane % CHUNK)), lane);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&shared.stages.full[stage_slot.index]);
+        stage_slot.advance(SOLVERS);
+        team.advance(SOLVERS);
+    }
+}
+
+} // namespace fkda
+
+#endif
