@@ -10,6 +10,7 @@ typedef struct fkda_fwd_args {
     void *final_state;         /* or null */
     const void *cu_seqlens;    /* or null */
     long long tokens;          /* of one batch row */
+    long long chunk_bytes, half_chunk_bytes; /* from a token of v to the one 16, 8 tokens later */
     int heads;
     int tasks; /* heads times sequences */
     float scale, lower_bound;

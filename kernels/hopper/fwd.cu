@@ -26,6 +26,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
         for (int i = 0; i < INPUTS; i++) {
             mbarrier_init(&shared.inputs.full[i], 32);
             mbarrier_init(&shared.inputs.empty[i], TEAM_WARPS);
+            mbarrier_init(&shared.measured[i], 1);
         }
         for (int i = 0; i < TEAMS; i++) {
             mbarrier_init(&shared.products_of_team.full[i], TEAM_WARPS);
@@ -42,7 +43,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
         if (warp < FKDA_HOPPER_PREPARE_WARPS)
             Preparation<rows>(args, shared, warp, lane).run();
         else if (warp == FKDA_HOPPER_PREPARE_WARPS)
-            load_inputs<rows>(args, shared, lane);
+            load<rows>(args, shared, lane);
         else
             solve<rows>(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS - 1, lane);
     }

@@ -18,14 +18,26 @@ template <int rows> struct Preparation {
     Shared &shared;
     int team, warp, lane, g, t;
     float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
-    float even, odd;     /* 1 where token 2 t or 2 t + 1 comes no later than token g */
+    /* The triangle of ones as A fragments, for the first and the last eight tokens that are added up: 1 where a token
+     * exists and comes no later than the row's. */
+    float ones[2][4];
     float gate_factor;   /* of the head: -exp(A_log) log2(e) */
 
     __device__ Preparation(const fkda_fwd_args &a, Shared &s, int id, int lane_id)
         : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4), t(lane % 4),
-          inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E)), even(2 * t <= g ? 1.0f : 0.0f),
-          odd(2 * t + 1 <= g ? 1.0f : 0.0f)
+          inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
     {
+    }
+
+    __device__ void find_ones(int left)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const int token = 8 * i + 2 * t + r / 2;
+                ones[i][r] = token <= g + r % 2 * 8 && token < left ? 1.0f : 0.0f;
+            }
     }
 
     __device__ void load_gate_parameters(int head)
@@ -39,26 +51,10 @@ template <int rows> struct Preparation {
         __syncwarp();
     }
 
-    /* 1 / |x| of tokens g and g + 8. Sums of squares are the diagonal of x x^T: the accumulators of lane (g, g / 2). */
-    __device__ void find_inverse_norms(const uint16_t (&x)[CHUNK][Input::PITCH], float (&factor)[2]) const
-    {
-        float top[4] = {}, low[4] = {};
-#pragma unroll
-        for (int c = 0; c < DIM; c += 16) {
-            uint32_t a[4];
-            load_matrices(a, &x[lane % 16][c + lane / 16 * 8]);
-            mma_bf16(top, a[0], a[1], a[2], a[3], a[0], a[2]);
-            mma_bf16(low, a[0], a[1], a[2], a[3], a[1], a[3]);
-        }
-        const int holder = 4 * g + g / 2; /* whose g is this lane's */
-        factor[0] = rsqrt_approx(__shfl_sync(~0u, g % 2 ? top[1] : top[0], holder) + 1e-6f);
-        factor[1] = rsqrt_approx(__shfl_sync(~0u, g % 2 ? low[3] : low[2], holder) + 1e-6f);
-    }
-
     /* sum[b]: the running sums of the log2 decay of tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
      * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
      * transposes back: once without the 13 low bits that it drops, once those. */
-    __device__ void accumulate_gates(const Input &input, int c, int left, float (&sum)[2][4]) const
+    __device__ void accumulate_gates(const Input &input, int c, float (&sum)[2][4]) const
     {
         uint32_t raw[4];
         load_matrices_transposed(raw, &input.g[lane % 16][c + lane / 16 * 8]);
@@ -71,20 +67,17 @@ template <int rows> struct Preparation {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
                 x[i] = rcp(__fmaf_rn(ex2(__fmaf_rn(gate, gate_factor, offset)), inverse_bound, inverse_bound));
             }
-            if (left < CHUNK) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (2 * t + i % 2 + i / 2 * 8 >= left) x[i] = 0.0f;
-            }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 low[i] = x[i] - __uint_as_float(__float_as_uint(x[i]) & 0xffffe000u);
                 sum[b][i] = 0.0f;
             }
-            mma_tf32(sum[b], even, 1.0f, odd, 1.0f, low[0], low[1]);
-            mma_tf32(sum[b], 0.0f, even, 0.0f, odd, low[2], low[3]);
-            mma_tf32(sum[b], even, 1.0f, odd, 1.0f, x[0], x[1]);
-            mma_tf32(sum[b], 0.0f, even, 0.0f, odd, x[2], x[3]);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                mma_tf32(sum[b], ones[i][0], ones[i][1], ones[i][2], ones[i][3], low[2 * i], low[2 * i + 1]);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                mma_tf32(sum[b], ones[i][0], ones[i][1], ones[i][2], ones[i][3], x[2 * i], x[2 * i + 1]);
         }
     }
 
@@ -107,9 +100,9 @@ template <int rows> struct Preparation {
                     const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * k_factor[e];
                     const float q = (i ? bf16_high(pair_q) : bf16_low(pair_q)) * q_factor[e];
                     const float up = ex2(sum[b][2 * e + i]);
-                    k_up[e][i] = k * -up;
+                    k_up[e][i] = k * up;
                     q_up[e][i] = q * up;
-                    k_down[e][i] = k * rcp(up);
+                    k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) last[i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
 #pragma unroll
@@ -163,19 +156,27 @@ template <int rows> struct Preparation {
         Slot<INPUTS> in(team);
         Slot<STAGES> out(team);
         int round = 0, head = -1;
+        bool whole = true; /* the chunk before: `ones` is for all its tokens */
+        find_ones(CHUNK);
         for (Position<rows> at(args, team); !at.done(args); at.advance(args, TEAMS)) {
             const Input &input = shared.input[in.index];
             Stage &stage = shared.stage[out.index];
             float k_products[2][4] = {}, q_products[2][4] = {}, q_factor[2], k_factor[2];
+            if (at.left < CHUNK || !whole) find_ones(at.left);
+            whole = at.left >= CHUNK;
             if (at.head != head) load_gate_parameters(head = at.head);
             mbarrier_wait(&shared.inputs.full[in.index], in.parity);
-            find_inverse_norms(input.q, q_factor);
-            find_inverse_norms(input.k, k_factor);
+            mbarrier_wait(&shared.measured[in.index], in.parity);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                q_factor[e] = shared.inverse_norm[in.index][0][g + 8 * e];
+                k_factor[e] = shared.inverse_norm[in.index][1][g + 8 * e];
+            }
             mbarrier_wait(&shared.stages.empty[out.index], out.parity ^ 1);
 #pragma unroll 1
             for (int c = warp * SHARE; c < (warp + 1) * SHARE; c += 16) {
                 float sum[2][4];
-                accumulate_gates(input, c, at.left, sum);
+                accumulate_gates(input, c, sum);
                 decay(stage, input, c, q_factor, k_factor, sum, k_products, q_products);
             }
             finish_gamma(stage);

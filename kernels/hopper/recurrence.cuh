@@ -76,19 +76,19 @@ template <int rows> struct Recurrence {
             }
     }
 
-    /* Where this lane's rows of V are in v and out at a sequence's token g, in elements. A lane loads and stores four rows
-     * of tokens g and g + 8 of a chunk, which a transposition makes the lane's two rows of four tokens. */
+    /* Where this lane's rows of V are in v and out at a sequence's token g, in bytes. A lane loads and stores four rows of
+     * tokens g and g + 8 of a chunk, which a transposition makes the lane's two rows of four tokens. */
     __device__ long long value_begin(const Walk<rows> &walk, const Task &task) const
     {
-        return ((task.begin + g) * args.heads + task.head) * DIM + walk.first_row() + warp_row + 4 * t;
+        return 2 * (((task.begin + g) * args.heads + task.head) * DIM + walk.first_row() + warp_row + 4 * t);
     }
 
     /* Of the chunk at `at`, which has `left` tokens. */
     __device__ void load_values(uint2 (&v)[2], long long at, int left) const
     {
-        const uint16_t *from = static_cast<const uint16_t *>(args.v) + at;
+        const char *from = static_cast<const char *>(args.v) + at;
         v[0] = load_8_if(from, g < left);
-        v[1] = load_8_if(from + 8 * args.heads * DIM, g + 8 < left);
+        v[1] = load_8_if(from + args.half_chunk_bytes, g + 8 < left);
     }
 
     /* v^T: rows as in the state, tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
@@ -142,8 +142,8 @@ template <int rows> struct Recurrence {
     __device__ void keep_in_range(const float (&v)[2][4], bool first, bool look)
     {
         const float top = largest(v, 0), low = largest(v, 1);
-        bool act = first || top > 16.0f * scale[0] || low > 16.0f * scale[1];
-        if (look) act = act || top < 0x1p-9f * scale[0] || low < 0x1p-9f * scale[1];
+        const bool large = first | (top > 16.0f * scale[0]) | (low > 16.0f * scale[1]);
+        const bool act = large | (look & ((top < 0x1p-9f * scale[0]) | (low < 0x1p-9f * scale[1])));
         if (__any_sync(~0u, act)) rescale(v);
     }
 
@@ -154,15 +154,16 @@ template <int rows> struct Recurrence {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
-    __device__ void store_output(const float (&o)[2][4], long long at, int left) const
+    /* Tile i of the sum has tokens 8 i to 8 i + 7. */
+    __device__ void store_output(const float (&x)[2][4], const float (*y)[4], long long at, int left) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
-        uint16_t *to = static_cast<uint16_t *>(args.out) + at;
+        char *to = static_cast<char *>(args.out) + at;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint32_t x = transpose_matrix(pack_bf16(o[i][0] * top, o[i][1] * top));
-            const uint32_t y = transpose_matrix(pack_bf16(o[i][2] * low, o[i][3] * low));
-            store_8_if(to + i * 8 * args.heads * DIM, make_uint2(x, y), g + 8 * i < left);
+        for (int i = 0; i < 2; i++, to += args.half_chunk_bytes) {
+            const uint32_t a = pack_bf16((x[i][0] + y[i][0]) * top, (x[i][1] + y[i][1]) * top);
+            const uint32_t b = pack_bf16((x[i][2] + y[i][2]) * low, (x[i][3] + y[i][3]) * low);
+            store_8_if(to, make_uint2(transpose_matrix(a), transpose_matrix(b)), g + 8 * i < left);
         }
     }
 
@@ -180,34 +181,37 @@ template <int rows> struct Recurrence {
         }
     }
 
-    /* One chunk with scaled values v^T; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the
-     * state, what the chunk's own tokens add to it in `own`. */
-    __device__ void step(const Stage &stage, const float (&v)[2][4], float (&both)[4][4], float (&own)[2][4])
+    /* One chunk with values v^T; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what
+     * the chunk's own tokens add to it in `own`. `stage` counts in descriptors. */
+    __device__ void step(const float *gamma_minus_1, int stage, const float (&v)[2][4], float (&both)[4][4],
+                         float (&own)[2][4])
     {
-        float u[2][4];
+        const Stage &first = shared.stage[0];
+        float u[2][4]; /* of R^T = (V - K~ S)^T, then of U^T; 8 tokens to a tile */
         uint32_t a[DIM / 16][4];
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
+        wgmma_fence();
+        wgmma<false, false>(both, a[0], first.decayed.operand(0) + stage);
+#pragma unroll
+        for (int s = 1; s < DIM / 16; s++) wgmma<true, false>(both, a[s], first.decayed.operand(s) + stage);
+        wgmma_commit();
+        wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) both[i][r] = v[i][r], both[2 + i][r] = 0.0f;
+            for (int r = 0; r < 4; r++) u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
+        pack_operand(a[0], u[0], u[1]);
         wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < DIM / 16; s++) wgmma<true, false>(both, a[s], stage.decayed.operand(s));
+        wgmma<false, true>(u, a[0], first.solve.operand(0) + stage);
         wgmma_commit();
-        wgmma_wait<0>();
-        pack_operand(a[0], both[0], both[1]);
-        wgmma_fence();
-        wgmma<false, true>(u, a[0], stage.solve.operand(0));
-        wgmma_commit();
-        decay(stage.gamma_minus_1);
+        decay(gamma_minus_1);
         wgmma_wait<0>();
         pack_operand(a[1], u[0], u[1]);
         wgmma_fence();
-        wgmma<false, false>(own, a[1], stage.attend.operand(0));
+        wgmma<false, false>(own, a[1], first.attend.operand(0) + stage);
         wgmma_commit();
-        wgmma<true, true>(state, a[1], stage.k_rest.operand(0));
+        wgmma<true, true>(state, a[1], first.k_rest.operand(0) + stage);
         wgmma_commit();
     }
 
@@ -223,23 +227,15 @@ template <int rows> struct Recurrence {
             scale[0] = scale[1] = 1.0f;
             for (int left = task.length; left > 0; left -= CHUNK) {
                 float v[2][4], both[4][4], own[2][4];
-                const long long here = at;
                 transpose_values(v, raw);
                 keep_in_range(v, left == task.length, (left & 7 * CHUNK) == 0);
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-#pragma unroll
-                    for (int r = 0; r < 4; r++) v[i][r] *= inverse_power(scale[r / 2]);
-                at += CHUNK * args.heads * DIM;
-                load_values(raw, at, left - CHUNK);
+                load_values(raw, at + args.chunk_bytes, left - CHUNK);
                 mbarrier_wait(&shared.stages.full[slot.index], slot.parity);
-                step(shared.stage[slot.index], v, both, own);
+                step(shared.stage[slot.index].gamma_minus_1, slot.index * static_cast<int>(sizeof(Stage) / 16), v,
+                     both, own);
                 wgmma_wait<1>();
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-#pragma unroll
-                    for (int r = 0; r < 4; r++) own[i][r] += both[2 + i][r];
-                store_output(own, here, left);
+                store_output(own, &both[2], at, left);
+                at += args.chunk_bytes;
                 wgmma_wait<0>();
                 __syncwarp();
                 if (lane == 0) mbarrier_arrive(&shared.stages.empty[slot.index]);

@@ -46,7 +46,7 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
 };
 
 /* A prepared chunk. With G the running sum of the log decay, rows i, j:
- *   decayed: columns 0 to 15 have -k_i exp(G_i), 16 to 31 have q_i exp(G_i), depth is the channel
+ *   decayed: columns 0 to 15 have k_i exp(G_i), 16 to 31 have q_i exp(G_i), depth is the channel
  *   k_rest:  column is the channel, depth the token: k_j exp(G_last - G_j)
  *   solve  = (I + L)^-1 diag(b)                attend = tril(q_i k_j exp(G_i - G_j)), columns i, depths j
  *   gamma_minus_1 = exp(G_last) - 1 */
@@ -65,7 +65,7 @@ __device__ __forceinline__ int gamma_place(int channel)
     return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
 }
 
-/* What the warps of a team leave for the solver: their parts of -K~ K^^T and Q~ K^^T. */
+/* What the warps of a team leave for the solver: their parts of K~ K^^T and Q~ K^^T. */
 struct Products {
     float part[TEAM_WARPS][2][CHUNK][CHUNK + 8];
 };
@@ -80,10 +80,12 @@ struct Shared {
     Input input[INPUTS];
     Products products[TEAMS];
     float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
+    float inverse_norm[INPUTS][2][CHUNK];              /* of q, of k */
     float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
     Ring<TEAMS> products_of_team;
+    uint64_t measured[INPUTS]; /* inverse_norm is there */
 };
 static_assert(sizeof(Shared) == FKDA_HOPPER_SHARED_BYTES, "keep fwd_shape.h in step");
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4
         }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        l_columns[first + j][i] = first + j < i ? sums[0][j] * (-UNTRUNCATE * b) : 0.0f;
+        l_columns[first + j][i] = first + j < i ? sums[0][j] * (UNTRUNCATE * b) : 0.0f;
         sums[1][j] = first + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
     }
     *stage.attend.at(i, first) = pack_eight(sums[1]);
