@@ -26,7 +26,6 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
         for (int i = 0; i < INPUTS; i++) {
             mbarrier_init(&shared.inputs.full[i], 32);
             mbarrier_init(&shared.inputs.empty[i], TEAM_WARPS);
-            mbarrier_init(&shared.measured[i], 1);
         }
         for (int i = 0; i < TEAMS; i++) {
             mbarrier_init(&shared.products_of_team.full[i], TEAM_WARPS);

@@ -9,6 +9,6 @@
 #define FKDA_HOPPER_THREADS(rows) (2 * (rows) + 32 * (FKDA_HOPPER_PREPARE_WARPS + FKDA_HOPPER_HELPER_WARPS))
 
 /* sizeof(Shared) in shared.cuh, which asserts it. */
-#define FKDA_HOPPER_SHARED_BYTES 196800
+#define FKDA_HOPPER_SHARED_BYTES 196608
 
 #endif

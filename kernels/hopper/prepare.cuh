@@ -51,6 +51,24 @@ template <int rows> struct Preparation {
         __syncwarp();
     }
 
+    /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, g / 2) of the accumulators has tokens g
+     * and g + 8. */
+    __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][Input::PITCH]) const
+    {
+        float top[4] = {}, low[4] = {};
+#pragma unroll
+        for (int c = 0; c < DIM; c += 16) {
+            uint32_t a[4];
+            load_matrices(a, &x[lane % 16][c + lane / 16 * 8]);
+            mma_bf16(top, a[0], a[1], a[2], a[3], a[0], a[2]);
+            mma_bf16(low, a[0], a[1], a[2], a[3], a[1], a[3]);
+        }
+        if (t == g / 2) {
+            to[g] = rsqrt_approx((g % 2 ? top[1] : top[0]) + 1e-6f);
+            to[g + 8] = rsqrt_approx((g % 2 ? low[3] : low[2]) + 1e-6f);
+        }
+    }
+
     /* sum[b]: the running sums of the log2 decay of tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
      * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
      * transposes back: once without the 13 low bits that it drops, once those. */
@@ -166,11 +184,13 @@ template <int rows> struct Preparation {
             whole = at.left >= CHUNK;
             if (at.head != head) load_gate_parameters(head = at.head);
             mbarrier_wait(&shared.inputs.full[in.index], in.parity);
-            mbarrier_wait(&shared.measured[in.index], in.parity);
+            for (int x = warp; x < 2; x += TEAM_WARPS)
+                store_inverse_norms(shared.inverse_norm[team][round][x], x ? input.k : input.q);
+            barrier_sync<1, 32 * TEAM_WARPS>(team);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                q_factor[e] = shared.inverse_norm[in.index][0][g + 8 * e];
-                k_factor[e] = shared.inverse_norm[in.index][1][g + 8 * e];
+                q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
+                k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
             }
             mbarrier_wait(&shared.stages.empty[out.index], out.parity ^ 1);
 #pragma unroll 1

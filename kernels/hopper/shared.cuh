@@ -80,12 +80,11 @@ struct Shared {
     Input input[INPUTS];
     Products products[TEAMS];
     float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
-    float inverse_norm[INPUTS][2][CHUNK];              /* of q, of k */
+    float inverse_norm[TEAMS][2][2][CHUNK];            /* in every other chunk of a team; of q, of k */
     float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
     Ring<TEAMS> products_of_team;
-    uint64_t measured[INPUTS]; /* inverse_norm is there */
 };
 static_assert(sizeof(Shared) == FKDA_HOPPER_SHARED_BYTES, "keep fwd_shape.h in step");
 
