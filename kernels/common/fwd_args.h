@@ -11,6 +11,7 @@ typedef struct fkda_fwd_args {
     const void *cu_seqlens;    /* or null */
     long long tokens;          /* of one batch row */
     long long chunk_bytes, half_chunk_bytes; /* from a token of v to the one 16, 8 tokens later */
+    int *counter; /* a zero, to deal out work with; or null */
     int heads;
     int tasks; /* heads times sequences */
     float scale, lower_bound;

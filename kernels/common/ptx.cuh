@@ -102,22 +102,12 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
     return y;
 }
 
-/* Loads zeros if !valid, stores nothing if !valid; without a branch. */
-__device__ __forceinline__ uint2 load_8_if(const void *from, bool valid)
+/* Stores nothing if !valid; without a branch. */
+__device__ __forceinline__ void store_16_if(void *to, uint4 x, bool valid)
 {
-    uint2 x;
-    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
-                 "@valid ld.global.nc.v2.b32 {%0, %1}, [%2];\n}"
-                 : "=r"(x.x), "=r"(x.y)
-                 : "l"(from), "r"(static_cast<int>(valid)));
-    return x;
-}
-
-__device__ __forceinline__ void store_8_if(void *to, uint2 x, bool valid)
-{
-    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %3, 0;\n"
-                 "@valid st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
-                 "r"(x.x), "r"(x.y), "r"(static_cast<int>(valid))
+    asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %5, 0;\n"
+                 "@valid st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(valid))
                  : "memory");
 }
 

@@ -17,11 +17,12 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     using namespace fkda;
     extern __shared__ __align__(128) unsigned char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
-    const int thread = threadIdx.x;
+    const int thread = threadIdx.x, warp = thread / 32 - rows / 16, lane = thread % 32;
+    const bool ordered = args.counter && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
     if (thread == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1); /* and the solver */
-            mbarrier_init(&shared.stages.empty[i], Recurrence<rows>::WARPS);
+            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1 + 32); /* the solver, the loading lanes */
+            mbarrier_init(&shared.stages.empty[i], rows / 16);
         }
         for (int i = 0; i < INPUTS; i++) {
             mbarrier_init(&shared.inputs.full[i], 32);
@@ -31,20 +32,24 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
             mbarrier_init(&shared.products_of_team.full[i], TEAM_WARPS);
             mbarrier_init(&shared.products_of_team.empty[i], 1);
         }
+        for (int i = 0; i < PIECES_AHEAD; i++) {
+            mbarrier_init(&shared.pieces.ring.full[i], 1);
+            mbarrier_init(&shared.pieces.ring.empty[i], FKDA_HOPPER_THREADS(rows) / 32);
+        }
     }
+    if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
     __syncthreads();
     if (thread < 2 * rows) {
         if (rows == 128) take_registers<144>();
         Recurrence<rows>(args, shared, thread).run();
     } else {
         if (rows == 128) give_registers<112>();
-        const int warp = thread / 32 - 2 * rows / 32, lane = thread % 32;
         if (warp < FKDA_HOPPER_PREPARE_WARPS)
-            Preparation<rows>(args, shared, warp, lane).run();
+            Preparation(args, shared, warp, lane).run();
         else if (warp == FKDA_HOPPER_PREPARE_WARPS)
-            load<rows>(args, shared, lane);
+            Loader<rows>(args, shared, ordered ? shared.order : nullptr, lane).run();
         else
-            solve<rows>(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS - 1, lane);
+            solve(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS - 1, lane);
     }
 }
 

@@ -12,7 +12,7 @@
 namespace fkda
 {
 
-template <int rows> struct Preparation {
+struct Preparation {
     static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp */
     const fkda_fwd_args &args;
     Shared &shared;
@@ -53,7 +53,7 @@ template <int rows> struct Preparation {
 
     /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, g / 2) of the accumulators has tokens g
      * and g + 8. */
-    __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][Input::PITCH]) const
+    __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][PITCH]) const
     {
         float top[4] = {}, low[4] = {};
 #pragma unroll
@@ -176,7 +176,7 @@ template <int rows> struct Preparation {
         int round = 0, head = -1;
         bool whole = true; /* the chunk before: `ones` is for all its tokens */
         find_ones(CHUNK);
-        for (Position<rows> at(args, team); !at.done(args); at.advance(args, TEAMS)) {
+        for (Position at(shared.pieces, team); !at.done(); at.advance(TEAMS)) {
             const Input &input = shared.input[in.index];
             Stage &stage = shared.stage[out.index];
             float k_products[2][4] = {}, q_products[2][4] = {}, q_factor[2], k_factor[2];

@@ -13,12 +13,13 @@ namespace fkda
 constexpr int TEAM_WARPS = 2;                                  /* that prepare a chunk together */
 constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS;  /* each prepares every TEAMS-th chunk */
 constexpr int SOLVERS = FKDA_HOPPER_HELPER_WARPS - 1;          /* each solves every SOLVERS-th chunk */
-constexpr int INPUTS = 7;                                      /* slots of the ring of inputs */
+constexpr int INPUTS = 6;                                      /* slots of the ring of inputs */
 constexpr int STAGES = 6;                                      /* slots of the ring of prepared chunks */
+
+constexpr int PITCH = DIM + 8; /* of raw tokens, so that eight of them lie in different banks */
 
 /* A chunk's inputs as they come from memory; tokens past the end are zero. */
 struct Input {
-    static constexpr int PITCH = DIM + 8; /* so that eight rows lie in different banks */
     uint16_t q[CHUNK][PITCH], k[CHUNK][PITCH], g[CHUNK][PITCH];
 };
 
@@ -56,6 +57,7 @@ struct Stage {
     Tile<CHUNK, CHUNK, true, 128, 2 * 128> solve;
     Tile<CHUNK, CHUNK, false, 2 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
+    uint16_t v[CHUNK][PITCH]; /* as it comes from memory; zero past the end */
 };
 
 /* Where a channel is in gamma_minus_1: lane t of the recurrence reads the four of its accumulators of channels 16 s + 2 t,
@@ -70,11 +72,6 @@ struct Products {
     float part[TEAM_WARPS][2][CHUNK][CHUNK + 8];
 };
 
-/* A ring's barriers. */
-template <int slots> struct Ring {
-    uint64_t full[slots], empty[slots];
-};
-
 struct Shared {
     Stage stage[STAGES];
     Input input[INPUTS];
@@ -82,6 +79,9 @@ struct Shared {
     float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
     float inverse_norm[TEAMS][2][2][CHUNK];            /* in every other chunk of a team; of q, of k */
     float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
+    uint16_t out[DIM / 16][CHUNK][24];                 /* to each warp of the recurrence; 16 rows of V */
+    uint16_t order[FKDA_HOPPER_MOST_ORDERED];
+    Pieces pieces;
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
     Ring<TEAMS> products_of_team;

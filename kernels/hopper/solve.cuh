@@ -67,26 +67,24 @@ __device__ __forceinline__ void solve_columns(Stage &stage, const float (&l_colu
 }
 
 /* b of token lane / 2: its logit through a sigmoid, zero past the end. */
-template <int rows>
-__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const Position<rows> &at, int lane)
+__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const Position &at, int lane)
 {
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
     return lane / 2 < at.left ? __ldg(beta + (at.token + lane / 2) * args.heads + at.head) : 0;
 }
 
-template <int rows>
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared &shared, int solver, int lane)
 {
     Slot<STAGES> stage_slot(solver);
     Slot<TEAMS> team(solver);
-    Position<rows> at(args, solver);
-    uint16_t logit = at.done(args) ? 0 : load_beta(args, at, lane);
-    while (!at.done(args)) {
+    Position at(shared.pieces, solver);
+    uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
+    while (!at.done()) {
         Stage &stage = shared.stage[stage_slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        at.advance(args, SOLVERS);
-        if (!at.done(args)) logit = load_beta(args, at, lane);
+        at.advance(SOLVERS);
+        if (!at.done()) logit = load_beta(args, at, lane);
         mbarrier_wait(&shared.products_of_team.full[team.index], team.parity);
         mbarrier_wait(&shared.stages.empty[stage_slot.index], stage_slot.parity ^ 1);
         add_products(shared.l_columns[solver], stage, shared.products[team.index], b, lane);
