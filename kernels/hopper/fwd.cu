@@ -28,9 +28,9 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
             mbarrier_init(&shared.inputs.full[i], 32);
             mbarrier_init(&shared.inputs.empty[i], TEAM_WARPS);
         }
-        for (int i = 0; i < TEAMS; i++) {
-            mbarrier_init(&shared.products_of_team.full[i], TEAM_WARPS);
-            mbarrier_init(&shared.products_of_team.empty[i], 1);
+        for (int i = 0; i < PRODUCTS; i++) {
+            mbarrier_init(&shared.product_ring.full[i], TEAM_WARPS);
+            mbarrier_init(&shared.product_ring.empty[i], 1);
         }
         for (int i = 0; i < PIECES_AHEAD; i++) {
             mbarrier_init(&shared.pieces.ring.full[i], 1);

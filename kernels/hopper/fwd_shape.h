@@ -11,6 +11,6 @@
 #define FKDA_HOPPER_MOST_ORDERED 1024 /* sequences of different length that are taken longest first */
 
 /* sizeof(Shared) in shared.cuh, which asserts it. */
-#define FKDA_HOPPER_SHARED_BYTES 218480
+#define FKDA_HOPPER_SHARED_BYTES 230800
 
 #endif

@@ -119,17 +119,16 @@ template <int rows> struct Loader {
     }
 
     /* Of the next chunk that has none yet; there must be one in the pieces dealt. */
-    __device__ void load_values(Walk &walk, int &done)
+    __device__ void load_values(Walk &walk, Piece &from, int &done)
     {
-        while (done >= walk.piece.length) walk.advance(), done = 0;
-        const int left = walk.piece.length - done;
-        const long long from = first_byte(walk.piece.begin + done, walk.piece.head);
-        const long long step = args.half_chunk_bytes / 4;
+        while (done >= from.length) from = walk.take(), done = 0;
+        const int left = from.length - done;
+        const long long begin = first_byte(from.begin + done, from.head), step = args.half_chunk_bytes / 4;
         mbarrier_wait(&shared.stages.empty[stage.index], stage.parity ^ 1);
         if (left >= CHUNK)
-            copy_rows<true>(shared.stage[stage.index].v, args.v, from, step, left, lane);
+            copy_rows<true>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
         else
-            copy_rows<false>(shared.stage[stage.index].v, args.v, from, step, left, lane);
+            copy_rows<false>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
         mbarrier_arrive_after_copies(&shared.stages.full[stage.index]);
         stage.advance(1);
         done += CHUNK;
@@ -137,21 +136,20 @@ template <int rows> struct Loader {
 
     __device__ void run()
     {
-        int behind = 0, done = 0; /* chunks without values; tokens of the piece in `walk` that have theirs */
-        deal();
+        int valueless = 0; /* chunks asked for */
+        int done = 0;      /* tokens of the piece in `walk` that have their values */
         Walk walk(shared.pieces);
+        deal();
+        Piece values = walk.take();
         while (piece.index >= 0) {
             const Piece now = piece;
             deal();
             for (int first = 0; first < now.length; first += CHUNK) {
                 load_input(now.begin + first, now.head, now.length - first);
-                if (behind < VALUES_BEHIND)
-                    behind++;
-                else
-                    load_values(walk, done);
+                if (valueless++ == VALUES_BEHIND) load_values(walk, values, done), valueless--;
             }
         }
-        for (; behind > 0; behind--) load_values(walk, done);
+        for (; valueless > 0; valueless--) load_values(walk, values, done);
         copy_async_wait_all();
     }
 };

@@ -18,9 +18,8 @@ struct Preparation {
     Shared &shared;
     int team, warp, lane, g, t;
     float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
-    /* The triangle of ones as A fragments, for the first and the last eight tokens that are added up: 1 where a token
-     * exists and comes no later than the row's. */
-    float ones[2][4];
+    /* The triangle of ones as an A fragment in bf16: 1 where a token exists and comes no later than the row's. */
+    uint32_t ones[4];
     float gate_factor;   /* of the head: -exp(A_log) log2(e) */
 
     __device__ Preparation(const fkda_fwd_args &a, Shared &s, int id, int lane_id)
@@ -31,13 +30,13 @@ struct Preparation {
 
     __device__ void find_ones(int left)
     {
+        constexpr uint32_t one = 0x3f80;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int token = 8 * i + 2 * t + r / 2;
-                ones[i][r] = token <= g + r % 2 * 8 && token < left ? 1.0f : 0.0f;
-            }
+        for (int r = 0; r < 4; r++) {
+            const int row = g + r % 2 * 8, token = 2 * t + r / 2 * 8;
+            ones[r] = (token <= row && token < left ? one : 0) |
+                      (token + 1 <= row && token + 1 < left ? one << 16 : 0);
+        }
     }
 
     __device__ void load_gate_parameters(int head)
@@ -51,8 +50,8 @@ struct Preparation {
         __syncwarp();
     }
 
-    /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, g / 2) of the accumulators has tokens g
-     * and g + 8. */
+    /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of the accumulators has tokens
+     * g and g + 8. */
     __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][PITCH]) const
     {
         float top[4] = {}, low[4] = {};
@@ -71,7 +70,7 @@ struct Preparation {
 
     /* sum[b]: the running sums of the log2 decay of tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
      * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
-     * transposes back: once without the 13 low bits that it drops, once those. */
+     * transposes back, as sums of two bf16: what is left out is 2^-18 of a gate, and as often too much as too little. */
     __device__ void accumulate_gates(const Input &input, int c, float (&sum)[2][4]) const
     {
         uint32_t raw[4];
@@ -79,23 +78,21 @@ struct Preparation {
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             const float offset = shared.gate_offset[team][c + 8 * b + g];
-            float x[4], low[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
+            float x[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
                 x[i] = rcp(__fmaf_rn(ex2(__fmaf_rn(gate, gate_factor, offset)), inverse_bound, inverse_bound));
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                low[i] = x[i] - __uint_as_float(__float_as_uint(x[i]) & 0xffffe000u);
                 sum[b][i] = 0.0f;
             }
+            uint32_t high[2], low[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                mma_tf32(sum[b], ones[i][0], ones[i][1], ones[i][2], ones[i][3], low[2 * i], low[2 * i + 1]);
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                mma_tf32(sum[b], ones[i][0], ones[i][1], ones[i][2], ones[i][3], x[2 * i], x[2 * i + 1]);
+            for (int i = 0; i < 2; i++) {
+                high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+                low[i] = pack_bf16(x[2 * i] - bf16_low(high[i]), x[2 * i + 1] - bf16_high(high[i]));
+            }
+            mma_bf16(sum[b], ones[0], ones[1], ones[2], ones[3], low[0], low[1]);
+            mma_bf16(sum[b], ones[0], ones[1], ones[2], ones[3], high[0], high[1]);
         }
     }
 
@@ -173,6 +170,7 @@ struct Preparation {
     {
         Slot<INPUTS> in(team);
         Slot<STAGES> out(team);
+        Slot<PRODUCTS> products(team);
         int round = 0, head = -1;
         bool whole = true; /* the chunk before: `ones` is for all its tokens */
         find_ones(CHUNK);
@@ -192,6 +190,7 @@ struct Preparation {
                 q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
                 k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
             }
+            round ^= 1;
             mbarrier_wait(&shared.stages.empty[out.index], out.parity ^ 1);
 #pragma unroll 1
             for (int c = warp * SHARE; c < (warp + 1) * SHARE; c += 16) {
@@ -201,17 +200,17 @@ struct Preparation {
             }
             finish_gamma(stage);
             fence_async_proxy();
-            mbarrier_wait(&shared.products_of_team.empty[team], round ^ 1);
-            store_products(shared.products[team].part[warp], k_products, q_products);
+            mbarrier_wait(&shared.product_ring.empty[products.index], products.parity ^ 1);
+            store_products(shared.products[products.index].part[warp], k_products, q_products);
             __syncwarp();
             if (lane == 0) {
                 mbarrier_arrive(&shared.inputs.empty[in.index]);
-                mbarrier_arrive(&shared.products_of_team.full[team]);
+                mbarrier_arrive(&shared.product_ring.full[products.index]);
                 mbarrier_arrive(&shared.stages.full[out.index]);
             }
             in.advance(TEAMS);
             out.advance(TEAMS);
-            round ^= 1;
+            products.advance(TEAMS);
         }
     }
 };

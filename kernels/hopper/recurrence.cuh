@@ -206,8 +206,8 @@ template <int rows> struct Recurrence {
     __device__ void run()
     {
         Slot<STAGES> slot(0);
-        for (Walk walk(shared.pieces); !walk.done(); walk.advance()) {
-            const Piece &piece = walk.piece;
+        Walk walk(shared.pieces);
+        for (Piece piece = walk.take(); piece.index >= 0; piece = walk.take()) {
             long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
                                 warp_row + lane % 2 * 8);
             float both[4][4] = {}, own[2][4] = {};

@@ -15,6 +15,7 @@ constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS;  /* each prepares 
 constexpr int SOLVERS = FKDA_HOPPER_HELPER_WARPS - 1;          /* each solves every SOLVERS-th chunk */
 constexpr int INPUTS = 6;                                      /* slots of the ring of inputs */
 constexpr int STAGES = 6;                                      /* slots of the ring of prepared chunks */
+constexpr int PRODUCTS = 5;                                    /* slots of the ring between teams and solver */
 
 constexpr int PITCH = DIM + 8; /* of raw tokens, so that eight of them lie in different banks */
 
@@ -75,7 +76,7 @@ struct Products {
 struct Shared {
     Stage stage[STAGES];
     Input input[INPUTS];
-    Products products[TEAMS];
+    Products products[PRODUCTS];
     float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
     float inverse_norm[TEAMS][2][2][CHUNK];            /* in every other chunk of a team; of q, of k */
     float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
@@ -84,7 +85,7 @@ struct Shared {
     Pieces pieces;
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
-    Ring<TEAMS> products_of_team;
+    Ring<PRODUCTS> product_ring;
 };
 static_assert(sizeof(Shared) == FKDA_HOPPER_SHARED_BYTES, "keep fwd_shape.h in step");
 

@@ -76,7 +76,7 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const P
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared &shared, int solver, int lane)
 {
     Slot<STAGES> stage_slot(solver);
-    Slot<TEAMS> team(solver);
+    Slot<PRODUCTS> in(solver);
     Position at(shared.pieces, solver);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
@@ -85,17 +85,17 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared &shared,
         const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
         at.advance(SOLVERS);
         if (!at.done()) logit = load_beta(args, at, lane);
-        mbarrier_wait(&shared.products_of_team.full[team.index], team.parity);
+        mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
         mbarrier_wait(&shared.stages.empty[stage_slot.index], stage_slot.parity ^ 1);
-        add_products(shared.l_columns[solver], stage, shared.products[team.index], b, lane);
+        add_products(shared.l_columns[solver], stage, shared.products[in.index], b, lane);
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.products_of_team.empty[team.index]);
+        if (lane == 0) mbarrier_arrive(&shared.product_ring.empty[in.index]);
         solve_columns(stage, shared.l_columns[solver], __shfl_sync(~0u, b, 2 * (lane % CHUNK)), lane);
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&shared.stages.full[stage_slot.index]);
         stage_slot.advance(SOLVERS);
-        team.advance(SOLVERS);
+        in.advance(SOLVERS);
     }
 }
 

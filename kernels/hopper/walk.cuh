@@ -44,29 +44,17 @@ struct Pieces {
 struct Walk {
     Pieces &pieces;
     Slot<PIECES_AHEAD> slot;
-    Piece piece;
 
-    __device__ explicit Walk(Pieces &p) : pieces(p), slot(0)
-    {
-        take();
-    }
-    __device__ bool done() const
-    {
-        return piece.index < 0;
-    }
-    __device__ void advance()
-    {
-        slot.advance(1);
-        take();
-    }
+    __device__ explicit Walk(Pieces &p) : pieces(p), slot(0) {}
 
-  private:
-    __device__ void take()
+    __device__ Piece take()
     {
         mbarrier_wait(&pieces.ring.full[slot.index], slot.parity);
-        piece = pieces.piece[slot.index];
+        const Piece piece = pieces.piece[slot.index];
         __syncwarp();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(&pieces.ring.empty[slot.index]);
+        slot.advance(1);
+        return piece;
     }
 };
 
@@ -74,40 +62,40 @@ struct Walk {
 struct Position {
     Walk walk;
     int head;
-    int left;        /* tokens of the sequence from the chunk's first on */
+    int left;        /* tokens of the sequence from the chunk's first on; none after the last chunk of all */
     long long token; /* the chunk's first, counted over the whole tensor */
 
     /* The chunk `chunks` after the first. */
     __device__ Position(Pieces &pieces, int chunks) : walk(pieces), head(0), left(0), token(0)
     {
-        if (done()) return;
-        enter();
-        advance(chunks);
+        skip(chunks * CHUNK);
     }
 
     __device__ bool done() const
     {
-        return walk.done();
+        return left <= 0;
     }
 
-    /* Goes on by `chunks`, into later pieces where this one ends. */
     __device__ void advance(int chunks)
     {
         left -= chunks * CHUNK;
         token += chunks * CHUNK;
-        while (left <= 0) {
-            const int over = -left / CHUNK * CHUNK;
-            walk.advance();
-            if (done()) return;
-            enter();
-            left -= over, token += over;
-        }
+        if (left <= 0) skip(-left / CHUNK * CHUNK);
     }
 
   private:
-    __device__ void enter()
+    /* From the end of a piece, over as many tokens of the next ones. */
+    __device__ void skip(int tokens)
     {
-        head = walk.piece.head, left = walk.piece.length, token = walk.piece.begin;
+        for (left = -tokens; left <= 0;) {
+            const int over = -left / CHUNK * CHUNK;
+            const Piece piece = walk.take();
+            if (piece.index < 0) {
+                left = 0;
+                return;
+            }
+            head = piece.head, left = piece.length - over, token = piece.begin + over;
+        }
     }
 };
 
