@@ -16,12 +16,13 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
 {
     using namespace fkda;
     extern __shared__ __align__(128) unsigned char memory[];
-    Shared &shared = *reinterpret_cast<Shared *>(memory);
+    Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(memory);
     const int thread = threadIdx.x, warp = thread / 32 - rows / 16, lane = thread % 32;
     const bool ordered = args.counter && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
     if (thread == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1 + 32); /* the solver, the loading lanes */
+            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1); /* and the solver */
+            mbarrier_init(&shared.values[i], 32);
             mbarrier_init(&shared.stages.empty[i], rows / 16);
         }
         for (int i = 0; i < INPUTS; i++) {
@@ -34,22 +35,22 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
         }
         for (int i = 0; i < PIECES_AHEAD; i++) {
             mbarrier_init(&shared.pieces.ring.full[i], 1);
-            mbarrier_init(&shared.pieces.ring.empty[i], FKDA_HOPPER_THREADS(rows) / 32);
+            mbarrier_init(&shared.pieces.ring.empty[i], rows / 16 + FKDA_HOPPER_AHEAD_WARPS(rows));
         }
     }
     if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
     __syncthreads();
     if (thread < 2 * rows) {
-        if (rows == 128) take_registers<144>();
+        take_registers<rows == 128 ? 144 : 176>();
         Recurrence<rows>(args, shared, thread).run();
     } else {
-        if (rows == 128) give_registers<112>();
-        if (warp < FKDA_HOPPER_PREPARE_WARPS)
-            Preparation(args, shared, warp, lane).run();
-        else if (warp == FKDA_HOPPER_PREPARE_WARPS)
+        give_registers<112>();
+        if (warp < FKDA_HOPPER_PREPARE_WARPS(rows))
+            Preparation<rows>(args, shared, warp, lane).run();
+        else if (warp == FKDA_HOPPER_PREPARE_WARPS(rows))
             Loader<rows>(args, shared, ordered ? shared.order : nullptr, lane).run();
-        else
-            solve(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS - 1, lane);
+        else if (warp < FKDA_HOPPER_AHEAD_WARPS(rows))
+            solve(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS(rows) - 1, lane);
     }
 }
 

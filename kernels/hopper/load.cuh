@@ -71,7 +71,7 @@ __device__ __forceinline__ void copy_rows(uint16_t (&to)[CHUNK][PITCH], const vo
 template <int rows> struct Loader {
     static constexpr int VALUES_BEHIND = INPUTS - 2; /* chunks: values wait for a stage, and are needed later */
     const fkda_fwd_args &args;
-    Shared &shared;
+    Shared<rows> &shared;
     int lane;
     Dealer<rows> dealer;
     Slot<PIECES_AHEAD> dealt;
@@ -79,7 +79,7 @@ template <int rows> struct Loader {
     Slot<STAGES> stage;
     Piece piece;
 
-    __device__ Loader(const fkda_fwd_args &a, Shared &s, const uint16_t *order, int lane_id)
+    __device__ Loader(const fkda_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
         : args(a), shared(s), lane(lane_id), dealer(a, order), dealt(0), input(0), stage(0)
     {
     }
@@ -129,7 +129,7 @@ template <int rows> struct Loader {
             copy_rows<true>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
         else
             copy_rows<false>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
-        mbarrier_arrive_after_copies(&shared.stages.full[stage.index]);
+        mbarrier_arrive_after_copies(&shared.values[stage.index]);
         stage.advance(1);
         done += CHUNK;
     }

@@ -1,6 +1,6 @@
 /*
  * The preparation role: what a chunk's tokens and channels go through one by one, ahead of the recurrence. A team of warps
- * prepares every TEAMS-th chunk, each warp all its tokens in a share of the channels, 16 of them at a time. Lane (g, t) =
+ * prepares every Shared<rows>::TEAMS-th chunk, each warp all its tokens in a share of the channels, 16 of them at a time. Lane (g, t) =
  * (lane / 4, lane % 4) then owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: the layout of the
  * tensor core's fragments, so that elements go from ldmatrix through the products to stmatrix without changing lanes.
  */
@@ -12,17 +12,17 @@
 namespace fkda
 {
 
-struct Preparation {
+template <int rows> struct Preparation {
     static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp */
     const fkda_fwd_args &args;
-    Shared &shared;
+    Shared<rows> &shared;
     int team, warp, lane, g, t;
     float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
     /* The triangle of ones as an A fragment in bf16: 1 where a token exists and comes no later than the row's. */
     uint32_t ones[4];
     float gate_factor;   /* of the head: -exp(A_log) log2(e) */
 
-    __device__ Preparation(const fkda_fwd_args &a, Shared &s, int id, int lane_id)
+    __device__ Preparation(const fkda_fwd_args &a, Shared<rows> &s, int id, int lane_id)
         : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4), t(lane % 4),
           inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
     {
@@ -54,17 +54,17 @@ struct Preparation {
      * g and g + 8. */
     __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][PITCH]) const
     {
-        float top[4] = {}, low[4] = {};
+        float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
 #pragma unroll
-        for (int c = 0; c < DIM; c += 16) {
+        for (int c = 0; c < DIM / 16; c++) {
             uint32_t a[4];
-            load_matrices(a, &x[lane % 16][c + lane / 16 * 8]);
-            mma_bf16(top, a[0], a[1], a[2], a[3], a[0], a[2]);
-            mma_bf16(low, a[0], a[1], a[2], a[3], a[1], a[3]);
+            load_matrices(a, &x[lane % 16][16 * c + lane / 16 * 8]);
+            mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], a[0], a[2]);
+            mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], a[1], a[3]);
         }
         if (t == g / 2) {
-            to[g] = rsqrt_approx((g % 2 ? top[1] : top[0]) + 1e-6f);
-            to[g + 8] = rsqrt_approx((g % 2 ? low[3] : low[2]) + 1e-6f);
+            to[g] = rsqrt_approx((g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f);
+            to[g + 8] = rsqrt_approx((g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]) + 1e-6f);
         }
     }
 
@@ -96,10 +96,10 @@ struct Preparation {
         }
     }
 
-    /* The decayed tiles of 16 channels, and their part of the products over channels. */
+    /* The decayed tiles of 16 channels, and their part of the products over channels: tokens 0 to 7 with 0 to 7, 8 to 15
+     * with 0 to 7 and 8 to 15 with 8 to 15. A product has K~ in its upper and Q~ in its lower eight rows. */
     __device__ void decay(Stage &stage, const Input &input, int c, const float (&q_factor)[2],
-                          const float (&k_factor)[2], const float (&sum)[2][4], float (&k_products)[2][4],
-                          float (&q_products)[2][4]) const
+                          const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[3][4]) const
     {
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], k_rest[4]; /* channel / 8, token / 8 */
         load_matrices(raw_k, &input.k[lane % 16][c + lane / 16 * 8]);
@@ -120,13 +120,9 @@ struct Preparation {
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) last[i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                mma_tf32(k_products[n], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[n][0],
-                         k_down[n][1]);
-                mma_tf32(q_products[n], q_up[0][0], q_up[1][0], q_up[0][1], q_up[1][1], k_down[n][0],
-                         k_down[n][1]);
-            }
+            mma_tf32(products[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0], k_down[0][1]);
+            mma_tf32(products[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0], k_down[0][1]);
+            mma_tf32(products[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0], k_down[1][1]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
@@ -154,30 +150,29 @@ struct Preparation {
         }
     }
 
-    __device__ void store_products(float (&to)[2][CHUNK][CHUNK + 8], const float (&k_products)[2][4],
-                                   const float (&q_products)[2][4]) const
+    /* The block of tokens 0 to 7 with 8 to 15 is left as it is: nobody looks at it. */
+    __device__ void store_products(float (&to)[2][CHUNK][CHUNK + 8], const float (&products)[3][4]) const
     {
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < 3; n++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                store_two(&to[0][g + 8 * e][8 * n + 2 * t], k_products[n][2 * e], k_products[n][2 * e + 1]);
-                store_two(&to[1][g + 8 * e][8 * n + 2 * t], q_products[n][2 * e], q_products[n][2 * e + 1]);
-            }
+            for (int which = 0; which < 2; which++)
+                store_two(&to[which][n ? g + 8 : g][n == 2 ? 8 + 2 * t : 2 * t], products[n][2 * which],
+                          products[n][2 * which + 1]);
     }
 
     __device__ void run()
     {
         Slot<INPUTS> in(team);
         Slot<STAGES> out(team);
-        Slot<PRODUCTS> products(team);
+        Slot<PRODUCTS> parts(team);
         int round = 0, head = -1;
         bool whole = true; /* the chunk before: `ones` is for all its tokens */
         find_ones(CHUNK);
-        for (Position at(shared.pieces, team); !at.done(); at.advance(TEAMS)) {
+        for (Position at(shared.pieces, team); !at.done(); at.advance(Shared<rows>::TEAMS)) {
             const Input &input = shared.input[in.index];
             Stage &stage = shared.stage[out.index];
-            float k_products[2][4] = {}, q_products[2][4] = {}, q_factor[2], k_factor[2];
+            float products[3][4] = {}, q_factor[2], k_factor[2];
             if (at.left < CHUNK || !whole) find_ones(at.left);
             whole = at.left >= CHUNK;
             if (at.head != head) load_gate_parameters(head = at.head);
@@ -196,21 +191,21 @@ struct Preparation {
             for (int c = warp * SHARE; c < (warp + 1) * SHARE; c += 16) {
                 float sum[2][4];
                 accumulate_gates(input, c, sum);
-                decay(stage, input, c, q_factor, k_factor, sum, k_products, q_products);
+                decay(stage, input, c, q_factor, k_factor, sum, products);
             }
             finish_gamma(stage);
             fence_async_proxy();
-            mbarrier_wait(&shared.product_ring.empty[products.index], products.parity ^ 1);
-            store_products(shared.products[products.index].part[warp], k_products, q_products);
+            mbarrier_wait(&shared.product_ring.empty[parts.index], parts.parity ^ 1);
+            store_products(shared.products[parts.index].part[warp], products);
             __syncwarp();
             if (lane == 0) {
                 mbarrier_arrive(&shared.inputs.empty[in.index]);
-                mbarrier_arrive(&shared.product_ring.full[products.index]);
+                mbarrier_arrive(&shared.product_ring.full[parts.index]);
                 mbarrier_arrive(&shared.stages.full[out.index]);
             }
-            in.advance(TEAMS);
-            out.advance(TEAMS);
-            products.advance(TEAMS);
+            in.advance(Shared<rows>::TEAMS);
+            out.advance(Shared<rows>::TEAMS);
+            parts.advance(Shared<rows>::TEAMS);
         }
     }
 };

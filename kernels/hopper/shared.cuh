@@ -11,11 +11,9 @@ namespace fkda
 {
 
 constexpr int TEAM_WARPS = 2;                                  /* that prepare a chunk together */
-constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS;  /* each prepares every TEAMS-th chunk */
-constexpr int SOLVERS = FKDA_HOPPER_HELPER_WARPS - 1;          /* each solves every SOLVERS-th chunk */
 constexpr int INPUTS = 6;                                      /* slots of the ring of inputs */
 constexpr int STAGES = 6;                                      /* slots of the ring of prepared chunks */
-constexpr int PRODUCTS = 5;                                    /* slots of the ring between teams and solver */
+constexpr int PRODUCTS = 4;                                    /* slots of the ring between teams and solvers */
 
 constexpr int PITCH = DIM + 8; /* of raw tokens, so that eight of them lie in different banks */
 
@@ -73,21 +71,27 @@ struct Products {
     float part[TEAM_WARPS][2][CHUNK][CHUNK + 8];
 };
 
-struct Shared {
+/* For pieces of `rows` rows of V. */
+template <int rows> struct Shared {
+    static constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS(rows) / TEAM_WARPS; /* each prepares every TEAMS-th chunk */
+    static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows);              /* each solves every SOLVERS-th */
+
     Stage stage[STAGES];
     Input input[INPUTS];
     Products products[PRODUCTS];
     float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
     float inverse_norm[TEAMS][2][2][CHUNK];            /* in every other chunk of a team; of q, of k */
     float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
-    uint16_t out[DIM / 16][CHUNK][24];                 /* to each warp of the recurrence; 16 rows of V */
+    uint16_t out[rows / 16][CHUNK][24];                 /* to each warp of the recurrence; 16 rows of V */
     uint16_t order[FKDA_HOPPER_MOST_ORDERED];
     Pieces pieces;
+    uint64_t values[STAGES]; /* a stage's v is there */
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
     Ring<PRODUCTS> product_ring;
 };
-static_assert(sizeof(Shared) == FKDA_HOPPER_SHARED_BYTES, "keep fwd_shape.h in step");
+static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES && sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,
+              "keep fwd_shape.h in step");
 
 } // namespace fkda
 

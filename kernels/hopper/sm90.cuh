@@ -83,6 +83,12 @@ __device__ __forceinline__ void wgmma_fence()
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
+/* Has the compiler compute x before this place, ahead of a fence. */
+__device__ __forceinline__ void keep_here(float &x)
+{
+    asm volatile("" : "+f"(x)::"memory");
+}
+
 __device__ __forceinline__ void wgmma_commit()
 {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

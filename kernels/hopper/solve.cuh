@@ -1,6 +1,6 @@
 /*
- * The solving role: adds up a team's products, and turns them into the small matrices of a chunk. Every SOLVERS-th chunk is a
- * warp's.
+ * The solving role: adds up a team's products, and turns them into the small matrices of a chunk. With several
+ * such warps each has every so many-th chunk.
  */
 #ifndef FKDA_HOPPER_SOLVE_CUH
 #define FKDA_HOPPER_SOLVE_CUH
@@ -73,8 +73,10 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const P
     return lane / 2 < at.left ? __ldg(beta + (at.token + lane / 2) * args.heads + at.head) : 0;
 }
 
-__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared &shared, int solver, int lane)
+template <int rows>
+__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int solver, int lane)
 {
+    constexpr int SOLVERS = Shared<rows>::SOLVERS;
     Slot<STAGES> stage_slot(solver);
     Slot<PRODUCTS> in(solver);
     Position at(shared.pieces, solver);

@@ -8,7 +8,8 @@
 namespace fkda
 {
 
-/* A place in a ring of `size` slots: in steps of at most size, with the parity of the round. */
+/* A place in a ring of `size` slots: in steps of at most size, with the parity of the round. A parity tells two rounds
+ * apart, no more: who waits for a round must know that the one before the last is over. */
 template <int size> struct Slot {
     int index, parity;
 
