@@ -21,15 +21,14 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     const bool ordered = args.counter && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
     if (thread == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1); /* and the solver */
-            mbarrier_init(&shared.values[i], 32);
+            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1 + 32); /* the solver, the loading lanes */
             mbarrier_init(&shared.stages.empty[i], rows / 16);
         }
         for (int i = 0; i < INPUTS; i++) {
             mbarrier_init(&shared.inputs.full[i], 32);
             mbarrier_init(&shared.inputs.empty[i], TEAM_WARPS);
         }
-        for (int i = 0; i < PRODUCTS; i++) {
+        for (int i = 0; i < Shared<rows>::PRODUCTS; i++) {
             mbarrier_init(&shared.product_ring.full[i], TEAM_WARPS);
             mbarrier_init(&shared.product_ring.empty[i], 1);
         }
@@ -41,10 +40,10 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
     __syncthreads();
     if (thread < 2 * rows) {
-        take_registers<rows == 128 ? 144 : 176>();
+        take_registers<rows == 128 ? 152 : 176>();
         Recurrence<rows>(args, shared, thread).run();
     } else {
-        give_registers<112>();
+        give_registers<rows == 128 ? 104 : 112>();
         if (warp < FKDA_HOPPER_PREPARE_WARPS(rows))
             Preparation<rows>(args, shared, warp, lane).run();
         else if (warp == FKDA_HOPPER_PREPARE_WARPS(rows))

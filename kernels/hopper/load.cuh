@@ -129,7 +129,7 @@ template <int rows> struct Loader {
             copy_rows<true>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
         else
             copy_rows<false>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
-        mbarrier_arrive_after_copies(&shared.values[stage.index]);
+        mbarrier_arrive_after_copies(&shared.stages.full[stage.index]);
         stage.advance(1);
         done += CHUNK;
     }

@@ -165,7 +165,7 @@ template <int rows> struct Preparation {
     {
         Slot<INPUTS> in(team);
         Slot<STAGES> out(team);
-        Slot<PRODUCTS> parts(team);
+        Slot<Shared<rows>::PRODUCTS> parts(team);
         int round = 0, head = -1;
         bool whole = true; /* the chunk before: `ones` is for all its tokens */
         find_ones(CHUNK);

@@ -152,36 +152,28 @@ template <int rows> struct Recurrence {
         store_16_if(static_cast<char *>(args.out) + at, row, valid);
     }
 
-    /* gamma - 1 of the channels of half the state, by loads that stay where they are written: early. */
-    __device__ void load_gamma(float4 (&gamma)[4], const float *gamma_minus_1, int half) const
+    /* S^T = S^T diag(gamma) */
+    __device__ void decay(const float *gamma_minus_1)
     {
 #pragma unroll
-        for (int s = 0; s < 4; s++) gamma[s] = load_shared_16(&gamma_minus_1[64 * half + 16 * s + 4 * t]);
-    }
-
-    /* S^T = S^T diag(gamma), half of it */
-    __device__ void decay(const float4 (&gamma)[4], int half)
-    {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int s = 0; s < DIM / 8; s += 2) {
+            const float4 x = *reinterpret_cast<const float4 *>(&gamma_minus_1[8 * s + 4 * t]);
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const int s = 8 * half + 2 * i;
-                state[s][r] = __fmaf_rn(state[s][r], r % 2 ? gamma[i].y : gamma[i].x, state[s][r]);
-                state[s + 1][r] = __fmaf_rn(state[s + 1][r], r % 2 ? gamma[i].w : gamma[i].z, state[s + 1][r]);
-                keep_here(state[s][r]), keep_here(state[s + 1][r]);
+                state[s][r] = __fmaf_rn(state[s][r], r % 2 ? x.y : x.x, state[s][r]);
+                state[s + 1][r] = __fmaf_rn(state[s + 1][r], r % 2 ? x.w : x.z, state[s + 1][r]);
             }
+        }
     }
 
-    /* One chunk with values v^T; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what the chunk's own
+    /* One chunk; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what the chunk's own
      * tokens add to it in `own`. */
-    __device__ void step(int index, const float (&v)[2][4], bool rescales, float (&both)[4][4], float (&own)[2][4])
+    __device__ void step(int index, int first_row, bool first, bool look, float (&both)[4][4], float (&own)[2][4])
     {
         const Stage &base = shared.stage[0], &stage = shared.stage[index];
         const int offset = index * static_cast<int>(sizeof(Stage) / 16); /* in descriptors */
-        float u[2][4];                                                   /* R^T = (V - K~ S)^T, then U^T */
+        float v[2][4], u[2][4];                                          /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
-        float4 gamma[2][4];
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -189,9 +181,10 @@ template <int rows> struct Recurrence {
 #pragma unroll
         for (int s = 1; s < DIM / 16; s++) wgmma<true, false>(both, a[s], base.decayed.operand(s) + offset);
         wgmma_commit();
+        load_values(v, stage.v, first_row);
+        const bool fits = in_range(v, look);
         wgmma_wait<0>();
-        load_gamma(gamma[0], stage.gamma_minus_1, 0);
-        if (rescales) rescale(v, both);
+        if (first || !fits) rescale(v, both);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -200,9 +193,7 @@ template <int rows> struct Recurrence {
         wgmma_fence();
         wgmma<false, true>(u, a[0], base.solve.operand(0) + offset);
         wgmma_commit();
-        load_gamma(gamma[1], stage.gamma_minus_1, 1);
-        decay(gamma[0], 0);
-        decay(gamma[1], 1);
+        decay(stage.gamma_minus_1);
         wgmma_wait<0>();
         pack_operand(a[1], u[0], u[1]);
         wgmma_fence();
@@ -224,12 +215,8 @@ template <int rows> struct Recurrence {
             scale[0] = scale[1] = 1.0f;
             if (args.initial_state) rescale(own, both);
             for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
-                float v[2][4];
-                mbarrier_wait(&shared.values[slot.index], slot.parity);
-                load_values(v, shared.stage[slot.index].v, piece.first_row);
-                const bool rescales = left == piece.length || !in_range(v, (left & 7 * CHUNK) == 0);
                 mbarrier_wait(&shared.stages.full[slot.index], slot.parity);
-                step(slot.index, v, rescales, both, own);
+                step(slot.index, piece.first_row, left == piece.length, (left & 7 * CHUNK) == 0, both, own);
                 wgmma_wait<1>();
                 store_output(own, &both[2], at, lane / 2 < left);
                 wgmma_wait<0>();

@@ -13,8 +13,6 @@ namespace fkda
 constexpr int TEAM_WARPS = 2;                                  /* that prepare a chunk together */
 constexpr int INPUTS = 6;                                      /* slots of the ring of inputs */
 constexpr int STAGES = 6;                                      /* slots of the ring of prepared chunks */
-constexpr int PRODUCTS = 4;                                    /* slots of the ring between teams and solvers */
-
 constexpr int PITCH = DIM + 8; /* of raw tokens, so that eight of them lie in different banks */
 
 /* A chunk's inputs as they come from memory; tokens past the end are zero. */
@@ -75,6 +73,7 @@ struct Products {
 template <int rows> struct Shared {
     static constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS(rows) / TEAM_WARPS; /* each prepares every TEAMS-th chunk */
     static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows);              /* each solves every SOLVERS-th */
+    static constexpr int PRODUCTS = rows == 128 ? 5 : 4; /* slots between teams and solvers; a multiple of SOLVERS */
 
     Stage stage[STAGES];
     Input input[INPUTS];
@@ -85,7 +84,6 @@ template <int rows> struct Shared {
     uint16_t out[rows / 16][CHUNK][24];                 /* to each warp of the recurrence; 16 rows of V */
     uint16_t order[FKDA_HOPPER_MOST_ORDERED];
     Pieces pieces;
-    uint64_t values[STAGES]; /* a stage's v is there */
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
     Ring<PRODUCTS> product_ring;

@@ -78,7 +78,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
 {
     constexpr int SOLVERS = Shared<rows>::SOLVERS;
     Slot<STAGES> stage_slot(solver);
-    Slot<PRODUCTS> in(solver);
+    Slot<Shared<rows>::PRODUCTS> in(solver);
     Position at(shared.pieces, solver);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
