@@ -102,16 +102,6 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
     return y;
 }
 
-/* A load that the compiler leaves where it is. */
-__device__ __forceinline__ float4 load_shared_16(const float *from)
-{
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(shared_address(from)));
-    return x;
-}
-
 /* Stores nothing if !valid; without a branch. */
 __device__ __forceinline__ void store_16_if(void *to, uint4 x, bool valid)
 {

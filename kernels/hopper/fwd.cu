@@ -1,10 +1,11 @@
 /*
- * The KDA forward pass for Hopper (sm_90a), in one launch and one pass over memory. As many blocks as fit stay on the
- * GPU and walk through the heads of the sequences, chunk by chunk of 16 tokens, in two roles that meet at stages in shared
- * memory: eight warps prepare chunks (prepare.cuh), one or two warpgroups carry the state through them (recurrence.cuh).
+ * The KDA forward pass for Hopper (sm_90a), in one launch and one pass over memory. A block to each multiprocessor
+ * walks through heads of sequences, chunk by chunk of 16 tokens, in four roles that hand chunks on through rings in
+ * shared memory: a warp loads (load.cuh), six or eight prepare (prepare.cuh), one or two solve (solve.cuh), and one or two
+ * warpgroups carry the state (recurrence.cuh).
  *
- * The chunk form is in docs/architecture.md, the layout in docs/hopper-kernel.md. Products run on tensor cores in
- * tf32 with fp32 sums, everything else in fp32.
+ * The chunk form is in docs/architecture.md, the layout in docs/hopper-kernel.md. Products run on tensor cores with fp32
+ * sums: those with the state in fp16, which its scaling keeps in range, those over channels in tf32.
  */
 #include "load.cuh"
 #include "prepare.cuh"
@@ -39,7 +40,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     }
     if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
     __syncthreads();
-    if (thread < 2 * rows) {
+    if (thread < 2 * rows) { /* all 65536 registers are dealt out: 8 x 152 + 8 x 104, 4 x 176 + 12 x 112 */
         take_registers<rows == 128 ? 152 : 176>();
         Recurrence<rows>(args, shared, thread).run();
     } else {

@@ -64,12 +64,14 @@ __device__ __forceinline__ void copy_rows(uint16_t (&to)[CHUNK][PITCH], const vo
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 2, from += two_tokens) {
         const bool valid = whole || i + lane / 16 < left;
-        copy_async_16(&to[i + lane / 16][lane % 16 * 8], static_cast<const char *>(tensor) + (valid ? from : 0), valid);
+        copy_async_16(&to[i + lane / 16][lane % 16 * 8],
+                      static_cast<const char *>(tensor) + (valid ? from : 0), valid);
     }
 }
 
 template <int rows> struct Loader {
-    static constexpr int VALUES_BEHIND = INPUTS - 2; /* chunks: values wait for a stage, and are needed later */
+    static constexpr int VALUES_BEHIND =
+        INPUTS - 2; /* chunks: values wait for a stage, and are needed later */
     const fkda_fwd_args &args;
     Shared<rows> &shared;
     int lane;

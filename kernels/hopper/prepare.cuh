@@ -1,8 +1,9 @@
 /*
- * The preparation role: what a chunk's tokens and channels go through one by one, ahead of the recurrence. A team of warps
- * prepares every Shared<rows>::TEAMS-th chunk, each warp all its tokens in a share of the channels, 16 of them at a time. Lane (g, t) =
- * (lane / 4, lane % 4) then owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: the layout of the
- * tensor core's fragments, so that elements go from ldmatrix through the products to stmatrix without changing lanes.
+ * The preparation role: what a chunk's tokens and channels go through one by one, ahead of the recurrence. Teams of two
+ * warps take turns with the chunks; a warp has all tokens of a chunk in half the channels, 16 of them at a time.
+ * Lane (g, t) = (lane / 4, lane % 4) then owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: the
+ * layout of the tensor core's fragments, so that elements go from ldmatrix through the products to stmatrix
+ * without changing lanes.
  */
 #ifndef FKDA_HOPPER_PREPARE_CUH
 #define FKDA_HOPPER_PREPARE_CUH
@@ -20,11 +21,11 @@ template <int rows> struct Preparation {
     float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
     /* The triangle of ones as an A fragment in bf16: 1 where a token exists and comes no later than the row's. */
     uint32_t ones[4];
-    float gate_factor;   /* of the head: -exp(A_log) log2(e) */
+    float gate_factor; /* of the head: -exp(A_log) log2(e) */
 
     __device__ Preparation(const fkda_fwd_args &a, Shared<rows> &s, int id, int lane_id)
-        : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4), t(lane % 4),
-          inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
+        : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4),
+          t(lane % 4), inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
     {
     }
 
@@ -50,8 +51,8 @@ template <int rows> struct Preparation {
         __syncwarp();
     }
 
-    /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of the accumulators has tokens
-     * g and g + 8. */
+    /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of the
+     * accumulators has tokens g and g + 8. */
     __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][PITCH]) const
     {
         float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
@@ -82,7 +83,8 @@ template <int rows> struct Preparation {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
-                x[i] = rcp(__fmaf_rn(ex2(__fmaf_rn(gate, gate_factor, offset)), inverse_bound, inverse_bound));
+                const float e = ex2(__fmaf_rn(gate, gate_factor, offset));
+                x[i] = rcp(__fmaf_rn(e, inverse_bound, inverse_bound));
                 sum[b][i] = 0.0f;
             }
             uint32_t high[2], low[2];
@@ -130,7 +132,7 @@ template <int rows> struct Preparation {
                 k_rest[2 * b + e] = pack_half(k_down[e][0] * last[0], k_down[e][1] * last[1]);
             }
             if (g == 7)
-                *reinterpret_cast<float2 *>(&stage.gamma_minus_1[c + 4 * t + 2 * b]) =
+                *reinterpret_cast<float2 *>(&stage.gamma_minus_1[gamma_place(c + 8 * b + 2 * t)]) =
                     make_float2(sum[b][2], sum[b][3]);
         }
         store_matrices(stage.decayed.at(lane % 16, c + lane / 16 * 8), k_decayed);
@@ -187,12 +189,18 @@ template <int rows> struct Preparation {
             }
             round ^= 1;
             mbarrier_wait(&shared.stages.empty[out.index], out.parity ^ 1);
+            const int last = (warp + 1) * SHARE - 16;
+            float sum[2][4];
+            accumulate_gates(input, warp * SHARE, sum);
 #pragma unroll 1
-            for (int c = warp * SHARE; c < (warp + 1) * SHARE; c += 16) {
-                float sum[2][4];
-                accumulate_gates(input, c, sum);
+            for (int c = warp * SHARE; c < last; c += 16) {
+                float next[2][4]; /* gates are a slice ahead, so that two slices' waits fill each other */
+                accumulate_gates(input, c + 16, next);
                 decay(stage, input, c, q_factor, k_factor, sum, products);
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = next[i / 4][i % 4];
             }
+            decay(stage, input, last, q_factor, k_factor, sum, products);
             finish_gamma(stage);
             fence_async_proxy();
             mbarrier_wait(&shared.product_ring.empty[parts.index], parts.parity ^ 1);

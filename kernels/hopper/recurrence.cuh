@@ -46,7 +46,8 @@ template <int rows> struct Recurrence {
                         static_cast<const uint16_t *>(args.initial_state) + at);
                     x = make_float2(bf16_low(pair), bf16_high(pair));
                 } else if (args.initial_state) {
-                    x = *reinterpret_cast<const float2 *>(static_cast<const float *>(args.initial_state) + at);
+                    x = *reinterpret_cast<const float2 *>(static_cast<const float *>(args.initial_state) +
+                                                          at);
                 }
                 state[s][2 * r] = x.x, state[s][2 * r + 1] = x.y;
             }
@@ -168,7 +169,8 @@ template <int rows> struct Recurrence {
 
     /* One chunk; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what the chunk's own
      * tokens add to it in `own`. */
-    __device__ void step(int index, int first_row, bool first, bool look, float (&both)[4][4], float (&own)[2][4])
+    __device__ void step(int index, int first_row, bool first, bool look, float (&both)[4][4],
+                         float (&own)[2][4])
     {
         const Stage &base = shared.stage[0], &stage = shared.stage[index];
         const int offset = index * static_cast<int>(sizeof(Stage) / 16); /* in descriptors */
@@ -188,7 +190,8 @@ template <int rows> struct Recurrence {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
+            for (int r = 0; r < 4; r++)
+                u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
         pack_operand(a[0], u[0], u[1]);
         wgmma_fence();
         wgmma<false, true>(u, a[0], base.solve.operand(0) + offset);

@@ -10,9 +10,9 @@
 namespace fkda
 {
 
-constexpr int TEAM_WARPS = 2;                                  /* that prepare a chunk together */
-constexpr int INPUTS = 6;                                      /* slots of the ring of inputs */
-constexpr int STAGES = 6;                                      /* slots of the ring of prepared chunks */
+constexpr int TEAM_WARPS = 2;  /* that prepare a chunk together */
+constexpr int INPUTS = 6;      /* slots of the ring of inputs */
+constexpr int STAGES = 6;      /* slots of the ring of prepared chunks */
 constexpr int PITCH = DIM + 8; /* of raw tokens, so that eight of them lie in different banks */
 
 /* A chunk's inputs as they come from memory; tokens past the end are zero. */
@@ -24,7 +24,6 @@ struct Input {
  * eight neighbours of 16 bytes are columns (column_major) or depths. The steps in bytes between core matrices
  * keep stores free of bank conflicts. */
 template <int columns, int depth, bool column_major, int column_step, int depth_step> struct Tile {
-    static constexpr bool COLUMN_MAJOR = column_major;
     static constexpr int BYTES = (columns / 8 - 1) * column_step + (depth / 8 - 1) * depth_step + 128;
     __align__(16) unsigned char bytes[BYTES];
 
@@ -71,24 +70,29 @@ struct Products {
 
 /* For pieces of `rows` rows of V. */
 template <int rows> struct Shared {
-    static constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS(rows) / TEAM_WARPS; /* each prepares every TEAMS-th chunk */
-    static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows);              /* each solves every SOLVERS-th */
-    static constexpr int PRODUCTS = rows == 128 ? 5 : 4; /* slots between teams and solvers; a multiple of SOLVERS */
+    /* Each team prepares every TEAMS-th chunk, each solver solves every SOLVERS-th; between them is a ring whose size
+     * is a multiple of SOLVERS, so that a solver meets every round of its slots. */
+    static constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS(rows) / TEAM_WARPS;
+    static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows), PRODUCTS = rows == 128 ? 5 : 4;
 
     Stage stage[STAGES];
     Input input[INPUTS];
     Products products[PRODUCTS];
-    float l_columns[SOLVERS][CHUNK][CHUNK + 4];        /* L transposed */
-    float inverse_norm[TEAMS][2][2][CHUNK];            /* in every other chunk of a team; of q, of k */
-    float gate_offset[TEAMS][DIM];                     /* -exp(A_log) log2(e) dt_bias of the team's head */
-    uint16_t out[rows / 16][CHUNK][24];                 /* to each warp of the recurrence; 16 rows of V */
+    float l_columns[SOLVERS][CHUNK][CHUNK + 4]; /* L transposed */
+    float inverse_norm[TEAMS][2][2][CHUNK];     /* in every other chunk of a team; of q, of k */
+    float gate_offset[TEAMS][DIM];              /* -exp(A_log) log2(e) dt_bias of the team's head */
+    uint16_t out[rows / 16][CHUNK][24];         /* to each warp of the recurrence; 16 rows of V */
     uint16_t order[FKDA_HOPPER_MOST_ORDERED];
     Pieces pieces;
     Ring<STAGES> stages;
     Ring<INPUTS> inputs;
     Ring<PRODUCTS> product_ring;
 };
-static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES && sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,
+static_assert(Shared<128>::PRODUCTS % Shared<128>::SOLVERS == 0 &&
+                  Shared<64>::PRODUCTS % Shared<64>::SOLVERS == 0 && STAGES >= Shared<64>::TEAMS,
+              "rounds of a ring must not be confused");
+static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,
               "keep fwd_shape.h in step");
 
 } // namespace fkda

@@ -46,9 +46,10 @@ __device__ __forceinline__ void store_matrices(void *row, const uint32_t (&r)[4]
 
 __device__ __forceinline__ void store_matrices_transposed(void *row, const uint32_t (&r)[4])
 {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+        : "memory");
 }
 
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
@@ -69,11 +70,12 @@ template <int registers> __device__ __forceinline__ void give_registers()
 
 /* A tile of 16-bit elements in shared memory as wgmma's B operand: core matrices of 8 x 16 bytes, each contiguous,
  * `depth_step` bytes from one to the next along the depth of the product and `column_step` along its columns. */
-template <int column_step, int depth_step> __device__ __forceinline__ uint64_t tile_descriptor(const void *tile)
+template <int column_step, int depth_step>
+__device__ __forceinline__ uint64_t tile_descriptor(const void *tile)
 {
     static_assert(column_step % 16 == 0 && depth_step % 16 == 0, "in units of 16 bytes");
-    constexpr uint64_t steps = static_cast<uint64_t>(depth_step / 16) << 16 |
-                               static_cast<uint64_t>(column_step / 16) << 32;
+    constexpr uint64_t steps =
+        static_cast<uint64_t>(depth_step / 16) << 16 | static_cast<uint64_t>(column_step / 16) << 32;
     return steps | (shared_address(tile) & 0x3ffff) >> 4;
 }
 
@@ -81,12 +83,6 @@ template <int column_step, int depth_step> __device__ __forceinline__ uint64_t t
 __device__ __forceinline__ void wgmma_fence()
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-/* Has the compiler compute x before this place, ahead of a fence. */
-__device__ __forceinline__ void keep_here(float &x)
-{
-    asm volatile("" : "+f"(x)::"memory");
 }
 
 __device__ __forceinline__ void wgmma_commit()
@@ -139,10 +135,9 @@ __device__ __forceinline__ void wgmma(float (&d)[16][4], const uint32_t (&a)[4],
                  "%35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
                  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
                  "{%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"
-                 : FKDA_D4(d[0]), FKDA_D4(d[1]), FKDA_D4(d[2]), FKDA_D4(d[3]), FKDA_D4(d[4]),
-                   FKDA_D4(d[5]), FKDA_D4(d[6]), FKDA_D4(d[7]), FKDA_D4(d[8]), FKDA_D4(d[9]),
-                   FKDA_D4(d[10]), FKDA_D4(d[11]), FKDA_D4(d[12]), FKDA_D4(d[13]), FKDA_D4(d[14]),
-                   FKDA_D4(d[15])
+                 : FKDA_D4(d[0]), FKDA_D4(d[1]), FKDA_D4(d[2]), FKDA_D4(d[3]), FKDA_D4(d[4]), FKDA_D4(d[5]),
+                   FKDA_D4(d[6]), FKDA_D4(d[7]), FKDA_D4(d[8]), FKDA_D4(d[9]), FKDA_D4(d[10]), FKDA_D4(d[11]),
+                   FKDA_D4(d[12]), FKDA_D4(d[13]), FKDA_D4(d[14]), FKDA_D4(d[15])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0),
                    "n"(column_major ? 1 : 0));
 }

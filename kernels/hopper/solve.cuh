@@ -1,7 +1,5 @@
-/*
- * The solving role: adds up a team's products, and turns them into the small matrices of a chunk. With several
- * such warps each has every so many-th chunk.
- */
+/* The solving role: adds up a team's products and turns them into the small matrices of a chunk. Several solving warps
+ * take turns with the chunks. */
 #ifndef FKDA_HOPPER_SOLVE_CUH
 #define FKDA_HOPPER_SOLVE_CUH
 
@@ -12,7 +10,8 @@ namespace fkda
 
 __device__ __forceinline__ uint4 pack_eight(const float *x)
 {
-    return make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]), pack_half(x[4], x[5]), pack_half(x[6], x[7]));
+    return make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]), pack_half(x[4], x[5]),
+                      pack_half(x[6], x[7]));
 }
 
 /* L = tril(diag(b) K~ K^^T, -1), transposed, and tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
@@ -31,7 +30,8 @@ __device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4
                 float4 x = *reinterpret_cast<const float4 *>(&products.part[w][which][i][first + j]);
                 s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
             }
-            sums[which][j] = s.x, sums[which][j + 1] = s.y, sums[which][j + 2] = s.z, sums[which][j + 3] = s.w;
+            sums[which][j] = s.x, sums[which][j + 1] = s.y, sums[which][j + 2] = s.z,
+            sums[which][j + 3] = s.w;
         }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -42,8 +42,8 @@ __device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4
 }
 
 /* (I + L)^-1 diag(b) by forward substitution in fp32, a column to a lane; own is the column's b. */
-__device__ __forceinline__ void solve_columns(Stage &stage, const float (&l_columns)[CHUNK][CHUNK + 4], float own,
-                                              int lane)
+__device__ __forceinline__ void solve_columns(Stage &stage, const float (&l_columns)[CHUNK][CHUNK + 4],
+                                              float own, int lane)
 {
     const int j = lane % CHUNK;
     float x[CHUNK];

@@ -13,7 +13,9 @@ namespace fkda
 template <int size> struct Slot {
     int index, parity;
 
-    __device__ explicit Slot(int first) : index(first % size), parity(first / size % 2) {}
+    __device__ explicit Slot(int first) : index(first % size), parity(first / size % 2)
+    {
+    }
     __device__ void advance(int steps)
     {
         index += steps;
@@ -46,7 +48,9 @@ struct Walk {
     Pieces &pieces;
     Slot<PIECES_AHEAD> slot;
 
-    __device__ explicit Walk(Pieces &p) : pieces(p), slot(0) {}
+    __device__ explicit Walk(Pieces &p) : pieces(p), slot(0)
+    {
+    }
 
     __device__ Piece take()
     {
