@@ -36,14 +36,18 @@ endif()
 set(FLASH_KDA_CUDA_ARCHS ${archs})
 message(STATUS "flash_kda: CUDA kernels with ${NVCC} for ${archs}")
 
-# flash_kda_add_kernel(<name> <source>): <source> becomes the bytes fkda_fatbin_<name>. The compiler's report
-# (registers, spills, shared memory) is kept in kernels/<name>.report for scripts/check_kernels.py.
+# flash_kda_add_kernel(<name> <source> ARCHS <arch>... [PTX <arch>]): <source> becomes the bytes fkda_fatbin_<name>.
+# The compiler's report (registers, spills, shared memory) is kept in kernels/<name>.report for
+# scripts/check_kernels.py.
 function(flash_kda_add_kernel name source)
+  cmake_parse_arguments(kernel "" "PTX" "ARCHS" ${ARGN})
   set(gencode "")
-  foreach(arch IN LISTS FLASH_KDA_CUDA_ARCHS)
+  foreach(arch IN LISTS kernel_ARCHS)
     list(APPEND gencode -gencode=arch=compute_${arch},code=sm_${arch})
   endforeach()
-  list(APPEND gencode -gencode=arch=compute_${FLASH_KDA_PTX_ARCH},code=compute_${FLASH_KDA_PTX_ARCH})
+  if(kernel_PTX)
+    list(APPEND gencode -gencode=arch=compute_${kernel_PTX},code=compute_${kernel_PTX})
+  endif()
   set(folder ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   set(fatbin ${folder}/${name}.fatbin)
   set(embed ${folder}/${name}.c)
@@ -55,7 +59,7 @@ function(flash_kda_add_kernel name source)
             ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${gencode} -o ${fatbin}
             ${CMAKE_CURRENT_SOURCE_DIR}/${source}
     DEPENDS ${source} ${headers}
-    COMMENT "Compiling ${source} for ${FLASH_KDA_CUDA_ARCHS}"
+    COMMENT "Compiling ${source} for ${kernel_ARCHS}"
     VERBATIM)
   file(GENERATE OUTPUT ${embed} CONTENT
 "/* ${source}, compiled. */
@@ -71,6 +75,13 @@ __asm__(\".section .rodata\\n\"
   target_sources(flashkda PRIVATE ${embed})
 endfunction()
 
-flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu)
+flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 target_sources(flashkda PRIVATE src/cuda/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
+
+# wgmma and setmaxnreg are of compute capability 9.0 alone: no other architecture's, and not in its PTX.
+if(90 IN_LIST FLASH_KDA_CUDA_ARCHS)
+  flash_kda_add_kernel(hopper_fwd kernels/hopper/fwd.cu ARCHS 90a)
+  target_sources(flashkda PRIVATE src/cuda/hopper.c)
+  target_compile_definitions(flashkda PRIVATE FKDA_WITH_HOPPER)
+endif()

@@ -22,4 +22,9 @@ size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *problem);
 void fkda_cuda_portable_explain(const fkda_problem *problem, char *text, size_t size);
 
+/* hopper.c */
+size_t fkda_cuda_hopper_workspace_size(const fkda_problem *problem);
+flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *problem);
+void fkda_cuda_hopper_explain(const fkda_problem *problem, char *text, size_t size);
+
 #endif

@@ -48,6 +48,7 @@ enum {
     X(cuMemAlloc, "cuMemAlloc_v2", (CUdeviceptr * memory, size_t bytes))                                     \
     X(cuMemFree, "cuMemFree_v2", (CUdeviceptr memory))                                                       \
     X(cuMemcpy, "cuMemcpy", (CUdeviceptr to, CUdeviceptr from, size_t bytes))                                \
+    X(cuMemsetD32Async, "cuMemsetD32Async", (CUdeviceptr to, unsigned value, size_t count, CUstream stream)) \
     X(cuStreamSynchronize, "cuStreamSynchronize", (CUstream stream))                                         \
     X(cuEventCreate, "cuEventCreate", (CUevent * event, unsigned flags))                                     \
     X(cuEventRecord, "cuEventRecord", (CUevent event, CUstream stream))                                      \

@@ -1,8 +1,8 @@
 /* Launches kernels/portable/fwd.cu. */
 #include <stdio.h>
 
-#include "../../kernels/common/fwd_args.h"
 #include "../../kernels/portable/fwd_shape.h"
+#include "arguments.h"
 #include "cuda.h"
 #include "modules.h"
 
@@ -31,25 +31,7 @@ size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem)
 
 flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *p)
 {
-    fkda_fwd_args args = {
-        .q = p->q,
-        .k = p->k,
-        .v = p->v,
-        .g = p->g,
-        .beta = p->beta,
-        .out = p->out,
-        .A_log = p->A_log,
-        .dt_bias = p->dt_bias,
-        .initial_state = p->initial_state,
-        .final_state = p->final_state,
-        .cu_seqlens = p->cu_seqlens,
-        .tokens = p->tokens,
-        .heads = (int)p->heads,
-        .scale = p->scale,
-        .lower_bound = p->lower_bound,
-        .state_is_bf16 = p->state_is_bf16,
-        .cu_seqlens_is_i32 = p->cu_seqlens_is_i32,
-    };
+    fkda_fwd_args args = fkda_kernel_arguments(p);
     const int64_t heads = p->sequences * p->heads;
     int multiprocessors;
     const fkda_driver *driver;
