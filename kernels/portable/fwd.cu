@@ -28,7 +28,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
 
 #define FKDA_DEFINE_KERNEL(rows)                                                                             \
     extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_THREADS(rows), 1)                             \
-        fkda_portable_fwd_##rows(const __grid_constant__ fkda_fwd_args args)                            \
+        fkda_portable_fwd_##rows(const __grid_constant__ fkda_fwd_args args)                                 \
     {                                                                                                        \
         forward<rows>(args);                                                                                 \
     }
