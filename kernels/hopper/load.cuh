@@ -79,15 +79,25 @@ template <int rows> struct Loader {
     Slot<PIECES_AHEAD> dealt;
     Slot<INPUTS> input;
     Slot<STAGES> stage;
-    Piece piece;
+    Piece piece;   /* the last one dealt */
+    Walk walk;     /* through the pieces again, for the values */
+    Piece values;  /* where they are */
+    int done;      /* tokens of it that have theirs */
+    int behind;    /* pieces dealt that `walk` has not met */
+    int valueless; /* chunks that have inputs but no values yet */
 
     __device__ Loader(const fkda_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
-        : args(a), shared(s), lane(lane_id), dealer(a, order), dealt(0), input(0), stage(0)
+        : args(a), shared(s), lane(lane_id), dealer(a, order), dealt(0), input(0), stage(0), piece{},
+          walk(s.pieces), values{}, done(0), behind(0), valueless(0)
     {
     }
 
+    /* Deals out a piece, for which all must have met the one PIECES_AHEAD before: this warp too, and the recurrence, which
+     * may wait for values. So these are loaded before the ring can be full, also where pieces have no tokens. */
     __device__ void deal()
     {
+        pass_pieces();
+        while (behind >= PIECES_AHEAD - 1 && valueless > 0) load_values();
         piece = dealer.deal(lane);
         mbarrier_wait(&shared.pieces.ring.empty[dealt.index], dealt.parity ^ 1);
         if (lane == 0) {
@@ -95,6 +105,13 @@ template <int rows> struct Loader {
             mbarrier_arrive(&shared.pieces.ring.full[dealt.index]);
         }
         dealt.advance(1);
+        behind++;
+    }
+
+    /* Past pieces whose values are all asked for. */
+    __device__ void pass_pieces()
+    {
+        for (; done >= values.length && behind > 0; behind--) values = walk.take(), done = 0;
     }
 
     __device__ long long first_byte(long long token, int head) const
@@ -120,12 +137,13 @@ template <int rows> struct Loader {
         input.advance(1);
     }
 
-    /* Of the next chunk that has none yet; there must be one in the pieces dealt. */
-    __device__ void load_values(Walk &walk, Piece &from, int &done)
+    /* Of the next chunk that has none yet. */
+    __device__ void load_values()
     {
-        while (done >= from.length) from = walk.take(), done = 0;
-        const int left = from.length - done;
-        const long long begin = first_byte(from.begin + done, from.head), step = args.half_chunk_bytes / 4;
+        pass_pieces();
+        const int left = values.length - done;
+        const long long begin = first_byte(values.begin + done, values.head),
+                        step = args.half_chunk_bytes / 4;
         mbarrier_wait(&shared.stages.empty[stage.index], stage.parity ^ 1);
         if (left >= CHUNK)
             copy_rows<true>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
@@ -134,24 +152,22 @@ template <int rows> struct Loader {
         mbarrier_arrive_after_copies(&shared.stages.full[stage.index]);
         stage.advance(1);
         done += CHUNK;
+        valueless--;
+        pass_pieces();
     }
 
     __device__ void run()
     {
-        int valueless = 0; /* chunks asked for */
-        int done = 0;      /* tokens of the piece in `walk` that have their values */
-        Walk walk(shared.pieces);
         deal();
-        Piece values = walk.take();
         while (piece.index >= 0) {
             const Piece now = piece;
             deal();
             for (int first = 0; first < now.length; first += CHUNK) {
                 load_input(now.begin + first, now.head, now.length - first);
-                if (valueless++ == VALUES_BEHIND) load_values(walk, values, done), valueless--;
+                if (++valueless > VALUES_BEHIND) load_values();
             }
         }
-        for (; valueless > 0; valueless--) load_values(walk, values, done);
+        while (valueless > 0) load_values();
         copy_async_wait_all();
     }
 };

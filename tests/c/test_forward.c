@@ -89,6 +89,20 @@ static void ragged(void)
     }
 }
 
+/* Far more heads of sequences than multiprocessors, nearly all of them without a token: blocks that stay must pass on many
+ * states in a row, between and after those that have work. */
+static void many(void)
+{
+    const bool large = test.device.type == FLASH_KDA_CUDA && !test.quick;
+    int64_t sizes[300], count = large ? 300 : 60;
+    for (int64_t n = 0; n < count; n++) sizes[n] = n % 16 == 3 ? 1 + 7 * n % 90 : 0;
+    problem *p = problem_create_ragged(sizes, count, large ? 10 : 3);
+    fill_case(p, find_case("random"), 21);
+    trying("%lld sequences, T = %lld, H = %lld", (long long)count, (long long)p->tokens, (long long)p->heads);
+    check_state_modes(p, ordinary_bars(test.device));
+    problem_free(p);
+}
+
 /* No token at all: the final state is the initial one, bit for bit, or zeros. */
 static void empty(void)
 {
@@ -269,6 +283,7 @@ int main(int argc, char **argv)
         {"batches", batches},
         {"heads", heads},
         {"ragged", ragged},
+        {"many", many},
         {"empty", empty},
         {"scalars", scalars},
         {"cases", cases},
