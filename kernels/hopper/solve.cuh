@@ -85,8 +85,12 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
         Stage &stage = shared.stage[stage_slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        at.advance(SOLVERS);
-        if (!at.done()) logit = load_beta(args, at, lane);
+        /* The next logit is loaded ahead within a piece. The next piece may be dealt out only after this chunk is solved. */
+        const bool ahead = at.left > SOLVERS * CHUNK;
+        if (ahead) {
+            at.advance(SOLVERS);
+            logit = load_beta(args, at, lane);
+        }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
         mbarrier_wait(&shared.stages.empty[stage_slot.index], stage_slot.parity ^ 1);
         add_products(shared.l_columns[solver], stage, shared.products[in.index], b, lane);
@@ -98,6 +102,10 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
         if (lane == 0) mbarrier_arrive(&shared.stages.full[stage_slot.index]);
         stage_slot.advance(SOLVERS);
         in.advance(SOLVERS);
+        if (!ahead) {
+            at.advance(SOLVERS);
+            if (!at.done()) logit = load_beta(args, at, lane);
+        }
     }
 }
 

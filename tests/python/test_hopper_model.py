@@ -1,0 +1,51 @@
+"""The Hopper kernel's rings and barriers, by a model (hopper_model.py) under random interleavings."""
+
+import random
+
+import pytest
+from hopper_model import CHUNK, Block, sizes
+
+PIECES = {
+    "short and empty": lambda r: [r.choice([0, 0, 0, 5, 16, 40]) for _ in range(r.randint(0, 60))],
+    "long runs of empty ones": lambda r: (
+        [0] * r.randint(0, 50) + [r.randint(1, 200)] + [0] * 60 + [33] + [0] * 20
+    ),
+    "one chunk each": lambda r: [r.randint(1, 16) for _ in range(r.randint(1, 60))],
+    "long": lambda r: [r.randint(1, 400) for _ in range(r.randint(1, 6))],
+    "by falling length": lambda r: sorted(
+        (r.choice([0, r.randint(0, 120)]) for _ in range(50)), reverse=True
+    ),
+    "none": lambda r: [],
+}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+@pytest.mark.parametrize("rows", [64, 128])
+def test_every_chunk_once_and_in_order(rows, kind):
+    for seed in range(12):
+        lengths = PIECES[kind](random.Random(seed))
+        block = Block(lengths, seed, rows)
+        block.run()
+        wanted = []
+        for piece, length in enumerate(lengths):
+            wanted += [(piece, chunk) for chunk in range(-(-length // CHUNK))] + [(piece, "state")]
+        assert all(done == wanted for done in block.done), (seed, lengths)
+
+
+def test_sizes_are_read_from_the_headers():
+    assert sizes(128)["TEAMS"] == 3 and sizes(64)["TEAMS"] == 4
+    assert sizes(128)["SOLVERS"] == 1 and sizes(64)["PRODUCTS"] == 4
+
+
+def test_the_model_finds_a_round_taken_for_another():
+    """Three solvers and a ring of five: a solver meets a slot in every third round only, and parities repeat."""
+    with pytest.raises(AssertionError, match="products|overwritten|arrivals|deadlock|stage"):
+        for seed in range(40):
+            Block([300, 200], seed, rows=64, SOLVERS=3, PRODUCTS=5).run()
+
+
+def test_the_model_finds_a_slot_given_back_too_early():
+    """With fewer stages than teams a team waits for a slot that the round before has not left."""
+    with pytest.raises(AssertionError):
+        for seed in range(40):
+            Block([400, 400], seed, rows=64, STAGES=1).run()
