@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from hopper_model import CHUNK, Block, sizes
 
 PIECES = {
@@ -33,19 +34,22 @@ def test_every_chunk_once_and_in_order(rows, kind):
 
 
 def test_sizes_are_read_from_the_headers():
-    assert sizes(128)["TEAMS"] == 3 and sizes(64)["TEAMS"] == 4
-    assert sizes(128)["SOLVERS"] == 1 and sizes(64)["PRODUCTS"] == 4
+    assert [sizes(rows)["TEAMS"] for rows in (128, 64)] == [3, 4]
+    assert [sizes(rows)["SOLVERS"] for rows in (128, 64)] == [1, 2]
+
+
+def run_some(lengths, **sizes):
+    for seed in range(40):
+        Block(lengths, seed, rows=64, **sizes).run()
 
 
 def test_the_model_finds_a_round_taken_for_another():
     """Three solvers and a ring of five: a solver meets a slot in every third round only, and parities repeat."""
-    with pytest.raises(AssertionError, match="products|overwritten|arrivals|deadlock|stage"):
-        for seed in range(40):
-            Block([300, 200], seed, rows=64, SOLVERS=3, PRODUCTS=5).run()
+    with pytest.raises(AssertionError, match=r"products|overwritten|arrivals|deadlock|stage"):
+        run_some([300, 200], SOLVERS=3, PRODUCTS=5)
 
 
-def test_the_model_finds_a_slot_given_back_too_early():
-    """With fewer stages than teams a team waits for a slot that the round before has not left."""
-    with pytest.raises(AssertionError):
-        for seed in range(40):
-            Block([400, 400], seed, rows=64, STAGES=1).run()
+def test_the_model_finds_teams_that_outrun_a_ring():
+    """With fewer slots than teams a team takes a slot that an earlier chunk has not left."""
+    with pytest.raises(AssertionError, match=r"overwritten|arrivals|deadlock|stage"):
+        run_some([400, 400], STAGES=1)
