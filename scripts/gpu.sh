@@ -24,7 +24,7 @@ sanitizers() {
     status=0
     for tool in memcheck racecheck synccheck initcheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 "$BUILD/tests/test_forward" --device cuda:0 --quick \
-            batches ragged empty recorded >"$BUILD/$tool.log" 2>&1 &
+            batches ragged many empty recorded >"$BUILD/$tool.log" 2>&1 &
         eval "$tool=$!"
     done
     for tool in memcheck racecheck synccheck initcheck; do
@@ -35,7 +35,8 @@ sanitizers() {
 }
 
 bench() {
-    "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py
+    "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py &&
+        PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json"
 }
 
 failed=""
