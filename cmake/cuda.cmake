@@ -79,8 +79,18 @@ flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu ARCHS ${FLASH_KDA_CUDA
 target_sources(flashkda PRIVATE src/cuda/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 
-# wgmma and setmaxnreg are of compute capability 9.0 alone: no other architecture's, and not in its PTX.
+# wgmma and setmaxnreg are of compute capability 9.0 alone: no other architecture's, and not in its PTX. An nvcc can
+# know 90 but not 90a, and --list-gpu-arch shows no such variant, so it is tried.
+set(hopper_failed TRUE)
 if(90 IN_LIST FLASH_KDA_CUDA_ARCHS)
+  execute_process(
+    COMMAND ${NVCC} -fatbin -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o ${probe}.fatbin ${probe}.cu
+    RESULT_VARIABLE hopper_failed OUTPUT_QUIET ERROR_QUIET)
+  if(hopper_failed)
+    message(STATUS "flash_kda: ${NVCC} does not know 90a, so compute capability 9.0 runs the portable kernel")
+  endif()
+endif()
+if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_fwd kernels/hopper/fwd.cu ARCHS 90a)
   target_sources(flashkda PRIVATE src/cuda/hopper.c)
   target_compile_definitions(flashkda PRIVATE FKDA_WITH_HOPPER)

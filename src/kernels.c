@@ -25,7 +25,7 @@ static const fkda_kernel kernels[] = {
 #ifdef FKDA_WITH_HOPPER
     {
         .info = {sizeof(flash_kda_kernel_info), "hopper", FLASH_KDA_CUDA, "sm_90",
-                 "chunks of 16 tokens through fp16 wgmma, one launch, state in accumulators in fp32"},
+                 "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks"},
         .min_compute_capability = 90,
         .max_compute_capability = 90,
         .workspace_size = fkda_cuda_hopper_workspace_size,

@@ -30,6 +30,8 @@ static bool lengths_differ(const fkda_problem *p)
     return p->sequences > p->batch;
 }
 
+/* Halves repeat their head's preparation, so a head is only split over multiprocessors that would be idle. Rows of V
+ * are independent: results do not change. */
 static layout lay_out(const fkda_problem *p, int multiprocessors)
 {
     const int64_t tasks = p->sequences * p->heads;
@@ -91,10 +93,11 @@ void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
     const layout l = lay_out(p, multiprocessors);
     snprintf(
         text, size,
-        "%d blocks of %d threads stay on %d multiprocessors and work through %lld pieces of %d rows of V "
-        "of a head; %s.",
+        "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld pieces of %d "
+        "rows of V of a head; %s.",
         l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.pieces, l.rows,
-        l.pieces <= l.blocks ? "each block has one"
-        : l.draws_numbers    ? "they draw them from a counter, longest sequences first"
-                             : "they take them in turns");
+        l.pieces <= l.blocks                      ? "each block has one"
+        : !l.draws_numbers                        ? "they take them in turns"
+        : p->sequences > FKDA_HOPPER_MOST_ORDERED ? "they draw them from a counter"
+                                                  : "they draw them from a counter, longest sequences first");
 }
