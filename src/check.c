@@ -16,6 +16,8 @@
 
 /* Token positions inside a kernel are 32-bit; the room above lets them run past the end by a chunk. */
 static const int64_t MAX_TOKENS = INT32_MAX - 1024;
+/* N * H: kernels number them in 32 bits, and count past the end by twice the blocks at most. */
+static const int64_t MAX_STATES = INT32_MAX - 1024;
 /* So that a step from a token to the next, in elements, is 32-bit too. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
@@ -210,10 +212,10 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
         return INVALID("q has B * T = %lld * %lld tokens of %lld heads; there must be at most %lld tokens, "
                        "and a tensor must fit in memory",
                        (long long)B, (long long)T, (long long)H, (long long)MAX_TOKENS);
-    if (__builtin_mul_overflow(N, H, &tasks) || tasks > INT32_MAX ||
+    if (__builtin_mul_overflow(N, H, &tasks) || tasks > MAX_STATES ||
         __builtin_mul_overflow(tasks, 4 * FKDA_DIM * FKDA_DIM, &states))
-        return INVALID("there are N * H = %lld * %lld states; there must be at most %d", (long long)N,
-                       (long long)H, INT32_MAX);
+        return INVALID("there are N * H = %lld * %lld states; there must be at most %lld", (long long)N,
+                       (long long)H, (long long)MAX_STATES);
     if (H > MAX_HEADS)
         return INVALID("q has H = %lld; there must be at most %lld heads", (long long)H,
                        (long long)MAX_HEADS);

@@ -127,12 +127,14 @@ static void overflowing_sizes(void)
     TOKENS(2, 1 << 30, 3);
     TOKENS(1, INT32_MAX, 1);
     TOKENS(1, 1 << 30, huge);
-    INVALID(text("there are N * H = 2 * %lld states; there must be at most 2147483647", huge),
+    INVALID(text("there are N * H = 2 * %lld states; there must be at most 2147482623", huge),
             p.q.shape[1] = 0, p.q.shape[2] = huge);
-    INVALID("there are N * H = 70000 * 70000 states; there must be at most 2147483647", p.q.shape[0] = 70000,
+    INVALID("there are N * H = 70000 * 70000 states; there must be at most 2147482623", p.q.shape[0] = 70000,
             p.q.shape[1] = 0, p.q.shape[2] = 70000);
-    SEQLENS(text("there are N * H = %lld * 3 states; there must be at most 2147483647", huge),
+    SEQLENS(text("there are N * H = %lld * 3 states; there must be at most 2147482623", huge),
             p.cu_seqlens.shape[0] = huge + 1);
+    SEQLENS("there are N * H = 715827882 * 3 states; there must be at most 2147482623",
+            p.cu_seqlens.shape[0] = 715827883);
     INVALID("q has H = 16777216; there must be at most 16777215 heads", p.q.shape[1] = 0,
             p.q.shape[2] = 1 << 24);
 #undef TOKENS
