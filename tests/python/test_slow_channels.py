@@ -11,8 +11,21 @@ torch = pytest.importorskip("torch")
 TOKENS = 1 << 20
 
 
-@pytest.mark.parametrize("bias", [-17.0, -15.5, -14.0])  # a token forgets 2e-7 to 4e-6 nats
+BIASES = [-17.0, -15.5, -14.0]  # a token forgets 2e-7 to 4e-6 nats
+
+
+@pytest.mark.parametrize("bias", BIASES)
 def test_a_million_tokens(device, bias):
+    hold_decay(device, bias, None)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_million_tokens_portable(cuda, bias):
+    """The default may be another kernel."""
+    hold_decay(cuda, bias, "portable")
+
+
+def hold_decay(device, bias, kernel):
     zeros = torch.zeros(1, TOKENS, 1, 128, dtype=torch.bfloat16, device=device)
     initial = torch.rand(1, 1, 128, 128, device=device) + 0.5
     final = torch.full_like(initial, math.nan)
@@ -29,6 +42,7 @@ def test_a_million_tokens(device, bias):
         -5.0,
         initial_state=initial,
         final_state=final,
+        kernel=kernel,
     )
     truth = -5 * TOKENS / (1 + math.exp(-bias))
     worst = ((final.double() / initial.double()).log() - truth).abs().max().item()
