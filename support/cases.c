@@ -44,6 +44,7 @@ const test_case test_cases[] = {
     {"zero queries", GATES_MIXED, 0, KEYS_RANDOM, 0, 1, 1, 0, OTHER, CPU},
     {"zero keys and queries", GATES_MIXED, 0, KEYS_RANDOM, 0, 0, 1, 0, OTHER, CPU},
     {"zero values", GATES_MIXED, 0, KEYS_RANDOM, 1, 1, 0, 0, OTHER, CPU},
+    {"faint writes", GATES_MIXED, 0, KEYS_RANDOM, 1, 1, 1, -16, OTHER, CPU},
     {"huge values", GATES_MIXED, 0, KEYS_RANDOM, 1e15f, 1e17f, 1e30f, 0, OTHER, CPU},
     {"tiny values", GATES_MIXED, 0, KEYS_RANDOM, 1e-4f, 1e-4f, 1e-30f, 0, OTHER, CPU},
 };

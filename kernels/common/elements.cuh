@@ -41,6 +41,12 @@ __device__ __forceinline__ void store_two(float *to, float a, float b)
     *reinterpret_cast<float2 *>(to) = make_float2(a, b);
 }
 
+/* 1 / x for a power of two within 2^-126 and 2^126. */
+__device__ __forceinline__ float inverse_power(float x)
+{
+    return __uint_as_float(0x7f000000u - __float_as_uint(x));
+}
+
 } // namespace fkda
 
 #endif

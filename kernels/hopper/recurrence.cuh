@@ -19,7 +19,9 @@ template <int rows> struct Recurrence {
     int warp_row; /* the warp's first row of V, of the piece's */
     /* state[s]: rows g, g, g + 8, g + 8 and channels 8 s + 2 t, + 1, + 0, + 1 */
     float state[DIM / 8][4];
-    float scale[2]; /* of the two rows, powers of two: state, V and U are kept divided by them */
+    float scale[2];  /* of the two rows, powers of two: state, V and U are kept divided by them */
+    bool look_again; /* the scales have just changed */
+    bool faint;      /* since they were chosen a chunk had a strength below one */
 
     __device__ Recurrence(const fkda_fwd_args &a, Shared<rows> &s, int thread)
         : args(a), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4), warp_row(thread / 32 * 16)
@@ -88,25 +90,21 @@ template <int rows> struct Recurrence {
                      fmaxf(fabsf(v[1][2 * r]), fabsf(v[1][2 * r + 1])));
     }
 
-    /* 1 / x for a power of two within 2^-126 and 2^126. */
-    __device__ static float inverse_power(float x)
-    {
-        return __uint_as_float(0x7f000000u - __float_as_uint(x));
-    }
-
-    /* Chooses both rows' scales anew, so that the largest of the state and the coming values is in [1/2, 1), and scales
+    /* Chooses both rows' scales anew, so that the largest of the state and the coming v * strength is in [1/2, 1), and scales
      * the state and what was computed from it. */
-    __device__ void rescale(const float (&v)[2][4], float (&both)[4][4])
+    __device__ void rescale(const float (&v)[2][4], float strength, float (&both)[4][4])
     {
+        bool changed = false;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float most = 0.0f;
 #pragma unroll
             for (int s = 0; s < DIM / 8; s++)
                 most = fmaxf(most, fmaxf(fabsf(state[s][2 * r]), fabsf(state[s][2 * r + 1])));
-            most = fmaxf(most * scale[r], largest(v, r));
+            most = fmaxf(most * scale[r], largest(v, r) * strength);
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            most = fminf(most, 0x1p126f);
             const float above = __uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u);
             const float next = fminf(fmaxf(above, fmaxf(scale[r] * 0x1p-100f, 0x1p-126f)), 0x1p126f);
             const float factor = scale[r] * inverse_power(next);
@@ -114,19 +112,27 @@ template <int rows> struct Recurrence {
             for (int s = 0; s < DIM / 8; s++) state[s][2 * r] *= factor, state[s][2 * r + 1] *= factor;
 #pragma unroll
             for (int i = 0; i < 4; i++) both[i][2 * r] *= factor, both[i][2 * r + 1] *= factor;
+            changed |= next != scale[r];
             scale[r] = next;
         }
+        look_again = __any_sync(~0u, changed);
+        faint = false;
     }
 
     /* Products take the state, R and U as fp16. A row of the state grows by at most the square root of the sum of its v^2
      * (normalised keys, decays below 1), so that with |v| <= 16 scales and 2^20 tokens it stays below 2^14.1 of
-     * fp16's 2^16. Rows that fade are scaled up again: every eighth chunk is looked at, if v is small there. */
-    __device__ bool in_range(const float (&v)[2][4], bool look) const
+     * fp16's 2^16. With a strength below one it is v * strength that is held to this, and the state could grow by 16 scales a
+     * token: so every eighth chunk looks at it anew, if such a chunk came by. Rows that fade are scaled up again: every
+     * eighth chunk is looked at, and the one after each change, if v is small there. */
+    __device__ bool in_range(const float (&v)[2][4], float strength, bool eighth)
     {
-        const float top = largest(v, 0), low = largest(v, 1);
+        const float top = largest(v, 0) * strength, low = largest(v, 1) * strength;
         const bool large = (top > 16.0f * scale[0]) | (low > 16.0f * scale[1]);
-        const bool small = look & ((top < 0x1p-9f * scale[0]) | (low < 0x1p-9f * scale[1]));
-        return !__any_sync(~0u, large | small);
+        const bool small = (top < 0x1p-9f * scale[0]) | (low < 0x1p-9f * scale[1]);
+        faint |= strength < 1.0f;
+        const bool act = large | ((eighth | look_again) & small) | (eighth & faint);
+        look_again = false;
+        return !__any_sync(~0u, act);
     }
 
     /* Two tiles of accumulators side by side as an A operand. */
@@ -169,7 +175,7 @@ template <int rows> struct Recurrence {
 
     /* One chunk; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what the chunk's own
      * tokens add to it in `own`. */
-    __device__ void step(int index, int first_row, bool first, bool look, float (&both)[4][4],
+    __device__ void step(int index, int first_row, bool first, bool eighth, float (&both)[4][4],
                          float (&own)[2][4])
     {
         const Stage &base = shared.stage[0], &stage = shared.stage[index];
@@ -184,14 +190,15 @@ template <int rows> struct Recurrence {
         for (int s = 1; s < DIM / 16; s++) wgmma<true, false>(both, a[s], base.decayed.operand(s) + offset);
         wgmma_commit();
         load_values(v, stage.v, first_row);
-        const bool fits = in_range(v, look);
+        const float strength = stage.strength;
+        const bool fits = in_range(v, strength, eighth);
         wgmma_wait<0>();
-        if (first || !fits) rescale(v, both);
+        if (first || !fits) rescale(v, strength, both);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++)
-                u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
+                u[i][r] = strength * __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
         pack_operand(a[0], u[0], u[1]);
         wgmma_fence();
         wgmma<false, true>(u, a[0], base.solve.operand(0) + offset);
@@ -216,7 +223,8 @@ template <int rows> struct Recurrence {
             float both[4][4] = {}, own[2][4] = {};
             load_state(state_begin(piece));
             scale[0] = scale[1] = 1.0f;
-            if (args.initial_state) rescale(own, both);
+            look_again = faint = false;
+            if (args.initial_state && piece.length > 0) rescale(own, 1.0f, both);
             for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
                 mbarrier_wait(&shared.stages.full[slot.index], slot.parity);
                 step(slot.index, piece.first_row, left == piece.length, (left & 7 * CHUNK) == 0, both, own);

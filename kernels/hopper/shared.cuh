@@ -2,6 +2,8 @@
 #ifndef FKDA_HOPPER_SHARED_CUH
 #define FKDA_HOPPER_SHARED_CUH
 
+#include <stddef.h>
+
 #include "../common/elements.cuh"
 #include "fwd_shape.h"
 #include "sm90.cuh"
@@ -45,7 +47,7 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
 /* A prepared chunk. With G the running sum of the log decay, rows i, j:
  *   decayed: columns 0 to 15 have k_i exp(G_i), 16 to 31 have q_i exp(G_i), depth is the channel
  *   k_rest:  column is the channel, depth the token: k_j exp(G_last - G_j)
- *   solve  = (I + L)^-1 diag(b)                attend = tril(q_i k_j exp(G_i - G_j)), columns i, depths j
+ *   solve  = (I + L)^-1 diag(b) / strength     attend = tril(q_i k_j exp(G_i - G_j)), columns i, depths j
  *   gamma_minus_1 = exp(G_last) - 1 */
 struct Stage {
     Tile<2 * CHUNK, DIM, false, 16 * 128, 128> decayed;
@@ -54,7 +56,12 @@ struct Stage {
     Tile<CHUNK, CHUNK, false, 2 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
     uint16_t v[CHUNK][PITCH]; /* as it comes from memory; zero past the end */
+    float strength; /* a power of two that `solve` is divided by: 1, or above all b if those are tiny */
 };
+
+static_assert(offsetof(Stage, gamma_minus_1) % 16 == 0 && offsetof(Stage, v) % 16 == 0 &&
+                  sizeof(Stage) % 16 == 0,
+              "copied and read 16 bytes at a time");
 
 /* Where a channel is in gamma_minus_1: lane t of the recurrence reads the four of its accumulators of channels 16 s + 2 t,
  * + 1, + 8, + 9 at once. */
@@ -89,7 +96,8 @@ template <int rows> struct Shared {
     Ring<PRODUCTS> product_ring;
 };
 static_assert(Shared<128>::PRODUCTS % Shared<128>::SOLVERS == 0 &&
-                  Shared<64>::PRODUCTS % Shared<64>::SOLVERS == 0 && STAGES >= Shared<64>::TEAMS,
+                  Shared<64>::PRODUCTS % Shared<64>::SOLVERS == 0 && STAGES >= Shared<64>::TEAMS &&
+                  INPUTS >= Shared<64>::TEAMS && Shared<64>::PRODUCTS >= Shared<64>::TEAMS,
               "rounds of a ring must not be confused");
 static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,

@@ -73,6 +73,14 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const P
     return lane / 2 < at.left ? __ldg(beta + (at.token + lane / 2) * args.heads + at.head) : 0;
 }
 
+/* 1, or if all of the warp's b are below 2^-6 a power of two above them: what keeps small ones in fp16's range. */
+__device__ __forceinline__ float strength_above(float b)
+{
+    const uint32_t most = __reduce_max_sync(~0u, __float_as_uint(b)); /* as integers: none is negative */
+    const float above = __uint_as_float((most & 0x7f800000u) + 0x00800000u);
+    return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
+}
+
 template <int rows>
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int solver, int lane)
 {
@@ -96,7 +104,10 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
         add_products(shared.l_columns[solver], stage, shared.products[in.index], b, lane);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&shared.product_ring.empty[in.index]);
-        solve_columns(stage, shared.l_columns[solver], __shfl_sync(~0u, b, 2 * (lane % CHUNK)), lane);
+        const float strength = strength_above(b);
+        if (lane == 0) stage.strength = strength;
+        const float own = __shfl_sync(~0u, b, 2 * (lane % CHUNK)) * inverse_power(strength);
+        solve_columns(stage, shared.l_columns[solver], own, lane);
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&shared.stages.full[stage_slot.index]);
