@@ -12,7 +12,7 @@
         .workspace_size = fkda_cpu_workspace_size, .fwd = fkda_cpu_fwd, .explain = fkda_cpu_explain,         \
     }
 
-/* The default for a device is the first that it can run. "hopper" comes last until its tests have run on a GPU. */
+/* The default for a device is the first that it can run. */
 static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu", "any 64-bit CPU",
                "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores by default"),
@@ -22,16 +22,6 @@ static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "chunks of 16 tokens in fp32, vectors of 8 floats"),
 #endif
     CPU_KERNEL("cpu-portable", "any 64-bit CPU", "chunks of 16 tokens in fp32, vectors of 4 floats"),
-#ifdef FKDA_WITH_CUDA
-    {
-        .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
-                 "chunks of 16 tokens through tf32 mma.sync, one launch, state in registers in fp32"},
-        .min_compute_capability = 80,
-        .workspace_size = fkda_cuda_portable_workspace_size,
-        .fwd = fkda_cuda_portable_fwd,
-        .explain = fkda_cuda_portable_explain,
-    },
-#endif
 #ifdef FKDA_WITH_HOPPER
     {
         .info = {sizeof(flash_kda_kernel_info), "hopper", FLASH_KDA_CUDA, "sm_90",
@@ -41,6 +31,16 @@ static const fkda_kernel kernels[] = {
         .workspace_size = fkda_cuda_hopper_workspace_size,
         .fwd = fkda_cuda_hopper_fwd,
         .explain = fkda_cuda_hopper_explain,
+    },
+#endif
+#ifdef FKDA_WITH_CUDA
+    {
+        .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
+                 "chunks of 16 tokens through tf32 mma.sync, one launch, state in registers in fp32"},
+        .min_compute_capability = 80,
+        .workspace_size = fkda_cuda_portable_workspace_size,
+        .fwd = fkda_cuda_portable_fwd,
+        .explain = fkda_cuda_portable_explain,
     },
 #endif
 };
