@@ -75,22 +75,32 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1
 
 /* Four 8 x 8 tiles of 16-bit elements. Lane i gives the address of row i % 8 of tile i / 8; register m of lane (g, t) is
  * columns 2t and 2t + 1 of row g of tile m. */
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row)
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row)
+{
+    load_matrices(r, shared_address(row));
 }
 
 /* Four 8 x 8 tiles of 16-bit elements, each transposed on the way. Lane i gives the address of row i % 8
  * of tile i / 8; register m of lane (g, t) gets rows 2t and 2t + 1 of column g of tile m. */
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row)
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row)
+{
+    load_matrices_transposed(r, shared_address(row));
 }
 
 /* Transposes one 8 x 8 tile of 16-bit elements held by a warp, two to a lane. Volatile, so that it is not moved to

@@ -13,30 +13,30 @@
 #include "solve.cuh"
 
 /* A block for `rows` rows of V of a head: all 128, or 64 where there are too few heads to fill the GPU. */
-template <int rows> static __device__ void forward(const fkda_fwd_args &args)
+template <int rows> static __device__ void forward(const fkda_hopper_fwd_args &all)
 {
     using namespace fkda;
-    extern __shared__ __align__(128) unsigned char memory[];
+    const fkda_fwd_args &args = all.fwd;
+    extern __shared__ __align__(1024) unsigned char memory[];
     Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(memory);
     const int thread = threadIdx.x, warp = thread / 32 - rows / 16, lane = thread % 32;
     const bool ordered = args.counter && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
     if (thread == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(&shared.stages.full[i], TEAM_WARPS + 1 + 32); /* the solver, the loading lanes */
-            mbarrier_init(&shared.stages.empty[i], rows / 16);
+        for (int i = 0; i < SLOTS; i++) {
+            mbarrier_init(&shared.chunks.loaded[i], 1);
+            mbarrier_init_for_warps(&shared.chunks.ready[i], TEAM_WARPS + 1); /* the solver */
+            mbarrier_init_for_warps(&shared.chunks.empty[i], rows / 16);
         }
-        for (int i = 0; i < INPUTS; i++) {
-            mbarrier_init(&shared.inputs.full[i], 32);
-            mbarrier_init(&shared.inputs.empty[i], TEAM_WARPS);
-        }
-        for (int i = 0; i < Shared<rows>::PRODUCTS; i++) {
-            mbarrier_init(&shared.product_ring.full[i], TEAM_WARPS);
-            mbarrier_init(&shared.product_ring.empty[i], 1);
+        for (int i = 0; i < Shared<rows>::TEAMS; i++) {
+            mbarrier_init_for_warps(&shared.product_ring.full[i], TEAM_WARPS);
+            mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
         }
         for (int i = 0; i < PIECES_AHEAD; i++) {
             mbarrier_init(&shared.pieces.ring.full[i], 1);
-            mbarrier_init(&shared.pieces.ring.empty[i], rows / 16 + FKDA_HOPPER_AHEAD_WARPS(rows));
+            mbarrier_init_for_warps(&shared.pieces.ring.empty[i],
+                                    rows / 16 + FKDA_HOPPER_AHEAD_WARPS(rows) - 1); /* all but the loader */
         }
+        fence_mbarrier_init();
     }
     if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
     __syncthreads();
@@ -48,7 +48,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
         if (warp < FKDA_HOPPER_PREPARE_WARPS(rows))
             Preparation<rows>(args, shared, warp, lane).run();
         else if (warp == FKDA_HOPPER_PREPARE_WARPS(rows))
-            Loader<rows>(args, shared, ordered ? shared.order : nullptr, lane).run();
+            Loader<rows>(all, shared, ordered ? shared.order : nullptr, lane).run();
         else if (warp < FKDA_HOPPER_AHEAD_WARPS(rows))
             solve(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS(rows) - 1, lane);
     }
@@ -56,7 +56,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
 
 #define FKDA_DEFINE_KERNEL(rows)                                                                             \
     extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                               \
-        fkda_hopper_fwd_##rows(const __grid_constant__ fkda_fwd_args args)                                   \
+        fkda_hopper_fwd_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                            \
     {                                                                                                        \
         forward<rows>(args);                                                                                 \
     }

@@ -56,48 +56,24 @@ __device__ inline void order_sequences(const fkda_fwd_args &args, int *length, u
     }
 }
 
-/* A copy of 16 bytes of every second token by each lane; `from` is in bytes. */
-template <bool whole>
-__device__ __forceinline__ void copy_rows(uint16_t (&to)[CHUNK][PITCH], const void *tensor, long long from,
-                                          long long two_tokens, int left, int lane)
-{
-#pragma unroll
-    for (int i = 0; i < CHUNK; i += 2, from += two_tokens) {
-        const bool valid = whole || i + lane / 16 < left;
-        copy_async_16(&to[i + lane / 16][lane % 16 * 8],
-                      static_cast<const char *>(tensor) + (valid ? from : 0), valid);
-    }
-}
-
 template <int rows> struct Loader {
-    static constexpr int VALUES_BEHIND =
-        INPUTS - 2; /* chunks: values wait for a stage, and are needed later */
-    const fkda_fwd_args &args;
+    const fkda_hopper_fwd_args &args;
     Shared<rows> &shared;
     int lane;
     Dealer<rows> dealer;
     Slot<PIECES_AHEAD> dealt;
-    Slot<INPUTS> input;
-    Slot<STAGES> stage;
-    Piece piece;   /* the last one dealt */
-    Walk walk;     /* through the pieces again, for the values */
-    Piece values;  /* where they are */
-    int done;      /* tokens of it that have theirs */
-    int behind;    /* pieces dealt that `walk` has not met */
-    int valueless; /* chunks that have inputs but no values yet */
+    Slot<SLOTS> slot;
+    Piece piece; /* the last one dealt */
 
-    __device__ Loader(const fkda_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
-        : args(a), shared(s), lane(lane_id), dealer(a, order), dealt(0), input(0), stage(0), piece{},
-          walk(s.pieces), values{}, done(0), behind(0), valueless(0)
+    __device__ Loader(const fkda_hopper_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
+        : args(a), shared(s), lane(lane_id), dealer(a.fwd, order), dealt(0), slot(0), piece{}
     {
     }
 
-    /* Deals out a piece, for which all must have met the one PIECES_AHEAD before: this warp too, and the recurrence, which
-     * may wait for values. So these are loaded before the ring can be full, also where pieces have no tokens. */
+    /* Deals out a piece, for which all must have met the one PIECES_AHEAD before. Nobody waits there for more than chunks of
+     * earlier pieces, which are all asked for. */
     __device__ void deal()
     {
-        pass_pieces();
-        while (behind >= PIECES_AHEAD - 1 && valueless > 0) load_values();
         piece = dealer.deal(lane);
         mbarrier_wait(&shared.pieces.ring.empty[dealt.index], dealt.parity ^ 1);
         if (lane == 0) {
@@ -105,55 +81,30 @@ template <int rows> struct Loader {
             mbarrier_arrive(&shared.pieces.ring.full[dealt.index]);
         }
         dealt.advance(1);
-        behind++;
     }
 
-    /* Past pieces whose values are all asked for. */
-    __device__ void pass_pieces()
+    /* The chunk of a piece from its token `first` on. Past the end of the sequence this brings the next one's tokens, past the end
+     * of the tensor zeros. */
+    __device__ void load(const Piece &now, int first)
     {
-        for (; done >= values.length && behind > 0; behind--) values = walk.take(), done = 0;
-    }
-
-    __device__ long long first_byte(long long token, int head) const
-    {
-        return 2 * (((token + lane / 16) * args.heads + head) * DIM + lane % 16 * 8);
-    }
-
-    __device__ void load_input(long long token, int head, int left)
-    {
-        Input &to = shared.input[input.index];
-        const long long from = first_byte(token, head), step = args.half_chunk_bytes / 4;
-        mbarrier_wait(&shared.inputs.empty[input.index], input.parity ^ 1);
-        if (left >= CHUNK) {
-            copy_rows<true>(to.g, args.g, from, step, left, lane);
-            copy_rows<true>(to.k, args.k, from, step, left, lane);
-            copy_rows<true>(to.q, args.q, from, step, left, lane);
-        } else {
-            copy_rows<false>(to.g, args.g, from, step, left, lane);
-            copy_rows<false>(to.k, args.k, from, step, left, lane);
-            copy_rows<false>(to.q, args.q, from, step, left, lane);
+        Tokens<rows> &to = shared.tokens[slot.index];
+        uint64_t *loaded = &shared.chunks.loaded[slot.index];
+        mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
+        if (elect_lane()) {
+            const int token = static_cast<int>(now.begin) + first;
+            mbarrier_arrive_expecting(loaded, static_cast<int>(sizeof to));
+#pragma unroll
+            for (int half = 0; half < DIM / 64; half++) {
+                copy_box(to.half[half].k, &args.k, token, half, now.head, loaded);
+                copy_box(to.half[half].q, &args.q, token, half, now.head, loaded);
+                copy_box(to.half[half].g, &args.g, token, half, now.head, loaded);
+            }
+#pragma unroll
+            for (int half = 0; half < rows / 64; half++)
+                copy_box(to.v[half], &args.v, token, now.first_row / 64 + half, now.head, loaded);
         }
-        mbarrier_arrive_after_copies(&shared.inputs.full[input.index]);
-        input.advance(1);
-    }
-
-    /* Of the next chunk that has none yet. */
-    __device__ void load_values()
-    {
-        pass_pieces();
-        const int left = values.length - done;
-        const long long begin = first_byte(values.begin + done, values.head),
-                        step = args.half_chunk_bytes / 4;
-        mbarrier_wait(&shared.stages.empty[stage.index], stage.parity ^ 1);
-        if (left >= CHUNK)
-            copy_rows<true>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
-        else
-            copy_rows<false>(shared.stage[stage.index].v, args.v, begin, step, left, lane);
-        mbarrier_arrive_after_copies(&shared.stages.full[stage.index]);
-        stage.advance(1);
-        done += CHUNK;
-        valueless--;
-        pass_pieces();
+        __syncwarp();
+        slot.advance(1);
     }
 
     __device__ void run()
@@ -162,13 +113,8 @@ template <int rows> struct Loader {
         while (piece.index >= 0) {
             const Piece now = piece;
             deal();
-            for (int first = 0; first < now.length; first += CHUNK) {
-                load_input(now.begin + first, now.head, now.length - first);
-                if (++valueless > VALUES_BEHIND) load_values();
-            }
+            for (int first = 0; first < now.length; first += CHUNK) load(now, first);
         }
-        while (valueless > 0) load_values();
-        copy_async_wait_all();
     }
 };
 

@@ -14,10 +14,12 @@ namespace fkda
 {
 
 template <int rows> struct Preparation {
-    static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp */
+    static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp: a half of the tokens' */
+    static_assert(TEAM_WARPS == 2, "a half each, and norms of q or k each");
     const fkda_fwd_args &args;
     Shared<rows> &shared;
     int team, warp, lane, g, t;
+    int place;           /* matrix_row of this lane */
     float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
     /* The triangle of ones as an A fragment in bf16: 1 where a token exists and comes no later than the row's. */
     uint32_t ones[4];
@@ -25,7 +27,7 @@ template <int rows> struct Preparation {
 
     __device__ Preparation(const fkda_fwd_args &a, Shared<rows> &s, int id, int lane_id)
         : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4),
-          t(lane % 4), inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
+          t(lane % 4), place(matrix_row(lane)), inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
     {
     }
 
@@ -51,17 +53,34 @@ template <int rows> struct Preparation {
         __syncwarp();
     }
 
-    /* 1 / |x| of a chunk's tokens. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of the
-     * accumulators has tokens g and g + 8. */
-    __device__ void store_inverse_norms(float (&to)[CHUNK], const uint16_t (&x)[CHUNK][PITCH]) const
+    /* Zeros for the tokens from `left` on, in this warp's half. */
+    __device__ void clear_past_end(Tokens<rows> &tokens, int left) const
     {
+        const uint4 zeros = make_uint4(0, 0, 0, 0);
+        for (int i = left + lane / 8; i < CHUNK; i += 4) {
+            const int at = i * ROW + lane % 8 * 16;
+            *reinterpret_cast<uint4 *>(&tokens.half[warp].k[at]) = zeros;
+            *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
+            *reinterpret_cast<uint4 *>(&tokens.half[warp].g[at]) = zeros;
+            if (warp < rows / 64) *reinterpret_cast<uint4 *>(&tokens.v[warp][at]) = zeros;
+        }
+    }
+
+    /* 1 / |x| of a chunk's tokens, x: the q or the k of half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of the
+     * accumulators has tokens g and g + 8. */
+    __device__ void store_inverse_norms(float (&to)[CHUNK], const unsigned char *x) const
+    {
+        const uint32_t rows_at = shared_address(x) + place,
+                       columns_at = shared_address(x) + matrix_row_by_token(lane);
         float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
 #pragma unroll
         for (int c = 0; c < DIM / 16; c++) {
-            uint32_t a[4];
-            load_matrices(a, &x[lane % 16][16 * c + lane / 16 * 8]);
-            mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], a[0], a[2]);
-            mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], a[1], a[3]);
+            const int half = c / 4 * 3 * HALF_TOKENS, unit = c % 4 * 32;
+            uint32_t a[4], b[4]; /* the same numbers, in the orders of both operands */
+            load_matrices(a, (rows_at ^ unit) + half);
+            load_matrices(b, (columns_at ^ unit) + half);
+            mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
         if (t == g / 2) {
             to[g] = rsqrt_approx((g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f);
@@ -72,13 +91,13 @@ template <int rows> struct Preparation {
     /* sum[b]: the running sums of the log2 decay of tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
      * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
      * transposes back, as sums of two bf16: what is left out is 2^-18 of a gate, and as often too much as too little. */
-    __device__ void accumulate_gates(const Input &input, int c, float (&sum)[2][4]) const
+    __device__ void accumulate_gates(uint32_t half, int c, float (&sum)[2][4]) const
     {
         uint32_t raw[4];
-        load_matrices_transposed(raw, &input.g[lane % 16][c + lane / 16 * 8]);
+        load_matrices_transposed(raw, (half ^ 2 * c) + 2 * HALF_TOKENS);
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            const float offset = shared.gate_offset[team][c + 8 * b + g];
+            const float offset = shared.gate_offset[team][warp * SHARE + c + 8 * b + g];
             float x[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -98,14 +117,15 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* The decayed tiles of 16 channels, and their part of the products over channels: tokens 0 to 7 with 0 to 7, 8 to 15
+    /* The decayed tiles of 16 channels from c on, of this warp's, and their part of the products over channels: tokens 0 to 7 with 0 to 7, 8 to 15
      * with 0 to 7 and 8 to 15 with 8 to 15. A product has K~ in its upper and Q~ in its lower eight rows. */
-    __device__ void decay(Stage &stage, const Input &input, int c, const float (&q_factor)[2],
+    __device__ void decay(uint32_t half, float *gamma, int c, const float (&q_factor)[2],
                           const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[3][4]) const
     {
+        const uint32_t at = half ^ 2 * c;
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], k_rest[4]; /* channel / 8, token / 8 */
-        load_matrices(raw_k, &input.k[lane % 16][c + lane / 16 * 8]);
-        load_matrices(raw_q, &input.q[lane % 16][c + lane / 16 * 8]);
+        load_matrices(raw_k, at);
+        load_matrices(raw_q, at + HALF_TOKENS);
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             float k_up[2][2], q_up[2][2], k_down[2][2], last[2]; /* token / 8, channel */
@@ -132,88 +152,78 @@ template <int rows> struct Preparation {
                 k_rest[2 * b + e] = pack_half(k_down[e][0] * last[0], k_down[e][1] * last[1]);
             }
             if (g == 7)
-                *reinterpret_cast<float2 *>(&stage.gamma_minus_1[gamma_place(c + 8 * b + 2 * t)]) =
+                *reinterpret_cast<float2 *>(&gamma[c + gamma_place(8 * b + 2 * t)]) =
                     make_float2(sum[b][2], sum[b][3]);
         }
-        store_matrices(stage.decayed.at(lane % 16, c + lane / 16 * 8), k_decayed);
-        store_matrices(stage.decayed.at(CHUNK + lane % 16, c + lane / 16 * 8), q_decayed);
-        store_matrices(stage.k_rest.at(c + lane / 16 * 8, lane % 16), k_rest);
+        store_matrices(at, k_decayed);
+        store_matrices(at + HALF_TOKENS, q_decayed);
+        store_matrices(at + 2 * HALF_TOKENS, k_rest);
     }
 
     /* Turns the sums of the last token into the state's decay over the chunk, less one: rounded to fp32 itself, the decay
      * of a slow channel would be off by the same amount chunk after chunk. */
-    __device__ void finish_gamma(Stage &stage) const
+    __device__ void finish_gamma(float *gamma) const
     {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++) {
-            float &x = stage.gamma_minus_1[warp * SHARE + 32 * i + lane];
+            float &x = gamma[32 * i + lane];
             x = ex2_minus_1(x);
         }
     }
 
-    /* The block of tokens 0 to 7 with 8 to 15 is left as it is: nobody looks at it. */
-    __device__ void store_products(float (&to)[2][CHUNK][CHUNK + 8], const float (&products)[3][4]) const
+    __device__ void store_products(float (&to)[2][3][8][8], const float (&products)[3][4]) const
     {
 #pragma unroll
         for (int n = 0; n < 3; n++)
 #pragma unroll
             for (int which = 0; which < 2; which++)
-                store_two(&to[which][n ? g + 8 : g][n == 2 ? 8 + 2 * t : 2 * t], products[n][2 * which],
-                          products[n][2 * which + 1]);
+                store_two(&to[which][n][g][2 * t], products[n][2 * which], products[n][2 * which + 1]);
     }
 
     __device__ void run()
     {
-        Slot<INPUTS> in(team);
-        Slot<STAGES> out(team);
-        Slot<Shared<rows>::PRODUCTS> parts(team);
+        Slot<SLOTS> slot(team);
         int round = 0, head = -1;
         bool whole = true; /* the chunk before: `ones` is for all its tokens */
         find_ones(CHUNK);
         for (Position at(shared.pieces, team); !at.done(); at.advance(Shared<rows>::TEAMS)) {
-            const Input &input = shared.input[in.index];
-            Stage &stage = shared.stage[out.index];
+            Tokens<rows> &tokens = shared.tokens[slot.index];
+            const uint32_t half = shared_address(&tokens.half[warp]) + place;
+            float *gamma = &shared.stage[slot.index].gamma_minus_1[warp * SHARE];
             float products[3][4] = {}, q_factor[2], k_factor[2];
             if (at.left < CHUNK || !whole) find_ones(at.left);
             whole = at.left >= CHUNK;
             if (at.head != head) load_gate_parameters(head = at.head);
-            mbarrier_wait(&shared.inputs.full[in.index], in.parity);
-            for (int x = warp; x < 2; x += TEAM_WARPS)
-                store_inverse_norms(shared.inverse_norm[team][round][x], x ? input.k : input.q);
+            mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
+            if (!whole) {
+                clear_past_end(tokens, at.left);
+                barrier_sync<1, 32 * TEAM_WARPS>(team);
+            }
+            store_inverse_norms(shared.inverse_norm[team][round][warp],
+                                warp ? tokens.half[0].k : tokens.half[0].q);
             barrier_sync<1, 32 * TEAM_WARPS>(team);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
                 k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
             }
-            round ^= 1;
-            mbarrier_wait(&shared.stages.empty[out.index], out.parity ^ 1);
-            const int last = (warp + 1) * SHARE - 16;
-            float sum[2][4];
-            accumulate_gates(input, warp * SHARE, sum);
 #pragma unroll 1
-            for (int c = warp * SHARE; c < last; c += 16) {
-                float next[2][4]; /* gates are a slice ahead, so that two slices' waits fill each other */
-                accumulate_gates(input, c + 16, next);
-                decay(stage, input, c, q_factor, k_factor, sum, products);
-#pragma unroll
-                for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = next[i / 4][i % 4];
+            for (int c = 0; c < SHARE; c += 32) {
+                float sum[2][2][4]; /* two slices' gates at once, so that their waits fill each other */
+                accumulate_gates(half, c, sum[0]);
+                accumulate_gates(half, c + 16, sum[1]);
+                decay(half, gamma, c, q_factor, k_factor, sum[0], products);
+                decay(half, gamma, c + 16, q_factor, k_factor, sum[1], products);
             }
-            decay(stage, input, last, q_factor, k_factor, sum, products);
-            finish_gamma(stage);
+            finish_gamma(gamma);
             fence_async_proxy();
-            mbarrier_wait(&shared.product_ring.empty[parts.index], parts.parity ^ 1);
-            store_products(shared.products[parts.index].part[warp], products);
-            __syncwarp();
-            if (lane == 0) {
-                mbarrier_arrive(&shared.inputs.empty[in.index]);
-                mbarrier_arrive(&shared.product_ring.full[parts.index]);
-                mbarrier_arrive(&shared.stages.full[out.index]);
-            }
-            in.advance(Shared<rows>::TEAMS);
-            out.advance(Shared<rows>::TEAMS);
-            parts.advance(Shared<rows>::TEAMS);
+            mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
+            store_products(shared.products[team].part[warp], products);
+            mbarrier_arrive_warp(&shared.product_ring.full[team]);
+            mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
+            round ^= 1;
+            slot.advance(Shared<rows>::TEAMS);
         }
     }
 };

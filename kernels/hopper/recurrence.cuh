@@ -16,7 +16,8 @@ template <int rows> struct Recurrence {
     const fkda_fwd_args &args;
     Shared<rows> &shared;
     int lane, g, t;
-    int warp_row; /* the warp's first row of V, of the piece's */
+    int warp_row;                  /* the warp's first row of V, of the piece's */
+    int value_place, output_place; /* this lane's in the rows of v: for matrices of 8 x 8, for an output */
     /* state[s]: rows g, g, g + 8, g + 8 and channels 8 s + 2 t, + 1, + 0, + 1 */
     float state[DIM / 8][4];
     float scale[2];  /* of the two rows, powers of two: state, V and U are kept divided by them */
@@ -26,6 +27,9 @@ template <int rows> struct Recurrence {
     __device__ Recurrence(const fkda_fwd_args &a, Shared<rows> &s, int thread)
         : args(a), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4), warp_row(thread / 32 * 16)
     {
+        const int half = warp_row / 64 * HALF_TOKENS, unit = warp_row % 64 / 8;
+        output_place = half + (lane / 2 * ROW | (lane % 2 ^ unit ^ lane / 2 % 8) * 16);
+        value_place = half + (matrix_row_by_token(lane) ^ unit * 16);
     }
 
     /* Where this lane's part of a piece's state begins, in elements. */
@@ -72,10 +76,10 @@ template <int rows> struct Recurrence {
     }
 
     /* v^T: rows as in the state, tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
-    __device__ void load_values(float (&v)[2][4], const uint16_t (&from)[CHUNK][PITCH], int first_row) const
+    __device__ void load_values(float (&v)[2][4], const Tokens<rows> &tokens) const
     {
         uint32_t x[4];
-        load_matrices_transposed(x, &from[lane % 8 + lane / 16 * 8][first_row + warp_row + lane / 8 % 2 * 8]);
+        load_matrices_transposed(x, &tokens.v[0][value_place]);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             v[i / 2][i % 2 * 2] = bf16_low(x[i]);
@@ -90,9 +94,9 @@ template <int rows> struct Recurrence {
                      fmaxf(fabsf(v[1][2 * r]), fabsf(v[1][2 * r + 1])));
     }
 
-    /* Chooses both rows' scales anew, so that the largest of the state and the coming v * strength is in [1/2, 1), and scales
+    /* Chooses both rows' scales anew, so that the largest of the state and the coming v is in [1/2, 1), and scales
      * the state and what was computed from it. */
-    __device__ void rescale(const float (&v)[2][4], float strength, float (&both)[4][4])
+    __device__ void rescale(const float (&v)[2][4], float (&both)[4][4])
     {
         bool changed = false;
 #pragma unroll
@@ -101,7 +105,7 @@ template <int rows> struct Recurrence {
 #pragma unroll
             for (int s = 0; s < DIM / 8; s++)
                 most = fmaxf(most, fmaxf(fabsf(state[s][2 * r]), fabsf(state[s][2 * r + 1])));
-            most = fmaxf(most * scale[r], largest(v, r) * strength);
+            most = fmaxf(most * scale[r], largest(v, r));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
             most = fminf(most, 0x1p126f);
@@ -121,18 +125,29 @@ template <int rows> struct Recurrence {
 
     /* Products take the state, R and U as fp16. A row of the state grows by at most the square root of the sum of its v^2
      * (normalised keys, decays below 1), so that with |v| <= 16 scales and 2^20 tokens it stays below 2^14.1 of
-     * fp16's 2^16. With a strength below one it is v * strength that is held to this, and the state could grow by 16 scales a
-     * token: so every eighth chunk looks at it anew, if such a chunk came by. Rows that fade are scaled up again: every
-     * eighth chunk is looked at, and the one after each change, if v is small there. */
-    __device__ bool in_range(const float (&v)[2][4], float strength, bool eighth)
+     * fp16's 2^16. */
+    __device__ bool large(const float (&v)[2][4]) const
     {
-        const float top = largest(v, 0) * strength, low = largest(v, 1) * strength;
-        const bool large = (top > 16.0f * scale[0]) | (low > 16.0f * scale[1]);
-        const bool small = (top < 0x1p-9f * scale[0]) | (low < 0x1p-9f * scale[1]);
-        faint |= strength < 1.0f;
-        const bool act = large | ((eighth | look_again) & small) | (eighth & faint);
+        return (largest(v, 0) > 16.0f * scale[0]) | (largest(v, 1) > 16.0f * scale[1]);
+    }
+
+    /* What chunks need that are not just like the one before. Rows that fade are scaled up again: every eighth chunk is
+     * looked at, and the one after each change, if v is small there. With a strength below one it is v * strength that is
+     * held to the range, and the state could grow by 16 scales a token: so every eighth chunk chooses scales, if such a chunk
+     * came by. */
+    __device__ void adapt(float (&v)[2][4], float (&both)[4][4], float strength, bool first, bool eighth)
+    {
+        if (strength < 1.0f) {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) v[i][r] *= strength, both[i][r] *= strength;
+        }
+        const bool small = (largest(v, 0) < 0x1p-9f * scale[0]) | (largest(v, 1) < 0x1p-9f * scale[1]);
+        const bool act = large(v) | ((eighth | look_again) & small);
         look_again = false;
-        return !__any_sync(~0u, act);
+        if (__any_sync(~0u, act) || first || (eighth && faint)) rescale(v, both);
+        faint |= strength < 1.0f;
     }
 
     /* Two tiles of accumulators side by side as an A operand. */
@@ -142,20 +157,22 @@ template <int rows> struct Recurrence {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
-    /* Tile i of the sum has tokens 8 i to 8 i + 7; lane 2 i + h stores rows 8 h to 8 h + 7 of token i at byte `at`. */
-    __device__ void store_output(const float (&x)[2][4], const float (*y)[4], long long at, bool valid) const
+    /* Tile i of the sum has tokens 8 i to 8 i + 7; lane 2 i + h stores rows 8 h to 8 h + 7 of token i at byte `at`. They go
+     * through where the warp's v was. */
+    __device__ void store_output(Tokens<rows> &tokens, const float (&x)[2][4], const float (*y)[4],
+                                 long long at, bool valid) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
-        uint16_t(&out)[CHUNK][24] = shared.out[warp_row / 16];
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             pairs[2 * i] = pack_bf16((x[i][0] + y[i][0]) * top, (x[i][1] + y[i][1]) * top);
             pairs[2 * i + 1] = pack_bf16((x[i][2] + y[i][2]) * low, (x[i][3] + y[i][3]) * low);
         }
-        store_matrices_transposed(&out[lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8], pairs);
+        store_matrices_transposed(shared_address(&tokens.v[0][value_place]), pairs);
+        fence_async_proxy(); /* later copies overwrite this */
         __syncwarp();
-        const uint4 row = *reinterpret_cast<const uint4 *>(&out[lane / 2][lane % 2 * 8]);
+        const uint4 row = *reinterpret_cast<const uint4 *>(&tokens.v[0][output_place]);
         store_16_if(static_cast<char *>(args.out) + at, row, valid);
     }
 
@@ -175,64 +192,70 @@ template <int rows> struct Recurrence {
 
     /* One chunk; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what the chunk's own
      * tokens add to it in `own`. */
-    __device__ void step(int index, int first_row, bool first, bool eighth, float (&both)[4][4],
-                         float (&own)[2][4])
+    __device__ void step(int index, bool first, bool eighth, float (&both)[4][4], float (&own)[2][4])
     {
-        const Stage &base = shared.stage[0], &stage = shared.stage[index];
-        const int offset = index * static_cast<int>(sizeof(Stage) / 16); /* in descriptors */
-        float v[2][4], u[2][4];                                          /* u: R^T = (V - K~ S)^T, then U^T */
+        const Stage &stage = shared.stage[index];
+        const uint32_t tokens_place =
+            descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<rows>) / 16);
+        const uint32_t stage_place =
+            descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
+        float v[2][4], u[2][4]; /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
-        wgmma<false, false>(both, a[0], base.decayed.operand(0) + offset);
+        wgmma<false, false>(both, a[0], Tokens<rows>::decayed(tokens_place, 0));
 #pragma unroll
-        for (int s = 1; s < DIM / 16; s++) wgmma<true, false>(both, a[s], base.decayed.operand(s) + offset);
+        for (int s = 1; s < DIM / 16; s++)
+            wgmma<true, false>(both, a[s], Tokens<rows>::decayed(tokens_place, s));
         wgmma_commit();
-        load_values(v, stage.v, first_row);
+        load_values(v, shared.tokens[index]);
         const float strength = stage.strength;
-        const bool fits = in_range(v, strength, eighth);
+        const bool usual = !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && !look_again;
         wgmma_wait<0>();
-        if (first || !fits) rescale(v, strength, both);
+        if (!usual) adapt(v, both, strength, first, eighth);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++)
-                u[i][r] = strength * __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
+                u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
         pack_operand(a[0], u[0], u[1]);
         wgmma_fence();
-        wgmma<false, true>(u, a[0], base.solve.operand(0) + offset);
+        wgmma<false, true>(u, a[0],
+                           decltype(stage.solve)::operand(stage_place + offsetof(Stage, solve) / 16));
         wgmma_commit();
         decay(stage.gamma_minus_1);
         wgmma_wait<0>();
         pack_operand(a[1], u[0], u[1]);
         wgmma_fence();
-        wgmma<false, false>(own, a[1], base.attend.operand(0) + offset);
+        wgmma<false, false>(own, a[1],
+                            decltype(stage.attend)::operand(stage_place + offsetof(Stage, attend) / 16));
         wgmma_commit();
-        wgmma<true, true>(state, a[1], base.k_rest.operand(0) + offset);
+        wgmma<true, true>(state, a[1], Tokens<rows>::k_rest(tokens_place));
         wgmma_commit();
     }
 
     __device__ void run()
     {
-        Slot<STAGES> slot(0);
+        Slot<SLOTS> slot(0);
         Walk walk(shared.pieces);
-        for (Piece piece = walk.take(); piece.index >= 0; piece = walk.take()) {
+        for (;; walk.leave()) {
+            const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
+            if (piece.index < 0) break;
             long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
                                 warp_row + lane % 2 * 8);
             float both[4][4] = {}, own[2][4] = {};
             load_state(state_begin(piece));
             scale[0] = scale[1] = 1.0f;
             look_again = faint = false;
-            if (args.initial_state && piece.length > 0) rescale(own, 1.0f, both);
+            if (args.initial_state && piece.length > 0) rescale(own, both);
             for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
-                mbarrier_wait(&shared.stages.full[slot.index], slot.parity);
-                step(slot.index, piece.first_row, left == piece.length, (left & 7 * CHUNK) == 0, both, own);
+                mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
+                step(slot.index, left == piece.length, (left & 7 * CHUNK) == 0, both, own);
                 wgmma_wait<1>();
-                store_output(own, &both[2], at, lane / 2 < left);
+                store_output(shared.tokens[slot.index], own, &both[2], at, lane / 2 < left);
                 wgmma_wait<0>();
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(&shared.stages.empty[slot.index]);
+                mbarrier_arrive_warp(&shared.chunks.empty[slot.index]);
                 slot.advance(1);
             }
             if (args.final_state) store_state(state_begin(piece));

@@ -12,15 +12,11 @@
 namespace fkda
 {
 
-constexpr int TEAM_WARPS = 2;  /* that prepare a chunk together */
-constexpr int INPUTS = 6;      /* slots of the ring of inputs */
-constexpr int STAGES = 6;      /* slots of the ring of prepared chunks */
-constexpr int PITCH = DIM + 8; /* of raw tokens, so that eight of them lie in different banks */
-
-/* A chunk's inputs as they come from memory; tokens past the end are zero. */
-struct Input {
-    uint16_t q[CHUNK][PITCH], k[CHUNK][PITCH], g[CHUNK][PITCH];
-};
+constexpr int TEAM_WARPS = 2; /* that prepare a chunk together */
+constexpr int SLOTS =
+    12; /* of the ring of chunks: a multiple of the teams', so that each meets all rounds of its slots */
+constexpr int ROW = 128; /* bytes of a swizzled row: of 64 channels of a token, or of 64 rows of V */
+constexpr int HALF_TOKENS = CHUNK * ROW; /* bytes: the chunk's tokens in 64 channels */
 
 /* A tile of fp16 that wgmma reads as B: `columns` of the result x `depth`, in core matrices of 8 x 8. In a core matrix the
  * eight neighbours of 16 bytes are columns (column_major) or depths. The steps in bytes between core matrices
@@ -37,31 +33,64 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
             &bytes[column / 8 * column_step + d / 8 * depth_step + row % 8 * 16]);
     }
 
-    /* As the operand of depths 16 i to 16 i + 15. */
-    __device__ uint64_t operand(int i) const
+    /* As the operand, with 16 depths; `place` is its descriptor_address. */
+    static __device__ uint64_t operand(uint32_t place)
     {
-        return tile_descriptor<column_step, depth_step>(bytes) + i * (2 * depth_step / 16);
+        static_assert(depth == 16, "of one product");
+        return tile_descriptor<column_step, depth_step>(place);
     }
 };
 
-/* A prepared chunk. With G the running sum of the log decay, rows i, j:
- *   decayed: columns 0 to 15 have k_i exp(G_i), 16 to 31 have q_i exp(G_i), depth is the channel
- *   k_rest:  column is the channel, depth the token: k_j exp(G_last - G_j)
+/* A chunk, prepared where its inputs arrive. Rows are of a token and 64 channels (of v: 64 rows of V), swizzled: unit
+ * u of 16 bytes of token i is at i * ROW + (u ^ i % 8) * 16, which copies write, wgmma reads and ldmatrix meets without
+ * bank conflicts. With G the running sum of the log decay, tokens i:
+ *   k: k_i, then k_i exp(G_i)     q: q_i, then q_i exp(G_i)     g: g_i, then k_i exp(G_last - G_i)     v: v_i, then out_i
+ * Inputs are bf16, prepared tiles fp16; tokens past the end are made zeros. */
+template <int rows> struct Tokens {
+    struct {
+        unsigned char k[HALF_TOKENS], q[HALF_TOKENS], g[HALF_TOKENS];
+    } half[DIM / 64];
+    unsigned char v[rows / 64][HALF_TOKENS];
+
+    /* K~ and Q~ side by side as B, 32 columns, depths 16 i to 16 i + 15; `place` is the descriptor_address of it all. */
+    static __device__ uint64_t decayed(uint32_t place, int i)
+    {
+        return swizzled_descriptor<16, 8 * ROW>(place + i / 4 * (3 * HALF_TOKENS / 16) + i % 4 * 2);
+    }
+
+    /* As B with 128 columns, the channels, and 16 depths, the tokens. */
+    static __device__ uint64_t k_rest(uint32_t place)
+    {
+        return swizzled_descriptor<3 * HALF_TOKENS, 8 * ROW>(place + 2 * HALF_TOKENS / 16);
+    }
+};
+static_assert(sizeof(Tokens<64>) % 1024 == 0 && sizeof(Tokens<128>) % 1024 == 0,
+              "what swizzling repeats after");
+
+/* In a half of k, q or g, this lane's row for ldmatrix and stmatrix of the matrices (tokens 0-7, units 0), (8-15, 0),
+ * (0-7, 1), (8-15, 1); those of units u and u + 1, u even, are at ^ 16 u. */
+__device__ __forceinline__ int matrix_row(int lane)
+{
+    return lane % 16 * ROW | (lane / 16 ^ lane % 8) * 16;
+}
+
+/* The same for matrices (tokens 0-7, units 0), (0-7, 1), (8-15, 0), (8-15, 1). */
+__device__ __forceinline__ int matrix_row_by_token(int lane)
+{
+    return (lane / 16 * 8 + lane % 8) * ROW | (lane / 8 % 2 ^ lane % 8) * 16;
+}
+
+/* What else the recurrence takes of a chunk:
  *   solve  = (I + L)^-1 diag(b) / strength     attend = tril(q_i k_j exp(G_i - G_j)), columns i, depths j
  *   gamma_minus_1 = exp(G_last) - 1 */
 struct Stage {
-    Tile<2 * CHUNK, DIM, false, 16 * 128, 128> decayed;
-    Tile<DIM, CHUNK, true, 128, 16 * 128> k_rest;
     Tile<CHUNK, CHUNK, true, 128, 2 * 128> solve;
     Tile<CHUNK, CHUNK, false, 2 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
-    uint16_t v[CHUNK][PITCH]; /* as it comes from memory; zero past the end */
     float strength; /* a power of two that `solve` is divided by: 1, or above all b if those are tiny */
 };
 
-static_assert(offsetof(Stage, gamma_minus_1) % 16 == 0 && offsetof(Stage, v) % 16 == 0 &&
-                  sizeof(Stage) % 16 == 0,
-              "copied and read 16 bytes at a time");
+static_assert(offsetof(Stage, gamma_minus_1) % 16 == 0 && sizeof(Stage) % 16 == 0, "read 16 bytes at a time");
 
 /* Where a channel is in gamma_minus_1: lane t of the recurrence reads the four of its accumulators of channels 16 s + 2 t,
  * + 1, + 8, + 9 at once. */
@@ -70,34 +99,37 @@ __device__ __forceinline__ int gamma_place(int channel)
     return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
 }
 
-/* What the warps of a team leave for the solver: their parts of K~ K^^T and Q~ K^^T. */
+/* What the warps of a team leave for the solver: their parts of K~ K^^T and Q~ K^^T, blocks of 8 x 8 tokens: 0-7 with
+ * 0-7, 8-15 with 0-7 and 8-15 with 8-15. */
 struct Products {
-    float part[TEAM_WARPS][2][CHUNK][CHUNK + 8];
+    float part[TEAM_WARPS][2][3][8][8];
+};
+
+/* The ring of chunks: their inputs have come, they are prepared and solved, the recurrence is done with them. */
+struct Chunks {
+    uint64_t loaded[SLOTS], ready[SLOTS], empty[SLOTS];
 };
 
 /* For pieces of `rows` rows of V. */
 template <int rows> struct Shared {
-    /* Each team prepares every TEAMS-th chunk, each solver solves every SOLVERS-th; between them is a ring whose size
-     * is a multiple of SOLVERS, so that a solver meets every round of its slots. */
+    /* Each team prepares every TEAMS-th chunk, each solver solves every SOLVERS-th. */
     static constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS(rows) / TEAM_WARPS;
-    static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows), PRODUCTS = rows == 128 ? 5 : 4;
+    static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows);
 
-    Stage stage[STAGES];
-    Input input[INPUTS];
-    Products products[PRODUCTS];
+    __align__(1024) Tokens<rows> tokens[SLOTS];
+    Stage stage[SLOTS];
+    Products products[TEAMS];
     float l_columns[SOLVERS][CHUNK][CHUNK + 4]; /* L transposed */
     float inverse_norm[TEAMS][2][2][CHUNK];     /* in every other chunk of a team; of q, of k */
     float gate_offset[TEAMS][DIM];              /* -exp(A_log) log2(e) dt_bias of the team's head */
-    uint16_t out[rows / 16][CHUNK][24];         /* to each warp of the recurrence; 16 rows of V */
     uint16_t order[FKDA_HOPPER_MOST_ORDERED];
     Pieces pieces;
-    Ring<STAGES> stages;
-    Ring<INPUTS> inputs;
-    Ring<PRODUCTS> product_ring;
+    Chunks chunks;
+    Ring<TEAMS> product_ring;
 };
-static_assert(Shared<128>::PRODUCTS % Shared<128>::SOLVERS == 0 &&
-                  Shared<64>::PRODUCTS % Shared<64>::SOLVERS == 0 && STAGES >= Shared<64>::TEAMS &&
-                  INPUTS >= Shared<64>::TEAMS && Shared<64>::PRODUCTS >= Shared<64>::TEAMS,
+static_assert(SLOTS % Shared<128>::TEAMS == 0 && SLOTS % Shared<64>::TEAMS == 0 &&
+                  Shared<128>::TEAMS % Shared<128>::SOLVERS == 0 &&
+                  Shared<64>::TEAMS % Shared<64>::SOLVERS == 0,
               "rounds of a ring must not be confused");
 static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,

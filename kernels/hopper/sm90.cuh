@@ -3,6 +3,7 @@
 #define FKDA_HOPPER_SM90_CUH
 
 #include "../common/ptx.cuh"
+#include "fwd_args.h"
 
 namespace fkda
 {
@@ -18,6 +19,25 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier)
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+/* A warp arrives through one lane, once all have got there. The sanitizers' racecheck holds an arrival to order what its own
+ * lane did and no more; for it, kernels are compiled so that every lane arrives. */
+#ifdef FKDA_EVERY_LANE_ARRIVES
+constexpr int WARP_ARRIVALS = 32;
+#else
+constexpr int WARP_ARRIVALS = 1;
+#endif
+
+__device__ __forceinline__ void mbarrier_init_for_warps(uint64_t *barrier, int warps)
+{
+    mbarrier_init(barrier, warps * WARP_ARRIVALS);
+}
+
+__device__ __forceinline__ void mbarrier_arrive_warp(uint64_t *barrier)
+{
+    __syncwarp();
+    if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
 __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
 {
     asm volatile("{\n"
@@ -30,26 +50,51 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
-/* Arrives once this thread's copies so far have landed. */
-__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t *barrier)
+/* Makes initialised barriers visible to copies. */
+__device__ __forceinline__ void fence_mbarrier_init()
 {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-/* The opposites of load_matrices and load_matrices_transposed. */
-__device__ __forceinline__ void store_matrices(void *row, const uint32_t (&r)[4])
+/* True in one lane of the warp, the same one wherever all are active. */
+__device__ __forceinline__ bool elect_lane()
 {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
+/* Arrives, and has the phase wait for so many bytes of copies too. */
+__device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t *barrier, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
                  : "memory");
 }
 
-__device__ __forceinline__ void store_matrices_transposed(void *row, const uint32_t (&r)[4])
+/* Copies a box of a tensor to shared memory; `barrier` counts its bytes. Coordinates as in fkda_hopper_fwd_args. */
+__device__ __forceinline__ void copy_box(void *to, const fkda_tensor_map *map, int token, int half, int head,
+                                         uint64_t *barrier)
 {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
-        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-        : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(0), "r"(token), "r"(half), "r"(head), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+/* The opposites of load_matrices and load_matrices_transposed. */
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
@@ -68,15 +113,37 @@ template <int registers> __device__ __forceinline__ void give_registers()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-/* A tile of 16-bit elements in shared memory as wgmma's B operand: core matrices of 8 x 16 bytes, each contiguous,
- * `depth_step` bytes from one to the next along the depth of the product and `column_step` along its columns. */
-template <int column_step, int depth_step>
-__device__ __forceinline__ uint64_t tile_descriptor(const void *tile)
+/* A shared memory address as wgmma's descriptors have it. */
+__device__ __forceinline__ uint32_t descriptor_address(const void *tile)
+{
+    return shared_address(tile) / 16;
+}
+
+/* A tile of 16-bit elements in shared memory, at descriptor_address `place`, as wgmma's B operand. Not swizzled: core matrices of
+ * 8 x 16 bytes, each contiguous; depth_step bytes from one to the next along the depth of the product, column_step along
+ * its columns. Put together from words, of which one is a constant and the other a sum of few. */
+template <int column_step, int depth_step> __device__ __forceinline__ uint64_t tile_descriptor(uint32_t place)
 {
     static_assert(column_step % 16 == 0 && depth_step % 16 == 0, "in units of 16 bytes");
-    constexpr uint64_t steps =
-        static_cast<uint64_t>(depth_step / 16) << 16 | static_cast<uint64_t>(column_step / 16) << 32;
-    return steps | (shared_address(tile) & 0x3ffff) >> 4;
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(descriptor)
+        : "r"(place + (depth_step / 16 << 16)), "r"(column_step / 16));
+    return descriptor;
+}
+
+/* The same for rows of 64 elements, 128 bytes, whose eight units of 16 bytes are swizzled as copy_box leaves them: unit
+ * u of row r lies at u ^ r % 8. `block_step` bytes from one such column of eight rows to the next along the dimension of
+ * the units, `row_step` along that of the rows. */
+template <int block_step, int row_step>
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t place)
+{
+    static_assert(block_step % 16 == 0 && row_step % 16 == 0, "in units of 16 bytes");
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(descriptor)
+        : "r"(place + (block_step / 16 << 16)), "r"(row_step / 16 | 1 << 30));
+    return descriptor;
 }
 
 /* Around products: registers are touched before the fence and after the wait only. */

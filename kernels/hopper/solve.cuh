@@ -19,15 +19,17 @@ __device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4
                                              const Products &products, float b, int lane)
 {
     const int i = lane / 2, first = lane % 2 * 8;
+    const int block =
+        i / 8 + (i / 8 & lane % 2); /* where row i has none, any: its columns are above the diagonal */
     float sums[2][8];
 #pragma unroll
     for (int which = 0; which < 2; which++)
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
-            float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][i][first + j]);
+            float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][block][i % 8][j]);
 #pragma unroll
             for (int w = 1; w < TEAM_WARPS; w++) {
-                float4 x = *reinterpret_cast<const float4 *>(&products.part[w][which][i][first + j]);
+                float4 x = *reinterpret_cast<const float4 *>(&products.part[w][which][block][i % 8][j]);
                 s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
             }
             sums[which][j] = s.x, sums[which][j + 1] = s.y, sums[which][j + 2] = s.z,
@@ -85,12 +87,12 @@ template <int rows>
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int solver, int lane)
 {
     constexpr int SOLVERS = Shared<rows>::SOLVERS;
-    Slot<STAGES> stage_slot(solver);
-    Slot<Shared<rows>::PRODUCTS> in(solver);
+    Slot<SLOTS> slot(solver);
+    Slot<Shared<rows>::TEAMS> in(solver);
     Position at(shared.pieces, solver);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
-        Stage &stage = shared.stage[stage_slot.index];
+        Stage &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
         /* The next logit is loaded ahead within a piece. The next piece may be dealt out only after this chunk is solved. */
@@ -100,18 +102,15 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
             logit = load_beta(args, at, lane);
         }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        mbarrier_wait(&shared.stages.empty[stage_slot.index], stage_slot.parity ^ 1);
         add_products(shared.l_columns[solver], stage, shared.products[in.index], b, lane);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.product_ring.empty[in.index]);
+        mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of l_columns is there too */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;
         const float own = __shfl_sync(~0u, b, 2 * (lane % CHUNK)) * inverse_power(strength);
         solve_columns(stage, shared.l_columns[solver], own, lane);
         fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.stages.full[stage_slot.index]);
-        stage_slot.advance(SOLVERS);
+        mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
+        slot.advance(SOLVERS);
         in.advance(SOLVERS);
         if (!ahead) {
             at.advance(SOLVERS);

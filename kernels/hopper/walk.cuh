@@ -52,13 +52,23 @@ struct Walk {
     {
     }
 
-    __device__ Piece take()
+    /* The piece there is to do, until it is left. */
+    __device__ const Piece &look() const
     {
         mbarrier_wait(&pieces.ring.full[slot.index], slot.parity);
-        const Piece piece = pieces.piece[slot.index];
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(&pieces.ring.empty[slot.index]);
+        return pieces.piece[slot.index];
+    }
+
+    __device__ void leave()
+    {
+        mbarrier_arrive_warp(&pieces.ring.empty[slot.index]);
         slot.advance(1);
+    }
+
+    __device__ Piece take()
+    {
+        const Piece piece = look();
+        leave();
         return piece;
     }
 };

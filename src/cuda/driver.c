@@ -25,14 +25,17 @@ static void open_driver(void)
     const struct {
         const char *symbol;
         void *slot;
+        bool needed;
     } functions[] = {
-#define ENTRY(name, symbol, arguments) {symbol, &driver.name},
-        FKDA_DRIVER_FUNCTIONS(ENTRY)
-#undef ENTRY
+#define NEEDED(name, symbol, arguments) {symbol, &driver.name, true},
+#define NEW(name, symbol, arguments) {symbol, &driver.name, false},
+        FKDA_DRIVER_FUNCTIONS(NEEDED) FKDA_NEW_DRIVER_FUNCTIONS(NEW)
+#undef NEEDED
+#undef NEW
     };
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
         *(void **)functions[i].slot = dlsym(library, functions[i].symbol);
-        if (!*(void **)functions[i].slot) {
+        if (!*(void **)functions[i].slot && functions[i].needed) {
             snprintf(failure, sizeof failure, "the NVIDIA driver is too old: it has no %s",
                      functions[i].symbol);
             return;

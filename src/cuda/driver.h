@@ -24,6 +24,11 @@ enum {
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
+    CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+    CU_TENSOR_MAP_SWIZZLE_128B = 3,
+    CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
+    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0,
 };
 
 /* Every entry: result type, symbol in libcuda, argument types. */
@@ -57,9 +62,17 @@ enum {
     X(cuEventDestroy, "cuEventDestroy_v2", (CUevent event))                                                  \
     X(cuGetErrorName, "cuGetErrorName", (CUresult result, const char **name))
 
+/* Those that drivers before CUDA 12 do not have: NULL there. */
+#define FKDA_NEW_DRIVER_FUNCTIONS(X)                                                                         \
+    X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                      \
+      (void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes, const uint64_t *strides,     \
+       const uint32_t *box, const uint32_t *element_strides, int interleave, int swizzle, int promotion,     \
+       int fill))
+
 typedef struct fkda_driver {
 #define DECLARE(name, symbol, arguments) CUresult(*name) arguments;
     FKDA_DRIVER_FUNCTIONS(DECLARE)
+    FKDA_NEW_DRIVER_FUNCTIONS(DECLARE)
 #undef DECLARE
 } fkda_driver;
 

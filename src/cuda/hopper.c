@@ -1,6 +1,7 @@
 /* Launches kernels/hopper/fwd.cu. */
 #include <stdio.h>
 
+#include "../../kernels/hopper/fwd_args.h"
 #include "../../kernels/hopper/fwd_shape.h"
 #include "arguments.h"
 #include "cuda.h"
@@ -51,13 +52,49 @@ size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)
     return lengths_differ(p) ? 64 : 0;
 }
 
+/* Of a tensor [tokens, heads, 128] in bf16, as fkda_hopper_fwd_args wants it. */
+static CUresult map_tensor(const fkda_driver *driver, fkda_tensor_map *map, const void *tensor,
+                           const fkda_problem *p)
+{
+    const uint64_t row = FKDA_DIM * sizeof *p->v; /* bytes */
+    const uint64_t sizes[] = {FKDA_DIM / 2, (uint64_t)(p->batch * p->tokens), 2, (uint64_t)p->heads};
+    const uint64_t strides[] = {(uint64_t)p->heads * row, row / 2, row};
+    const uint32_t box[] = {FKDA_DIM / 2, 16, 1, 1}, every[] = {1, 1, 1, 1};
+    return driver->cuTensorMapEncodeTiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)tensor, sizes,
+                                          strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+static flash_kda_status map_tensors(const fkda_driver *driver, fkda_hopper_fwd_args *args,
+                                    const fkda_problem *p)
+{
+    const struct {
+        fkda_tensor_map *map;
+        const void *tensor;
+    } pairs[] = {{&args->q, p->q}, {&args->k, p->k}, {&args->g, p->g}, {&args->v, p->v}};
+    if (!driver->cuTensorMapEncodeTiled)
+        return fkda_fail(FLASH_KDA_DEVICE_ERROR,
+                         "the NVIDIA driver is too old for kernel \"hopper\": it has no "
+                         "cuTensorMapEncodeTiled, which came with CUDA 12");
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
+        CUresult result = map_tensor(driver, pairs[i].map, pairs[i].tensor, p);
+        if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
+    }
+    return FLASH_KDA_OK;
+}
+
 static flash_kda_status launch(const fkda_driver *driver, const fkda_problem *p, const layout *l)
 {
-    fkda_fwd_args args = fkda_kernel_arguments(p);
+    fkda_hopper_fwd_args args = {.fwd = fkda_kernel_arguments(p)};
     void *arguments[] = {&args};
     CUstream stream = p->stream;
+    if (p->batch > 0 && p->tokens > 0) { /* without tokens nothing is read but states */
+        flash_kda_status status = map_tensors(driver, &args, p);
+        if (status != FLASH_KDA_OK) return status;
+    }
     if (l->draws_numbers) {
-        args.counter = p->workspace;
+        args.fwd.counter = p->workspace;
         CUresult result = driver->cuMemsetD32Async((CUdeviceptr)p->workspace, 0, 1, stream);
         if (result) return fkda_driver_fail("cuMemsetD32Async", result);
     }
