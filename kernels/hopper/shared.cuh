@@ -110,6 +110,13 @@ struct Chunks {
     uint64_t loaded[SLOTS], ready[SLOTS], empty[SLOTS];
 };
 
+/* A solver's scratch, of the blocks of 8 x 8 tokens of L: those on the diagonal transposed; the one below it, and the
+ * inverse of I + the second one transposed, in fp16. */
+struct Blocks {
+    float diagonal[2][8][8];
+    __align__(16) uint16_t lower[8][8], inverse[8][8];
+};
+
 /* For pieces of `rows` rows of V. */
 template <int rows> struct Shared {
     /* Each team prepares every TEAMS-th chunk, each solver solves every SOLVERS-th. */
@@ -119,9 +126,9 @@ template <int rows> struct Shared {
     __align__(1024) Tokens<rows> tokens[SLOTS];
     Stage stage[SLOTS];
     Products products[TEAMS];
-    float l_columns[SOLVERS][CHUNK][CHUNK + 4]; /* L transposed */
-    float inverse_norm[TEAMS][2][2][CHUNK];     /* in every other chunk of a team; of q, of k */
-    float gate_offset[TEAMS][DIM];              /* -exp(A_log) log2(e) dt_bias of the team's head */
+    Blocks blocks[SOLVERS];
+    float inverse_norm[TEAMS][2][2][CHUNK]; /* in every other chunk of a team; of q, of k */
+    float gate_offset[TEAMS][DIM];          /* -exp(A_log) log2(e) dt_bias of the team's head */
     uint16_t order[FKDA_HOPPER_MOST_ORDERED];
     Pieces pieces;
     Chunks chunks;

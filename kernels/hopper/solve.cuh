@@ -14,13 +14,12 @@ __device__ __forceinline__ uint4 pack_eight(const float *x)
                       pack_half(x[6], x[7]));
 }
 
-/* L = tril(diag(b) K~ K^^T, -1), transposed, and tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
-__device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4], Stage &stage,
-                                             const Products &products, float b, int lane)
+/* L = tril(diag(b) K~ K^^T, -1) and tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
+__device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const Products &products, float b,
+                                             int lane)
 {
-    const int i = lane / 2, first = lane % 2 * 8;
-    const int block =
-        i / 8 + (i / 8 & lane % 2); /* where row i has none, any: its columns are above the diagonal */
+    const int i = lane / 2, h = lane % 2;
+    const int block = i / 8 + (i / 8 & h); /* where row i has none, any: its columns are above the diagonal */
     float sums[2][8];
 #pragma unroll
     for (int which = 0; which < 2; which++)
@@ -37,35 +36,54 @@ __device__ __forceinline__ void add_products(float (&l_columns)[CHUNK][CHUNK + 4
         }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        l_columns[first + j][i] = first + j < i ? sums[0][j] * (UNTRUNCATE * b) : 0.0f;
-        sums[1][j] = first + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
+        sums[0][j] = 8 * h + j < i ? sums[0][j] * (UNTRUNCATE * b) : 0.0f;
+        sums[1][j] = 8 * h + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
     }
-    *stage.attend.at(i, first) = pack_eight(sums[1]);
+    if (i / 8 == h) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) blocks.diagonal[h][j][i % 8] = sums[0][j];
+    } else if (h == 0) {
+        *reinterpret_cast<uint4 *>(blocks.lower[i % 8]) = pack_eight(sums[0]);
+    }
+    *stage.attend.at(i, 8 * h) = pack_eight(sums[1]);
 }
 
-/* (I + L)^-1 diag(b) by forward substitution in fp32, a column to a lane; own is the column's b. */
-__device__ __forceinline__ void solve_columns(Stage &stage, const float (&l_columns)[CHUNK][CHUNK + 4],
-                                              float own, int lane)
+/* T = (I + L)^-1 diag(b). With blocks A = I + L of the first and C = I + L of the last eight tokens, T is A^-1 diag(b) and
+ * C^-1 diag(b) on the diagonal, by forward substitution in fp32, a column to a lane; and below it - C^-1 lower A^-1 diag(b), two
+ * products on the tensor core, of transposes: rows of the one's accumulators are the other's operand. own: column
+ * lane % 16's b. */
+__device__ __forceinline__ void solve_blocks(Blocks &blocks, Stage &stage, float own, int lane)
 {
-    const int j = lane % CHUNK;
-    float x[CHUNK];
+    const int j = lane % 8, which = lane / 8;
+    float x[8];
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) x[i] = i == j ? own : 0.0f;
+    for (int i = 0; i < 8; i++) x[i] = i == j ? 1.0f : 0.0f;
 #pragma unroll
-    for (int m = 0; m < CHUNK - 1; m++) {
-        float column[CHUNK];
+    for (int m = 0; m < 7; m++) {
+        float column[8];
 #pragma unroll
-        for (int i = (m + 1) / 4 * 4; i < CHUNK; i += 4) {
-            float4 four = *reinterpret_cast<const float4 *>(&l_columns[m][i]);
+        for (int i = (m + 1) / 4 * 4; i < 8; i += 4) {
+            float4 four = *reinterpret_cast<const float4 *>(&blocks.diagonal[which % 2][m][i]);
             column[i] = four.x, column[i + 1] = four.y, column[i + 2] = four.z, column[i + 3] = four.w;
         }
 #pragma unroll
-        for (int i = m + 1; i < CHUNK; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
+        for (int i = m + 1; i < 8; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
     }
-    if (lane < CHUNK) {
-        *stage.solve.at(0, j) = pack_eight(&x[0]);
-        *stage.solve.at(8, j) = pack_eight(&x[8]);
-    }
+    /* Eight lanes each: A^-1 diag(b), C^-1 diag(b), zeros above the diagonal, C^-1. */
+    const float factor = which < 2 ? own : which == 2 ? 0.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] *= factor;
+    uint4 *to = which == 3 ? reinterpret_cast<uint4 *>(blocks.inverse[j])
+                           : stage.solve.at(which % 2 * 8, (which > 0) * 8 + j);
+    *to = pack_eight(x);
+    __syncwarp();
+    uint32_t first[4], second[4];
+    load_matrices(first, lane / 8 % 2 ? static_cast<const void *>(blocks.lower[j]) : stage.solve.at(0, j));
+    load_matrices_transposed(second, blocks.inverse[j]);
+    float product[4] = {}, below[4] = {};
+    mma_half(product, first[0], 0, 0, 0, first[1], 0);
+    mma_half(below, pack_half(-product[0], -product[1]), 0, 0, 0, second[0], 0);
+    reinterpret_cast<uint32_t *>(stage.solve.at(8, lane / 4))[lane % 4] = pack_half(below[0], below[1]);
 }
 
 /* b of token lane / 2: its logit through a sigmoid, zero past the end. */
@@ -102,12 +120,12 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
             logit = load_beta(args, at, lane);
         }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        add_products(shared.l_columns[solver], stage, shared.products[in.index], b, lane);
-        mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of l_columns is there too */
+        add_products(shared.blocks[solver], stage, shared.products[in.index], b, lane);
+        mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of `blocks` is there too */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;
         const float own = __shfl_sync(~0u, b, 2 * (lane % CHUNK)) * inverse_power(strength);
-        solve_columns(stage, shared.l_columns[solver], own, lane);
+        solve_blocks(shared.blocks[solver], stage, own, lane);
         fence_async_proxy();
         mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
         slot.advance(SOLVERS);
