@@ -208,14 +208,17 @@ template <int rows> struct Preparation {
                 q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
                 k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
             }
+            float sum[2][4];
+            accumulate_gates(half, 0, sum);
 #pragma unroll 1
-            for (int c = 0; c < SHARE; c += 32) {
-                float sum[2][2][4]; /* two slices' gates at once, so that their waits fill each other */
-                accumulate_gates(half, c, sum[0]);
-                accumulate_gates(half, c + 16, sum[1]);
-                decay(half, gamma, c, q_factor, k_factor, sum[0], products);
-                decay(half, gamma, c + 16, q_factor, k_factor, sum[1], products);
+            for (int c = 0; c < SHARE - 16; c += 16) {
+                float next[2][4]; /* gates are a slice ahead, so that two slices' waits fill each other */
+                accumulate_gates(half, c + 16, next);
+                decay(half, gamma, c, q_factor, k_factor, sum, products);
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = next[i / 4][i % 4];
             }
+            decay(half, gamma, SHARE - 16, q_factor, k_factor, sum, products);
             finish_gamma(gamma);
             fence_async_proxy();
             mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
