@@ -15,6 +15,28 @@ constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
+/* 2^x - 1 for x <= 0, with a small relative error also near 0: the Taylor series in y = x ln 2 down to 2^-0.25. */
+__device__ __forceinline__ float ex2_minus_1(float x)
+{
+    float y = x * 0.6931471805599453f;
+    float series = __fmaf_rn(y, 1.0f / 120, 1.0f / 24);
+    series = __fmaf_rn(y, series, 1.0f / 6);
+    series = __fmaf_rn(y, series, 0.5f);
+    series = __fmaf_rn(y, series, 1.0f) * y;
+    return x > -0.25f ? series : ex2(x) - 1.0f;
+}
+
+/* The two bf16 in one register. */
+__device__ __forceinline__ float bf16_low(uint32_t pair)
+{
+    return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float bf16_high(uint32_t pair)
+{
+    return __uint_as_float(pair & 0xffff0000u);
+}
+
 /* Eight bf16 as they come from memory. */
 struct Eight {
     uint32_t pair[4];

@@ -14,6 +14,19 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer)
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/* The block's dynamic shared memory. */
+__device__ __forceinline__ unsigned char *block_memory()
+{
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return memory;
+}
+
+/* The indices of the block and of the thread in it, read again at each call rather than kept in registers. */
+__device__ __forceinline__ void read_indices(int &block, int &thread)
+{
+    asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%tid.x;" : "=r"(block), "=r"(thread));
+}
+
 /* Special functions: relative error near 1e-7, flushing denormals. */
 __device__ __forceinline__ float ex2(float x)
 {
@@ -34,17 +47,6 @@ __device__ __forceinline__ float rsqrt_approx(float x)
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-/* 2^x - 1 for x <= 0, with a small relative error also near 0: the Taylor series in y = x ln 2 down to 2^-0.25. */
-__device__ __forceinline__ float ex2_minus_1(float x)
-{
-    float y = x * 0.6931471805599453f;
-    float series = __fmaf_rn(y, 1.0f / 120, 1.0f / 24);
-    series = __fmaf_rn(y, series, 1.0f / 6);
-    series = __fmaf_rn(y, series, 0.5f);
-    series = __fmaf_rn(y, series, 1.0f) * y;
-    return x > -0.25f ? series : ex2(x) - 1.0f;
 }
 
 /* d += a * b on 16 x 8 += (16 x 8) (8 x 8) tiles of tf32. With g = lane / 4 and t = lane % 4:
@@ -169,17 +171,6 @@ template <int first, int threads> __device__ __forceinline__ void barrier_arrive
     asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.arrive id, %2; }" ::"r"(index), "n"(first),
                  "n"(threads)
                  : "memory");
-}
-
-/* The two bf16 in one register. */
-__device__ __forceinline__ float bf16_low(uint32_t pair)
-{
-    return __uint_as_float(pair << 16);
-}
-
-__device__ __forceinline__ float bf16_high(uint32_t pair)
-{
-    return __uint_as_float(pair & 0xffff0000u);
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high)

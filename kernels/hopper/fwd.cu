@@ -17,8 +17,7 @@ template <int rows> static __device__ void forward(const fkda_hopper_fwd_args &a
 {
     using namespace fkda;
     const fkda_fwd_args &args = all.fwd;
-    extern __shared__ __align__(1024) unsigned char memory[];
-    Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(memory);
+    Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(block_memory());
     const int thread = threadIdx.x, warp = thread / 32 - rows / 16, lane = thread % 32;
     const bool ordered = args.counter && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
     if (thread == 0) {

@@ -41,7 +41,7 @@ template <int rows> struct Recurrence {
     __device__ long long state_begin() const
     {
         int block, id;
-        asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%tid.x;" : "=r"(block), "=r"(id));
+        read_indices(block, id);
         int row = block % (DIM / rows) * rows + (id - FKDA_PORTABLE_PREPARE_THREADS) / 32 * 16 + id % 32 / 4;
         return static_cast<long long>(block / (DIM / rows)) * (DIM * DIM) + (row * DIM + id % 4 * 4);
     }

@@ -57,9 +57,13 @@ def test_the_model_finds_a_ring_that_teams_do_not_divide():
 
 def test_the_model_finds_a_slot_given_back_too_early():
     """As if the recurrence's warps did not all have to be done with a chunk."""
-    with pytest.raises(AssertionError, match=r"in use|overwritten|arrivals|deadlock|stage"):
+
+    def run_all():
         for seed in range(40):
             block = Block([400, 400], seed)
             for barrier in block.chunks.empty:
                 barrier.count = barrier.missing = 1
             block.run()
+
+    with pytest.raises(AssertionError, match=r"in use|overwritten|arrivals|deadlock|stage"):
+        run_all()

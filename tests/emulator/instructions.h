@@ -1,0 +1,402 @@
+/*
+ * The functions of kernels/common/ptx.cuh and kernels/hopper/sm90.cuh, in C++: what each instruction does by the PTX
+ * manual. Their include guards are taken, so that the kernels get these.
+ */
+#ifndef FKDA_EMULATOR_INSTRUCTIONS_H
+#define FKDA_EMULATOR_INSTRUCTIONS_H
+
+#define FKDA_PTX_CUH
+#define FKDA_HOPPER_SM90_CUH
+
+#include "../../kernels/hopper/fwd_args.h"
+#include "language.h"
+#include "tensor_map.h"
+
+namespace fkda
+{
+
+inline uint32_t shared_address(const void *pointer)
+{
+    return static_cast<uint32_t>(static_cast<const unsigned char *>(pointer) - emulator::thread().shared);
+}
+inline unsigned char *shared_memory(uint32_t address)
+{
+    return emulator::thread().shared + address;
+}
+
+/* The block's, from its start on. */
+inline unsigned char *block_memory()
+{
+    return emulator::thread().shared;
+}
+
+inline void read_indices(int &block, int &thread)
+{
+    block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+}
+
+/* Numbers. */
+inline float flushed(float x)
+{
+    return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;
+}
+inline float ex2(float x)
+{
+    return flushed(exp2f(flushed(x)));
+}
+inline float rcp(float x)
+{
+    return flushed(1.0f / flushed(x));
+}
+inline float rsqrt_approx(float x)
+{
+    return 1.0f / sqrtf(flushed(x));
+}
+inline float tf32(float x) /* as the tensor core takes it */
+{
+    return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+}
+inline uint16_t bf16_from(float x)
+{
+    const uint32_t bits = __float_as_uint(x);
+    if (x != x) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float from_bf16(uint16_t x)
+{
+    return __uint_as_float(static_cast<uint32_t>(x) << 16);
+}
+inline uint16_t half_from(float x)
+{
+    const uint32_t bits = __float_as_uint(x), sign = bits >> 16 & 0x8000;
+    const float size = fabsf(x);
+    if (x != x) return 0x7fff;
+    if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
+    if (size < 0x1p-14f) /* in steps of 2^-24 */
+        return static_cast<uint16_t>(sign | static_cast<uint32_t>(nearbyintf(size * 0x1p24f)));
+    const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
+    return static_cast<uint16_t>(sign | ((rounded >> 13) - (112 << 10)));
+}
+inline float from_half(uint16_t x)
+{
+    const uint32_t exponent = x >> 10 & 31, fraction = x & 1023, sign = static_cast<uint32_t>(x & 0x8000) << 16;
+    if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
+    if (exponent == 0) return copysignf(static_cast<float>(fraction) * 0x1p-24f, __uint_as_float(sign | 0x3f800000));
+    return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+inline uint32_t pack_bf16(float low, float high)
+{
+    return bf16_from(low) | static_cast<uint32_t>(bf16_from(high)) << 16;
+}
+inline uint32_t pack_half(float low, float high)
+{
+    return half_from(low) | static_cast<uint32_t>(half_from(high)) << 16;
+}
+
+/* Products of fragments. For the layouts see ptx.cuh: lane (g, t) of d has rows g, g, g + 8, g + 8 and columns 2 t, + 1. */
+struct Fragments {
+    float (*d)[4];
+    const float *a, *b; /* as numbers: those of the lane, in the order of the registers */
+};
+
+/* d += a b for a warp; `depth` of the product, `neighbours` depths to a register. */
+inline void multiply_fragments(void *const *all, int depth, int neighbours)
+{
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const Fragments &x = *static_cast<Fragments *>(all[lane]);
+        const int g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; r++)
+            for (int i = 0; i < neighbours; i++)
+                a[g + r % 2 * 8][t * neighbours + i + r / 2 * depth / 2] = x.a[r * neighbours + i];
+        for (int r = 0; r < 2; r++)
+            for (int i = 0; i < neighbours; i++) b[t * neighbours + i + r * depth / 2][g] = x.b[r * neighbours + i];
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        const Fragments &x = *static_cast<Fragments *>(all[lane]);
+        for (int r = 0; r < 4; r++) {
+            const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
+            float sum = 0.0f;
+            for (int k = 0; k < depth; k++) sum += a[row][k] * b[k][column];
+            (*x.d)[r] += sum;
+        }
+    }
+}
+
+inline void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1)
+{
+    const float a[] = {tf32(a0), tf32(a1), tf32(a2), tf32(a3)}, b[] = {tf32(b0), tf32(b1)};
+    Fragments mine = {&d, a, b};
+    emulator::gather("mma_tf32", &mine, [](void *const *all) { multiply_fragments(all, 8, 1); });
+}
+
+inline void mma_pairs(const char *what, float from(uint16_t), float (&d)[4], const uint32_t (&a)[4],
+                      const uint32_t (&b)[2])
+{
+    float a_numbers[8], b_numbers[4];
+    for (int i = 0; i < 8; i++) a_numbers[i] = from(static_cast<uint16_t>(a[i / 2] >> i % 2 * 16));
+    for (int i = 0; i < 4; i++) b_numbers[i] = from(static_cast<uint16_t>(b[i / 2] >> i % 2 * 16));
+    Fragments mine = {&d, a_numbers, b_numbers};
+    emulator::gather(what, &mine, [](void *const *all) { multiply_fragments(all, 16, 2); });
+}
+inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    mma_pairs("mma_bf16", from_bf16, d, {a0, a1, a2, a3}, {b0, b1});
+}
+inline void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    mma_pairs("mma_half", from_half, d, {a0, a1, a2, a3}, {b0, b1});
+}
+
+/* Matrices of 8 x 8 elements of 16 bits. */
+struct MatrixRows {
+    unsigned char *row; /* that this lane names */
+    uint32_t *registers;
+};
+
+/* For each register of each lane, where its two elements are: in the row of tile m that lane 8 m + row names. */
+template <class Move> void move_matrices(void *const *all, bool transposed, Move move)
+{
+    for (int lane = 0; lane < 32; lane++)
+        for (int m = 0; m < 4; m++)
+            for (int i = 0; i < 2; i++) {
+                const int g = lane / 4, two = lane % 4 * 2 + i;
+                const int row = transposed ? two : g, column = transposed ? g : two;
+                unsigned char *at = static_cast<MatrixRows *>(all[8 * m + row])->row + 2 * column;
+                unsigned char *element =
+                    reinterpret_cast<unsigned char *>(&static_cast<MatrixRows *>(all[lane])->registers[m]) + 2 * i;
+                move(at, element);
+            }
+}
+
+inline void matrices(const char *what, uint32_t (&r)[4], uint32_t row, bool transposed, bool store)
+{
+    if (row % 16) emulator::fail("%s from %u, which 16 does not divide", what, row);
+    MatrixRows mine = {shared_memory(row), r};
+    emulator::gather(what, &mine, [=](void *const *all) {
+        move_matrices(all, transposed, [=](unsigned char *at, unsigned char *element) {
+            memcpy(store ? at : element, store ? element : at, 2);
+        });
+    });
+}
+inline void load_matrices(uint32_t (&r)[4], uint32_t row)
+{
+    matrices("load_matrices", r, row, false, false);
+}
+inline void load_matrices(uint32_t (&r)[4], const void *row)
+{
+    load_matrices(r, shared_address(row));
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t row)
+{
+    matrices("load_matrices_transposed", r, row, true, false);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void *row)
+{
+    load_matrices_transposed(r, shared_address(row));
+}
+inline void store_matrices(uint32_t row, const uint32_t (&r)[4])
+{
+    uint32_t copy[] = {r[0], r[1], r[2], r[3]};
+    matrices("store_matrices", copy, row, false, true);
+}
+inline void store_matrices_transposed(uint32_t row, const uint32_t (&r)[4])
+{
+    uint32_t copy[] = {r[0], r[1], r[2], r[3]};
+    matrices("store_matrices_transposed", copy, row, true, true);
+}
+inline uint32_t transpose_matrix(uint32_t x)
+{
+    struct {
+        uint16_t in[2], out[2];
+    } mine;
+    memcpy(mine.in, &x, sizeof mine.in);
+    using Mine = decltype(mine);
+    emulator::gather("transpose_matrix", &mine, [](void *const *all) {
+        for (int row = 0; row < 8; row++)
+            for (int column = 0; column < 8; column++)
+                static_cast<Mine *>(all[4 * column + row / 2])->out[row % 2] =
+                    static_cast<Mine *>(all[4 * row + column / 2])->in[column % 2];
+    });
+    memcpy(&x, mine.out, sizeof x);
+    return x;
+}
+
+/* Memory. Copies of 16 bytes are made when they are waited for. */
+inline void store_16_if(void *to, uint4 x, bool valid)
+{
+    if (valid) memcpy(to, &x, sizeof x);
+}
+inline void copy_async_16(void *to, const void *from, bool valid)
+{
+    if (valid)
+        memcpy(to, from, 16);
+    else
+        memset(to, 0, 16);
+}
+inline void copy_async_commit()
+{
+}
+inline void copy_async_wait_all()
+{
+}
+template <int pending> void copy_async_wait()
+{
+}
+template <int first, int threads> void barrier_sync(int index)
+{
+    emulator::barrier_sync(first + index, threads);
+}
+template <int first, int threads> void barrier_arrive(int index)
+{
+    emulator::barrier_arrive(first + index, threads);
+}
+
+/* Barriers in shared memory, and copies that they count. */
+inline void mbarrier_init(uint64_t *barrier, int count)
+{
+    emulator::mbarrier_init(barrier, count);
+}
+inline void mbarrier_init_for_warps(uint64_t *barrier, int warps)
+{
+    emulator::mbarrier_init(barrier, warps);
+}
+inline void mbarrier_arrive(uint64_t *barrier)
+{
+    emulator::mbarrier_arrive(barrier, 0);
+}
+inline void mbarrier_arrive_warp(uint64_t *barrier)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+inline void mbarrier_arrive_expecting(uint64_t *barrier, int bytes)
+{
+    emulator::mbarrier_arrive(barrier, bytes);
+}
+inline void mbarrier_wait(uint64_t *barrier, int parity)
+{
+    emulator::mbarrier_wait(barrier, parity);
+}
+inline void fence_mbarrier_init()
+{
+}
+inline bool elect_lane()
+{
+    __syncwarp();
+    return threadIdx.x % 32 == 0;
+}
+inline void fence_async_proxy()
+{
+}
+inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, int head, uint64_t *barrier)
+{
+    const emulator::TensorMap tensor = emulator::tensor_map(map->opaque);
+    const uint32_t at = shared_address(to);
+    unsigned char *shared = emulator::thread().shared;
+    emulator::later([=] {
+        const int32_t first[] = {0, token, half, head};
+        emulator::mbarrier_complete_bytes(barrier, emulator::copy_box(tensor, first, shared, at));
+    });
+}
+
+template <int registers> void take_registers()
+{
+}
+template <int registers> void give_registers()
+{
+}
+
+/* wgmma. Descriptors are the real ones, put together and taken apart by the PTX manual. */
+inline uint32_t descriptor_address(const void *tile)
+{
+    return shared_address(tile) / 16;
+}
+inline uint64_t descriptor(uint32_t place, uint64_t leading, uint64_t stride, uint64_t swizzle)
+{
+    return (place & 0x3fff) | leading / 16 << 16 | stride / 16 << 32 | swizzle << 62;
+}
+template <int column_step, int depth_step> uint64_t tile_descriptor(uint32_t place)
+{
+    return descriptor(place, depth_step, column_step, 0);
+}
+template <int block_step, int row_step> uint64_t swizzled_descriptor(uint32_t place)
+{
+    return descriptor(place, block_step, row_step, 1);
+}
+
+/* The element of a B operand of 16 depths. Without swizzle core matrices of 8 x 16 bytes, the leading step between them along
+ * the depth and the other along the columns. With it rows of 128 bytes, units of 16 bytes in them exchanged
+ * by bits 7 to 9 of their address; along the units of a column-major operand 64 columns, then the leading step. */
+inline float operand_element(const unsigned char *shared, uint64_t b, int column, int depth, bool column_major)
+{
+    const uint32_t place = (b & 0x3fff) << 4, leading = (b >> 16 & 0x3fff) << 4, stride = (b >> 32 & 0x3fff) << 4;
+    const int along = column_major ? column : depth, across = column_major ? depth : column;
+    uint32_t at;
+    if (b >> 62 == 0) {
+        at = place + static_cast<uint32_t>(column / 8) * stride + static_cast<uint32_t>(depth / 8) * leading +
+             static_cast<uint32_t>(across % 8 * 16 + along % 8 * 2);
+    } else {
+        at = place + static_cast<uint32_t>(along / 64) * leading + static_cast<uint32_t>(across / 8) * stride +
+             static_cast<uint32_t>(across % 8 * 128 + along % 64 * 2);
+        at ^= at >> 3 & 0x70;
+    }
+    uint16_t bits;
+    memcpy(&bits, shared + at, sizeof bits);
+    return from_half(bits);
+}
+
+inline void wgmma_fence()
+{
+    __syncwarp();
+}
+inline void wgmma_commit()
+{
+    emulator::gather("wgmma_commit", nullptr, [](void *const *) { emulator::commit_products(); });
+}
+template <int pending> void wgmma_wait()
+{
+    emulator::gather("wgmma_wait", nullptr, [](void *const *) { emulator::wait_for_products(pending); });
+}
+
+template <bool add, bool column_major, int tiles>
+void wgmma(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b)
+{
+    struct Mine {
+        float (*d)[4];
+        uint32_t a[4];
+        uint64_t b;
+    } mine = {d, {a[0], a[1], a[2], a[3]}, b};
+    emulator::gather("wgmma", &mine, [](void *const *all) {
+        struct Product {
+            float (*d[32])[4], a[16][16];
+        } p;
+        const uint64_t operand = static_cast<Mine *>(all[0])->b;
+        unsigned char *shared = emulator::thread().shared;
+        for (int lane = 0; lane < 32; lane++) {
+            const Mine &x = *static_cast<Mine *>(all[lane]);
+            if (x.b != operand) emulator::fail("wgmma with two descriptors");
+            p.d[lane] = x.d;
+            for (int i = 0; i < 8; i++)
+                p.a[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] =
+                    from_half(static_cast<uint16_t>(x.a[i / 2] >> i % 2 * 16));
+        }
+        emulator::issue_product([=] {
+            float columns[8 * tiles][16];
+            for (int n = 0; n < 8 * tiles; n++)
+                for (int k = 0; k < 16; k++) columns[n][k] = operand_element(shared, operand, n, k, column_major);
+            for (int lane = 0; lane < 32; lane++)
+                for (int n = 0; n < tiles; n++)
+                    for (int r = 0; r < 4; r++) {
+                        const int row = lane / 4 + r / 2 * 8, column = 8 * n + lane % 4 * 2 + r % 2;
+                        float sum = 0.0f;
+                        for (int k = 0; k < 16; k++) sum += p.a[row][k] * columns[column][k];
+                        p.d[lane][n][r] = add ? p.d[lane][n][r] + sum : sum;
+                    }
+        });
+    });
+}
+
+} // namespace fkda
+
+#endif

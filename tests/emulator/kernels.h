@@ -1,0 +1,17 @@
+/* The kernels that the emulator has, by the names that they have on a GPU. */
+#ifndef FKDA_EMULATOR_KERNELS_H
+#define FKDA_EMULATOR_KERNELS_H
+
+namespace emulator
+{
+
+struct Kernel {
+    const char *name;
+    void (*run)(const void *arguments); /* as one of a block's threads */
+};
+
+extern const Kernel hopper_kernels[], portable_kernels[]; /* up to a null name */
+
+} // namespace emulator
+
+#endif

@@ -1,0 +1,378 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <random>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <string>
+#include <sys/mman.h>
+#include <thread>
+#include <ucontext.h>
+#include <vector>
+
+namespace emulator
+{
+
+namespace
+{
+
+constexpr size_t STACK_BYTES = 64 << 10;
+constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
+constexpr auto PATIENCE = std::chrono::seconds(60); /* with other blocks */
+
+struct Barrier {
+    int threads, arrived;
+    unsigned round;
+};
+
+/* What stands for an mbarrier in its 64 bits. */
+struct Mbarrier {
+    uint16_t count, missing;
+    uint32_t phase : 1;
+    int32_t bytes : 31;
+};
+static_assert(sizeof(Mbarrier) == sizeof(uint64_t), "as large as the real one");
+
+/* Why a thread does not run. */
+enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, BLOCKS };
+
+struct Lane {
+    Thread view;
+    jmp_buf place;
+    unsigned char *stack;
+    bool started, done;
+    Wait wait;
+    const void *on;
+    unsigned round; /* of what is waited on; the parity for an mbarrier */
+};
+
+struct Warp {
+    Lane lane[LANES];
+    struct {
+        const char *what;
+        void *all[LANES];
+        int arrived;
+        unsigned round;
+    } gathering;
+    std::vector<std::function<void()>> issued;
+    std::deque<std::vector<std::function<void()>>> committed;
+};
+
+struct Block {
+    const std::function<void()> *kernel;
+    std::vector<std::unique_ptr<Warp>> warps;
+    Barrier barriers[NAMED_BARRIERS + 1]; /* and the one of all threads */
+    std::vector<std::function<void()>> copies;
+    std::mt19937_64 random;
+    bool products_at_once;
+    jmp_buf scheduler;
+    ucontext_t first; /* where new fibers return to: never */
+
+    bool chance(int one_in)
+    {
+        return random() % static_cast<uint64_t>(one_in) == 0;
+    }
+};
+
+thread_local Block *block;
+thread_local Warp *warp;
+thread_local Lane *lane;
+
+bool may_go_on(const Warp &w, const Lane &l)
+{
+    switch (l.wait) {
+    case Wait::NOTHING: return true;
+    case Wait::GATHERING: return w.gathering.round != l.round;
+    case Wait::BARRIER: return static_cast<const Barrier *>(l.on)->round != l.round;
+    case Wait::MBARRIER: return static_cast<const Mbarrier *>(l.on)->phase != l.round;
+    case Wait::BLOCKS: return true;
+    }
+    return false;
+}
+
+/* Back to the scheduler, until the condition holds. */
+void suspend(Wait wait, const void *on, unsigned round)
+{
+    lane->wait = wait, lane->on = on, lane->round = round;
+    if (wait != Wait::BLOCKS && may_go_on(*warp, *lane)) {
+        lane->wait = Wait::NOTHING;
+        return;
+    }
+    if (_setjmp(lane->place) == 0) _longjmp(block->scheduler, 1);
+    lane->wait = Wait::NOTHING;
+}
+
+void run_kernel()
+{
+    (*block->kernel)();
+    lane->done = true;
+    _longjmp(block->scheduler, 1);
+}
+
+void resume(Warp &w, Lane &l)
+{
+    warp = &w, lane = &l;
+    if (_setjmp(block->scheduler) != 0) return;
+    if (l.started) _longjmp(l.place, 1);
+    l.started = true;
+    ucontext_t fiber;
+    getcontext(&fiber);
+    fiber.uc_stack.ss_sp = l.stack;
+    fiber.uc_stack.ss_size = STACK_BYTES;
+    fiber.uc_link = &block->first;
+    makecontext(&fiber, run_kernel, 0);
+    setcontext(&fiber);
+}
+
+/* Runs the warp's threads, in an order of its own each time, until none can go on. Returns whether any did. */
+bool run_warp(Warp &w)
+{
+    bool any = false;
+    for (bool again = true; again;) {
+        again = false;
+        const int start = static_cast<int>(block->random() % LANES), step = block->chance(2) ? 1 : LANES - 1;
+        for (int i = 0; i < LANES; i++) {
+            Lane &l = w.lane[(start + i * step) % LANES];
+            if (l.done || !may_go_on(w, l)) continue;
+            const bool polls = l.wait == Wait::BLOCKS;
+            resume(w, l);
+            if (!polls || l.wait != Wait::BLOCKS) any = again = true;
+        }
+    }
+    return any;
+}
+
+[[noreturn]] void report_deadlock()
+{
+    static const char *const reasons[] = {"nothing", "a collective", "a named barrier", "an mbarrier", "other blocks"};
+    std::string text;
+    for (size_t i = 0; i < block->warps.size(); i++) {
+        const Warp &w = *block->warps[i];
+        for (int j = 0; j < LANES; j++) {
+            const Lane &l = w.lane[j];
+            if (l.done || (j && l.wait == w.lane[0].wait && l.on == w.lane[0].on)) continue;
+            char line[200];
+            snprintf(line, sizeof line, "\n  warp %zu lane %d: %s %s, shared memory + %td, parity or round %u", i, j,
+                     reasons[static_cast<int>(l.wait)],
+                     l.wait == Wait::GATHERING ? w.gathering.what : "",
+                     static_cast<const unsigned char *>(l.on) - l.view.shared, l.round);
+            text += line;
+        }
+    }
+    fail("block %u can't go on:%s", block->warps[0]->lane[0].view.block.x, text.c_str());
+}
+
+void run_block()
+{
+    std::vector<Warp *> order;
+    for (auto &w : block->warps) order.push_back(w.get());
+    auto since = std::chrono::steady_clock::now();
+    for (;;) {
+        bool any = false, done = true, polling = false;
+        std::shuffle(order.begin(), order.end(), block->random);
+        for (Warp *w : order) {
+            while (!block->copies.empty() && block->chance(4)) { /* one of them lands */
+                std::swap(block->copies[block->random() % block->copies.size()], block->copies.back());
+                const auto copy = std::move(block->copies.back());
+                block->copies.pop_back();
+                copy();
+                any = true;
+            }
+            any |= run_warp(*w);
+            for (const Lane &l : w->lane) done &= l.done, polling |= !l.done && l.wait == Wait::BLOCKS;
+        }
+        if (done) break;
+        if (any) since = std::chrono::steady_clock::now();
+        if (any || !block->copies.empty()) continue;
+        if (!polling || std::chrono::steady_clock::now() - since > PATIENCE) report_deadlock();
+        std::this_thread::yield();
+    }
+    if (!block->copies.empty()) fail("block ended with copies in flight");
+    for (auto &w : block->warps)
+        if (!w->issued.empty() || !w->committed.empty()) fail("a warp ended with products in flight");
+}
+
+} // namespace
+
+void fail(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fputs("emulator: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    _Exit(1);
+}
+
+const Thread &thread()
+{
+    return lane->view;
+}
+
+void *const *come_last(const char *what, void *mine)
+{
+    auto &g = warp->gathering;
+    if (g.arrived == 0) g.what = what;
+    if (strcmp(g.what, what) != 0)
+        fail("threads of a warp meet at %s and at %s: thread %u of block %u", g.what, what, lane->view.thread.x,
+             lane->view.block.x);
+    g.all[lane->view.thread.x % LANES] = mine;
+    if (++g.arrived == LANES) return g.all;
+    suspend(Wait::GATHERING, nullptr, g.round);
+    return nullptr;
+}
+
+void let_go()
+{
+    warp->gathering.arrived = 0;
+    warp->gathering.round++;
+}
+
+static Barrier &arrive(int id, int threads)
+{
+    if (id < 0 || id > NAMED_BARRIERS) fail("named barrier %d", id);
+    Barrier &b = block->barriers[id];
+    if (b.arrived == 0) b.threads = threads;
+    if (b.threads != threads) fail("named barrier %d is for %d threads and for %d", id, b.threads, threads);
+    if (++b.arrived == threads) b.arrived = 0, b.round++;
+    return b;
+}
+
+void barrier_sync(int id, int threads)
+{
+    const unsigned round = block->barriers[id].round;
+    suspend(Wait::BARRIER, &arrive(id, threads), round);
+}
+
+void barrier_arrive(int id, int threads)
+{
+    arrive(id, threads);
+}
+
+void block_sync()
+{
+    barrier_sync(NAMED_BARRIERS, static_cast<int>(block->warps.size()) * LANES);
+}
+
+static Mbarrier &of(uint64_t *barrier)
+{
+    return *reinterpret_cast<Mbarrier *>(barrier);
+}
+
+static void end_phase_if_complete(Mbarrier &b)
+{
+    if (b.missing || b.bytes) return;
+    b.phase ^= 1;
+    b.missing = b.count;
+}
+
+void mbarrier_init(uint64_t *barrier, int count)
+{
+    of(barrier) = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0, 0};
+}
+
+void mbarrier_arrive(uint64_t *barrier, int expected_bytes)
+{
+    Mbarrier &b = of(barrier);
+    if (!b.missing) fail("too many arrivals at the mbarrier at %td", reinterpret_cast<unsigned char *>(barrier) - lane->view.shared);
+    b.bytes += expected_bytes;
+    b.missing--;
+    end_phase_if_complete(b);
+}
+
+void mbarrier_complete_bytes(uint64_t *barrier, int bytes)
+{
+    of(barrier).bytes -= bytes;
+    end_phase_if_complete(of(barrier));
+}
+
+void mbarrier_wait(uint64_t *barrier, int parity)
+{
+    suspend(Wait::MBARRIER, barrier, static_cast<unsigned>(parity) & 1);
+}
+
+void later(std::function<void()> act)
+{
+    if (block->copies.size() >= COPIES_IN_FLIGHT) {
+        block->copies.front()();
+        block->copies.erase(block->copies.begin());
+    }
+    block->copies.push_back(std::move(act));
+}
+
+void issue_product(std::function<void()> act)
+{
+    if (block->products_at_once) act = (act(), std::function<void()>());
+    warp->issued.push_back(std::move(act));
+}
+
+void commit_products()
+{
+    warp->committed.push_back(std::move(warp->issued));
+    warp->issued.clear();
+}
+
+void wait_for_products(int pending)
+{
+    for (; warp->committed.size() > static_cast<size_t>(pending); warp->committed.pop_front())
+        for (auto &product : warp->committed.front())
+            if (product) product();
+}
+
+void yield_to_blocks()
+{
+    suspend(Wait::BLOCKS, nullptr, 0);
+}
+
+/* One block after another, on the calling thread of the operating system. */
+static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes, uint64_t seed,
+                       std::atomic<unsigned> &next)
+{
+    constexpr size_t ALIGNMENT = 1024;
+    const size_t warps = (dim.x + LANES - 1) / LANES, stacks = warps * LANES * STACK_BYTES;
+    shared_bytes = (shared_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    auto *shared = static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, shared_bytes ? shared_bytes : ALIGNMENT));
+    void *stack = mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!shared || stack == MAP_FAILED) fail("no memory for a block");
+    for (unsigned id; (id = next++) < grid.x;) {
+        auto now = std::make_unique<Block>();
+        block = now.get();
+        block->kernel = &kernel;
+        block->random.seed(seed + id);
+        block->products_at_once = block->chance(2);
+        memset(shared, 0xff, shared_bytes); /* NaN */
+        for (size_t w = 0; w < warps; w++) {
+            block->warps.push_back(std::make_unique<Warp>());
+            for (int i = 0; i < LANES; i++) {
+                Lane &l = block->warps[w]->lane[i];
+                const unsigned index = static_cast<unsigned>(w) * LANES + static_cast<unsigned>(i);
+                l.view = {{index, 0, 0}, {id, 0, 0}, dim, grid, shared};
+                l.stack = static_cast<unsigned char *>(stack) + index * STACK_BYTES;
+                l.done = index >= dim.x;
+            }
+        }
+        run_block();
+    }
+    munmap(stack, stacks);
+    free(shared);
+}
+
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes, int multiprocessors,
+            uint64_t seed)
+{
+    std::vector<std::thread> running;
+    std::atomic<unsigned> next{0};
+    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(multiprocessors)); i++)
+        running.emplace_back([&] { run_blocks(kernel, grid, dim, shared_bytes, seed, next); });
+    for (auto &t : running) t.join();
+}
+
+} // namespace emulator

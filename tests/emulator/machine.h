@@ -1,0 +1,76 @@
+/*
+ * A multiprocessor in software: runs CUDA blocks on a CPU, to test kernels where there is no GPU. Every thread of a block is a fiber.
+ * Threads of a warp meet at its collective instructions; between those, warps, the threads in them and asynchronous copies and
+ * products take turns at random, so that an order which nothing enforces comes out differently from seed to seed. A block that can't
+ * go on ends the program with what each warp waits for.
+ *
+ * It checks what a kernel computes and how its threads wait for each other. It knows nothing of time, of memory
+ * orders weaker than program order, and of proxies (a missing fence.proxy.async does not show).
+ */
+#ifndef FKDA_EMULATOR_MACHINE_H
+#define FKDA_EMULATOR_MACHINE_H
+
+#include <functional>
+#include <stddef.h>
+#include <stdint.h>
+
+namespace emulator
+{
+
+constexpr int LANES = 32;
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+/* What the running thread sees. */
+struct Thread {
+    Dim3 thread, block, block_dim, grid_dim;
+    unsigned char *shared; /* the block's memory */
+};
+const Thread &thread();
+
+/* Ends the program with a message. */
+[[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* All 32 threads of a warp meet here, each with `mine`; the last one does act(all of these). They must have come for the same
+ * `what`. */
+void *const *come_last(const char *what, void *mine); /* null in all but one, once that has let them go */
+void let_go();
+template <class Act> void gather(const char *what, void *mine, Act act)
+{
+    if (void *const *all = come_last(what, mine)) {
+        act(all);
+        let_go();
+    }
+}
+
+/* Waits until `threads` threads are at the named barrier, or adds one without waiting. */
+void barrier_sync(int id, int threads);
+void barrier_arrive(int id, int threads);
+void block_sync();
+
+/* mbarriers, in 64 bits of shared memory. */
+void mbarrier_init(uint64_t *barrier, int count);
+void mbarrier_arrive(uint64_t *barrier, int expected_bytes);
+void mbarrier_wait(uint64_t *barrier, int parity);
+void mbarrier_complete_bytes(uint64_t *barrier, int bytes);
+
+/* Is done at some time later, by nobody. */
+void later(std::function<void()> act);
+
+/* Products of a warp that may be done now or when they are waited for. */
+void issue_product(std::function<void()> act);
+void commit_products();
+void wait_for_products(int pending);
+
+/* While another block has to do something: others of this one go on, then other blocks. */
+void yield_to_blocks();
+
+/* Runs a grid, at most `multiprocessors` blocks at a time. */
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, size_t shared_bytes, int multiprocessors,
+            uint64_t seed);
+
+} // namespace emulator
+
+#endif

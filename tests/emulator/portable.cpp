@@ -1,0 +1,18 @@
+/* kernels/portable/ compiled for the emulator. */
+#define fkda fkda_portable /* some of its names are those of kernels/hopper/ */
+#include "instructions.h"
+#include "kernels.h"
+
+#include "../../kernels/portable/fwd.cu"
+
+template <void kernel(fkda_fwd_args)> static void run(const void *arguments)
+{
+    kernel(*static_cast<const fkda_fwd_args *>(arguments));
+}
+
+const emulator::Kernel emulator::portable_kernels[] = {
+    {"fkda_portable_fwd_128", run<fkda_portable_fwd_128>},
+    {"fkda_portable_fwd_64", run<fkda_portable_fwd_64>},
+    {"fkda_portable_fwd_32", run<fkda_portable_fwd_32>},
+    {},
+};

@@ -1,0 +1,219 @@
+/* The emulator itself: small kernels with a mistake that it must bring to light under some seed, and without one. */
+#include <initializer_list>
+#include <stdio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "instructions.h"
+
+static int failures;
+
+static void check(bool good, const char *what)
+{
+    if (good) return;
+    fprintf(stderr, "FAIL %s\n", what);
+    failures++;
+}
+
+constexpr int SEEDS = 40;
+
+/* The shared memory of the kernels below, and what they find out. */
+struct alignas(1024) Memory {
+    unsigned char tile[2048];
+    int word[64];
+    uint64_t barrier;
+};
+static Memory &memory()
+{
+    return *reinterpret_cast<Memory *>(emulator::thread().shared);
+}
+static int wrong;
+
+/* How many of the seeds let a kernel of so many threads count something wrong. */
+static int wrong_runs(void kernel(), unsigned threads)
+{
+    int count = 0;
+    for (uint64_t seed = 0; seed < SEEDS; seed++) {
+        wrong = 0;
+        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, sizeof(Memory), 1, seed);
+        count += wrong > 0;
+    }
+    return count;
+}
+
+/* Each lane reads what its neighbour wrote. */
+template <bool sync> static void neighbours()
+{
+    const unsigned lane = threadIdx.x;
+    memory().word[lane] = static_cast<int>(lane);
+    if (sync) __syncwarp();
+    wrong += memory().word[(lane + 1) % 32] != static_cast<int>((lane + 1) % 32);
+}
+
+/* A warp writes, another reads. */
+template <bool wait> static void hand_over()
+{
+    const unsigned lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 1);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        memory().word[lane] = 7;
+        fkda::mbarrier_arrive_warp(&memory().barrier);
+    } else {
+        if (wait) fkda::mbarrier_wait(&memory().barrier, 0);
+        wrong += memory().word[lane] != 7;
+    }
+}
+
+/* A box comes to shared memory, swizzled. */
+static uint16_t tensor[16][64];
+static fkda_tensor_map tensor_map;
+template <bool wait> static void copy()
+{
+    if (threadIdx.x == 0) {
+        fkda::mbarrier_init(&memory().barrier, 1);
+        fkda::mbarrier_arrive_expecting(&memory().barrier, sizeof memory().tile);
+        fkda::copy_box(memory().tile, &tensor_map, 0, 0, 0, &memory().barrier);
+    }
+    __syncthreads();
+    if (wait) fkda::mbarrier_wait(&memory().barrier, 0);
+    for (unsigned row = 0; row < 16; row++) {
+        const unsigned unit = threadIdx.x % 8;
+        uint16_t first;
+        memcpy(&first, &memory().tile[row * 128 + (unit ^ row % 8) * 16], sizeof first);
+        wrong += first != tensor[row][8 * unit];
+    }
+    __syncthreads();
+    fkda::mbarrier_wait(&memory().barrier, 0); /* nothing may be in flight at the end */
+}
+
+/* d = a b for a of ones and b of twos: 32 everywhere. */
+template <bool wait> static void product()
+{
+    float d[2][4] = {};
+    const uint32_t ones = fkda::pack_half(1, 1), a[4] = {ones, ones, ones, ones};
+    for (unsigned i = threadIdx.x; i < 256; i += 128) {
+        const uint16_t two = fkda::half_from(2.0f);
+        memcpy(&memory().tile[2 * i], &two, sizeof two);
+    }
+    __syncthreads();
+    fkda::wgmma<false, false>(d, a, fkda::tile_descriptor<256, 128>(fkda::descriptor_address(memory().tile)));
+    fkda::wgmma_commit();
+    if (wait) fkda::wgmma_wait<0>();
+    for (auto &tile : d)
+        for (float x : tile) wrong += x != 32.0f;
+    fkda::wgmma_wait<0>();
+}
+
+/* Fragments of a product, against the sums. */
+static void fragments()
+{
+    const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+    const auto a = [](int row, int k) { return static_cast<float>((3 * row + 5 * k) % 7); };
+    const auto b = [](int k, int column) { return static_cast<float>((2 * k + column) % 5); };
+    const auto a_pair = [&](int row, int k) { return fkda::pack_bf16(a(row, k), a(row, k + 1)); };
+    const auto b_pair = [&](int k) { return fkda::pack_bf16(b(k, g), b(k + 1, g)); };
+    float d[4] = {}, d32[4] = {};
+    fkda::mma_bf16(d, a_pair(g, 2 * t), a_pair(g + 8, 2 * t), a_pair(g, 2 * t + 8), a_pair(g + 8, 2 * t + 8),
+                   b_pair(2 * t), b_pair(2 * t + 8));
+    for (int k = 0; k < 16; k += 8)
+        fkda::mma_tf32(d32, a(g, k + t), a(g + 8, k + t), a(g, k + t + 4), a(g + 8, k + t + 4), b(k + t, g),
+                       b(k + t + 4, g));
+    for (int r = 0; r < 4; r++) {
+        float sum = 0;
+        for (int k = 0; k < 16; k++) sum += a(g + r / 2 * 8, k) * b(k, 2 * t + r % 2);
+        wrong += d[r] != sum || d32[r] != sum;
+    }
+}
+
+/* What goes through ldmatrix and stmatrix comes back; transposed, it is transposed. */
+static void matrices()
+{
+    const unsigned lane = threadIdx.x;
+    const uint32_t at = fkda::shared_address(&memory().tile[16 * lane]);
+    const uint32_t mine[4] = {lane, lane + 100, lane + 200, lane + 300};
+    uint32_t same[4], back[4];
+    fkda::store_matrices(at, mine);
+    __syncwarp();
+    fkda::load_matrices(same, at);
+    fkda::load_matrices_transposed(back, at);
+    for (int m = 0; m < 4; m++) wrong += same[m] != mine[m] || fkda::transpose_matrix(back[m]) != mine[m];
+    uint16_t first;
+    memcpy(&first, &memory().tile[(lane / 4) * 16 + lane % 4 * 4], sizeof first);
+    wrong += first != lane;
+}
+
+/* A kernel that can't end must end the program, soon and with status 1. */
+static bool ends_the_program(void kernel(), unsigned threads)
+{
+    const pid_t child = fork();
+    int status = 0;
+    if (child == 0) {
+        fclose(stderr);
+        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, sizeof(Memory), 1, 1);
+        _exit(0);
+    }
+    return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 1;
+}
+
+static void waits_in_vain()
+{
+    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 2);
+    __syncthreads();
+    fkda::mbarrier_arrive_warp(&memory().barrier);
+    fkda::mbarrier_wait(&memory().barrier, 0);
+}
+
+static void parts_ways()
+{
+    if (threadIdx.x < 16)
+        __syncwarp();
+    else
+        __any_sync(~0u, 0);
+}
+
+static void leaves_early()
+{
+    if (threadIdx.x < 16) __syncwarp();
+}
+
+static void conversions()
+{
+    bool good = true;
+    for (uint32_t x = 0; x < 0x10000; x++) {
+        const float half = fkda::from_half(static_cast<uint16_t>(x));
+        if (half == half) good &= fkda::half_from(half) == x;
+        const float bf16 = fkda::from_bf16(static_cast<uint16_t>(x));
+        if (bf16 == bf16) good &= fkda::bf16_from(bf16) == x;
+    }
+    good &= fkda::half_from(2049.0f) == fkda::half_from(2048.0f) && fkda::half_from(2051.0f) == fkda::half_from(2052.0f);
+    good &= fkda::half_from(65519.0f) == 0x7bff && fkda::half_from(-65520.0f) == 0xfc00;
+    good &= fkda::half_from(0x1p-25f) == 0 && fkda::half_from(0x1.8p-25f) == 1;
+    good &= fkda::bf16_from(1.00390625f) == 0x3f80 && fkda::bf16_from(1.01171875f) == 0x3f82;
+    check(good, "conversions of 16-bit numbers");
+}
+
+int main()
+{
+    for (unsigned row = 0; row < 16; row++)
+        for (unsigned i = 0; i < 64; i++) tensor[row][i] = static_cast<uint16_t>(64 * row + i);
+    emulator::TensorMap map = {reinterpret_cast<const unsigned char *>(tensor), {64, 16, 1, 1}, {128, 128, 128}, {64, 16, 1, 1}};
+    memcpy(tensor_map.opaque, &map, sizeof map);
+
+    conversions();
+    check(wrong_runs(neighbours<true>, 32) == 0, "lanes meet");
+    check(wrong_runs(neighbours<false>, 32) > 0, "lanes that don't meet are found");
+    check(wrong_runs(hand_over<true>, 64) == 0, "a warp waits for another");
+    check(wrong_runs(hand_over<false>, 64) > 0, "a warp that doesn't wait is found");
+    check(wrong_runs(copy<true>, 64) == 0, "a copy is waited for");
+    check(wrong_runs(copy<false>, 64) > 0, "a copy that isn't waited for is found");
+    check(wrong_runs(product<true>, 128) == 0, "a product is waited for");
+    check(wrong_runs(product<false>, 128) > 0, "a product that isn't waited for is found");
+    check(wrong_runs(fragments, 32) == 0, "products of fragments");
+    check(wrong_runs(matrices, 32) == 0, "matrices of 8 x 8");
+    check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
+    check(ends_the_program(parts_ways, 32), "lanes at different instructions");
+    check(ends_the_program(leaves_early, 32), "lanes that never come");
+    if (!failures) printf("the emulator finds what it should\n");
+    return failures > 0;
+}
