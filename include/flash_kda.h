@@ -121,13 +121,14 @@ typedef struct flash_kda_fwd_params {
     float lower_bound; /* of the log decay of one token, in nats, in [-5, 0] */
     void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
     size_t workspace_size;
-    const char *kernel;  /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
-    int32_t cpu_threads; /* 0: as many as the process may run on; results do not depend on it */
-    int32_t reserved;    /* 0 */
+    const char *kernel;      /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
+    int32_t cpu_threads;     /* 0: as many as the process may run on; results do not depend on it */
+    int32_t batch_invariant; /* 1: a sequence's out and final_state have the same bits whatever else is in the
+                                batch and wherever the sequence is in it; 0: not promised */
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes,
- * kernel and cpu_threads only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
+ * kernel, cpu_threads and batch_invariant only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 

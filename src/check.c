@@ -271,7 +271,8 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p)
     if (!(p->lower_bound >= -5.0f && p->lower_bound <= 0.0f))
         return INVALID("lower_bound is %g; it must be in [-5, 0]", (double)p->lower_bound);
     if (p->cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", p->cpu_threads);
-    if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
+    if (p->batch_invariant != 0 && p->batch_invariant != 1)
+        return INVALID("batch_invariant is %d; it must be 0 or 1", p->batch_invariant);
     return FLASH_KDA_OK;
 }
 
@@ -303,7 +304,7 @@ static flash_kda_status check_workspace(const fkda_problem *p)
     return FLASH_KDA_OK;
 }
 
-_Static_assert(offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+_Static_assert(offsetof(flash_kda_fwd_params, batch_invariant) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
                "no padding at the end: a later field there would find what an older caller left in it");
 
 /* A caller built with an older header has a shorter struct: `*params` becomes a copy in which what is missing
@@ -356,6 +357,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     out->workspace_size = p->workspace_size;
     out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
 
+    out->batch_invariant = p->batch_invariant;
     out->kernel_is_asked = p->kernel;
 
     TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));

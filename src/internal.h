@@ -34,6 +34,7 @@ typedef struct fkda_problem {
     void *workspace;
     size_t workspace_size;
     int threads; /* of the CPU, at least 1 */
+    bool batch_invariant;
 } fkda_problem;
 
 /* One way to run the forward pass. */

@@ -3,6 +3,7 @@
 #define FKDA_HOPPER_FWD_ARGS_H
 
 #include "../common/fwd_args.h"
+#include "segments.h"
 
 /* CUtensorMap of the CUDA driver API, aligned as it must be. */
 typedef struct fkda_tensor_map {
@@ -19,6 +20,7 @@ typedef struct fkda_tensor_map {
 typedef struct fkda_hopper_fwd_args {
     fkda_fwd_args fwd;
     fkda_tensor_map q, k, g, v;
+    fkda_cut cut;
 } fkda_hopper_fwd_args;
 
 #endif

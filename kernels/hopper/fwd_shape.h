@@ -11,6 +11,10 @@
 
 #define FKDA_HOPPER_MOST_ORDERED 1024 /* sequences of different length that are taken longest first */
 
+#define FKDA_PLAN_THREADS 512
+#define FKDA_JOIN_THREADS 256
+#define FKDA_JOIN_ROWS 16 /* of V that a block carries through the maps of a sequence */
+
 /* All that a block can have: at least sizeof(Shared<rows>) in shared.cuh, which asserts it. */
 #define FKDA_HOPPER_SHARED_BYTES 232448
 

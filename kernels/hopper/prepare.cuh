@@ -13,7 +13,9 @@
 namespace fkda
 {
 
-template <int rows> struct Preparation {
+/* outputs: they are wanted, else the queries are left out. */
+template <int rows, bool outputs> struct Preparation {
+    static constexpr int PRODUCTS = outputs ? 3 : 2;
     static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp: a half of the tokens' */
     static_assert(TEAM_WARPS == 2, "a half each, and norms of q or k each");
     const fkda_fwd_args &args;
@@ -60,7 +62,7 @@ template <int rows> struct Preparation {
         for (int i = left + lane / 8; i < CHUNK; i += 4) {
             const int at = i * ROW + lane % 8 * 16;
             *reinterpret_cast<uint4 *>(&tokens.half[warp].k[at]) = zeros;
-            *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
+            if (outputs) *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
             *reinterpret_cast<uint4 *>(&tokens.half[warp].g[at]) = zeros;
             if (warp < rows / 64) *reinterpret_cast<uint4 *>(&tokens.v[warp][at]) = zeros;
         }
@@ -118,14 +120,15 @@ template <int rows> struct Preparation {
     }
 
     /* The decayed tiles of 16 channels from c on, of this warp's, and their part of the products over channels: tokens 0 to 7 with 0 to 7, 8 to 15
-     * with 0 to 7 and 8 to 15 with 8 to 15. A product has K~ in its upper and Q~ in its lower eight rows. */
+     * with 0 to 7 and 8 to 15 with 8 to 15. A product has K~ in its upper and Q~ in its lower eight rows; without outputs all
+     * of K~, with tokens 0 to 7 and with 8 to 15. */
     __device__ void decay(uint32_t half, float *gamma, int c, const float (&q_factor)[2],
-                          const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[3][4]) const
+                          const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[PRODUCTS][4]) const
     {
         const uint32_t at = half ^ 2 * c;
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], k_rest[4]; /* channel / 8, token / 8 */
         load_matrices(raw_k, at);
-        load_matrices(raw_q, at + HALF_TOKENS);
+        if (outputs) load_matrices(raw_q, at + HALF_TOKENS);
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             float k_up[2][2], q_up[2][2], k_down[2][2], last[2]; /* token / 8, channel */
@@ -133,22 +136,29 @@ template <int rows> struct Preparation {
             for (int e = 0; e < 2; e++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint32_t pair_k = raw_k[2 * b + e], pair_q = raw_q[2 * b + e];
+                    const uint32_t pair_k = raw_k[2 * b + e];
                     const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * k_factor[e];
-                    const float q = (i ? bf16_high(pair_q) : bf16_low(pair_q)) * q_factor[e];
                     const float up = ex2(sum[b][2 * e + i]);
                     k_up[e][i] = k * up;
-                    q_up[e][i] = q * up;
+                    if (outputs) {
+                        const uint32_t pair_q = raw_q[2 * b + e];
+                        q_up[e][i] = (i ? bf16_high(pair_q) : bf16_low(pair_q)) * q_factor[e] * up;
+                    }
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) last[i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
-            mma_tf32(products[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0], k_down[0][1]);
-            mma_tf32(products[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0], k_down[0][1]);
-            mma_tf32(products[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0], k_down[1][1]);
+            if constexpr (outputs) {
+                mma_tf32(products[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0], k_down[0][1]);
+                mma_tf32(products[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0], k_down[0][1]);
+                mma_tf32(products[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0], k_down[1][1]);
+            } else {
+                mma_tf32(products[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0], k_down[0][1]);
+                mma_tf32(products[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0], k_down[1][1]);
+            }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
-                q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
+                if (outputs) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
                 k_rest[2 * b + e] = pack_half(k_down[e][0] * last[0], k_down[e][1] * last[1]);
             }
             if (g == 7)
@@ -156,7 +166,7 @@ template <int rows> struct Preparation {
                     make_float2(sum[b][2], sum[b][3]);
         }
         store_matrices(at, k_decayed);
-        store_matrices(at + HALF_TOKENS, q_decayed);
+        if (outputs) store_matrices(at + HALF_TOKENS, q_decayed);
         store_matrices(at + 2 * HALF_TOKENS, k_rest);
     }
 
@@ -172,13 +182,19 @@ template <int rows> struct Preparation {
         }
     }
 
-    __device__ void store_products(float (&to)[2][3][8][8], const float (&products)[3][4]) const
+    __device__ void store_products(float (&to)[2][3][8][8], const float (&products)[PRODUCTS][4]) const
     {
+        if constexpr (outputs) {
 #pragma unroll
-        for (int n = 0; n < 3; n++)
+            for (int n = 0; n < 3; n++)
 #pragma unroll
-            for (int which = 0; which < 2; which++)
-                store_two(&to[which][n][g][2 * t], products[n][2 * which], products[n][2 * which + 1]);
+                for (int which = 0; which < 2; which++)
+                    store_two(&to[which][n][g][2 * t], products[n][2 * which], products[n][2 * which + 1]);
+        } else {
+            store_two(&to[0][0][g][2 * t], products[0][0], products[0][1]);
+            store_two(&to[0][1][g][2 * t], products[0][2], products[0][3]);
+            store_two(&to[0][2][g][2 * t], products[1][2], products[1][3]);
+        }
     }
 
     __device__ void run()
@@ -191,7 +207,7 @@ template <int rows> struct Preparation {
             Tokens<rows> &tokens = shared.tokens[slot.index];
             const uint32_t half = shared_address(&tokens.half[warp]) + place;
             float *gamma = &shared.stage[slot.index].gamma_minus_1[warp * SHARE];
-            float products[3][4] = {}, q_factor[2], k_factor[2];
+            float products[PRODUCTS][4] = {}, q_factor[2], k_factor[2];
             if (at.left < CHUNK || !whole) find_ones(at.left);
             whole = at.left >= CHUNK;
             if (at.head != head) load_gate_parameters(head = at.head);
@@ -200,12 +216,13 @@ template <int rows> struct Preparation {
                 clear_past_end(tokens, at.left);
                 barrier_sync<1, 32 * TEAM_WARPS>(team);
             }
-            store_inverse_norms(shared.inverse_norm[team][round][warp],
-                                warp ? tokens.half[0].k : tokens.half[0].q);
+            if (outputs || warp)
+                store_inverse_norms(shared.inverse_norm[team][round][warp],
+                                    warp ? tokens.half[0].k : tokens.half[0].q);
             barrier_sync<1, 32 * TEAM_WARPS>(team);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
+                if (outputs) q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
                 k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
             }
             float sum[2][4];

@@ -12,7 +12,9 @@
 namespace fkda
 {
 
-template <int rows> struct Recurrence {
+/* outputs: they are wanted, else only final states. */
+template <int rows, bool outputs> struct Recurrence {
+    static constexpr int READ = outputs ? 4 : 2; /* tiles of what is read from the state: K~ S, and for outputs Q~ S */
     const fkda_fwd_args &args;
     Shared<rows> &shared;
     int lane, g, t;
@@ -23,63 +25,68 @@ template <int rows> struct Recurrence {
     float scale[2];  /* of the two rows, powers of two: state, V and U are kept divided by them */
     bool look_again; /* the scales have just changed */
     bool faint;      /* since they were chosen a chunk had a strength below one */
+    bool unit;       /* the piece is one of a map: values are zeros */
 
     __device__ Recurrence(const fkda_fwd_args &a, Shared<rows> &s, int thread)
         : args(a), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4), warp_row(thread / 32 * 16)
     {
-        const int half = warp_row / 64 * HALF_TOKENS, unit = warp_row % 64 / 8;
-        output_place = half + (lane / 2 * ROW | (lane % 2 ^ unit ^ lane / 2 % 8) * 16);
-        value_place = half + (matrix_row_by_token(lane) ^ unit * 16);
+        const int half = warp_row / 64 * HALF_TOKENS, first = warp_row % 64 / 8;
+        output_place = half + (lane / 2 * ROW | (lane % 2 ^ first ^ lane / 2 % 8) * 16);
+        value_place = half + (matrix_row_by_token(lane) ^ first * 16);
     }
 
-    /* Where this lane's part of a piece's state begins, in elements. */
-    __device__ long long state_begin(const Piece &piece) const
+    /* Where this lane's part of a piece's state begins, in elements of the head's. */
+    __device__ int state_begin(const Piece &piece) const
     {
-        const int row = piece.first_row + warp_row + g;
-        return static_cast<long long>(piece.index) * (DIM * DIM) + (row * DIM + 2 * t);
+        return (piece.first_row + warp_row + g) * DIM + 2 * t;
     }
 
-    __device__ void load_state(long long begin)
+    __device__ void load_state(const Piece &piece)
     {
+        const void *from = piece.initial;
+        const bool is_bf16 = piece.kind & INITIAL_BF16;
+        const int begin = state_begin(piece);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const long long at = begin + 8 * r * DIM + 8 * s;
+                const int at = begin + 8 * r * DIM + 8 * s;
                 float2 x = make_float2(0, 0);
-                if (args.initial_state && args.state_is_bf16) {
-                    uint32_t pair = *reinterpret_cast<const uint32_t *>(
-                        static_cast<const uint16_t *>(args.initial_state) + at);
+                if (from && is_bf16) {
+                    uint32_t pair = *reinterpret_cast<const uint32_t *>(static_cast<const uint16_t *>(from) + at);
                     x = make_float2(bf16_low(pair), bf16_high(pair));
-                } else if (args.initial_state) {
-                    x = *reinterpret_cast<const float2 *>(static_cast<const float *>(args.initial_state) +
-                                                          at);
+                } else if (from) {
+                    x = *reinterpret_cast<const float2 *>(static_cast<const float *>(from) + at);
+                } else if (!outputs && unit) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
+                    x = make_float2(at % (DIM + 1) == 0 ? 1.0f : 0.0f, (at + 1) % (DIM + 1) == 0 ? 1.0f : 0.0f);
                 }
                 state[s][2 * r] = x.x, state[s][2 * r + 1] = x.y;
             }
     }
 
-    __device__ void store_state(long long begin) const
+    __device__ void store_state(const Piece &piece) const
     {
+        void *to = piece.final;
+        const bool is_bf16 = piece.kind & FINAL_BF16;
+        const int begin = state_begin(piece);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const long long at = begin + 8 * r * DIM + 8 * s;
+                const int at = begin + 8 * r * DIM + 8 * s;
                 const float x = state[s][2 * r] * scale[r], y = state[s][2 * r + 1] * scale[r];
-                if (args.state_is_bf16)
-                    *reinterpret_cast<uint32_t *>(static_cast<uint16_t *>(args.final_state) + at) =
-                        pack_bf16(x, y);
+                if (is_bf16)
+                    *reinterpret_cast<uint32_t *>(static_cast<uint16_t *>(to) + at) = pack_bf16(x, y);
                 else
-                    store_two(static_cast<float *>(args.final_state) + at, x, y);
+                    store_two(static_cast<float *>(to) + at, x, y);
             }
     }
 
     /* v^T: rows as in the state, tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
     __device__ void load_values(float (&v)[2][4], const Tokens<rows> &tokens) const
     {
-        uint32_t x[4];
-        load_matrices_transposed(x, &tokens.v[0][value_place]);
+        uint32_t x[4] = {};
+        if (outputs || !unit) load_matrices_transposed(x, &tokens.v[0][value_place]);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             v[i / 2][i % 2 * 2] = bf16_low(x[i]);
@@ -96,7 +103,7 @@ template <int rows> struct Recurrence {
 
     /* Chooses both rows' scales anew, so that the largest of the state and the coming v is in [1/2, 1), and scales
      * the state and what was computed from it. */
-    __device__ void rescale(const float (&v)[2][4], float (&both)[4][4])
+    __device__ void rescale(const float (&v)[2][4], float (&read)[READ][4])
     {
         bool changed = false;
 #pragma unroll
@@ -115,7 +122,7 @@ template <int rows> struct Recurrence {
 #pragma unroll
             for (int s = 0; s < DIM / 8; s++) state[s][2 * r] *= factor, state[s][2 * r + 1] *= factor;
 #pragma unroll
-            for (int i = 0; i < 4; i++) both[i][2 * r] *= factor, both[i][2 * r + 1] *= factor;
+            for (int i = 0; i < READ; i++) read[i][2 * r] *= factor, read[i][2 * r + 1] *= factor;
             changed |= next != scale[r];
             scale[r] = next;
         }
@@ -135,18 +142,18 @@ template <int rows> struct Recurrence {
      * looked at, and the one after each change, if v is small there. With a strength below one it is v * strength that is
      * held to the range, and the state could grow by 16 scales a token: so every eighth chunk chooses scales, if such a chunk
      * came by. */
-    __device__ void adapt(float (&v)[2][4], float (&both)[4][4], float strength, bool first, bool eighth)
+    __device__ void adapt(float (&v)[2][4], float (&read)[READ][4], float strength, bool first, bool eighth)
     {
         if (strength < 1.0f) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) v[i][r] *= strength, both[i][r] *= strength;
+                for (int r = 0; r < 4; r++) v[i][r] *= strength, read[i][r] *= strength;
         }
         const bool small = (largest(v, 0) < 0x1p-9f * scale[0]) | (largest(v, 1) < 0x1p-9f * scale[1]);
         const bool act = large(v) | ((eighth | look_again) & small);
         look_again = false;
-        if (__any_sync(~0u, act) || first || (eighth && faint)) rescale(v, both);
+        if (__any_sync(~0u, act) || first || (eighth && faint)) rescale(v, read);
         faint |= strength < 1.0f;
     }
 
@@ -190,9 +197,9 @@ template <int rows> struct Recurrence {
         }
     }
 
-    /* One chunk; leaves (Q~ S)^T in both[2] and both[3] and, in flight with the update of the state, what the chunk's own
-     * tokens add to it in `own`. */
-    __device__ void step(int index, bool first, bool eighth, float (&both)[4][4], float (&own)[2][4])
+    /* One chunk. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
+     * the chunk's own tokens add to it in `own`. */
+    __device__ void step(int index, bool first, bool eighth, float (&read)[READ][4], float (&own)[2][4])
     {
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
@@ -204,21 +211,21 @@ template <int rows> struct Recurrence {
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
-        wgmma<false, false>(both, a[0], Tokens<rows>::decayed(tokens_place, 0));
+        wgmma<false, false>(read, a[0], Tokens<rows>::decayed(tokens_place, 0));
 #pragma unroll
         for (int s = 1; s < DIM / 16; s++)
-            wgmma<true, false>(both, a[s], Tokens<rows>::decayed(tokens_place, s));
+            wgmma<true, false>(read, a[s], Tokens<rows>::decayed(tokens_place, s));
         wgmma_commit();
         load_values(v, shared.tokens[index]);
         const float strength = stage.strength;
         const bool usual = !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && !look_again;
         wgmma_wait<0>();
-        if (!usual) adapt(v, both, strength, first, eighth);
+        if (!usual) adapt(v, read, strength, first, eighth);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++)
-                u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -both[i][r]);
+                u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -read[i][r]);
         pack_operand(a[0], u[0], u[1]);
         wgmma_fence();
         wgmma<false, true>(u, a[0],
@@ -228,9 +235,11 @@ template <int rows> struct Recurrence {
         wgmma_wait<0>();
         pack_operand(a[1], u[0], u[1]);
         wgmma_fence();
-        wgmma<false, false>(own, a[1],
-                            decltype(stage.attend)::operand(stage_place + offsetof(Stage, attend) / 16));
-        wgmma_commit();
+        if constexpr (outputs) {
+            wgmma<false, false>(own, a[1],
+                                decltype(stage.attend)::operand(stage_place + offsetof(Stage, attend) / 16));
+            wgmma_commit();
+        }
         wgmma<true, true>(state, a[1], Tokens<rows>::k_rest(tokens_place));
         wgmma_commit();
     }
@@ -241,24 +250,27 @@ template <int rows> struct Recurrence {
         Walk walk(shared.pieces);
         for (;; walk.leave()) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
-            if (piece.index < 0) break;
+            if (piece.kind & NO_PIECE) break;
             long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
                                 warp_row + lane % 2 * 8);
-            float both[4][4] = {}, own[2][4] = {};
-            load_state(state_begin(piece));
+            float read[READ][4] = {}, own[2][4] = {};
+            unit = piece.kind & UNIT;
+            load_state(piece);
             scale[0] = scale[1] = 1.0f;
             look_again = faint = false;
-            if (args.initial_state && piece.length > 0) rescale(own, both);
+            if ((piece.initial || (!outputs && unit)) && piece.length > 0) rescale(own, read);
             for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
                 mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-                step(slot.index, left == piece.length, (left & 7 * CHUNK) == 0, both, own);
-                wgmma_wait<1>();
-                store_output(shared.tokens[slot.index], own, &both[2], at, lane / 2 < left);
+                step(slot.index, left == piece.length, (left & 7 * CHUNK) == 0, read, own);
+                if constexpr (outputs) {
+                    wgmma_wait<1>();
+                    store_output(shared.tokens[slot.index], own, &read[2], at, lane / 2 < left);
+                }
                 wgmma_wait<0>();
                 mbarrier_arrive_warp(&shared.chunks.empty[slot.index]);
                 slot.advance(1);
             }
-            if (args.final_state) store_state(state_begin(piece));
+            if (piece.final) store_state(piece);
         }
     }
 };

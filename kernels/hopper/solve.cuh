@@ -14,7 +14,8 @@ __device__ __forceinline__ uint4 pack_eight(const float *x)
                       pack_half(x[6], x[7]));
 }
 
-/* L = tril(diag(b) K~ K^^T, -1) and tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
+/* L = tril(diag(b) K~ K^^T, -1) and, for outputs, tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
+template <bool outputs>
 __device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const Products &products, float b,
                                              int lane)
 {
@@ -22,7 +23,7 @@ __device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const
     const int block = i / 8 + (i / 8 & h); /* where row i has none, any: its columns are above the diagonal */
     float sums[2][8];
 #pragma unroll
-    for (int which = 0; which < 2; which++)
+    for (int which = 0; which < (outputs ? 2 : 1); which++)
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
             float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][block][i % 8][j]);
@@ -37,7 +38,7 @@ __device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         sums[0][j] = 8 * h + j < i ? sums[0][j] * (UNTRUNCATE * b) : 0.0f;
-        sums[1][j] = 8 * h + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
+        if (outputs) sums[1][j] = 8 * h + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
     }
     if (i / 8 == h) {
 #pragma unroll
@@ -45,7 +46,7 @@ __device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const
     } else if (h == 0) {
         *reinterpret_cast<uint4 *>(blocks.lower[i % 8]) = pack_eight(sums[0]);
     }
-    *stage.attend.at(i, 8 * h) = pack_eight(sums[1]);
+    if (outputs) *stage.attend.at(i, 8 * h) = pack_eight(sums[1]);
 }
 
 /* T = (I + L)^-1 diag(b). With blocks A = I + L of the first and C = I + L of the last eight tokens, T is A^-1 diag(b) and
@@ -101,7 +102,7 @@ __device__ __forceinline__ float strength_above(float b)
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
-template <int rows>
+template <int rows, bool outputs>
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int solver, int lane)
 {
     constexpr int SOLVERS = Shared<rows>::SOLVERS;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
             logit = load_beta(args, at, lane);
         }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        add_products(shared.blocks[solver], stage, shared.products[in.index], b, lane);
+        add_products<outputs>(shared.blocks[solver], stage, shared.products[in.index], b, lane);
         mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of `blocks` is there too */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;

@@ -28,12 +28,20 @@ template <int slots> struct Ring {
     uint64_t full[slots], empty[slots];
 };
 
-/* A piece of a task: some rows of V of a head of a sequence. */
+/* A piece of work: some rows of V of a head, through a sequence or a segment of one. */
 struct Piece {
-    long long begin;  /* first token, counted over the whole tensor */
-    int head, length; /* length: in tokens */
-    int index;        /* of the task, sequence * heads + head; negative: there is no more work */
-    int first_row;    /* of V */
+    long long begin;     /* first token, counted over the whole tensor */
+    int head, length;    /* length: in tokens */
+    int first_row;       /* of V */
+    int kind;            /* of these: */
+    const void *initial; /* the state [V, K] of the head to start from; null: zeros */
+    void *final;         /* where the state goes; null: nowhere */
+};
+enum {
+    NO_PIECE = 1,     /* there is no more work */
+    INITIAL_BF16 = 2, /* the type of `initial`, else fp32 */
+    FINAL_BF16 = 4,
+    UNIT = 8, /* starts from the identity, and all values are zeros */
 };
 
 constexpr int PIECES_AHEAD = 16; /* that the loading warp may be ahead of the recurrence: it deals them out */
@@ -105,7 +113,7 @@ struct Position {
         for (left = -tokens; left <= 0;) {
             const int over = -left / CHUNK * CHUNK;
             const Piece piece = walk.take();
-            if (piece.index < 0) {
+            if (piece.kind & NO_PIECE) {
                 left = 0;
                 return;
             }

@@ -49,6 +49,7 @@ def fwd(
     *,
     kernel: str | None = None,
     threads: int = 0,
+    batch_invariant: bool = False,
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -85,6 +86,9 @@ def fwd(
             clamped into [0, T], as the call does not wait to look at them.
         kernel: the name of one of `kernels()`; None picks the best for the device.
         threads: of the CPU; 0 means as many as the process may run on. The result does not depend on it.
+        batch_invariant: True promises that a sequence's output and final state have the same bits whatever else
+            is in the batch, and wherever the sequence is in it. Where that needs no other way to compute it
+            costs nothing: all kernels but "hopper-segments" are so anyway.
 
     All arrays are contiguous, on one device, and aligned to 16 bytes; what is written shares memory with
     nothing else. T may be 0, and so may a sequence's length.
@@ -116,6 +120,8 @@ def fwd(
         kernel,
         threads,
         type(threads),
+        batch_invariant,
+        type(batch_invariant),
     )
     if _torch_layer is not None and isinstance(q, _torch_layer.Tensor):
         _torch_layer.fwd(arrays, options, scale, lower_bound)
@@ -137,18 +143,26 @@ def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
         for kernel in _lib.kernel_infos():
             if kernel.device_type == info.device.type and info.kernel:
                 params = _shape_params(T_total, H, N, True, info.device, kernel.name)
-                with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
-                    largest = max(largest, _lib.workspace_size(params))
+                for params.batch_invariant in (False, True):
+                    with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
+                        largest = max(largest, _lib.workspace_size(params))
     return largest
 
 
-def explain(T_total: int, H: int, N: int = 1, device: str | None = None, kernel: str | None = None) -> str:
+def explain(
+    T_total: int,
+    H: int,
+    N: int = 1,
+    device: str | None = None,
+    kernel: str | None = None,
+    batch_invariant: bool = False,
+) -> str:
     """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, and how it would lay
     the work out: a few lines to be read, whose wording may change.
 
     Args:
         device: "cpu" or "cuda:1"; None is the first CUDA device if it can be used, else the CPU.
-        kernel: as for `fwd`.
+        kernel, batch_invariant: as for `fwd`.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -166,7 +180,9 @@ def explain(T_total: int, H: int, N: int = 1, device: str | None = None, kernel:
         if device not in named:
             raise ValueError(f"device is {device!r}; it must be None or one of {', '.join(named)}")
         chosen = named[device]
-    return _lib.explain(_shape_params(T_total, H, N, N > 1, chosen.device, _plan.kernel_name(kernel)))
+    params = _shape_params(T_total, H, N, N > 1, chosen.device, _plan.kernel_name(kernel))
+    params.batch_invariant = _plan.checked_flag("batch_invariant", batch_invariant)
+    return _lib.explain(params)
 
 
 def _device_name(info: _lib.DeviceInfo) -> str:

@@ -55,7 +55,7 @@ class FwdParams(ctypes.Structure):
         ("workspace_size", c_size_t),
         ("kernel", c_char_p),
         ("cpu_threads", c_int32),
-        ("reserved", c_int32),
+        ("batch_invariant", c_int32),
     ]
 
 

@@ -42,7 +42,7 @@ _REQUIRED, _OPTIONAL = _lib.TENSOR_FIELDS[:8], _lib.TENSOR_FIELDS[8:]
 OUT, A_LOG, DT_BIAS = 5, 6, 7  # where they are among a call's arrays
 
 # What a call asks for apart from its arrays and numbers: for each optional array whether it is given, then
-# kernel, threads, and the type of threads, since 2 == 2.0.
+# kernel, threads, batch_invariant, each of the last two with its type, since 2 == 2.0 and True == 1.
 Options = tuple
 
 
@@ -77,9 +77,10 @@ class Plan:
         self.options = options
         # Whether other arrays look like those it was made for.
         self.fits: Callable[[list], bool] = lambda arrays: False
-        kernel, threads = options[3:5]
+        kernel, threads, _, batch_invariant, _ = options[3:]
         params.kernel = kernel_name(kernel)
         params.cpu_threads = threads
+        params.batch_invariant = batch_invariant
         self.params = params
         self.ref = ctypes.byref(params)
         self.views = []
@@ -163,13 +164,20 @@ def check_numbers(scale, lower_bound) -> None:
 
 
 def check_options(options: Options) -> None:
-    kernel, threads = options[3:5]
+    kernel, threads, _, batch_invariant, _ = options[3:]
     if kernel is not None and not isinstance(kernel, str):
         raise TypeError(f"kernel is of type {type(kernel).__name__}; it must be a string or None")
     if not isinstance(threads, int):
         raise TypeError(f"threads is of type {type(threads).__name__}; it must be an int")
     if not 0 <= threads < 2**31:
         raise ValueError(f"threads is {threads}; it must be 0 (all) or more, and fit 32 bits")
+    checked_flag("batch_invariant", batch_invariant)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be True or False")
+    return value
 
 
 def kernel_name(kernel: str | None) -> bytes | None:

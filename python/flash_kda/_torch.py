@@ -100,7 +100,7 @@ def _call_operator(tensors, options, scale, lower_bound) -> None:
     cu_seqlens = given.pop(0) if options[2] else None
     torch.ops.flash_kda.fwd(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-        options[3], options[4],
+        options[3], options[4], options[6],
     )  # fmt: skip
 
 
@@ -223,7 +223,8 @@ torch.library.define(
     "flash_kda::fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
     "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
-    "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0) -> ()",
+    "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, "
+    "bool batch_invariant=False) -> ()",
     # The strides that tracing saw are those that the call gets: it takes contiguous tensors.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -233,10 +234,18 @@ torch.library.define(
 def _operator(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound,
     initial_state=None, final_state=None, cu_seqlens=None, kernel_name=None, threads=0,
+    batch_invariant=False,
 ):  # fmt: skip
     optional = (initial_state, final_state, cu_seqlens)
     tensors = [q, k, v, g, beta, out, A_log, dt_bias, *(t for t in optional if t is not None)]
-    options = (*(t is not None for t in optional), kernel_name, threads, type(threads))
+    options = (
+        *(t is not None for t in optional),
+        kernel_name,
+        threads,
+        type(threads),
+        batch_invariant,
+        type(batch_invariant),
+    )
     plan = _plans.fitting(tensors, options)
     if plan is None:
         tensors, plan = _prepare(tensors, options)

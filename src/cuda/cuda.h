@@ -27,4 +27,9 @@ size_t fkda_cuda_hopper_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *problem);
 void fkda_cuda_hopper_explain(const fkda_problem *problem, char *text, size_t size);
 
+/* segments.c */
+size_t fkda_cuda_segments_workspace_size(const fkda_problem *problem);
+flash_kda_status fkda_cuda_segments_fwd(const fkda_problem *problem);
+void fkda_cuda_segments_explain(const fkda_problem *problem, char *text, size_t size);
+
 #endif

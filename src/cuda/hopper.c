@@ -1,29 +1,19 @@
 /* Launches kernels/hopper/fwd.cu. */
 #include <stdio.h>
 
-#include "../../kernels/hopper/fwd_args.h"
-#include "../../kernels/hopper/fwd_shape.h"
 #include "arguments.h"
 #include "cuda.h"
-#include "modules.h"
+#include "hopper.h"
 
 extern const unsigned char fkda_fatbin_hopper_fwd[];
 
 /* A kernel for each number of rows of V that a block can carry. */
-static fkda_module fwd_module = {
+fkda_module fkda_hopper_fwd_module = {
     .image = fkda_fatbin_hopper_fwd,
     .names = {"fkda_hopper_fwd_128", "fkda_hopper_fwd_64"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
-
-/* How a problem is laid out, from its shapes and the device alone. */
-typedef struct layout {
-    int rows; /* of V that a block carries: 128, or 64 if every head can then have two multiprocessors */
-    int64_t pieces;     /* of work: a head of a sequence, or half of one */
-    int blocks;         /* at most one to a multiprocessor; they stay until the pieces are done */
-    bool draws_numbers; /* pieces differ in length: blocks draw them from a counter, else they take turns */
-} layout;
 
 /* Several sequences in one batch row: there is cu_seqlens, also where only shapes are known. */
 static bool lengths_differ(const fkda_problem *p)
@@ -33,17 +23,21 @@ static bool lengths_differ(const fkda_problem *p)
 
 /* Halves repeat their head's preparation, so a head is only split over multiprocessors that would be idle. Rows of V
  * are independent: results do not change. */
-static layout lay_out(const fkda_problem *p, int multiprocessors)
+fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int multiprocessors)
 {
-    const int64_t tasks = p->sequences * p->heads;
-    const int rows = 2 * tasks <= multiprocessors ? 64 : 128;
-    const int64_t pieces = tasks * (FKDA_DIM / rows);
-    return (layout){
+    const int rows = 2 * heads <= multiprocessors ? 64 : 128;
+    const int64_t pieces = heads * (FKDA_DIM / rows);
+    return (fkda_hopper_layout){
         .rows = rows,
         .pieces = pieces,
         .blocks = (int)(pieces < multiprocessors ? pieces : multiprocessors),
-        .draws_numbers = lengths_differ(p) && pieces > multiprocessors,
     };
+}
+
+/* Pieces differ in length: blocks draw them from a counter, else they take turns. */
+static bool draws_numbers(const fkda_problem *p, const fkda_hopper_layout *l)
+{
+    return lengths_differ(p) && l->pieces > l->blocks;
 }
 
 /* The counter that blocks draw from. Whether they do depends on the device; the size does not. */
@@ -75,8 +69,9 @@ static flash_kda_status map_tensors(const fkda_driver *driver, fkda_hopper_fwd_a
     } pairs[] = {{&args->q, p->q}, {&args->k, p->k}, {&args->g, p->g}, {&args->v, p->v}};
     if (!driver->cuTensorMapEncodeTiled)
         return fkda_fail(FLASH_KDA_DEVICE_ERROR,
-                         "the NVIDIA driver is too old for kernel \"hopper\": it has no "
-                         "cuTensorMapEncodeTiled, which came with CUDA 12");
+                         "the NVIDIA driver is too old for kernel \"%s\": it has no "
+                         "cuTensorMapEncodeTiled, which came with CUDA 12",
+                         p->kernel->info.name);
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
         CUresult result = map_tensor(driver, pairs[i].map, pairs[i].tensor, p);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
@@ -84,24 +79,44 @@ static flash_kda_status map_tensors(const fkda_driver *driver, fkda_hopper_fwd_a
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status launch(const fkda_driver *driver, const fkda_problem *p, const layout *l)
+flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,
+                                       fkda_hopper_fwd_args *args)
 {
-    fkda_hopper_fwd_args args = {.fwd = fkda_kernel_arguments(p)};
-    void *arguments[] = {&args};
-    CUstream stream = p->stream;
-    if (p->batch > 0 && p->tokens > 0) { /* without tokens nothing is read but states */
-        flash_kda_status status = map_tensors(driver, &args, p);
-        if (status != FLASH_KDA_OK) return status;
-    }
-    if (l->draws_numbers) {
+    *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_arguments(p)};
+    if (p->batch == 0 || p->tokens == 0) return FLASH_KDA_OK; /* nothing is read but states */
+    return map_tensors(driver, args, p);
+}
+
+flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
+                                    CUfunction kernel, int blocks, int threads)
+{
+    void *arguments[] = {args};
+    CUresult result = driver->cuLaunchKernel(kernel, (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1,
+                                             FKDA_HOPPER_SHARED_BYTES, p->stream, arguments, NULL);
+    return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_hopper_launch_rows(const fkda_driver *driver, const fkda_problem *p,
+                                         fkda_hopper_fwd_args *args, const fkda_module *module,
+                                         const fkda_hopper_layout *layout)
+{
+    return fkda_hopper_launch(driver, p, args, module->functions[p->device.index][layout->rows == 128 ? 0 : 1],
+                              layout->blocks, FKDA_HOPPER_THREADS(layout->rows));
+}
+
+static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, int multiprocessors)
+{
+    fkda_hopper_fwd_args args;
+    const fkda_hopper_layout layout = fkda_hopper_lay_out(p->sequences * p->heads, multiprocessors);
+    if (!layout.pieces) return FLASH_KDA_OK;
+    flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
+    if (status != FLASH_KDA_OK) return status;
+    if (draws_numbers(p, &layout)) {
         args.fwd.counter = p->workspace;
-        CUresult result = driver->cuMemsetD32Async((CUdeviceptr)p->workspace, 0, 1, stream);
+        CUresult result = driver->cuMemsetD32Async((CUdeviceptr)p->workspace, 0, 1, p->stream);
         if (result) return fkda_driver_fail("cuMemsetD32Async", result);
     }
-    CUresult result = driver->cuLaunchKernel(
-        fwd_module.functions[p->device.index][l->rows == 128 ? 0 : 1], (unsigned)l->blocks, 1, 1,
-        (unsigned)FKDA_HOPPER_THREADS(l->rows), 1, 1, FKDA_HOPPER_SHARED_BYTES, stream, arguments, NULL);
-    return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
+    return fkda_hopper_launch_rows(driver, p, &args, &fkda_hopper_fwd_module, &layout);
 }
 
 flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
@@ -111,11 +126,8 @@ flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
     flash_kda_status status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_multiprocessors(driver, p->device.index, &multiprocessors);
-    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, &fwd_module, p->device.index);
-    if (status == FLASH_KDA_OK) {
-        const layout l = lay_out(p, multiprocessors);
-        if (l.pieces) status = launch(driver, p, &l);
-    }
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, &fkda_hopper_fwd_module, p->device.index);
+    if (status == FLASH_KDA_OK) status = run(driver, p, multiprocessors);
     fkda_leave_device(driver);
     return status;
 }
@@ -127,14 +139,14 @@ void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
         snprintf(text, size, "%s", flash_kda_last_error());
         return;
     }
-    const layout l = lay_out(p, multiprocessors);
+    const fkda_hopper_layout l = fkda_hopper_lay_out(p->sequences * p->heads, multiprocessors);
     snprintf(
         text, size,
         "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld pieces of %d "
         "rows of V of a head; %s.",
         l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.pieces, l.rows,
         l.pieces <= l.blocks                      ? "each block has one"
-        : !l.draws_numbers                        ? "they take them in turns"
+        : !draws_numbers(p, &l)                   ? "they take them in turns"
         : p->sequences > FKDA_HOPPER_MOST_ORDERED ? "they draw them from a counter"
                                                   : "they draw them from a counter, longest sequences first");
 }

@@ -6,7 +6,7 @@
 
 #include "driver.h"
 
-enum { FKDA_MAX_DEVICES = 64, FKDA_MAX_FUNCTIONS = 4 };
+enum { FKDA_MAX_DEVICES = 64, FKDA_MAX_FUNCTIONS = 8 };
 
 /* An embedded fat binary and the kernels in it; define it static and fill in all but the last two. */
 typedef struct fkda_module {

@@ -79,6 +79,8 @@ WRONG = {
     "kernel as a number": ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
     "threads negative": ({"threads": -1}, ValueError, "threads is -1; it must be 0 (all) or more"),
     "threads as a float": ({"threads": 2.0}, TypeError, "threads is of type float; it must be an int"),
+    "batch_invariant as a number": ({"batch_invariant": 1}, TypeError, "batch_invariant is of type int; it must be True or False"),
+    "batch_invariant missing": ({"batch_invariant": None}, TypeError, "batch_invariant is of type NoneType; it must be True or False"),
     "too many threads": ({"threads": BIG}, ValueError, f"threads is {BIG}; it must be 0 (all) or more, and fit 32 bits"),
 }  # fmt: skip
 

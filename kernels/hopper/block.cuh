@@ -1,0 +1,56 @@
+/* What a block does: sets up its barriers, and gives each warp its role. */
+#ifndef FKDA_HOPPER_BLOCK_CUH
+#define FKDA_HOPPER_BLOCK_CUH
+
+#include "load.cuh"
+#include "prepare.cuh"
+#include "recurrence.cuh"
+#include "solve.cuh"
+
+namespace fkda
+{
+
+/* For `rows` rows of V of a head: all 128, or 64 where there are too few heads to fill the GPU. With outputs, or for final
+ * states alone. */
+template <int rows, bool outputs> static __device__ void run_block(const fkda_hopper_fwd_args &all)
+{
+    const fkda_fwd_args &args = all.fwd;
+    Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(block_memory());
+    const int thread = threadIdx.x, warp = thread / 32 - rows / 16, lane = thread % 32;
+    const bool ordered = args.counter && !all.cut.counts && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
+    if (thread == 0) {
+        for (int i = 0; i < SLOTS; i++) {
+            mbarrier_init(&shared.chunks.loaded[i], 1);
+            mbarrier_init_for_warps(&shared.chunks.ready[i], TEAM_WARPS + 1); /* the solver */
+            mbarrier_init_for_warps(&shared.chunks.empty[i], rows / 16);
+        }
+        for (int i = 0; i < Shared<rows>::TEAMS; i++) {
+            mbarrier_init_for_warps(&shared.product_ring.full[i], TEAM_WARPS);
+            mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
+        }
+        for (int i = 0; i < PIECES_AHEAD; i++) {
+            mbarrier_init(&shared.pieces.ring.full[i], 1);
+            mbarrier_init_for_warps(&shared.pieces.ring.empty[i],
+                                    rows / 16 + FKDA_HOPPER_AHEAD_WARPS(rows) - 1); /* all but the loader */
+        }
+        fence_mbarrier_init();
+    }
+    if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
+    __syncthreads();
+    if (thread < 2 * rows) { /* all 65536 registers are dealt out: 8 x 152 + 8 x 104, 4 x 176 + 12 x 112 */
+        take_registers<rows == 128 ? 152 : 176>();
+        Recurrence<rows, outputs>(args, shared, thread).run();
+    } else {
+        give_registers<rows == 128 ? 104 : 112>();
+        if (warp < FKDA_HOPPER_PREPARE_WARPS(rows))
+            Preparation<rows, outputs>(args, shared, warp, lane).run();
+        else if (warp == FKDA_HOPPER_PREPARE_WARPS(rows))
+            Loader<rows, outputs>(all, shared, ordered ? shared.order : nullptr, lane).run();
+        else if (warp < FKDA_HOPPER_AHEAD_WARPS(rows))
+            solve<rows, outputs>(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS(rows) - 1, lane);
+    }
+}
+
+} // namespace fkda
+
+#endif

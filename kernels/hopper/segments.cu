@@ -1,0 +1,37 @@
+/*
+ * The kernels of sequences that are cut into segments, in the order in which they run: a plan of the segments, the pass that finds
+ * each segment's state from zeros and its map, and the join. Then comes the ordinary forward pass (fwd.cu), over segments.
+ * segments.h says what they share, docs/segments.md how it works.
+ */
+#include "block.cuh"
+#include "join.cuh"
+#include "plan.cuh"
+
+extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
+    fkda_hopper_plan(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    using namespace fkda;
+    long long *scratch = reinterpret_cast<long long *>(block_memory());
+    Plan{args.fwd, args.cut, reinterpret_cast<int *>(scratch + FKDA_PLAN_THREADS / 32)}.run(scratch);
+}
+
+#define FKDA_DEFINE_KERNEL(rows)                                                                             \
+    extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                               \
+        fkda_hopper_maps_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                           \
+    {                                                                                                        \
+        fkda::run_block<rows, false>(args);                                                                  \
+    }
+
+FKDA_DEFINE_KERNEL(128)
+FKDA_DEFINE_KERNEL(64)
+
+#define FKDA_DEFINE_JOIN(step, which)                                                                        \
+    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_THREADS, 1)                                       \
+        fkda_hopper_join_##step(const __grid_constant__ fkda_hopper_fwd_args args)                           \
+    {                                                                                                        \
+        fkda::join<fkda::which>(args.fwd, args.cut);                                                         \
+    }
+
+FKDA_DEFINE_JOIN(compose, COMPOSE)
+FKDA_DEFINE_JOIN(chain, CHAIN)
+FKDA_DEFINE_JOIN(expand, EXPAND)
