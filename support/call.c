@@ -174,6 +174,7 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     c->params.device = options.device;
     c->params.kernel = options.kernel;
     c->params.cpu_threads = options.threads;
+    c->params.batch_invariant = options.batch_invariant;
     c->params.out = c->params.v;
     size_t workspace_size;
     flash_kda_status status = flash_kda_fwd_workspace_size(&c->params, &workspace_size);

@@ -33,6 +33,7 @@ typedef struct call_options {
     state_mode mode;
     bool bf16_state;
     bool i32_seqlens;
+    bool batch_invariant;
 } call_options;
 
 typedef struct call {

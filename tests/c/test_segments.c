@@ -1,0 +1,203 @@
+/* Long sequences, which a kernel may cut into segments: that cutting adds no error, and that results do not depend on the batch
+ * where that is asked for. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "recorded.h"
+
+/* The kernel that cuts, and the one that it otherwise equals. */
+static const char *const cutting = "hopper-segments", *const uncut = "hopper";
+
+/* How much larger the error may be of a result for which sequences were cut; and what fp32 itself may add, which shows where a state
+ * does little but decay and both errors are a thousandth of their bar. */
+static const double MOST_ADDED = 1.02, ROUNDING = 1e-6;
+
+static bool kernel_cuts(void)
+{
+    return strcmp(test.kernel, cutting) == 0;
+}
+
+typedef struct errors {
+    double out, state;
+} errors;
+
+static errors errors_of(const problem *p, const answer *truth, const char *kernel)
+{
+    call_options options = options_of(STATE_BOTH, false);
+    options.kernel = kernel;
+    result r = run_and_check(p, NULL, (bars){0, 0}, options);
+    errors e = {relative_rms(truth->out, r.out, FLASH_KDA_BF16, problem_rows(p) * DIM),
+                relative_rms(truth->state, r.state, FLASH_KDA_F32, problem_states(p) * DIM * DIM)};
+    result_free(&r);
+    return e;
+}
+
+/* Holds the result to its bars, and to the error of the kernel that does not cut. */
+static void check_cutting(const problem *p, bars limits)
+{
+    answer truth = problem_solve(p, true);
+    errors whole = errors_of(p, &truth, uncut), cut = errors_of(p, &truth, cutting);
+    check_error("out", cut.out, limits.out);
+    check_error("state", cut.state, limits.state);
+    CHECK(cut.out <= MOST_ADDED * whole.out, "out has error %.4g, uncut %.4g", cut.out, whole.out);
+    CHECK(cut.state <= MOST_ADDED * whole.state + ROUNDING, "state has error %.4g, uncut %.4g", cut.state, whole.state);
+    answer_free(&truth);
+}
+
+static void cases(void)
+{
+    if (!kernel_cuts()) return;
+    for (int i = 0; i < test_case_count; i++) {
+        const test_case *c = &test_cases[i];
+        problem *p = problem_create(1, test.quick ? 1024 : 8192, test.quick ? 2 : 4);
+        fill_case(p, c, 71);
+        trying("%s, T = %lld, H = %lld", c->name, (long long)p->tokens, (long long)p->heads);
+        check_cutting(p, case_bars(c, test.device));
+        problem_free(p);
+    }
+}
+
+static uint16_t *repeat(uint16_t *from, int64_t count, int times)
+{
+    uint16_t *to = allocate((size_t)(count * times), sizeof *to);
+    for (int i = 0; i < times; i++) memcpy(to + i * count, from, (size_t)count * sizeof *to);
+    free(from);
+    return to;
+}
+
+/* The window that was recorded, over and over: real slow channels through many segments. */
+static void recorded(void)
+{
+    static const char *const files[] = {"kda_layer0.safetensors", "kda_layer3.safetensors"};
+    const int times = test.quick ? 1 : 8;
+    if (!kernel_cuts()) return;
+    for (int i = 0; i < 2; i++) {
+        char path[512], why[256];
+        snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, files[i]);
+        problem *p = recorded_load(path, why);
+        if (!CHECK(p, "%s", why)) continue;
+        const int64_t tokens = problem_rows(p);
+        uint16_t **tensors[] = {&p->q, &p->k, &p->v, &p->g};
+        for (int t = 0; t < 4; t++) *tensors[t] = repeat(*tensors[t], tokens * DIM, times);
+        p->beta = repeat(p->beta, tokens, times);
+        p->tokens *= times;
+        trying("%s, %d times", files[i], times);
+        check_cutting(p, case_bars(&recorded_cases[i], test.device));
+        problem_free(p);
+    }
+}
+
+/* Numbers of segments around those at which maps are joined in one group, two, three; and lengths that leave a rest. */
+static void levels(void)
+{
+    static const int64_t segments[] = {2, 3, 4, 25, 26, 27, 28, 38, 39, 51, 64};
+    const test_case *c = find_case("slow gates");
+    if (!kernel_cuts()) return;
+    for (size_t i = 0; i < sizeof segments / sizeof *segments; i += test.quick ? 2 : 1) {
+        problem *p = problem_create(1, 64 * segments[i] + (int64_t)i * 5 % 64, 1);
+        fill_case(p, c, 80 + i);
+        trying("%lld segments, T = %lld", (long long)segments[i], (long long)p->tokens);
+        check_cutting(p, case_bars(c, test.device));
+        problem_free(p);
+    }
+}
+
+/* Long and short sequences in one batch, so many heads that a few are cut and none, and sequences without tokens. */
+static void mixtures(void)
+{
+    static const int64_t lengths[][8] = {
+        {1500, 0, 17, 100, 64, 1, 130, 0},
+        {1, 128, 127, 129, 192, 191, 16, 1000},
+        {0, 0, 0, 0, 0, 0, 0, 700},
+        {200, 200, 200, 200, 200, 200, 200, 200},
+    };
+    const test_case *c = find_case("channels from fast to slow");
+    if (!kernel_cuts()) return;
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        problem *p = problem_create_ragged(lengths[i], 8, 1 + (int64_t)i % 3);
+        fill_case(p, c, 90 + i);
+        trying("mixture %zu, T = %lld, H = %lld", i, (long long)p->tokens, (long long)p->heads);
+        check_state_modes(p, case_bars(c, test.device));
+        if (!test.quick) check_cutting(p, case_bars(c, test.device));
+        problem_free(p);
+    }
+}
+
+/* The part of a problem's tensor that belongs to some tokens. */
+static void copy_tokens(uint16_t *to, const uint16_t *from, int64_t first, int64_t count, int64_t width)
+{
+    memcpy(to, from + first * width, (size_t)(count * width) * sizeof *to);
+}
+
+/* Sequence n of a problem by itself. */
+static problem *alone(const problem *p, int64_t n)
+{
+    const int64_t first = p->cu_seqlens[n], count = p->cu_seqlens[n + 1] - first, states = p->heads * DIM * DIM;
+    problem *one = problem_create(1, count, p->heads);
+    copy_tokens(one->q, p->q, first, count, p->heads * DIM);
+    copy_tokens(one->k, p->k, first, count, p->heads * DIM);
+    copy_tokens(one->v, p->v, first, count, p->heads * DIM);
+    copy_tokens(one->g, p->g, first, count, p->heads * DIM);
+    copy_tokens(one->beta, p->beta, first, count, p->heads);
+    memcpy(one->A_log, p->A_log, (size_t)p->heads * sizeof *p->A_log);
+    memcpy(one->dt_bias, p->dt_bias, (size_t)(p->heads * DIM) * sizeof *p->dt_bias);
+    memcpy(one->initial_state, p->initial_state + n * states, (size_t)states * sizeof *p->initial_state);
+    return one;
+}
+
+/* With batch_invariant a sequence has the same bits in a batch as alone, where a row without cu_seqlens is its batch. */
+static void invariance(void)
+{
+    static const int64_t lengths[][5] = {{2100, 3, 0, 5000, 700}, {40, 2048, 2047, 16, 1}};
+    for (size_t i = 0; i < (test.quick ? 1 : 2); i++) {
+        problem *p = problem_create_ragged(lengths[i], 5, 2);
+        fill_case(p, find_case("slow gates"), 100 + i);
+        call_options options = options_of(STATE_BOTH, false);
+        options.batch_invariant = true;
+        trying("batch %zu", i);
+        result all = run_and_check(p, NULL, (bars){0, 0}, options);
+        for (int64_t n = 0; all.out && n < 5; n++) {
+            problem *one = alone(p, n);
+            trying("sequence %lld of batch %zu", (long long)n, i);
+            result single = run_and_check(one, NULL, (bars){0, 0}, options);
+            const int64_t values = p->heads * DIM, states = p->heads * DIM * DIM;
+            if (single.out) {
+                CHECK(first_difference(all.out + p->cu_seqlens[n] * values, single.out, 2, lengths[i][n] * values) < 0,
+                      "out differs");
+                CHECK(first_difference((float *)all.state + n * states, single.state, 4, states) < 0,
+                      "final_state differs");
+            }
+            result_free(&single);
+            problem_free(one);
+        }
+        result_free(&all);
+        problem_free(p);
+    }
+}
+
+/* Far longer sequences, against the fp64 recurrence; also the error of what is cut must not grow with the length. */
+static void lengths(void)
+{
+    static const int64_t tokens[] = {16384, 65536, 262144};
+    const test_case *c = find_case("channels from fast to slow");
+    if (!kernel_cuts() || test.quick) return;
+    for (int i = 0; i < 3; i++) {
+        problem *p = problem_create(1, tokens[i], 1);
+        fill_case(p, c, 110);
+        trying("T = %lld", (long long)tokens[i]);
+        check_cutting(p, case_bars(c, test.device));
+        problem_free(p);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static const group groups[] = {
+        {"cases", cases},       {"recorded", recorded},     {"levels", levels},
+        {"mixtures", mixtures}, {"invariance", invariance}, {"lengths", lengths},
+    };
+    harness_start(argc, argv);
+    return harness_run(groups, sizeof groups / sizeof *groups);
+}
