@@ -10,9 +10,9 @@
 namespace fkda
 {
 
-/* For `rows` rows of V of a head: all 128, or 64 where there are too few heads to fill the GPU. With outputs, or for final
- * states alone. */
-template <int rows, bool outputs> static __device__ void run_block(const fkda_hopper_fwd_args &all)
+/* For `rows` rows of V of a head: all 128, or 64 where there are too few heads to fill the GPU. mixed: of some pieces only states
+ * are wanted. */
+template <int rows, bool mixed> static __device__ void run_block(const fkda_hopper_fwd_args &all)
 {
     const fkda_fwd_args &args = all.fwd;
     Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(block_memory());
@@ -39,15 +39,15 @@ template <int rows, bool outputs> static __device__ void run_block(const fkda_ho
     __syncthreads();
     if (thread < 2 * rows) { /* all 65536 registers are dealt out: 8 x 152 + 8 x 104, 4 x 176 + 12 x 112 */
         take_registers<rows == 128 ? 152 : 176>();
-        Recurrence<rows, outputs>(args, shared, thread).run();
+        Recurrence<rows, mixed>(args, shared, thread).run();
     } else {
         give_registers<rows == 128 ? 104 : 112>();
         if (warp < FKDA_HOPPER_PREPARE_WARPS(rows))
-            Preparation<rows, outputs>(args, shared, warp, lane).run();
+            Preparation<rows, mixed>(args, shared, warp, lane).run();
         else if (warp == FKDA_HOPPER_PREPARE_WARPS(rows))
-            Loader<rows, outputs>(all, shared, ordered ? shared.order : nullptr, lane).run();
+            Loader<rows, mixed>(all, shared, ordered ? shared.order : nullptr, lane).run();
         else if (warp < FKDA_HOPPER_AHEAD_WARPS(rows))
-            solve<rows, outputs>(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS(rows) - 1, lane);
+            solve<rows, mixed>(args, shared, warp - FKDA_HOPPER_PREPARE_WARPS(rows) - 1, lane);
     }
 }
 

@@ -12,9 +12,9 @@ namespace fkda
 /* Where the next piece comes from. Sequences of equal length: every gridDim.x-th piece. Else blocks draw numbers from a
  * counter, and numbers go to sequences by falling length, so that blocks end at about the same time. Where sequences are cut the
  * numbers are of segments in a list. */
-template <int rows, bool outputs> struct Dealer {
+template <int rows, bool mixed> struct Dealer {
     static constexpr int PIECES = DIM / rows; /* of a head */
-    static constexpr int PASS = outputs ? 1 : 0;
+    static constexpr int PASS = mixed ? 0 : 1;
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     const uint16_t *order; /* of the sequences, or null */
@@ -56,16 +56,14 @@ template <int rows, bool outputs> struct Dealer {
         if (s.slot < 0) return piece;
         const long long matrix = (static_cast<long long>(s.slot) * args.heads + head) * (DIM * DIM);
         const long long next_slot = static_cast<long long>(args.heads) * (DIM * DIM);
-        if (outputs) {
-            /* The join has put the initial state there too: the last segment may write over it before the first one reads it. */
+        if (!(s.kind & FKDA_SEGMENT_FIRST)) {
+            piece.initial = mixed ? nullptr : cut.states + matrix;
             piece.kind &= ~INITIAL_BF16;
-            if (piece.initial || !(s.kind & FKDA_SEGMENT_FIRST)) piece.initial = cut.states + matrix;
-            if (!(s.kind & FKDA_SEGMENT_LAST)) piece.final = nullptr;
-        } else {
+            if (mixed) piece.kind |= s.kind & FKDA_SEGMENT_MAP ? STATES_ONLY | UNIT : STATES_ONLY;
+        }
+        if (!(s.kind & FKDA_SEGMENT_LAST)) {
+            piece.final = !mixed ? nullptr : s.kind & FKDA_SEGMENT_MAP ? cut.maps + matrix : cut.states + matrix + next_slot;
             piece.kind &= ~FINAL_BF16;
-            if (!(s.kind & FKDA_SEGMENT_FIRST)) piece.initial = nullptr;
-            if (s.kind & FKDA_SEGMENT_MAP) piece.kind |= UNIT;
-            piece.final = s.kind & FKDA_SEGMENT_MAP ? cut.maps + matrix : cut.states + matrix + next_slot;
         }
         return piece;
     }

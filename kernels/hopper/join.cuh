@@ -1,10 +1,10 @@
 /*
- * Joins segments: from what their passes from zeros left in the workspace to the states that they start from. With S_i^T the state
- * that segment i of a sequence starts from, as rows of V, M_i its map and B_i its state from zeros,
+ * Joins segments: from what the first pass left in the workspace to the states that they start from. With S_i^T the state that
+ * segment i of a sequence starts from, as rows of V, M_i its map and B_i what it makes of zeros,
  *
- *     S_1^T = B_0        S_(i+1)^T = S_i^T M_i + B_i
+ *     S_(i+1)^T = S_i^T M_i + B_i
  *
- * B_i is where S_(i+1) goes. Rows are independent: a block carries FKDA_JOIN_ROWS of them through all maps, in fp32. Of many
+ * S_1 is there, the state after the first segment, and B_i is where S_(i+1) goes. Rows are independent: a block carries FKDA_JOIN_ROWS of them through all maps, in fp32. Of many
  * maps, groups are composed first, in parallel, to one map and one state each; then states are carried from group to group, then
  * through each group, in parallel again.
  */
@@ -112,16 +112,6 @@ struct Join {
         }
     }
 
-    /* The initial state, in fp32, to slot 0's place. */
-    __device__ void copy_initial_state(const fkda_cut_sequence &c) const
-    {
-        const long long at = (static_cast<long long>(c.sequence) * args.heads + head) * MATRIX + row * DIM;
-        float *to = place(cut.states, c.first_slot);
-        for (int i = threadIdx.x; i < ROWS * DIM; i += FKDA_JOIN_THREADS)
-            to[i] = args.state_is_bf16 ? bf16_low(static_cast<const uint16_t *>(args.initial_state)[at + i])
-                                       : static_cast<const float *>(args.initial_state)[at + i];
-    }
-
     /* The maps of a group, from the first to the last. */
     __device__ void find_group(const fkda_cut_sequence &c, int group, int &first, int &last) const
     {
@@ -146,7 +136,6 @@ struct Join {
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
         const float *from = place(cut.states, c.first_slot + 1);
-        if (args.initial_state) copy_initial_state(c);
         if (groups)
             carry(from, {cut.composed, c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS, FKDA_GROUP_MAPS, last, true, true},
                   nullptr);

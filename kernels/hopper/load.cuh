@@ -11,12 +11,11 @@
 namespace fkda
 {
 
-/* outputs: they are wanted, else only final states. */
-template <int rows, bool outputs> struct Loader {
+template <int rows, bool mixed> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<rows> &shared;
     int lane;
-    Dealer<rows, outputs> dealer;
+    Dealer<rows, mixed> dealer;
     Slot<PIECES_AHEAD> dealt;
     Slot<SLOTS> slot;
     Piece piece; /* the last one dealt */
@@ -48,13 +47,13 @@ template <int rows, bool outputs> struct Loader {
         mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
         if (elect_lane()) {
             const int token = static_cast<int>(now.begin) + first;
-            const bool values = outputs || !(now.kind & UNIT);
-            const int left_out = (outputs ? 0 : DIM / 64 * HALF_TOKENS) + (values ? 0 : rows / 64 * HALF_TOKENS);
+            const bool queries = wants_outputs<mixed>(now.kind), values = !mixed || !(now.kind & UNIT);
+            const int left_out = (queries ? 0 : DIM / 64 * HALF_TOKENS) + (values ? 0 : rows / 64 * HALF_TOKENS);
             mbarrier_arrive_expecting(loaded, static_cast<int>(sizeof to) - left_out);
 #pragma unroll
             for (int half = 0; half < DIM / 64; half++) {
                 copy_box(to.half[half].k, &args.k, token, half, now.head, loaded);
-                if (outputs) copy_box(to.half[half].q, &args.q, token, half, now.head, loaded);
+                if (queries) copy_box(to.half[half].q, &args.q, token, half, now.head, loaded);
                 copy_box(to.half[half].g, &args.g, token, half, now.head, loaded);
             }
 #pragma unroll

@@ -56,11 +56,16 @@ struct Plan {
         return low;
     }
 
-    /* A cut sequence has two entries of the first pass to a segment: the state and the map. The last segment needs neither, the
-     * first no map. */
+    /* Of the first pass a cut sequence has an entry for the first segment, its outputs, and two for each of the others but the
+     * last: state and map. Of the second pass it has one for each segment but the first. */
     static __device__ int first_pass_before(const fkda_cut_sequence &c, int index)
     {
         return 2 * c.first_slot - 3 * index;
+    }
+
+    static __device__ int second_pass_before(const fkda_cut_sequence &c, int index)
+    {
+        return c.first_slot - index;
     }
 
     /* visit(segment) for each entry of a pass, all threads of the block together. */
@@ -77,9 +82,9 @@ struct Plan {
                 visit(s);
             }
         } else {
-            for (int e = threadIdx.x; e < slots; e += blockDim.x) {
-                const int c = find_cut(e, cut_sequences, [=](int i) { return cuts[i].first_slot; });
-                visit(segment(cuts[c], e - cuts[c].first_slot));
+            for (int e = threadIdx.x; e < slots - cut_sequences; e += blockDim.x) {
+                const int c = find_cut(e, cut_sequences, [=](int i) { return second_pass_before(cuts[i], i); });
+                visit(segment(cuts[c], e - second_pass_before(cuts[c], c) + 1));
             }
             for (int n = threadIdx.x; n < args.tasks / args.heads; n += blockDim.x) {
                 const Task task = sequence(n);

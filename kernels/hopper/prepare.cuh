@@ -13,9 +13,8 @@
 namespace fkda
 {
 
-/* outputs: they are wanted, else the queries are left out. */
-template <int rows, bool outputs> struct Preparation {
-    static constexpr int PRODUCTS = outputs ? 3 : 2;
+/* Where outputs are not wanted the queries are left out. */
+template <int rows, bool mixed> struct Preparation {
     static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp: a half of the tokens' */
     static_assert(TEAM_WARPS == 2, "a half each, and norms of q or k each");
     const fkda_fwd_args &args;
@@ -62,7 +61,7 @@ template <int rows, bool outputs> struct Preparation {
         for (int i = left + lane / 8; i < CHUNK; i += 4) {
             const int at = i * ROW + lane % 8 * 16;
             *reinterpret_cast<uint4 *>(&tokens.half[warp].k[at]) = zeros;
-            if (outputs) *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
+            *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
             *reinterpret_cast<uint4 *>(&tokens.half[warp].g[at]) = zeros;
             if (warp < rows / 64) *reinterpret_cast<uint4 *>(&tokens.v[warp][at]) = zeros;
         }
@@ -122,8 +121,9 @@ template <int rows, bool outputs> struct Preparation {
     /* The decayed tiles of 16 channels from c on, of this warp's, and their part of the products over channels: tokens 0 to 7 with 0 to 7, 8 to 15
      * with 0 to 7 and 8 to 15 with 8 to 15. A product has K~ in its upper and Q~ in its lower eight rows; without outputs all
      * of K~, with tokens 0 to 7 and with 8 to 15. */
+    template <bool outputs>
     __device__ void decay(uint32_t half, float *gamma, int c, const float (&q_factor)[2],
-                          const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[PRODUCTS][4]) const
+                          const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[3][4]) const
     {
         const uint32_t at = half ^ 2 * c;
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], k_rest[4]; /* channel / 8, token / 8 */
@@ -182,7 +182,8 @@ template <int rows, bool outputs> struct Preparation {
         }
     }
 
-    __device__ void store_products(float (&to)[2][3][8][8], const float (&products)[PRODUCTS][4]) const
+    template <bool outputs>
+    __device__ void store_products(float (&to)[2][3][8][8], const float (&products)[3][4]) const
     {
         if constexpr (outputs) {
 #pragma unroll
@@ -197,6 +198,38 @@ template <int rows, bool outputs> struct Preparation {
         }
     }
 
+    /* A chunk whose inputs have come, up to its products over channels. */
+    template <bool outputs>
+    __device__ void prepare(Tokens<rows> &tokens, float *gamma, int round, float (&products)[3][4]) const
+    {
+        const uint32_t half = shared_address(&tokens.half[warp]) + place;
+        float q_factor[2] = {}, k_factor[2];
+        if (outputs || warp)
+            store_inverse_norms(shared.inverse_norm[team][round][warp],
+                                warp ? tokens.half[0].k : tokens.half[0].q);
+        barrier_sync<1, 32 * TEAM_WARPS>(team);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (outputs) q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
+            k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
+        }
+        float sum[2][4];
+        accumulate_gates(half, 0, sum);
+#pragma unroll 1
+        for (int c = 0; c < SHARE - 16; c += 16) {
+            float next[2][4]; /* gates are a slice ahead, so that two slices' waits fill each other */
+            accumulate_gates(half, c + 16, next);
+            decay<outputs>(half, gamma, c, q_factor, k_factor, sum, products);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = next[i / 4][i % 4];
+        }
+        decay<outputs>(half, gamma, SHARE - 16, q_factor, k_factor, sum, products);
+        finish_gamma(gamma);
+        fence_async_proxy();
+        mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
+        store_products<outputs>(shared.products[team].part[warp], products);
+    }
+
     __device__ void run()
     {
         Slot<SLOTS> slot(team);
@@ -205,9 +238,8 @@ template <int rows, bool outputs> struct Preparation {
         find_ones(CHUNK);
         for (Position at(shared.pieces, team); !at.done(); at.advance(Shared<rows>::TEAMS)) {
             Tokens<rows> &tokens = shared.tokens[slot.index];
-            const uint32_t half = shared_address(&tokens.half[warp]) + place;
             float *gamma = &shared.stage[slot.index].gamma_minus_1[warp * SHARE];
-            float products[PRODUCTS][4] = {}, q_factor[2], k_factor[2];
+            float products[3][4] = {};
             if (at.left < CHUNK || !whole) find_ones(at.left);
             whole = at.left >= CHUNK;
             if (at.head != head) load_gate_parameters(head = at.head);
@@ -216,30 +248,10 @@ template <int rows, bool outputs> struct Preparation {
                 clear_past_end(tokens, at.left);
                 barrier_sync<1, 32 * TEAM_WARPS>(team);
             }
-            if (outputs || warp)
-                store_inverse_norms(shared.inverse_norm[team][round][warp],
-                                    warp ? tokens.half[0].k : tokens.half[0].q);
-            barrier_sync<1, 32 * TEAM_WARPS>(team);
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                if (outputs) q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
-                k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
-            }
-            float sum[2][4];
-            accumulate_gates(half, 0, sum);
-#pragma unroll 1
-            for (int c = 0; c < SHARE - 16; c += 16) {
-                float next[2][4]; /* gates are a slice ahead, so that two slices' waits fill each other */
-                accumulate_gates(half, c + 16, next);
-                decay(half, gamma, c, q_factor, k_factor, sum, products);
-#pragma unroll
-                for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = next[i / 4][i % 4];
-            }
-            decay(half, gamma, SHARE - 16, q_factor, k_factor, sum, products);
-            finish_gamma(gamma);
-            fence_async_proxy();
-            mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
-            store_products(shared.products[team].part[warp], products);
+            if (wants_outputs<mixed>(at.kind))
+                prepare<true>(tokens, gamma, round, products);
+            else
+                prepare<false>(tokens, gamma, round, products);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
             round ^= 1;

@@ -12,9 +12,8 @@
 namespace fkda
 {
 
-/* outputs: they are wanted, else only final states. */
-template <int rows, bool outputs> struct Recurrence {
-    static constexpr int READ = outputs ? 4 : 2; /* tiles of what is read from the state: K~ S, and for outputs Q~ S */
+/* For outputs Q~ S is read from the state beside K~ S, and there are four tiles of that instead of two. */
+template <int rows, bool mixed> struct Recurrence {
     const fkda_fwd_args &args;
     Shared<rows> &shared;
     int lane, g, t;
@@ -57,7 +56,7 @@ template <int rows, bool outputs> struct Recurrence {
                     x = make_float2(bf16_low(pair), bf16_high(pair));
                 } else if (from) {
                     x = *reinterpret_cast<const float2 *>(static_cast<const float *>(from) + at);
-                } else if (!outputs && unit) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
+                } else if (mixed && unit) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
                     x = make_float2(at % (DIM + 1) == 0 ? 1.0f : 0.0f, (at + 1) % (DIM + 1) == 0 ? 1.0f : 0.0f);
                 }
                 state[s][2 * r] = x.x, state[s][2 * r + 1] = x.y;
@@ -86,7 +85,7 @@ template <int rows, bool outputs> struct Recurrence {
     __device__ void load_values(float (&v)[2][4], const Tokens<rows> &tokens) const
     {
         uint32_t x[4] = {};
-        if (outputs || !unit) load_matrices_transposed(x, &tokens.v[0][value_place]);
+        if (!mixed || !unit) load_matrices_transposed(x, &tokens.v[0][value_place]);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             v[i / 2][i % 2 * 2] = bf16_low(x[i]);
@@ -103,7 +102,7 @@ template <int rows, bool outputs> struct Recurrence {
 
     /* Chooses both rows' scales anew, so that the largest of the state and the coming v is in [1/2, 1), and scales
      * the state and what was computed from it. */
-    __device__ void rescale(const float (&v)[2][4], float (&read)[READ][4])
+    template <int tiles> __device__ void rescale(const float (&v)[2][4], float (&read)[tiles][4])
     {
         bool changed = false;
 #pragma unroll
@@ -122,7 +121,7 @@ template <int rows, bool outputs> struct Recurrence {
 #pragma unroll
             for (int s = 0; s < DIM / 8; s++) state[s][2 * r] *= factor, state[s][2 * r + 1] *= factor;
 #pragma unroll
-            for (int i = 0; i < READ; i++) read[i][2 * r] *= factor, read[i][2 * r + 1] *= factor;
+            for (int i = 0; i < tiles; i++) read[i][2 * r] *= factor, read[i][2 * r + 1] *= factor;
             changed |= next != scale[r];
             scale[r] = next;
         }
@@ -142,7 +141,8 @@ template <int rows, bool outputs> struct Recurrence {
      * looked at, and the one after each change, if v is small there. With a strength below one it is v * strength that is
      * held to the range, and the state could grow by 16 scales a token: so every eighth chunk chooses scales, if such a chunk
      * came by. */
-    __device__ void adapt(float (&v)[2][4], float (&read)[READ][4], float strength, bool first, bool eighth)
+    template <int tiles>
+    __device__ void adapt(float (&v)[2][4], float (&read)[tiles][4], float strength, bool first, bool eighth)
     {
         if (strength < 1.0f) {
 #pragma unroll
@@ -199,7 +199,8 @@ template <int rows, bool outputs> struct Recurrence {
 
     /* One chunk. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
      * the chunk's own tokens add to it in `own`. */
-    __device__ void step(int index, bool first, bool eighth, float (&read)[READ][4], float (&own)[2][4])
+    template <int tiles>
+    __device__ void step(int index, bool first, bool eighth, float (&read)[tiles][4], float (&own)[2][4])
     {
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
@@ -235,13 +236,37 @@ template <int rows, bool outputs> struct Recurrence {
         wgmma_wait<0>();
         pack_operand(a[1], u[0], u[1]);
         wgmma_fence();
-        if constexpr (outputs) {
+        if constexpr (tiles == 4) {
             wgmma<false, false>(own, a[1],
                                 decltype(stage.attend)::operand(stage_place + offsetof(Stage, attend) / 16));
             wgmma_commit();
         }
         wgmma<true, true>(state, a[1], Tokens<rows>::k_rest(tokens_place));
         wgmma_commit();
+    }
+
+    template <bool outputs> __device__ void walk_through(const Piece &piece, Slot<SLOTS> &slot)
+    {
+        long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
+                            warp_row + lane % 2 * 8);
+        float read[outputs ? 4 : 2][4] = {}, own[2][4] = {};
+        unit = piece.kind & UNIT;
+        load_state(piece);
+        scale[0] = scale[1] = 1.0f;
+        look_again = faint = false;
+        if ((piece.initial || (!outputs && unit)) && piece.length > 0) rescale(own, read);
+        for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
+            mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
+            step(slot.index, left == piece.length, (left & 7 * CHUNK) == 0, read, own);
+            if constexpr (outputs) {
+                wgmma_wait<1>();
+                store_output(shared.tokens[slot.index], own, &read[2], at, lane / 2 < left);
+            }
+            wgmma_wait<0>();
+            mbarrier_arrive_warp(&shared.chunks.empty[slot.index]);
+            slot.advance(1);
+        }
+        if (piece.final) store_state(piece);
     }
 
     __device__ void run()
@@ -251,26 +276,10 @@ template <int rows, bool outputs> struct Recurrence {
         for (;; walk.leave()) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;
-            long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
-                                warp_row + lane % 2 * 8);
-            float read[READ][4] = {}, own[2][4] = {};
-            unit = piece.kind & UNIT;
-            load_state(piece);
-            scale[0] = scale[1] = 1.0f;
-            look_again = faint = false;
-            if ((piece.initial || (!outputs && unit)) && piece.length > 0) rescale(own, read);
-            for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
-                mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-                step(slot.index, left == piece.length, (left & 7 * CHUNK) == 0, read, own);
-                if constexpr (outputs) {
-                    wgmma_wait<1>();
-                    store_output(shared.tokens[slot.index], own, &read[2], at, lane / 2 < left);
-                }
-                wgmma_wait<0>();
-                mbarrier_arrive_warp(&shared.chunks.empty[slot.index]);
-                slot.advance(1);
-            }
-            if (piece.final) store_state(piece);
+            if (wants_outputs<mixed>(piece.kind))
+                walk_through<true>(piece, slot);
+            else
+                walk_through<false>(piece, slot);
         }
     }
 };

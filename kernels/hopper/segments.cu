@@ -1,6 +1,6 @@
 /*
- * The kernels of sequences that are cut into segments, in the order in which they run: a plan of the segments, the pass that finds
- * each segment's state from zeros and its map, and the join. Then comes the ordinary forward pass (fwd.cu), over segments.
+ * The kernels of sequences that are cut into segments, in the order in which they run: a plan of the segments, the first pass,
+ * and the join. The second pass is the ordinary forward pass (fwd.cu), over segments.
  * segments.h says what they share, docs/segments.md how it works.
  */
 #include "block.cuh"
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
     extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                               \
         fkda_hopper_maps_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                           \
     {                                                                                                        \
-        fkda::run_block<rows, false>(args);                                                                  \
+        fkda::run_block<rows, true>(args);                                                                  \
     }
 
 FKDA_DEFINE_KERNEL(128)

@@ -2,13 +2,15 @@
  * Long sequences cut into segments that are walked through in parallel: what the host and the kernels share. How it works is in
  * docs/segments.md.
  *
- * A sequence of at least two times `shortest` tokens is cut into as many segments as that fits in. Segment 0 starts from the
- * sequence's initial state; the state S that another one starts from is what the join makes of
+ * A sequence of at least two times `shortest` tokens is cut into as many segments as that fits in. A first pass takes the first
+ * segment from the sequence's initial state to its outputs and the state S after it, and finds of each other segment but the
+ * last
  *
- *   states  the state after a segment that starts from zeros (the first: from the initial state), and
- *   maps    what becomes of rows of the identity in a segment without values: S^T -> S^T map + state
+ *   its state  what it makes of a state of zeros, and
+ *   its map    what it makes of rows of the identity if its values are zeros: S^T becomes S^T map + state.
  *
- * Each segment of a cut sequence has a slot in both; the state at the end of a segment is in the slot of the next one.
+ * With these the join finds the state that each segment starts from, and a second pass the outputs of all but the first. Each segment
+ * of a cut sequence has a slot for a state and a map; the state after a segment is in the slot of the next one.
  */
 #ifndef FKDA_HOPPER_SEGMENTS_H
 #define FKDA_HOPPER_SEGMENTS_H
@@ -25,7 +27,7 @@ typedef struct fkda_segment {
 enum {
     FKDA_SEGMENT_FIRST = 1, /* of its sequence */
     FKDA_SEGMENT_LAST = 2,
-    FKDA_SEGMENT_MAP = 4, /* its map is wanted, not its state */
+    FKDA_SEGMENT_MAP = 4, /* in the first pass: its map is wanted, not its state */
 };
 
 typedef struct fkda_cut_sequence {
@@ -51,7 +53,7 @@ typedef struct fkda_cut_counts {
 /* In the workspace. A null `counts` says that sequences are not cut. */
 typedef struct fkda_cut {
     fkda_cut_counts *counts;
-    fkda_segment *lists[2]; /* of the pass that finds states and maps, and of the one that finds outputs: longest first */
+    fkda_segment *lists[2]; /* of both passes: longest first */
     fkda_cut_sequence *cut_sequences;
     float *states, *maps; /* [slot][head][128][128] */
     float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */

@@ -15,17 +15,19 @@ __device__ __forceinline__ uint4 pack_eight(const float *x)
 }
 
 /* L = tril(diag(b) K~ K^^T, -1) and, for outputs, tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
-template <bool outputs>
+template <bool mixed>
 __device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const Products &products, float b,
-                                             int lane)
+                                             int kind, int lane)
 {
     const int i = lane / 2, h = lane % 2;
     const int block = i / 8 + (i / 8 & h); /* where row i has none, any: its columns are above the diagonal */
+    const bool outputs = wants_outputs<mixed>(kind);
     float sums[2][8];
 #pragma unroll
-    for (int which = 0; which < (outputs ? 2 : 1); which++)
+    for (int which = 0; which < 2; which++)
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
+            if (which == 1 && !outputs) continue;
             float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][block][i % 8][j]);
 #pragma unroll
             for (int w = 1; w < TEAM_WARPS; w++) {
@@ -38,7 +40,7 @@ __device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         sums[0][j] = 8 * h + j < i ? sums[0][j] * (UNTRUNCATE * b) : 0.0f;
-        if (outputs) sums[1][j] = 8 * h + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
+        sums[1][j] = outputs && 8 * h + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
     }
     if (i / 8 == h) {
 #pragma unroll
@@ -102,7 +104,7 @@ __device__ __forceinline__ float strength_above(float b)
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
-template <int rows, bool outputs>
+template <int rows, bool mixed>
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int solver, int lane)
 {
     constexpr int SOLVERS = Shared<rows>::SOLVERS;
@@ -114,6 +116,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
         Stage &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
+        const int kind = at.kind;
         /* The next logit is loaded ahead within a piece. The next piece may be dealt out only after this chunk is solved. */
         const bool ahead = at.left > SOLVERS * CHUNK;
         if (ahead) {
@@ -121,7 +124,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
             logit = load_beta(args, at, lane);
         }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        add_products<outputs>(shared.blocks[solver], stage, shared.products[in.index], b, lane);
+        add_products<mixed>(shared.blocks[solver], stage, shared.products[in.index], b, kind, lane);
         mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of `blocks` is there too */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;

@@ -41,7 +41,8 @@ enum {
     NO_PIECE = 1,     /* there is no more work */
     INITIAL_BF16 = 2, /* the type of `initial`, else fp32 */
     FINAL_BF16 = 4,
-    UNIT = 8, /* starts from the identity, and all values are zeros */
+    STATES_ONLY = 8, /* outputs are not wanted */
+    UNIT = 16,       /* starts from the identity, and all values are zeros; states only */
 };
 
 constexpr int PIECES_AHEAD = 16; /* that the loading warp may be ahead of the recurrence: it deals them out */
@@ -81,15 +82,21 @@ struct Walk {
     }
 };
 
+/* Whether a piece's outputs are wanted. A kernel that only ever sees such pieces, not mixed ones, need not ask. */
+template <bool mixed> __device__ __forceinline__ bool wants_outputs(int kind)
+{
+    return !mixed || !(kind & STATES_ONLY);
+}
+
 /* One chunk of a walk. */
 struct Position {
     Walk walk;
-    int head;
+    int head, kind; /* of the piece */
     int left;        /* tokens of the sequence from the chunk's first on; none after the last chunk of all */
     long long token; /* the chunk's first, counted over the whole tensor */
 
     /* The chunk `chunks` after the first. */
-    __device__ Position(Pieces &pieces, int chunks) : walk(pieces), head(0), left(0), token(0)
+    __device__ Position(Pieces &pieces, int chunks) : walk(pieces), head(0), kind(0), left(0), token(0)
     {
         skip(chunks * CHUNK);
     }
@@ -117,7 +124,7 @@ struct Position {
                 left = 0;
                 return;
             }
-            head = piece.head, left = piece.length - over, token = piece.begin + over;
+            head = piece.head, kind = piece.kind, left = piece.length - over, token = piece.begin + over;
         }
     }
 };

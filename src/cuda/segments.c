@@ -31,11 +31,13 @@ typedef struct division {
     int64_t groups;   /* of maps, at most */
 } division;
 
-/* Short enough that all segments together have a multiprocessor for each head, if there are tokens enough. */
+/* As long as lets every multiprocessor have one head of a segment in the second pass, where the tokens are of one sequence, whose
+ * first segment is left out there. */
 static division divide(const fkda_problem *p, int multiprocessors)
 {
-    const int64_t tokens = p->batch * p->tokens, chunks = tokens * p->heads / CHUNK;
-    division d = {.shortest = (chunks + multiprocessors - 1) / multiprocessors * CHUNK};
+    const int64_t tokens = p->batch * p->tokens, chunks = tokens * p->heads / CHUNK,
+                  parts = multiprocessors + p->heads;
+    division d = {.shortest = (chunks + parts - 1) / parts * CHUNK};
     if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
     if (p->batch_invariant) d.shortest = SHORTEST_ALONE;
     d.slots = tokens / d.shortest;
@@ -102,12 +104,12 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d)
     };
 }
 
-static fkda_hopper_layout lay_out_maps(const fkda_problem *p, const division *d, int multiprocessors)
+static fkda_hopper_layout lay_out_first_pass(const fkda_problem *p, const division *d, int multiprocessors)
 {
     return fkda_hopper_lay_out((2 * d->slots - 3) * p->heads, multiprocessors);
 }
 
-static fkda_hopper_layout lay_out_outputs(const fkda_problem *p, const division *d, int multiprocessors)
+static fkda_hopper_layout lay_out_second_pass(const fkda_problem *p, const division *d, int multiprocessors)
 {
     return fkda_hopper_lay_out((d->slots + p->sequences) * p->heads, multiprocessors);
 }
@@ -130,19 +132,19 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
                             int multiprocessors)
 {
     fkda_hopper_fwd_args args;
-    const fkda_hopper_layout maps = lay_out_maps(p, d, multiprocessors),
-                             outputs = lay_out_outputs(p, d, multiprocessors);
+    const fkda_hopper_layout first = lay_out_first_pass(p, d, multiprocessors),
+                             second = lay_out_second_pass(p, d, multiprocessors);
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
     if (status != FLASH_KDA_OK) return status;
     args.cut = find_memory(p, d);
     status = fkda_hopper_launch(driver, p, &args, segments_module.functions[p->device.index][PLAN], 1,
                                 FKDA_PLAN_THREADS);
     args.fwd.counter = &args.cut.counts->drawn[0];
-    if (status == FLASH_KDA_OK) status = fkda_hopper_launch_rows(driver, p, &args, &segments_module, &maps);
+    if (status == FLASH_KDA_OK) status = fkda_hopper_launch_rows(driver, p, &args, &segments_module, &first);
     if (status == FLASH_KDA_OK) status = join(driver, p, d, &args, multiprocessors);
     args.fwd.counter = &args.cut.counts->drawn[1];
     if (status == FLASH_KDA_OK)
-        status = fkda_hopper_launch_rows(driver, p, &args, &fkda_hopper_fwd_module, &outputs);
+        status = fkda_hopper_launch_rows(driver, p, &args, &fkda_hopper_fwd_module, &second);
     return status;
 }
 
@@ -175,14 +177,14 @@ void fkda_cuda_segments_explain(const fkda_problem *p, char *text, size_t size)
         fkda_cuda_hopper_explain(p, text, size);
         return;
     }
-    const fkda_hopper_layout maps = lay_out_maps(p, &d, multiprocessors),
-                             outputs = lay_out_outputs(p, &d, multiprocessors);
+    const fkda_hopper_layout first = lay_out_first_pass(p, &d, multiprocessors),
+                             second = lay_out_second_pass(p, &d, multiprocessors);
     snprintf(text, size,
-             "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most. First each "
-             "segment's state from zeros and its map are found, %d rows of V a block, %d blocks; then these are "
-             "joined%s; then outputs are found, %d rows a block, %d blocks.",
+             "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most. The first pass "
+             "finds the first segments' outputs, and the others' maps, with %d rows of V a block and %d blocks; maps are "
+             "joined%s; the second pass finds the other outputs, with %d rows a block and %d blocks.",
              (long long)(2 * d.shortest), (long long)d.shortest,
-             p->batch_invariant ? ", whatever the batch" : "", (long long)d.slots, maps.rows, maps.blocks,
-             d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", outputs.rows,
-             outputs.blocks);
+             p->batch_invariant ? ", whatever the batch" : "", (long long)d.slots, first.rows, first.blocks,
+             d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", second.rows,
+             second.blocks);
 }
