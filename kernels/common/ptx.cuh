@@ -21,6 +21,13 @@ __device__ __forceinline__ unsigned char *block_memory()
     return memory;
 }
 
+/* Lets the compiler take a pointer for what it is where it cannot see that. */
+template <class T> __device__ __forceinline__ T *global_memory(T *pointer)
+{
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+
 /* The indices of the block and of the thread in it, read again at each call rather than kept in registers. */
 __device__ __forceinline__ void read_indices(int &block, int &thread)
 {

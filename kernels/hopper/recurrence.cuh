@@ -42,7 +42,7 @@ template <int rows, bool mixed> struct Recurrence {
 
     __device__ void load_state(const Piece &piece)
     {
-        const void *from = piece.initial;
+        const void *from = global_memory(piece.initial);
         const bool is_bf16 = piece.kind & INITIAL_BF16;
         const int begin = state_begin(piece);
 #pragma unroll
@@ -65,7 +65,7 @@ template <int rows, bool mixed> struct Recurrence {
 
     __device__ void store_state(const Piece &piece) const
     {
-        void *to = piece.final;
+        void *to = global_memory(piece.final);
         const bool is_bf16 = piece.kind & FINAL_BF16;
         const int begin = state_begin(piece);
 #pragma unroll

@@ -30,6 +30,10 @@ inline unsigned char *block_memory()
     return emulator::thread().shared;
 }
 
+template <class T> T *global_memory(T *pointer)
+{
+    return pointer;
+}
 inline void read_indices(int &block, int &thread)
 {
     block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
