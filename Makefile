@@ -31,7 +31,7 @@ lint: build ## Formatting, static analysis and types of C, CUDA C and Python
 
 format: ## Rewrite the sources as `make lint` wants them
 	@$(environment) lint
-	git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs $(bin)/clang-format -i
+	git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp' | xargs $(bin)/clang-format -i
 	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
 
 sanitize: ## Run the C tests under AddressSanitizer and UndefinedBehaviorSanitizer

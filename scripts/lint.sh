@@ -9,7 +9,7 @@ step() {
     if "$@"; then echo "ok      $name"; else echo "FAILED  $name"; failed=1; fi
 }
 
-c_and_cuda() { git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh'; }
+c_and_cuda() { git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh' '*.cpp'; }
 
 # Only files that the build compiles: clang-tidy needs their flags.
 c_sources() { git ls-files -co --exclude-standard '*.c' | while read -r file; do
@@ -22,7 +22,7 @@ tidy() {
         out=$(clang-tidy -p "$0" --quiet "$1" 2>/dev/null) || { printf "%s\n" "$out"; exit 1; }' "$BUILD"
 }
 
-step "clang-format (C, CUDA C)" format_c
+step "clang-format (C, CUDA C, C++)" format_c
 step "clang-tidy (C)" tidy
 step "ruff check (Python)" ruff check --quiet .
 step "ruff format (Python)" ruff format --quiet --check .

@@ -304,7 +304,8 @@ static flash_kda_status check_workspace(const fkda_problem *p)
     return FLASH_KDA_OK;
 }
 
-_Static_assert(offsetof(flash_kda_fwd_params, batch_invariant) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+_Static_assert(offsetof(flash_kda_fwd_params, batch_invariant) + sizeof(int32_t) ==
+                   sizeof(flash_kda_fwd_params),
                "no padding at the end: a later field there would find what an older caller left in it");
 
 /* A caller built with an older header has a shorter struct: `*params` becomes a copy in which what is missing

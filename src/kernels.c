@@ -45,8 +45,9 @@ static const fkda_kernel kernels[] = {
 #endif
 #ifdef FKDA_WITH_HOPPER
     {
-        .info = {sizeof(flash_kda_kernel_info), "hopper-segments", FLASH_KDA_CUDA, "sm_90",
-                 "as hopper, with long sequences cut into segments that run in parallel and are joined exactly"},
+        .info =
+            {sizeof(flash_kda_kernel_info), "hopper-segments", FLASH_KDA_CUDA, "sm_90",
+             "as hopper, with long sequences cut into segments that run in parallel and are joined exactly"},
         .min_compute_capability = 90,
         .max_compute_capability = 90,
         .workspace_size = fkda_cuda_segments_workspace_size,

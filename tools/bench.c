@@ -9,11 +9,14 @@
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda bench [--device cpu|cuda:N] [--kernel NAME] [--heads H --lengths LENGTHS]\n\n"
+    "flash-kda bench [--device cpu|cuda:N] [--kernel NAME] [--batch-invariant] [--heads H --lengths "
+    "LENGTHS]\n\n"
     "Times the forward pass with fp32 states in and out. LENGTHS are the tokens of each sequence: 8192, or\n"
     "1300,547,2048, or 1024x8 for eight of 1024. Without --lengths, a few shapes that suit the device. "
     "--device is\n"
-    "CUDA device 0 if it can be used, else the CPU.\n\n"
+    "CUDA device 0 if it can be used, else the CPU. --batch-invariant asks for results that don't depend on "
+    "the\n"
+    "batch.\n\n"
     "  ms       the median of the time on the device (events around one call) or on the clock (CPU)\n"
     "  GB/s     what must cross memory once, q, k, v, g, beta, out and both states, over that time\n"
     "  floor    the time those bytes take at the speed of a large copy, measured in the same run\n"
@@ -93,17 +96,17 @@ static double copy_speed(flash_kda_device device)
 }
 
 /* The median of the milliseconds of one call. */
-static double time_problem(const problem *p, flash_kda_device device, const char *kernel)
+static double time_problem(const problem *p, call_options how)
 {
     const double cache = 200e6; /* a few times the L2 of an H100 */
     call sets[MAX_SETS];
     double times[MAX_REPEATS], spent = 0;
     int count = 1, done = 0;
     float ms;
-    if (device.type == FLASH_KDA_CUDA) count += (int)(cache / (bytes_of(p) + 1));
+    if (how.device.type == FLASH_KDA_CUDA) count += (int)(cache / (bytes_of(p) + 1));
     if (count > MAX_SETS) count = MAX_SETS;
     for (int i = 0; i < count; i++) {
-        must(call_open(&sets[i], p, (call_options){.device = device, .kernel = kernel, .mode = STATE_BOTH}));
+        must(call_open(&sets[i], p, how));
         must(flash_kda_time_fwd(&sets[i].params, 1, &ms)); /* loads kernels, warms up */
     }
     while (done < MAX_REPEATS && (done < 5 || spent < 1000)) {
@@ -115,12 +118,12 @@ static double time_problem(const problem *p, flash_kda_device device, const char
     return median(times, done);
 }
 
-static void bench_shape(shape s, const flash_kda_device_info *info, const char *kernel, double speed)
+static void bench_shape(shape s, call_options how, double speed)
 {
     progress("%s, H = %lld", s.lengths, (long long)s.heads);
     problem *p = create_problem(s);
     fill_repeating(p);
-    double ms = time_problem(p, info->device, kernel), bytes = bytes_of(p), floor_ms = 1e3 * bytes / speed;
+    double ms = time_problem(p, how), bytes = bytes_of(p), floor_ms = 1e3 * bytes / speed;
     progress_done();
     printf("  %-28s %4lld %11.3f %9.1f %10.3f %9.1f\n", s.lengths, (long long)s.heads, ms, 1e-6 * bytes / ms,
            floor_ms, ms / floor_ms);
@@ -128,18 +131,19 @@ static void bench_shape(shape s, const flash_kda_device_info *info, const char *
     problem_free(p);
 }
 
-static int bench(const flash_kda_device_info *info, const char *kernel, const shape *shapes, int count)
+static int bench(const flash_kda_device_info *info, call_options how, const shape *shapes, int count)
 {
     bool cpu = info->device.type == FLASH_KDA_CPU;
     printf("%s", bold());
     print_device(info);
-    printf(", kernel %s%s\n", kernel ? kernel : info->kernel, plain());
+    printf(", kernel %s%s%s\n", how.kernel ? how.kernel : info->kernel,
+           how.batch_invariant ? ", whatever the batch" : "", plain());
     progress("measuring a copy");
     double speed = copy_speed(info->device);
     progress_done();
     printf("  a copy reads and writes %.1f GB/s%s\n\n", 1e-9 * speed, cpu ? " (one thread)" : "");
     printf("  %-28s %4s %11s %9s %10s %9s\n", "lengths", "H", "ms", "GB/s", "floor ms", "x floor");
-    for (int i = 0; i < count; i++) bench_shape(shapes[i], info, kernel, speed);
+    for (int i = 0; i < count; i++) bench_shape(shapes[i], how, speed);
     return 0;
 }
 
@@ -148,19 +152,21 @@ int command_bench(int argc, char **argv)
     static const struct option options[] = {
         DEVICE_OPTION,
         KERNEL_OPTION,
+        BATCH_INVARIANT_OPTION,
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
         HELP_OPTION,
         {0},
     };
     flash_kda_device_info info = {0};
-    const char *kernel = NULL;
+    call_options how = {.mode = STATE_BOTH};
     shape own = {NULL, 0};
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
-        case 'k': kernel = optarg; break;
+        case 'k': how.kernel = optarg; break;
+        case 'i': how.batch_invariant = true; break;
         case 'H': own.heads = heads_option(optarg); break;
         case 'l': own.lengths = optarg; break;
         default: refuse_option("bench", argv);
@@ -169,15 +175,16 @@ int command_bench(int argc, char **argv)
     if (optind < argc) die("bench takes no argument, but there is '%s'", argv[optind]);
     if (own.heads && !own.lengths) die("--heads needs --lengths, for example --lengths 8192");
     if (!info.struct_size) info = best_device();
-    require_kernel(info.device, kernel);
+    require_kernel(info.device, how.kernel);
+    how.device = info.device;
     if (own.lengths) {
         int64_t *lengths;
         lengths_option(own.lengths, &lengths); /* refuse before anything takes time */
         free(lengths);
         if (!own.heads) own.heads = default_heads(info.device);
-        return bench(&info, kernel, &own, 1);
+        return bench(&info, how, &own, 1);
     }
     if (info.device.type == FLASH_KDA_CPU)
-        return bench(&info, kernel, cpu_shapes, sizeof cpu_shapes / sizeof *cpu_shapes);
-    return bench(&info, kernel, gpu_shapes, sizeof gpu_shapes / sizeof *gpu_shapes);
+        return bench(&info, how, cpu_shapes, sizeof cpu_shapes / sizeof *cpu_shapes);
+    return bench(&info, how, gpu_shapes, sizeof gpu_shapes / sizeof *gpu_shapes);
 }

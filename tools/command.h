@@ -21,6 +21,10 @@ int command_run(int argc, char **argv);
     {                                                                                                        \
         "kernel", required_argument, NULL, 'k'                                                               \
     }
+#define BATCH_INVARIANT_OPTION                                                                               \
+    {                                                                                                        \
+        "batch-invariant", no_argument, NULL, 'i'                                                            \
+    }
 #define HELP_OPTION                                                                                          \
     {                                                                                                        \
         "help", no_argument, NULL, 'h'                                                                       \

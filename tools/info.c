@@ -6,18 +6,16 @@
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda info [--lengths LENGTHS [--heads H] [--device cpu|cuda:N] [--kernel NAME]]\n\n"
+    "flash-kda info [--lengths LENGTHS [--heads H] [--device cpu|cuda:N] [--kernel NAME] "
+    "[--batch-invariant]]\n\n"
     "Prints the version, every device with the kernel that would run there (or why none can), and all "
-    "kernels of "
-    "this\n"
-    "build. A kernel's name may be given to --kernel.\n\n"
+    "kernels of\n"
+    "this build. A kernel's name may be given to --kernel.\n\n"
     "With --lengths, the tokens of each sequence (8192, or 1300,547,2048, or 1024x8 for eight of 1024): "
-    "which "
-    "kernel\n"
-    "runs for that shape, why, and how it lays the work out. Nothing is computed. --device is CUDA device 0 "
-    "if it "
-    "can\n"
-    "be used, else the CPU.\n";
+    "which\n"
+    "kernel runs for that shape, why, and how it lays the work out. Nothing is computed. --device is CUDA "
+    "device 0\n"
+    "if it can be used, else the CPU; --batch-invariant asks for results that don't depend on the batch.\n";
 
 static void print_devices(void)
 {
@@ -48,14 +46,15 @@ static void print_kernels(void)
     bool cuda = false;
     for (int i = 0; i < count; i++) {
         cuda = cuda || infos[i].device_type == FLASH_KDA_CUDA;
-        printf("  %-13s %-5s %s: %s\n", infos[i].name,
+        printf("  %-15s %-5s %s: %s\n", infos[i].name,
                infos[i].device_type == FLASH_KDA_CUDA ? "cuda" : "cpu", infos[i].archs, infos[i].description);
     }
     if (!cuda) printf("  This build has no CUDA kernels: nvcc did not work, or FLASH_KDA_CUDA was off.\n");
     free(infos);
 }
 
-static void explain(const flash_kda_device_info *info, const char *kernel, const char *text, int64_t heads)
+static void explain(const flash_kda_device_info *info, const char *kernel, bool batch_invariant,
+                    const char *text, int64_t heads)
 {
     char words[1200];
     int64_t *lengths, count = lengths_option(text, &lengths);
@@ -63,6 +62,7 @@ static void explain(const flash_kda_device_info *info, const char *kernel, const
     free(lengths);
     params.device = info->device;
     params.kernel = kernel;
+    params.batch_invariant = batch_invariant;
     must(flash_kda_explain(&params, words, sizeof words));
     printf("%s", bold());
     print_device(info);
@@ -76,6 +76,7 @@ int command_info(int argc, char **argv)
     static const struct option options[] = {
         DEVICE_OPTION,
         KERNEL_OPTION,
+        BATCH_INVARIANT_OPTION,
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
         HELP_OPTION,
@@ -84,11 +85,13 @@ int command_info(int argc, char **argv)
     flash_kda_device_info info = {0};
     const char *kernel = NULL, *lengths = NULL;
     int64_t heads = 0;
+    bool batch_invariant = false;
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
         case 'k': kernel = optarg; break;
+        case 'i': batch_invariant = true; break;
         case 'H': heads = heads_option(optarg); break;
         case 'l': lengths = optarg; break;
         default: refuse_option("info", argv);
@@ -97,13 +100,14 @@ int command_info(int argc, char **argv)
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
     if (lengths) {
         if (!info.struct_size) info = best_device();
-        explain(&info, kernel, lengths, heads ? heads : default_heads(info.device));
+        explain(&info, kernel, batch_invariant, lengths, heads ? heads : default_heads(info.device));
         return 0;
     }
-    if (heads || kernel || info.struct_size)
-        die("%s needs --lengths, for example --lengths 8192", heads    ? "--heads"
-                                                              : kernel ? "--kernel"
-                                                                       : "--device");
+    if (heads || kernel || batch_invariant || info.struct_size)
+        die("%s needs --lengths, for example --lengths 8192", heads             ? "--heads"
+                                                              : kernel          ? "--kernel"
+                                                              : batch_invariant ? "--batch-invariant"
+                                                                                : "--device");
     printf("flash_kda %s\n", flash_kda_version());
     print_devices();
     print_kernels();

@@ -17,7 +17,8 @@ template <int rows, bool mixed> static __device__ void run_block(const fkda_hopp
     const fkda_fwd_args &args = all.fwd;
     Shared<rows> &shared = *reinterpret_cast<Shared<rows> *>(block_memory());
     const int thread = threadIdx.x, warp = thread / 32 - rows / 16, lane = thread % 32;
-    const bool ordered = args.counter && !all.cut.counts && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
+    const bool ordered =
+        args.counter && !all.cut.counts && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
     if (thread == 0) {
         for (int i = 0; i < SLOTS; i++) {
             mbarrier_init(&shared.chunks.loaded[i], 1);

@@ -35,19 +35,22 @@ template <int rows, bool mixed> struct Dealer {
 
     __device__ void *final_state(long long task) const
     {
-        return args.final_state ? static_cast<char *>(args.final_state) +
-                                      task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4)
-                                : nullptr;
+        return args.final_state
+                   ? static_cast<char *>(args.final_state) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4)
+                   : nullptr;
     }
 
     /* All of a sequence, from the caller's state to the caller's. */
     __device__ Piece whole(int sequence, int head, long long begin, int length, int first_row) const
     {
         const long long task = static_cast<long long>(sequence) * args.heads + head;
-        return {begin,     head,
-                length,    first_row,
+        return {begin,
+                head,
+                length,
+                first_row,
                 args.state_is_bf16 ? INITIAL_BF16 | FINAL_BF16 : 0,
-                initial_state(task), final_state(task)};
+                initial_state(task),
+                final_state(task)};
     }
 
     __device__ Piece of_segment(const fkda_segment &s, int head, int first_row) const
@@ -62,7 +65,9 @@ template <int rows, bool mixed> struct Dealer {
             if (mixed) piece.kind |= s.kind & FKDA_SEGMENT_MAP ? STATES_ONLY | UNIT : STATES_ONLY;
         }
         if (!(s.kind & FKDA_SEGMENT_LAST)) {
-            piece.final = !mixed ? nullptr : s.kind & FKDA_SEGMENT_MAP ? cut.maps + matrix : cut.states + matrix + next_slot;
+            piece.final = !mixed                      ? nullptr
+                          : s.kind & FKDA_SEGMENT_MAP ? cut.maps + matrix
+                                                      : cut.states + matrix + next_slot;
             piece.kind &= ~FINAL_BF16;
         }
         return piece;

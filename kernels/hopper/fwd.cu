@@ -13,7 +13,7 @@
     extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                               \
         fkda_hopper_fwd_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                            \
     {                                                                                                        \
-        fkda::run_block<rows, false>(args);                                                                   \
+        fkda::run_block<rows, false>(args);                                                                  \
     }
 
 FKDA_DEFINE_KERNEL(128)

@@ -56,7 +56,8 @@ struct Join {
     struct Way {
         float *maps;
         int first_map, count;
-        int first_slot, slot_step, last_slot; /* of what is added: after i steps first_slot + i slot_step, at most last_slot */
+        int first_slot, slot_step,
+            last_slot; /* of what is added: after i steps first_slot + i slot_step, at most last_slot */
         bool add, keep;
 
         __device__ int slot(int i) const
@@ -95,8 +96,8 @@ struct Join {
         for (int r = 0; r < OWN; r++) to[(half * OWN + r) * DIM + column] = x[r];
     }
 
-    static __device__ void multiply_add(float (&x)[OWN], const float (*rows)[DIM], const float (&map)[DIM][DIM],
-                                        int column)
+    static __device__ void multiply_add(float (&x)[OWN], const float (*rows)[DIM],
+                                        const float (&map)[DIM][DIM], int column)
     {
 #pragma unroll 4
         for (int k = 0; k < DIM; k += 4) {
@@ -137,7 +138,9 @@ struct Join {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
         const float *from = place(cut.states, c.first_slot + 1);
         if (groups)
-            carry(from, {cut.composed, c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS, FKDA_GROUP_MAPS, last, true, true},
+            carry(from,
+                  {cut.composed, c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS, FKDA_GROUP_MAPS,
+                   last, true, true},
                   nullptr);
         else
             carry(from, {cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true}, nullptr);
@@ -148,14 +151,16 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
-        carry(place(cut.states, first), {cut.maps, first, last - first, first + 1, 1, last, true, true}, nullptr);
+        carry(place(cut.states, first), {cut.maps, first, last - first, first + 1, 1, last, true, true},
+              nullptr);
     }
 };
 
 /* A step for all cut sequences: every gridDim.x-th item of work. */
 template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, const fkda_cut &cut)
 {
-    constexpr int BLOCKS = DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
+    constexpr int BLOCKS =
+        DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
     Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0};
     const int count = cut.counts->cut_sequences;
     int before = 0; /* items of the sequences before c */

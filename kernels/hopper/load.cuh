@@ -48,7 +48,8 @@ template <int rows, bool mixed> struct Loader {
         if (elect_lane()) {
             const int token = static_cast<int>(now.begin) + first;
             const bool queries = wants_outputs<mixed>(now.kind), values = !mixed || !(now.kind & UNIT);
-            const int left_out = (queries ? 0 : DIM / 64 * HALF_TOKENS) + (values ? 0 : rows / 64 * HALF_TOKENS);
+            const int left_out =
+                (queries ? 0 : DIM / 64 * HALF_TOKENS) + (values ? 0 : rows / 64 * HALF_TOKENS);
             mbarrier_arrive_expecting(loaded, static_cast<int>(sizeof to) - left_out);
 #pragma unroll
             for (int half = 0; half < DIM / 64; half++) {

@@ -74,7 +74,8 @@ struct Plan {
         const fkda_cut_sequence *cuts = cut.cut_sequences;
         if constexpr (pass == 0) {
             for (int e = threadIdx.x; e < 2 * slots - 3 * cut_sequences; e += blockDim.x) {
-                const int c = find_cut(e, cut_sequences, [=](int i) { return first_pass_before(cuts[i], i); });
+                const int c =
+                    find_cut(e, cut_sequences, [=](int i) { return first_pass_before(cuts[i], i); });
                 const int within = e - first_pass_before(cuts[c], c);
                 const bool map = within >= cuts[c].segments - 1;
                 fkda_segment s = segment(cuts[c], map ? within - cuts[c].segments + 2 : within);
@@ -83,7 +84,8 @@ struct Plan {
             }
         } else {
             for (int e = threadIdx.x; e < slots - cut_sequences; e += blockDim.x) {
-                const int c = find_cut(e, cut_sequences, [=](int i) { return second_pass_before(cuts[i], i); });
+                const int c =
+                    find_cut(e, cut_sequences, [=](int i) { return second_pass_before(cuts[i], i); });
                 visit(segment(cuts[c], e - second_pass_before(cuts[c], c) + 1));
             }
             for (int n = threadIdx.x; n < args.tasks / args.heads; n += blockDim.x) {
@@ -98,7 +100,8 @@ struct Plan {
     /* The longest first; no piece is as long as two times the shortest, and one more chunk. */
     __device__ int bucket(const fkda_segment &s) const
     {
-        const long long place = static_cast<long long>(s.length) * (PLAN_BUCKETS - 1) / (2 * cut.shortest + CHUNK);
+        const long long place =
+            static_cast<long long>(s.length) * (PLAN_BUCKETS - 1) / (2 * cut.shortest + CHUNK);
         return PLAN_BUCKETS - 1 - static_cast<int>(min(place, PLAN_BUCKETS - 1LL));
     }
 
@@ -107,7 +110,8 @@ struct Plan {
         __syncthreads();
         for (int i = threadIdx.x; i < PLAN_BUCKETS; i += blockDim.x) buckets[i] = 0;
         __syncthreads();
-        for_each<pass>(cut_sequences, slots, [&](const fkda_segment &s) { atomicAdd(&buckets[bucket(s)], 1); });
+        for_each<pass>(cut_sequences, slots,
+                       [&](const fkda_segment &s) { atomicAdd(&buckets[bucket(s)], 1); });
         __syncthreads();
         if (threadIdx.x == 0) {
             int before = 0;
@@ -163,10 +167,12 @@ struct Plan {
         int cuts = 0, slots = 0, groups = 0; /* of the sequences so far */
         for (int first = 0; fits && first < sequences; first += FKDA_PLAN_THREADS) {
             const int segments = cut_into(first + thread, sequences);
-            int *sums = reinterpret_cast<int *>(scratch), index = segments > 0, slot = segments, group = groups_of(segments);
+            int *sums = reinterpret_cast<int *>(scratch), index = segments > 0, slot = segments,
+                group = groups_of(segments);
             const int new_cuts = sum_before(index, sums), new_slots = sum_before(slot, sums),
                       new_groups = sum_before(group, sums);
-            if (segments) cut.cut_sequences[cuts + index] = {first + thread, segments, slots + slot, groups + group};
+            if (segments)
+                cut.cut_sequences[cuts + index] = {first + thread, segments, slots + slot, groups + group};
             cuts += new_cuts, slots += new_slots, groups += new_groups;
         }
         if (threadIdx.x == 0) cut.counts->cut_sequences = cuts;

@@ -148,12 +148,17 @@ template <int rows, bool mixed> struct Preparation {
                     if (e == 1) last[i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
             if constexpr (outputs) {
-                mma_tf32(products[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0], k_down[0][1]);
-                mma_tf32(products[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0], k_down[0][1]);
-                mma_tf32(products[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0], k_down[1][1]);
+                mma_tf32(products[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
+                         k_down[0][1]);
+                mma_tf32(products[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
+                         k_down[0][1]);
+                mma_tf32(products[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0],
+                         k_down[1][1]);
             } else {
-                mma_tf32(products[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0], k_down[0][1]);
-                mma_tf32(products[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0], k_down[1][1]);
+                mma_tf32(products[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0],
+                         k_down[0][1]);
+                mma_tf32(products[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
+                         k_down[1][1]);
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {

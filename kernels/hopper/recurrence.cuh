@@ -52,12 +52,14 @@ template <int rows, bool mixed> struct Recurrence {
                 const int at = begin + 8 * r * DIM + 8 * s;
                 float2 x = make_float2(0, 0);
                 if (from && is_bf16) {
-                    uint32_t pair = *reinterpret_cast<const uint32_t *>(static_cast<const uint16_t *>(from) + at);
+                    uint32_t pair =
+                        *reinterpret_cast<const uint32_t *>(static_cast<const uint16_t *>(from) + at);
                     x = make_float2(bf16_low(pair), bf16_high(pair));
                 } else if (from) {
                     x = *reinterpret_cast<const float2 *>(static_cast<const float *>(from) + at);
                 } else if (mixed && unit) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
-                    x = make_float2(at % (DIM + 1) == 0 ? 1.0f : 0.0f, (at + 1) % (DIM + 1) == 0 ? 1.0f : 0.0f);
+                    x = make_float2(at % (DIM + 1) == 0 ? 1.0f : 0.0f,
+                                    (at + 1) % (DIM + 1) == 0 ? 1.0f : 0.0f);
                 }
                 state[s][2 * r] = x.x, state[s][2 * r + 1] = x.y;
             }

@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
     extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                               \
         fkda_hopper_maps_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                           \
     {                                                                                                        \
-        fkda::run_block<rows, true>(args);                                                                  \
+        fkda::run_block<rows, true>(args);                                                                   \
     }
 
 FKDA_DEFINE_KERNEL(128)

@@ -17,11 +17,11 @@
 
 /* What a block walks through at once: all of a sequence or a segment of it, for every head. */
 typedef struct fkda_segment {
-    long long begin;  /* first token, counted over the whole tensor */
-    int length;       /* in tokens */
+    long long begin; /* first token, counted over the whole tensor */
+    int length;      /* in tokens */
     int sequence;
-    int slot;         /* of a segment; negative for a sequence that is not cut */
-    int kind;         /* FKDA_SEGMENT_... */
+    int slot; /* of a segment; negative for a sequence that is not cut */
+    int kind; /* FKDA_SEGMENT_... */
 } fkda_segment;
 
 enum {
@@ -32,7 +32,7 @@ enum {
 
 typedef struct fkda_cut_sequence {
     int sequence;
-    int segments;    /* at least two */
+    int segments; /* at least two */
     int first_slot;
     int first_group; /* of its maps, if there are more than FKDA_MAPS_CHAINED of them */
 } fkda_cut_sequence;
@@ -44,8 +44,8 @@ enum {
 
 /* The counts that the kernels find on the device. */
 typedef struct fkda_cut_counts {
-    int drawn[2];      /* numbers of pieces that blocks have drawn in the first and in the last pass */
-    int segments[2];   /* in the lists of both passes */
+    int drawn[2];    /* numbers of pieces that blocks have drawn in the first and in the last pass */
+    int segments[2]; /* in the lists of both passes */
     int cut_sequences;
     int unused[11];
 } fkda_cut_counts;

@@ -91,7 +91,7 @@ template <bool mixed> __device__ __forceinline__ bool wants_outputs(int kind)
 /* One chunk of a walk. */
 struct Position {
     Walk walk;
-    int head, kind; /* of the piece */
+    int head, kind;  /* of the piece */
     int left;        /* tokens of the sequence from the chunk's first on; none after the last chunk of all */
     long long token; /* the chunk's first, counted over the whole tensor */
 

@@ -87,8 +87,8 @@ flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_pro
     return map_tensors(driver, args, p);
 }
 
-flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
-                                    CUfunction kernel, int blocks, int threads)
+flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
+                                    fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads)
 {
     void *arguments[] = {args};
     CUresult result = driver->cuLaunchKernel(kernel, (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1,
@@ -100,8 +100,9 @@ flash_kda_status fkda_hopper_launch_rows(const fkda_driver *driver, const fkda_p
                                          fkda_hopper_fwd_args *args, const fkda_module *module,
                                          const fkda_hopper_layout *layout)
 {
-    return fkda_hopper_launch(driver, p, args, module->functions[p->device.index][layout->rows == 128 ? 0 : 1],
-                              layout->blocks, FKDA_HOPPER_THREADS(layout->rows));
+    return fkda_hopper_launch(driver, p, args,
+                              module->functions[p->device.index][layout->rows == 128 ? 0 : 1], layout->blocks,
+                              FKDA_HOPPER_THREADS(layout->rows));
 }
 
 static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, int multiprocessors)

@@ -21,8 +21,8 @@ fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int multiprocessors);
 flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,
                                        fkda_hopper_fwd_args *args);
 
-flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
-                                    CUfunction kernel, int blocks, int threads);
+flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
+                                    fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads);
 
 /* Launches the one of a module's first two kernels that is for the layout's rows. */
 flash_kda_status fkda_hopper_launch_rows(const fkda_driver *driver, const fkda_problem *p,

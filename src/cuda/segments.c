@@ -179,12 +179,13 @@ void fkda_cuda_segments_explain(const fkda_problem *p, char *text, size_t size)
     }
     const fkda_hopper_layout first = lay_out_first_pass(p, &d, multiprocessors),
                              second = lay_out_second_pass(p, &d, multiprocessors);
-    snprintf(text, size,
-             "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most. The first pass "
-             "finds the first segments' outputs, and the others' maps, with %d rows of V a block and %d blocks; maps are "
-             "joined%s; the second pass finds the other outputs, with %d rows a block and %d blocks.",
-             (long long)(2 * d.shortest), (long long)d.shortest,
-             p->batch_invariant ? ", whatever the batch" : "", (long long)d.slots, first.rows, first.blocks,
-             d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", second.rows,
-             second.blocks);
+    const long long shortest = d.shortest, slots = d.slots;
+    snprintf(
+        text, size,
+        "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most.\n"
+        "The first pass finds the first segments' outputs and the others' maps: %d rows of V a block, %d "
+        "blocks. Maps are joined%s. The second pass finds the other outputs: %d rows a block, %d blocks.",
+        2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, first.rows,
+        first.blocks, d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "",
+        second.rows, second.blocks);
 }

@@ -236,7 +236,8 @@ static void overlaps(void)
     INVALID("out overlaps q; it must have memory of its own", p.out.data = (char *)p.q.data + 7664);
     INVALID("out overlaps final_state; it must have memory of its own", p.out.data = p.final_state.data);
     INVALID("out overlaps dt_bias; it must have memory of its own", p.out.data = p.dt_bias.data);
-    INVALID("final_state overlaps g; it must have memory of its own", p.g.data = p.final_state.data); /* the larger one */
+    INVALID("final_state overlaps g; it must have memory of its own",
+            p.g.data = p.final_state.data); /* the larger one */
     INVALID("final_state overlaps initial_state in part; they must be the same memory or apart",
             p.final_state.data = (char *)p.initial_state.data + 16);
     INVALID("workspace overlaps out; it must have memory of its own", p.workspace = p.out.data,

@@ -42,7 +42,8 @@ static void check_cutting(const problem *p, bars limits)
     check_error("out", cut.out, limits.out);
     check_error("state", cut.state, limits.state);
     CHECK(cut.out <= MOST_ADDED * whole.out, "out has error %.4g, uncut %.4g", cut.out, whole.out);
-    CHECK(cut.state <= MOST_ADDED * whole.state + ROUNDING, "state has error %.4g, uncut %.4g", cut.state, whole.state);
+    CHECK(cut.state <= MOST_ADDED * whole.state + ROUNDING, "state has error %.4g, uncut %.4g", cut.state,
+          whole.state);
     answer_free(&truth);
 }
 
@@ -134,7 +135,8 @@ static void copy_tokens(uint16_t *to, const uint16_t *from, int64_t first, int64
 /* Sequence n of a problem by itself. */
 static problem *alone(const problem *p, int64_t n)
 {
-    const int64_t first = p->cu_seqlens[n], count = p->cu_seqlens[n + 1] - first, states = p->heads * DIM * DIM;
+    const int64_t first = p->cu_seqlens[n], count = p->cu_seqlens[n + 1] - first,
+                  states = p->heads * DIM * DIM;
     problem *one = problem_create(1, count, p->heads);
     copy_tokens(one->q, p->q, first, count, p->heads * DIM);
     copy_tokens(one->k, p->k, first, count, p->heads * DIM);
@@ -164,7 +166,8 @@ static void invariance(void)
             result single = run_and_check(one, NULL, (bars){0, 0}, options);
             const int64_t values = p->heads * DIM, states = p->heads * DIM * DIM;
             if (single.out) {
-                CHECK(first_difference(all.out + p->cu_seqlens[n] * values, single.out, 2, lengths[i][n] * values) < 0,
+                CHECK(first_difference(all.out + p->cu_seqlens[n] * values, single.out, 2,
+                                       lengths[i][n] * values) < 0,
                       "out differs");
                 CHECK(first_difference((float *)all.state + n * states, single.state, 4, states) < 0,
                       "final_state differs");
@@ -174,6 +177,30 @@ static void invariance(void)
         }
         result_free(&all);
         problem_free(p);
+    }
+}
+
+/* What is promised of the workspace where T x H is above a million: under a quarter of the bytes of q, k, v and g. */
+static void workspace(void)
+{
+    static const int64_t shapes[][2] = {{1048576, 1}, {1048576, 96}, {65536, 17},
+                                        {16384, 65},  {8192, 129},   {10923, 97}};
+    for (size_t i = 0; test.device.type == FLASH_KDA_CUDA && i < sizeof shapes / sizeof *shapes; i++) {
+        const int64_t tokens = shapes[i][0], head_count = shapes[i][1], rows[] = {1, tokens, head_count, DIM};
+        const int64_t bias[] = {head_count, DIM};
+        flash_kda_fwd_params p = {.struct_size = sizeof p, .device = test.device, .kernel = test.kernel};
+        p.q = p.k = p.v = p.g = p.out = tensor_of(NULL, FLASH_KDA_BF16, 4, rows);
+        p.beta = tensor_of(NULL, FLASH_KDA_BF16, 3, rows);
+        p.A_log = tensor_of(NULL, FLASH_KDA_F32, 1, bias);
+        p.dt_bias = tensor_of(NULL, FLASH_KDA_F32, 2, bias);
+        for (p.batch_invariant = 0; p.batch_invariant < 2; p.batch_invariant++) {
+            size_t bytes, inputs = (size_t)(tokens * head_count) * DIM * 4 * 2;
+            trying("T = %lld, H = %lld, batch_invariant = %d", (long long)tokens, (long long)head_count,
+                   p.batch_invariant);
+            flash_kda_status status = flash_kda_fwd_workspace_size(&p, &bytes);
+            if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) continue;
+            CHECK(bytes < inputs / 4, "%zu bytes of workspace for %zu of inputs", bytes, inputs);
+        }
     }
 }
 
@@ -195,8 +222,8 @@ static void lengths(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"cases", cases},       {"recorded", recorded},     {"levels", levels},
-        {"mixtures", mixtures}, {"invariance", invariance}, {"lengths", lengths},
+        {"cases", cases},           {"recorded", recorded},   {"levels", levels},   {"mixtures", mixtures},
+        {"invariance", invariance}, {"workspace", workspace}, {"lengths", lengths},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

@@ -39,7 +39,8 @@ CUresult cuMemAlloc_v2(CUdeviceptr *memory, size_t bytes)
 {
     constexpr size_t ALIGNMENT = 256;
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), all = mapped_bytes(bytes);
-    void *base = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *base =
+        mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) return OUT_OF_MEMORY;
     mprotect(static_cast<unsigned char *>(base) + all - page, page, PROT_NONE);
     const size_t slack = (all - page - bytes) / ALIGNMENT * ALIGNMENT;
@@ -144,8 +145,9 @@ CUresult cuFuncSetAttribute(void *, int, int)
     return 0;
 }
 
-CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                        unsigned block_y, unsigned block_z, unsigned shared_bytes, void *, void **arguments, void **)
+CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                        unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, void *,
+                        void **arguments, void **)
 {
     const auto *kernel = static_cast<const emulator::Kernel *>(function);
     const void *argument = arguments[0];
@@ -154,8 +156,8 @@ CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, 
     if (!grid_x || grid_y != 1 || grid_z != 1 || !block_x || block_x > 1024 || block_y != 1 || block_z != 1)
         return INVALID_VALUE;
     if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
-    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, shared_bytes, multiprocessors,
-                     (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919);
+    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, shared_bytes,
+                     multiprocessors, (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919);
     return 0;
 }
 
@@ -165,10 +167,13 @@ CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor
 {
     static_assert(sizeof(emulator::TensorMap) <= 128, "the size of a CUtensorMap");
     emulator::TensorMap made = {static_cast<const unsigned char *>(tensor), {}, {}, {}};
-    if (type != 9 || rank != 4 || interleave || swizzle != 3 || fill || 2 * box[0] != 128) return INVALID_VALUE;
-    if (reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(tensor) % 16) return INVALID_VALUE;
+    if (type != 9 || rank != 4 || interleave || swizzle != 3 || fill || 2 * box[0] != 128)
+        return INVALID_VALUE;
+    if (reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(tensor) % 16)
+        return INVALID_VALUE;
     for (int i = 0; i < 4; i++) {
-        if (!sizes[i] || sizes[i] >> 32 || !box[i] || box[i] > 256 || element_strides[i] != 1) return INVALID_VALUE;
+        if (!sizes[i] || sizes[i] >> 32 || !box[i] || box[i] > 256 || element_strides[i] != 1)
+            return INVALID_VALUE;
         if (i && (strides[i - 1] % 16 || strides[i - 1] >> 40)) return INVALID_VALUE;
         made.sizes[i] = sizes[i], made.box[i] = box[i];
         if (i) made.strides[i - 1] = strides[i - 1];

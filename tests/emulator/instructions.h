@@ -83,9 +83,11 @@ inline uint16_t half_from(float x)
 }
 inline float from_half(uint16_t x)
 {
-    const uint32_t exponent = x >> 10 & 31, fraction = x & 1023, sign = static_cast<uint32_t>(x & 0x8000) << 16;
+    const uint32_t exponent = x >> 10 & 31, fraction = x & 1023,
+                   sign = static_cast<uint32_t>(x & 0x8000) << 16;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
-    if (exponent == 0) return copysignf(static_cast<float>(fraction) * 0x1p-24f, __uint_as_float(sign | 0x3f800000));
+    if (exponent == 0)
+        return copysignf(static_cast<float>(fraction) * 0x1p-24f, __uint_as_float(sign | 0x3f800000));
     return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
 }
 inline uint32_t pack_bf16(float low, float high)
@@ -114,7 +116,8 @@ inline void multiply_fragments(void *const *all, int depth, int neighbours)
             for (int i = 0; i < neighbours; i++)
                 a[g + r % 2 * 8][t * neighbours + i + r / 2 * depth / 2] = x.a[r * neighbours + i];
         for (int r = 0; r < 2; r++)
-            for (int i = 0; i < neighbours; i++) b[t * neighbours + i + r * depth / 2][g] = x.b[r * neighbours + i];
+            for (int i = 0; i < neighbours; i++)
+                b[t * neighbours + i + r * depth / 2][g] = x.b[r * neighbours + i];
     }
     for (int lane = 0; lane < 32; lane++) {
         const Fragments &x = *static_cast<Fragments *>(all[lane]);
@@ -143,11 +146,13 @@ inline void mma_pairs(const char *what, float from(uint16_t), float (&d)[4], con
     Fragments mine = {&d, a_numbers, b_numbers};
     emulator::gather(what, &mine, [](void *const *all) { multiply_fragments(all, 16, 2); });
 }
-inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1)
 {
     mma_pairs("mma_bf16", from_bf16, d, {a0, a1, a2, a3}, {b0, b1});
 }
-inline void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+inline void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1)
 {
     mma_pairs("mma_half", from_half, d, {a0, a1, a2, a3}, {b0, b1});
 }
@@ -168,7 +173,8 @@ template <class Move> void move_matrices(void *const *all, bool transposed, Move
                 const int row = transposed ? two : g, column = transposed ? g : two;
                 unsigned char *at = static_cast<MatrixRows *>(all[8 * m + row])->row + 2 * column;
                 unsigned char *element =
-                    reinterpret_cast<unsigned char *>(&static_cast<MatrixRows *>(all[lane])->registers[m]) + 2 * i;
+                    reinterpret_cast<unsigned char *>(&static_cast<MatrixRows *>(all[lane])->registers[m]) +
+                    2 * i;
                 move(at, element);
             }
 }
@@ -332,16 +338,19 @@ template <int block_step, int row_step> uint64_t swizzled_descriptor(uint32_t pl
 /* The element of a B operand of 16 depths. Without swizzle core matrices of 8 x 16 bytes, the leading step between them along
  * the depth and the other along the columns. With it rows of 128 bytes, units of 16 bytes in them exchanged
  * by bits 7 to 9 of their address; along the units of a column-major operand 64 columns, then the leading step. */
-inline float operand_element(const unsigned char *shared, uint64_t b, int column, int depth, bool column_major)
+inline float operand_element(const unsigned char *shared, uint64_t b, int column, int depth,
+                             bool column_major)
 {
-    const uint32_t place = (b & 0x3fff) << 4, leading = (b >> 16 & 0x3fff) << 4, stride = (b >> 32 & 0x3fff) << 4;
+    const uint32_t place = (b & 0x3fff) << 4, leading = (b >> 16 & 0x3fff) << 4,
+                   stride = (b >> 32 & 0x3fff) << 4;
     const int along = column_major ? column : depth, across = column_major ? depth : column;
     uint32_t at;
     if (b >> 62 == 0) {
         at = place + static_cast<uint32_t>(column / 8) * stride + static_cast<uint32_t>(depth / 8) * leading +
              static_cast<uint32_t>(across % 8 * 16 + along % 8 * 2);
     } else {
-        at = place + static_cast<uint32_t>(along / 64) * leading + static_cast<uint32_t>(across / 8) * stride +
+        at = place + static_cast<uint32_t>(along / 64) * leading +
+             static_cast<uint32_t>(across / 8) * stride +
              static_cast<uint32_t>(across % 8 * 128 + along % 64 * 2);
         at ^= at >> 3 & 0x70;
     }
@@ -388,7 +397,8 @@ void wgmma(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b)
         emulator::issue_product([=] {
             float columns[8 * tiles][16];
             for (int n = 0; n < 8 * tiles; n++)
-                for (int k = 0; k < 16; k++) columns[n][k] = operand_element(shared, operand, n, k, column_major);
+                for (int k = 0; k < 16; k++)
+                    columns[n][k] = operand_element(shared, operand, n, k, column_major);
             for (int lane = 0; lane < 32; lane++)
                 for (int n = 0; n < tiles; n++)
                     for (int r = 0; r < 4; r++) {

@@ -30,13 +30,15 @@ using std::min;
 struct float2 {
     float x, y;
 };
-struct __align__(16) float4 {
+struct __align__(16) float4
+{
     float x, y, z, w;
 };
 struct uint2 {
     uint32_t x, y;
 };
-struct __align__(16) uint4 {
+struct __align__(16) uint4
+{
     uint32_t x, y, z, w;
 };
 

@@ -151,7 +151,8 @@ bool run_warp(Warp &w)
 
 [[noreturn]] void report_deadlock()
 {
-    static const char *const reasons[] = {"nothing", "a collective", "a named barrier", "an mbarrier", "other blocks"};
+    static const char *const reasons[] = {"nothing", "a collective", "a named barrier", "an mbarrier",
+                                          "other blocks"};
     std::string text;
     for (size_t i = 0; i < block->warps.size(); i++) {
         const Warp &w = *block->warps[i];
@@ -159,9 +160,9 @@ bool run_warp(Warp &w)
             const Lane &l = w.lane[j];
             if (l.done || (j && l.wait == w.lane[0].wait && l.on == w.lane[0].on)) continue;
             char line[200];
-            snprintf(line, sizeof line, "\n  warp %zu lane %d: %s %s, shared memory + %td, parity or round %u", i, j,
-                     reasons[static_cast<int>(l.wait)],
-                     l.wait == Wait::GATHERING ? w.gathering.what : "",
+            snprintf(line, sizeof line,
+                     "\n  warp %zu lane %d: %s %s, shared memory + %td, parity or round %u", i, j,
+                     reasons[static_cast<int>(l.wait)], l.wait == Wait::GATHERING ? w.gathering.what : "",
                      static_cast<const unsigned char *>(l.on) - l.view.shared, l.round);
             text += line;
         }
@@ -222,8 +223,8 @@ void *const *come_last(const char *what, void *mine)
     auto &g = warp->gathering;
     if (g.arrived == 0) g.what = what;
     if (strcmp(g.what, what) != 0)
-        fail("threads of a warp meet at %s and at %s: thread %u of block %u", g.what, what, lane->view.thread.x,
-             lane->view.block.x);
+        fail("threads of a warp meet at %s and at %s: thread %u of block %u", g.what, what,
+             lane->view.thread.x, lane->view.block.x);
     g.all[lane->view.thread.x % LANES] = mine;
     if (++g.arrived == LANES) return g.all;
     suspend(Wait::GATHERING, nullptr, g.round);
@@ -282,7 +283,9 @@ void mbarrier_init(uint64_t *barrier, int count)
 void mbarrier_arrive(uint64_t *barrier, int expected_bytes)
 {
     Mbarrier &b = of(barrier);
-    if (!b.missing) fail("too many arrivals at the mbarrier at %td", reinterpret_cast<unsigned char *>(barrier) - lane->view.shared);
+    if (!b.missing)
+        fail("too many arrivals at the mbarrier at %td",
+             reinterpret_cast<unsigned char *>(barrier) - lane->view.shared);
     b.bytes += expected_bytes;
     b.missing--;
     end_phase_if_complete(b);
@@ -333,14 +336,16 @@ void yield_to_blocks()
 }
 
 /* One block after another, on the calling thread of the operating system. */
-static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes, uint64_t seed,
-                       std::atomic<unsigned> &next)
+static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes,
+                       uint64_t seed, std::atomic<unsigned> &next)
 {
     constexpr size_t ALIGNMENT = 1024;
     const size_t warps = (dim.x + LANES - 1) / LANES, stacks = warps * LANES * STACK_BYTES;
     shared_bytes = (shared_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    auto *shared = static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, shared_bytes ? shared_bytes : ALIGNMENT));
-    void *stack = mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    auto *shared =
+        static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, shared_bytes ? shared_bytes : ALIGNMENT));
+    void *stack =
+        mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (!shared || stack == MAP_FAILED) fail("no memory for a block");
     for (unsigned id; (id = next++) < grid.x;) {
         auto now = std::make_unique<Block>();
@@ -365,8 +370,8 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
     free(shared);
 }
 
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes, int multiprocessors,
-            uint64_t seed)
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes,
+            int multiprocessors, uint64_t seed)
 {
     std::vector<std::thread> running;
     std::atomic<unsigned> next{0};

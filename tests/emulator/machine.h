@@ -68,8 +68,8 @@ void wait_for_products(int pending);
 void yield_to_blocks();
 
 /* Runs a grid, at most `multiprocessors` blocks at a time. */
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, size_t shared_bytes, int multiprocessors,
-            uint64_t seed);
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, size_t shared_bytes,
+            int multiprocessors, uint64_t seed);
 
 } // namespace emulator
 

@@ -37,7 +37,8 @@ inline int copy_box(const TensorMap &map, const int32_t (&first)[4], unsigned ch
                                          first[3] + int64_t{d}};
                     bool inside = true;
                     int64_t offset = 2 * x[0];
-                    for (int i = 0; i < 4; i++) inside &= x[i] >= 0 && x[i] < static_cast<int64_t>(map.sizes[i]);
+                    for (int i = 0; i < 4; i++)
+                        inside &= x[i] >= 0 && x[i] < static_cast<int64_t>(map.sizes[i]);
                     for (int i = 1; i < 4; i++) offset += x[i] * static_cast<int64_t>(map.strides[i - 1]);
                     unsigned char *unit = shared + (at ^ (at >> 3 & 0x70));
                     if (inside)

@@ -186,7 +186,8 @@ static void conversions()
         const float bf16 = fkda::from_bf16(static_cast<uint16_t>(x));
         if (bf16 == bf16) good &= fkda::bf16_from(bf16) == x;
     }
-    good &= fkda::half_from(2049.0f) == fkda::half_from(2048.0f) && fkda::half_from(2051.0f) == fkda::half_from(2052.0f);
+    good &= fkda::half_from(2049.0f) == fkda::half_from(2048.0f) &&
+            fkda::half_from(2051.0f) == fkda::half_from(2052.0f);
     good &= fkda::half_from(65519.0f) == 0x7bff && fkda::half_from(-65520.0f) == 0xfc00;
     good &= fkda::half_from(0x1p-25f) == 0 && fkda::half_from(0x1.8p-25f) == 1;
     good &= fkda::bf16_from(1.00390625f) == 0x3f80 && fkda::bf16_from(1.01171875f) == 0x3f82;
@@ -197,7 +198,8 @@ int main()
 {
     for (unsigned row = 0; row < 16; row++)
         for (unsigned i = 0; i < 64; i++) tensor[row][i] = static_cast<uint16_t>(64 * row + i);
-    emulator::TensorMap map = {reinterpret_cast<const unsigned char *>(tensor), {64, 16, 1, 1}, {128, 128, 128}, {64, 16, 1, 1}};
+    emulator::TensorMap map = {
+        reinterpret_cast<const unsigned char *>(tensor), {64, 16, 1, 1}, {128, 128, 128}, {64, 16, 1, 1}};
     memcpy(tensor_map.opaque, &map, sizeof map);
 
     conversions();

@@ -250,3 +250,24 @@ def test_calls_from_many_threads():
     for worker in workers:
         worker.join()
     assert not failures
+
+
+@pytest.mark.parametrize("kernel", [None, "cpu-portable"])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(kernel):
+    lengths = [5, 40, 17]
+    batch = make(lengths=lengths, initial=np.float32)
+    flash_kda.fwd(**batch, kernel=kernel, batch_invariant=True)
+    for n, begin in enumerate(np.cumsum([0, *lengths[:-1]])):
+        tokens = slice(begin, begin + lengths[n])
+        one = {
+            name: np.ascontiguousarray(x[:, tokens]) if np.ndim(x) >= 3 and x.shape[1] == sum(lengths) else x
+            for name, x in batch.items()
+        }
+        one |= {
+            name: np.ascontiguousarray(batch[name][n : n + 1]) for name in ("initial_state", "final_state")
+        }
+        one |= {"cu_seqlens": None, "out": np.zeros_like(one["out"])}
+        one["final_state"] = np.zeros_like(one["final_state"])
+        flash_kda.fwd(**one, kernel=kernel, batch_invariant=True)
+        assert one["out"].tobytes() == np.ascontiguousarray(batch["out"][:, tokens]).tobytes()
+        assert one["final_state"].tobytes() == batch["final_state"][n].tobytes()
