@@ -22,17 +22,6 @@ static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "chunks of 16 tokens in fp32, vectors of 8 floats"),
 #endif
     CPU_KERNEL("cpu-portable", "any 64-bit CPU", "chunks of 16 tokens in fp32, vectors of 4 floats"),
-#ifdef FKDA_WITH_HOPPER
-    {
-        .info = {sizeof(flash_kda_kernel_info), "hopper", FLASH_KDA_CUDA, "sm_90",
-                 "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks"},
-        .min_compute_capability = 90,
-        .max_compute_capability = 90,
-        .workspace_size = fkda_cuda_hopper_workspace_size,
-        .fwd = fkda_cuda_hopper_fwd,
-        .explain = fkda_cuda_hopper_explain,
-    },
-#endif
 #ifdef FKDA_WITH_CUDA
     {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
@@ -44,6 +33,15 @@ static const fkda_kernel kernels[] = {
     },
 #endif
 #ifdef FKDA_WITH_HOPPER
+    {
+        .info = {sizeof(flash_kda_kernel_info), "hopper", FLASH_KDA_CUDA, "sm_90",
+                 "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks"},
+        .min_compute_capability = 90,
+        .max_compute_capability = 90,
+        .workspace_size = fkda_cuda_hopper_workspace_size,
+        .fwd = fkda_cuda_hopper_fwd,
+        .explain = fkda_cuda_hopper_explain,
+    },
     {
         .info =
             {sizeof(flash_kda_kernel_info), "hopper-segments", FLASH_KDA_CUDA, "sm_90",
