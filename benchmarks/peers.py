@@ -80,6 +80,13 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
         help="default: mixed, as in trained models",
     )
     add("--states", choices=tuple(STATE_BYTES), default="fp32", help="initial and final; default: fp32")
+    add(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of this library, instead of the one it chooses; given again, another one beside it",
+    )
     add("--rounds", type=positive, default=15, help="default: 15")
     add(
         "--peer",
@@ -108,14 +115,18 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
     add("--json", metavar="FILE", help="every round's time; written anew after each shape")
     add("--markdown", metavar="FILE")
     add("--picture", metavar="FILE", help=".svg, .png or what else matplotlib writes")
+    add("--curve", metavar="FILE", help="a picture of time against length, for shapes of one sequence")
     add("--from-json", nargs="+", metavar="FILE", help="time nothing; put these results together")
     options = parser.parse_args(argv)
     names = [name for name, _ in options.peer]
     if len(set(names)) < len(names):
         parser.error("argument --peer: two peers have the same name")
-    if options.picture and importlib.util.find_spec("matplotlib") is None:
-        parser.error("argument --picture: matplotlib is not installed")
-    for path in filter(None, (options.json, options.markdown, options.picture)):
+    for name in ("picture", "curve"):
+        if getattr(options, name) and importlib.util.find_spec("matplotlib") is None:
+            parser.error(f"argument --{name}: matplotlib is not installed")
+    if len(set(options.kernel)) < len(options.kernel):
+        parser.error("argument --kernel: the same one twice")
+    for path in filter(None, (options.json, options.markdown, options.picture, options.curve)):
         if not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"there is no folder for {path}")
     return parser, options
@@ -132,7 +143,10 @@ def competitors(options: argparse.Namespace) -> list[Competitor]:
     """Ours first: the table's ratios are its."""
     ours_importable()
     common = {"device": options.device}
-    found = [Competitor(OURS, common | {"kind": "flash_kda"})]
+    ours = common | {"kind": "flash_kda"}
+    first, *others = options.kernel or [None]
+    found = [Competitor(OURS, ours | {"kernel": first})]
+    found += [Competitor(f"{OURS} {kernel}", ours | {"kernel": kernel}) for kernel in others]
     wanted = options.fla_shapes or ["all"]
     if options.device == "cuda" and "none" not in wanted:
         if importlib.util.find_spec("fla") is not None:
@@ -222,6 +236,8 @@ def main(argv: list[str]) -> int:
         report.write(result, options.json)
     if options.picture:
         picture.draw(result, options.picture)
+    if options.curve:
+        picture.curve(result, options.curve)
     if options.markdown:
         page = report.markdown(result, options.picture, os.path.dirname(options.markdown))
         Path(options.markdown).write_text(page)

@@ -10,6 +10,7 @@ if(NOT NVCC)
   return()
 endif()
 set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
+set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_EVERY_LANE_ARRIVES")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
 
 # Having nvcc is not enough: it needs a host C++ compiler, and an older one does not know every architecture.
@@ -56,7 +57,7 @@ function(flash_kda_add_kernel name source)
   add_custom_command(
     OUTPUT ${fatbin}
     COMMAND sh -c "\"$0\" \"$@\" > ${folder}/${name}.report 2>&1 || { cat ${folder}/${name}.report; exit 1; }"
-            ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${gencode} -o ${fatbin}
+            ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${FLASH_KDA_NVCC_FLAGS} ${gencode} -o ${fatbin}
             ${CMAKE_CURRENT_SOURCE_DIR}/${source}
     DEPENDS ${source} ${headers}
     COMMENT "Compiling ${source} for ${kernel_ARCHS}"

@@ -7,10 +7,15 @@ BUILD=${BUILD:-build-gpu}
 PYTHON=${PYTHON:-python3}
 export BUILD
 
-build() {
+# build_into FOLDER [CMAKE OPTION...]
+build_into() {
+    folder=$1
+    shift
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d .)
-    sh scripts/build.sh "$BUILD" "-DFLASH_KDA_CUDA_ARCHS=$arch" >"$BUILD.log" 2>&1 || { cat "$BUILD.log"; return 1; }
+    sh scripts/build.sh "$folder" "-DFLASH_KDA_CUDA_ARCHS=$arch" "$@" >"$folder.log" 2>&1 || { cat "$folder.log"; return 1; }
 }
+
+build() { build_into "$BUILD"; }
 
 check() { "$BUILD/flash-kda" info && "$BUILD/flash-kda" check --device cuda:0; }
 
@@ -20,23 +25,31 @@ tests() {
 }
 
 # Small problems: these tools slow a kernel down a hundredfold. Four at a time, since they wait for each other little.
+# racecheck takes an arrival at an mbarrier to order what its own lane did and no more: for it every lane arrives.
 sanitizers() {
     status=0
+    build_into "$BUILD-racecheck" -DFLASH_KDA_NVCC_FLAGS=-DFKDA_EVERY_LANE_ARRIVES || return 1
     for tool in memcheck racecheck synccheck initcheck; do
-        compute-sanitizer --tool $tool --error-exitcode 1 "$BUILD/tests/test_forward" --device cuda:0 --quick \
-            batches ragged many empty recorded >"$BUILD/$tool.log" 2>&1 &
+        where=$BUILD
+        [ $tool = racecheck ] && where=$BUILD-racecheck
+        (
+            check="compute-sanitizer --tool $tool --error-exitcode 1"
+            $check "$where/tests/test_forward" --device cuda:0 --quick batches ragged many empty recorded &&
+                $check "$where/tests/test_segments" --device cuda:0 --quick --kernel hopper-segments levels
+        ) >"$BUILD/$tool.log" 2>&1 &
         eval "$tool=$!"
     done
     for tool in memcheck racecheck synccheck initcheck; do
         eval "wait \$$tool" || status=1
-        echo "$tool: $(tail -n 1 "$BUILD/$tool.log")"
+        echo "$tool: $(grep 'ERROR SUMMARY' "$BUILD/$tool.log" | tr '\n' ' ')"
     done
     return $status
 }
 
 bench() {
     "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py &&
-        PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json"
+        PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json" \
+            --kernel hopper --kernel hopper-segments --kernel portable
 }
 
 failed=""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -14,14 +15,16 @@ Competitor = Callable[[dict], Call]
 
 
 def load(spec: dict[str, Any]) -> tuple[Competitor, str]:
-    """The competitor and its version. spec: {"kind": "flash_kda", "fla" or "path", "path": of a peer}."""
+    """The competitor and its version. spec: {"kind": "flash_kda", "fla" or "path", "path": of a peer, "kernel": of ours, or
+    None}."""
     if spec["kind"] == "fla":
         return _load_fla()
     module = importlib.import_module("flash_kda") if spec["kind"] == "flash_kda" else _load_peer(spec["path"])
     if not callable(getattr(module, "fwd", None)):
         raise ImportError(f"{spec.get('path', 'flash_kda')} defines no fwd")
     version = getattr(module, "__version__", None)
-    return _writes_into(module.fwd), str(version or "of unknown version")
+    fwd = functools.partial(module.fwd, kernel=spec["kernel"]) if spec.get("kernel") else module.fwd
+    return _writes_into(fwd), str(version or "of unknown version")
 
 
 def _load_peer(path: str) -> Any:

@@ -1,9 +1,9 @@
-"""The picture: every competitor's time over the floor. Needs matplotlib."""
+"""Pictures: every competitor's time over the floor, and its time against the length. Need matplotlib."""
 
 from __future__ import annotations
 
 from . import report
-from .shapes import label
+from .shapes import label, parse
 
 
 def draw(result: report.Result, path: str) -> None:
@@ -38,6 +38,47 @@ def draw(result: report.Result, path: str) -> None:
     axes.margins(y=0.01)
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def curve(result: report.Result, path: str) -> None:
+    """A line for each competitor and number of heads, and one for the floor; shapes of several sequences are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    lines: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    for row in result["rows"]:
+        heads, lengths = parse(row["shape"])
+        if len(lengths) > 1:
+            continue
+        times = {name: report.median(row, name) for name in report.competitors(result)}
+        for name, time in (times | {"floor": row["floor_ms"]}).items():
+            if time:
+                lines.setdefault((heads, name), []).append((lengths[0], time))
+    colours = {heads: f"C{i}" for i, heads in enumerate(sorted({heads for heads, _ in lines}))}
+    names = [*report.competitors(result), "floor"]
+    styles = {name: ("-", "--", "-.")[i % 3] for i, name in enumerate(names)} | {"floor": ":"}
+    for (heads, name), points in sorted(lines.items()):
+        tokens, times_ms = zip(*sorted(points))
+        marker = "" if name == "floor" else "o"
+        axes.plot(
+            tokens,
+            times_ms,
+            styles[name],
+            color=colours[heads],
+            marker=marker,
+            ms=3,
+            label=f"H {heads}, {name}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens of one sequence", ylabel="ms of device time")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

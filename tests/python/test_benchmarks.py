@@ -236,9 +236,19 @@ def test_picture(result, tmp_path):
     assert "](docs/times.svg)" in page
 
 
+def test_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [made_up_row(f"{heads}:{tokens}", flash_kda=[0.1]) for heads in (1, 8) for tokens in (1024, 2048)]
+    file = tmp_path / "curve.svg"
+    made_up = {"runs": [made_up_run()], "rows": [*rows, made_up_row("8:1024x8", flash_kda=[0.1])]}
+    picture.curve(made_up, str(file))
+    assert "<svg" in file.read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
+        (["--kernel", "a", "--kernel", "a"], "argument --kernel: the same one twice"),
         (["--shapes", "8192"], "argument --shapes: shape '8192': it must be HEADS:LENGTHS"),
         (["--fla-shapes", "some"], "argument --fla-shapes: shape 'some': it must be HEADS:LENGTHS"),
         (["--gates", "none"], "argument --gates: invalid choice"),
@@ -284,6 +294,16 @@ def run(*argv):
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / "peers.py"), *argv], capture_output=True, text=True
     )
+
+
+def test_kernels_beside_each_other(tmp_path):
+    file = str(tmp_path / "result.json")
+    kernels = ["--kernel", "cpu", "--kernel", "cpu-portable", "--kernel", "none"]
+    done = run("--device", "cpu", "--shapes", "1:16", *kernels, "--rounds", "2", "--json", file)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(Path(file).read_text())["rows"]
+    assert row["times"].keys() == {"flash_kda", "flash_kda cpu-portable"}
+    assert "none" in row["left_out"]["flash_kda none"]
 
 
 def test_a_run_on_the_cpu(peer_file, tmp_path):
