@@ -394,6 +394,10 @@ def test_compile_writes_arguments(device, backend):
     torch.compiler.reset()
     a = make(T=20, initial=np.float32)
     check(a, device, torch.compile(lambda **t: flash_kda.fwd(**t), fullgraph=True, backend=backend))
+    invariant = torch.compile(
+        lambda **t: flash_kda.fwd(**t, batch_invariant=True), fullgraph=True, backend=backend
+    )
+    check(a, device, invariant)
     # In place: one tensor is both states.
     tensors = to_torch(a, device)
     state = tensors["initial_state"].clone()
