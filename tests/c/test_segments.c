@@ -124,6 +124,11 @@ static void mixtures(void)
         if (!test.quick) check_cutting(p, case_bars(c, test.device));
         problem_free(p);
     }
+    problem *rows = problem_create(3, 150, 2);
+    fill_case(rows, c, 95);
+    trying("3 rows of 150 tokens");
+    check_state_modes(rows, case_bars(c, test.device));
+    problem_free(rows);
 }
 
 /* The part of a problem's tensor that belongs to some tokens. */

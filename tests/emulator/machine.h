@@ -5,7 +5,8 @@
  * go on ends the program with what each warp waits for.
  *
  * It checks what a kernel computes and how its threads wait for each other. It knows nothing of time, of memory
- * orders weaker than program order, and of proxies (a missing fence.proxy.async does not show).
+ * orders weaker than program order, and of proxies (a missing fence.proxy.async does not show); and a collective instruction is done
+ * as one, by the last thread that comes to it.
  */
 #ifndef FKDA_EMULATOR_MACHINE_H
 #define FKDA_EMULATOR_MACHINE_H
