@@ -184,6 +184,8 @@ inline void matrices(const char *what, uint32_t (&r)[4], uint32_t row, bool tran
     if (row % 16) emulator::fail("%s from %u, which 16 does not divide", what, row);
     MatrixRows mine = {shared_memory(row), r};
     emulator::gather(what, &mine, [=](void *const *all) {
+        for (int i = 0; store && i < 32; i++)
+            emulator::mark_written(shared_address(static_cast<MatrixRows *>(all[i])->row));
         move_matrices(all, transposed, [=](unsigned char *at, unsigned char *element) {
             memcpy(store ? at : element, store ? element : at, 2);
         });
@@ -298,6 +300,7 @@ inline bool elect_lane()
 }
 inline void fence_async_proxy()
 {
+    emulator::fence_async_proxy();
 }
 inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, int head, uint64_t *barrier)
 {
@@ -355,6 +358,7 @@ inline float operand_element(const unsigned char *shared, uint64_t b, int column
         at ^= at >> 3 & 0x70;
     }
     uint16_t bits;
+    emulator::check_fenced(at, "wgmma");
     memcpy(&bits, shared + at, sizeof bits);
     return from_half(bits);
 }

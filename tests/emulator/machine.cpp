@@ -61,6 +61,8 @@ struct Warp {
         int arrived;
         unsigned round;
     } gathering;
+    std::vector<uint32_t> unfenced; /* where it wrote, in units of 16 bytes */
+    int fenced;                     /* threads, since then */
     std::vector<std::function<void()>> issued;
     std::deque<std::vector<std::function<void()>>> committed;
 };
@@ -70,6 +72,7 @@ struct Block {
     std::vector<std::unique_ptr<Warp>> warps;
     Barrier barriers[NAMED_BARRIERS + 1]; /* and the one of all threads */
     std::vector<std::function<void()>> copies;
+    std::vector<uint8_t> unfenced; /* of each 16 bytes: by how many stores */
     std::mt19937_64 random;
     bool products_at_once;
     jmp_buf scheduler;
@@ -302,6 +305,27 @@ void mbarrier_wait(uint64_t *barrier, int parity)
     suspend(Wait::MBARRIER, barrier, static_cast<unsigned>(parity) & 1);
 }
 
+void mark_written(uint32_t at)
+{
+    block->unfenced[at / 16]++;
+    warp->unfenced.push_back(at / 16);
+    warp->fenced = 0;
+}
+
+void fence_async_proxy()
+{
+    if (++warp->fenced < LANES) return;
+    for (uint32_t unit : warp->unfenced) block->unfenced[unit]--;
+    warp->unfenced.clear();
+    warp->fenced = 0;
+}
+
+void check_fenced(uint32_t at, const char *who)
+{
+    if (block->unfenced[at / 16])
+        fail("%s at shared memory + %u before fence.proxy.async by those who wrote there", who, at);
+}
+
 void later(std::function<void()> act)
 {
     if (block->copies.size() >= COPIES_IN_FLIGHT) {
@@ -353,6 +377,7 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
         block->kernel = &kernel;
         block->random.seed(seed + id);
         block->products_at_once = block->chance(2);
+        block->unfenced.assign(shared_bytes / 16 + 1, 0);
         memset(shared, 0xff, shared_bytes); /* NaN */
         for (size_t w = 0; w < warps; w++) {
             block->warps.push_back(std::make_unique<Warp>());

@@ -5,8 +5,8 @@
  * go on ends the program with what each warp waits for.
  *
  * It checks what a kernel computes and how its threads wait for each other. It knows nothing of time, of memory
- * orders weaker than program order, and of proxies (a missing fence.proxy.async does not show); and a collective instruction is done
- * as one, by the last thread that comes to it.
+ * orders weaker than program order, and of a missing fence.proxy.async only after stmatrix, not after plain
+ * stores; and a collective instruction is done as one, by the last thread that comes to it.
  */
 #ifndef FKDA_EMULATOR_MACHINE_H
 #define FKDA_EMULATOR_MACHINE_H
@@ -56,6 +56,12 @@ void mbarrier_init(uint64_t *barrier, int count);
 void mbarrier_arrive(uint64_t *barrier, int expected_bytes);
 void mbarrier_wait(uint64_t *barrier, int parity);
 void mbarrier_complete_bytes(uint64_t *barrier, int bytes);
+
+/* Of 16 bytes of shared memory, by their offset: a thread of this warp has written there; all threads of this warp have fenced,
+ * once each has called; copies and products may be there now, or the program ends. */
+void mark_written(uint32_t at);
+void fence_async_proxy();
+void check_fenced(uint32_t at, const char *who);
 
 /* Is done at some time later, by nobody. */
 void later(std::function<void()> act);

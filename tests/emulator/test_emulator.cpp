@@ -177,6 +177,20 @@ static void leaves_early()
     if (threadIdx.x < 16) __syncwarp();
 }
 
+/* What stmatrix wrote is a product's operand. */
+template <bool fence> static void stored_operand()
+{
+    float d[2][4] = {};
+    const uint32_t ones = fkda::pack_half(1, 1), a[4] = {ones, ones, ones, ones};
+    fkda::store_matrices(fkda::shared_address(&memory().tile[16 * threadIdx.x]), a);
+    if (fence) fkda::fence_async_proxy();
+    __syncthreads();
+    fkda::wgmma<false, false>(d, a, fkda::tile_descriptor<256, 128>(fkda::descriptor_address(memory().tile)));
+    fkda::wgmma_commit();
+    fkda::wgmma_wait<0>();
+    wrong += d[1][3] != 16.0f;
+}
+
 static void conversions()
 {
     bool good = true;
@@ -213,6 +227,8 @@ int main()
     check(wrong_runs(product<false>, 128) > 0, "a product that isn't waited for is found");
     check(wrong_runs(fragments, 32) == 0, "products of fragments");
     check(wrong_runs(matrices, 32) == 0, "matrices of 8 x 8");
+    check(wrong_runs(stored_operand<true>, 32) == 0, "an operand by stmatrix");
+    check(ends_the_program(stored_operand<false>, 32), "an operand by stmatrix without a fence");
     check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
     check(ends_the_program(parts_ways, 32), "lanes at different instructions");
     check(ends_the_program(leaves_early, 32), "lanes that never come");
