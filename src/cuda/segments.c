@@ -18,7 +18,7 @@ static fkda_module segments_module = {
 
 enum {
     CHUNK = 16, /* tokens */
-    /* Tokens that a segment has at least. Shorter ones cost more in joining than they save. */
+    /* Tokens that a segment has at least: by estimate, shorter ones cost more in joining than they save. */
     SHORTEST_EVER = 64,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
