@@ -47,7 +47,6 @@ typedef struct fkda_cut_counts {
     int drawn[2];    /* numbers of pieces that blocks have drawn in the first and in the last pass */
     int segments[2]; /* in the lists of both passes */
     int cut_sequences;
-    int unused[11];
 } fkda_cut_counts;
 
 /* In the workspace. A null `counts` says that sequences are not cut. */
