@@ -3,26 +3,29 @@
 #define FKDA_HOPPER_DEAL_CUH
 
 #include "fwd_args.h"
-#include "fwd_shape.h"
-#include "walk.cuh"
+#include "shared.cuh"
 
 namespace fkda
 {
 
-/* Where the next piece comes from. Sequences of equal length: every gridDim.x-th piece. Else blocks draw numbers from a
- * counter, and numbers go to sequences by falling length, so that blocks end at about the same time. Where sequences are cut the
- * numbers are of segments in a list. */
+/* Where the next piece comes from. Pieces are numbered, by sequence and head or, where sequences are cut, by segment in a list and
+ * head. Blocks draw numbers from a counter if there is one; numbers go to sequences by falling length, so that blocks end at about
+ * the same time. Else, and for blocks that share preparation, numbers are dealt out forwards and backwards by turns. Blocks that
+ * share meet the same numbers. */
 template <int rows, bool mixed> struct Dealer {
-    static constexpr int PIECES = DIM / rows; /* of a head */
     static constexpr int PASS = mixed ? 0 : 1;
+    static constexpr bool DRAWS = SHARERS<rows, mixed> == 1;
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     const uint16_t *order; /* of the sequences, or null */
-    int next, end;
+    int rank, place, places; /* among the blocks that share, and of those among all */
+    int next, turn, end;
 
-    __device__ Dealer(const fkda_hopper_fwd_args &a, const uint16_t *o)
-        : args(a.fwd), cut(a.cut), order(o), next(static_cast<int>(blockIdx.x)),
-          end((cut.counts ? cut.counts->segments[PASS] * args.heads : args.tasks) * PIECES)
+    __device__ Dealer(const fkda_hopper_fwd_args &a, const uint16_t *o, int rank_)
+        : args(a.fwd), cut(a.cut), order(o), rank(rank_),
+          place(static_cast<int>(blockIdx.x) / SHARERS<rows, mixed>),
+          places(static_cast<int>(gridDim.x) / SHARERS<rows, mixed>), next(place), turn(0),
+          end(cut.counts ? cut.counts->segments[PASS] * args.heads : args.tasks)
     {
     }
 
@@ -53,21 +56,24 @@ template <int rows, bool mixed> struct Dealer {
                 final_state(task)};
     }
 
-    __device__ Piece of_segment(const fkda_segment &s, int head, int first_row) const
+    /* In the first pass blocks that share have the halves of a first segment's rows, or a segment's map and its state. */
+    __device__ Piece of_segment(const fkda_segment &s, int head) const
     {
-        Piece piece = whole(s.sequence, head, s.begin, s.length, first_row);
+        const bool halves = rows == 64 || (mixed && s.kind & FKDA_SEGMENT_FIRST);
+        Piece piece = whole(s.sequence, head, s.begin, s.length, halves ? 64 * rank : 0);
+        if (mixed && halves) piece.kind |= HALF;
         if (s.slot < 0) return piece;
         const long long matrix = (static_cast<long long>(s.slot) * args.heads + head) * (DIM * DIM);
         const long long next_slot = static_cast<long long>(args.heads) * (DIM * DIM);
         if (!(s.kind & FKDA_SEGMENT_FIRST)) {
             piece.initial = mixed ? nullptr : cut.states + matrix;
             piece.kind &= ~INITIAL_BF16;
-            if (mixed) piece.kind |= s.kind & FKDA_SEGMENT_MAP ? STATES_ONLY | UNIT : STATES_ONLY;
+            if (mixed) piece.kind |= rank == 0 ? STATES_ONLY | UNIT : STATES_ONLY;
         }
         if (!(s.kind & FKDA_SEGMENT_LAST)) {
-            piece.final = !mixed                      ? nullptr
-                          : s.kind & FKDA_SEGMENT_MAP ? cut.maps + matrix
-                                                      : cut.states + matrix + next_slot;
+            piece.final = !mixed                           ? nullptr
+                          : piece.kind & UNIT ? cut.maps + matrix
+                                                           : cut.states + matrix + next_slot;
             piece.kind &= ~FINAL_BF16;
         }
         return piece;
@@ -77,20 +83,21 @@ template <int rows, bool mixed> struct Dealer {
     __device__ Piece deal(int lane)
     {
         const int number = next;
-        if (args.counter) {
+        turn++;
+        if (DRAWS && args.counter) {
             int drawn = 0;
-            if (lane == 0) drawn = static_cast<int>(gridDim.x) + atomicAdd(args.counter, 1);
+            if (lane == 0) drawn = places + atomicAdd(args.counter, 1);
             next = __shfl_sync(~0u, drawn, 0);
         } else {
-            next += static_cast<int>(gridDim.x);
+            next = turn * places + (turn % 2 ? places - 1 - place : place);
         }
         if (number >= end) return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr};
-        int sequence = number / PIECES / args.heads;
-        const int head = number / PIECES % args.heads, first_row = number % PIECES * rows;
-        if (cut.counts) return of_segment(cut.lists[PASS][sequence], head, first_row);
-        if (order) sequence = order[sequence];
+        int sequence = number / args.heads;
+        const int head = number % args.heads;
+        if (cut.counts) return of_segment(cut.lists[PASS][sequence], head);
+        if (DRAWS && order) sequence = order[sequence];
         const Task task = find_task(args, sequence * args.heads + head);
-        return whole(sequence, head, task.begin, task.length, first_row);
+        return whole(sequence, head, task.begin, task.length, rows == 64 ? 64 * rank : 0);
     }
 };
 

@@ -2,12 +2,15 @@
 #ifndef FKDA_HOPPER_FWD_SHAPE_H
 #define FKDA_HOPPER_FWD_SHAPE_H
 
-/* For a block that carries `rows` of V, 64 or 128: warps that prepare, two to a chunk, and warps that solve. With the one
- * that loads they fill warpgroups, the last warp perhaps idle. A warpgroup carries 64 rows. */
-#define FKDA_HOPPER_PREPARE_WARPS(rows) ((rows) == 128 ? 6 : 8)
-#define FKDA_HOPPER_SOLVE_WARPS(rows) ((rows) == 128 ? 1 : 2)
-#define FKDA_HOPPER_AHEAD_WARPS(rows) (FKDA_HOPPER_PREPARE_WARPS(rows) + FKDA_HOPPER_SOLVE_WARPS(rows) + 1)
-#define FKDA_HOPPER_THREADS(rows) (2 * (rows) + (FKDA_HOPPER_AHEAD_WARPS(rows) + 3) / 4 * 128)
+/* Warps that prepare, two to a chunk, and with the one that loads and the one that solves. */
+#define FKDA_HOPPER_PREPARE_WARPS 6
+#define FKDA_HOPPER_AHEAD_WARPS 8
+/* Of a block that carries `rows` of V, 64 or 128: a warpgroup for 64 rows. */
+#define FKDA_HOPPER_THREADS(rows) (2 * (rows) + 32 * FKDA_HOPPER_AHEAD_WARPS)
+
+/* Blocks of a cluster that share the preparation of a head: the halves of its rows or, in the first pass over segments, a segment's
+ * map and state. */
+#define FKDA_HOPPER_SHARERS(rows, first_pass) ((rows) == 64 || (first_pass) ? 2 : 1)
 
 #define FKDA_HOPPER_MOST_ORDERED 1024 /* sequences of different length that are taken longest first */
 

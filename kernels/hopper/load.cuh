@@ -14,14 +14,15 @@ namespace fkda
 template <int rows, bool mixed> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<rows> &shared;
-    int lane;
+    int lane, rank;
     Dealer<rows, mixed> dealer;
     Slot<PIECES_AHEAD> dealt;
     Slot<SLOTS> slot;
     Piece piece; /* the last one dealt */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
-        : args(a), shared(s), lane(lane_id), dealer(a, order), dealt(0), slot(0), piece{}
+        : args(a), shared(s), lane(lane_id), rank(sharer_rank<rows, mixed>()), dealer(a, order, rank), dealt(0), slot(0),
+          piece{}
     {
     }
 
@@ -38,28 +39,31 @@ template <int rows, bool mixed> struct Loader {
         dealt.advance(1);
     }
 
-    /* The chunk of a piece from its token `first` on. Past the end of the sequence this brings the next one's tokens, past the end
-     * of the tensor zeros. */
+    /* The chunk of a piece from its token `first` on: all of it if this block prepares it, else the values, and room for what the
+     * other block will send. Past the end of the sequence this brings the next one's tokens, past the end of the tensor zeros. */
     __device__ void load(const Piece &now, int first)
     {
         Tokens<rows> &to = shared.tokens[slot.index];
-        uint64_t *loaded = &shared.chunks.loaded[slot.index];
+        const bool own = SHARERS<rows, mixed> == 1 || slot.index % 2 == rank;
+        uint64_t *barrier = own ? &shared.chunks.loaded[slot.index] : &shared.chunks.ready[slot.index];
         mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
         if (elect_lane()) {
             const int token = static_cast<int>(now.begin) + first;
-            const bool queries = wants_outputs<mixed>(now.kind), values = !mixed || !(now.kind & UNIT);
-            const int left_out =
-                (queries ? 0 : DIM / 64 * HALF_TOKENS) + (values ? 0 : rows / 64 * HALF_TOKENS);
-            mbarrier_arrive_expecting(loaded, static_cast<int>(sizeof to) - left_out);
+            const bool queries = wants_outputs<mixed>(now.kind);
+            const int value_boxes = !mixed ? rows / 64 : now.kind & UNIT ? 0 : now.kind & HALF ? 1 : rows / 64;
+            const int inputs = DIM / 64 * HALF_TOKENS * (queries ? 3 : 2);
+            mbarrier_arrive_expecting(barrier, value_boxes * HALF_TOKENS +
+                                                   (own ? inputs : static_cast<int>(sizeof to.half + sizeof(Stage))));
+            if (own) {
 #pragma unroll
-            for (int half = 0; half < DIM / 64; half++) {
-                copy_box(to.half[half].k, &args.k, token, half, now.head, loaded);
-                if (queries) copy_box(to.half[half].q, &args.q, token, half, now.head, loaded);
-                copy_box(to.half[half].g, &args.g, token, half, now.head, loaded);
+                for (int half = 0; half < DIM / 64; half++) {
+                    copy_box(to.half[half].k, &args.k, token, half, now.head, barrier);
+                    if (queries) copy_box(to.half[half].q, &args.q, token, half, now.head, barrier);
+                    copy_box(to.half[half].g, &args.g, token, half, now.head, barrier);
+                }
             }
-#pragma unroll
-            for (int half = 0; half < rows / 64 && values; half++)
-                copy_box(to.v[half], &args.v, token, now.first_row / 64 + half, now.head, loaded);
+            for (int half = 0; half < value_boxes; half++)
+                copy_box(to.v[half], &args.v, token, now.first_row / 64 + half, now.head, barrier);
         }
         __syncwarp();
         slot.advance(1);

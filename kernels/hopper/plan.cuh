@@ -56,14 +56,8 @@ struct Plan {
         return low;
     }
 
-    /* Of the first pass a cut sequence has an entry for the first segment, its outputs, and two for each of the others but the
-     * last: state and map. Of the second pass it has one for each segment but the first. */
-    static __device__ int first_pass_before(const fkda_cut_sequence &c, int index)
-    {
-        return 2 * c.first_slot - 3 * index;
-    }
-
-    static __device__ int second_pass_before(const fkda_cut_sequence &c, int index)
+    /* Of the first pass a cut sequence has an entry for each segment but the last, of the second pass for each but the first. */
+    static __device__ int entries_before(const fkda_cut_sequence &c, int index)
     {
         return c.first_slot - index;
     }
@@ -72,22 +66,11 @@ struct Plan {
     template <int pass, class Visit> __device__ void for_each(int cut_sequences, int slots, Visit visit) const
     {
         const fkda_cut_sequence *cuts = cut.cut_sequences;
-        if constexpr (pass == 0) {
-            for (int e = threadIdx.x; e < 2 * slots - 3 * cut_sequences; e += blockDim.x) {
-                const int c =
-                    find_cut(e, cut_sequences, [=](int i) { return first_pass_before(cuts[i], i); });
-                const int within = e - first_pass_before(cuts[c], c);
-                const bool map = within >= cuts[c].segments - 1;
-                fkda_segment s = segment(cuts[c], map ? within - cuts[c].segments + 2 : within);
-                if (map) s.kind |= FKDA_SEGMENT_MAP;
-                visit(s);
-            }
-        } else {
-            for (int e = threadIdx.x; e < slots - cut_sequences; e += blockDim.x) {
-                const int c =
-                    find_cut(e, cut_sequences, [=](int i) { return second_pass_before(cuts[i], i); });
-                visit(segment(cuts[c], e - second_pass_before(cuts[c], c) + 1));
-            }
+        for (int e = threadIdx.x; e < slots - cut_sequences; e += blockDim.x) {
+            const int c = find_cut(e, cut_sequences, [=](int i) { return entries_before(cuts[i], i); });
+            visit(segment(cuts[c], e - entries_before(cuts[c], c) + pass));
+        }
+        if constexpr (pass == 1) {
             for (int n = threadIdx.x; n < args.tasks / args.heads; n += blockDim.x) {
                 const Task task = sequence(n);
                 const int c = find_cut(n, cut_sequences, [=](int i) { return cuts[i].sequence; });
@@ -121,7 +104,7 @@ struct Plan {
                 before += here;
             }
             cut.counts->segments[pass] = before;
-            cut.counts->drawn[pass] = 0;
+            cut.counts->drawn = 0;
         }
         __syncthreads();
         for_each<pass>(cut_sequences, slots, [&](const fkda_segment &s) {

@@ -20,7 +20,6 @@ template <int rows, bool mixed> struct Preparation {
     const fkda_fwd_args &args;
     Shared<rows> &shared;
     int team, warp, lane, g, t;
-    int place;           /* matrix_row of this lane */
     float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
     /* The triangle of ones as an A fragment in bf16: 1 where a token exists and comes no later than the row's. */
     uint32_t ones[4];
@@ -28,7 +27,7 @@ template <int rows, bool mixed> struct Preparation {
 
     __device__ Preparation(const fkda_fwd_args &a, Shared<rows> &s, int id, int lane_id)
         : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4),
-          t(lane % 4), place(matrix_row(lane)), inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
+          t(lane % 4), inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
     {
     }
 
@@ -63,7 +62,6 @@ template <int rows, bool mixed> struct Preparation {
             *reinterpret_cast<uint4 *>(&tokens.half[warp].k[at]) = zeros;
             *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
             *reinterpret_cast<uint4 *>(&tokens.half[warp].g[at]) = zeros;
-            if (warp < rows / 64) *reinterpret_cast<uint4 *>(&tokens.v[warp][at]) = zeros;
         }
     }
 
@@ -71,7 +69,7 @@ template <int rows, bool mixed> struct Preparation {
      * accumulators has tokens g and g + 8. */
     __device__ void store_inverse_norms(float (&to)[CHUNK], const unsigned char *x) const
     {
-        const uint32_t rows_at = shared_address(x) + place,
+        const uint32_t rows_at = shared_address(x) + matrix_row(lane),
                        columns_at = shared_address(x) + matrix_row_by_token(lane);
         float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
 #pragma unroll
@@ -207,7 +205,7 @@ template <int rows, bool mixed> struct Preparation {
     template <bool outputs>
     __device__ void prepare(Tokens<rows> &tokens, float *gamma, int round, float (&products)[3][4]) const
     {
-        const uint32_t half = shared_address(&tokens.half[warp]) + place;
+        const uint32_t half = shared_address(&tokens.half[warp]) + matrix_row(lane);
         float q_factor[2] = {}, k_factor[2];
         if (outputs || warp)
             store_inverse_norms(shared.inverse_norm[team][round][warp],
@@ -237,16 +235,19 @@ template <int rows, bool mixed> struct Preparation {
 
     __device__ void run()
     {
-        Slot<SLOTS> slot(team);
-        int round = 0, head = -1;
-        bool whole = true; /* the chunk before: `ones` is for all its tokens */
+        const int first = team * SHARERS<rows, mixed> + sharer_rank<rows, mixed>();
+        constexpr int EVERY = TEAMS * SHARERS<rows, mixed>;
+        Slot<SLOTS> slot(first);
+        int head = -1;
+        static_assert(SLOTS / EVERY % 2 == 0, "rounds of a team can be told by its slots");
         find_ones(CHUNK);
-        for (Position at(shared.pieces, team); !at.done(); at.advance(Shared<rows>::TEAMS)) {
+        for (Position at(shared.pieces, first); !at.done(); at.advance(EVERY)) {
             Tokens<rows> &tokens = shared.tokens[slot.index];
             float *gamma = &shared.stage[slot.index].gamma_minus_1[warp * SHARE];
             float products[3][4] = {};
-            if (at.left < CHUNK || !whole) find_ones(at.left);
-            whole = at.left >= CHUNK;
+            const int round = slot.index / EVERY % 2;
+            const bool whole = at.left >= CHUNK;
+            if (!whole) find_ones(at.left);
             if (at.head != head) load_gate_parameters(head = at.head);
             mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
             if (!whole) {
@@ -259,8 +260,8 @@ template <int rows, bool mixed> struct Preparation {
                 prepare<false>(tokens, gamma, round, products);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
-            round ^= 1;
-            slot.advance(Shared<rows>::TEAMS);
+            if (!whole) find_ones(CHUNK);
+            slot.advance(EVERY);
         }
     }
 };

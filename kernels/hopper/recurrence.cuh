@@ -27,10 +27,10 @@ template <int rows, bool mixed> struct Recurrence {
     bool unit;       /* the piece is one of a map: values are zeros */
 
     __device__ Recurrence(const fkda_fwd_args &a, Shared<rows> &s, int thread)
-        : args(a), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4), warp_row(thread / 32 * 16)
+        : args(a), shared(s), lane(thread & 31), g(lane >> 2), t(lane & 3), warp_row(thread >> 5 << 4)
     {
-        const int half = warp_row / 64 * HALF_TOKENS, first = warp_row % 64 / 8;
-        output_place = half + (lane / 2 * ROW | (lane % 2 ^ first ^ lane / 2 % 8) * 16);
+        const int half = (warp_row >> 6) * HALF_TOKENS, first = (warp_row & 63) >> 3;
+        output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
     }
 
@@ -144,8 +144,15 @@ template <int rows, bool mixed> struct Recurrence {
      * held to the range, and the state could grow by 16 scales a token: so every eighth chunk chooses scales, if such a chunk
      * came by. */
     template <int tiles>
-    __device__ void adapt(float (&v)[2][4], float (&read)[tiles][4], float strength, bool first, bool eighth)
+    __device__ void adapt(float (&v)[2][4], float (&read)[tiles][4], float strength, int left, bool first,
+                          bool eighth)
     {
+        if (left < CHUNK) { /* what follows the last token is of another sequence, or anything */
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) v[i][r] = 8 * i + 2 * t + r % 2 < left ? v[i][r] : 0.0f;
+        }
         if (strength < 1.0f) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
@@ -199,11 +206,12 @@ template <int rows, bool mixed> struct Recurrence {
         }
     }
 
-    /* One chunk. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
+    /* One chunk, with `left` tokens of the piece from its first on. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
      * the chunk's own tokens add to it in `own`. */
     template <int tiles>
-    __device__ void step(int index, bool first, bool eighth, float (&read)[tiles][4], float (&own)[2][4])
+    __device__ void step(int index, int left, bool first, float (&read)[tiles][4], float (&own)[2][4])
     {
+        const bool eighth = (left & 7 * CHUNK) == 0, whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
             descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<rows>) / 16);
@@ -221,9 +229,10 @@ template <int rows, bool mixed> struct Recurrence {
         wgmma_commit();
         load_values(v, shared.tokens[index]);
         const float strength = stage.strength;
-        const bool usual = !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && !look_again;
+        const bool usual =
+            !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && whole && !look_again;
         wgmma_wait<0>();
-        if (!usual) adapt(v, read, strength, first, eighth);
+        if (!usual) adapt(v, read, strength, left, first, eighth);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -259,16 +268,33 @@ template <int rows, bool mixed> struct Recurrence {
         if ((piece.initial || (!outputs && unit)) && piece.length > 0) rescale(own, read);
         for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
             mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-            step(slot.index, left == piece.length, (left & 7 * CHUNK) == 0, read, own);
+            step(slot.index, left, left == piece.length, read, own);
             if constexpr (outputs) {
                 wgmma_wait<1>();
                 store_output(shared.tokens[slot.index], own, &read[2], at, lane / 2 < left);
             }
             wgmma_wait<0>();
-            mbarrier_arrive_warp(&shared.chunks.empty[slot.index]);
-            slot.advance(1);
+            release(slot);
         }
         if (piece.final) store_state(piece);
+    }
+
+    /* The warp has read all it needs of a chunk; the next one. */
+    __device__ void release(Slot<SLOTS> &slot)
+    {
+        uint64_t *empty = &shared.chunks.empty[slot.index];
+        mbarrier_arrive_warp(empty);
+        if (SHARERS<rows, mixed> > 1 && slot.index % 2 != sharer_rank<rows, mixed>()) mbarrier_arrive_warp_there(empty);
+        slot.advance(1);
+    }
+
+    /* A piece in which this warp has no rows. */
+    __device__ void pass_by(const Piece &piece, Slot<SLOTS> &slot)
+    {
+        for (int left = piece.length; left > 0; left -= CHUNK) {
+            mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
+            release(slot);
+        }
     }
 
     __device__ void run()
@@ -278,7 +304,9 @@ template <int rows, bool mixed> struct Recurrence {
         for (;; walk.leave()) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;
-            if (wants_outputs<mixed>(piece.kind))
+            if (mixed && piece.kind & HALF && warp_row >= 64)
+                pass_by(piece, slot);
+            else if (wants_outputs<mixed>(piece.kind))
                 walk_through<true>(piece, slot);
             else
                 walk_through<false>(piece, slot);

@@ -15,15 +15,11 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
     Plan{args.fwd, args.cut, reinterpret_cast<int *>(scratch + FKDA_PLAN_THREADS / 32)}.run(scratch);
 }
 
-#define FKDA_DEFINE_KERNEL(rows)                                                                             \
-    extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                               \
-        fkda_hopper_maps_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                           \
-    {                                                                                                        \
-        fkda::run_block<rows, true>(args);                                                                   \
-    }
-
-FKDA_DEFINE_KERNEL(128)
-FKDA_DEFINE_KERNEL(64)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_SHARERS(128, true), 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS(128), 1) fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block<128, true>(args);
+}
 
 #define FKDA_DEFINE_JOIN(step, which)                                                                        \
     extern "C" __global__ void __launch_bounds__(FKDA_JOIN_THREADS, 1)                                       \

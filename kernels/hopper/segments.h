@@ -27,7 +27,6 @@ typedef struct fkda_segment {
 enum {
     FKDA_SEGMENT_FIRST = 1, /* of its sequence */
     FKDA_SEGMENT_LAST = 2,
-    FKDA_SEGMENT_MAP = 4, /* in the first pass: its map is wanted, not its state */
 };
 
 typedef struct fkda_cut_sequence {
@@ -44,7 +43,7 @@ enum {
 
 /* The counts that the kernels find on the device. */
 typedef struct fkda_cut_counts {
-    int drawn[2];    /* numbers of pieces that blocks have drawn in the first and in the last pass */
+    int drawn;       /* numbers of pieces that blocks have drawn in the second pass */
     int segments[2]; /* in the lists of both passes */
     int cut_sequences;
 } fkda_cut_counts;

@@ -12,9 +12,19 @@
 namespace fkda
 {
 
+/* Blocks that share preparation: each prepares every SHARERS-th chunk, and sends it to the other. */
+template <int rows, bool mixed> constexpr int SHARERS = FKDA_HOPPER_SHARERS(rows, mixed);
+
+/* The first chunk that this block prepares. */
+template <int rows, bool mixed> __device__ __forceinline__ int sharer_rank()
+{
+    return SHARERS<rows, mixed> == 2 ? cluster_rank() : 0;
+}
+
 constexpr int TEAM_WARPS = 2; /* that prepare a chunk together */
-constexpr int SLOTS =
-    12; /* of the ring of chunks: a multiple of the teams', so that each meets all rounds of its slots */
+constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS; /* each prepares every TEAMS-th of its block's chunks */
+constexpr int SLOTS = 12;                                     /* of the ring of chunks */
+static_assert(SLOTS % (2 * TEAMS) == 0, "each team meets all rounds of its slots, and a slot is always of the same block");
 constexpr int ROW = 128; /* bytes of a swizzled row: of 64 channels of a token, or of 64 rows of V */
 constexpr int HALF_TOKENS = CHUNK * ROW; /* bytes: the chunk's tokens in 64 channels */
 
@@ -45,11 +55,11 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
  * u of 16 bytes of token i is at i * ROW + (u ^ i % 8) * 16, which copies write, wgmma reads and ldmatrix meets without
  * bank conflicts. With G the running sum of the log decay, tokens i:
  *   k: k_i, then k_i exp(G_i)     q: q_i, then q_i exp(G_i)     g: g_i, then k_i exp(G_last - G_i)     v: v_i, then out_i
- * Inputs are bf16, prepared tiles fp16; tokens past the end are made zeros. */
+ * Inputs are bf16, prepared tiles fp16; tokens past the end are made zeros, but not of v. */
 template <int rows> struct Tokens {
     struct {
         unsigned char k[HALF_TOKENS], q[HALF_TOKENS], g[HALF_TOKENS];
-    } half[DIM / 64];
+    } half[DIM / 64]; /* what blocks that share it send each other */
     unsigned char v[rows / 64][HALF_TOKENS];
 
     /* K~ and Q~ side by side as B, 32 columns, depths 16 i to 16 i + 15; `place` is the descriptor_address of it all. */
@@ -105,12 +115,13 @@ struct Products {
     float part[TEAM_WARPS][2][3][8][8];
 };
 
-/* The ring of chunks: their inputs have come, they are prepared and solved, the recurrence is done with them. */
+/* The ring of chunks: their inputs have come, they are prepared and solved, the recurrence is done with them; also the other
+ * block's, with those that are sent there. */
 struct Chunks {
     uint64_t loaded[SLOTS], ready[SLOTS], empty[SLOTS];
 };
 
-/* A solver's scratch, of the blocks of 8 x 8 tokens of L: those on the diagonal transposed; the one below it, and the
+/* The solver's scratch, of the blocks of 8 x 8 tokens of L: those on the diagonal transposed; the one below it, and the
  * inverse of I + the second one transposed, in fp16. */
 struct Blocks {
     float diagonal[2][8][8];
@@ -119,14 +130,10 @@ struct Blocks {
 
 /* For pieces of `rows` rows of V. */
 template <int rows> struct Shared {
-    /* Each team prepares every TEAMS-th chunk, each solver solves every SOLVERS-th. */
-    static constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS(rows) / TEAM_WARPS;
-    static constexpr int SOLVERS = FKDA_HOPPER_SOLVE_WARPS(rows);
-
     __align__(1024) Tokens<rows> tokens[SLOTS];
     Stage stage[SLOTS];
     Products products[TEAMS];
-    Blocks blocks[SOLVERS];
+    Blocks blocks;
     float inverse_norm[TEAMS][2][2][CHUNK]; /* in every other chunk of a team; of q, of k */
     float gate_offset[TEAMS][DIM];          /* -exp(A_log) log2(e) dt_bias of the team's head */
     uint16_t order[FKDA_HOPPER_MOST_ORDERED];
@@ -134,10 +141,6 @@ template <int rows> struct Shared {
     Chunks chunks;
     Ring<TEAMS> product_ring;
 };
-static_assert(SLOTS % Shared<128>::TEAMS == 0 && SLOTS % Shared<64>::TEAMS == 0 &&
-                  Shared<128>::TEAMS % Shared<128>::SOLVERS == 0 &&
-                  Shared<64>::TEAMS % Shared<64>::SOLVERS == 0,
-              "rounds of a ring must not be confused");
 static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,
               "keep fwd_shape.h in step");

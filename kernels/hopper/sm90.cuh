@@ -50,6 +50,45 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
+/* The two blocks of a cluster: which one this is; a barrier in all threads of both; an arrival of a warp at the other block's
+ * barrier in the same place; and a copy of so many bytes, a multiple of 16, to the same place in the other block, whose barrier
+ * there counts them. */
+__device__ __forceinline__ int cluster_rank()
+{
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+
+__device__ __forceinline__ void cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ uint32_t in_other_block(uint32_t address)
+{
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(cluster_rank() ^ 1));
+    return there;
+}
+
+__device__ __forceinline__ void mbarrier_arrive_warp_there(uint64_t *barrier)
+{
+    __syncwarp();
+    if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0)
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                         in_other_block(shared_address(barrier)))
+                     : "memory");
+}
+
+__device__ __forceinline__ void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     in_other_block(shared_address(from))),
+                 "r"(shared_address(from)), "r"(bytes), "r"(in_other_block(shared_address(barrier)))
+                 : "memory");
+}
+
 /* Makes initialised barriers visible to copies. */
 __device__ __forceinline__ void fence_mbarrier_init()
 {

@@ -1,5 +1,4 @@
-/* The solving role: adds up a team's products and turns them into the small matrices of a chunk. Several solving warps
- * take turns with the chunks. */
+/* The solving role, a warp: adds up a team's products and turns them into the small matrices of a chunk. */
 #ifndef FKDA_HOPPER_SOLVE_CUH
 #define FKDA_HOPPER_SOLVE_CUH
 
@@ -104,13 +103,22 @@ __device__ __forceinline__ float strength_above(float b)
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
-template <int rows, bool mixed>
-__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int solver, int lane)
+/* Sends a chunk that is prepared and solved to the block that shares it, by a lane. */
+template <int rows>
+__device__ __forceinline__ void send(const Tokens<rows> &tokens, const Stage &stage, uint64_t *ready)
 {
-    constexpr int SOLVERS = Shared<rows>::SOLVERS;
-    Slot<SLOTS> slot(solver);
-    Slot<Shared<rows>::TEAMS> in(solver);
-    Position at(shared.pieces, solver);
+    copy_to_other_block(tokens.half, sizeof tokens.half, ready);
+    copy_to_other_block(&stage, sizeof stage, ready);
+}
+
+template <int rows, bool mixed>
+__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int lane)
+{
+    constexpr int EVERY = SHARERS<rows, mixed>;
+    const int first = sharer_rank<rows, mixed>();
+    Slot<SLOTS> slot(first);
+    Slot<TEAMS> in(0);
+    Position at(shared.pieces, first);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
         Stage &stage = shared.stage[slot.index];
@@ -118,24 +126,26 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &s
         const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
         const int kind = at.kind;
         /* The next logit is loaded ahead within a piece. The next piece may be dealt out only after this chunk is solved. */
-        const bool ahead = at.left > SOLVERS * CHUNK;
+        const bool ahead = at.left > EVERY * CHUNK;
         if (ahead) {
-            at.advance(SOLVERS);
+            at.advance(EVERY);
             logit = load_beta(args, at, lane);
         }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        add_products<mixed>(shared.blocks[solver], stage, shared.products[in.index], b, kind, lane);
+        add_products<mixed>(shared.blocks, stage, shared.products[in.index], b, kind, lane);
         mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of `blocks` is there too */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;
         const float own = __shfl_sync(~0u, b, 2 * (lane % CHUNK)) * inverse_power(strength);
-        solve_blocks(shared.blocks[solver], stage, own, lane);
+        solve_blocks(shared.blocks, stage, own, lane);
         fence_async_proxy();
         mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
-        slot.advance(SOLVERS);
-        in.advance(SOLVERS);
+        if (EVERY > 1 && elect_lane())
+            send(shared.tokens[slot.index], stage, &shared.chunks.ready[slot.index]);
+        slot.advance(EVERY);
+        in.advance(1);
         if (!ahead) {
-            at.advance(SOLVERS);
+            at.advance(EVERY);
             if (!at.done()) logit = load_beta(args, at, lane);
         }
     }

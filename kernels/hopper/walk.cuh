@@ -43,6 +43,7 @@ enum {
     FINAL_BF16 = 4,
     STATES_ONLY = 8, /* outputs are not wanted */
     UNIT = 16,       /* starts from the identity, and all values are zeros; states only */
+    HALF = 32,       /* of 64 rows, in a block that can carry 128 */
 };
 
 constexpr int PIECES_AHEAD = 16; /* that the loading warp may be ahead of the recurrence: it deals them out */

@@ -21,23 +21,34 @@ static bool lengths_differ(const fkda_problem *p)
     return p->sequences > p->batch;
 }
 
-/* Halves repeat their head's preparation, so a head is only split over multiprocessors that would be idle. Rows of V
- * are independent: results do not change. */
-fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int multiprocessors)
+int64_t fkda_hopper_places(int rows, int multiprocessors)
 {
-    const int rows = 2 * heads <= multiprocessors ? 64 : 128;
-    const int64_t pieces = heads * (FKDA_DIM / rows);
+    return multiprocessors / FKDA_HOPPER_SHARERS(rows, false);
+}
+
+fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int rows, int multiprocessors)
+{
+    const int64_t places = fkda_hopper_places(rows, multiprocessors);
     return (fkda_hopper_layout){
         .rows = rows,
-        .pieces = pieces,
-        .blocks = (int)(pieces < multiprocessors ? pieces : multiprocessors),
+        .heads = heads,
+        .blocks = (int)(heads < places ? heads : places) * FKDA_HOPPER_SHARERS(rows, false),
     };
 }
 
-/* Pieces differ in length: blocks draw them from a counter, else they take turns. */
+/* A head is split where that keeps multiprocessors busy which would be idle. Rows of V are independent: results do not
+ * change. */
+static fkda_hopper_layout lay_out(const fkda_problem *p, int multiprocessors)
+{
+    const int64_t heads = p->sequences * p->heads;
+    return fkda_hopper_lay_out(heads, heads <= fkda_hopper_places(64, multiprocessors) ? 64 : 128,
+                               multiprocessors);
+}
+
+/* Heads differ in length: blocks draw them from a counter, else they take turns. */
 static bool draws_numbers(const fkda_problem *p, const fkda_hopper_layout *l)
 {
-    return lengths_differ(p) && l->pieces > l->blocks;
+    return lengths_differ(p) && l->heads > l->blocks;
 }
 
 /* The counter that blocks draw from. Whether they do depends on the device; the size does not. */
@@ -96,20 +107,19 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
 }
 
-flash_kda_status fkda_hopper_launch_rows(const fkda_driver *driver, const fkda_problem *p,
-                                         fkda_hopper_fwd_args *args, const fkda_module *module,
-                                         const fkda_hopper_layout *layout)
+flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
+                                        fkda_hopper_fwd_args *args, const fkda_hopper_layout *layout)
 {
     return fkda_hopper_launch(driver, p, args,
-                              module->functions[p->device.index][layout->rows == 128 ? 0 : 1], layout->blocks,
-                              FKDA_HOPPER_THREADS(layout->rows));
+                              fkda_hopper_fwd_module.functions[p->device.index][layout->rows == 128 ? 0 : 1],
+                              layout->blocks, FKDA_HOPPER_THREADS(layout->rows));
 }
 
 static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, int multiprocessors)
 {
     fkda_hopper_fwd_args args;
-    const fkda_hopper_layout layout = fkda_hopper_lay_out(p->sequences * p->heads, multiprocessors);
-    if (!layout.pieces) return FLASH_KDA_OK;
+    const fkda_hopper_layout layout = lay_out(p, multiprocessors);
+    if (!layout.heads) return FLASH_KDA_OK;
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
     if (status != FLASH_KDA_OK) return status;
     if (draws_numbers(p, &layout)) {
@@ -117,7 +127,7 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, in
         CUresult result = driver->cuMemsetD32Async((CUdeviceptr)p->workspace, 0, 1, p->stream);
         if (result) return fkda_driver_fail("cuMemsetD32Async", result);
     }
-    return fkda_hopper_launch_rows(driver, p, &args, &fkda_hopper_fwd_module, &layout);
+    return fkda_hopper_launch_fwd(driver, p, &args, &layout);
 }
 
 flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
@@ -140,14 +150,15 @@ void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
         snprintf(text, size, "%s", flash_kda_last_error());
         return;
     }
-    const fkda_hopper_layout l = fkda_hopper_lay_out(p->sequences * p->heads, multiprocessors);
+    const fkda_hopper_layout l = lay_out(p, multiprocessors);
     snprintf(
         text, size,
-        "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld pieces of %d "
-        "rows of V of a head; %s.",
-        l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.pieces, l.rows,
-        l.pieces <= l.blocks                      ? "each block has one"
-        : !draws_numbers(p, &l)                   ? "they take them in turns"
+        "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld heads of "
+        "sequences; %s.",
+        l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.heads,
+        l.rows == 64              ? "two blocks share a head, with 64 rows of V each"
+        : l.heads <= l.blocks     ? "each block has one"
+        : !draws_numbers(p, &l)   ? "they take them in turns"
         : p->sequences > FKDA_HOPPER_MOST_ORDERED ? "they draw them from a counter"
                                                   : "they draw them from a counter, longest sequences first");
 }

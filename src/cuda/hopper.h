@@ -11,11 +11,17 @@ extern fkda_module fkda_hopper_fwd_module;
 
 /* How so many heads of sequences, or of segments, are dealt out: from their number and the device alone. */
 typedef struct fkda_hopper_layout {
-    int rows; /* of V that a block carries: 128, or 64 if every head can then have two multiprocessors */
-    int64_t pieces; /* of work: a head, or half of one */
-    int blocks;     /* at most one to a multiprocessor; they stay until the pieces are done */
+    int rows; /* of V that a block carries: 128, or 64 if two blocks share a head */
+    int64_t heads;
+    int blocks; /* at most one to a multiprocessor; they stay until the heads are done */
 } fkda_hopper_layout;
-fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int multiprocessors);
+fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int rows, int multiprocessors);
+
+/* Heads of a sequence or a segment that are under way at once, one to a block or to two that share it. */
+int64_t fkda_hopper_places(int rows, int multiprocessors);
+
+/* What a chunk of 16 tokens of a head takes, in clocks (measured on an H100: docs/log.md). */
+enum { FKDA_HOPPER_CHUNK_128 = 1970, FKDA_HOPPER_CHUNK_64 = 1000 };
 
 /* What every kernel gets, but for the counter and the cut. */
 flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,
@@ -24,9 +30,8 @@ flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_pro
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
                                     fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads);
 
-/* Launches the one of a module's first two kernels that is for the layout's rows. */
-flash_kda_status fkda_hopper_launch_rows(const fkda_driver *driver, const fkda_problem *p,
-                                         fkda_hopper_fwd_args *args, const fkda_module *module,
-                                         const fkda_hopper_layout *layout);
+/* Launches the forward kernel that is for the layout's rows. */
+flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
+                                        fkda_hopper_fwd_args *args, const fkda_hopper_layout *layout);
 
 #endif

@@ -7,40 +7,103 @@
 
 extern const unsigned char fkda_fatbin_hopper_segments[];
 
-enum { MAPS_128, MAPS_64, PLAN, COMPOSE, CHAIN, EXPAND };
+enum { MAPS, PLAN, COMPOSE, CHAIN, EXPAND };
 static fkda_module segments_module = {
     .image = fkda_fatbin_hopper_segments,
-    .names = {"fkda_hopper_maps_128", "fkda_hopper_maps_64", "fkda_hopper_plan", "fkda_hopper_join_compose",
-              "fkda_hopper_join_chain", "fkda_hopper_join_expand"},
+    .names = {"fkda_hopper_maps", "fkda_hopper_plan", "fkda_hopper_join_compose", "fkda_hopper_join_chain",
+              "fkda_hopper_join_expand"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
 enum {
     CHUNK = 16, /* tokens */
-    /* Tokens that a segment has at least: by estimate, shorter ones cost more in joining than they save. */
+    /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
     SHORTEST_EVER = 64,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
+    /* Clocks, measured on an H100 (docs/log.md): a chunk's map and state in the first pass, a step of the join, and all that four
+     * launches take instead of one. */
+    CHUNK_MAP = 1200,
+    JOIN_STEP = 2000,
+    LAUNCHES = 20000,
 };
 
 /* How sequences are cut, from shapes and the device alone. */
 typedef struct division {
-    int64_t shortest; /* tokens of a segment, at least */
+    int64_t shortest; /* tokens of a segment, at least; 0: nothing is cut */
     int64_t slots;    /* segments of sequences that are cut, at most */
     int64_t groups;   /* of maps, at most */
 } division;
 
-/* As long as lets every multiprocessor have one head of a segment in the second pass, where the tokens are of one sequence, whose
- * first segment is left out there. */
+static int64_t rounds(int64_t pieces, int64_t places)
+{
+    return (pieces + places - 1) / places;
+}
+
+/* The rows of V that a block carries best through so many pieces of equal length, and clocks for a chunk of each. */
+static int best_rows(int64_t pieces, int multiprocessors, int64_t *clocks)
+{
+    const int64_t shared = FKDA_HOPPER_CHUNK_64 * rounds(pieces, fkda_hopper_places(64, multiprocessors)),
+                  alone = FKDA_HOPPER_CHUNK_128 * rounds(pieces, fkda_hopper_places(128, multiprocessors));
+    if (clocks) *clocks = shared < alone ? shared : alone;
+    return shared < alone ? 64 : 128;
+}
+
+/* Steps of the join for so many maps of a sequence: in two levels each waits for a group, for the groups, and for a group. */
+static int64_t join_steps(int64_t maps)
+{
+    return maps > FKDA_MAPS_CHAINED ? 2 * FKDA_GROUP_MAPS + rounds(maps, FKDA_GROUP_MAPS) : maps;
+}
+
+/* Clocks for so many heads of sequences of so many chunks, cut into so many segments each. */
+static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors)
+{
+    int64_t clocks;
+    if (segments == 1) {
+        best_rows(heads, multiprocessors, &clocks);
+        return chunks * clocks;
+    }
+    const int64_t pieces = heads * (segments - 1);
+    best_rows(pieces, multiprocessors, &clocks);
+    clocks += CHUNK_MAP * rounds(pieces, fkda_hopper_places(64, multiprocessors));
+    return rounds(chunks, segments) * clocks + JOIN_STEP * join_steps(segments - 2) + LAUNCHES;
+}
+
+/* Into how many segments so many heads of sequences of so many chunks are cut best. */
+static int64_t best_segments(int64_t heads, int64_t chunks, int multiprocessors)
+{
+    int64_t best = 1, least = clocks_of(heads, chunks, 1, multiprocessors);
+    const int64_t most = chunks * CHUNK / SHORTEST_EVER;
+    for (int64_t segments = 2; segments <= most && heads * (segments - 2) <= 2 * multiprocessors; segments++) {
+        const int64_t clocks = clocks_of(heads, chunks, segments, multiprocessors);
+        if (clocks < least) best = segments, least = clocks;
+    }
+    return best;
+}
+
+/* Lengths are not known here. If sequences of equal length are best cut, segments are as long as those are then. If not, such ones
+ * stay whole, and longer ones are cut as if all tokens were of one sequence. */
+static int64_t shortest_segment(const fkda_problem *p, int multiprocessors)
+{
+    const int64_t chunks = p->batch * p->tokens / CHUNK;
+    const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
+    const int64_t of_equal = best_segments(p->sequences * p->heads, equal, multiprocessors);
+    if (of_equal > 1) return equal / of_equal * CHUNK;
+    const int64_t of_one = best_segments(p->heads, chunks, multiprocessors);
+    if (p->sequences == 1 || of_one == 1) return 0;
+    const int64_t shortest = chunks / of_one;
+    return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
+}
+
 static division divide(const fkda_problem *p, int multiprocessors)
 {
-    const int64_t tokens = p->batch * p->tokens, chunks = tokens * p->heads / CHUNK,
-                  parts = multiprocessors + p->heads;
-    division d = {.shortest = (chunks + parts - 1) / parts * CHUNK};
+    division d = {0};
+    if (p->sequences == 0 || p->heads == 0) return d;
+    d.shortest = p->batch_invariant ? SHORTEST_ALONE : shortest_segment(p, multiprocessors);
+    if (d.shortest == 0) return d;
     if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
-    if (p->batch_invariant) d.shortest = SHORTEST_ALONE;
-    d.slots = tokens / d.shortest;
+    d.slots = p->batch * p->tokens / d.shortest;
     /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 8. */
     d.groups = d.slots / 8;
     return d;
@@ -70,7 +133,7 @@ static memory lay_out_memory(const fkda_problem *p, const division *d)
     size_t end = 0;
     memory m;
     m.counts = take(&end, 1, sizeof(fkda_cut_counts));
-    m.lists[0] = take(&end, 2 * d->slots, sizeof(fkda_segment));
+    m.lists[0] = take(&end, d->slots, sizeof(fkda_segment));
     m.lists[1] = take(&end, d->slots + p->sequences, sizeof(fkda_segment));
     m.cut_sequences = take(&end, d->slots / 2, sizeof(fkda_cut_sequence));
     m.states = take(&end, d->slots, matrices);
@@ -104,14 +167,17 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d)
     };
 }
 
-static fkda_hopper_layout lay_out_first_pass(const fkda_problem *p, const division *d, int multiprocessors)
+/* Heads of segments in the first pass, at most: of all but the last of each sequence. */
+static int64_t first_pieces(const fkda_problem *p, const division *d)
 {
-    return fkda_hopper_lay_out((2 * d->slots - 3) * p->heads, multiprocessors);
+    return (d->slots - 1) * p->heads;
 }
 
+/* In the second pass there are those of all but the first, and sequences that are not cut. */
 static fkda_hopper_layout lay_out_second_pass(const fkda_problem *p, const division *d, int multiprocessors)
 {
-    return fkda_hopper_lay_out((d->slots + p->sequences) * p->heads, multiprocessors);
+    const int64_t pieces = (d->slots + p->sequences - 2) * p->heads;
+    return fkda_hopper_lay_out(pieces, best_rows(pieces, multiprocessors, NULL), multiprocessors);
 }
 
 static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, const division *d,
@@ -132,19 +198,18 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
                             int multiprocessors)
 {
     fkda_hopper_fwd_args args;
-    const fkda_hopper_layout first = lay_out_first_pass(p, d, multiprocessors),
+    const CUfunction *kernels = segments_module.functions[p->device.index];
+    const fkda_hopper_layout first = fkda_hopper_lay_out(first_pieces(p, d), 64, multiprocessors),
                              second = lay_out_second_pass(p, d, multiprocessors);
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
     if (status != FLASH_KDA_OK) return status;
     args.cut = find_memory(p, d);
-    status = fkda_hopper_launch(driver, p, &args, segments_module.functions[p->device.index][PLAN], 1,
-                                FKDA_PLAN_THREADS);
-    args.fwd.counter = &args.cut.counts->drawn[0];
-    if (status == FLASH_KDA_OK) status = fkda_hopper_launch_rows(driver, p, &args, &segments_module, &first);
-    if (status == FLASH_KDA_OK) status = join(driver, p, d, &args, multiprocessors);
-    args.fwd.counter = &args.cut.counts->drawn[1];
+    status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS);
     if (status == FLASH_KDA_OK)
-        status = fkda_hopper_launch_rows(driver, p, &args, &fkda_hopper_fwd_module, &second);
+        status = fkda_hopper_launch(driver, p, &args, kernels[MAPS], first.blocks, FKDA_HOPPER_THREADS(128));
+    if (status == FLASH_KDA_OK) status = join(driver, p, d, &args, multiprocessors);
+    args.fwd.counter = &args.cut.counts->drawn;
+    if (status == FLASH_KDA_OK) status = fkda_hopper_launch_fwd(driver, p, &args, &second);
     return status;
 }
 
@@ -177,15 +242,14 @@ void fkda_cuda_segments_explain(const fkda_problem *p, char *text, size_t size)
         fkda_cuda_hopper_explain(p, text, size);
         return;
     }
-    const fkda_hopper_layout first = lay_out_first_pass(p, &d, multiprocessors),
+    const fkda_hopper_layout first = fkda_hopper_lay_out(first_pieces(p, &d), 64, multiprocessors),
                              second = lay_out_second_pass(p, &d, multiprocessors);
     const long long shortest = d.shortest, slots = d.slots;
-    snprintf(
-        text, size,
-        "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most.\n"
-        "The first pass finds the first segments' outputs and the others' maps: %d rows of V a block, %d "
-        "blocks. Maps are joined%s. The second pass finds the other outputs: %d rows a block, %d blocks.",
-        2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, first.rows,
-        first.blocks, d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "",
-        second.rows, second.blocks);
+    snprintf(text, size,
+             "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most.\n"
+             "The first pass finds the first segments' outputs and the others' maps, with %d blocks in pairs. Maps "
+             "are joined%s. The second pass finds the other outputs, with %d blocks%s.",
+             2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, first.blocks,
+             d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", second.blocks,
+             second.rows == 64 ? " in pairs" : "");
 }

@@ -155,8 +155,9 @@ CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, 
     int multiprocessors;
     if (!grid_x || grid_y != 1 || grid_z != 1 || !block_x || block_x > 1024 || block_y != 1 || block_z != 1)
         return INVALID_VALUE;
+    if (grid_x % static_cast<unsigned>(kernel->cluster)) return INVALID_VALUE;
     if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
-    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, shared_bytes,
+    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, kernel->cluster, shared_bytes,
                      multiprocessors, (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919);
     return 0;
 }

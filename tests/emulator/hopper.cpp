@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 #include "../../kernels/hopper/fwd.cu"
-#undef FKDA_DEFINE_KERNEL
 #include "../../kernels/hopper/segments.cu"
 
 template <void kernel(fkda_hopper_fwd_args)> static void run(const void *arguments)
@@ -13,10 +12,9 @@ template <void kernel(fkda_hopper_fwd_args)> static void run(const void *argumen
 
 const emulator::Kernel emulator::hopper_kernels[] = {
     {"fkda_hopper_fwd_128", run<fkda_hopper_fwd_128>},
-    {"fkda_hopper_fwd_64", run<fkda_hopper_fwd_64>},
+    {"fkda_hopper_fwd_64", run<fkda_hopper_fwd_64>, FKDA_HOPPER_SHARERS(64, false)},
     {"fkda_hopper_plan", run<fkda_hopper_plan>},
-    {"fkda_hopper_maps_128", run<fkda_hopper_maps_128>},
-    {"fkda_hopper_maps_64", run<fkda_hopper_maps_64>},
+    {"fkda_hopper_maps", run<fkda_hopper_maps>, FKDA_HOPPER_SHARERS(128, true)},
     {"fkda_hopper_join_compose", run<fkda_hopper_join_compose>},
     {"fkda_hopper_join_chain", run<fkda_hopper_join_chain>},
     {"fkda_hopper_join_expand", run<fkda_hopper_join_expand>},

@@ -185,7 +185,7 @@ inline void matrices(const char *what, uint32_t (&r)[4], uint32_t row, bool tran
     MatrixRows mine = {shared_memory(row), r};
     emulator::gather(what, &mine, [=](void *const *all) {
         for (int i = 0; store && i < 32; i++)
-            emulator::mark_written(shared_address(static_cast<MatrixRows *>(all[i])->row));
+            emulator::mark_written(static_cast<MatrixRows *>(all[i])->row);
         move_matrices(all, transposed, [=](unsigned char *at, unsigned char *element) {
             memcpy(store ? at : element, store ? element : at, 2);
         });
@@ -293,6 +293,37 @@ inline void mbarrier_wait(uint64_t *barrier, int parity)
 inline void fence_mbarrier_init()
 {
 }
+
+/* Clusters of two blocks. */
+inline int cluster_rank()
+{
+    return emulator::thread().rank;
+}
+inline void cluster_sync()
+{
+    emulator::cluster_sync();
+}
+template <class T> T *in_other_block(T *pointer)
+{
+    return reinterpret_cast<T *>(reinterpret_cast<unsigned char *>(pointer) + emulator::thread().to_other);
+}
+inline void mbarrier_arrive_warp_there(uint64_t *barrier)
+{
+    mbarrier_arrive_warp(in_other_block(barrier));
+}
+inline void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
+{
+    const auto *source = static_cast<const unsigned char *>(from);
+    unsigned char *to = in_other_block(const_cast<unsigned char *>(source));
+    uint64_t *counts = in_other_block(barrier);
+    if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+        emulator::fail("copy_to_other_block of %d bytes at shared memory + %u", bytes, shared_address(from));
+    emulator::later([=] {
+        for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to the other block");
+        memcpy(to, source, static_cast<size_t>(bytes));
+        emulator::mbarrier_complete_bytes(counts, bytes);
+    });
+}
 inline bool elect_lane()
 {
     __syncwarp();
@@ -358,7 +389,7 @@ inline float operand_element(const unsigned char *shared, uint64_t b, int column
         at ^= at >> 3 & 0x70;
     }
     uint16_t bits;
-    emulator::check_fenced(at, "wgmma");
+    emulator::check_fenced(shared + at, "wgmma");
     memcpy(&bits, shared + at, sizeof bits);
     return from_half(bits);
 }

@@ -8,6 +8,7 @@ namespace emulator
 struct Kernel {
     const char *name;
     void (*run)(const void *arguments); /* as one of a block's threads */
+    int cluster = 1;                    /* blocks */
 };
 
 extern const Kernel hopper_kernels[], portable_kernels[]; /* up to a null name */

@@ -67,10 +67,14 @@ struct Warp {
     std::deque<std::vector<std::function<void()>>> committed;
 };
 
+/* A block, or the blocks of a cluster, which take turns as a block's warps do. */
 struct Block {
     const std::function<void()> *kernel;
+    int cluster;
+    unsigned char *shared; /* of all its blocks */
     std::vector<std::unique_ptr<Warp>> warps;
-    Barrier barriers[NAMED_BARRIERS + 1]; /* and the one of all threads */
+    Barrier barriers[2][NAMED_BARRIERS + 1]; /* and the one of all threads of a block */
+    Barrier cluster_barrier;
     std::vector<std::function<void()>> copies;
     std::vector<uint8_t> unfenced; /* of each 16 bytes: by how many stores */
     std::mt19937_64 random;
@@ -170,7 +174,8 @@ bool run_warp(Warp &w)
             text += line;
         }
     }
-    fail("block %u can't go on:%s", block->warps[0]->lane[0].view.block.x, text.c_str());
+    fail("block %u%s can't go on:%s", block->warps[0]->lane[0].view.block.x,
+         block->cluster == 2 ? " and the next" : "", text.c_str());
 }
 
 void run_block()
@@ -240,10 +245,14 @@ void let_go()
     warp->gathering.round++;
 }
 
-static Barrier &arrive(int id, int threads)
+static Barrier &barrier(int id)
 {
     if (id < 0 || id > NAMED_BARRIERS) fail("named barrier %d", id);
-    Barrier &b = block->barriers[id];
+    return block->barriers[lane->view.rank][id];
+}
+
+static Barrier &arrive(Barrier &b, int id, int threads)
+{
     if (b.arrived == 0) b.threads = threads;
     if (b.threads != threads) fail("named barrier %d is for %d threads and for %d", id, b.threads, threads);
     if (++b.arrived == threads) b.arrived = 0, b.round++;
@@ -252,18 +261,26 @@ static Barrier &arrive(int id, int threads)
 
 void barrier_sync(int id, int threads)
 {
-    const unsigned round = block->barriers[id].round;
-    suspend(Wait::BARRIER, &arrive(id, threads), round);
+    const unsigned round = barrier(id).round;
+    suspend(Wait::BARRIER, &arrive(barrier(id), id, threads), round);
 }
 
 void barrier_arrive(int id, int threads)
 {
-    arrive(id, threads);
+    arrive(barrier(id), id, threads);
 }
 
 void block_sync()
 {
-    barrier_sync(NAMED_BARRIERS, static_cast<int>(block->warps.size()) * LANES);
+    barrier_sync(NAMED_BARRIERS, static_cast<int>(block->warps.size()) / block->cluster * LANES);
+}
+
+void cluster_sync()
+{
+    const unsigned round = block->cluster_barrier.round;
+    suspend(Wait::BARRIER,
+            &arrive(block->cluster_barrier, NAMED_BARRIERS + 1, static_cast<int>(block->warps.size()) * LANES),
+            round);
 }
 
 static Mbarrier &of(uint64_t *barrier)
@@ -305,10 +322,15 @@ void mbarrier_wait(uint64_t *barrier, int parity)
     suspend(Wait::MBARRIER, barrier, static_cast<unsigned>(parity) & 1);
 }
 
-void mark_written(uint32_t at)
+static uint32_t unit_of(const unsigned char *at)
 {
-    block->unfenced[at / 16]++;
-    warp->unfenced.push_back(at / 16);
+    return static_cast<uint32_t>((at - block->shared) / 16);
+}
+
+void mark_written(const unsigned char *at)
+{
+    block->unfenced[unit_of(at)]++;
+    warp->unfenced.push_back(unit_of(at));
     warp->fenced = 0;
 }
 
@@ -320,10 +342,11 @@ void fence_async_proxy()
     warp->fenced = 0;
 }
 
-void check_fenced(uint32_t at, const char *who)
+void check_fenced(const unsigned char *at, const char *who)
 {
-    if (block->unfenced[at / 16])
-        fail("%s at shared memory + %u before fence.proxy.async by those who wrote there", who, at);
+    if (block->unfenced[unit_of(at)])
+        fail("%s at shared memory + %td before fence.proxy.async by those who wrote there", who,
+             at - block->shared);
 }
 
 void later(std::function<void()> act)
@@ -359,33 +382,37 @@ void yield_to_blocks()
     suspend(Wait::BLOCKS, nullptr, 0);
 }
 
-/* One block after another, on the calling thread of the operating system. */
-static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes,
-                       uint64_t seed, std::atomic<unsigned> &next)
+/* One block or cluster after another, on the calling thread of the operating system. */
+static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, unsigned cluster,
+                       size_t shared_bytes, uint64_t seed, std::atomic<unsigned> &next)
 {
     constexpr size_t ALIGNMENT = 1024;
-    const size_t warps = (dim.x + LANES - 1) / LANES, stacks = warps * LANES * STACK_BYTES;
-    shared_bytes = (shared_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    auto *shared =
-        static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, shared_bytes ? shared_bytes : ALIGNMENT));
+    const size_t warps = (dim.x + LANES - 1) / LANES, stacks = cluster * warps * LANES * STACK_BYTES;
+    shared_bytes = (shared_bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
+    auto *shared = static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, cluster * shared_bytes));
     void *stack =
         mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (!shared || stack == MAP_FAILED) fail("no memory for a block");
-    for (unsigned id; (id = next++) < grid.x;) {
+    for (unsigned id; (id = cluster * next++) < grid.x;) {
         auto now = std::make_unique<Block>();
         block = now.get();
         block->kernel = &kernel;
+        block->cluster = static_cast<int>(cluster);
+        block->shared = shared;
         block->random.seed(seed + id);
         block->products_at_once = block->chance(2);
-        block->unfenced.assign(shared_bytes / 16 + 1, 0);
-        memset(shared, 0xff, shared_bytes); /* NaN */
-        for (size_t w = 0; w < warps; w++) {
+        block->unfenced.assign(cluster * shared_bytes / 16, 0);
+        memset(shared, 0xff, cluster * shared_bytes); /* NaN */
+        for (size_t w = 0; w < cluster * warps; w++) {
+            const auto rank = static_cast<unsigned>(w / warps);
+            const auto bytes = static_cast<ptrdiff_t>(shared_bytes);
             block->warps.push_back(std::make_unique<Warp>());
             for (int i = 0; i < LANES; i++) {
                 Lane &l = block->warps[w]->lane[i];
-                const unsigned index = static_cast<unsigned>(w) * LANES + static_cast<unsigned>(i);
-                l.view = {{index, 0, 0}, {id, 0, 0}, dim, grid, shared};
-                l.stack = static_cast<unsigned char *>(stack) + index * STACK_BYTES;
+                const unsigned index = static_cast<unsigned>(w % warps) * LANES + static_cast<unsigned>(i);
+                l.view = {{index, 0, 0}, {id + rank, 0, 0}, dim, grid, shared + rank * shared_bytes,
+                          static_cast<int>(rank), rank ? -bytes : bytes};
+                l.stack = static_cast<unsigned char *>(stack) + (w * LANES + static_cast<size_t>(i)) * STACK_BYTES;
                 l.done = index >= dim.x;
             }
         }
@@ -395,13 +422,14 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
     free(shared);
 }
 
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, size_t shared_bytes,
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int cluster, size_t shared_bytes,
             int multiprocessors, uint64_t seed)
 {
+    const auto together = static_cast<unsigned>(cluster);
     std::vector<std::thread> running;
     std::atomic<unsigned> next{0};
-    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(multiprocessors)); i++)
-        running.emplace_back([&] { run_blocks(kernel, grid, dim, shared_bytes, seed, next); });
+    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(multiprocessors)) / together; i++)
+        running.emplace_back([&] { run_blocks(kernel, grid, dim, together, shared_bytes, seed, next); });
     for (auto &t : running) t.join();
 }
 

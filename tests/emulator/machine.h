@@ -1,5 +1,5 @@
 /*
- * A multiprocessor in software: runs CUDA blocks on a CPU, to test kernels where there is no GPU. Every thread of a block is a fiber.
+ * Multiprocessors in software: they run CUDA blocks, or clusters of two, on a CPU, to test kernels where there is no GPU. Every thread is a fiber.
  * Threads of a warp meet at its collective instructions; between those, warps, the threads in them and asynchronous copies and
  * products take turns at random, so that an order which nothing enforces comes out differently from seed to seed. A block that can't
  * go on ends the program with what each warp waits for.
@@ -28,6 +28,8 @@ struct Dim3 {
 struct Thread {
     Dim3 thread, block, block_dim, grid_dim;
     unsigned char *shared; /* the block's memory */
+    int rank;              /* of the block in its cluster */
+    ptrdiff_t to_other;    /* from the block's memory to that of the other one of a cluster of two */
 };
 const Thread &thread();
 
@@ -50,6 +52,7 @@ template <class Act> void gather(const char *what, void *mine, Act act)
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
 void block_sync();
+void cluster_sync();
 
 /* mbarriers, in 64 bits of shared memory. */
 void mbarrier_init(uint64_t *barrier, int count);
@@ -57,11 +60,11 @@ void mbarrier_arrive(uint64_t *barrier, int expected_bytes);
 void mbarrier_wait(uint64_t *barrier, int parity);
 void mbarrier_complete_bytes(uint64_t *barrier, int bytes);
 
-/* Of 16 bytes of shared memory, by their offset: a thread of this warp has written there; all threads of this warp have fenced,
+/* Of 16 bytes of shared memory: a thread of this warp has written there; all threads of this warp have fenced,
  * once each has called; copies and products may be there now, or the program ends. */
-void mark_written(uint32_t at);
+void mark_written(const unsigned char *at);
 void fence_async_proxy();
-void check_fenced(uint32_t at, const char *who);
+void check_fenced(const unsigned char *at, const char *who);
 
 /* Is done at some time later, by nobody. */
 void later(std::function<void()> act);
@@ -74,8 +77,8 @@ void wait_for_products(int pending);
 /* While another block has to do something: others of this one go on, then other blocks. */
 void yield_to_blocks();
 
-/* Runs a grid, at most `multiprocessors` blocks at a time. */
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, size_t shared_bytes,
+/* Runs a grid, at most `multiprocessors` blocks at a time, of which `cluster` neighbours run together. */
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, int cluster, size_t shared_bytes,
             int multiprocessors, uint64_t seed);
 
 } // namespace emulator

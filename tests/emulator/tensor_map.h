@@ -40,7 +40,7 @@ inline int copy_box(const TensorMap &map, const int32_t (&first)[4], unsigned ch
                     for (int i = 0; i < 4; i++)
                         inside &= x[i] >= 0 && x[i] < static_cast<int64_t>(map.sizes[i]);
                     for (int i = 1; i < 4; i++) offset += x[i] * static_cast<int64_t>(map.strides[i - 1]);
-                    check_fenced(at, "a copy");
+                    check_fenced(shared + at, "a copy");
                     unsigned char *unit = shared + (at ^ (at >> 3 & 0x70));
                     if (inside)
                         memcpy(unit, map.tensor + offset, 16);

@@ -35,7 +35,7 @@ static int wrong_runs(void kernel(), unsigned threads)
     int count = 0;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {
         wrong = 0;
-        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, sizeof(Memory), 1, seed);
+        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, 1, sizeof(Memory), 1, seed);
         count += wrong > 0;
     }
     return count;
@@ -150,7 +150,7 @@ static bool ends_the_program(void kernel(), unsigned threads)
     int status = 0;
     if (child == 0) {
         fclose(stderr);
-        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, sizeof(Memory), 1, 1);
+        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, 1, sizeof(Memory), 1, 1);
         _exit(0);
     }
     return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 1;
