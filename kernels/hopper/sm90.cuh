@@ -76,7 +76,7 @@ __device__ __forceinline__ void mbarrier_arrive_warp_there(uint64_t *barrier)
 {
     __syncwarp();
     if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0)
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                          in_other_block(shared_address(barrier)))
                      : "memory");
 }
@@ -152,10 +152,10 @@ template <int registers> __device__ __forceinline__ void give_registers()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-/* A shared memory address as wgmma's descriptors have it. */
+/* A shared memory address as wgmma's descriptors have it: without the block's rank in its cluster, which is above bit 24. */
 __device__ __forceinline__ uint32_t descriptor_address(const void *tile)
 {
-    return shared_address(tile) / 16;
+    return (shared_address(tile) & 0x3ffff) / 16;
 }
 
 /* A tile of 16-bit elements in shared memory, at descriptor_address `place`, as wgmma's B operand. Not swizzled: core matrices of

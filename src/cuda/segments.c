@@ -96,11 +96,14 @@ static int64_t shortest_segment(const fkda_problem *p, int multiprocessors)
     return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
 }
 
+#include <stdlib.h>
+static int64_t chunks_try(const fkda_problem *p) { return p->batch * p->tokens / CHUNK / atoi(getenv("FKDA_SEG")) * CHUNK; }
 static division divide(const fkda_problem *p, int multiprocessors)
 {
     division d = {0};
     if (p->sequences == 0 || p->heads == 0) return d;
     d.shortest = p->batch_invariant ? SHORTEST_ALONE : shortest_segment(p, multiprocessors);
+    if (getenv("FKDA_SEG")) d.shortest = chunks_try(p);
     if (d.shortest == 0) return d;
     if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
     d.slots = p->batch * p->tokens / d.shortest;

@@ -15,13 +15,16 @@
 namespace fkda
 {
 
+/* Above its first 24 bits an address has the rank of the block in its cluster. */
 inline uint32_t shared_address(const void *pointer)
 {
-    return static_cast<uint32_t>(static_cast<const unsigned char *>(pointer) - emulator::thread().shared);
+    const emulator::Thread &t = emulator::thread();
+    return static_cast<uint32_t>(static_cast<const unsigned char *>(pointer) - t.shared) |
+           static_cast<uint32_t>(t.rank) << 24;
 }
 inline unsigned char *shared_memory(uint32_t address)
 {
-    return emulator::thread().shared + address;
+    return emulator::thread().shared + (address & 0xffffff);
 }
 
 /* The block's, from its start on. */
@@ -336,7 +339,7 @@ inline void fence_async_proxy()
 inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, int head, uint64_t *barrier)
 {
     const emulator::TensorMap tensor = emulator::tensor_map(map->opaque);
-    const uint32_t at = shared_address(to);
+    const uint32_t at = shared_address(to) & 0xffffff;
     unsigned char *shared = emulator::thread().shared;
     emulator::later([=] {
         const int32_t first[] = {0, token, half, head};
@@ -354,11 +357,11 @@ template <int registers> void give_registers()
 /* wgmma. Descriptors are the real ones, put together and taken apart by the PTX manual. */
 inline uint32_t descriptor_address(const void *tile)
 {
-    return shared_address(tile) / 16;
+    return (shared_address(tile) & 0x3ffff) / 16;
 }
 inline uint64_t descriptor(uint32_t place, uint64_t leading, uint64_t stride, uint64_t swizzle)
 {
-    return (place & 0x3fff) | leading / 16 << 16 | stride / 16 << 32 | swizzle << 62;
+    return place | leading / 16 << 16 | stride / 16 << 32 | swizzle << 62;
 }
 template <int column_step, int depth_step> uint64_t tile_descriptor(uint32_t place)
 {
