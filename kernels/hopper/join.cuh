@@ -4,7 +4,7 @@
  *
  *     S_(i+1)^T = S_i^T M_i + B_i
  *
- * S_1 is there, the state after the first segment, and B_i is where S_(i+1) goes. Rows are independent: a block carries FKDA_JOIN_ROWS of them through all maps, in fp32. Of many
+ * S_1 is there, the state after the first segment, and B_i is where S_(i+1) goes. Rows are independent: a block carries FKDA_JOIN_ROWS of them through all maps, to fp32's precision. Of many
  * maps, groups are composed first, in parallel, to one map and one state each; then states are carried from group to group, then
  * through each group, in parallel again.
  */
@@ -16,20 +16,25 @@
 #include "fwd_args.h"
 #include "fwd_shape.h"
 #include "plan.cuh"
+#include "sm90.cuh"
 
 namespace fkda
 {
 
 enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
+/* A block's rows before a step, with the ones that are written for the next. The stride keeps a warp's loads apart. */
 struct JoinShared {
-    __align__(16) float map[2][DIM][DIM]; /* the one that is used and the one that comes */
-    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM];
+    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM + 4];
 };
 
+/* Products on the tensor core in tf32: an operand is the sum of what tf32 keeps of it and the rest, and of the four products of
+ * such sums three are taken, which leaves 2^-22 of a product out. A warp has 16 columns of the block's rows; lane (g, t) =
+ * (lane / 4, lane % 4) of that rows g and g + 8 of four neighbouring columns, two each of both tiles of accumulators. */
 struct Join {
-    static constexpr int ROWS = FKDA_JOIN_ROWS, HALVES = FKDA_JOIN_THREADS / DIM, OWN = ROWS / HALVES;
+    static constexpr int WARP_COLUMNS = DIM / (FKDA_JOIN_THREADS / 32);
     static constexpr int MATRIX = DIM * DIM;
+    static_assert(FKDA_JOIN_ROWS == 16 && WARP_COLUMNS == 16, "a tile's rows, and two tiles' columns");
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     JoinShared &shared;
@@ -39,16 +44,6 @@ struct Join {
     __device__ float *place(float *matrices, int slot) const
     {
         return matrices + (static_cast<long long>(slot) * args.heads + head) * MATRIX + row * DIM;
-    }
-
-    __device__ void fetch_map(int buffer, int slot, float *maps) const
-    {
-        const float *from = place(maps, slot) - row * DIM;
-        float *to = shared.map[buffer][0];
-#pragma unroll 4
-        for (int i = 4 * static_cast<int>(threadIdx.x); i < MATRIX; i += 4 * FKDA_JOIN_THREADS)
-            copy_async_16(to + i, from + i, true);
-        copy_async_commit();
     }
 
     /* What a block carries its rows through: maps first_map, first_map + 1, ... and, with `add`, to the product with the i-th
@@ -69,47 +64,81 @@ struct Join {
     /* Rows `from` through the maps; the last sum is written to `to`, unless null. */
     __device__ void carry(const float *from, const Way &way, float *to) const
     {
-        const int column = threadIdx.x % DIM, half = threadIdx.x / DIM;
-        float x[OWN];
-        if (way.count > 0) fetch_map(0, way.first_map, way.maps);
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        const int column = (threadIdx.x >> 5) * WARP_COLUMNS, at = g * DIM + column + 4 * t;
+        const long long map_step = static_cast<long long>(args.heads) * MATRIX;
+        /* Of the map, rows 8 s + t and 8 s + t + 4 and columns 2 g and 2 g + 1 of the warp's: one for each tile. */
+        const float *map = place(way.maps, way.first_map) - row * DIM + t * DIM + column + 2 * g;
+        float2 factors[DIM / 8][2];
+        float4 x[2];
+        __syncthreads(); /* of another item of work, all is read */
+        for (int s = 0; s < DIM / 8 && way.count > 0; s++) load_factors(factors[s], map, s);
 #pragma unroll
-        for (int r = 0; r < OWN; r++) x[r] = from[(half * OWN + r) * DIM + column];
+        for (int r = 0; r < 2; r++) x[r] = *reinterpret_cast<const float4 *>(&from[at + 8 * r * DIM]);
         for (int i = 0; i < way.count; i++) {
-            float(*rows)[DIM] = &shared.rows[i % 2][half * OWN];
-#pragma unroll
-            for (int r = 0; r < OWN; r++) rows[r][column] = x[r];
+            float(*rows)[DIM + 4] = shared.rows[i % 2];
             float *state = place(cut.states, way.slot(i));
 #pragma unroll
-            for (int r = 0; r < OWN; r++) x[r] = way.add ? state[(half * OWN + r) * DIM + column] : 0.0f;
-            copy_async_wait_all();
-            __syncthreads(); /* the map and all rows are there, and the other buffer is no longer read */
-            if (i + 1 < way.count) fetch_map((i + 1) % 2, way.first_map + i + 1, way.maps);
-            multiply_add(x, rows, shared.map[i % 2], column);
-            if (way.keep) {
-#pragma unroll
-                for (int r = 0; r < OWN; r++) state[(half * OWN + r) * DIM + column] = x[r];
+            for (int r = 0; r < 2; r++) {
+                *reinterpret_cast<float4 *>(&rows[g + 8 * r][column + 4 * t]) = x[r];
+                x[r] = way.add ? *reinterpret_cast<const float4 *>(&state[at + 8 * r * DIM])
+                               : make_float4(0, 0, 0, 0);
             }
-        }
-        __syncthreads();
-        if (!to) return;
+            map += map_step;
+            __syncthreads(); /* all rows are there, and those of the step before are no longer read */
+            multiply_add(x, rows, factors, i + 1 < way.count ? map : nullptr, g, t);
 #pragma unroll
-        for (int r = 0; r < OWN; r++) to[(half * OWN + r) * DIM + column] = x[r];
+            for (int r = 0; r < 2 && way.keep; r++) *reinterpret_cast<float4 *>(&state[at + 8 * r * DIM]) = x[r];
+        }
+#pragma unroll
+        for (int r = 0; r < 2 && to; r++) *reinterpret_cast<float4 *>(&to[at + 8 * r * DIM]) = x[r];
     }
 
-    static __device__ void multiply_add(float (&x)[OWN], const float (*rows)[DIM],
-                                        const float (&map)[DIM][DIM], int column)
+    static __device__ void load_factors(float2 (&factors)[2], const float *map, int s)
     {
-#pragma unroll 4
-        for (int k = 0; k < DIM; k += 4) {
-            const float m[4] = {map[k][column], map[k + 1][column], map[k + 2][column], map[k + 3][column]};
 #pragma unroll
-            for (int r = 0; r < OWN; r++) {
-                const float4 four = *reinterpret_cast<const float4 *>(&rows[r][k]);
-                x[r] = __fmaf_rn(four.x, m[0], x[r]);
-                x[r] = __fmaf_rn(four.y, m[1], x[r]);
-                x[r] = __fmaf_rn(four.z, m[2], x[r]);
-                x[r] = __fmaf_rn(four.w, m[3], x[r]);
+        for (int e = 0; e < 2; e++) factors[e] = *reinterpret_cast<const float2 *>(&map[(8 * s + 4 * e) * DIM]);
+    }
+
+    /* x to the nearest that tf32 has, but for bits that the tensor core does not read. */
+    static __device__ float rounded(float x)
+    {
+        return __uint_as_float(__float_as_uint(x) + 0x1000u);
+    }
+
+    static __device__ float rest(float x, float nearest)
+    {
+        return rounded(x - __uint_as_float(__float_as_uint(nearest) & 0xffffe000u));
+    }
+
+    /* Leaves the next map's factors, if there is one, in the place of this one's. */
+    static __device__ void multiply_add(float4 (&x)[2], const float (*rows)[DIM + 4], float2 (&factors)[DIM / 8][2],
+                                        const float *next, int g, int t)
+    {
+        float sums[2][4] = {}, rests[2][4] = {}; /* by tile */
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++) {
+            const float own[4] = {rows[g][8 * s + t], rows[g + 8][8 * s + t], rows[g][8 * s + t + 4],
+                                  rows[g + 8][8 * s + t + 4]};
+            const float map[2][2] = {{factors[s][0].x, factors[s][1].x}, {factors[s][0].y, factors[s][1].y}};
+            float a[4], a_rest[4];
+            if (next) load_factors(factors[s], next, s);
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = rounded(own[i]), a_rest[i] = rest(own[i], a[i]);
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) {
+                const float b[2] = {rounded(map[tile][0]), rounded(map[tile][1])};
+                mma_tf32(rests[tile], a_rest[0], a_rest[1], a_rest[2], a_rest[3], b[0], b[1]);
+                mma_tf32(sums[tile], a[0], a[1], a[2], a[3], b[0], b[1]);
+                mma_tf32(rests[tile], a[0], a[1], a[2], a[3], rest(map[tile][0], b[0]), rest(map[tile][1], b[1]));
             }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            x[r].x += sums[0][2 * r] + rests[0][2 * r];
+            x[r].y += sums[1][2 * r] + rests[1][2 * r];
+            x[r].z += sums[0][2 * r + 1] + rests[0][2 * r + 1];
+            x[r].w += sums[1][2 * r + 1] + rests[1][2 * r + 1];
         }
     }
 

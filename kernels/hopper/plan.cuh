@@ -9,7 +9,7 @@
 namespace fkda
 {
 
-constexpr int PLAN_BUCKETS = 64; /* of lengths, by which a list is sorted */
+constexpr int PLAN_BUCKETS = 64; /* of lengths, by which a list is sorted: two to a lane of a warp */
 
 struct Plan {
     const fkda_fwd_args &args;
@@ -96,15 +96,17 @@ struct Plan {
         for_each<pass>(cut_sequences, slots,
                        [&](const fkda_segment &s) { atomicAdd(&buckets[bucket(s)], 1); });
         __syncthreads();
-        if (threadIdx.x == 0) {
-            int before = 0;
-            for (int i = 0; i < PLAN_BUCKETS; i++) {
-                const int here = buckets[i];
-                buckets[i] = before;
-                before += here;
+        if (threadIdx.x < 32) { /* to the sums of those before, two to a lane */
+            const int lane = threadIdx.x, first = buckets[2 * lane], both = first + buckets[2 * lane + 1];
+            int before = both;
+            for (int by = 1; by < 32; by *= 2) {
+                const int other = __shfl_up_sync(~0u, before, by);
+                if (lane >= by) before += other;
             }
-            cut.counts->segments[pass] = before;
-            cut.counts->drawn = 0;
+            buckets[2 * lane] = before - both;
+            buckets[2 * lane + 1] = before - both + first;
+            if (lane == 31) cut.counts->segments[pass] = before;
+            if (lane == 0) cut.counts->drawn = 0;
         }
         __syncthreads();
         for_each<pass>(cut_sequences, slots, [&](const fkda_segment &s) {

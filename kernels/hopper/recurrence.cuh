@@ -40,28 +40,38 @@ template <int rows, bool mixed> struct Recurrence {
         return (piece.first_row + warp_row + g) * DIM + 2 * t;
     }
 
+    /* Tiles s, s + 1, ... of the state as they are in memory. */
+    template <int s>
+    static __device__ void load_tiles(float (&raw)[DIM / 8][4], const void *from, bool is_fp32, bool is_bf16)
+    {
+        float(&x)[4] = raw[s];
+        x[0] = x[1] = x[2] = x[3] = 0.0f;
+        load_two_if<8 * s>(x[0], x[1], from, is_fp32, is_bf16);
+        load_two_if<8 * s + 8 * DIM>(x[2], x[3], from, is_fp32, is_bf16);
+        if constexpr (s + 1 < DIM / 8) load_tiles<s + 1>(raw, from, is_fp32, is_bf16);
+    }
+
+    /* All loads are under way before the first is waited for. Nothing branches: ptxas would put wgmma in order. */
     __device__ void load_state(const Piece &piece)
     {
-        const void *from = global_memory(piece.initial);
-        const bool is_bf16 = piece.kind & INITIAL_BF16;
+        const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16, is_fp32 = piece.initial && !is_bf16;
         const int begin = state_begin(piece);
+        float raw[DIM / 8][4];
+        load_tiles<0>(raw, static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4),
+                      is_fp32, is_bf16);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int at = begin + 8 * r * DIM + 8 * s;
-                float2 x = make_float2(0, 0);
-                if (from && is_bf16) {
-                    uint32_t pair =
-                        *reinterpret_cast<const uint32_t *>(static_cast<const uint16_t *>(from) + at);
-                    x = make_float2(bf16_low(pair), bf16_high(pair));
-                } else if (from) {
-                    x = *reinterpret_cast<const float2 *>(static_cast<const float *>(from) + at);
-                } else if (mixed && unit) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
-                    x = make_float2(at % (DIM + 1) == 0 ? 1.0f : 0.0f,
-                                    (at + 1) % (DIM + 1) == 0 ? 1.0f : 0.0f);
+                float x = raw[s][2 * r], y = raw[s][2 * r + 1];
+                y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
+                x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
+                if constexpr (mixed) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
+                    const int at = begin + 8 * r * DIM + 8 * s;
+                    x = unit && at % (DIM + 1) == 0 ? 1.0f : x;
+                    y = unit && (at + 1) % (DIM + 1) == 0 ? 1.0f : y;
                 }
-                state[s][2 * r] = x.x, state[s][2 * r + 1] = x.y;
+                state[s][2 * r] = x, state[s][2 * r + 1] = y;
             }
     }
 

@@ -136,6 +136,17 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
                  : "memory");
 }
 
+/* Two neighbours `elements` after `from`, without a branch: fp32, or bf16 as they are in memory, both in x; nothing if neither. */
+template <int elements>
+__device__ __forceinline__ void load_two_if(float &x, float &y, const void *from, bool is_fp32, bool is_bf16)
+{
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %3, 0;\nsetp.ne.b32 q, %4, 0;\n"
+                 "@p ld.global.v2.f32 {%0, %1}, [%2 + %5];\n@q ld.global.b32 %0, [%2 + %6];\n}"
+                 : "+f"(x), "+f"(y)
+                 : "l"(from), "r"(static_cast<int>(is_fp32)), "r"(static_cast<int>(is_bf16)), "n"(4 * elements),
+                   "n"(2 * elements));
+}
+
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
 __device__ __forceinline__ void fence_async_proxy()
 {

@@ -332,6 +332,13 @@ inline bool elect_lane()
     __syncwarp();
     return threadIdx.x % 32 == 0;
 }
+template <int elements>
+inline void load_two_if(float &x, float &y, const void *from, bool is_fp32, bool is_bf16)
+{
+    if (is_fp32) memcpy(&x, static_cast<const float *>(from) + elements, 4);
+    if (is_fp32) memcpy(&y, static_cast<const float *>(from) + elements + 1, 4);
+    if (is_bf16) memcpy(&x, static_cast<const uint16_t *>(from) + elements, 4);
+}
 inline void fence_async_proxy()
 {
     emulator::fence_async_proxy();
