@@ -116,7 +116,7 @@ template <int rows, bool mixed> struct Recurrence {
      * the state and what was computed from it. */
     template <int tiles> __device__ void rescale(const float (&v)[2][4], float (&read)[tiles][4])
     {
-        bool changed = false;
+        float factor[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float most = 0.0f;
@@ -129,16 +129,19 @@ template <int rows, bool mixed> struct Recurrence {
             most = fminf(most, 0x1p126f);
             const float above = __uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u);
             const float next = fminf(fmaxf(above, fmaxf(scale[r] * 0x1p-100f, 0x1p-126f)), 0x1p126f);
-            const float factor = scale[r] * inverse_power(next);
-#pragma unroll
-            for (int s = 0; s < DIM / 8; s++) state[s][2 * r] *= factor, state[s][2 * r + 1] *= factor;
-#pragma unroll
-            for (int i = 0; i < tiles; i++) read[i][2 * r] *= factor, read[i][2 * r + 1] *= factor;
-            changed |= next != scale[r];
+            factor[r] = scale[r] * inverse_power(next);
             scale[r] = next;
         }
-        look_again = __any_sync(~0u, changed);
+        look_again = __any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f);
         faint = false;
+        if (!look_again) return;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int s = 0; s < DIM / 8; s++) state[s][2 * r] *= factor[r], state[s][2 * r + 1] *= factor[r];
+#pragma unroll
+            for (int i = 0; i < tiles; i++) read[i][2 * r] *= factor[r], read[i][2 * r + 1] *= factor[r];
+        }
     }
 
     /* Products take the state, R and U as fp16. A row of the state grows by at most the square root of the sum of its v^2
@@ -183,10 +186,8 @@ template <int rows, bool mixed> struct Recurrence {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
-    /* Tile i of the sum has tokens 8 i to 8 i + 7; lane 2 i + h stores rows 8 h to 8 h + 7 of token i at byte `at`. They go
-     * through where the warp's v was. */
-    __device__ void store_output(Tokens<rows> &tokens, const float (&x)[2][4], const float (*y)[4],
-                                 long long at, bool valid) const
+    /* Outputs, of which tile i of the sum has tokens 8 i to 8 i + 7, go where the warp's v was, */
+    __device__ void leave_output(Tokens<rows> &tokens, const float (&x)[2][4], const float (*y)[4]) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
         uint32_t pairs[4];
@@ -196,10 +197,19 @@ template <int rows, bool mixed> struct Recurrence {
             pairs[2 * i + 1] = pack_bf16((x[i][2] + y[i][2]) * low, (x[i][3] + y[i][3]) * low);
         }
         store_matrices_transposed(shared_address(&tokens.v[0][value_place]), pairs);
-        fence_async_proxy(); /* later copies overwrite this */
+    }
+
+    /* and from there lane 2 i + h takes rows 8 h to 8 h + 7 of token i, while the next chunk's first product is on its way. */
+    __device__ uint4 take_output(const Tokens<rows> &tokens) const
+    {
         __syncwarp();
-        const uint4 row = *reinterpret_cast<const uint4 *>(&tokens.v[0][output_place]);
+        return *reinterpret_cast<const uint4 *>(&tokens.v[0][output_place]);
+    }
+
+    __device__ void store_output(uint4 row, long long at, bool valid) const
+    {
         store_16_if(static_cast<char *>(args.out) + at, row, valid);
+        fence_async_proxy(); /* later copies overwrite what was left there */
     }
 
     /* S^T = S^T diag(gamma) */
@@ -216,11 +226,13 @@ template <int rows, bool mixed> struct Recurrence {
         }
     }
 
-    /* One chunk, with `left` tokens of the piece from its first on. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
+    /* One chunk, with `left` tokens of the piece from its first on. Stores the outputs of the chunk before, at byte `at`, and leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
      * the chunk's own tokens add to it in `own`. */
     template <int tiles>
-    __device__ void step(int index, int left, bool first, float (&read)[tiles][4], float (&own)[2][4])
+    __device__ void step(int index, int left, bool first, long long at, float (&read)[tiles][4],
+                         float (&own)[2][4])
     {
+        const int before = index ? index - 1 : SLOTS - 1;
         const bool eighth = (left & 7 * CHUNK) == 0, whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
@@ -229,6 +241,8 @@ template <int rows, bool mixed> struct Recurrence {
             descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
         float v[2][4], u[2][4]; /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
+        uint4 output;
+        if constexpr (tiles == 4) output = take_output(shared.tokens[before]);
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -238,6 +252,10 @@ template <int rows, bool mixed> struct Recurrence {
             wgmma<true, false>(read, a[s], Tokens<rows>::decayed(tokens_place, s));
         wgmma_commit();
         load_values(v, shared.tokens[index]);
+        if constexpr (tiles == 4) {
+            store_output(output, at, !first);
+            release(before, !first);
+        }
         const float strength = stage.strength;
         const bool usual =
             !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && whole && !look_again;
@@ -269,33 +287,41 @@ template <int rows, bool mixed> struct Recurrence {
     template <bool outputs> __device__ void walk_through(const Piece &piece, Slot<SLOTS> &slot)
     {
         long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
-                            warp_row + lane % 2 * 8);
+                            warp_row + lane % 2 * 8) -
+                       args.chunk_bytes;
         float read[outputs ? 4 : 2][4] = {}, own[2][4] = {};
         unit = piece.kind & UNIT;
         load_state(piece);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
         if ((piece.initial || (!outputs && unit)) && piece.length > 0) rescale(own, read);
-        for (int left = piece.length; left > 0; left -= CHUNK, at += args.chunk_bytes) {
+        int left = piece.length;
+        for (; left > 0; left -= CHUNK, at += args.chunk_bytes) {
             mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-            step(slot.index, left, left == piece.length, read, own);
+            step(slot.index, left, left == piece.length, at, read, own);
             if constexpr (outputs) {
                 wgmma_wait<1>();
-                store_output(shared.tokens[slot.index], own, &read[2], at, lane / 2 < left);
+                leave_output(shared.tokens[slot.index], own, &read[2]);
             }
             wgmma_wait<0>();
-            release(slot);
+            if (!outputs) release(slot.index, true);
+            slot.advance(1);
+        }
+        if (outputs && piece.length > 0) {
+            const int before = slot.index ? slot.index - 1 : SLOTS - 1;
+            store_output(take_output(shared.tokens[before]), at, lane / 2 < left + CHUNK);
+            release(before, true);
         }
         if (piece.final) store_state(piece);
     }
 
-    /* The warp has read all it needs of a chunk; the next one. */
-    __device__ void release(Slot<SLOTS> &slot)
+    /* The warp has read all it needs of a chunk, if it has. */
+    __device__ void release(int index, bool done) const
     {
-        uint64_t *empty = &shared.chunks.empty[slot.index];
-        mbarrier_arrive_warp(empty);
-        if (SHARERS<rows, mixed> > 1 && slot.index % 2 != sharer_rank<rows, mixed>()) mbarrier_arrive_warp_there(empty);
-        slot.advance(1);
+        uint64_t *empty = &shared.chunks.empty[index];
+        mbarrier_arrive_warp_if(empty, done);
+        if (SHARERS<rows, mixed> > 1)
+            mbarrier_arrive_warp_there_if(empty, done && index % 2 != sharer_rank<rows, mixed>());
     }
 
     /* A piece in which this warp has no rows. */
@@ -303,7 +329,8 @@ template <int rows, bool mixed> struct Recurrence {
     {
         for (int left = piece.length; left > 0; left -= CHUNK) {
             mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-            release(slot);
+            release(slot.index, true);
+            slot.advance(1);
         }
     }
 
