@@ -3,6 +3,7 @@
 #define FKDA_HOPPER_DEAL_CUH
 
 #include "fwd_args.h"
+#include "cut.cuh"
 #include "shared.cuh"
 
 namespace fkda
@@ -25,7 +26,7 @@ template <int rows, bool mixed> struct Dealer {
         : args(a.fwd), cut(a.cut), order(o), rank(rank_),
           place(static_cast<int>(blockIdx.x) / SHARERS<rows, mixed>),
           places(static_cast<int>(gridDim.x) / SHARERS<rows, mixed>), next(place), turn(0),
-          end(cut.counts ? cut.counts->segments[PASS] * args.heads : args.tasks)
+          end(cut.counts ? Cut{args, cut}.entries(PASS) * args.heads : args.tasks)
     {
     }
 
@@ -94,7 +95,7 @@ template <int rows, bool mixed> struct Dealer {
         if (number >= end) return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr};
         int sequence = number / args.heads;
         const int head = number % args.heads;
-        if (cut.counts) return of_segment(cut.lists[PASS][sequence], head);
+        if (cut.counts) return of_segment(Cut{args, cut}.entry(PASS, sequence), head);
         if (DRAWS && order) sequence = order[sequence];
         const Task task = find_task(args, sequence * args.heads + head);
         return whole(sequence, head, task.begin, task.length, rows == 64 ? 64 * rank : 0);

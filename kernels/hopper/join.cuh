@@ -12,10 +12,8 @@
 #define FKDA_HOPPER_JOIN_CUH
 
 #include "../common/elements.cuh"
-#include "../common/task.cuh"
-#include "fwd_args.h"
+#include "cut.cuh"
 #include "fwd_shape.h"
-#include "plan.cuh"
 #include "sm90.cuh"
 
 namespace fkda
@@ -23,14 +21,17 @@ namespace fkda
 
 enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
-/* A block's rows before a step, with the ones that are written for the next. The stride keeps a warp's loads apart. */
+/* Strides keep a warp's loads of fragments in different banks. */
 struct JoinShared {
-    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM + 4];
+    __align__(16) float map[2][DIM][DIM + 8]; /* the one that is used and the one that comes */
+    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM + 4]; /* before a step, and those that are written for the next */
 };
+static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 
 /* Products on the tensor core in tf32: an operand is the sum of what tf32 keeps of it and the rest, and of the four products of
- * such sums three are taken, which leaves 2^-22 of a product out. A warp has 16 columns of the block's rows; lane (g, t) =
- * (lane / 4, lane % 4) of that rows g and g + 8 of four neighbouring columns, two each of both tiles of accumulators. */
+ * such sums three are taken, which leaves 2^-22 of a product out. A warp has 16 columns of the block's rows, two tiles; lane (g, t) =
+ * (lane / 4, lane % 4) of that rows g and g + 8 and columns 2 t and 2 t + 1 of both tiles. The code is kept small: each
+ * launch has to fetch it. */
 struct Join {
     static constexpr int WARP_COLUMNS = DIM / (FKDA_JOIN_THREADS / 32);
     static constexpr int MATRIX = DIM * DIM;
@@ -61,43 +62,57 @@ struct Join {
         }
     };
 
+    __device__ void fetch_map(int buffer, const float *from) const
+    {
+#pragma unroll 4
+        for (int i = 4 * static_cast<int>(threadIdx.x); i < MATRIX; i += 4 * FKDA_JOIN_THREADS)
+            copy_async_16(&shared.map[buffer][i / DIM][i % DIM], from + i, true);
+        copy_async_commit();
+    }
+
+    /* This lane's numbers of a row's tiles, 8 apart, to and from rows of `stride`. */
+    static __device__ void store(float *to, int stride, const float (&x)[2][4])
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) store_two(to + i / 2 * 8 + i % 2 * 8 * stride, x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+    }
+
+    static __device__ void load(float (&x)[2][4], const float *from)
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 two = *reinterpret_cast<const float2 *>(from + i / 2 * 8 + i % 2 * 8 * DIM);
+            x[i / 2][i % 2 * 2] = two.x, x[i / 2][i % 2 * 2 + 1] = two.y;
+        }
+    }
+
     /* Rows `from` through the maps; the last sum is written to `to`, unless null. */
     __device__ void carry(const float *from, const Way &way, float *to) const
     {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        const int column = (threadIdx.x >> 5) * WARP_COLUMNS, at = g * DIM + column + 4 * t;
-        const long long map_step = static_cast<long long>(args.heads) * MATRIX;
-        /* Of the map, rows 8 s + t and 8 s + t + 4 and columns 2 g and 2 g + 1 of the warp's: one for each tile. */
-        const float *map = place(way.maps, way.first_map) - row * DIM + t * DIM + column + 2 * g;
-        float2 factors[DIM / 8][2];
-        float4 x[2];
+        const int column = (threadIdx.x >> 5) * WARP_COLUMNS, at = g * DIM + column + 2 * t;
+        const float *map = place(way.maps, way.first_map) - row * DIM;
+        float x[2][4];
         __syncthreads(); /* of another item of work, all is read */
-        for (int s = 0; s < DIM / 8 && way.count > 0; s++) load_factors(factors[s], map, s);
-#pragma unroll
-        for (int r = 0; r < 2; r++) x[r] = *reinterpret_cast<const float4 *>(&from[at + 8 * r * DIM]);
+        if (way.count > 0) fetch_map(0, map);
+        load(x, from + at);
+#pragma unroll 1
         for (int i = 0; i < way.count; i++) {
             float(*rows)[DIM + 4] = shared.rows[i % 2];
             float *state = place(cut.states, way.slot(i));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                *reinterpret_cast<float4 *>(&rows[g + 8 * r][column + 4 * t]) = x[r];
-                x[r] = way.add ? *reinterpret_cast<const float4 *>(&state[at + 8 * r * DIM])
-                               : make_float4(0, 0, 0, 0);
-            }
-            map += map_step;
-            __syncthreads(); /* all rows are there, and those of the step before are no longer read */
-            multiply_add(x, rows, factors, i + 1 < way.count ? map : nullptr, g, t);
-#pragma unroll
-            for (int r = 0; r < 2 && way.keep; r++) *reinterpret_cast<float4 *>(&state[at + 8 * r * DIM]) = x[r];
+            store(&rows[g][column + 2 * t], DIM + 4, x);
+            if (way.add)
+                load(x, state + at);
+            else
+                x[0][0] = x[0][1] = x[0][2] = x[0][3] = x[1][0] = x[1][1] = x[1][2] = x[1][3] = 0.0f;
+            copy_async_wait_all();
+            __syncthreads(); /* the map and all rows are there, and the other buffers are no longer read */
+            map += static_cast<long long>(args.heads) * MATRIX;
+            if (i + 1 < way.count) fetch_map((i + 1) % 2, map);
+            multiply_add(x, rows, shared.map[i % 2], column, g, t);
+            if (way.keep) store(state + at, DIM, x);
         }
-#pragma unroll
-        for (int r = 0; r < 2 && to; r++) *reinterpret_cast<float4 *>(&to[at + 8 * r * DIM]) = x[r];
-    }
-
-    static __device__ void load_factors(float2 (&factors)[2], const float *map, int s)
-    {
-#pragma unroll
-        for (int e = 0; e < 2; e++) factors[e] = *reinterpret_cast<const float2 *>(&map[(8 * s + 4 * e) * DIM]);
+        if (to) store(to + at, DIM, x);
     }
 
     /* x to the nearest that tf32 has, but for bits that the tensor core does not read. */
@@ -111,35 +126,27 @@ struct Join {
         return rounded(x - __uint_as_float(__float_as_uint(nearest) & 0xffffe000u));
     }
 
-    /* Leaves the next map's factors, if there is one, in the place of this one's. */
-    static __device__ void multiply_add(float4 (&x)[2], const float (*rows)[DIM + 4], float2 (&factors)[DIM / 8][2],
-                                        const float *next, int g, int t)
+    static __device__ void multiply_add(float (&x)[2][4], const float (*rows)[DIM + 4], const float (*map)[DIM + 8],
+                                        int column, int g, int t)
     {
         float sums[2][4] = {}, rests[2][4] = {}; /* by tile */
-#pragma unroll
-        for (int s = 0; s < DIM / 8; s++) {
-            const float own[4] = {rows[g][8 * s + t], rows[g + 8][8 * s + t], rows[g][8 * s + t + 4],
-                                  rows[g + 8][8 * s + t + 4]};
-            const float map[2][2] = {{factors[s][0].x, factors[s][1].x}, {factors[s][0].y, factors[s][1].y}};
+#pragma unroll 2
+        for (int k = t; k < DIM; k += 8) {
+            const float own[4] = {rows[g][k], rows[g + 8][k], rows[g][k + 4], rows[g + 8][k + 4]};
             float a[4], a_rest[4];
-            if (next) load_factors(factors[s], next, s);
 #pragma unroll
             for (int i = 0; i < 4; i++) a[i] = rounded(own[i]), a_rest[i] = rest(own[i], a[i]);
 #pragma unroll
             for (int tile = 0; tile < 2; tile++) {
-                const float b[2] = {rounded(map[tile][0]), rounded(map[tile][1])};
+                const float m[2] = {map[k][column + 8 * tile + g], map[k + 4][column + 8 * tile + g]};
+                const float b[2] = {rounded(m[0]), rounded(m[1])};
                 mma_tf32(rests[tile], a_rest[0], a_rest[1], a_rest[2], a_rest[3], b[0], b[1]);
                 mma_tf32(sums[tile], a[0], a[1], a[2], a[3], b[0], b[1]);
-                mma_tf32(rests[tile], a[0], a[1], a[2], a[3], rest(map[tile][0], b[0]), rest(map[tile][1], b[1]));
+                mma_tf32(rests[tile], a[0], a[1], a[2], a[3], rest(m[0], b[0]), rest(m[1], b[1]));
             }
         }
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            x[r].x += sums[0][2 * r] + rests[0][2 * r];
-            x[r].y += sums[1][2 * r] + rests[1][2 * r];
-            x[r].z += sums[0][2 * r + 1] + rests[0][2 * r + 1];
-            x[r].w += sums[1][2 * r + 1] + rests[1][2 * r + 1];
-        }
+        for (int i = 0; i < 8; i++) x[i / 4][i % 4] += sums[i / 4][i % 4] + rests[i / 4][i % 4];
     }
 
     /* The maps of a group, from the first to the last. */
@@ -191,11 +198,12 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
     constexpr int BLOCKS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
     Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0};
-    const int count = cut.counts->cut_sequences;
+    const Cut rules = {args, cut};
+    const int count = rules.cut_sequences();
     int before = 0; /* items of the sequences before c */
     for (int c = 0, item = static_cast<int>(blockIdx.x); c < count; c++) {
-        const fkda_cut_sequence sequence = cut.cut_sequences[c];
-        const int groups = Plan::groups_of(sequence.segments);
+        const fkda_cut_sequence sequence = rules.cut_sequence(c);
+        const int groups = Cut::groups_of(sequence.segments);
         const int items = (step == CHAIN ? 1 : groups) * args.heads * BLOCKS;
         for (; item < before + items; item += static_cast<int>(gridDim.x)) {
             const int within = item - before, block = within % BLOCKS, group = within / BLOCKS / args.heads;

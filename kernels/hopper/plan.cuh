@@ -2,8 +2,7 @@
 #ifndef FKDA_HOPPER_PLAN_CUH
 #define FKDA_HOPPER_PLAN_CUH
 
-#include "../common/task.cuh"
-#include "fwd_args.h"
+#include "cut.cuh"
 #include "fwd_shape.h"
 
 namespace fkda
@@ -15,34 +14,10 @@ struct Plan {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     int *buckets; /* in shared memory: the numbers of segments, then where the next one goes */
+    Cut rules;
 
-    __device__ Task sequence(int n) const
+    __device__ Plan(const fkda_fwd_args &a, const fkda_cut &c, int *b) : args(a), cut(c), buckets(b), rules{a, c}
     {
-        return find_task(args, n * args.heads);
-    }
-
-    /* Into how many segments a sequence is cut: as many of at least `shortest` tokens as there is room for. Depends on its
-     * length alone. */
-    __device__ int segments_wanted(int length) const
-    {
-        return length >= 2 * cut.shortest ? length / cut.shortest : 1;
-    }
-
-    static __device__ int groups_of(int segments)
-    {
-        const int maps = segments - 2;
-        return maps > FKDA_MAPS_CHAINED ? (maps + FKDA_GROUP_MAPS - 1) / FKDA_GROUP_MAPS : 0;
-    }
-
-    /* Segment i of a cut sequence. */
-    __device__ fkda_segment segment(const fkda_cut_sequence &c, int i) const
-    {
-        const Task task = sequence(c.sequence);
-        const long long chunks = task.chunks;
-        const int from = static_cast<int>(chunks * i / c.segments) * CHUNK;
-        const int to = static_cast<int>(chunks * (i + 1) / c.segments) * CHUNK;
-        return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
-                (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == c.segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }
 
     /* Which cut sequence has entry `at` of a list, where the sequences before c have before(c) entries. */
@@ -68,14 +43,13 @@ struct Plan {
         const fkda_cut_sequence *cuts = cut.cut_sequences;
         for (int e = threadIdx.x; e < slots - cut_sequences; e += blockDim.x) {
             const int c = find_cut(e, cut_sequences, [=](int i) { return entries_before(cuts[i], i); });
-            visit(segment(cuts[c], e - entries_before(cuts[c], c) + pass));
+            visit(rules.segment(cuts[c], e - entries_before(cuts[c], c) + pass));
         }
         if constexpr (pass == 1) {
-            for (int n = threadIdx.x; n < args.tasks / args.heads; n += blockDim.x) {
-                const Task task = sequence(n);
+            for (int n = threadIdx.x; n < rules.sequences(); n += blockDim.x) {
                 const int c = find_cut(n, cut_sequences, [=](int i) { return cuts[i].sequence; });
                 if (cut_sequences && cuts[c].sequence == n) continue;
-                visit({task.begin, task.length, n, -1, FKDA_SEGMENT_FIRST | FKDA_SEGMENT_LAST});
+                visit(rules.whole(n));
             }
         }
     }
@@ -138,13 +112,13 @@ struct Plan {
     /* How many segments sequence n is cut into, or 0. */
     __device__ int cut_into(int n, int sequences) const
     {
-        const int wanted = n < sequences ? segments_wanted(sequence(n).length) : 1;
+        const int wanted = n < sequences ? rules.segments_of(rules.sequence(n).length) : 1;
         return wanted > 1 ? wanted : 0;
     }
 
     __device__ void run(long long *scratch) const
     {
-        const int sequences = args.tasks / args.heads, thread = static_cast<int>(threadIdx.x);
+        const int sequences = rules.sequences(), thread = static_cast<int>(threadIdx.x);
         long long all = 0;
         for (int n = thread; n < sequences; n += FKDA_PLAN_THREADS) all += cut_into(n, sequences);
         /* Sequences that overlap, by a cu_seqlens that is wrong, could want more than there is. Then none is cut. */
@@ -153,7 +127,7 @@ struct Plan {
         for (int first = 0; fits && first < sequences; first += FKDA_PLAN_THREADS) {
             const int segments = cut_into(first + thread, sequences);
             int *sums = reinterpret_cast<int *>(scratch), index = segments > 0, slot = segments,
-                group = groups_of(segments);
+                group = Cut::groups_of(segments);
             const int new_cuts = sum_before(index, sums), new_slots = sum_before(slot, sums),
                       new_groups = sum_before(group, sums);
             if (segments)

@@ -209,7 +209,6 @@ template <int rows, bool mixed> struct Recurrence {
     __device__ void store_output(uint4 row, long long at, bool valid) const
     {
         store_16_if(static_cast<char *>(args.out) + at, row, valid);
-        fence_async_proxy(); /* later copies overwrite what was left there */
     }
 
     /* S^T = S^T diag(gamma) */
@@ -252,10 +251,7 @@ template <int rows, bool mixed> struct Recurrence {
             wgmma<true, false>(read, a[s], Tokens<rows>::decayed(tokens_place, s));
         wgmma_commit();
         load_values(v, shared.tokens[index]);
-        if constexpr (tiles == 4) {
-            store_output(output, at, !first);
-            release(before, !first);
-        }
+        if constexpr (tiles == 4) store_output(output, at, !first);
         const float strength = stage.strength;
         const bool usual =
             !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && whole && !look_again;
@@ -301,15 +297,22 @@ template <int rows, bool mixed> struct Recurrence {
             step(slot.index, left, left == piece.length, at, read, own);
             if constexpr (outputs) {
                 wgmma_wait<1>();
+                /* For what was left by the chunk before. Earlier it would wait for the store of that, which is long done here. */
+                fence_async_proxy();
                 leave_output(shared.tokens[slot.index], own, &read[2]);
             }
             wgmma_wait<0>();
-            if (!outputs) release(slot.index, true);
+            if (outputs)
+                release(slot.index ? slot.index - 1 : SLOTS - 1, left != piece.length);
+            else
+                release(slot.index, true);
             slot.advance(1);
         }
         if (outputs && piece.length > 0) {
             const int before = slot.index ? slot.index - 1 : SLOTS - 1;
-            store_output(take_output(shared.tokens[before]), at, lane / 2 < left + CHUNK);
+            const uint4 output = take_output(shared.tokens[before]);
+            fence_async_proxy();
+            store_output(output, at, lane / 2 < left + CHUNK);
             release(before, true);
         }
         if (piece.final) store_state(piece);

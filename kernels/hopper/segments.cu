@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
 {
     using namespace fkda;
     long long *scratch = reinterpret_cast<long long *>(block_memory());
-    Plan{args.fwd, args.cut, reinterpret_cast<int *>(scratch + FKDA_PLAN_THREADS / 32)}.run(scratch);
+    Plan(args.fwd, args.cut, reinterpret_cast<int *>(scratch + FKDA_PLAN_THREADS / 32)).run(scratch);
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_SHARERS(128, true), 1, 1)

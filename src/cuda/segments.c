@@ -154,6 +154,12 @@ size_t fkda_cuda_segments_workspace_size(const fkda_problem *p)
     return cuts(&d) ? lay_out_memory(p, &d).size : fkda_cuda_hopper_workspace_size(p);
 }
 
+/* All sequences have the same length, or there is one. */
+static bool sequences_are_alike(const fkda_problem *p)
+{
+    return p->sequences == p->batch;
+}
+
 static fkda_cut find_memory(const fkda_problem *p, const division *d)
 {
     const memory m = lay_out_memory(p, d);
@@ -167,6 +173,7 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d)
         .composed = (float *)(base + m.composed),
         .shortest = (int)d->shortest,
         .slots = (int)d->slots,
+        .alike = sequences_are_alike(p),
     };
 }
 
@@ -207,11 +214,11 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
     if (status != FLASH_KDA_OK) return status;
     args.cut = find_memory(p, d);
-    status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS);
+    if (!args.cut.alike) status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS);
     if (status == FLASH_KDA_OK)
         status = fkda_hopper_launch(driver, p, &args, kernels[MAPS], first.blocks, FKDA_HOPPER_THREADS(128));
     if (status == FLASH_KDA_OK) status = join(driver, p, d, &args, multiprocessors);
-    args.fwd.counter = &args.cut.counts->drawn;
+    if (!args.cut.alike) args.fwd.counter = &args.cut.counts->drawn;
     if (status == FLASH_KDA_OK) status = fkda_hopper_launch_fwd(driver, p, &args, &second);
     return status;
 }
