@@ -49,7 +49,7 @@ sanitizers() {
 bench() {
     "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py &&
         PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json" \
-            --kernel hopper --kernel hopper-segments --kernel portable
+            --kernel hopper --kernel hopper-whole --kernel portable
 }
 
 failed=""

@@ -12,6 +12,14 @@
         .workspace_size = fkda_cpu_workspace_size, .fwd = fkda_cpu_fwd, .explain = fkda_cpu_explain,         \
     }
 
+#define HOPPER_KERNEL(name, function, description)                                                           \
+    {                                                                                                        \
+        .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CUDA, "sm_90", description},                 \
+        .min_compute_capability = 90, .max_compute_capability = 90,                                          \
+        .workspace_size = fkda_cuda_##function##_workspace_size, .fwd = fkda_cuda_##function##_fwd,          \
+        .explain = fkda_cuda_##function##_explain,                                                           \
+    }
+
 /* The default for a device is the first that it can run. */
 static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu", "any 64-bit CPU",
@@ -22,6 +30,13 @@ static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu-avx2", "x86-64 with AVX2 and FMA", "chunks of 16 tokens in fp32, vectors of 8 floats"),
 #endif
     CPU_KERNEL("cpu-portable", "any 64-bit CPU", "chunks of 16 tokens in fp32, vectors of 4 floats"),
+#ifdef FKDA_WITH_HOPPER
+    HOPPER_KERNEL("hopper", hopper,
+                  "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
+                  "sequences cut into segments that run in parallel and are joined exactly, where that pays"),
+    HOPPER_KERNEL("hopper-whole", hopper_whole, "as hopper, and sequences are never cut"),
+    HOPPER_KERNEL("hopper-segments", hopper_segments, "as hopper, and sequences are cut wherever they can be"),
+#endif
 #ifdef FKDA_WITH_CUDA
     {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
@@ -30,27 +45,6 @@ static const fkda_kernel kernels[] = {
         .workspace_size = fkda_cuda_portable_workspace_size,
         .fwd = fkda_cuda_portable_fwd,
         .explain = fkda_cuda_portable_explain,
-    },
-#endif
-#ifdef FKDA_WITH_HOPPER
-    {
-        .info = {sizeof(flash_kda_kernel_info), "hopper", FLASH_KDA_CUDA, "sm_90",
-                 "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks"},
-        .min_compute_capability = 90,
-        .max_compute_capability = 90,
-        .workspace_size = fkda_cuda_hopper_workspace_size,
-        .fwd = fkda_cuda_hopper_fwd,
-        .explain = fkda_cuda_hopper_explain,
-    },
-    {
-        .info =
-            {sizeof(flash_kda_kernel_info), "hopper-segments", FLASH_KDA_CUDA, "sm_90",
-             "as hopper, with long sequences cut into segments that run in parallel and are joined exactly"},
-        .min_compute_capability = 90,
-        .max_compute_capability = 90,
-        .workspace_size = fkda_cuda_segments_workspace_size,
-        .fwd = fkda_cuda_segments_fwd,
-        .explain = fkda_cuda_segments_explain,
     },
 #endif
 };

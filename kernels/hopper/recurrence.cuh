@@ -186,8 +186,20 @@ template <int rows, bool mixed> struct Recurrence {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
-    /* Outputs, of which tile i of the sum has tokens 8 i to 8 i + 7, go where the warp's v was, */
-    __device__ void leave_output(Tokens<rows> &tokens, const float (&x)[2][4], const float (*y)[4]) const
+    /* A chunk's outputs turn through shared memory, of which tile i of the sum has tokens 8 i to 8 i + 7. With room of their
+     * own they are stored while the next chunk's first product is on its way; else they go where the warp's v was, and
+     * at once. */
+    static constexpr bool LATER = Shared<rows>::OUTPUTS > 0;
+
+    __device__ unsigned char *output_tile(int index) const
+    {
+        if constexpr (LATER)
+            return shared.outputs[0];
+        else
+            return shared.tokens[index].v[0];
+    }
+
+    __device__ void leave_output(int index, const float (&x)[2][4], const float (*y)[4]) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
         uint32_t pairs[4];
@@ -196,16 +208,18 @@ template <int rows, bool mixed> struct Recurrence {
             pairs[2 * i] = pack_bf16((x[i][0] + y[i][0]) * top, (x[i][1] + y[i][1]) * top);
             pairs[2 * i + 1] = pack_bf16((x[i][2] + y[i][2]) * low, (x[i][3] + y[i][3]) * low);
         }
-        store_matrices_transposed(shared_address(&tokens.v[0][value_place]), pairs);
+        store_matrices_transposed(shared_address(output_tile(index) + value_place), pairs);
+        if (!LATER) fence_async_proxy(); /* later copies overwrite this */
     }
 
-    /* and from there lane 2 i + h takes rows 8 h to 8 h + 7 of token i, while the next chunk's first product is on its way. */
-    __device__ uint4 take_output(const Tokens<rows> &tokens) const
+    /* Lane 2 i + h takes rows 8 h to 8 h + 7 of token i, */
+    __device__ uint4 take_output(int index) const
     {
         __syncwarp();
-        return *reinterpret_cast<const uint4 *>(&tokens.v[0][output_place]);
+        return *reinterpret_cast<const uint4 *>(output_tile(index) + output_place);
     }
 
+    /* which go to byte `at`. */
     __device__ void store_output(uint4 row, long long at, bool valid) const
     {
         store_16_if(static_cast<char *>(args.out) + at, row, valid);
@@ -225,13 +239,12 @@ template <int rows, bool mixed> struct Recurrence {
         }
     }
 
-    /* One chunk, with `left` tokens of the piece from its first on. Stores the outputs of the chunk before, at byte `at`, and leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
+    /* One chunk, with `left` tokens of the piece from its first on. Its outputs go to byte `at`. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
      * the chunk's own tokens add to it in `own`. */
     template <int tiles>
     __device__ void step(int index, int left, bool first, long long at, float (&read)[tiles][4],
                          float (&own)[2][4])
     {
-        const int before = index ? index - 1 : SLOTS - 1;
         const bool eighth = (left & 7 * CHUNK) == 0, whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
@@ -241,7 +254,7 @@ template <int rows, bool mixed> struct Recurrence {
         float v[2][4], u[2][4]; /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
         uint4 output;
-        if constexpr (tiles == 4) output = take_output(shared.tokens[before]);
+        if constexpr (LATER && tiles == 4) output = take_output(index);
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -251,7 +264,7 @@ template <int rows, bool mixed> struct Recurrence {
             wgmma<true, false>(read, a[s], Tokens<rows>::decayed(tokens_place, s));
         wgmma_commit();
         load_values(v, shared.tokens[index]);
-        if constexpr (tiles == 4) store_output(output, at, !first);
+        if constexpr (LATER && tiles == 4) store_output(output, at - args.chunk_bytes, !first);
         const float strength = stage.strength;
         const bool usual =
             !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && whole && !look_again;
@@ -283,8 +296,7 @@ template <int rows, bool mixed> struct Recurrence {
     template <bool outputs> __device__ void walk_through(const Piece &piece, Slot<SLOTS> &slot)
     {
         long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
-                            warp_row + lane % 2 * 8) -
-                       args.chunk_bytes;
+                            warp_row + lane % 2 * 8);
         float read[outputs ? 4 : 2][4] = {}, own[2][4] = {};
         unit = piece.kind & UNIT;
         load_state(piece);
@@ -297,34 +309,24 @@ template <int rows, bool mixed> struct Recurrence {
             step(slot.index, left, left == piece.length, at, read, own);
             if constexpr (outputs) {
                 wgmma_wait<1>();
-                /* For what was left by the chunk before. Earlier it would wait for the store of that, which is long done here. */
-                fence_async_proxy();
-                leave_output(shared.tokens[slot.index], own, &read[2]);
+                leave_output(slot.index, own, &read[2]);
+                if (!LATER) store_output(take_output(slot.index), at, lane / 2 < left);
             }
             wgmma_wait<0>();
-            if (outputs)
-                release(slot.index ? slot.index - 1 : SLOTS - 1, left != piece.length);
-            else
-                release(slot.index, true);
-            slot.advance(1);
+            release(slot);
         }
-        if (outputs && piece.length > 0) {
-            const int before = slot.index ? slot.index - 1 : SLOTS - 1;
-            const uint4 output = take_output(shared.tokens[before]);
-            fence_async_proxy();
-            store_output(output, at, lane / 2 < left + CHUNK);
-            release(before, true);
-        }
+        if (LATER && outputs && piece.length > 0)
+            store_output(take_output(0), at - args.chunk_bytes, lane / 2 < left + CHUNK);
         if (piece.final) store_state(piece);
     }
 
-    /* The warp has read all it needs of a chunk, if it has. */
-    __device__ void release(int index, bool done) const
+    /* The warp has read all it needs of a chunk; the next one. */
+    __device__ void release(Slot<SLOTS> &slot) const
     {
-        uint64_t *empty = &shared.chunks.empty[index];
-        mbarrier_arrive_warp_if(empty, done);
-        if (SHARERS<rows, mixed> > 1)
-            mbarrier_arrive_warp_there_if(empty, done && index % 2 != sharer_rank<rows, mixed>());
+        uint64_t *empty = &shared.chunks.empty[slot.index];
+        mbarrier_arrive_warp(empty);
+        if (SHARERS<rows, mixed> > 1 && slot.index % 2 != sharer_rank<rows, mixed>()) mbarrier_arrive_warp_there(empty);
+        slot.advance(1);
     }
 
     /* A piece in which this warp has no rows. */
@@ -332,8 +334,7 @@ template <int rows, bool mixed> struct Recurrence {
     {
         for (int left = piece.length; left > 0; left -= CHUNK) {
             mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-            release(slot.index, true);
-            slot.advance(1);
+            release(slot);
         }
     }
 

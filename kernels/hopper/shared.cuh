@@ -131,6 +131,9 @@ struct Blocks {
 /* For pieces of `rows` rows of V. */
 template <int rows> struct Shared {
     __align__(1024) Tokens<rows> tokens[SLOTS];
+    /* Room for outputs, of tokens' rows as those of v, where there is any left. */
+    static constexpr int OUTPUTS = rows == 64 ? HALF_TOKENS : 0;
+    __align__(1024) unsigned char outputs[1][OUTPUTS ? OUTPUTS : 16];
     Stage stage[SLOTS];
     Products products[TEAMS];
     Blocks blocks;

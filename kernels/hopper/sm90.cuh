@@ -32,15 +32,10 @@ __device__ __forceinline__ void mbarrier_init_for_warps(uint64_t *barrier, int w
     mbarrier_init(barrier, warps * WARP_ARRIVALS);
 }
 
-__device__ __forceinline__ void mbarrier_arrive_warp_if(uint64_t *barrier, bool condition)
-{
-    __syncwarp();
-    if ((WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0) && condition) mbarrier_arrive(barrier);
-}
-
 __device__ __forceinline__ void mbarrier_arrive_warp(uint64_t *barrier)
 {
-    mbarrier_arrive_warp_if(barrier, true);
+    __syncwarp();
+    if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
@@ -77,10 +72,10 @@ __device__ __forceinline__ uint32_t in_other_block(uint32_t address)
     return there;
 }
 
-__device__ __forceinline__ void mbarrier_arrive_warp_there_if(uint64_t *barrier, bool condition)
+__device__ __forceinline__ void mbarrier_arrive_warp_there(uint64_t *barrier)
 {
     __syncwarp();
-    if ((WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0) && condition)
+    if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0)
         asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                          in_other_block(shared_address(barrier)))
                      : "memory");

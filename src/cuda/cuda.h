@@ -22,14 +22,17 @@ size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *problem);
 void fkda_cuda_portable_explain(const fkda_problem *problem, char *text, size_t size);
 
-/* hopper.c */
+/* hopper.c: never cut */
+size_t fkda_cuda_hopper_whole_workspace_size(const fkda_problem *problem);
+flash_kda_status fkda_cuda_hopper_whole_fwd(const fkda_problem *problem);
+void fkda_cuda_hopper_whole_explain(const fkda_problem *problem, char *text, size_t size);
+
+/* segments.c: sequences cut into segments where that pays, and wherever they can be */
 size_t fkda_cuda_hopper_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *problem);
 void fkda_cuda_hopper_explain(const fkda_problem *problem, char *text, size_t size);
-
-/* segments.c */
-size_t fkda_cuda_segments_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cuda_segments_fwd(const fkda_problem *problem);
-void fkda_cuda_segments_explain(const fkda_problem *problem, char *text, size_t size);
+size_t fkda_cuda_hopper_segments_workspace_size(const fkda_problem *problem);
+flash_kda_status fkda_cuda_hopper_segments_fwd(const fkda_problem *problem);
+void fkda_cuda_hopper_segments_explain(const fkda_problem *problem, char *text, size_t size);
 
 #endif

@@ -52,7 +52,7 @@ static bool draws_numbers(const fkda_problem *p, const fkda_hopper_layout *l)
 }
 
 /* The counter that blocks draw from. Whether they do depends on the device; the size does not. */
-size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)
+size_t fkda_cuda_hopper_whole_workspace_size(const fkda_problem *p)
 {
     return lengths_differ(p) ? 64 : 0;
 }
@@ -130,7 +130,7 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, in
     return fkda_hopper_launch_fwd(driver, p, &args, &layout);
 }
 
-flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
+flash_kda_status fkda_cuda_hopper_whole_fwd(const fkda_problem *p)
 {
     int multiprocessors;
     const fkda_driver *driver;
@@ -143,7 +143,7 @@ flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
     return status;
 }
 
-void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
+void fkda_cuda_hopper_whole_explain(const fkda_problem *p, char *text, size_t size)
 {
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) {

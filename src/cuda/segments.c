@@ -22,11 +22,12 @@ enum {
     SHORTEST_EVER = 64,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
-    /* Clocks, measured on an H100 (docs/log.md): a chunk's map and state in the first pass, a step of the join, and all that four
-     * launches take instead of one. */
-    CHUNK_MAP = 1200,
-    JOIN_STEP = 2000,
-    LAUNCHES = 20000,
+    /* Clocks, measured on an H100 (docs/log.md): a chunk's map and state in the first pass, a step of the join, and what more
+     * launches there are than one; the plan's for sequences that are not alike. */
+    CHUNK_MAP = 1830,
+    JOIN_STEP = 2500,
+    LAUNCHES = 45000,
+    PLAN_LAUNCH = 15000,
 };
 
 /* How sequences are cut, from shapes and the device alone. */
@@ -82,28 +83,45 @@ static int64_t best_segments(int64_t heads, int64_t chunks, int multiprocessors)
     return best;
 }
 
-/* Lengths are not known here. If sequences of equal length are best cut, segments are as long as those are then. If not, such ones
- * stay whole, and longer ones are cut as if all tokens were of one sequence. */
-static int64_t shortest_segment(const fkda_problem *p, int multiprocessors)
+/* All sequences have the same length, or there is one. */
+static bool sequences_are_alike(const fkda_problem *p)
 {
-    const int64_t chunks = p->batch * p->tokens / CHUNK;
+    return p->sequences == p->batch;
+}
+
+/* Tokens of a segment where that pays, or 0. Lengths are not known here, and not cutting must not be better for any: so if
+ * sequences of equal length are best cut, segments are as long as those are then. If not, such ones stay whole, and longer
+ * ones are cut as if all tokens were of one sequence, if the launches that do nothing for equal ones take less than 3%. */
+static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
+{
+    const int64_t chunks = p->batch * p->tokens / CHUNK, heads = p->sequences * p->heads;
     const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
-    const int64_t of_equal = best_segments(p->sequences * p->heads, equal, multiprocessors);
+    const int64_t of_equal = best_segments(heads, equal, multiprocessors);
     if (of_equal > 1) return equal / of_equal * CHUNK;
+    if (sequences_are_alike(p) ||
+        100 * (LAUNCHES + PLAN_LAUNCH) > 3 * clocks_of(heads, equal, 1, multiprocessors))
+        return 0;
     const int64_t of_one = best_segments(p->heads, chunks, multiprocessors);
-    if (p->sequences == 1 || of_one == 1) return 0;
+    if (of_one == 1) return 0;
     const int64_t shortest = chunks / of_one;
     return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
 }
 
-#include <stdlib.h>
-static int64_t chunks_try(const fkda_problem *p) { return p->batch * p->tokens / CHUNK / atoi(getenv("FKDA_SEG")) * CHUNK; }
-static division divide(const fkda_problem *p, int multiprocessors)
+/* As long as gives every place of a pass one head of a segment, where the tokens are of one sequence. */
+static int64_t shortest_that_fills(const fkda_problem *p, int multiprocessors)
+{
+    const int64_t chunks = p->batch * p->tokens * p->heads / CHUNK,
+                  parts = fkda_hopper_places(64, multiprocessors) + p->heads;
+    return rounds(chunks, parts) * CHUNK;
+}
+
+static division divide(const fkda_problem *p, int multiprocessors, bool wherever_possible)
 {
     division d = {0};
     if (p->sequences == 0 || p->heads == 0) return d;
-    d.shortest = p->batch_invariant ? SHORTEST_ALONE : shortest_segment(p, multiprocessors);
-    if (getenv("FKDA_SEG")) d.shortest = chunks_try(p);
+    d.shortest = p->batch_invariant  ? SHORTEST_ALONE
+                 : wherever_possible ? shortest_that_fills(p, multiprocessors)
+                                     : shortest_that_pays(p, multiprocessors);
     if (d.shortest == 0) return d;
     if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
     d.slots = p->batch * p->tokens / d.shortest;
@@ -146,18 +164,12 @@ static memory lay_out_memory(const fkda_problem *p, const division *d)
     return m;
 }
 
-size_t fkda_cuda_segments_workspace_size(const fkda_problem *p)
+static size_t workspace_size(const fkda_problem *p, bool wherever_possible)
 {
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
-    const division d = divide(p, multiprocessors);
-    return cuts(&d) ? lay_out_memory(p, &d).size : fkda_cuda_hopper_workspace_size(p);
-}
-
-/* All sequences have the same length, or there is one. */
-static bool sequences_are_alike(const fkda_problem *p)
-{
-    return p->sequences == p->batch;
+    const division d = divide(p, multiprocessors, wherever_possible);
+    return cuts(&d) ? lay_out_memory(p, &d).size : fkda_cuda_hopper_whole_workspace_size(p);
 }
 
 static fkda_cut find_memory(const fkda_problem *p, const division *d)
@@ -186,8 +198,10 @@ static int64_t first_pieces(const fkda_problem *p, const division *d)
 /* In the second pass there are those of all but the first, and sequences that are not cut. */
 static fkda_hopper_layout lay_out_second_pass(const fkda_problem *p, const division *d, int multiprocessors)
 {
-    const int64_t pieces = (d->slots + p->sequences - 2) * p->heads;
-    return fkda_hopper_lay_out(pieces, best_rows(pieces, multiprocessors, NULL), multiprocessors);
+    const int64_t most = d->slots + p->sequences - 2, cut = d->slots - p->sequences;
+    const int64_t likely = sequences_are_alike(p) && cut > 0 ? cut : cut > p->sequences ? d->slots - 1 : p->sequences;
+    return fkda_hopper_lay_out(most * p->heads, best_rows(likely * p->heads, multiprocessors, NULL),
+                               multiprocessors);
 }
 
 static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, const division *d,
@@ -223,14 +237,14 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     return status;
 }
 
-flash_kda_status fkda_cuda_segments_fwd(const fkda_problem *p)
+static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
 {
     int multiprocessors;
     const fkda_driver *driver;
     flash_kda_status status = fkda_cuda_multiprocessors(p->device.index, &multiprocessors);
     if (status != FLASH_KDA_OK) return status;
-    const division d = divide(p, multiprocessors);
-    if (!cuts(&d)) return fkda_cuda_hopper_fwd(p);
+    const division d = divide(p, multiprocessors, wherever_possible);
+    if (!cuts(&d)) return fkda_cuda_hopper_whole_fwd(p);
     status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_load_module(driver, &segments_module, p->device.index);
@@ -240,16 +254,16 @@ flash_kda_status fkda_cuda_segments_fwd(const fkda_problem *p)
     return status;
 }
 
-void fkda_cuda_segments_explain(const fkda_problem *p, char *text, size_t size)
+static void explain(const fkda_problem *p, bool wherever_possible, char *text, size_t size)
 {
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) {
         snprintf(text, size, "%s", flash_kda_last_error());
         return;
     }
-    const division d = divide(p, multiprocessors);
+    const division d = divide(p, multiprocessors, wherever_possible);
     if (!cuts(&d)) {
-        fkda_cuda_hopper_explain(p, text, size);
+        fkda_cuda_hopper_whole_explain(p, text, size);
         return;
     }
     const fkda_hopper_layout first = fkda_hopper_lay_out(first_pieces(p, &d), 64, multiprocessors),
@@ -262,4 +276,34 @@ void fkda_cuda_segments_explain(const fkda_problem *p, char *text, size_t size)
              2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, first.blocks,
              d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", second.blocks,
              second.rows == 64 ? " in pairs" : "");
+}
+
+size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)
+{
+    return workspace_size(p, false);
+}
+
+flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
+{
+    return forward(p, false);
+}
+
+void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
+{
+    explain(p, false, text, size);
+}
+
+size_t fkda_cuda_hopper_segments_workspace_size(const fkda_problem *p)
+{
+    return workspace_size(p, true);
+}
+
+flash_kda_status fkda_cuda_hopper_segments_fwd(const fkda_problem *p)
+{
+    return forward(p, true);
+}
+
+void fkda_cuda_hopper_segments_explain(const fkda_problem *p, char *text, size_t size)
+{
+    explain(p, true, text, size);
 }

@@ -9,7 +9,7 @@
 #include "recorded.h"
 
 /* The kernel that cuts, and the one that it otherwise equals. */
-static const char *const cutting = "hopper-segments", *const uncut = "hopper";
+static const char *const cutting = "hopper-segments", *const uncut = "hopper-whole";
 
 /* How much larger the error may be of a result for which sequences were cut; and the error of a state below which that is not asked: fp32's
  * own rounding, which is all there is where a state does little but decay. */

@@ -280,14 +280,10 @@ inline void mbarrier_arrive(uint64_t *barrier)
 {
     emulator::mbarrier_arrive(barrier, 0);
 }
-inline void mbarrier_arrive_warp_if(uint64_t *barrier, bool condition)
-{
-    __syncwarp();
-    if (threadIdx.x % 32 == 0 && condition) mbarrier_arrive(barrier);
-}
 inline void mbarrier_arrive_warp(uint64_t *barrier)
 {
-    mbarrier_arrive_warp_if(barrier, true);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 inline void mbarrier_arrive_expecting(uint64_t *barrier, int bytes)
 {
@@ -314,9 +310,9 @@ template <class T> T *in_other_block(T *pointer)
 {
     return reinterpret_cast<T *>(reinterpret_cast<unsigned char *>(pointer) + emulator::thread().to_other);
 }
-inline void mbarrier_arrive_warp_there_if(uint64_t *barrier, bool condition)
+inline void mbarrier_arrive_warp_there(uint64_t *barrier)
 {
-    mbarrier_arrive_warp_if(in_other_block(barrier), condition);
+    mbarrier_arrive_warp(in_other_block(barrier));
 }
 inline void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
 {
