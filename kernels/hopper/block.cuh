@@ -20,6 +20,7 @@ template <int rows, bool mixed> static __device__ void run_block(const fkda_hopp
     const int rank = sharer_rank<rows, mixed>();
     const bool ordered =
         args.counter && !all.cut.counts && args.tasks / args.heads <= FKDA_HOPPER_MOST_ORDERED;
+    if (rows == 64) let_next_kernel_start(); /* in a phase: the one with blocks of 128 rows */
     if (thread == 0) {
         for (int i = 0; i < SLOTS; i++) {
             const bool own = SHARERS<rows, mixed> == 1 || i % 2 == rank;
@@ -56,10 +57,9 @@ template <int rows, bool mixed> static __device__ void run_block(const fkda_hopp
         else
             solve<rows, mixed>(args, shared, lane);
     }
-    if (SHARERS<rows, mixed> > 1) {
-        __syncwarp();
-        cluster_sync(); /* nothing more comes from the other block */
-    }
+    __syncwarp();
+    if (SHARERS<rows, mixed> > 1) cluster_sync(); /* nothing more comes from the other block */
+    if (rows == 128) wait_for_kernel_before();    /* in a phase: so that this one ends last */
 }
 
 } // namespace fkda

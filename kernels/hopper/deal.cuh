@@ -18,16 +18,20 @@ template <int rows, bool mixed> struct Dealer {
     static constexpr bool DRAWS = SHARERS<rows, mixed> == 1;
     const fkda_fwd_args &args;
     const fkda_cut &cut;
+    const fkda_phases &phases;
     const uint16_t *order; /* of the sequences, or null */
     int rank, place, places; /* among the blocks that share, and of those among all */
     int next, turn, end;
 
     __device__ Dealer(const fkda_hopper_fwd_args &a, const uint16_t *o, int rank_)
-        : args(a.fwd), cut(a.cut), order(o), rank(rank_),
+        : args(a.fwd), cut(a.cut), phases(a.phases), order(o), rank(rank_),
           place(static_cast<int>(blockIdx.x) / SHARERS<rows, mixed>),
           places(static_cast<int>(gridDim.x) / SHARERS<rows, mixed>), next(place), turn(0),
           end(cut.counts ? Cut{args, cut}.entries(PASS) * args.heads : args.tasks)
     {
+        if (!phases.states) return;
+        const int others = min(phases.group_tasks, args.tasks - phases.phase * phases.group_tasks);
+        end = rows == 64 ? others : args.tasks - others;
     }
 
     __device__ const void *initial_state(long long task) const
@@ -80,6 +84,30 @@ template <int rows, bool mixed> struct Dealer {
         return piece;
     }
 
+    /* The first chunk of a task, of so many, in a phase. */
+    __device__ int first_of_phase(int chunks, int group, int phase) const
+    {
+        const int parts = phases.paired + (phases.groups - 1) * phases.single;
+        const int done = phase * phases.single + (phase > group ? phases.paired - phases.single : 0);
+        return static_cast<int>(static_cast<long long>(chunks) * done / parts);
+    }
+
+    /* The part of a task that this phase does, and number n of those that it does in blocks of this kind. */
+    __device__ Piece of_phase(int n) const
+    {
+        const int before = phases.phase * phases.group_tasks;
+        const int index = rows == 64 ? before + n : n < before ? n : n + min(phases.group_tasks, args.tasks - before);
+        const int group = index / phases.group_tasks;
+        const Task task = find_task(args, index);
+        const int from = first_of_phase(task.chunks, group, phases.phase) * CHUNK,
+                  to = min(first_of_phase(task.chunks, group, phases.phase + 1) * CHUNK, task.length);
+        Piece piece = whole(index / args.heads, task.head, task.begin + from, max(to - from, 0), rows == 64 ? 64 * rank : 0);
+        float *state = phases.states + static_cast<long long>(index) * (DIM * DIM);
+        if (phases.phase > 0) piece.initial = state, piece.kind &= ~INITIAL_BF16;
+        if (phases.phase < phases.groups - 1) piece.final = state, piece.kind &= ~FINAL_BF16;
+        return piece;
+    }
+
     /* Called by all lanes of the warp. */
     __device__ Piece deal(int lane)
     {
@@ -93,6 +121,7 @@ template <int rows, bool mixed> struct Dealer {
             next = turn * places + (turn % 2 ? places - 1 - place : place);
         }
         if (number >= end) return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr};
+        if (!mixed && phases.states) return of_phase(number);
         int sequence = number / args.heads;
         const int head = number % args.heads;
         if (cut.counts) return of_segment(Cut{args, cut}.entry(PASS, sequence), head);

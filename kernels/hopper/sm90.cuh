@@ -50,6 +50,17 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
+/* Lets the next kernel in the stream start, if it was launched to do so; and waits until the one before is over, if this one did. */
+__device__ __forceinline__ void let_next_kernel_start()
+{
+    asm volatile("griddepcontrol.launch_dependents;");
+}
+
+__device__ __forceinline__ void wait_for_kernel_before()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 /* The two blocks of a cluster: which one this is; a barrier in all threads of both; an arrival of a warp at the other block's
  * barrier in the same place; and a copy of so many bytes, a multiple of 16, to the same place in the other block, whose barrier
  * there counts them. */

@@ -29,7 +29,25 @@ enum {
     CU_TENSOR_MAP_SWIZZLE_128B = 3,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0,
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
+
+/* CUlaunchAttribute and CUlaunchConfig, with the one kind of value that is used. */
+typedef struct fkda_launch_attribute {
+    int id;
+    char padding[8 - sizeof(int)];
+    union {
+        char padding[64];
+        int programmatic_stream_serialization_allowed;
+    } value;
+} fkda_launch_attribute;
+
+typedef struct fkda_launch_config {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    CUstream stream;
+    fkda_launch_attribute *attributes;
+    unsigned attribute_count;
+} fkda_launch_config;
 
 /* Every entry: result type, symbol in libcuda, argument types. */
 #define FKDA_DRIVER_FUNCTIONS(X)                                                                             \
@@ -67,7 +85,9 @@ enum {
     X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                      \
       (void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes, const uint64_t *strides,     \
        const uint32_t *box, const uint32_t *element_strides, int interleave, int swizzle, int promotion,     \
-       int fill))
+       int fill))                                                                                            \
+    X(cuLaunchKernelEx, "cuLaunchKernelEx",                                                                  \
+      (const fkda_launch_config *config, CUfunction function, void **arguments, void **extra))
 
 typedef struct fkda_driver {
 #define DECLARE(name, symbol, arguments) CUresult(*name) arguments;

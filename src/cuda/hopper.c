@@ -107,6 +107,19 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
 }
 
+flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda_problem *p,
+                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads)
+{
+    void *arguments[] = {args};
+    fkda_launch_attribute beside = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                    .value.programmatic_stream_serialization_allowed = 1};
+    const fkda_launch_config config = {(unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES,
+                                       p->stream, &beside, 1};
+    if (!driver->cuLaunchKernelEx) return fkda_hopper_launch(driver, p, args, kernel, blocks, threads);
+    CUresult result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
+    return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
+}
+
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
                                         fkda_hopper_fwd_args *args, const fkda_hopper_layout *layout)
 {

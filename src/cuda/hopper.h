@@ -21,7 +21,7 @@ fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int rows, int multiprocess
 int64_t fkda_hopper_places(int rows, int multiprocessors);
 
 /* What a chunk of 16 tokens of a head takes, in clocks (measured on an H100: docs/log.md). */
-enum { FKDA_HOPPER_CHUNK_128 = 1970, FKDA_HOPPER_CHUNK_64 = 1000 };
+enum { FKDA_HOPPER_CHUNK_128 = 1990, FKDA_HOPPER_CHUNK_64 = 1200 };
 
 /* What every kernel gets, but for the counter and the cut. */
 flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,
@@ -30,8 +30,21 @@ flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_pro
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
                                     fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads);
 
+/* The same, beside the kernel before as soon as that lets it. */
+flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda_problem *p,
+                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads);
+
 /* Launches the forward kernel that is for the layout's rows. */
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
                                         fkda_hopper_fwd_args *args, const fkda_hopper_layout *layout);
+
+/* phases.c: heads by turns in pairs of blocks and in blocks of their own. groups: 0 where that does not pay. */
+typedef struct fkda_phase_plan {
+    int64_t groups, group_tasks;
+} fkda_phase_plan;
+fkda_phase_plan fkda_plan_phases(const fkda_problem *p, int multiprocessors);
+size_t fkda_phases_workspace_size(const fkda_problem *p);
+flash_kda_status fkda_run_phases(const fkda_driver *driver, const fkda_problem *p, const fkda_phase_plan *plan);
+void fkda_explain_phases(const fkda_problem *p, const fkda_phase_plan *plan, char *text, size_t size);
 
 #endif

@@ -169,7 +169,9 @@ static size_t workspace_size(const fkda_problem *p, bool wherever_possible)
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
     const division d = divide(p, multiprocessors, wherever_possible);
-    return cuts(&d) ? lay_out_memory(p, &d).size : fkda_cuda_hopper_whole_workspace_size(p);
+    if (cuts(&d)) return lay_out_memory(p, &d).size;
+    if (!wherever_possible && fkda_plan_phases(p, multiprocessors).groups) return fkda_phases_workspace_size(p);
+    return fkda_cuda_hopper_whole_workspace_size(p);
 }
 
 static fkda_cut find_memory(const fkda_problem *p, const division *d)
@@ -244,12 +246,14 @@ static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
     flash_kda_status status = fkda_cuda_multiprocessors(p->device.index, &multiprocessors);
     if (status != FLASH_KDA_OK) return status;
     const division d = divide(p, multiprocessors, wherever_possible);
-    if (!cuts(&d)) return fkda_cuda_hopper_whole_fwd(p);
+    const fkda_phase_plan phases = wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
+    if (!cuts(&d) && !phases.groups) return fkda_cuda_hopper_whole_fwd(p);
     status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    status = fkda_load_module(driver, &segments_module, p->device.index);
-    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, &fkda_hopper_fwd_module, p->device.index);
-    if (status == FLASH_KDA_OK) status = run(driver, p, &d, multiprocessors);
+    status = fkda_load_module(driver, &fkda_hopper_fwd_module, p->device.index);
+    if (status == FLASH_KDA_OK && cuts(&d)) status = fkda_load_module(driver, &segments_module, p->device.index);
+    if (status == FLASH_KDA_OK)
+        status = cuts(&d) ? run(driver, p, &d, multiprocessors) : fkda_run_phases(driver, p, &phases);
     fkda_leave_device(driver);
     return status;
 }
@@ -262,6 +266,11 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
         return;
     }
     const division d = divide(p, multiprocessors, wherever_possible);
+    const fkda_phase_plan phases = wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
+    if (!cuts(&d) && phases.groups) {
+        fkda_explain_phases(p, &phases, text, size);
+        return;
+    }
     if (!cuts(&d)) {
         fkda_cuda_hopper_whole_explain(p, text, size);
         return;

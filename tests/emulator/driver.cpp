@@ -162,6 +162,18 @@ CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, 
     return 0;
 }
 
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    void *stream;
+    const void *attributes;
+    unsigned attribute_count;
+};
+CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void **arguments, void **extra)
+{
+    return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0], config->block[1],
+                          config->block[2], config->shared_bytes, config->stream, arguments, extra);
+}
+
 CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes,
                                 const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
                                 int interleave, int swizzle, int, int fill)

@@ -297,6 +297,13 @@ inline void fence_mbarrier_init()
 {
 }
 
+inline void let_next_kernel_start()
+{
+}
+inline void wait_for_kernel_before()
+{
+}
+
 /* Clusters of two blocks. */
 inline int cluster_rank()
 {
