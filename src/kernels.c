@@ -31,11 +31,13 @@ static const fkda_kernel kernels[] = {
 #endif
     CPU_KERNEL("cpu-portable", "any 64-bit CPU", "chunks of 16 tokens in fp32, vectors of 4 floats"),
 #ifdef FKDA_WITH_HOPPER
-    HOPPER_KERNEL("hopper", hopper,
-                  "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
-                  "sequences cut into segments that run in parallel and are joined exactly, where that pays"),
+    HOPPER_KERNEL(
+        "hopper", hopper,
+        "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
+        "sequences cut into segments that run in parallel and are joined exactly, where that pays"),
     HOPPER_KERNEL("hopper-whole", hopper_whole, "as hopper, and sequences are never cut"),
-    HOPPER_KERNEL("hopper-segments", hopper_segments, "as hopper, and sequences are cut wherever they can be"),
+    HOPPER_KERNEL("hopper-segments", hopper_segments,
+                  "as hopper, and sequences are cut wherever they can be"),
 #endif
 #ifdef FKDA_WITH_CUDA
     {

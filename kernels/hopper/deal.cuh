@@ -2,8 +2,8 @@
 #ifndef FKDA_HOPPER_DEAL_CUH
 #define FKDA_HOPPER_DEAL_CUH
 
-#include "fwd_args.h"
 #include "cut.cuh"
+#include "fwd_args.h"
 #include "shared.cuh"
 
 namespace fkda
@@ -19,7 +19,7 @@ template <int rows, bool mixed> struct Dealer {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     const fkda_phases &phases;
-    const uint16_t *order; /* of the sequences, or null */
+    const uint16_t *order;   /* of the sequences, or null */
     int rank, place, places; /* among the blocks that share, and of those among all */
     int next, turn, end;
 
@@ -76,9 +76,9 @@ template <int rows, bool mixed> struct Dealer {
             if (mixed) piece.kind |= rank == 0 ? STATES_ONLY | UNIT : STATES_ONLY;
         }
         if (!(s.kind & FKDA_SEGMENT_LAST)) {
-            piece.final = !mixed                           ? nullptr
+            piece.final = !mixed              ? nullptr
                           : piece.kind & UNIT ? cut.maps + matrix
-                                                           : cut.states + matrix + next_slot;
+                                              : cut.states + matrix + next_slot;
             piece.kind &= ~FINAL_BF16;
         }
         return piece;
@@ -96,12 +96,15 @@ template <int rows, bool mixed> struct Dealer {
     __device__ Piece of_phase(int n) const
     {
         const int before = phases.phase * phases.group_tasks;
-        const int index = rows == 64 ? before + n : n < before ? n : n + min(phases.group_tasks, args.tasks - before);
+        const int index = rows == 64   ? before + n
+                          : n < before ? n
+                                       : n + min(phases.group_tasks, args.tasks - before);
         const int group = index / phases.group_tasks;
         const Task task = find_task(args, index);
         const int from = first_of_phase(task.chunks, group, phases.phase) * CHUNK,
                   to = min(first_of_phase(task.chunks, group, phases.phase + 1) * CHUNK, task.length);
-        Piece piece = whole(index / args.heads, task.head, task.begin + from, max(to - from, 0), rows == 64 ? 64 * rank : 0);
+        Piece piece = whole(index / args.heads, task.head, task.begin + from, max(to - from, 0),
+                            rows == 64 ? 64 * rank : 0);
         float *state = phases.states + static_cast<long long>(index) * (DIM * DIM);
         if (phases.phase > 0) piece.initial = state, piece.kind &= ~INITIAL_BF16;
         if (phases.phase < phases.groups - 1) piece.final = state, piece.kind &= ~FINAL_BF16;

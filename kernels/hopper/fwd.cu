@@ -12,7 +12,7 @@
 #define FKDA_DEFINE_KERNEL(rows)                                                                             \
     extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_SHARERS(rows, false), 1, 1)                      \
         __launch_bounds__(FKDA_HOPPER_THREADS(rows), 1)                                                      \
-            fkda_hopper_fwd_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                            \
+            fkda_hopper_fwd_##rows(const __grid_constant__ fkda_hopper_fwd_args args)                        \
     {                                                                                                        \
         fkda::run_block<rows, false>(args);                                                                  \
     }

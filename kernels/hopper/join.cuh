@@ -24,7 +24,8 @@ enum JoinStep { COMPOSE, CHAIN, EXPAND };
 /* Strides keep a warp's loads of fragments in different banks. */
 struct JoinShared {
     __align__(16) float map[2][DIM][DIM + 8]; /* the one that is used and the one that comes */
-    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM + 4]; /* before a step, and those that are written for the next */
+    __align__(16) float rows[2][FKDA_JOIN_ROWS]
+                            [DIM + 4]; /* before a step, and those that are written for the next */
 };
 static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 
@@ -74,7 +75,8 @@ struct Join {
     static __device__ void store(float *to, int stride, const float (&x)[2][4])
     {
 #pragma unroll
-        for (int i = 0; i < 4; i++) store_two(to + i / 2 * 8 + i % 2 * 8 * stride, x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; i++)
+            store_two(to + i / 2 * 8 + i % 2 * 8 * stride, x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
     }
 
     static __device__ void load(float (&x)[2][4], const float *from)
@@ -126,8 +128,8 @@ struct Join {
         return rounded(x - __uint_as_float(__float_as_uint(nearest) & 0xffffe000u));
     }
 
-    static __device__ void multiply_add(float (&x)[2][4], const float (*rows)[DIM + 4], const float (*map)[DIM + 8],
-                                        int column, int g, int t)
+    static __device__ void multiply_add(float (&x)[2][4], const float (*rows)[DIM + 4],
+                                        const float (*map)[DIM + 8], int column, int g, int t)
     {
         float sums[2][4] = {}, rests[2][4] = {}; /* by tile */
 #pragma unroll 2

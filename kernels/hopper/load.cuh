@@ -21,8 +21,8 @@ template <int rows, bool mixed> struct Loader {
     Piece piece; /* the last one dealt */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
-        : args(a), shared(s), lane(lane_id), rank(sharer_rank<rows, mixed>()), dealer(a, order, rank), dealt(0), slot(0),
-          piece{}
+        : args(a), shared(s), lane(lane_id), rank(sharer_rank<rows, mixed>()), dealer(a, order, rank),
+          dealt(0), slot(0), piece{}
     {
     }
 
@@ -50,10 +50,14 @@ template <int rows, bool mixed> struct Loader {
         if (elect_lane()) {
             const int token = static_cast<int>(now.begin) + first;
             const bool queries = wants_outputs<mixed>(now.kind);
-            const int value_boxes = !mixed ? rows / 64 : now.kind & UNIT ? 0 : now.kind & HALF ? 1 : rows / 64;
+            const int value_boxes = !mixed            ? rows / 64
+                                    : now.kind & UNIT ? 0
+                                    : now.kind & HALF ? 1
+                                                      : rows / 64;
             const int inputs = DIM / 64 * HALF_TOKENS * (queries ? 3 : 2);
-            mbarrier_arrive_expecting(barrier, value_boxes * HALF_TOKENS +
-                                                   (own ? inputs : static_cast<int>(sizeof to.half + sizeof(Stage))));
+            mbarrier_arrive_expecting(barrier,
+                                      value_boxes * HALF_TOKENS +
+                                          (own ? inputs : static_cast<int>(sizeof to.half + sizeof(Stage))));
             if (own) {
 #pragma unroll
                 for (int half = 0; half < DIM / 64; half++) {

@@ -16,7 +16,8 @@ struct Plan {
     int *buckets; /* in shared memory: the numbers of segments, then where the next one goes */
     Cut rules;
 
-    __device__ Plan(const fkda_fwd_args &a, const fkda_cut &c, int *b) : args(a), cut(c), buckets(b), rules{a, c}
+    __device__ Plan(const fkda_fwd_args &a, const fkda_cut &c, int *b)
+        : args(a), cut(c), buckets(b), rules{a, c}
     {
     }
 

@@ -57,7 +57,8 @@ template <int rows, bool mixed> struct Recurrence {
         const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16, is_fp32 = piece.initial && !is_bf16;
         const int begin = state_begin(piece);
         float raw[DIM / 8][4];
-        load_tiles<0>(raw, static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4),
+        load_tiles<0>(raw,
+                      static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4),
                       is_fp32, is_bf16);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
@@ -325,7 +326,8 @@ template <int rows, bool mixed> struct Recurrence {
     {
         uint64_t *empty = &shared.chunks.empty[slot.index];
         mbarrier_arrive_warp(empty);
-        if (SHARERS<rows, mixed> > 1 && slot.index % 2 != sharer_rank<rows, mixed>()) mbarrier_arrive_warp_there(empty);
+        if (SHARERS < rows, mixed >> 1 && slot.index % 2 != sharer_rank<rows, mixed>())
+            mbarrier_arrive_warp_there(empty);
         slot.advance(1);
     }
 

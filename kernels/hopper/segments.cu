@@ -16,7 +16,8 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_SHARERS(128, true), 1, 1)
-    __launch_bounds__(FKDA_HOPPER_THREADS(128), 1) fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
+    __launch_bounds__(FKDA_HOPPER_THREADS(128), 1)
+        fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block<128, true>(args);
 }

@@ -57,7 +57,7 @@ typedef struct fkda_cut {
     float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */
     int shortest;         /* tokens; a multiple of 16 */
     int slots;            /* that there are */
-    int alike;            /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
+    int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
 } fkda_cut;
 
 #endif

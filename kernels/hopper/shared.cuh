@@ -22,9 +22,11 @@ template <int rows, bool mixed> __device__ __forceinline__ int sharer_rank()
 }
 
 constexpr int TEAM_WARPS = 2; /* that prepare a chunk together */
-constexpr int TEAMS = FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS; /* each prepares every TEAMS-th of its block's chunks */
-constexpr int SLOTS = 12;                                     /* of the ring of chunks */
-static_assert(SLOTS % (2 * TEAMS) == 0, "each team meets all rounds of its slots, and a slot is always of the same block");
+constexpr int TEAMS =
+    FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS; /* each prepares every TEAMS-th of its block's chunks */
+constexpr int SLOTS = 12;                   /* of the ring of chunks */
+static_assert(SLOTS % (2 * TEAMS) == 0,
+              "each team meets all rounds of its slots, and a slot is always of the same block");
 constexpr int ROW = 128; /* bytes of a swizzled row: of 64 channels of a token, or of 64 rows of V */
 constexpr int HALF_TOKENS = CHUNK * ROW; /* bytes: the chunk's tokens in 64 channels */
 

@@ -87,17 +87,18 @@ __device__ __forceinline__ void mbarrier_arrive_warp_there(uint64_t *barrier)
 {
     __syncwarp();
     if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0)
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                         in_other_block(shared_address(barrier)))
-                     : "memory");
+        asm volatile(
+            "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_other_block(shared_address(barrier)))
+            : "memory");
 }
 
 __device__ __forceinline__ void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
 {
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     in_other_block(shared_address(from))),
-                 "r"(shared_address(from)), "r"(bytes), "r"(in_other_block(shared_address(barrier)))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            in_other_block(shared_address(from))),
+        "r"(shared_address(from)), "r"(bytes), "r"(in_other_block(shared_address(barrier)))
+        : "memory");
 }
 
 /* Makes initialised barriers visible to copies. */
@@ -154,8 +155,8 @@ __device__ __forceinline__ void load_two_if(float &x, float &y, const void *from
     asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %3, 0;\nsetp.ne.b32 q, %4, 0;\n"
                  "@p ld.global.v2.f32 {%0, %1}, [%2 + %5];\n@q ld.global.b32 %0, [%2 + %6];\n}"
                  : "+f"(x), "+f"(y)
-                 : "l"(from), "r"(static_cast<int>(is_fp32)), "r"(static_cast<int>(is_bf16)), "n"(4 * elements),
-                   "n"(2 * elements));
+                 : "l"(from), "r"(static_cast<int>(is_fp32)), "r"(static_cast<int>(is_bf16)),
+                   "n"(4 * elements), "n"(2 * elements));
 }
 
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */

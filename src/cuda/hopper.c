@@ -108,13 +108,14 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
 }
 
 flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda_problem *p,
-                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads)
+                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks,
+                                           int threads)
 {
     void *arguments[] = {args};
     fkda_launch_attribute beside = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                                     .value.programmatic_stream_serialization_allowed = 1};
-    const fkda_launch_config config = {(unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES,
-                                       p->stream, &beside, 1};
+    const fkda_launch_config config = {
+        (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES, p->stream, &beside, 1};
     if (!driver->cuLaunchKernelEx) return fkda_hopper_launch(driver, p, args, kernel, blocks, threads);
     CUresult result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
     return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
@@ -164,14 +165,14 @@ void fkda_cuda_hopper_whole_explain(const fkda_problem *p, char *text, size_t si
         return;
     }
     const fkda_hopper_layout l = lay_out(p, multiprocessors);
-    snprintf(
-        text, size,
-        "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld heads of "
-        "sequences; %s.",
-        l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.heads,
-        l.rows == 64              ? "two blocks share a head, with 64 rows of V each"
-        : l.heads <= l.blocks     ? "each block has one"
-        : !draws_numbers(p, &l)   ? "they take them in turns"
-        : p->sequences > FKDA_HOPPER_MOST_ORDERED ? "they draw them from a counter"
-                                                  : "they draw them from a counter, longest sequences first");
+    snprintf(text, size,
+             "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld heads of "
+             "sequences; %s.",
+             l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.heads,
+             l.rows == 64            ? "two blocks share a head, with 64 rows of V each"
+             : l.heads <= l.blocks   ? "each block has one"
+             : !draws_numbers(p, &l) ? "they take them in turns"
+             : p->sequences > FKDA_HOPPER_MOST_ORDERED
+                 ? "they draw them from a counter"
+                 : "they draw them from a counter, longest sequences first");
 }

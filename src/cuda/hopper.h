@@ -32,7 +32,8 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
 
 /* The same, beside the kernel before as soon as that lets it. */
 flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda_problem *p,
-                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads);
+                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks,
+                                           int threads);
 
 /* Launches the forward kernel that is for the layout's rows. */
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
@@ -44,7 +45,8 @@ typedef struct fkda_phase_plan {
 } fkda_phase_plan;
 fkda_phase_plan fkda_plan_phases(const fkda_problem *p, int multiprocessors);
 size_t fkda_phases_workspace_size(const fkda_problem *p);
-flash_kda_status fkda_run_phases(const fkda_driver *driver, const fkda_problem *p, const fkda_phase_plan *plan);
+flash_kda_status fkda_run_phases(const fkda_driver *driver, const fkda_problem *p,
+                                 const fkda_phase_plan *plan);
 void fkda_explain_phases(const fkda_problem *p, const fkda_phase_plan *plan, char *text, size_t size);
 
 #endif

@@ -21,7 +21,8 @@ fkda_phase_plan fkda_plan_phases(const fkda_problem *p, int multiprocessors)
     const int64_t groups = (tasks + spare - 1) / spare;
     const int64_t chunks = p->tokens / CHUNK;
     /* As many chunks in a phase as both kinds of blocks need the same time for. */
-    const double phase = (double)chunks / (1.0 / FKDA_HOPPER_CHUNK_64 + (double)(groups - 1) / FKDA_HOPPER_CHUNK_128);
+    const double phase =
+        (double)chunks / (1.0 / FKDA_HOPPER_CHUNK_64 + (double)(groups - 1) / FKDA_HOPPER_CHUNK_128);
     if (groups > MOST_PHASES ||
         (double)groups * (phase + PHASE) > 0.97 * (double)chunks * FKDA_HOPPER_CHUNK_128)
         return none;
@@ -33,7 +34,8 @@ size_t fkda_phases_workspace_size(const fkda_problem *p)
     return (size_t)(p->sequences * p->heads) * FKDA_DIM * FKDA_DIM * sizeof(float);
 }
 
-flash_kda_status fkda_run_phases(const fkda_driver *driver, const fkda_problem *p, const fkda_phase_plan *plan)
+flash_kda_status fkda_run_phases(const fkda_driver *driver, const fkda_problem *p,
+                                 const fkda_phase_plan *plan)
 {
     const CUfunction *kernels = fkda_hopper_fwd_module.functions[p->device.index];
     const int64_t tasks = p->sequences * p->heads;
@@ -62,6 +64,7 @@ void fkda_explain_phases(const fkda_problem *p, const fkda_phase_plan *plan, cha
 {
     const int64_t tasks = p->sequences * p->heads;
     snprintf(text, size,
-             "%lld phases: in each, %lld heads of sequences are shared by two blocks, and the other %lld have a block each.",
+             "%lld phases: in each, %lld heads of sequences are shared by two blocks, and the other %lld "
+             "have a block each.",
              (long long)plan->groups, (long long)plan->group_tasks, (long long)(tasks - plan->group_tasks));
 }

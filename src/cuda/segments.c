@@ -76,7 +76,8 @@ static int64_t best_segments(int64_t heads, int64_t chunks, int multiprocessors)
 {
     int64_t best = 1, least = clocks_of(heads, chunks, 1, multiprocessors);
     const int64_t most = chunks * CHUNK / SHORTEST_EVER;
-    for (int64_t segments = 2; segments <= most && heads * (segments - 2) <= 2 * multiprocessors; segments++) {
+    for (int64_t segments = 2; segments <= most && heads * (segments - 2) <= 2 * multiprocessors;
+         segments++) {
         const int64_t clocks = clocks_of(heads, chunks, segments, multiprocessors);
         if (clocks < least) best = segments, least = clocks;
     }
@@ -170,7 +171,8 @@ static size_t workspace_size(const fkda_problem *p, bool wherever_possible)
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
     const division d = divide(p, multiprocessors, wherever_possible);
     if (cuts(&d)) return lay_out_memory(p, &d).size;
-    if (!wherever_possible && fkda_plan_phases(p, multiprocessors).groups) return fkda_phases_workspace_size(p);
+    if (!wherever_possible && fkda_plan_phases(p, multiprocessors).groups)
+        return fkda_phases_workspace_size(p);
     return fkda_cuda_hopper_whole_workspace_size(p);
 }
 
@@ -201,7 +203,9 @@ static int64_t first_pieces(const fkda_problem *p, const division *d)
 static fkda_hopper_layout lay_out_second_pass(const fkda_problem *p, const division *d, int multiprocessors)
 {
     const int64_t most = d->slots + p->sequences - 2, cut = d->slots - p->sequences;
-    const int64_t likely = sequences_are_alike(p) && cut > 0 ? cut : cut > p->sequences ? d->slots - 1 : p->sequences;
+    const int64_t likely = sequences_are_alike(p) && cut > 0 ? cut
+                           : cut > p->sequences              ? d->slots - 1
+                                                             : p->sequences;
     return fkda_hopper_lay_out(most * p->heads, best_rows(likely * p->heads, multiprocessors, NULL),
                                multiprocessors);
 }
@@ -246,12 +250,14 @@ static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
     flash_kda_status status = fkda_cuda_multiprocessors(p->device.index, &multiprocessors);
     if (status != FLASH_KDA_OK) return status;
     const division d = divide(p, multiprocessors, wherever_possible);
-    const fkda_phase_plan phases = wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
+    const fkda_phase_plan phases =
+        wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
     if (!cuts(&d) && !phases.groups) return fkda_cuda_hopper_whole_fwd(p);
     status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_load_module(driver, &fkda_hopper_fwd_module, p->device.index);
-    if (status == FLASH_KDA_OK && cuts(&d)) status = fkda_load_module(driver, &segments_module, p->device.index);
+    if (status == FLASH_KDA_OK && cuts(&d))
+        status = fkda_load_module(driver, &segments_module, p->device.index);
     if (status == FLASH_KDA_OK)
         status = cuts(&d) ? run(driver, p, &d, multiprocessors) : fkda_run_phases(driver, p, &phases);
     fkda_leave_device(driver);
@@ -266,7 +272,8 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
         return;
     }
     const division d = divide(p, multiprocessors, wherever_possible);
-    const fkda_phase_plan phases = wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
+    const fkda_phase_plan phases =
+        wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
     if (!cuts(&d) && phases.groups) {
         fkda_explain_phases(p, &phases, text, size);
         return;
@@ -280,7 +287,8 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
     const long long shortest = d.shortest, slots = d.slots;
     snprintf(text, size,
              "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most.\n"
-             "The first pass finds the first segments' outputs and the others' maps, with %d blocks in pairs. Maps "
+             "The first pass finds the first segments' outputs and the others' maps, with %d blocks in "
+             "pairs. Maps "
              "are joined%s. The second pass finds the other outputs, with %d blocks%s.",
              2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, first.blocks,
              d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", second.blocks,

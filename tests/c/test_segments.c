@@ -9,7 +9,8 @@
 #include "recorded.h"
 
 /* The kernel that cuts, the one that it otherwise equals, and the one that chooses. */
-static const char *const cutting = "hopper-segments", *const uncut = "hopper-whole", *const choosing = "hopper";
+static const char *const cutting = "hopper-segments", *const uncut = "hopper-whole",
+                         *const choosing = "hopper";
 
 /* How much larger the error may be of a result for which sequences were cut; and the error of a state below which that is not asked: fp32's
  * own rounding, which is all there is where a state does little but decay. */
@@ -121,7 +122,8 @@ static void phases(void)
     for (int i = 0; i < (test.quick ? 2 : 4); i++) {
         problem *p = problem_create(shapes[i][0], shapes[i][1], shapes[i][2]);
         fill_case(p, c, 120 + (uint64_t)i);
-        trying("B = %lld, T = %lld, H = %lld", (long long)p->batch, (long long)p->tokens, (long long)p->heads);
+        trying("B = %lld, T = %lld, H = %lld", (long long)p->batch, (long long)p->tokens,
+               (long long)p->heads);
         if (i == 0) check_state_modes(p, case_bars(c, test.device));
         check_against_uncut(p, choosing, case_bars(c, test.device));
         problem_free(p);
@@ -250,8 +252,8 @@ static void lengths(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"cases", cases},           {"recorded", recorded},   {"levels", levels},   {"phases", phases},         {"mixtures", mixtures},
-        {"invariance", invariance}, {"workspace", workspace}, {"lengths", lengths},
+        {"cases", cases},       {"recorded", recorded},     {"levels", levels},       {"phases", phases},
+        {"mixtures", mixtures}, {"invariance", invariance}, {"workspace", workspace}, {"lengths", lengths},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

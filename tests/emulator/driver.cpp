@@ -157,8 +157,9 @@ CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, 
         return INVALID_VALUE;
     if (grid_x % static_cast<unsigned>(kernel->cluster)) return INVALID_VALUE;
     if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
-    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, kernel->cluster, shared_bytes,
-                     multiprocessors, (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919);
+    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, kernel->cluster,
+                     shared_bytes, multiprocessors,
+                     (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919);
     return 0;
 }
 
@@ -170,8 +171,9 @@ struct LaunchConfig {
 };
 CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void **arguments, void **extra)
 {
-    return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0], config->block[1],
-                          config->block[2], config->shared_bytes, config->stream, arguments, extra);
+    return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0],
+                          config->block[1], config->block[2], config->shared_bytes, config->stream, arguments,
+                          extra);
 }
 
 CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes,

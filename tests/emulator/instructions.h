@@ -187,8 +187,7 @@ inline void matrices(const char *what, uint32_t (&r)[4], uint32_t row, bool tran
     if (row % 16) emulator::fail("%s from %u, which 16 does not divide", what, row);
     MatrixRows mine = {shared_memory(row), r};
     emulator::gather(what, &mine, [=](void *const *all) {
-        for (int i = 0; store && i < 32; i++)
-            emulator::mark_written(static_cast<MatrixRows *>(all[i])->row);
+        for (int i = 0; store && i < 32; i++) emulator::mark_written(static_cast<MatrixRows *>(all[i])->row);
         move_matrices(all, transposed, [=](unsigned char *at, unsigned char *element) {
             memcpy(store ? at : element, store ? element : at, 2);
         });

@@ -278,9 +278,10 @@ void block_sync()
 void cluster_sync()
 {
     const unsigned round = block->cluster_barrier.round;
-    suspend(Wait::BARRIER,
-            &arrive(block->cluster_barrier, NAMED_BARRIERS + 1, static_cast<int>(block->warps.size()) * LANES),
-            round);
+    suspend(
+        Wait::BARRIER,
+        &arrive(block->cluster_barrier, NAMED_BARRIERS + 1, static_cast<int>(block->warps.size()) * LANES),
+        round);
 }
 
 static Mbarrier &of(uint64_t *barrier)
@@ -410,9 +411,11 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
             for (int i = 0; i < LANES; i++) {
                 Lane &l = block->warps[w]->lane[i];
                 const unsigned index = static_cast<unsigned>(w % warps) * LANES + static_cast<unsigned>(i);
-                l.view = {{index, 0, 0}, {id + rank, 0, 0}, dim, grid, shared + rank * shared_bytes,
-                          static_cast<int>(rank), rank ? -bytes : bytes};
-                l.stack = static_cast<unsigned char *>(stack) + (w * LANES + static_cast<size_t>(i)) * STACK_BYTES;
+                l.view = {
+                    {index, 0, 0},          {id + rank, 0, 0},    dim, grid, shared + rank * shared_bytes,
+                    static_cast<int>(rank), rank ? -bytes : bytes};
+                l.stack =
+                    static_cast<unsigned char *>(stack) + (w * LANES + static_cast<size_t>(i)) * STACK_BYTES;
                 l.done = index >= dim.x;
             }
         }
