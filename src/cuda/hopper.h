@@ -21,7 +21,7 @@ fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int rows, int multiprocess
 int64_t fkda_hopper_places(int rows, int multiprocessors);
 
 /* What a chunk of 16 tokens of a head takes, in clocks (measured on an H100: docs/log.md). */
-enum { FKDA_HOPPER_CHUNK_128 = 1990, FKDA_HOPPER_CHUNK_64 = 1200 };
+enum { FKDA_HOPPER_CHUNK_128 = 1990, FKDA_HOPPER_CHUNK_64 = 1160 };
 
 /* What every kernel gets, but for the counter and the cut. */
 flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,

@@ -8,7 +8,14 @@
 #include "hopper.h"
 
 /* Clocks that a phase takes to begin and to end, measured on an H100 (docs/log.md). */
-enum { PHASE = 14000, CHUNK = 16, /* tokens */ MOST_PHASES = 4 };
+enum {
+    PHASE = 14000,
+    MOST_PHASES = 4,
+    CHUNK = 16, /* tokens */
+    /* How far heads come in the same time, beside each other: shared by pairs, and alone in a block. */
+    PAIRED = 1990,
+    SINGLE = 1200,
+};
 
 /* Sequences must be known to have one length, and results must not depend on the batch if that is asked for. */
 fkda_phase_plan fkda_plan_phases(const fkda_problem *p, int multiprocessors)
@@ -45,8 +52,8 @@ flash_kda_status fkda_run_phases(const fkda_driver *driver, const fkda_problem *
         .states = p->workspace,
         .groups = (int)plan->groups,
         .group_tasks = (int)plan->group_tasks,
-        .paired = FKDA_HOPPER_CHUNK_128,
-        .single = FKDA_HOPPER_CHUNK_64,
+        .paired = PAIRED,
+        .single = SINGLE,
     };
     for (int phase = 0; phase < plan->groups && status == FLASH_KDA_OK; phase++) {
         const int64_t left = tasks - phase * plan->group_tasks;

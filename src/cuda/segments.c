@@ -23,11 +23,12 @@ enum {
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
     /* Clocks, measured on an H100 (docs/log.md): a chunk's map and state in the first pass, a step of the join, and what more
-     * launches there are than one; the plan's for sequences that are not alike. */
-    CHUNK_MAP = 1830,
+     * launches there are than one. */
+    CHUNK_MAP = 2020,
     JOIN_STEP = 2500,
     LAUNCHES = 45000,
-    PLAN_LAUNCH = 15000,
+    IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
+    WORTH_PERCENT = 95,    /* of the time without cutting: estimates are off by a few percent */
 };
 
 /* How sequences are cut, from shapes and the device alone. */
@@ -74,7 +75,7 @@ static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int mu
 /* Into how many segments so many heads of sequences of so many chunks are cut best. */
 static int64_t best_segments(int64_t heads, int64_t chunks, int multiprocessors)
 {
-    int64_t best = 1, least = clocks_of(heads, chunks, 1, multiprocessors);
+    int64_t best = 1, least = clocks_of(heads, chunks, 1, multiprocessors) * WORTH_PERCENT / 100;
     const int64_t most = chunks * CHUNK / SHORTEST_EVER;
     for (int64_t segments = 2; segments <= most && heads * (segments - 2) <= 2 * multiprocessors;
          segments++) {
@@ -99,8 +100,7 @@ static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
     const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
     const int64_t of_equal = best_segments(heads, equal, multiprocessors);
     if (of_equal > 1) return equal / of_equal * CHUNK;
-    if (sequences_are_alike(p) ||
-        100 * (LAUNCHES + PLAN_LAUNCH) > 3 * clocks_of(heads, equal, 1, multiprocessors))
+    if (sequences_are_alike(p) || 100 * IDLE_LAUNCHES > 3 * clocks_of(heads, equal, 1, multiprocessors))
         return 0;
     const int64_t of_one = best_segments(p->heads, chunks, multiprocessors);
     if (of_one == 1) return 0;

@@ -30,12 +30,13 @@ static Memory &memory()
 static int wrong;
 
 /* How many of the seeds let a kernel of so many threads count something wrong. */
-static int wrong_runs(void kernel(), unsigned threads)
+static int wrong_runs(void kernel(), unsigned threads, unsigned cluster = 1)
 {
     int count = 0;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {
         wrong = 0;
-        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, 1, sizeof(Memory), 1, seed);
+        emulator::launch(kernel, {cluster, 1, 1}, {threads, 1, 1}, static_cast<int>(cluster), sizeof(Memory),
+                         static_cast<int>(cluster), seed);
         count += wrong > 0;
     }
     return count;
@@ -191,6 +192,41 @@ template <bool fence> static void stored_operand()
     wrong += d[1][3] != 16.0f;
 }
 
+/* A block sends the other one its numbers, and may change them once the other one has said that it has them. */
+template <bool wait_for_copy, bool wait_for_answer> static void send()
+{
+    const unsigned lane = threadIdx.x;
+    const int rank = fkda::cluster_rank();
+    uint64_t *answered = reinterpret_cast<uint64_t *>(memory().tile);
+    memory().word[lane] = rank ? 0 : 5;
+    if (lane == 0) fkda::mbarrier_init(&memory().barrier, 1);
+    if (lane == 0) fkda::mbarrier_init(answered, 1);
+    __syncthreads();
+    fkda::cluster_sync();
+    if (rank == 0) {
+        if (lane == 0) fkda::copy_to_other_block(memory().word, 128, &memory().barrier);
+        if (wait_for_answer) fkda::mbarrier_wait(answered, 0);
+        memory().word[lane] = 6;
+    } else {
+        if (lane == 0) fkda::mbarrier_arrive_expecting(&memory().barrier, 128);
+        if (wait_for_copy) fkda::mbarrier_wait(&memory().barrier, 0);
+        wrong += memory().word[lane] != 5;
+        fkda::mbarrier_wait(&memory().barrier, 0);
+        fkda::mbarrier_arrive_warp_there(answered);
+    }
+    __syncwarp();
+    fkda::cluster_sync();
+}
+
+/* Addresses in a cluster have the block's rank above bit 24, descriptors must not. */
+static void addresses()
+{
+    const uint32_t address = fkda::shared_address(memory().word);
+    wrong += address >> 24 != static_cast<uint32_t>(fkda::cluster_rank());
+    wrong += fkda::descriptor_address(memory().word) != (address & 0xffffff) / 16;
+    wrong += blockIdx.x != static_cast<unsigned>(fkda::cluster_rank());
+}
+
 static void conversions()
 {
     bool good = true;
@@ -229,6 +265,11 @@ int main()
     check(wrong_runs(matrices, 32) == 0, "matrices of 8 x 8");
     check(wrong_runs(stored_operand<true>, 32) == 0, "an operand by stmatrix");
     check(ends_the_program(stored_operand<false>, 32), "an operand by stmatrix without a fence");
+    check(wrong_runs(addresses, 32, 2) == 0, "addresses in a cluster");
+    check(wrong_runs(send<true, true>, 32, 2) == 0, "a copy to the other block is waited for");
+    check(wrong_runs(send<false, true>, 32, 2) > 0,
+          "a copy to the other block that isn't waited for is found");
+    check(wrong_runs(send<true, false>, 32, 2) > 0, "numbers that are changed while they are sent are found");
     check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
     check(ends_the_program(parts_ways, 32), "lanes at different instructions");
     check(ends_the_program(leaves_early, 32), "lanes that never come");
