@@ -9,7 +9,7 @@
 
 /* Clocks that a phase takes to begin and to end, measured on an H100 (docs/log.md). */
 enum {
-    PHASE = 14000,
+    PHASE = 33000,
     MOST_PHASES = 4,
     CHUNK = 16, /* tokens */
     /* How far heads come in the same time, beside each other: shared by pairs, and alone in a block. */
