@@ -44,7 +44,7 @@ template <int rows, bool mixed> static __device__ void run_block(const fkda_hopp
     }
     if (ordered) order_sequences(args, reinterpret_cast<int *>(shared.stage), shared.order);
     __syncthreads();
-    if (SHARERS < rows, mixed >> 1) cluster_sync(); /* before anything comes from the other block */
+    if (SHARERS<rows, mixed> == 2) cluster_sync(); /* before anything comes from the other block */
     if (thread < 2 * rows) { /* all registers are dealt out: 8 x (152 + 104), 4 x 200 + 8 x 152 */
         take_registers<rows == 64 ? 200 : 152>();
         Recurrence<rows, mixed>(args, shared, thread).run();
@@ -58,8 +58,8 @@ template <int rows, bool mixed> static __device__ void run_block(const fkda_hopp
             solve<rows, mixed>(args, shared, lane);
     }
     __syncwarp();
-    if (SHARERS < rows, mixed >> 1) cluster_sync(); /* nothing more comes from the other block */
-    if (rows == 128) wait_for_kernel_before();      /* in a phase: so that this one ends last */
+    if (SHARERS<rows, mixed> == 2) cluster_sync(); /* nothing more comes from the other block */
+    if (rows == 128) wait_for_kernel_before();     /* in a phase: so that this one ends last */
 }
 
 } // namespace fkda

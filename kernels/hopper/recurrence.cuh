@@ -326,7 +326,7 @@ template <int rows, bool mixed> struct Recurrence {
     {
         uint64_t *empty = &shared.chunks.empty[slot.index];
         mbarrier_arrive_warp(empty);
-        if (SHARERS < rows, mixed >> 1 && slot.index % 2 != sharer_rank<rows, mixed>())
+        if (SHARERS<rows, mixed> == 2 && slot.index % 2 != sharer_rank<rows, mixed>())
             mbarrier_arrive_warp_there(empty);
         slot.advance(1);
     }

@@ -245,6 +245,41 @@ static void determinism(void)
     problem_free(p);
 }
 
+static void fill_nan(uint16_t *at, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) at[i] = 0x7fc0;
+}
+
+/* Whatever stands beside a sequence, in the same chunk of 16 tokens too, is nothing to it: here nothing but NaN. */
+static void neighbours(void)
+{
+    static const int64_t sizes[] = {13, 20, 7};
+    problem *p = problem_create_ragged(sizes, 3, 3);
+    const int64_t width = p->heads * DIM, states = p->heads * DIM * DIM;
+    fill_case(p, find_case("random"), 61);
+    call_options options = options_of(STATE_BOTH, false);
+    result before = run_and_check(p, NULL, (bars){0, 0}, options);
+    for (int n = 0; n < 3; n += 2) {
+        const int64_t first = p->cu_seqlens[n];
+        fill_nan(p->q + first * width, sizes[n] * width);
+        fill_nan(p->k + first * width, sizes[n] * width);
+        fill_nan(p->v + first * width, sizes[n] * width);
+        fill_nan(p->g + first * width, sizes[n] * width);
+        fill_nan(p->beta + first * p->heads, sizes[n] * p->heads);
+    }
+    trying("NaN before and after a sequence");
+    result after = run_and_check(p, NULL, (bars){0, 0}, options);
+    if (before.out && after.out) {
+        const int64_t from = sizes[0] * width;
+        CHECK(first_difference(before.out + from, after.out + from, 2, sizes[1] * width) < 0, "out differs");
+        CHECK(first_difference((float *)before.state + states, (float *)after.state + states, 4, states) < 0,
+              "final_state differs");
+    }
+    result_free(&before);
+    result_free(&after);
+    problem_free(p);
+}
+
 /* A GPU can't refuse the values in cu_seqlens; whatever they are, no other memory may be touched. (A CPU refuses
  * them: test_arguments.) */
 static void wild_seqlens(void)
@@ -291,6 +326,7 @@ int main(int argc, char **argv)
         {"slow-channels", slow_channels},
         {"large", large},
         {"determinism", determinism},
+        {"neighbours", neighbours},
         {"wild-seqlens", wild_seqlens},
     };
     harness_start(argc, argv);

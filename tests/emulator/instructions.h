@@ -314,6 +314,7 @@ inline void cluster_sync()
 }
 template <class T> T *in_other_block(T *pointer)
 {
+    emulator::check_other_block();
     return reinterpret_cast<T *>(reinterpret_cast<unsigned char *>(pointer) + emulator::thread().to_other);
 }
 inline void mbarrier_arrive_warp_there(uint64_t *barrier)

@@ -323,6 +323,15 @@ void mbarrier_wait(uint64_t *barrier, int parity)
     suspend(Wait::MBARRIER, barrier, static_cast<unsigned>(parity) & 1);
 }
 
+void check_other_block()
+{
+    const size_t half = block->warps.size() / 2, first = lane->view.rank ? 0 : half;
+    for (size_t i = first; i < first + half; i++)
+        for (const Lane &l : block->warps[i]->lane)
+            if (!l.done) return;
+    fail("block %u reaches for the other block of its cluster, which has ended", lane->view.block.x);
+}
+
 static uint32_t unit_of(const unsigned char *at)
 {
     return static_cast<uint32_t>((at - block->shared) / 16);

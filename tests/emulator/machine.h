@@ -54,6 +54,9 @@ void barrier_arrive(int id, int threads);
 void block_sync();
 void cluster_sync();
 
+/* Ends the program if the other block of the cluster has ended: its memory is no longer there. */
+void check_other_block();
+
 /* mbarriers, in 64 bits of shared memory. */
 void mbarrier_init(uint64_t *barrier, int count);
 void mbarrier_arrive(uint64_t *barrier, int expected_bytes);

@@ -145,13 +145,14 @@ static void matrices()
 }
 
 /* A kernel that can't end must end the program, soon and with status 1. */
-static bool ends_the_program(void kernel(), unsigned threads)
+static bool ends_the_program(void kernel(), unsigned threads, unsigned cluster = 1)
 {
     const pid_t child = fork();
     int status = 0;
     if (child == 0) {
         fclose(stderr);
-        emulator::launch(kernel, {1, 1, 1}, {threads, 1, 1}, 1, sizeof(Memory), 1, 1);
+        emulator::launch(kernel, {cluster, 1, 1}, {threads, 1, 1}, static_cast<int>(cluster), sizeof(Memory),
+                         static_cast<int>(cluster), 1);
         _exit(0);
     }
     return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 1;
@@ -218,6 +219,20 @@ template <bool wait_for_copy, bool wait_for_answer> static void send()
     fkda::cluster_sync();
 }
 
+/* A block answers one that may have ended. */
+template <bool wait> static void answer()
+{
+    uint64_t *answered = reinterpret_cast<uint64_t *>(memory().tile);
+    if (threadIdx.x == 0) fkda::mbarrier_init(answered, 1);
+    __syncthreads();
+    fkda::cluster_sync();
+    if (fkda::cluster_rank()) {
+        for (int i = 0; i < 100; i++) __syncwarp();
+        fkda::mbarrier_arrive_warp_there(answered);
+    }
+    if (wait) fkda::cluster_sync();
+}
+
 /* Addresses in a cluster have the block's rank above bit 24, descriptors must not. */
 static void addresses()
 {
@@ -270,6 +285,8 @@ int main()
     check(wrong_runs(send<false, true>, 32, 2) > 0,
           "a copy to the other block that isn't waited for is found");
     check(wrong_runs(send<true, false>, 32, 2) > 0, "numbers that are changed while they are sent are found");
+    check(wrong_runs(answer<true>, 32, 2) == 0, "a block waits for the other one's end");
+    check(ends_the_program(answer<false>, 32, 2), "a block that reaches for one that has ended");
     check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
     check(ends_the_program(parts_ways, 32), "lanes at different instructions");
     check(ends_the_program(leaves_early, 32), "lanes that never come");
