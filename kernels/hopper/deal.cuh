@@ -30,8 +30,8 @@ template <int rows, bool mixed> struct Dealer {
           end(cut.counts ? Cut{args, cut}.entries(PASS) * args.heads : args.tasks)
     {
         if (!phases.states) return;
-        const int others = min(phases.group_tasks, args.tasks - phases.phase * phases.group_tasks);
-        end = rows == 64 ? others : args.tasks - others;
+        const int paired = min(phases.group_tasks, args.tasks - phases.phase * phases.group_tasks);
+        end = rows == 64 ? paired : args.tasks - paired;
     }
 
     __device__ const void *initial_state(long long task) const

@@ -4,9 +4,9 @@
  *
  *     S_(i+1)^T = S_i^T M_i + B_i
  *
- * S_1 is there, the state after the first segment, and B_i is where S_(i+1) goes. Rows are independent: a block carries FKDA_JOIN_ROWS of them through all maps, to fp32's precision. Of many
- * maps, groups are composed first, in parallel, to one map and one state each; then states are carried from group to group, then
- * through each group, in parallel again.
+ * S_1 is there, the state after the first segment, and B_i is where S_(i+1) goes. Rows are independent: a block carries
+ * FKDA_JOIN_ROWS of them through all maps, close to fp32's precision. Of many maps, groups are composed first, in parallel,
+ * to one map and one state each; then states are carried from group to group, then through each group, in parallel again.
  */
 #ifndef FKDA_HOPPER_JOIN_CUH
 #define FKDA_HOPPER_JOIN_CUH
@@ -24,8 +24,8 @@ enum JoinStep { COMPOSE, CHAIN, EXPAND };
 /* Strides keep a warp's loads of fragments in different banks. */
 struct JoinShared {
     __align__(16) float map[2][DIM][DIM + 8]; /* the one that is used and the one that comes */
-    __align__(16) float rows[2][FKDA_JOIN_ROWS]
-                            [DIM + 4]; /* before a step, and those that are written for the next */
+    /* Before a step, and those that are written for the next. */
+    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM + 4];
 };
 static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 

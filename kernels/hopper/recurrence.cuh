@@ -240,8 +240,9 @@ template <int rows, bool mixed> struct Recurrence {
         }
     }
 
-    /* One chunk, with `left` tokens of the piece from its first on. Its outputs go to byte `at`. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what
-     * the chunk's own tokens add to it in `own`. */
+    /* One chunk, with `left` tokens of the piece from its first on; its outputs will go to byte `at`. Leaves the update of the
+     * state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what the chunk's own tokens add to it
+     * in `own`. If outputs are stored later, stores those of the chunk before. */
     template <int tiles>
     __device__ void step(int index, int left, bool first, long long at, float (&read)[tiles][4],
                          float (&own)[2][4])

@@ -1,4 +1,4 @@
-/* What the two ways to run the Hopper kernels share: sequence by sequence (hopper.c), or cut into segments (segments.c). */
+/* What the ways to run the Hopper kernels share: whole sequences (hopper.c), in phases (phases.c), or cut into segments (segments.c). */
 #ifndef FKDA_HOPPER_H
 #define FKDA_HOPPER_H
 
@@ -20,7 +20,7 @@ fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int rows, int multiprocess
 /* Heads of a sequence or a segment that are under way at once, one to a block or to two that share it. */
 int64_t fkda_hopper_places(int rows, int multiprocessors);
 
-/* What a chunk of 16 tokens of a head takes, in clocks (measured on an H100: docs/log.md). */
+/* What a chunk of 16 tokens of a head takes, in clocks (fitted to times on an H100: BENCHMARK_H100.md). */
 enum { FKDA_HOPPER_CHUNK_128 = 1990, FKDA_HOPPER_CHUNK_64 = 1160 };
 
 /* What every kernel gets, but for the counter and the cut. */

@@ -22,8 +22,8 @@ enum {
     SHORTEST_EVER = 64,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
-    /* Clocks, measured on an H100 (docs/log.md): a chunk's map and state in the first pass, a step of the join, and what more
-     * launches there are than one. */
+    /* Clocks, fitted to times on an H100 (BENCHMARK_H100.md): a chunk's map and state in the first pass, a step of the join, and
+     * what more launches there are than one. */
     CHUNK_MAP = 2020,
     JOIN_STEP = 2500,
     LAUNCHES = 45000,
