@@ -33,7 +33,7 @@ static const fkda_kernel kernels[] = {
 #ifdef FKDA_WITH_HOPPER
     HOPPER_KERNEL(
         "hopper", hopper,
-        "chunks of 16 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
+        "chunks of 16 or 32 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
         "sequences cut into segments that run in parallel and are joined exactly, where that pays"),
     HOPPER_KERNEL("hopper-whole", hopper_whole, "as hopper, and sequences are never cut"),
     HOPPER_KERNEL("hopper-segments", hopper_segments,

@@ -192,6 +192,14 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high)
     return *reinterpret_cast<uint32_t *>(&pair);
 }
 
+/* Products of pairs of fp16. */
+__device__ __forceinline__ uint32_t multiply_halves(uint32_t x, uint32_t y)
+{
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+    return product;
+}
+
 } // namespace fkda
 
 #endif

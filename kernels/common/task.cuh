@@ -1,4 +1,4 @@
-/* What every kernel shares about the problem: chunk and head sizes, and which tokens a task covers. */
+/* What every kernel shares about the problem: the size of a head, and which tokens a task covers. */
 #ifndef FKDA_TASK_CUH
 #define FKDA_TASK_CUH
 
@@ -9,8 +9,7 @@
 namespace fkda
 {
 
-constexpr int CHUNK = 16; /* tokens */
-constexpr int DIM = 128;  /* K and V */
+constexpr int DIM = 128; /* K and V */
 
 /* One head of one sequence. */
 struct Task {
@@ -27,7 +26,8 @@ __device__ inline long long sequence_border(const fkda_fwd_args &args, long long
     return min(max(border, 0LL), args.tokens);
 }
 
-__device__ inline Task find_task(const fkda_fwd_args &args, int index)
+/* `chunk`: tokens of a chunk. */
+__device__ inline Task find_task(const fkda_fwd_args &args, int index, int chunk)
 {
     Task task;
     int sequence = index / args.heads;
@@ -39,7 +39,7 @@ __device__ inline Task find_task(const fkda_fwd_args &args, int index)
         task.begin = sequence * args.tokens;
         task.length = static_cast<int>(args.tokens);
     }
-    task.chunks = (task.length + CHUNK - 1) / CHUNK;
+    task.chunks = (task.length + chunk - 1) / chunk;
     return task;
 }
 

@@ -2,11 +2,13 @@
 #ifndef FKDA_HOPPER_CUT_CUH
 #define FKDA_HOPPER_CUT_CUH
 
-#include "../common/task.cuh"
 #include "fwd_args.h"
+#include "walk.cuh"
 
 namespace fkda
 {
+
+constexpr int CUT_CHUNK = FKDA_HOPPER_CHUNK_PAIRED; /* segments end where chunks do */
 
 struct Cut {
     const fkda_fwd_args &args;
@@ -14,7 +16,7 @@ struct Cut {
 
     __device__ Task sequence(int n) const
     {
-        return find_task(args, n * args.heads);
+        return find_task(args, n * args.heads, CUT_CHUNK);
     }
 
     __device__ int sequences() const
@@ -40,8 +42,8 @@ struct Cut {
     {
         const Task task = sequence(c.sequence);
         const long long chunks = task.chunks;
-        const int from = static_cast<int>(chunks * i / c.segments) * CHUNK;
-        const int to = static_cast<int>(chunks * (i + 1) / c.segments) * CHUNK;
+        const int from = static_cast<int>(chunks * i / c.segments) * CUT_CHUNK;
+        const int to = static_cast<int>(chunks * (i + 1) / c.segments) * CUT_CHUNK;
         return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == c.segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }
@@ -68,21 +70,32 @@ struct Cut {
         return {c, segments, c * segments, c * groups_of(segments)};
     }
 
-    /* What a pass walks through, for every head: in the first, of cut sequences all segments but the last; in the second, all but
-     * the first, and sequences that are not cut. */
-    __device__ int entries(int pass) const
+    /* What a launch works through, for every head. */
+    __device__ int entries(int work) const
     {
-        if (!cut.alike) return cut.counts->segments[pass];
+        if (work == FKDA_SEQUENCES) return sequences();
+        if (work == FKDA_FIRST_SEGMENTS) return cut_sequences();
+        if (!cut.alike)
+            return work == FKDA_INNER_SEGMENTS ? cut.counts->inner_segments : cut.counts->later_segments;
         const int segments = segments_of(sequence(0).length);
-        return segments > 1 ? sequences() * (segments - 1) : pass * sequences();
+        return segments == 1 ? (work == FKDA_LATER_SEGMENTS) * sequences()
+                             : sequences() * each(work, segments);
     }
 
-    __device__ fkda_segment entry(int pass, int e) const
+    __device__ fkda_segment entry(int work, int e) const
     {
-        if (!cut.alike) return cut.lists[pass][e];
+        if (work == FKDA_SEQUENCES) return whole(e);
+        if (work == FKDA_FIRST_SEGMENTS) return segment(cut_sequence(e), 0);
+        if (!cut.alike) return (work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e];
         const int segments = segments_of(sequence(0).length);
         if (segments == 1) return whole(e);
-        return segment(cut_sequence(e / (segments - 1)), e % (segments - 1) + pass);
+        return segment(cut_sequence(e / each(work, segments)), e % each(work, segments) + 1);
+    }
+
+    /* Inner or later segments of a sequence of so many. */
+    static __device__ int each(int work, int segments)
+    {
+        return work == FKDA_INNER_SEGMENTS ? segments - 2 : segments - 1;
     }
 };
 

@@ -1,4 +1,4 @@
-/* Which pieces of work a block gets, and in which order. */
+/* Which pieces of work a block, or a pair of blocks that share, gets, and in which order. */
 #ifndef FKDA_HOPPER_DEAL_CUH
 #define FKDA_HOPPER_DEAL_CUH
 
@@ -9,143 +9,220 @@
 namespace fkda
 {
 
-/* Where the next piece comes from. Pieces are numbered, by sequence and head or, where sequences are cut, by segment in a list and
- * head. Blocks draw numbers from a counter if there is one; numbers go to sequences by falling length, so that blocks end at about
- * the same time. Else, and for blocks that share preparation, numbers are dealt out forwards and backwards by turns. Blocks that
- * share meet the same numbers. */
-template <int rows, bool mixed> struct Dealer {
-    static constexpr int PASS = mixed ? 0 : 1;
-    static constexpr bool DRAWS = SHARERS<rows, mixed> == 1;
+/*
+ * All pieces, of each sequence or segment every head, are laid end to end, and each worker (a block, or a pair of them) gets an equal
+ * share of the line. Where a border falls within a piece, the worker that ends there leaves the piece's first chunks to the one that
+ * begins there, takes the state from it when all else is done, and goes on to the piece's end. A share is no shorter than the longest
+ * piece, so the first chunks are over before the others are due (McNaughton's rule for jobs that can be interrupted). Workers get
+ * shares from the line's end on, so that each waits for one that was started before it.
+ *
+ * Without room for states at the borders pieces are not divided: who has more than half of one gets all of it. As many workers as
+ * pieces have one each, and segments' maps, which are as long as each other, are dealt out in turn.
+ *
+ * Called by all lanes of the loading warps; blocks that share meet the same pieces.
+ */
+template <class Kind> struct Dealer {
+    static constexpr int CHUNK = Kind::CHUNK;
+    static constexpr int SWITCH = 2; /* chunks that beginning and ending a piece takes about as long as */
+    static constexpr int LEAST = 4;  /* chunks that are worth a division, on both sides */
     const fkda_fwd_args &args;
-    const fkda_cut &cut;
-    const fkda_phases &phases;
-    const uint16_t *order;   /* of the sequences, or null */
-    int rank, place, places; /* among the blocks that share, and of those among all */
-    int next, turn, end;
+    const fkda_handoff &handoff;
+    Cut cut;
+    int work, entries;
+    int rank,
+        share_number; /* of the block among those that share; of the share, from the line's beginning on */
+    int entry, head;  /* the next piece */
+    int at; /* where it begins on the line, in chunks: of all inputs that fit in memory a few million */
+    int begin, end; /* of the share */
+    bool one_each;
 
-    __device__ Dealer(const fkda_hopper_fwd_args &a, const uint16_t *o, int rank_)
-        : args(a.fwd), cut(a.cut), phases(a.phases), order(o), rank(rank_),
-          place(static_cast<int>(blockIdx.x) / SHARERS<rows, mixed>),
-          places(static_cast<int>(gridDim.x) / SHARERS<rows, mixed>), next(place), turn(0),
-          end(cut.counts ? Cut{args, cut}.entries(PASS) * args.heads : args.tasks)
+    __device__ Dealer(const fkda_hopper_fwd_args &a, int block_rank, int lane)
+        : args(a.fwd), handoff(a.handoff), cut{a.fwd, a.cut}, work(a.work), entries(cut.entries(a.work)),
+          rank(block_rank), entry(0), head(0), at(0), begin(0), end(0)
     {
-        if (!phases.states) return;
-        const int paired = min(phases.group_tasks, args.tasks - phases.phase * phases.group_tasks);
-        end = rows == 64 ? paired : args.tasks - paired;
+        share_number = workers() - 1 - worker();
+        one_each = entries * args.heads <= workers();
+        if (in_turn())
+            entry = worker() / args.heads, head = worker() % args.heads;
+        else
+            find_share(lane);
     }
 
-    __device__ const void *initial_state(long long task) const
+    static __device__ int workers()
     {
-        return args.initial_state ? static_cast<const char *>(args.initial_state) +
-                                        task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4)
-                                  : nullptr;
+        return static_cast<int>(gridDim.x) / Kind::SHARERS;
+    }
+    static __device__ int worker()
+    {
+        return static_cast<int>(blockIdx.x) / Kind::SHARERS;
     }
 
-    __device__ void *final_state(long long task) const
+    __device__ bool in_turn() const
     {
-        return args.final_state
-                   ? static_cast<char *>(args.final_state) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4)
-                   : nullptr;
+        return !Kind::OUTPUTS || one_each;
     }
 
-    /* All of a sequence, from the caller's state to the caller's. */
-    __device__ Piece whole(int sequence, int head, long long begin, int length, int first_row) const
+    static __device__ int chunks_of(const fkda_segment &s)
     {
-        const long long task = static_cast<long long>(sequence) * args.heads + head;
-        return {begin,
-                head,
-                length,
-                first_row,
-                args.state_is_bf16 ? INITIAL_BF16 | FINAL_BF16 : 0,
-                initial_state(task),
-                final_state(task)};
+        return (s.length + CHUNK - 1) / CHUNK;
     }
 
-    /* In the first pass blocks that share have the halves of a first segment's rows, or a segment's map and its state. */
-    __device__ Piece of_segment(const fkda_segment &s, int head) const
+    __device__ int weight(int e) const
     {
-        const bool halves = rows == 64 || (mixed && s.kind & FKDA_SEGMENT_FIRST);
-        Piece piece = whole(s.sequence, head, s.begin, s.length, halves ? 64 * rank : 0);
-        if (mixed && halves) piece.kind |= HALF;
-        if (s.slot < 0) return piece;
-        const long long matrix = (static_cast<long long>(s.slot) * args.heads + head) * (DIM * DIM);
-        const long long next_slot = static_cast<long long>(args.heads) * (DIM * DIM);
+        return e < entries ? chunks_of(cut.entry(work, e)) + SWITCH : 0;
+    }
+
+    __device__ void find_share(int lane)
+    {
+        const int each = (entries + 31) / 32; /* entries of a lane, one after the other */
+        int own = 0;                          /* their part of the line */
+        int longest = 0;
+#pragma unroll 1
+        for (int i = 0; i < each; i++) {
+            const int one = weight(lane * each + i);
+            own += one, longest = max(longest, one);
+        }
+        own *= args.heads;
+        const int up_to = sum_up_to(own, lane);
+        longest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest)));
+        const int all = __shfl_sync(~0u, up_to, 31);
+        const int share = max((all + workers() - 1) / workers(), longest);
+        begin = share_number * share, end = begin + share;
+        entry = entries; /* nothing, if the line ends before */
+        unsigned beyond = __ballot_sync(~0u, up_to > begin);
+        if (!beyond) return;
+        const int lane_there =
+            __ffs(static_cast<int>(beyond)) - 1; /* who has the entry in which the share begins */
+        at = __shfl_sync(~0u, up_to - own, lane_there);
+#pragma unroll 1
+        for (int e = lane_there * each;; e += 32) {
+            const int one = weight(e + lane);
+            const int here = sum_up_to(one * args.heads, lane);
+            beyond = __ballot_sync(~0u, at + here > begin);
+            if (beyond) {
+                const int first = __ffs(static_cast<int>(beyond)) - 1;
+                const int head_weight = __shfl_sync(~0u, one, first);
+                at += __shfl_sync(~0u, here, first) - head_weight * args.heads;
+                entry = e + first, head = (begin - at) / head_weight;
+                at += head * head_weight;
+                return;
+            }
+            at += __shfl_sync(~0u, here, 31);
+        }
+    }
+
+    /* The sum of x of all lanes up to this one. */
+    static __device__ int sum_up_to(int x, int lane)
+    {
+        for (int by = 1; by < 32; by *= 2) {
+            const int other = __shfl_up_sync(~0u, x, by);
+            if (lane >= by) x += other;
+        }
+        return x;
+    }
+
+    /* How many chunks of a piece are done by the worker in whose share it ends, which has so much of its weight. */
+    __device__ int first_part(int chunks, int beyond) const
+    {
+        if (!handoff.states) return 2 * beyond > chunks + SWITCH ? chunks : 0;
+        return beyond < LEAST ? 0 : beyond > chunks - LEAST ? chunks : beyond;
+    }
+
+    __device__ Piece deal()
+    {
+        if (in_turn()) {
+            if (entry >= entries) return none();
+            const Piece piece = piece_of(cut.entry(work, entry), head);
+            const int next = entry * args.heads + head + workers();
+            entry = next / args.heads, head = next % args.heads;
+            return piece;
+        }
+        while (entry < entries && at < end) {
+            const fkda_segment s = cut.entry(work, entry);
+            const int chunks = chunks_of(s), here = head;
+            const int from = at, to = at + chunks + SWITCH;
+            at = to;
+            if (++head == args.heads) head = 0, entry++;
+            Piece piece = piece_of(s, here);
+            if (from < begin) {
+                const int part = first_part(chunks, to - begin);
+                if (!part) continue;
+                if (part < chunks) hand_on(piece, part * CHUNK);
+            } else if (to > end) {
+                const int part = first_part(chunks, to - end);
+                if (part && part == chunks) continue;
+                if (part) go_on(piece, part * CHUNK);
+            }
+            return piece;
+        }
+        return none();
+    }
+
+    static __device__ Piece none()
+    {
+        return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr, nullptr};
+    }
+
+    /* Only the first so many tokens; the state goes to the border where the share begins. */
+    __device__ void hand_on(Piece &piece, int tokens) const
+    {
+        piece.length = tokens;
+        piece.final = state_at_border(share_number);
+        piece.flags = flags_at_border(share_number);
+        piece.kind = (piece.kind & ~FINAL_BF16) | SIGNAL;
+    }
+
+    /* Without so many tokens; the state comes from the border where the share ends. */
+    __device__ void go_on(Piece &piece, int tokens) const
+    {
+        piece.begin += tokens, piece.length -= tokens;
+        piece.initial = state_at_border(share_number + 1);
+        piece.flags = flags_at_border(share_number + 1);
+        piece.kind = (piece.kind & ~INITIAL_BF16) | AWAIT;
+    }
+
+    __device__ float *state_at_border(int border) const
+    {
+        return handoff.states + static_cast<long long>(border) * (DIM * DIM);
+    }
+
+    __device__ int *flags_at_border(int border) const
+    {
+        return handoff.flags + FKDA_HANDOFF_FLAGS * border + Kind::RECURRENCE_WARPS * rank;
+    }
+
+    /* A head of a sequence or of a segment: from the caller's state, or what the workspace has for the segment, to the caller's or the
+     * next segment's. Blocks have the halves of its rows or, for maps, a segment's map and its state. */
+    __device__ Piece piece_of(const fkda_segment &s, int h) const
+    {
+        const long long task = static_cast<long long>(s.sequence) * args.heads + h;
+        const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
+        const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
+        if (!Kind::OUTPUTS) {
+            float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
+            return {s.begin, h, s.length, 0, rank == 0 ? UNIT : 0, nullptr, to, nullptr};
+        }
+        Piece piece = {s.begin, h, s.length, Kind::ROWS * rank, 0, nullptr, nullptr, nullptr};
         if (!(s.kind & FKDA_SEGMENT_FIRST)) {
-            piece.initial = mixed ? nullptr : cut.states + matrix;
-            piece.kind &= ~INITIAL_BF16;
-            if (mixed) piece.kind |= rank == 0 ? STATES_ONLY | UNIT : STATES_ONLY;
+            piece.initial = cut.cut.states + slot;
+        } else if (args.initial_state) {
+            piece.initial = user_state(const_cast<void *>(args.initial_state), task);
+            if (args.state_is_bf16) piece.kind |= INITIAL_BF16;
         }
-        if (!(s.kind & FKDA_SEGMENT_LAST)) {
-            piece.final = !mixed              ? nullptr
-                          : piece.kind & UNIT ? cut.maps + matrix
-                                              : cut.states + matrix + next_slot;
-            piece.kind &= ~FINAL_BF16;
+        if (!(s.kind & FKDA_SEGMENT_LAST)) { /* the states after later ones have come from the join */
+            if (work == FKDA_FIRST_SEGMENTS) piece.final = cut.cut.states + next_slot;
+        } else if (args.final_state) {
+            piece.final = user_state(args.final_state, task);
+            if (args.state_is_bf16) piece.kind |= FINAL_BF16;
         }
         return piece;
     }
 
-    /* The first chunk of a task, of so many, in a phase. */
-    __device__ int first_of_phase(int chunks, int group, int phase) const
+    __device__ void *user_state(void *states, long long task) const
     {
-        const int parts = phases.paired + (phases.groups - 1) * phases.single;
-        const int done = phase * phases.single + (phase > group ? phases.paired - phases.single : 0);
-        return static_cast<int>(static_cast<long long>(chunks) * done / parts);
-    }
-
-    /* The part of a task that this phase does, and number n of those that it does in blocks of this kind. */
-    __device__ Piece of_phase(int n) const
-    {
-        const int before = phases.phase * phases.group_tasks;
-        const int index = rows == 64   ? before + n
-                          : n < before ? n
-                                       : n + min(phases.group_tasks, args.tasks - before);
-        const int group = index / phases.group_tasks;
-        const Task task = find_task(args, index);
-        const int from = first_of_phase(task.chunks, group, phases.phase) * CHUNK,
-                  to = min(first_of_phase(task.chunks, group, phases.phase + 1) * CHUNK, task.length);
-        Piece piece = whole(index / args.heads, task.head, task.begin + from, max(to - from, 0),
-                            rows == 64 ? 64 * rank : 0);
-        float *state = phases.states + static_cast<long long>(index) * (DIM * DIM);
-        if (phases.phase > 0) piece.initial = state, piece.kind &= ~INITIAL_BF16;
-        if (phases.phase < phases.groups - 1) piece.final = state, piece.kind &= ~FINAL_BF16;
-        return piece;
-    }
-
-    /* Called by all lanes of the warp. */
-    __device__ Piece deal(int lane)
-    {
-        const int number = next;
-        turn++;
-        if (DRAWS && args.counter) {
-            int drawn = 0;
-            if (lane == 0) drawn = places + atomicAdd(args.counter, 1);
-            next = __shfl_sync(~0u, drawn, 0);
-        } else {
-            next = turn * places + (turn % 2 ? places - 1 - place : place);
-        }
-        if (number >= end) return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr};
-        if (!mixed && phases.states) return of_phase(number);
-        int sequence = number / args.heads;
-        const int head = number % args.heads;
-        if (cut.counts) return of_segment(Cut{args, cut}.entry(PASS, sequence), head);
-        if (DRAWS && order) sequence = order[sequence];
-        const Task task = find_task(args, sequence * args.heads + head);
-        return whole(sequence, head, task.begin, task.length, rows == 64 ? 64 * rank : 0);
+        return static_cast<char *>(states) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
     }
 };
-
-/* Numbers the sequences by falling length, all threads of the block together. `length` is scratch. */
-__device__ inline void order_sequences(const fkda_fwd_args &args, int *length, uint16_t *order)
-{
-    const int count = args.tasks / args.heads;
-    for (int n = threadIdx.x; n < count; n += blockDim.x) length[n] = find_task(args, n * args.heads).length;
-    __syncthreads();
-    for (int n = threadIdx.x; n < count; n += blockDim.x) {
-        int rank = 0;
-        for (int m = 0; m < count; m++) rank += length[m] > length[n] || (length[m] == length[n] && m < n);
-        order[rank] = static_cast<uint16_t>(n);
-    }
-}
 
 } // namespace fkda
 

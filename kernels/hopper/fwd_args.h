@@ -5,15 +5,21 @@
 #include "../common/fwd_args.h"
 #include "segments.h"
 
-/* Where there are more heads than pairs of blocks, and fewer than blocks: in each phase those of one group are shared by pairs and all
- * others have a block to themselves. Every group has its phase, after which all are through. `paired` and `single` say how far a
- * head comes in a phase in either way, in parts of what the groups come to together. */
-typedef struct fkda_phases {
-    float *states; /* between phases: [task][128][128]; null: there is one phase for all */
-    int groups, phase;
-    int group_tasks; /* of each group, the last one perhaps fewer */
-    int paired, single;
-} fkda_phases;
+/* What a launch works through, for every head. */
+enum {
+    FKDA_SEQUENCES,      /* whole ones */
+    FKDA_FIRST_SEGMENTS, /* of cut sequences, and the next two kinds: */
+    FKDA_INNER_SEGMENTS, /* all but the first and the last, for their maps */
+    FKDA_LATER_SEGMENTS, /* all but the first; and sequences that are not cut */
+};
+
+/* Where pairs of blocks share pieces of work between two of them: the one that ends with such a piece takes its state from the one that
+ * began it. In the workspace; of `states` only what is signalled is read. */
+typedef struct fkda_handoff {
+    float *states; /* [pair of blocks][128][128]; null: pieces are not divided */
+    int *flags;    /* [pair of blocks][FKDA_HANDOFF_FLAGS], zeros before the launch: one to 16 rows */
+} fkda_handoff;
+enum { FKDA_HANDOFF_FLAGS = 8 };
 
 /* CUtensorMap of the CUDA driver API, aligned as it must be. */
 typedef struct fkda_tensor_map {
@@ -25,13 +31,14 @@ typedef struct fkda_tensor_map {
         unsigned long long opaque[16];
 } fkda_tensor_map;
 
-/* Maps of the tensors [tokens, heads, 2, 64] with boxes of 16 tokens of 64 channels, coordinates in the order channel, token, half,
+/* Maps of the tensors [tokens, heads, 2, 64] with boxes of a chunk of tokens of 64 channels, coordinates in the order channel, token, half,
  * head, and rows of 128 bytes swizzled in shared memory. */
 typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance.Padding): one to a launch */
     fkda_fwd_args fwd;
     fkda_tensor_map q, k, g, v;
     fkda_cut cut;
-    fkda_phases phases;
+    fkda_handoff handoff;
+    int work; /* FKDA_SEQUENCES, ... */
 } fkda_hopper_fwd_args;
 
 #endif

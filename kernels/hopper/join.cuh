@@ -197,7 +197,7 @@ struct Join {
 /* A step for all cut sequences: every gridDim.x-th item of work. */
 template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, const fkda_cut &cut)
 {
-    constexpr int BLOCKS =
+    constexpr int PARTS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
     Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0};
     const Cut rules = {args, cut};
@@ -206,10 +206,10 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
     for (int c = 0, item = static_cast<int>(blockIdx.x); c < count; c++) {
         const fkda_cut_sequence sequence = rules.cut_sequence(c);
         const int groups = Cut::groups_of(sequence.segments);
-        const int items = (step == CHAIN ? 1 : groups) * args.heads * BLOCKS;
+        const int items = (step == CHAIN ? 1 : groups) * args.heads * PARTS;
         for (; item < before + items; item += static_cast<int>(gridDim.x)) {
-            const int within = item - before, block = within % BLOCKS, group = within / BLOCKS / args.heads;
-            work.head = within / BLOCKS % args.heads;
+            const int within = item - before, block = within % PARTS, group = within / PARTS / args.heads;
+            work.head = within / PARTS % args.heads;
             work.row = block % (DIM / FKDA_JOIN_ROWS) * FKDA_JOIN_ROWS;
             if constexpr (step == COMPOSE) work.compose(sequence, group, block >= DIM / FKDA_JOIN_ROWS);
             if constexpr (step == CHAIN) work.chain(sequence, groups);

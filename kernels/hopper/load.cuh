@@ -11,76 +11,117 @@
 namespace fkda
 {
 
-template <int rows, bool mixed> struct Loader {
+template <class Kind> struct Loader {
     const fkda_hopper_fwd_args &args;
-    Shared<rows> &shared;
-    int lane, rank;
-    Dealer<rows, mixed> dealer;
+    Shared<Kind> &shared;
+    Dealer<Kind> dealer;
     Slot<PIECES_AHEAD> dealt;
-    Slot<SLOTS> slot;
     Piece piece; /* the last one dealt */
+    /* The next chunk's slot, of those that this block prepares, and of those that the other block does. */
+    Slot<Kind::OWN> own;
+    Slot<Kind::RECEIVED + (Kind::SHARERS == 1)> received;
+    unsigned turn, rank, expected,
+        asked_for; /* chunks of the other block: met so far, and values asked for */
 
-    __device__ Loader(const fkda_hopper_fwd_args &a, Shared<rows> &s, const uint16_t *order, int lane_id)
-        : args(a), shared(s), lane(lane_id), rank(sharer_rank<rows, mixed>()), dealer(a, order, rank),
-          dealt(0), slot(0), piece{}
+    __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Kind> &s, int lane)
+        : args(a), shared(s), dealer(a, sharer_rank<Kind>(), lane), dealt(0), piece{}, own(0), received(0),
+          turn(0), rank(sharer_rank<Kind>()), expected(0), asked_for(0)
     {
     }
 
-    /* Deals out a piece, for which all must have met the one PIECES_AHEAD before. Nobody waits there for more than chunks of
-     * earlier pieces, which are all asked for. */
+    /* While waiting, asks for what there is room for of the other block's chunks: its slots come free on their own. */
+    __device__ void wait(uint64_t *barrier, int parity)
+    {
+        if constexpr (Kind::SHARERS == 1)
+            mbarrier_wait(barrier, parity);
+        else
+            while (!mbarrier_test(barrier, parity))
+                if (asked_for != expected) ask_for_values();
+    }
+
+    /* Deals out a piece, for which all must have met the one PIECES_AHEAD before. */
     __device__ void deal()
     {
-        piece = dealer.deal(lane);
-        mbarrier_wait(&shared.pieces.ring.empty[dealt.index], dealt.parity ^ 1);
-        if (lane == 0) {
+        piece = dealer.deal();
+        wait(&shared.pieces.ring.empty[dealt.index], dealt.parity ^ 1);
+        if (elect_lane()) {
             shared.pieces.piece[dealt.index] = piece;
             mbarrier_arrive(&shared.pieces.ring.full[dealt.index]);
         }
+        __syncwarp();
         dealt.advance(1);
     }
 
-    /* The chunk of a piece from its token `first` on: all of it if this block prepares it, else the values, and room for what the
-     * other block will send. Past the end of the sequence this brings the next one's tokens, past the end of the tensor zeros. */
-    __device__ void load(const Piece &now, int first)
+    /* Copies of 64 rows of V of a chunk. */
+    __device__ void copy_values(int slot, const Values &of, uint64_t *barrier) const
     {
-        Tokens<rows> &to = shared.tokens[slot.index];
-        const bool own = SHARERS<rows, mixed> == 1 || slot.index % 2 == rank;
-        uint64_t *barrier = own ? &shared.chunks.loaded[slot.index] : &shared.chunks.ready[slot.index];
-        mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
+        for (int i = 0; i < of.boxes; i++)
+            copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
+    }
+
+    /* A chunk that this block prepares. Past the end of the sequence this brings the next one's tokens, past the end of the tensor
+     * zeros. */
+    __device__ void load(const Values &values)
+    {
+        Tokens<Kind> &to = shared.tokens[own.index];
+        uint64_t *barrier = &shared.chunks.loaded[own.index];
+        wait(&shared.chunks.empty[own.index], own.parity ^ 1);
         if (elect_lane()) {
-            const int token = static_cast<int>(now.begin) + first;
-            const bool queries = wants_outputs<mixed>(now.kind);
-            const int value_boxes = !mixed            ? rows / 64
-                                    : now.kind & UNIT ? 0
-                                    : now.kind & HALF ? 1
-                                                      : rows / 64;
-            const int inputs = DIM / 64 * HALF_TOKENS * (queries ? 3 : 2);
             mbarrier_arrive_expecting(barrier,
-                                      value_boxes * HALF_TOKENS +
-                                          (own ? inputs : static_cast<int>(sizeof to.half + sizeof(Stage))));
-            if (own) {
+                                      values.boxes * Kind::HALF_TOKENS + static_cast<int>(sizeof to.half));
 #pragma unroll
-                for (int half = 0; half < DIM / 64; half++) {
-                    copy_box(to.half[half].k, &args.k, token, half, now.head, barrier);
-                    if (queries) copy_box(to.half[half].q, &args.q, token, half, now.head, barrier);
-                    copy_box(to.half[half].g, &args.g, token, half, now.head, barrier);
-                }
+            for (int half = 0; half < DIM / 64; half++) {
+                copy_box(to.half[half].tile[G], &args.g, values.token, half, values.head, barrier);
+                copy_box(to.half[half].tile[K], &args.k, values.token, half, values.head, barrier);
+                if constexpr (Kind::OUTPUTS)
+                    copy_box(to.half[half].tile[Q], &args.q, values.token, half, values.head, barrier);
             }
-            for (int half = 0; half < value_boxes; half++)
-                copy_box(to.v[half], &args.v, token, now.first_row / 64 + half, now.head, barrier);
+            copy_values(own.index, values, barrier);
         }
         __syncwarp();
-        slot.advance(1);
+        own.advance(1);
+    }
+
+    /* The first of the other block's chunks that wait for it: its values, and room for what will be sent, once its slot is free. */
+    __device__ void ask_for_values()
+    {
+        const int slot = Kind::OWN + received.index;
+        if (!mbarrier_test(&shared.chunks.empty[slot], received.parity ^ 1)) return;
+        if (elect_lane()) {
+            const Values values = shared.expected[asked_for % MOST_EXPECTED];
+            uint64_t *barrier = &shared.chunks.ready[slot];
+            mbarrier_arrive_expecting(barrier, values.boxes * Kind::HALF_TOKENS +
+                                                   static_cast<int>(sizeof shared.tokens[slot].half) +
+                                                   static_cast<int>(sizeof(Stage<Kind>)));
+            copy_values(slot, values, barrier);
+        }
+        __syncwarp();
+        asked_for++;
+        received.advance(1);
+    }
+
+    __device__ void expect(const Values &values)
+    {
+        while (expected - asked_for == MOST_EXPECTED) ask_for_values();
+        if (elect_lane()) shared.expected[expected % MOST_EXPECTED] = values;
+        __syncwarp();
+        expected++;
     }
 
     __device__ void run()
     {
-        deal();
         while (!(piece.kind & NO_PIECE)) {
-            const Piece now = piece;
+            const Piece now = piece; /* at first an empty one */
             deal();
-            for (int first = 0; first < now.length; first += CHUNK) load(now, first);
+            Values values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
+                             !Kind::OUTPUTS && now.kind & UNIT ? 0 : Kind::ROWS / 64};
+            for (int left = now.length; left > 0; left -= Kind::CHUNK, values.token += Kind::CHUNK, turn ^= 1)
+                if (Kind::SHARERS == 1 || turn == rank)
+                    load(values);
+                else
+                    expect(values);
         }
+        while (asked_for != expected) ask_for_values();
     }
 };
 

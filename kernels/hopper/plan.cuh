@@ -1,4 +1,4 @@
-/* Cuts sequences into segments and writes the lists of both passes, in one block. */
+/* Cuts sequences into segments and lists what the passes walk through, in one block. */
 #ifndef FKDA_HOPPER_PLAN_CUH
 #define FKDA_HOPPER_PLAN_CUH
 
@@ -8,16 +8,12 @@
 namespace fkda
 {
 
-constexpr int PLAN_BUCKETS = 64; /* of lengths, by which a list is sorted: two to a lane of a warp */
-
 struct Plan {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
-    int *buckets; /* in shared memory: the numbers of segments, then where the next one goes */
     Cut rules;
 
-    __device__ Plan(const fkda_fwd_args &a, const fkda_cut &c, int *b)
-        : args(a), cut(c), buckets(b), rules{a, c}
+    __device__ Plan(const fkda_fwd_args &a, const fkda_cut &c) : args(a), cut(c), rules{a, c}
     {
     }
 
@@ -32,61 +28,26 @@ struct Plan {
         return low;
     }
 
-    /* Of the first pass a cut sequence has an entry for each segment but the last, of the second pass for each but the first. */
-    static __device__ int entries_before(const fkda_cut_sequence &c, int index)
-    {
-        return c.first_slot - index;
-    }
-
-    /* visit(segment) for each entry of a pass, all threads of the block together. */
-    template <int pass, class Visit> __device__ void for_each(int cut_sequences, int slots, Visit visit) const
+    /* The segments of cut sequences but the first, or without the last too, in order; all threads of the block together. */
+    __device__ void list_segments(fkda_segment *list, int cut_sequences, int slots, int left_out) const
     {
         const fkda_cut_sequence *cuts = cut.cut_sequences;
-        for (int e = threadIdx.x; e < slots - cut_sequences; e += blockDim.x) {
-            const int c = find_cut(e, cut_sequences, [=](int i) { return entries_before(cuts[i], i); });
-            visit(rules.segment(cuts[c], e - entries_before(cuts[c], c) + pass));
-        }
-        if constexpr (pass == 1) {
-            for (int n = threadIdx.x; n < rules.sequences(); n += blockDim.x) {
-                const int c = find_cut(n, cut_sequences, [=](int i) { return cuts[i].sequence; });
-                if (cut_sequences && cuts[c].sequence == n) continue;
-                visit(rules.whole(n));
-            }
+        const auto before = [=](int c) { return cuts[c].first_slot - left_out * c; };
+        for (int e = threadIdx.x; e < slots - left_out * cut_sequences; e += blockDim.x) {
+            const int c = find_cut(e, cut_sequences, before);
+            list[e] = rules.segment(cuts[c], e - before(c) + 1);
         }
     }
 
-    /* The longest first; no piece is as long as two times the shortest, and one more chunk. */
-    __device__ int bucket(const fkda_segment &s) const
+    __device__ void list_whole_sequences(fkda_segment *list, int cut_sequences) const
     {
-        const long long place =
-            static_cast<long long>(s.length) * (PLAN_BUCKETS - 1) / (2 * cut.shortest + CHUNK);
-        return PLAN_BUCKETS - 1 - static_cast<int>(min(place, PLAN_BUCKETS - 1LL));
-    }
-
-    template <int pass> __device__ void write_list(int cut_sequences, int slots) const
-    {
-        __syncthreads();
-        for (int i = threadIdx.x; i < PLAN_BUCKETS; i += blockDim.x) buckets[i] = 0;
-        __syncthreads();
-        for_each<pass>(cut_sequences, slots,
-                       [&](const fkda_segment &s) { atomicAdd(&buckets[bucket(s)], 1); });
-        __syncthreads();
-        if (threadIdx.x < 32) { /* to the sums of those before, two to a lane */
-            const int lane = threadIdx.x, first = buckets[2 * lane], both = first + buckets[2 * lane + 1];
-            int before = both;
-            for (int by = 1; by < 32; by *= 2) {
-                const int other = __shfl_up_sync(~0u, before, by);
-                if (lane >= by) before += other;
-            }
-            buckets[2 * lane] = before - both;
-            buckets[2 * lane + 1] = before - both + first;
-            if (lane == 31) cut.counts->segments[pass] = before;
-            if (lane == 0) cut.counts->drawn = 0;
+        const fkda_cut_sequence *cuts = cut.cut_sequences;
+        for (int n = threadIdx.x; n < rules.sequences(); n += blockDim.x) {
+            const int c = find_cut(n, cut_sequences, [=](int i) { return cuts[i].sequence; });
+            const int first =
+                cut_sequences ? cuts[c].sequence : n + 1; /* the last cut one up to n, or the first one */
+            if (first != n) list[first > n ? n : n - c - 1] = rules.whole(n);
         }
-        __syncthreads();
-        for_each<pass>(cut_sequences, slots, [&](const fkda_segment &s) {
-            cut.lists[pass][atomicAdd(&buckets[bucket(s)], 1)] = s;
-        });
     }
 
     /* Each thread's x becomes the sum of those of the threads before it; returns the sum of all. `scratch` has one for each warp. */
@@ -135,9 +96,11 @@ struct Plan {
                 cut.cut_sequences[cuts + index] = {first + thread, segments, slots + slot, groups + group};
             cuts += new_cuts, slots += new_slots, groups += new_groups;
         }
-        if (threadIdx.x == 0) cut.counts->cut_sequences = cuts;
-        write_list<0>(cuts, slots);
-        write_list<1>(cuts, slots);
+        if (threadIdx.x == 0) *cut.counts = {slots - 2 * cuts, slots - cuts + sequences - cuts, cuts};
+        __syncthreads();
+        list_segments(cut.inner, cuts, slots, 2);
+        list_segments(cut.later, cuts, slots, 1);
+        list_whole_sequences(cut.later + slots - cuts, cuts);
     }
 };
 

@@ -1,9 +1,12 @@
 /*
- * The preparation role: what a chunk's tokens and channels go through one by one, ahead of the recurrence. Teams of two
- * warps take turns with the chunks; a warp has all tokens of a chunk in half the channels, 16 of them at a time.
- * Lane (g, t) = (lane / 4, lane % 4) then owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: the
- * layout of the tensor core's fragments, so that elements go from ldmatrix through the products to stmatrix
- * without changing lanes.
+ * The preparation role: what a chunk's tokens and channels go through one by one, ahead of the recurrence. Teams of
+ * warps take turns with the chunks; a warp has all tokens of a chunk in its share of the channels, 16 of them at a time, and a block of
+ * 16 tokens at a time. Lane (g, t) = (lane / 4, lane % 4) then owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and
+ * 2 t + 9: the layout of the tensor core's fragments, so that elements go from ldmatrix through the products to
+ * stmatrix without changing lanes.
+ *
+ * Decays are counted from a block's start, where exp(-G) stays in fp32's range (16 gates of -5), and what a tile needs besides,
+ * the decay over the other block, is a factor at its end.
  */
 #ifndef FKDA_HOPPER_PREPARE_CUH
 #define FKDA_HOPPER_PREPARE_CUH
@@ -13,68 +16,81 @@
 namespace fkda
 {
 
-/* Where outputs are not wanted the queries are left out. */
-template <int rows, bool mixed> struct Preparation {
-    static constexpr int SHARE = DIM / TEAM_WARPS; /* channels of a warp: a half of the tokens' */
-    static_assert(TEAM_WARPS == 2, "a half each, and norms of q or k each");
+template <class Kind> struct Preparation {
+    static constexpr int WARPS = Kind::TEAM_WARPS, BLOCKS = Kind::BLOCKS;
+    static constexpr int SHARE = DIM / WARPS; /* channels of a warp */
+    static_assert(SHARE <= 64 && SHARE % 16 == 0, "in one half of the channels, 16 at a time");
+    static_assert(BLOCKS <= 2, "the other block is one, if there is one");
+    static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
     const fkda_fwd_args &args;
-    Shared<rows> &shared;
+    Shared<Kind> &shared;
     int team, warp, lane, g, t;
-    float inverse_bound; /* 1 / (lower_bound log2(e)): decays are powers of two here */
-    /* The triangle of ones as an A fragment in bf16: 1 where a token exists and comes no later than the row's. */
-    uint32_t ones[4];
-    float gate_factor; /* of the head: -exp(A_log) log2(e) */
+    Gate gate_here;
 
-    __device__ Preparation(const fkda_fwd_args &a, Shared<rows> &s, int id, int lane_id)
-        : args(a), shared(s), team(id / TEAM_WARPS), warp(id % TEAM_WARPS), lane(lane_id), g(lane / 4),
-          t(lane % 4), inverse_bound(1.0f / (fminf(a.lower_bound, -1e-30f) * LOG2_E))
+    /* A warp's part of the products over its channels: by block with itself, as tiles of 8 x 8 (0, 0), (1, 0), (1, 1) with K~
+     * above Q~ or, for maps, (0, 0) above (1, 0) and what (1, 1) is in the lower half of; of the second block with the
+     * first, by K~ and Q~ and by columns. */
+    struct Sums {
+        float within[BLOCKS][3][4], across[2][2][4];
+    };
+
+    __device__ Preparation(const fkda_fwd_args &a, Shared<Kind> &s) : args(a), shared(s)
     {
+        find_place();
     }
 
-    __device__ void find_ones(int left)
+    /* Where registers are short, for two blocks at a time, threads read their place anew for each chunk, and the gate's parameters for
+     * each use: what is made from them need not be kept in between. */
+    static constexpr bool SAVES_REGISTERS = BLOCKS == 2;
+
+    __device__ void find_place()
     {
-        constexpr uint32_t one = 0x3f80;
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const int row = g + r % 2 * 8, token = 2 * t + r / 2 * 8;
-            ones[r] = (token <= row && token < left ? one : 0) |
-                      (token + 1 <= row && token + 1 < left ? one << 16 : 0);
-        }
+        int block, thread;
+        read_indices(block, thread);
+        const int id = thread / 32 - Kind::RECURRENCE_WARPS;
+        team = id / WARPS, warp = id % WARPS;
+        lane = thread % 32, g = lane / 4, t = lane % 4;
     }
 
     __device__ void load_gate_parameters(int head)
     {
         const float exponent = args.A_log[head] * LOG2_E;
-        gate_factor = ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E; /* finite */
+        const float gate_factor =
+            fminf(ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E, -1e-30f); /* finite */
         __syncwarp();
 #pragma unroll
         for (int c = warp * SHARE + lane; c < (warp + 1) * SHARE; c += 32)
             shared.gate_offset[team][c] = args.dt_bias[head * DIM + c] * gate_factor;
+        gate_here = {gate_factor, 1.0f / (fminf(args.lower_bound, -1e-30f) * LOG2_E), head};
+        if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
     }
 
-    /* Zeros for the tokens from `left` on, in this warp's half. */
-    __device__ void clear_past_end(Tokens<rows> &tokens, int left) const
+    /* Tokens from `left` on: keys and queries of zeros, and gates that do not decay: -inf makes them exactly zero. */
+    __device__ void clear_past_end(Tokens<Kind> &tokens, int left) const
     {
-        const uint4 zeros = make_uint4(0, 0, 0, 0);
-        for (int i = left + lane / 8; i < CHUNK; i += 4) {
-            const int at = i * ROW + lane % 8 * 16;
-            *reinterpret_cast<uint4 *>(&tokens.half[warp].k[at]) = zeros;
-            *reinterpret_cast<uint4 *>(&tokens.half[warp].q[at]) = zeros;
-            *reinterpret_cast<uint4 *>(&tokens.half[warp].g[at]) = zeros;
+        constexpr uint32_t none = 0xff80ff80;
+        for (int i = 32 * warp + lane; i < (Kind::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
+            auto &half = tokens.half[i / (ROW / 16) % 2];
+            const int at = (left + i / (2 * ROW / 16)) * ROW + i % (ROW / 16) * 16;
+            *reinterpret_cast<uint4 *>(&half.tile[G][at]) = make_uint4(none, none, none, none);
+            *reinterpret_cast<uint4 *>(&half.tile[K][at]) = make_uint4(0, 0, 0, 0);
+            if constexpr (Kind::OUTPUTS)
+                *reinterpret_cast<uint4 *>(&half.tile[Q][at]) = make_uint4(0, 0, 0, 0);
         }
+        barrier_sync<1, 32 * WARPS>(team);
     }
 
-    /* 1 / |x| of a chunk's tokens, x: the q or the k of half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of the
-     * accumulators has tokens g and g + 8. */
-    __device__ void store_inverse_norms(float (&to)[CHUNK], const unsigned char *x) const
+    /* 1 / |x| of a block's tokens, x: their q or k in half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of
+     * the accumulators has tokens g and g + 8. */
+    __device__ void store_inverse_norms(float *to, const unsigned char *x) const
     {
         const uint32_t rows_at = shared_address(x) + matrix_row(lane),
                        columns_at = shared_address(x) + matrix_row_by_token(lane);
         float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
 #pragma unroll
         for (int c = 0; c < DIM / 16; c++) {
-            const int half = c / 4 * 3 * HALF_TOKENS, unit = c % 4 * 32;
+            const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Kind>::Half)), unit = c % 4 * 32;
             uint32_t a[4], b[4]; /* the same numbers, in the orders of both operands */
             load_matrices(a, (rows_at ^ unit) + half);
             load_matrices(b, (columns_at ^ unit) + half);
@@ -87,22 +103,37 @@ template <int rows, bool mixed> struct Preparation {
         }
     }
 
-    /* sum[b]: the running sums of the log2 decay of tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
-     * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
-     * transposes back, as sums of two bf16: what is left out is 2^-18 of a gate, and as often too much as too little. */
-    __device__ void accumulate_gates(uint32_t half, int c, float (&sum)[2][4]) const
+    /* The norms of each block's keys and queries, by warps in turn. */
+    __device__ void store_all_norms(const Tokens<Kind> &tokens, int norms) const
     {
+#pragma unroll
+        for (int n = 0; n < (Kind::OUTPUTS ? 2 : 1) * BLOCKS; n += WARPS) {
+            const int which = (n + warp) / BLOCKS, block = (n + warp) % BLOCKS;
+            if (!Kind::OUTPUTS && which) continue;
+            store_inverse_norms(&shared.inverse_norm[team][norms][which][block * BLOCK],
+                                tokens.half[0].tile[which ? Q : K] + block * BLOCK_BYTES);
+        }
+    }
+
+    /* sum[b]: the running sums of the log2 decay of a block's tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
+     * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
+     * transposes back, as sums of two bf16: what is left out is 2^-18 of a gate, and as often too much as too little.
+     * `at`: this lane's row of the block's gates; `offset`: of the first of the channels. */
+    __device__ void accumulate_gates(uint32_t at, const float *offset, float (&sum)[2][4]) const
+    {
+        const Gate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
+        const uint32_t triangle = (2 * t <= g ? ONE : 0) | (2 * t + 1 <= g ? ONE << 16 : 0);
         uint32_t raw[4];
-        load_matrices_transposed(raw, (half ^ 2 * c) + 2 * HALF_TOKENS);
+        load_matrices_transposed(raw, at);
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            const float offset = shared.gate_offset[team][warp * SHARE + c + 8 * b + g];
+            const float shift = offset[8 * b + g];
             float x[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
-                const float e = ex2(__fmaf_rn(gate, gate_factor, offset));
-                x[i] = rcp(__fmaf_rn(e, inverse_bound, inverse_bound));
+                const float e = ex2(__fmaf_rn(gate, gate_of_head.factor, shift));
+                x[i] = rcp(__fmaf_rn(e, gate_of_head.inverse_bound, gate_of_head.inverse_bound));
                 sum[b][i] = 0.0f;
             }
             uint32_t high[2], low[2];
@@ -111,69 +142,119 @@ template <int rows, bool mixed> struct Preparation {
                 high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
                 low[i] = pack_bf16(x[2 * i] - bf16_low(high[i]), x[2 * i + 1] - bf16_high(high[i]));
             }
-            mma_bf16(sum[b], ones[0], ones[1], ones[2], ones[3], low[0], low[1]);
-            mma_bf16(sum[b], ones[0], ones[1], ones[2], ones[3], high[0], high[1]);
+            mma_bf16(sum[b], triangle, ONE << 16 | ONE, 0, triangle, low[0], low[1]);
+            mma_bf16(sum[b], triangle, ONE << 16 | ONE, 0, triangle, high[0], high[1]);
         }
     }
 
-    /* The decayed tiles of 16 channels from c on, of this warp's, and their part of the products over channels: tokens 0 to 7 with 0 to 7, 8 to 15
-     * with 0 to 7 and 8 to 15 with 8 to 15. A product has K~ in its upper and Q~ in its lower eight rows; without outputs all
-     * of K~, with tokens 0 to 7 and with 8 to 15. */
-    template <bool outputs>
-    __device__ void decay(uint32_t half, float *gamma, int c, const float (&q_factor)[2],
-                          const float (&k_factor)[2], const float (&sum)[2][4], float (&products)[3][4]) const
+    /* The decayed tiles of 16 channels of a block of tokens, and the products over these channels. `at`: this lane's row of their
+     * gates. The decay over the other block (as fp16 pairs) goes into Kr of the first and into K~ and Q~ of the second, but not
+     * into the products of the second with the first, which take k_rest as the first has left it there. Also finds the decay
+     * over this block. */
+    template <int block>
+    __device__ void decay(uint32_t at, const float *factor, const float (&sum)[2][4],
+                          const uint32_t (&over_other)[2], float (&over)[2][2], uint32_t (&k_rest)[4],
+                          Sums &sums) const
     {
-        const uint32_t at = half ^ 2 * c;
-        uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], k_rest[4]; /* channel / 8, token / 8 */
-        load_matrices(raw_k, at);
-        if (outputs) load_matrices(raw_q, at + HALF_TOKENS);
+        uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
+        load_matrices(raw_k, at + K * Kind::HALF_TOKENS);
+        if (Kind::OUTPUTS) load_matrices(raw_q, at + Q * Kind::HALF_TOKENS);
+        float(&within)[3][4] = sums.within[block];
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            float k_up[2][2], q_up[2][2], k_down[2][2], last[2]; /* token / 8, channel */
+            float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
 #pragma unroll
             for (int e = 0; e < 2; e++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const uint32_t pair_k = raw_k[2 * b + e];
-                    const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * k_factor[e];
+                    const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
                     const float up = ex2(sum[b][2 * e + i]);
                     k_up[e][i] = k * up;
-                    if (outputs) {
+                    if (Kind::OUTPUTS) {
                         const uint32_t pair_q = raw_q[2 * b + e];
-                        q_up[e][i] = (i ? bf16_high(pair_q) : bf16_low(pair_q)) * q_factor[e] * up;
+                        q_up[e][i] =
+                            (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Kind::CHUNK + 8 * e] * up;
                     }
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
-                    if (e == 1) last[i] = __shfl_sync(~0u, up, 4 * 7 + t);
+                    if (block == 0 && e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
-            if constexpr (outputs) {
-                mma_tf32(products[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
+            if constexpr (Kind::OUTPUTS) {
+                mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
                          k_down[0][1]);
-                mma_tf32(products[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
+                mma_tf32(within[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
                          k_down[0][1]);
-                mma_tf32(products[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0],
+                mma_tf32(within[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0],
                          k_down[1][1]);
             } else {
-                mma_tf32(products[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0],
+                mma_tf32(within[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0],
                          k_down[0][1]);
-                mma_tf32(products[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
+                mma_tf32(within[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
                          k_down[1][1]);
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
-                if (outputs) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
-                k_rest[2 * b + e] = pack_half(k_down[e][0] * last[0], k_down[e][1] * last[1]);
+                if (Kind::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
+                rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
             }
-            if (g == 7)
-                *reinterpret_cast<float2 *>(&gamma[c + gamma_place(8 * b + 2 * t)]) =
-                    make_float2(sum[b][2], sum[b][3]);
         }
-        store_matrices(at, k_decayed);
-        if (outputs) store_matrices(at + HALF_TOKENS, q_decayed);
-        store_matrices(at + 2 * HALF_TOKENS, k_rest);
+        if constexpr (block == 0) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                k_rest[i] = rest[i];
+                if (BLOCKS == 2) rest[i] = multiply_halves(rest[i], over_other[i / 2]);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
+                         k_rest[2 + n]);
+                if (Kind::OUTPUTS)
+                    mma_half(sums.across[1][n], q_decayed[0], q_decayed[1], q_decayed[2], q_decayed[3],
+                             k_rest[n], k_rest[2 + n]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                k_decayed[i] = multiply_halves(k_decayed[i], over_other[i / 2]);
+                if (Kind::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_other[i / 2]);
+            }
+        }
+        store_matrices(at, rest);
+        store_matrices(at + K * Kind::HALF_TOKENS, k_decayed);
+        if (Kind::OUTPUTS) store_matrices(at + Q * Kind::HALF_TOKENS, q_decayed);
     }
 
-    /* Turns the sums of the last token into the state's decay over the chunk, less one: rounded to fp32 itself, the decay
+    /* 16 channels of a chunk. `at`: this lane's row of their gates in the first block; of factors, the lane's tokens; `gamma`: the
+     * channels' sums over all tokens. */
+    __device__ void prepare_slice(uint32_t at, const float *offset, const float *factor, float *gamma,
+                                  Sums &sums) const
+    {
+        float sum[BLOCKS][2][4], over[2][2][2];
+        uint32_t over_pairs[2], k_rest[4];
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+            accumulate_gates(at + block * BLOCK_BYTES, offset, sum[block]);
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+#pragma unroll
+            for (int i = 0; i < 2 && BLOCKS == 2; i++)
+                over[1][b][i] = ex2(__shfl_sync(~0u, sum[BLOCKS - 1][b][2 + i], 4 * 7 + t));
+            over_pairs[b] = BLOCKS == 2 ? pack_half(over[1][b][0], over[1][b][1]) : 0;
+            float all[2] = {sum[0][b][2], sum[0][b][3]};
+            if (BLOCKS == 2) all[0] += sum[BLOCKS - 1][b][2], all[1] += sum[BLOCKS - 1][b][3];
+            if (g == 7)
+                *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]) = make_float2(all[0], all[1]);
+        }
+        decay<0>(at, factor, sum[0], over_pairs, over[0], k_rest, sums);
+        if constexpr (BLOCKS == 2) {
+#pragma unroll
+            for (int b = 0; b < 2; b++) over_pairs[b] = pack_half(over[0][b][0], over[0][b][1]);
+            decay<1>(at + BLOCK_BYTES, factor + BLOCK, sum[1], over_pairs, over[1], k_rest, sums);
+        }
+    }
+
+    /* Turns the sums over all tokens into the state's decay over the chunk, less one: rounded to fp32 itself, the decay
      * of a slow channel would be off by the same amount chunk after chunk. */
     __device__ void finish_gamma(float *gamma) const
     {
@@ -185,83 +266,104 @@ template <int rows, bool mixed> struct Preparation {
         }
     }
 
-    template <bool outputs>
-    __device__ void store_products(float (&to)[2][3][8][8], const float (&products)[3][4]) const
+    /* visit(0: of K~, 1: of Q~; tile; two numbers of row g, from column 2 t on) for all sums. */
+    template <class Visit> __device__ void for_each(const Sums &sums, Visit visit) const
     {
-        if constexpr (outputs) {
 #pragma unroll
-            for (int n = 0; n < 3; n++)
+        for (int block = 0; block < BLOCKS; block++) {
+            const float(&x)[3][4] = sums.within[block];
+            const int diagonal = Products<Kind>::ON_DIAGONAL + 2 * block,
+                      below = Products<Kind>::BELOW_IT + block;
+            if constexpr (Kind::OUTPUTS) {
 #pragma unroll
-                for (int which = 0; which < 2; which++)
-                    store_two(&to[which][n][g][2 * t], products[n][2 * which], products[n][2 * which + 1]);
-        } else {
-            store_two(&to[0][0][g][2 * t], products[0][0], products[0][1]);
-            store_two(&to[0][1][g][2 * t], products[0][2], products[0][3]);
-            store_two(&to[0][2][g][2 * t], products[1][2], products[1][3]);
+                for (int which = 0; which < 2; which++) {
+                    visit(which, diagonal, x[0][2 * which], x[0][2 * which + 1]);
+                    visit(which, below, x[1][2 * which], x[1][2 * which + 1]);
+                    visit(which, diagonal + 1, x[2][2 * which], x[2][2 * which + 1]);
+                }
+            } else {
+                visit(0, diagonal, x[0][0], x[0][1]);
+                visit(0, below, x[0][2], x[0][3]);
+                visit(0, diagonal + 1, x[1][2], x[1][3]);
+            }
         }
+        if (BLOCKS == 1) return;
+#pragma unroll
+        for (int which = 0; which < (Kind::OUTPUTS ? 2 : 1); which++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const float(&x)[4] = sums.across[which][n % 2];
+                visit(which, Products<Kind>::ACROSS + n, x[n / 2 * 2], x[n / 2 * 2 + 1]);
+            }
+    }
+
+    /* Two warps leave their sums; if there are more, the others add theirs. */
+    __device__ void store_sums(const Sums &sums) const
+    {
+        constexpr int PARTS = Kind::PARTS;
+        static_assert(WARPS == PARTS || WARPS == 2 * PARTS, "one or two warps to a part");
+        auto &to = shared.products[team].part[warp % PARTS];
+        float *const place = &to[0][0][g][2 * t];
+        const auto at = [=](int which, int tile) {
+            return place + 64 * (Products<Kind>::TILES * which + tile);
+        };
+        if (warp < PARTS)
+            for_each(sums, [=](int which, int tile, float x, float y) { store_two(at(which, tile), x, y); });
+        if (WARPS == PARTS) return;
+        barrier_sync<1, 32 * WARPS>(team);
+        if (warp >= PARTS)
+            for_each(sums, [=](int which, int tile, float x, float y) {
+                const float2 other = *reinterpret_cast<const float2 *>(at(which, tile));
+                store_two(at(which, tile), x + other.x, y + other.y);
+            });
     }
 
     /* A chunk whose inputs have come, up to its products over channels. */
-    template <bool outputs>
-    __device__ void prepare(Tokens<rows> &tokens, float *gamma, int round, float (&products)[3][4]) const
+    __device__ void prepare(int slot, int round)
     {
-        const uint32_t half = shared_address(&tokens.half[warp]) + matrix_row(lane);
-        float q_factor[2] = {}, k_factor[2];
-        if (outputs || warp)
-            store_inverse_norms(shared.inverse_norm[team][round][warp],
-                                warp ? tokens.half[0].k : tokens.half[0].q);
-        barrier_sync<1, 32 * TEAM_WARPS>(team);
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            if (outputs) q_factor[e] = shared.inverse_norm[team][round][0][g + 8 * e];
-            k_factor[e] = shared.inverse_norm[team][round][1][g + 8 * e];
-        }
-        float sum[2][4];
-        accumulate_gates(half, 0, sum);
+        Tokens<Kind> &tokens = shared.tokens[slot];
+        float *gamma = shared.stage[slot].gamma_minus_1;
+        Sums sums = {};
+        const int norms = WARPS == Kind::PARTS ? round : 0;
+        store_all_norms(tokens, norms);
+        barrier_sync<1, 32 * WARPS>(team);
+        const int first = warp * SHARE; /* channel */
+        const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
+        const float *factor = &shared.inverse_norm[team][norms][0][g];
 #pragma unroll 1
-        for (int c = 0; c < SHARE - 16; c += 16) {
-            float next[2][4]; /* gates are a slice ahead, so that two slices' waits fill each other */
-            accumulate_gates(half, c + 16, next);
-            decay<outputs>(half, gamma, c, q_factor, k_factor, sum, products);
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = next[i / 4][i % 4];
-        }
-        decay<outputs>(half, gamma, SHARE - 16, q_factor, k_factor, sum, products);
-        finish_gamma(gamma);
+        for (int c = 0; c < SHARE; c += 16)
+            prepare_slice(half ^ 2 * (first % 64 + c), &shared.gate_offset[team][first + c], factor,
+                          gamma + first + c, sums);
+        if (SAVES_REGISTERS) find_place();
+        finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
         fence_async_proxy();
         mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
-        store_products<outputs>(shared.products[team].part[warp], products);
+        store_sums(sums);
     }
 
     __device__ void run()
     {
-        const int first = team * SHARERS<rows, mixed> + sharer_rank<rows, mixed>();
-        constexpr int EVERY = TEAMS * SHARERS<rows, mixed>;
-        Slot<SLOTS> slot(first);
-        int head = -1;
-        static_assert(SLOTS / EVERY % 2 == 0, "rounds of a team can be told by its slots");
-        find_ones(CHUNK);
-        for (Position at(shared.pieces, first); !at.done(); at.advance(EVERY)) {
-            Tokens<rows> &tokens = shared.tokens[slot.index];
-            float *gamma = &shared.stage[slot.index].gamma_minus_1[warp * SHARE];
-            float products[3][4] = {};
-            const int round = slot.index / EVERY % 2;
-            const bool whole = at.left >= CHUNK;
-            if (!whole) find_ones(at.left);
-            if (at.head != head) load_gate_parameters(head = at.head);
+        constexpr int RING = Kind::OWN;
+        Slot<RING> slot(team);
+        constexpr bool TOLD_BY_SLOT = RING % (2 * Kind::TEAMS) == 0;
+        int count =
+            0; /* of the team's chunks; its parity is that of the team's round in the ring of products */
+        if (lane == 0) shared.gate[team][warp].head = -1;
+        __syncwarp();
+        for (Position<Kind> at(shared.pieces, Kind::SHARERS * team + sharer_rank<Kind>()); !at.done();
+             at.advance(Kind::SHARERS * Kind::TEAMS)) {
+            if (SAVES_REGISTERS) find_place();
+            if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
+            /* Where another team had the slot before, its inputs might not even have come: then parities would deceive. */
+            static_assert(RING >= Kind::TEAMS, "so that it was asked for before this team's last chunk");
+            if (RING % Kind::TEAMS) mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
             mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
-            if (!whole) {
-                clear_past_end(tokens, at.left);
-                barrier_sync<1, 32 * TEAM_WARPS>(team);
-            }
-            if (wants_outputs<mixed>(at.kind))
-                prepare<true>(tokens, gamma, round, products);
-            else
-                prepare<false>(tokens, gamma, round, products);
+            if (at.left < Kind::CHUNK) clear_past_end(shared.tokens[slot.index], at.left);
+            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
-            if (!whole) find_ones(CHUNK);
-            slot.advance(EVERY);
+            slot.advance(Kind::TEAMS);
+            count++;
         }
     }
 };

@@ -12,12 +12,15 @@
 namespace fkda
 {
 
-/* For outputs Q~ S is read from the state beside K~ S, and there are four tiles of that instead of two. */
-template <int rows, bool mixed> struct Recurrence {
+template <class Kind> struct Recurrence {
+    static constexpr int CHUNK = Kind::CHUNK, BLOCKS = Kind::BLOCKS;
+    static constexpr int TILES = CHUNK / 8; /* of eight tokens, */
+    static constexpr int READ =
+        Kind::OUTPUTS ? 2 * TILES : TILES; /* in what is read from the state: K~ S, and Q~ S for outputs */
+    using Stage = fkda::Stage<Kind>;
     const fkda_fwd_args &args;
-    Shared<rows> &shared;
-    int lane, g, t;
-    int warp_row;                  /* the warp's first row of V, of the piece's */
+    Shared<Kind> &shared;
+    int lane;
     int value_place, output_place; /* this lane's in the rows of v: for matrices of 8 x 8, for an output */
     /* state[s]: rows g, g, g + 8, g + 8 and channels 8 s + 2 t, + 1, + 0, + 1 */
     float state[DIM / 8][4];
@@ -26,51 +29,68 @@ template <int rows, bool mixed> struct Recurrence {
     bool faint;      /* since they were chosen a chunk had a strength below one */
     bool unit;       /* the piece is one of a map: values are zeros */
 
-    __device__ Recurrence(const fkda_fwd_args &a, Shared<rows> &s, int thread)
-        : args(a), shared(s), lane(thread & 31), g(lane >> 2), t(lane & 3), warp_row(thread >> 5 << 4)
+    __device__ Recurrence(const fkda_fwd_args &a, Shared<Kind> &s, int thread)
+        : args(a), shared(s), lane(thread & 31)
     {
-        const int half = (warp_row >> 6) * HALF_TOKENS, first = (warp_row & 63) >> 3;
+        const int warp_row = thread >> 5 << 4;
+        const int half = (warp_row >> 6) * Kind::HALF_TOKENS, first = (warp_row & 63) >> 3;
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
+    }
+
+    /* The warp's first row of V, of the piece's. */
+    static __device__ int warp_row()
+    {
+        return static_cast<int>(threadIdx.x) >> 5 << 4;
     }
 
     /* Where this lane's part of a piece's state begins, in elements of the head's. */
     __device__ int state_begin(const Piece &piece) const
     {
-        return (piece.first_row + warp_row + g) * DIM + 2 * t;
+        return (piece.first_row + warp_row() + (lane >> 2)) * DIM + 2 * (lane & 3);
     }
 
-    /* Tiles s, s + 1, ... of the state as they are in memory. */
+    /* Tiles s, s + 1, ... of the state as they are in memory, if it is fp32, or if it is bf16. */
     template <int s>
-    static __device__ void load_tiles(float (&raw)[DIM / 8][4], const void *from, bool is_fp32, bool is_bf16)
+    static __device__ void load_tiles_fp32(float (&raw)[DIM / 8][4], const void *from, bool is_fp32)
     {
         float(&x)[4] = raw[s];
-        x[0] = x[1] = x[2] = x[3] = 0.0f;
-        load_two_if<8 * s>(x[0], x[1], from, is_fp32, is_bf16);
-        load_two_if<8 * s + 8 * DIM>(x[2], x[3], from, is_fp32, is_bf16);
-        if constexpr (s + 1 < DIM / 8) load_tiles<s + 1>(raw, from, is_fp32, is_bf16);
+        load_two_if<8 * s>(x[0], x[1], from, is_fp32);
+        load_two_if<8 * s + 8 * DIM>(x[2], x[3], from, is_fp32);
+        if constexpr (s + 1 < DIM / 8) load_tiles_fp32<s + 1>(raw, from, is_fp32);
+    }
+    template <int s>
+    static __device__ void load_tiles_bf16(float (&raw)[DIM / 8][4], const void *from, bool is_bf16)
+    {
+        float(&x)[4] = raw[s];
+        load_pair_if<8 * s>(x[0], from, is_bf16);
+        load_pair_if<8 * s + 8 * DIM>(x[2], from, is_bf16);
+        if constexpr (s + 1 < DIM / 8) load_tiles_bf16<s + 1>(raw, from, is_bf16);
     }
 
-    /* All loads are under way before the first is waited for. Nothing branches: ptxas would put wgmma in order. */
+    /* All loads are under way before the first is waited for, which one to the same register would do, whether it loads or not: so those
+     * of one type come first. Nothing branches: ptxas would put wgmma in order. */
     __device__ void load_state(const Piece &piece)
     {
         const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16, is_fp32 = piece.initial && !is_bf16;
         const int begin = state_begin(piece);
-        float raw[DIM / 8][4];
-        load_tiles<0>(raw,
-                      static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4),
-                      is_fp32, is_bf16);
+        const void *from =
+            static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4);
+        float raw[DIM / 8][4] = {};
+        load_tiles_fp32<0>(raw, from, is_fp32);
+        if constexpr (Kind::OUTPUTS) load_tiles_bf16<0>(raw, from, is_bf16);
+        const int diagonal = warp_row() + (lane >> 2) - 2 * (lane & 3); /* for a unit: row less column */
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float x = raw[s][2 * r], y = raw[s][2 * r + 1];
-                y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
-                x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
-                if constexpr (mixed) { /* element (i, i) of a matrix is the one at i * (DIM + 1) */
-                    const int at = begin + 8 * r * DIM + 8 * s;
-                    x = unit && at % (DIM + 1) == 0 ? 1.0f : x;
-                    y = unit && (at + 1) % (DIM + 1) == 0 ? 1.0f : y;
+                if constexpr (!Kind::OUTPUTS) {
+                    x = unit && diagonal == 8 * (s - r) ? 1.0f : x;
+                    y = unit && diagonal == 8 * (s - r) + 1 ? 1.0f : y;
+                } else {
+                    y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
+                    x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
                 }
                 state[s][2 * r] = x, state[s][2 * r + 1] = y;
             }
@@ -95,27 +115,33 @@ template <int rows, bool mixed> struct Recurrence {
     }
 
     /* v^T: rows as in the state, tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
-    __device__ void load_values(float (&v)[2][4], const Tokens<rows> &tokens) const
+    __device__ void load_values(float (&v)[TILES][4], const Tokens<Kind> &tokens) const
     {
-        uint32_t x[4] = {};
-        if (!mixed || !unit) load_matrices_transposed(x, &tokens.v[0][value_place]);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[i / 2][i % 2 * 2] = bf16_low(x[i]);
-            v[i / 2][i % 2 * 2 + 1] = bf16_high(x[i]);
+        for (int block = 0; block < BLOCKS; block++) {
+            uint32_t x[4] = {};
+            if (Kind::OUTPUTS || !unit)
+                load_matrices_transposed(x, tokens.v[0] + value_place + block * BLOCK_BYTES);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                v[2 * block + i / 2][i % 2 * 2] = bf16_low(x[i]);
+                v[2 * block + i / 2][i % 2 * 2 + 1] = bf16_high(x[i]);
+            }
         }
     }
 
     /* The largest |v| of this lane's tokens in row r. */
-    __device__ static float largest(const float (&v)[2][4], int r)
+    __device__ static float largest(const float (&v)[TILES][4], int r)
     {
-        return fmaxf(fmaxf(fabsf(v[0][2 * r]), fabsf(v[0][2 * r + 1])),
-                     fmaxf(fabsf(v[1][2 * r]), fabsf(v[1][2 * r + 1])));
+        float most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) most = fmaxf(most, fmaxf(fabsf(v[i][2 * r]), fabsf(v[i][2 * r + 1])));
+        return most;
     }
 
     /* Chooses both rows' scales anew, so that the largest of the state and the coming v is in [1/2, 1), and scales
      * the state and what was computed from it. */
-    template <int tiles> __device__ void rescale(const float (&v)[2][4], float (&read)[tiles][4])
+    __device__ void rescale(const float (&v)[TILES][4], float (&read)[READ][4])
     {
         float factor[2];
 #pragma unroll
@@ -133,50 +159,68 @@ template <int rows, bool mixed> struct Recurrence {
             factor[r] = scale[r] * inverse_power(next);
             scale[r] = next;
         }
-        look_again = __any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f);
+        const auto is_large = [](float x) { return x >= 16.0f || x <= 0.0625f; };
+        look_again = __any_sync(~0u, is_large(factor[0]) || is_large(factor[1]));
         faint = false;
-        if (!look_again) return;
+        if (!__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
 #pragma unroll
             for (int s = 0; s < DIM / 8; s++) state[s][2 * r] *= factor[r], state[s][2 * r + 1] *= factor[r];
 #pragma unroll
-            for (int i = 0; i < tiles; i++) read[i][2 * r] *= factor[r], read[i][2 * r + 1] *= factor[r];
+            for (int i = 0; i < READ; i++) read[i][2 * r] *= factor[r], read[i][2 * r + 1] *= factor[r];
         }
     }
 
     /* Products take the state, R and U as fp16. A row of the state grows by at most the square root of the sum of its v^2
      * (normalised keys, decays below 1), so that with |v| <= 16 scales and 2^20 tokens it stays below 2^14.1 of
      * fp16's 2^16. */
-    __device__ bool large(const float (&v)[2][4]) const
+    __device__ bool large(const float (&v)[TILES][4]) const
     {
         return (largest(v, 0) > 16.0f * scale[0]) | (largest(v, 1) > 16.0f * scale[1]);
     }
 
-    /* What chunks need that are not just like the one before. Rows that fade are scaled up again: every eighth chunk is
-     * looked at, and the one after each change, if v is small there. With a strength below one it is v * strength that is
-     * held to the range, and the state could grow by 16 scales a token: so every eighth chunk chooses scales, if such a chunk
-     * came by. */
-    template <int tiles>
-    __device__ void adapt(float (&v)[2][4], float (&read)[tiles][4], float strength, int left, bool first,
-                          bool eighth)
+    /* Zeros for the tokens from `left` on: what follows is of another sequence, or anything. */
+    __device__ void clear_past_end(float (&v)[TILES][4], int left) const
     {
-        if (left < CHUNK) { /* what follows the last token is of another sequence, or anything */
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+        for (int i = 0; i < TILES; i++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) v[i][r] = 8 * i + 2 * t + r % 2 < left ? v[i][r] : 0.0f;
-        }
+            for (int r = 0; r < 4; r++) v[i][r] = 8 * i + 2 * (lane & 3) + r % 2 < left ? v[i][r] : 0.0f;
+    }
+
+    /* Scales for a piece's state and its first chunk, once that is ready. */
+    __device__ void choose_scales(int left, const Places<Kind> &place)
+    {
+        float v[TILES][4], nothing[READ][4] = {};
+        mbarrier_wait(&shared.chunks.ready[place.index()], place.parity());
+        load_values(v, shared.tokens[place.index()]);
+        clear_past_end(v, left);
+        const float strength = shared.stage[place.index()].strength;
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) v[i][r] *= strength;
+        rescale(v, nothing);
+    }
+
+    /* What chunks need that are not just like the one before. Rows that fade are scaled up again: the state is looked at every
+     * 128 tokens, and in the chunk after each large change, if v is small there. With a strength below one it is v * strength that is
+     * held to the range, and the state could grow by 16 scales a token: so every 128 tokens scales are chosen, if such a chunk
+     * came by. */
+    __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float strength, int left, bool look)
+    {
+        if (left < CHUNK) clear_past_end(v, left);
         if (strength < 1.0f) {
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < TILES; i++)
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= strength, read[i][r] *= strength;
         }
         const bool small = (largest(v, 0) < 0x1p-9f * scale[0]) | (largest(v, 1) < 0x1p-9f * scale[1]);
-        const bool act = large(v) | ((eighth | look_again) & small);
+        const bool act = large(v) | ((look | look_again) & small);
         look_again = false;
-        if (__any_sync(~0u, act) || first || (eighth && faint)) rescale(v, read);
+        if (__any_sync(~0u, act) || (look && faint)) rescale(v, read);
         faint |= strength < 1.0f;
     }
 
@@ -190,48 +234,65 @@ template <int rows, bool mixed> struct Recurrence {
     /* A chunk's outputs turn through shared memory, of which tile i of the sum has tokens 8 i to 8 i + 7. With room of their
      * own they are stored while the next chunk's first product is on its way; else they go where the warp's v was, and
      * at once. */
-    static constexpr bool LATER = Shared<rows>::OUTPUTS > 0;
+    static constexpr bool LATER = Kind::ROOM_FOR_OUTPUTS;
 
     __device__ unsigned char *output_tile(int index) const
     {
         if constexpr (LATER)
-            return shared.outputs[0];
+            return shared.outputs;
         else
             return shared.tokens[index].v[0];
     }
 
-    __device__ void leave_output(int index, const float (&x)[2][4], const float (*y)[4]) const
+    __device__ void leave_output(int index, const float (&x)[TILES][4], const float (*y)[4]) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
-        uint32_t pairs[4];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            pairs[2 * i] = pack_bf16((x[i][0] + y[i][0]) * top, (x[i][1] + y[i][1]) * top);
-            pairs[2 * i + 1] = pack_bf16((x[i][2] + y[i][2]) * low, (x[i][3] + y[i][3]) * low);
+        for (int block = 0; block < BLOCKS; block++) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int tile = 2 * block + i;
+                pairs[2 * i] = pack_bf16((x[tile][0] + y[tile][0]) * top, (x[tile][1] + y[tile][1]) * top);
+                pairs[2 * i + 1] =
+                    pack_bf16((x[tile][2] + y[tile][2]) * low, (x[tile][3] + y[tile][3]) * low);
+            }
+            store_matrices_transposed(shared_address(output_tile(index) + value_place + block * BLOCK_BYTES),
+                                      pairs);
         }
-        store_matrices_transposed(shared_address(output_tile(index) + value_place), pairs);
         if (!LATER) fence_async_proxy(); /* later copies overwrite this */
     }
 
-    /* Lane 2 i + h takes rows 8 h to 8 h + 7 of token i, */
-    __device__ uint4 take_output(int index) const
+    /* Lane 2 i + h takes rows 8 h to 8 h + 7 of token i of each block, */
+    __device__ void take_output(int index, uint4 (&row)[BLOCKS]) const
     {
         __syncwarp();
-        return *reinterpret_cast<const uint4 *>(output_tile(index) + output_place);
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+            row[block] =
+                *reinterpret_cast<const uint4 *>(output_tile(index) + output_place + block * BLOCK_BYTES);
     }
 
-    /* which go to byte `at`. */
-    __device__ void store_output(uint4 row, long long at, bool valid) const
+    /* which go to byte `at`, of so many tokens. */
+    __device__ void store_output(const uint4 (&row)[BLOCKS], long long at, int tokens) const
     {
-        store_16_if(static_cast<char *>(args.out) + at, row, valid);
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+            store_16_if(static_cast<char *>(args.out) + at + block * args.chunk_bytes, row[block],
+                        lane / 2 + block * BLOCK < tokens);
     }
 
-    /* S^T = S^T diag(gamma) */
-    __device__ void decay(const float *gamma_minus_1)
+    __device__ float4 load_gamma(const float *gamma_minus_1, int s) const
+    {
+        return *reinterpret_cast<const float4 *>(&gamma_minus_1[8 * s + 4 * (lane & 3)]);
+    }
+
+    /* S^T = S^T diag(gamma); `first`: what load_gamma has for tile 0 */
+    __device__ void decay(const float *gamma_minus_1, float4 first)
     {
 #pragma unroll
         for (int s = 0; s < DIM / 8; s += 2) {
-            const float4 x = *reinterpret_cast<const float4 *>(&gamma_minus_1[8 * s + 4 * t]);
+            const float4 x = s == 0 ? first : load_gamma(gamma_minus_1, s);
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 state[s][r] = __fmaf_rn(state[s][r], r % 2 ? x.y : x.x, state[s][r]);
@@ -240,120 +301,131 @@ template <int rows, bool mixed> struct Recurrence {
         }
     }
 
-    /* One chunk, with `left` tokens of the piece from its first on; its outputs will go to byte `at`. Leaves the update of the
-     * state in flight and, for outputs, (Q~ S)^T in read[2] and read[3] and, in flight too, what the chunk's own tokens add to it
-     * in `own`. If outputs are stored later, stores those of the chunk before. */
-    template <int tiles>
-    __device__ void step(int index, int left, bool first, long long at, float (&read)[tiles][4],
-                         float (&own)[2][4])
+    /* Tokens of block i, of the stage at this descriptor_address. */
+    static __device__ uint64_t solve_operand(uint32_t stage_place, int i)
     {
-        const bool eighth = (left & 7 * CHUNK) == 0, whole = left >= CHUNK;
+        return decltype(Stage::solve)::operand(stage_place + offsetof(Stage, solve) / 16, i);
+    }
+    static __device__ uint64_t attend_operand(uint32_t stage_place, int i)
+    {
+        return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, attend) / 16, i);
+    }
+
+    /* One chunk, with `left` tokens of the piece from its first on; its outputs will go to byte `at`. Leaves the update of the
+     * state in flight and, for outputs, (Q~ S)^T in the last tiles of `read` and, in flight too, what the chunk's own tokens add
+     * to it in `own`. Stores the outputs of the chunk before. */
+    __device__ void step(int index, int left, bool first, long long at, float (&read)[READ][4],
+                         float (&own)[TILES][4])
+    {
+        const bool look = (left & (128 - CHUNK)) == 0, whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
-            descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<rows>) / 16);
+            descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<Kind>) / 16);
         const uint32_t stage_place =
             descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
-        float v[2][4], u[2][4]; /* u: R^T = (V - K~ S)^T, then U^T */
+        float v[TILES][4], u[TILES][4]; /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
-        uint4 output;
-        if constexpr (LATER && tiles == 4) output = take_output(index);
+        uint4 output[BLOCKS];
+        if constexpr (LATER) take_output(index, output);
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
-        wgmma<false, false>(read, a[0], Tokens<rows>::decayed(tokens_place, 0));
+        wgmma<false, false>(read, a[0], Tokens<Kind>::decayed(tokens_place, 0));
 #pragma unroll
         for (int s = 1; s < DIM / 16; s++)
-            wgmma<true, false>(read, a[s], Tokens<rows>::decayed(tokens_place, s));
+            wgmma<true, false>(read, a[s], Tokens<Kind>::decayed(tokens_place, s));
         wgmma_commit();
         load_values(v, shared.tokens[index]);
-        if constexpr (LATER && tiles == 4) store_output(output, at - args.chunk_bytes, !first);
+        if constexpr (LATER) store_output(output, at - BLOCKS * args.chunk_bytes, first ? 0 : CHUNK);
         const float strength = stage.strength;
-        const bool usual =
-            !__any_sync(~0u, large(v)) && strength == 1.0f && !first && !eighth && whole && !look_again;
+        const bool usual = !__any_sync(~0u, large(v)) && strength == 1.0f && !look && whole && !look_again;
         wgmma_wait<0>();
-        if (!usual) adapt(v, read, strength, left, first, eighth);
+        if (__builtin_expect(!usual, 0)) adapt(v, read, strength, left, look);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++)
                 u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -read[i][r]);
-        pack_operand(a[0], u[0], u[1]);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) pack_operand(a[i], u[2 * i], u[2 * i + 1]);
+        const float4 gamma = load_gamma(stage.gamma_minus_1, 0); /* there when it is needed */
         wgmma_fence();
-        wgmma<false, true>(u, a[0],
-                           decltype(stage.solve)::operand(stage_place + offsetof(Stage, solve) / 16));
+        wgmma<false, true>(u, a[0], solve_operand(stage_place, 0));
+#pragma unroll
+        for (int i = 1; i < BLOCKS; i++) wgmma<true, true>(u, a[i], solve_operand(stage_place, i));
         wgmma_commit();
-        decay(stage.gamma_minus_1);
+        decay(stage.gamma_minus_1, gamma);
         wgmma_wait<0>();
-        pack_operand(a[1], u[0], u[1]);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) pack_operand(a[BLOCKS + i], u[2 * i], u[2 * i + 1]);
         wgmma_fence();
-        if constexpr (tiles == 4) {
-            wgmma<false, false>(own, a[1],
-                                decltype(stage.attend)::operand(stage_place + offsetof(Stage, attend) / 16));
+        if constexpr (Kind::OUTPUTS) {
+            wgmma<false, false>(own, a[BLOCKS], attend_operand(stage_place, 0));
+#pragma unroll
+            for (int i = 1; i < BLOCKS; i++)
+                wgmma<true, false>(own, a[BLOCKS + i], attend_operand(stage_place, i));
             wgmma_commit();
         }
-        wgmma<true, true>(state, a[1], Tokens<rows>::k_rest(tokens_place));
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++)
+            wgmma<true, true>(state, a[BLOCKS + i], Tokens<Kind>::k_rest(tokens_place, i));
         wgmma_commit();
     }
 
-    template <bool outputs> __device__ void walk_through(const Piece &piece, Slot<SLOTS> &slot)
+    __device__ void walk_through(const Piece &piece, Places<Kind> &place)
     {
         long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
-                            warp_row + lane % 2 * 8);
-        float read[outputs ? 4 : 2][4] = {}, own[2][4] = {};
+                            warp_row() + lane % 2 * 8);
+        float read[READ][4] = {}, own[TILES][4] = {};
         unit = piece.kind & UNIT;
+        if (piece.kind & AWAIT) await_flag(&piece.flags[warp_row() >> 4]);
         load_state(piece);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
-        if ((piece.initial || (!outputs && unit)) && piece.length > 0) rescale(own, read);
+        if (piece.length > 0) choose_scales(piece.length, place);
         int left = piece.length;
-        for (; left > 0; left -= CHUNK, at += args.chunk_bytes) {
-            mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-            step(slot.index, left, left == piece.length, at, read, own);
-            if constexpr (outputs) {
+        for (; left > 0; left -= CHUNK, at += BLOCKS * args.chunk_bytes) {
+            const int slot = place.index();
+            mbarrier_wait(&shared.chunks.ready[slot], place.parity());
+            step(slot, left, left == piece.length, at, read, own);
+            if constexpr (Kind::OUTPUTS) {
                 wgmma_wait<1>();
-                leave_output(slot.index, own, &read[2]);
-                if (!LATER) store_output(take_output(slot.index), at, lane / 2 < left);
+                leave_output(slot, own, &read[TILES]);
+                if constexpr (!LATER) {
+                    uint4 output[BLOCKS];
+                    take_output(slot, output);
+                    store_output(output, at, left);
+                }
             }
             wgmma_wait<0>();
-            release(slot);
+            release(place);
         }
-        if (LATER && outputs && piece.length > 0)
-            store_output(take_output(0), at - args.chunk_bytes, lane / 2 < left + CHUNK);
+        if (LATER && piece.length > 0) {
+            uint4 output[BLOCKS];
+            take_output(0, output);
+            store_output(output, at - BLOCKS * args.chunk_bytes, left + CHUNK);
+        }
         if (piece.final) store_state(piece);
+        if (piece.kind & SIGNAL) set_flag(&piece.flags[warp_row() >> 4]);
     }
 
     /* The warp has read all it needs of a chunk; the next one. */
-    __device__ void release(Slot<SLOTS> &slot) const
+    __device__ void release(Places<Kind> &place) const
     {
-        uint64_t *empty = &shared.chunks.empty[slot.index];
-        mbarrier_arrive_warp(empty);
-        if (SHARERS<rows, mixed> == 2 && slot.index % 2 != sharer_rank<rows, mixed>())
-            mbarrier_arrive_warp_there(empty);
-        slot.advance(1);
-    }
-
-    /* A piece in which this warp has no rows. */
-    __device__ void pass_by(const Piece &piece, Slot<SLOTS> &slot)
-    {
-        for (int left = piece.length; left > 0; left -= CHUNK) {
-            mbarrier_wait(&shared.chunks.ready[slot.index], slot.parity);
-            release(slot);
-        }
+        mbarrier_arrive_warp(&shared.chunks.empty[place.index()]);
+        if (Kind::SHARERS == 2 && !place.here())
+            mbarrier_arrive_warp_there(&shared.chunks.empty[place.own.index]);
+        place.advance();
     }
 
     __device__ void run()
     {
-        Slot<SLOTS> slot(0);
+        Places<Kind> place(sharer_rank<Kind>());
         Walk walk(shared.pieces);
         for (;; walk.leave()) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;
-            if (mixed && piece.kind & HALF && warp_row >= 64)
-                pass_by(piece, slot);
-            else if (wants_outputs<mixed>(piece.kind))
-                walk_through<true>(piece, slot);
-            else
-                walk_through<false>(piece, slot);
+            walk_through(piece, place);
         }
     }
 };

@@ -11,15 +11,13 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
     fkda_hopper_plan(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     using namespace fkda;
-    long long *scratch = reinterpret_cast<long long *>(block_memory());
-    Plan(args.fwd, args.cut, reinterpret_cast<int *>(scratch + FKDA_PLAN_THREADS / 32)).run(scratch);
+    Plan(args.fwd, args.cut).run(reinterpret_cast<long long *>(block_memory()));
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_SHARERS(128, true), 1, 1)
-    __launch_bounds__(FKDA_HOPPER_THREADS(128), 1)
-        fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block<128, true>(args);
+    fkda::run_block<fkda::Maps>(args);
 }
 
 #define FKDA_DEFINE_JOIN(step, which)                                                                        \

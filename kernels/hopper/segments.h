@@ -43,15 +43,15 @@ enum {
 
 /* The counts that the kernels find on the device. */
 typedef struct fkda_cut_counts {
-    int drawn;       /* numbers of pieces that blocks have drawn in the second pass */
-    int segments[2]; /* in the lists of both passes */
+    int inner_segments, later_segments; /* in the lists */
     int cut_sequences;
 } fkda_cut_counts;
 
 /* In the workspace. A null `counts` says that sequences are not cut. */
 typedef struct fkda_cut {
     fkda_cut_counts *counts;
-    fkda_segment *lists[2]; /* of both passes: longest first */
+    fkda_segment *inner; /* all but the first and the last of cut sequences */
+    fkda_segment *later; /* all but the first, and sequences that are not cut */
     fkda_cut_sequence *cut_sequences;
     float *states, *maps; /* [slot][head][128][128] */
     float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */

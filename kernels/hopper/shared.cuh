@@ -5,30 +5,50 @@
 #include <stddef.h>
 
 #include "../common/elements.cuh"
-#include "fwd_shape.h"
 #include "sm90.cuh"
 #include "walk.cuh"
 
 namespace fkda
 {
 
-/* Blocks that share preparation: each prepares every SHARERS-th chunk, and sends it to the other. */
-template <int rows, bool mixed> constexpr int SHARERS = FKDA_HOPPER_SHARERS(rows, mixed);
-
-/* The first chunk that this block prepares. */
-template <int rows, bool mixed> __device__ __forceinline__ int sharer_rank()
+/* The block's, among those that share. */
+template <class Kind> __device__ __forceinline__ int sharer_rank()
 {
-    return SHARERS<rows, mixed> == 2 ? cluster_rank() : 0;
+    return Kind::SHARERS == 2 ? cluster_rank() : 0;
 }
 
-constexpr int TEAM_WARPS = 2; /* that prepare a chunk together */
-constexpr int TEAMS =
-    FKDA_HOPPER_PREPARE_WARPS / TEAM_WARPS; /* each prepares every TEAMS-th of its block's chunks */
-constexpr int SLOTS = 12;                   /* of the ring of chunks */
-static_assert(SLOTS % (2 * TEAMS) == 0,
-              "each team meets all rounds of its slots, and a slot is always of the same block");
-constexpr int ROW = 128; /* bytes of a swizzled row: of 64 channels of a token, or of 64 rows of V */
-constexpr int HALF_TOKENS = CHUNK * ROW; /* bytes: the chunk's tokens in 64 channels */
+/* Where chunk after chunk is in the block's rings. Blocks take turns, so that two neighbours have the same number in the rings of
+ * those that prepare them. */
+template <class Kind> struct Places {
+    Slot<Kind::OWN> own;
+    unsigned chunk, rank;
+
+    __device__ explicit Places(unsigned block_rank) : own(0), chunk(0), rank(block_rank)
+    {
+    }
+    __device__ bool here() const /* this block prepares it */
+    {
+        return Kind::SHARERS == 1 || chunk % 2 == rank;
+    }
+    __device__ int index() const
+    {
+        if constexpr (Kind::SHARERS == 2)
+            if (!here()) return Kind::OWN + static_cast<int>(chunk / 2 % Kind::RECEIVED);
+        return own.index;
+    }
+    __device__ int parity() const
+    {
+        if constexpr (Kind::SHARERS == 2)
+            if (!here()) return static_cast<int>(chunk / (2 * Kind::RECEIVED) % 2);
+        return own.parity;
+    }
+    __device__ void advance()
+    {
+        if (++chunk % Kind::SHARERS == 0) own.advance(1);
+    }
+};
+
+constexpr int BLOCK_BYTES = BLOCK * ROW;
 
 /* A tile of fp16 that wgmma reads as B: `columns` of the result x `depth`, in core matrices of 8 x 8. In a core matrix the
  * eight neighbours of 16 bytes are columns (column_major) or depths. The steps in bytes between core matrices
@@ -45,39 +65,38 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
             &bytes[column / 8 * column_step + d / 8 * depth_step + row % 8 * 16]);
     }
 
-    /* As the operand, with 16 depths; `place` is its descriptor_address. */
-    static __device__ uint64_t operand(uint32_t place)
+    /* As the operand, with depths 16 i to 16 i + 15; `place` is its descriptor_address. */
+    static __device__ uint64_t operand(uint32_t place, int i)
     {
-        static_assert(depth == 16, "of one product");
-        return tile_descriptor<column_step, depth_step>(place);
+        return tile_descriptor<column_step, depth_step>(place + i * (2 * depth_step / 16));
     }
 };
 
 /* A chunk, prepared where its inputs arrive. Rows are of a token and 64 channels (of v: 64 rows of V), swizzled: unit
  * u of 16 bytes of token i is at i * ROW + (u ^ i % 8) * 16, which copies write, wgmma reads and ldmatrix meets without
  * bank conflicts. With G the running sum of the log decay, tokens i:
- *   k: k_i, then k_i exp(G_i)     q: q_i, then q_i exp(G_i)     g: g_i, then k_i exp(G_last - G_i)     v: v_i, then out_i
+ *   g: g_i, then k_i exp(G_last - G_i)     k: k_i, then k_i exp(G_i)     q: q_i, then q_i exp(G_i)     v: v_i
  * Inputs are bf16, prepared tiles fp16; tokens past the end are made zeros, but not of v. */
-template <int rows> struct Tokens {
-    struct {
-        unsigned char k[HALF_TOKENS], q[HALF_TOKENS], g[HALF_TOKENS];
-    } half[DIM / 64]; /* what blocks that share it send each other */
-    unsigned char v[rows / 64][HALF_TOKENS];
+enum { G, K, Q };
+template <class Kind> struct Tokens {
+    struct Half {
+        unsigned char tile[!Kind::OUTPUTS ? 2 : 3][Kind::HALF_TOKENS]; /* G, K, Q */
+    } half[DIM / 64];
+    unsigned char v[Kind::ROWS / 64][Kind::HALF_TOKENS];
 
-    /* K~ and Q~ side by side as B, 32 columns, depths 16 i to 16 i + 15; `place` is the descriptor_address of it all. */
+    /* K~ and Q~ side by side as B, 2 Kind::CHUNK columns, depths 16 i to 16 i + 15; `place` is the descriptor_address of it all. */
     static __device__ uint64_t decayed(uint32_t place, int i)
     {
-        return swizzled_descriptor<16, 8 * ROW>(place + i / 4 * (3 * HALF_TOKENS / 16) + i % 4 * 2);
+        return swizzled_descriptor<16, 8 * ROW>(place + K * Kind::HALF_TOKENS / 16 +
+                                                i / 4 * (sizeof(Half) / 16) + i % 4 * 2);
     }
 
-    /* As B with 128 columns, the channels, and 16 depths, the tokens. */
-    static __device__ uint64_t k_rest(uint32_t place)
+    /* As B with 128 columns, the channels, and 16 depths, the tokens of block i. */
+    static __device__ uint64_t k_rest(uint32_t place, int i)
     {
-        return swizzled_descriptor<3 * HALF_TOKENS, 8 * ROW>(place + 2 * HALF_TOKENS / 16);
+        return swizzled_descriptor<sizeof(Half), 8 * ROW>(place + i * (BLOCK_BYTES / 16));
     }
 };
-static_assert(sizeof(Tokens<64>) % 1024 == 0 && sizeof(Tokens<128>) % 1024 == 0,
-              "what swizzling repeats after");
 
 /* In a half of k, q or g, this lane's row for ldmatrix and stmatrix of the matrices (tokens 0-7, units 0), (8-15, 0),
  * (0-7, 1), (8-15, 1); those of units u and u + 1, u even, are at ^ 16 u. */
@@ -94,15 +113,15 @@ __device__ __forceinline__ int matrix_row_by_token(int lane)
 
 /* What else the recurrence takes of a chunk:
  *   solve  = (I + L)^-1 diag(b) / strength     attend = tril(q_i k_j exp(G_i - G_j)), columns i, depths j
- *   gamma_minus_1 = exp(G_last) - 1 */
-struct Stage {
-    Tile<CHUNK, CHUNK, true, 128, 2 * 128> solve;
-    Tile<CHUNK, CHUNK, false, 2 * 128, 128> attend;
+ *   gamma_minus_1 = exp(G_last) - 1
+ * Above their diagonals `solve` and `attend` are zeros from the start, in tiles of 8 x 8. */
+template <class Kind> struct Stage {
+    static constexpr int CHUNK = Kind::CHUNK;
+    Tile<CHUNK, CHUNK, true, 128, CHUNK / 8 * 128> solve;
+    Tile<CHUNK, CHUNK, false, CHUNK / 8 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
     float strength; /* a power of two that `solve` is divided by: 1, or above all b if those are tiny */
 };
-
-static_assert(offsetof(Stage, gamma_minus_1) % 16 == 0 && sizeof(Stage) % 16 == 0, "read 16 bytes at a time");
 
 /* Where a channel is in gamma_minus_1: lane t of the recurrence reads the four of its accumulators of channels 16 s + 2 t,
  * + 1, + 8, + 9 at once. */
@@ -111,43 +130,67 @@ __device__ __forceinline__ int gamma_place(int channel)
     return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
 }
 
-/* What the warps of a team leave for the solver: their parts of K~ K^^T and Q~ K^^T, blocks of 8 x 8 tokens: 0-7 with
- * 0-7, 8-15 with 0-7 and 8-15 with 8-15. */
-struct Products {
-    float part[TEAM_WARPS][2][3][8][8];
+/* Products over channels, of K~ (0) and Q~ (1) with K^, in tiles of 8 x 8 tokens: those on the diagonal; below it in a block of
+ * 16, (1, 0) and (3, 2); and of the second block with the first, (2, 0), (2, 1), (3, 0), (3, 1). A team leaves
+ * parts, for the solver to add up. */
+template <class Kind> struct Products {
+    static constexpr int ON_DIAGONAL = 0, BELOW_IT = 2 * Kind::BLOCKS,
+                         ACROSS = 3 * Kind::BLOCKS; /* the first tile */
+    static constexpr int TILES = Kind::BLOCKS == 2 ? 10 : 3;
+    float part[Kind::PARTS][Kind::OUTPUTS ? 2 : 1][TILES][8][8];
 };
 
-/* The ring of chunks: their inputs have come, they are prepared and solved, the recurrence is done with them; also the other
- * block's, with those that are sent there. */
-struct Chunks {
-    uint64_t loaded[SLOTS], ready[SLOTS], empty[SLOTS];
+/* What gates of a head are made with: decays are powers of two here. */
+struct __align__(16) Gate
+{
+    float factor;        /* -exp(A_log) log2(e), never zero */
+    float inverse_bound; /* 1 / (lower_bound log2(e)) */
+    int head;            /* whose they are */
 };
 
-/* The solver's scratch, of the blocks of 8 x 8 tokens of L: those on the diagonal transposed; the one below it, and the
- * inverse of I + the second one transposed, in fp16. */
-struct Blocks {
-    float diagonal[2][8][8];
-    __align__(16) uint16_t lower[8][8], inverse[8][8];
+/* Of slots: inputs have come (of own ones), the chunk is prepared and solved, the recurrence is done with it; for own ones also the
+ * other block's with what was sent there. */
+template <class Kind> struct Chunks {
+    uint64_t loaded[Kind::OWN], ready[Kind::SLOTS], empty[Kind::SLOTS];
 };
 
-/* For pieces of `rows` rows of V. */
-template <int rows> struct Shared {
-    __align__(1024) Tokens<rows> tokens[SLOTS];
-    /* Room for outputs, of tokens' rows as those of v, where there is any left. */
-    static constexpr int OUTPUTS = rows == 64 ? HALF_TOKENS : 0;
-    __align__(1024) unsigned char outputs[1][OUTPUTS ? OUTPUTS : 16];
-    Stage stage[SLOTS];
-    Products products[TEAMS];
-    Blocks blocks;
-    float inverse_norm[TEAMS][2][2][CHUNK]; /* in every other chunk of a team; of q, of k */
-    float gate_offset[TEAMS][DIM];          /* -exp(A_log) log2(e) dt_bias of the team's head */
-    uint16_t order[FKDA_HOPPER_MOST_ORDERED];
+/* Of a chunk: where its values are to come from, of which boxes of 64 rows. And how many of the other block's chunks the loader can know
+ * of that there is no slot for yet. */
+struct Values {
+    int token, head, first_box, boxes;
+};
+constexpr int MOST_EXPECTED = 8;
+
+/* The solver's scratch, of tiles of 8 x 8 tokens: of L those on the diagonal transposed, and those below it in a block of 16; the
+ * inverses of I + the second one of a block's on the diagonal, transposed; and the products of the second block with the
+ * first. All but the first in fp16. */
+template <class Kind> struct Blocks {
+    float diagonal[Kind::CHUNK / 8][9][8];
+    __align__(16) uint16_t lower[Kind::BLOCKS][8][8], inverse[Kind::BLOCKS][8][8],
+        across[BLOCK][BLOCK + 8]; /* the last if there are two blocks */
+};
+
+template <class Kind> struct Shared {
+    static_assert(sizeof(Tokens<Kind>) % 1024 == 0, "what swizzling repeats after");
+    static_assert(sizeof(Stage<Kind>) % 16 == 0, "read 16 bytes at a time");
+    __align__(1024) Tokens<Kind> tokens[Kind::SLOTS];
+    /* Outputs on their way, in tokens' rows as those of v. */
+    __align__(1024) unsigned char outputs[Kind::ROOM_FOR_OUTPUTS ? Kind::HALF_TOKENS : 16];
+    Stage<Kind> stage[Kind::SLOTS];
+    Products<Kind> products[Kind::TEAMS];
+    Blocks<Kind> blocks;
+    /* Of k, of q; of every other chunk of a team if its warps don't wait for each other at a chunk's end. */
+    float inverse_norm[Kind::TEAMS][Kind::PARTS == Kind::TEAM_WARPS ? 2 : 1][2][Kind::CHUNK];
+    Gate gate[Kind::TEAMS][Kind::TEAM_WARPS]; /* of the team's head, for each warp */
+    float gate_offset[Kind::TEAMS][DIM];      /* the gate's factor times dt_bias */
+    Values expected[MOST_EXPECTED];
     Pieces pieces;
-    Chunks chunks;
-    Ring<TEAMS> product_ring;
+    Chunks<Kind> chunks;
+    Ring<Kind::TEAMS> product_ring;
 };
-static_assert(sizeof(Shared<128>) <= FKDA_HOPPER_SHARED_BYTES &&
-                  sizeof(Shared<64>) <= FKDA_HOPPER_SHARED_BYTES,
+static_assert(sizeof(Shared<Alone>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<Paired>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<Maps>) <= FKDA_HOPPER_SHARED_BYTES,
               "keep fwd_shape.h in step");
 
 } // namespace fkda

@@ -50,6 +50,18 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
+/* Whether the phase is over, for all lanes of the warp; if not, after a short while. */
+__device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, int parity)
+{
+    int done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+                 "selp.b32 %0, 1, 0, p;\n@!p nanosleep.u32 32;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return __shfl_sync(~0u, done, 0) != 0;
+}
+
 /* Lets the next kernel in the stream start, if it was launched to do so; and waits until the one before is over, if this one did. */
 __device__ __forceinline__ void let_next_kernel_start()
 {
@@ -62,7 +74,7 @@ __device__ __forceinline__ void wait_for_kernel_before()
 }
 
 /* The two blocks of a cluster: which one this is; a barrier in all threads of both; an arrival of a warp at the other block's
- * barrier in the same place; and a copy of so many bytes, a multiple of 16, to the same place in the other block, whose barrier
+ * barrier in the same place; and a copy of so many bytes, a multiple of 16, to where `to` is in the other block, whose barrier
  * there counts them. */
 __device__ __forceinline__ int cluster_rank()
 {
@@ -92,11 +104,11 @@ __device__ __forceinline__ void mbarrier_arrive_warp_there(uint64_t *barrier)
             : "memory");
 }
 
-__device__ __forceinline__ void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
+__device__ __forceinline__ void copy_to_other_block(void *to, const void *from, int bytes, uint64_t *barrier)
 {
     asm volatile(
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            in_other_block(shared_address(from))),
+            in_other_block(shared_address(to))),
         "r"(shared_address(from)), "r"(bytes), "r"(in_other_block(shared_address(barrier)))
         : "memory");
 }
@@ -105,6 +117,20 @@ __device__ __forceinline__ void copy_to_other_block(const void *from, int bytes,
 __device__ __forceinline__ void fence_mbarrier_init()
 {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/* A flag in device memory for what a warp of another block waits for: set once all that this warp wrote before is there. */
+__device__ __forceinline__ void set_flag(int *flag)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+__device__ __forceinline__ void await_flag(const int *flag)
+{
+    int set = 0;
+    while (!set) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(set) : "l"(flag) : "memory");
+    __syncwarp();
 }
 
 /* True in one lane of the warp, the same one wherever all are active. */
@@ -148,15 +174,20 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
                  : "memory");
 }
 
-/* Two neighbours `elements` after `from`, without a branch: fp32, or bf16 as they are in memory, both in x; nothing if neither. */
+/* Two neighbours `elements` after `from`, without a branch: of fp32; or of bf16, as they are in memory, both in x. */
 template <int elements>
-__device__ __forceinline__ void load_two_if(float &x, float &y, const void *from, bool is_fp32, bool is_bf16)
+__device__ __forceinline__ void load_two_if(float &x, float &y, const void *from, bool valid)
 {
-    asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %3, 0;\nsetp.ne.b32 q, %4, 0;\n"
-                 "@p ld.global.v2.f32 {%0, %1}, [%2 + %5];\n@q ld.global.b32 %0, [%2 + %6];\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p ld.global.v2.f32 {%0, %1}, [%2 + %4];\n}"
                  : "+f"(x), "+f"(y)
-                 : "l"(from), "r"(static_cast<int>(is_fp32)), "r"(static_cast<int>(is_bf16)),
-                   "n"(4 * elements), "n"(2 * elements));
+                 : "l"(from), "r"(static_cast<int>(valid)), "n"(4 * elements));
+}
+
+template <int elements> __device__ __forceinline__ void load_pair_if(float &x, const void *from, bool valid)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.b32 %0, [%1 + %3];\n}"
+                 : "+f"(x)
+                 : "l"(from), "r"(static_cast<int>(valid)), "n"(2 * elements));
 }
 
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
@@ -250,6 +281,20 @@ __device__ __forceinline__ void wgmma(float (&d)[4][4], const uint32_t (&a)[4], 
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
                  "{%16, %17, %18, %19}, %20, add, 1, 1, %22;\n}"
                  : FKDA_D4(d[0]), FKDA_D4(d[1]), FKDA_D4(d[2]), FKDA_D4(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0),
+                   "n"(column_major ? 1 : 0));
+}
+
+template <bool add, bool column_major>
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+                 "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}"
+                 : FKDA_D4(d[0]), FKDA_D4(d[1]), FKDA_D4(d[2]), FKDA_D4(d[3]), FKDA_D4(d[4]), FKDA_D4(d[5]),
+                   FKDA_D4(d[6]), FKDA_D4(d[7])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0),
                    "n"(column_major ? 1 : 0));
 }

@@ -7,92 +7,155 @@
 namespace fkda
 {
 
-__device__ __forceinline__ uint4 pack_eight(const float *x)
+/* A row of a tile of products. */
+template <class Kind>
+__device__ __forceinline__ void add_parts(float (&x)[8], const Products<Kind> &products, int which, int tile,
+                                          int row)
 {
-    return make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]), pack_half(x[4], x[5]),
-                      pack_half(x[6], x[7]));
-}
-
-/* L = tril(diag(b) K~ K^^T, -1) and, for outputs, tril(Q~ K^^T). Lane 2 i + h has columns 8 h to 8 h + 7 of row i. */
-template <bool mixed>
-__device__ __forceinline__ void add_products(Blocks &blocks, Stage &stage, const Products &products, float b,
-                                             int kind, int lane)
-{
-    const int i = lane / 2, h = lane % 2;
-    const int block = i / 8 + (i / 8 & h); /* where row i has none, any: its columns are above the diagonal */
-    const bool outputs = wants_outputs<mixed>(kind);
-    float sums[2][8];
 #pragma unroll
-    for (int which = 0; which < 2; which++)
+    for (int j = 0; j < 8; j += 4) {
+        float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][tile][row][j]);
 #pragma unroll
-        for (int j = 0; j < 8; j += 4) {
-            if (which == 1 && !outputs) continue;
-            float4 s = *reinterpret_cast<const float4 *>(&products.part[0][which][block][i % 8][j]);
-#pragma unroll
-            for (int w = 1; w < TEAM_WARPS; w++) {
-                float4 x = *reinterpret_cast<const float4 *>(&products.part[w][which][block][i % 8][j]);
-                s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
-            }
-            sums[which][j] = s.x, sums[which][j + 1] = s.y, sums[which][j + 2] = s.z,
-            sums[which][j + 3] = s.w;
+        for (int w = 1; w < Kind::PARTS; w++) {
+            const float4 y = *reinterpret_cast<const float4 *>(&products.part[w][which][tile][row][j]);
+            s.x += y.x, s.y += y.y, s.z += y.z, s.w += y.w;
         }
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        sums[0][j] = 8 * h + j < i ? sums[0][j] * (UNTRUNCATE * b) : 0.0f;
-        sums[1][j] = outputs && 8 * h + j <= i ? sums[1][j] * UNTRUNCATE : 0.0f;
+        x[j] = s.x, x[j + 1] = s.y, x[j + 2] = s.z, x[j + 3] = s.w;
     }
-    if (i / 8 == h) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) blocks.diagonal[h][j][i % 8] = sums[0][j];
-    } else if (h == 0) {
-        *reinterpret_cast<uint4 *>(blocks.lower[i % 8]) = pack_eight(sums[0]);
-    }
-    if (outputs) *stage.attend.at(i, 8 * h) = pack_eight(sums[1]);
 }
 
-/* T = (I + L)^-1 diag(b). With blocks A = I + L of the first and C = I + L of the last eight tokens, T is A^-1 diag(b) and
- * C^-1 diag(b) on the diagonal, by forward substitution in fp32, a column to a lane; and below it - C^-1 lower A^-1 diag(b), two
- * products on the tensor core, of transposes: rows of the one's accumulators are the other's operand. own: column
- * lane % 16's b. */
-__device__ __forceinline__ void solve_blocks(Blocks &blocks, Stage &stage, float own, int lane)
+__device__ __forceinline__ uint4 pack_eight(const float (&x)[8], float factor)
 {
-    const int j = lane % 8, which = lane / 8;
+    return make_uint4(pack_half(x[0] * factor, x[1] * factor), pack_half(x[2] * factor, x[3] * factor),
+                      pack_half(x[4] * factor, x[5] * factor), pack_half(x[6] * factor, x[7] * factor));
+}
+
+/* L = tril(diag(b) K~ K^^T, -1) in tiles of 8 x 8, across blocks without b; for outputs tril(Q~ K^^T). b: of token lane % CHUNK. In
+ * turn the lanes have rows of tiles on the diagonal, below it in a block, and across blocks: lane 8 n + r row r of the n-th, those of L
+ * first and then those for outputs if there are no more than four. */
+template <class Kind>
+__device__ __forceinline__ void add_products(Blocks<Kind> &blocks, Stage<Kind> &stage,
+                                             const Products<Kind> &products, float b, int lane)
+{
+    constexpr int BLOCKS = Kind::BLOCKS;
+    constexpr float UNITS = UNTRUNCATE; /* of products in tf32 */
+    const int n = lane / 8, r = lane % 8;
+    float x[8];
+#pragma unroll
+    for (int which = 0; which < (Kind::OUTPUTS && BLOCKS == 2 ? 2 : 1); which++) {
+        const bool outputs = BLOCKS == 2 ? which : n / 2;
+        const int tile = n % (2 * BLOCKS);
+        if (Kind::OUTPUTS || !outputs) add_parts(x, products, outputs, Products<Kind>::ON_DIAGONAL + tile, r);
+        if (!outputs) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) blocks.diagonal[tile][j][r] = j < r ? x[j] * (UNITS * b) : 0.0f;
+        } else if (Kind::OUTPUTS) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = j <= r ? x[j] : 0.0f;
+            *stage.attend.at(8 * tile + r, 8 * tile) = pack_eight(x, UNITS);
+        }
+    }
+    const int block = n % BLOCKS;
+    const float b_below = __shfl_sync(~0u, b, 8 + BLOCK * block + r);
+    if (n < (Kind::OUTPUTS ? 2 : 1) * BLOCKS) {
+        add_parts(x, products, n / BLOCKS, Products<Kind>::BELOW_IT + block, r);
+        *(n < BLOCKS ? reinterpret_cast<uint4 *>(blocks.lower[block][r])
+                     : stage.attend.at(8 + BLOCK * block + r, BLOCK * block)) =
+            pack_eight(x, n < BLOCKS ? UNITS * b_below : UNITS);
+    }
+    if constexpr (BLOCKS == 2) {
+        add_parts(x, products, 0, Products<Kind>::ACROSS + n, r);
+        *reinterpret_cast<uint4 *>(&blocks.across[n / 2 * 8 + r][n % 2 * 8]) = pack_eight(x, 1.0f);
+        if constexpr (Kind::OUTPUTS) {
+            add_parts(x, products, 1, Products<Kind>::ACROSS + n, r);
+            *stage.attend.at(BLOCK + n / 2 * 8 + r, n % 2 * 8) = pack_eight(x, 1.0f);
+        }
+    }
+}
+
+/* The last of these. */
+template <class Kind>
+__device__ __forceinline__ void solve_across(Blocks<Kind> &blocks, Stage<Kind> &stage, float strength,
+                                             int lane)
+{
+    const int g = lane / 4, t = lane % 4;
+    __syncwarp();
+    uint32_t first[4], across[4], second[4];
+    load_matrices(first, stage.solve.at(lane / 16 * 8, lane % 16));
+    load_matrices(across, &blocks.across[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+    load_matrices_transposed(second, stage.solve.at(BLOCK + lane / 16 * 8, BLOCK + lane % 16));
+    float half[2][4] = {}, whole[2][4] = {};
+    uint32_t operand[4];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        mma_half(half[n], first[0], first[1], first[2], first[3], across[2 * n], across[2 * n + 1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            operand[2 * n + i] = pack_half(half[n][2 * i] * -strength, half[n][2 * i + 1] * -strength);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        mma_half(whole[n], operand[0], operand[1], operand[2], operand[3], second[2 * n], second[2 * n + 1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            reinterpret_cast<uint32_t *>(stage.solve.at(BLOCK + 8 * n, 8 * i + g))[t] =
+                pack_half(whole[n][2 * i], whole[n][2 * i + 1]);
+    }
+}
+
+/* T = (I + L)^-1 diag(b) / strength; own_b: of column lane % CHUNK, divided by the strength. Tiles on the diagonal by forward
+ * substitution in fp32, a column to a lane. What is below is made of products on the tensor core, of transposes, so that rows of the
+ * one's accumulators are the next one's operand:
+ *   in a block, with tiles A and C on the diagonal   - C^-1 lower A^-1 diag(b), for both blocks in one product
+ *   of the second block with the first               - T_1 across T_0, with T of each block for itself */
+template <class Kind>
+__device__ __forceinline__ void solve_blocks(Blocks<Kind> &blocks, Stage<Kind> &stage, float own_b,
+                                             float strength, int lane)
+{
+    constexpr int BLOCKS = Kind::BLOCKS;
+    const int j = lane % 8, tile = lane / 8 % (2 * BLOCKS), column = lane % Kind::CHUNK;
     float x[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] = i == j ? 1.0f : 0.0f;
 #pragma unroll
     for (int m = 0; m < 7; m++) {
-        float column[8];
+        float below[8];
 #pragma unroll
         for (int i = (m + 1) / 4 * 4; i < 8; i += 4) {
-            float4 four = *reinterpret_cast<const float4 *>(&blocks.diagonal[which % 2][m][i]);
-            column[i] = four.x, column[i + 1] = four.y, column[i + 2] = four.z, column[i + 3] = four.w;
+            float4 four = *reinterpret_cast<const float4 *>(&blocks.diagonal[tile][m][i]);
+            below[i] = four.x, below[i + 1] = four.y, below[i + 2] = four.z, below[i + 3] = four.w;
         }
 #pragma unroll
-        for (int i = m + 1; i < 8; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
+        for (int i = m + 1; i < 8; i++) x[i] = __fmaf_rn(-below[i], x[m], x[i]);
     }
-    /* Eight lanes each: A^-1 diag(b), C^-1 diag(b), zeros above the diagonal, C^-1. */
-    const float factor = which < 2 ? own : which == 2 ? 0.0f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] *= factor;
-    uint4 *to = which == 3 ? reinterpret_cast<uint4 *>(blocks.inverse[j])
-                           : stage.solve.at(which % 2 * 8, (which > 0) * 8 + j);
-    *to = pack_eight(x);
+    if (lane == column) *stage.solve.at(8 * tile, column) = pack_eight(x, own_b);
+    if (tile % 2) *reinterpret_cast<uint4 *>(blocks.inverse[tile / 2][j]) = pack_eight(x, 1.0f);
     __syncwarp();
+    const int matrix = lane / 8, block = matrix % BLOCKS;
     uint32_t first[4], second[4];
-    load_matrices(first, lane / 8 % 2 ? static_cast<const void *>(blocks.lower[j]) : stage.solve.at(0, j));
-    load_matrices_transposed(second, blocks.inverse[j]);
+    load_matrices(first, matrix < 2
+                             ? static_cast<const void *>(stage.solve.at(BLOCK * block, BLOCK * block + j))
+                             : blocks.lower[block][j]);
+    load_matrices_transposed(second, blocks.inverse[block][j]);
     float product[4] = {}, below[4] = {};
-    mma_half(product, first[0], 0, 0, 0, first[1], 0);
-    mma_half(below, pack_half(-product[0], -product[1]), 0, 0, 0, second[0], 0);
-    reinterpret_cast<uint32_t *>(stage.solve.at(8, lane / 4))[lane % 4] = pack_half(below[0], below[1]);
+    mma_half(product, first[0], 0, 0, first[1], first[2], first[3]);
+    mma_half(below, pack_half(-product[0], -product[1]), 0, 0, pack_half(-product[2], -product[3]), second[0],
+             second[1]);
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+        reinterpret_cast<uint32_t *>(stage.solve.at(BLOCK * n + 8, BLOCK * n + g))[t] =
+            pack_half(below[2 * n], below[2 * n + 1]);
+    if constexpr (BLOCKS == 2) solve_across(blocks, stage, strength, lane);
 }
 
-/* b of token lane / 2: its logit through a sigmoid, zero past the end. */
-__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const Position &at, int lane)
+/* The logit of b of token lane % CHUNK, zero past the end. */
+template <class Kind>
+__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const Position<Kind> &at, int lane)
 {
+    const int token = lane % Kind::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
-    return lane / 2 < at.left ? __ldg(beta + (at.token + lane / 2) * args.heads + at.head) : 0;
+    return token < at.left ? __ldg(beta + (at.token + token) * args.heads + at.head) : 0;
 }
 
 /* 1, or if all of the warp's b are below 2^-6 a power of two above them: what keeps small ones in fp16's range. */
@@ -103,49 +166,93 @@ __device__ __forceinline__ float strength_above(float b)
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
-/* Sends a chunk that is prepared and solved to the block that shares it, by a lane. */
-template <int rows>
-__device__ __forceinline__ void send(const Tokens<rows> &tokens, const Stage &stage, uint64_t *ready)
-{
-    copy_to_other_block(tokens.half, sizeof tokens.half, ready);
-    copy_to_other_block(&stage, sizeof stage, ready);
-}
+/* Sends chunk after chunk to the other block, which has fewer slots for that than chunks are under way. */
+template <class Kind> struct Sender {
+    Shared<Kind> &shared;
+    Slot<Kind::RECEIVED + (Kind::SHARERS == 1)> to;
+    Slot<Kind::OWN> last; /* the chunk that was sent to that slot before */
+    bool used;            /* there is such a chunk */
 
-template <int rows, bool mixed>
-__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<rows> &shared, int lane)
+    __device__ explicit Sender(Shared<Kind> &s) : shared(s), to(0), last(0), used(false)
+    {
+    }
+
+    __device__ uint64_t *released() const /* by the recurrences of both blocks */
+    {
+        return &shared.chunks.empty[last.index];
+    }
+
+    __device__ bool has_room() const
+    {
+        return !used || mbarrier_test(released(), last.parity);
+    }
+
+    __device__ void wait_for_room() const
+    {
+        mbarrier_wait(released(), last.parity);
+    }
+
+    /* What is prepared, and what is solved, which ends the chunk. */
+    __device__ void send_tokens(int from) const
+    {
+        Tokens<Kind> &there = shared.tokens[Kind::OWN + to.index];
+        if (elect_lane())
+            copy_to_other_block(there.half, shared.tokens[from].half, sizeof there.half,
+                                &shared.chunks.ready[Kind::OWN + to.index]);
+        __syncwarp();
+    }
+
+    __device__ void send_stage(int from)
+    {
+        const int slot = Kind::OWN + to.index;
+        if (elect_lane())
+            copy_to_other_block(&shared.stage[slot], &shared.stage[from], sizeof(Stage<Kind>),
+                                &shared.chunks.ready[slot]);
+        __syncwarp();
+        if (used) last.advance(1);
+        to.advance(1);
+        used |= to.index == 0;
+    }
+};
+
+template <class Kind>
+__device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Kind> &shared, int lane)
 {
-    constexpr int EVERY = SHARERS<rows, mixed>;
-    const int first = sharer_rank<rows, mixed>();
-    Slot<SLOTS> slot(first);
-    Slot<TEAMS> in(0);
-    Position at(shared.pieces, first);
+    const int first = sharer_rank<Kind>();
+    Slot<Kind::OWN> slot(0);
+    Sender<Kind> sender(shared);
+    Slot<Kind::TEAMS> in(0);
+    Position<Kind> at(shared.pieces, first);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
-        Stage &stage = shared.stage[slot.index];
+        Stage<Kind> &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
-        const float b = lane / 2 < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        const int kind = at.kind;
+        const float b = lane % Kind::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
         /* The next logit is loaded ahead within a piece. The next piece may be dealt out only after this chunk is solved. */
-        const bool ahead = at.left > EVERY * CHUNK;
+        const bool ahead = at.left > Kind::SHARERS * Kind::CHUNK;
         if (ahead) {
-            at.advance(EVERY);
+            at.advance(Kind::SHARERS);
             logit = load_beta(args, at, lane);
         }
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        add_products<mixed>(shared.blocks, stage, shared.products[in.index], b, kind, lane);
+        const bool sends = Kind::SHARERS == 2, at_once = sends && sender.has_room();
+        if (at_once) sender.send_tokens(slot.index);
+        add_products<Kind>(shared.blocks, stage, shared.products[in.index], b, lane);
         mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of `blocks` is there too */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;
-        const float own = __shfl_sync(~0u, b, 2 * (lane % CHUNK)) * inverse_power(strength);
-        solve_blocks(shared.blocks, stage, own, lane);
+        solve_blocks(shared.blocks, stage, b * inverse_power(strength), strength, lane);
         fence_async_proxy();
         mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
-        if (EVERY > 1 && elect_lane())
-            send(shared.tokens[slot.index], stage, &shared.chunks.ready[slot.index]);
-        slot.advance(EVERY);
+        if (sends && !at_once) {
+            sender.wait_for_room();
+            sender.send_tokens(slot.index);
+        }
+        if (sends) sender.send_stage(slot.index);
+        slot.advance(1);
         in.advance(1);
         if (!ahead) {
-            at.advance(EVERY);
+            at.advance(Kind::SHARERS);
             if (!at.done()) logit = load_beta(args, at, lane);
         }
     }

@@ -3,6 +3,7 @@
 #define FKDA_HOPPER_WALK_CUH
 
 #include "../common/task.cuh"
+#include "kinds.cuh"
 #include "sm90.cuh"
 
 namespace fkda
@@ -28,7 +29,7 @@ template <int slots> struct Ring {
     uint64_t full[slots], empty[slots];
 };
 
-/* A piece of work: some rows of V of a head, through a sequence or a segment of one. */
+/* A piece of work: some rows of V of a head, through a sequence, a segment of one, or a part of these. */
 struct Piece {
     long long begin;     /* first token, counted over the whole tensor */
     int head, length;    /* length: in tokens */
@@ -36,14 +37,15 @@ struct Piece {
     int kind;            /* of these: */
     const void *initial; /* the state [V, K] of the head to start from; null: zeros */
     void *final;         /* where the state goes; null: nowhere */
+    int *flags;          /* of each warp of the recurrence, for: */
 };
 enum {
     NO_PIECE = 1,     /* there is no more work */
     INITIAL_BF16 = 2, /* the type of `initial`, else fp32 */
     FINAL_BF16 = 4,
-    STATES_ONLY = 8, /* outputs are not wanted */
-    UNIT = 16,       /* starts from the identity, and all values are zeros; states only */
-    HALF = 32,       /* of 64 rows, in a block that can carry 128 */
+    UNIT = 8,    /* starts from the identity, and all values are zeros */
+    AWAIT = 16,  /* `initial` is there once the warp's flag is set; */
+    SIGNAL = 32, /* `final` is awaited in this way */
 };
 
 constexpr int PIECES_AHEAD = 16; /* that the loading warp may be ahead of the recurrence: it deals them out */
@@ -83,21 +85,16 @@ struct Walk {
     }
 };
 
-/* Whether a piece's outputs are wanted. A kernel that only ever sees such pieces, not mixed ones, need not ask. */
-template <bool mixed> __device__ __forceinline__ bool wants_outputs(int kind)
-{
-    return !mixed || !(kind & STATES_ONLY);
-}
-
 /* One chunk of a walk. */
-struct Position {
+template <class Kind> struct Position {
+    static constexpr int CHUNK = Kind::CHUNK;
     Walk walk;
-    int head, kind;  /* of the piece */
+    int head;        /* of the piece */
     int left;        /* tokens of the sequence from the chunk's first on; none after the last chunk of all */
     long long token; /* the chunk's first, counted over the whole tensor */
 
     /* The chunk `chunks` after the first. */
-    __device__ Position(Pieces &pieces, int chunks) : walk(pieces), head(0), kind(0), left(0), token(0)
+    __device__ Position(Pieces &pieces, int chunks) : walk(pieces), head(0), left(0), token(0)
     {
         skip(chunks * CHUNK);
     }
@@ -125,7 +122,7 @@ struct Position {
                 left = 0;
                 return;
             }
-            head = piece.head, kind = piece.kind, left = piece.length - over, token = piece.begin + over;
+            head = piece.head, left = piece.length - over, token = piece.begin + over;
         }
     }
 };

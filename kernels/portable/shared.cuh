@@ -9,6 +9,7 @@
 namespace fkda
 {
 
+constexpr int CHUNK = 16; /* tokens */
 constexpr int STAGES = 2; /* prepared chunks, each with a group of warps that prepares it */
 constexpr int GROUP_WARPS = FKDA_PORTABLE_PREPARE_THREADS / 32 / STAGES;
 constexpr int GROUP_THREADS = 32 * GROUP_WARPS;

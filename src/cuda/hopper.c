@@ -7,64 +7,75 @@
 
 extern const unsigned char fkda_fatbin_hopper_fwd[];
 
-/* A kernel for each number of rows of V that a block can carry. */
 fkda_module fkda_hopper_fwd_module = {
     .image = fkda_fatbin_hopper_fwd,
-    .names = {"fkda_hopper_fwd_128", "fkda_hopper_fwd_64"},
+    .names = {"fkda_hopper_fwd_alone", "fkda_hopper_fwd_paired"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* Several sequences in one batch row: there is cu_seqlens, also where only shapes are known. */
-static bool lengths_differ(const fkda_problem *p)
+int64_t fkda_hopper_pairs(int multiprocessors)
 {
-    return p->sequences > p->batch;
+    return multiprocessors / FKDA_HOPPER_PAIR;
 }
 
-int64_t fkda_hopper_places(int rows, int multiprocessors)
+static size_t flag_bytes(int multiprocessors)
 {
-    return multiprocessors / FKDA_HOPPER_SHARERS(rows, false);
+    const size_t bytes = (size_t)multiprocessors * FKDA_HANDOFF_FLAGS * sizeof(int);
+    return (bytes + 63) / 64 * 64;
 }
 
-fkda_hopper_layout fkda_hopper_lay_out(int64_t heads, int rows, int multiprocessors)
+size_t fkda_hopper_handoff_size(int multiprocessors)
 {
-    const int64_t places = fkda_hopper_places(rows, multiprocessors);
-    return (fkda_hopper_layout){
-        .rows = rows,
-        .heads = heads,
-        .blocks = (int)(heads < places ? heads : places) * FKDA_HOPPER_SHARERS(rows, false),
-    };
+    return flag_bytes(multiprocessors) + (size_t)multiprocessors * FKDA_DIM * FKDA_DIM * sizeof(float);
 }
 
-/* A head is split where that keeps multiprocessors busy which would be idle. Rows of V are independent: results do not
- * change. */
-static fkda_hopper_layout lay_out(const fkda_problem *p, int multiprocessors)
+fkda_handoff fkda_hopper_handoff(void *memory, int multiprocessors)
 {
-    const int64_t heads = p->sequences * p->heads;
-    return fkda_hopper_lay_out(heads, heads <= fkda_hopper_places(64, multiprocessors) ? 64 : 128,
-                               multiprocessors);
+    return (fkda_handoff){.flags = memory, .states = (float *)((char *)memory + flag_bytes(multiprocessors))};
 }
 
-/* Heads differ in length: blocks draw them from a counter, else they take turns. */
-static bool draws_numbers(const fkda_problem *p, const fkda_hopper_layout *l)
+/* How heads of sequences are dealt out, from shapes and the device alone. */
+typedef struct layout {
+    int64_t heads, workers; /* blocks or pairs of them */
+    int chunk;              /* tokens: of which kind they are */
+    bool divides;           /* heads between workers */
+} layout;
+
+/* What takes less time if all sequences are as long. As many heads as pairs, or fewer, have one each. Where results must not depend on
+ * the batch, heads always have a pair, whole. */
+static layout lay_out(const fkda_problem *p, int multiprocessors)
 {
-    return lengths_differ(p) && l->heads > l->blocks;
+    const int64_t heads = p->sequences * p->heads, pairs = fkda_hopper_pairs(multiprocessors);
+    const double tokens = p->sequences ? (double)(p->batch * p->tokens) / (double)p->sequences : 0;
+    const double rounds_alone = heads > multiprocessors ? (double)heads / multiprocessors : 1;
+    const double alone = tokens / FKDA_HOPPER_CHUNK_ALONE * FKDA_HOPPER_CLOCKS_ALONE * rounds_alone;
+    const double paired =
+        tokens / FKDA_HOPPER_CHUNK_PAIRED * FKDA_HOPPER_CLOCKS_PAIRED * (double)heads / (double)pairs;
+    layout l = {.heads = heads};
+    l.chunk = p->batch_invariant || heads <= pairs || paired < alone ? FKDA_HOPPER_CHUNK_PAIRED
+                                                                     : FKDA_HOPPER_CHUNK_ALONE;
+    l.workers = l.chunk == FKDA_HOPPER_CHUNK_PAIRED ? pairs : multiprocessors;
+    l.divides = !p->batch_invariant && heads > l.workers;
+    if (heads < l.workers) l.workers = heads;
+    return l;
 }
 
-/* The counter that blocks draw from. Whether they do depends on the device; the size does not. */
 size_t fkda_cuda_hopper_whole_workspace_size(const fkda_problem *p)
 {
-    return lengths_differ(p) ? 64 : 0;
+    int multiprocessors;
+    if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
+    return lay_out(p, multiprocessors).divides ? fkda_hopper_handoff_size(multiprocessors) : 0;
 }
 
 /* Of a tensor [tokens, heads, 128] in bf16, as fkda_hopper_fwd_args wants it. */
 static CUresult map_tensor(const fkda_driver *driver, fkda_tensor_map *map, const void *tensor,
-                           const fkda_problem *p)
+                           const fkda_problem *p, int chunk)
 {
     const uint64_t row = FKDA_DIM * sizeof *p->v; /* bytes */
     const uint64_t sizes[] = {FKDA_DIM / 2, (uint64_t)(p->batch * p->tokens), 2, (uint64_t)p->heads};
     const uint64_t strides[] = {(uint64_t)p->heads * row, row / 2, row};
-    const uint32_t box[] = {FKDA_DIM / 2, 16, 1, 1}, every[] = {1, 1, 1, 1};
+    const uint32_t box[] = {FKDA_DIM / 2, (uint32_t)chunk, 1, 1}, every[] = {1, 1, 1, 1};
     return driver->cuTensorMapEncodeTiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)tensor, sizes,
                                           strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -72,7 +83,7 @@ static CUresult map_tensor(const fkda_driver *driver, fkda_tensor_map *map, cons
 }
 
 static flash_kda_status map_tensors(const fkda_driver *driver, fkda_hopper_fwd_args *args,
-                                    const fkda_problem *p)
+                                    const fkda_problem *p, int chunk)
 {
     const struct {
         fkda_tensor_map *map;
@@ -84,18 +95,18 @@ static flash_kda_status map_tensors(const fkda_driver *driver, fkda_hopper_fwd_a
                          "cuTensorMapEncodeTiled, which came with CUDA 12",
                          p->kernel->info.name);
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
-        CUresult result = map_tensor(driver, pairs[i].map, pairs[i].tensor, p);
+        CUresult result = map_tensor(driver, pairs[i].map, pairs[i].tensor, p, chunk);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
     }
     return FLASH_KDA_OK;
 }
 
 flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,
-                                       fkda_hopper_fwd_args *args)
+                                       fkda_hopper_fwd_args *args, int chunk)
 {
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_arguments(p)};
     if (p->batch == 0 || p->tokens == 0) return FLASH_KDA_OK; /* nothing is read but states */
-    return map_tensors(driver, args, p);
+    return map_tensors(driver, args, p, chunk);
 }
 
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
@@ -122,26 +133,31 @@ flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda
 }
 
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
-                                        fkda_hopper_fwd_args *args, const fkda_hopper_layout *layout)
+                                        fkda_hopper_fwd_args *args, int chunk, int64_t pieces,
+                                        int multiprocessors)
 {
-    return fkda_hopper_launch(driver, p, args,
-                              fkda_hopper_fwd_module.functions[p->device.index][layout->rows == 128 ? 0 : 1],
-                              layout->blocks, FKDA_HOPPER_THREADS(layout->rows));
+    const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIRED;
+    const int64_t workers = paired ? fkda_hopper_pairs(multiprocessors) : multiprocessors;
+    const int blocks = (int)(pieces < workers ? pieces : workers) * (paired ? FKDA_HOPPER_PAIR : 1);
+    if (pieces <= workers) args->handoff = (fkda_handoff){0};
+    if (args->handoff.flags) {
+        CUresult result = driver->cuMemsetD32Async((CUdeviceptr)args->handoff.flags, 0,
+                                                   flag_bytes(multiprocessors) / sizeof(int), p->stream);
+        if (result) return fkda_driver_fail("cuMemsetD32Async", result);
+    }
+    return fkda_hopper_launch(driver, p, args, fkda_hopper_fwd_module.functions[p->device.index][paired],
+                              blocks, FKDA_HOPPER_THREADS);
 }
 
 static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, int multiprocessors)
 {
     fkda_hopper_fwd_args args;
-    const fkda_hopper_layout layout = lay_out(p, multiprocessors);
-    if (!layout.heads) return FLASH_KDA_OK;
-    flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
+    const layout l = lay_out(p, multiprocessors);
+    if (!l.heads) return FLASH_KDA_OK;
+    flash_kda_status status = fkda_hopper_arguments(driver, p, &args, l.chunk);
     if (status != FLASH_KDA_OK) return status;
-    if (draws_numbers(p, &layout)) {
-        args.fwd.counter = p->workspace;
-        CUresult result = driver->cuMemsetD32Async((CUdeviceptr)p->workspace, 0, 1, p->stream);
-        if (result) return fkda_driver_fail("cuMemsetD32Async", result);
-    }
-    return fkda_hopper_launch_fwd(driver, p, &args, &layout);
+    if (l.divides) args.handoff = fkda_hopper_handoff(p->workspace, multiprocessors);
+    return fkda_hopper_launch_fwd(driver, p, &args, l.chunk, l.heads, multiprocessors);
 }
 
 flash_kda_status fkda_cuda_hopper_whole_fwd(const fkda_problem *p)
@@ -164,15 +180,19 @@ void fkda_cuda_hopper_whole_explain(const fkda_problem *p, char *text, size_t si
         snprintf(text, size, "%s", flash_kda_last_error());
         return;
     }
-    const fkda_hopper_layout l = lay_out(p, multiprocessors);
+    const layout l = lay_out(p, multiprocessors);
+    const bool paired = l.chunk == FKDA_HOPPER_CHUNK_PAIRED;
+    const char *each = paired           ? l.workers == 1 ? "pair of blocks, half of the rows of V in each"
+                                                         : "pairs of blocks, half of the rows of V in each"
+                       : l.workers == 1 ? "block"
+                                        : "blocks";
     snprintf(text, size,
-             "%d blocks of %d threads, at most one on each of %d multiprocessors, work through %lld heads of "
-             "sequences; %s.",
-             l.blocks, FKDA_HOPPER_THREADS(l.rows), multiprocessors, (long long)l.heads,
-             l.rows == 64            ? "two blocks share a head, with 64 rows of V each"
-             : l.heads <= l.blocks   ? "each block has one"
-             : !draws_numbers(p, &l) ? "they take them in turns"
-             : p->sequences > FKDA_HOPPER_MOST_ORDERED
-                 ? "they draw them from a counter"
-                 : "they draw them from a counter, longest sequences first");
+             "%lld %s, and chunks of %d tokens; a block to a multiprocessor, %d threads. Heads of sequences: "
+             "%lld; %s.",
+             (long long)l.workers, each, l.chunk, FKDA_HOPPER_THREADS, (long long)l.heads,
+             l.heads <= l.workers ? "each has one"
+             : l.divides
+                 ? "their tokens are shared out evenly, and the state of a head that two have parts of is "
+                   "handed on"
+                 : "each has some, as evenly as whole ones can be shared out");
 }

@@ -17,16 +17,17 @@ static fkda_module segments_module = {
 };
 
 enum {
-    CHUNK = 16, /* tokens */
+    CHUNK = FKDA_HOPPER_CHUNK_PAIRED,
     /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
     SHORTEST_EVER = 64,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
     /* Clocks, fitted to times on an H100 (BENCHMARK_H100.md): a chunk's map and state in the first pass, a step of the join, and
      * what more launches there are than one. */
-    CHUNK_MAP = 2020,
+    CHUNK_MAP = 2400,
     JOIN_STEP = 2500,
     LAUNCHES = 45000,
+    PIECE = 12000,         /* a piece's beginning and end */
     IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
     WORTH_PERCENT = 95,    /* of the time without cutting: estimates are off by a few percent */
 };
@@ -43,13 +44,27 @@ static int64_t rounds(int64_t pieces, int64_t places)
     return (pieces + places - 1) / places;
 }
 
-/* The rows of V that a block carries best through so many pieces of equal length, and clocks for a chunk of each. */
-static int best_rows(int64_t pieces, int multiprocessors, int64_t *clocks)
+static int64_t least(int64_t x, int64_t y)
 {
-    const int64_t shared = FKDA_HOPPER_CHUNK_64 * rounds(pieces, fkda_hopper_places(64, multiprocessors)),
-                  alone = FKDA_HOPPER_CHUNK_128 * rounds(pieces, fkda_hopper_places(128, multiprocessors));
-    if (clocks) *clocks = shared < alone ? shared : alone;
-    return shared < alone ? 64 : 128;
+    return x < y ? x : y;
+}
+
+/* Clocks for so many pieces of so many chunks in pairs, which divide them if they are fewer. */
+static int64_t paired_clocks(int64_t pieces, int64_t chunks, int64_t pairs)
+{
+    return FKDA_HOPPER_CLOCKS_PAIRED * (pieces <= pairs ? chunks : rounds(pieces * chunks, pairs)) +
+           PIECE * rounds(pieces, pairs);
+}
+
+/* The same, or in blocks that have a piece each, whatever takes less. */
+static int64_t uncut_clocks(int64_t pieces, int64_t chunks, int multiprocessors)
+{
+    const int64_t halves = chunks * FKDA_HOPPER_CHUNK_PAIRED / FKDA_HOPPER_CHUNK_ALONE;
+    const int64_t alone =
+        FKDA_HOPPER_CLOCKS_ALONE *
+            (pieces <= multiprocessors ? halves : rounds(pieces * halves, multiprocessors)) +
+        PIECE * rounds(pieces, multiprocessors);
+    return least(alone, paired_clocks(pieces, chunks, fkda_hopper_pairs(multiprocessors)));
 }
 
 /* Steps of the join for so many maps of a sequence: in two levels each waits for a group, for the groups, and for a group. */
@@ -61,15 +76,12 @@ static int64_t join_steps(int64_t maps)
 /* Clocks for so many heads of sequences of so many chunks, cut into so many segments each. */
 static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors)
 {
-    int64_t clocks;
-    if (segments == 1) {
-        best_rows(heads, multiprocessors, &clocks);
-        return chunks * clocks;
-    }
-    const int64_t pieces = heads * (segments - 1);
-    best_rows(pieces, multiprocessors, &clocks);
-    clocks += CHUNK_MAP * rounds(pieces, fkda_hopper_places(64, multiprocessors));
-    return rounds(chunks, segments) * clocks + JOIN_STEP * join_steps(segments - 2) + LAUNCHES;
+    const int64_t pairs = fkda_hopper_pairs(multiprocessors), pieces = heads * (segments - 1);
+    if (segments == 1) return uncut_clocks(heads, chunks, multiprocessors);
+    const int64_t each = rounds(chunks, segments);
+    const int64_t first =
+        ((segments == 2 ? FKDA_HOPPER_CLOCKS_PAIRED : CHUNK_MAP) * each + PIECE) * rounds(pieces, pairs);
+    return first + paired_clocks(pieces, each, pairs) + JOIN_STEP * join_steps(segments - 2) + LAUNCHES;
 }
 
 /* Into how many segments so many heads of sequences of so many chunks are cut best. */
@@ -112,7 +124,7 @@ static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
 static int64_t shortest_that_fills(const fkda_problem *p, int multiprocessors)
 {
     const int64_t chunks = p->batch * p->tokens * p->heads / CHUNK,
-                  parts = fkda_hopper_places(64, multiprocessors) + p->heads;
+                  parts = fkda_hopper_pairs(multiprocessors) + p->heads;
     return rounds(chunks, parts) * CHUNK;
 }
 
@@ -138,7 +150,7 @@ static bool cuts(const division *d)
 
 /* Offsets in the workspace. */
 typedef struct memory {
-    size_t counts, lists[2], cut_sequences, states, maps, composed, size;
+    size_t handoff, counts, inner, later, cut_sequences, states, maps, composed, size;
 } memory;
 
 /* Takes the next `bytes`, 64-byte aligned. */
@@ -149,14 +161,15 @@ static size_t take(size_t *end, int64_t count, size_t bytes)
     return begin;
 }
 
-static memory lay_out_memory(const fkda_problem *p, const division *d)
+static memory lay_out_memory(const fkda_problem *p, const division *d, int multiprocessors)
 {
     const size_t matrices = (size_t)p->heads * FKDA_DIM * FKDA_DIM * sizeof(float);
     size_t end = 0;
     memory m;
+    m.handoff = take(&end, 1, fkda_hopper_handoff_size(multiprocessors));
     m.counts = take(&end, 1, sizeof(fkda_cut_counts));
-    m.lists[0] = take(&end, d->slots, sizeof(fkda_segment));
-    m.lists[1] = take(&end, d->slots + p->sequences, sizeof(fkda_segment));
+    m.inner = take(&end, d->slots, sizeof(fkda_segment));
+    m.later = take(&end, d->slots + p->sequences, sizeof(fkda_segment));
     m.cut_sequences = take(&end, d->slots / 2, sizeof(fkda_cut_sequence));
     m.states = take(&end, d->slots, matrices);
     m.maps = take(&end, d->slots, matrices);
@@ -170,44 +183,40 @@ static size_t workspace_size(const fkda_problem *p, bool wherever_possible)
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
     const division d = divide(p, multiprocessors, wherever_possible);
-    if (cuts(&d)) return lay_out_memory(p, &d).size;
-    if (!wherever_possible && fkda_plan_phases(p, multiprocessors).groups)
-        return fkda_phases_workspace_size(p);
+    if (cuts(&d)) return lay_out_memory(p, &d, multiprocessors).size;
     return fkda_cuda_hopper_whole_workspace_size(p);
 }
 
-static fkda_cut find_memory(const fkda_problem *p, const division *d)
+static fkda_cut find_memory(const fkda_problem *p, const division *d, const memory *m)
 {
-    const memory m = lay_out_memory(p, d);
     char *base = p->workspace;
     return (fkda_cut){
-        .counts = (fkda_cut_counts *)(base + m.counts),
-        .lists = {(fkda_segment *)(base + m.lists[0]), (fkda_segment *)(base + m.lists[1])},
-        .cut_sequences = (fkda_cut_sequence *)(base + m.cut_sequences),
-        .states = (float *)(base + m.states),
-        .maps = (float *)(base + m.maps),
-        .composed = (float *)(base + m.composed),
+        .counts = (fkda_cut_counts *)(base + m->counts),
+        .inner = (fkda_segment *)(base + m->inner),
+        .later = (fkda_segment *)(base + m->later),
+        .cut_sequences = (fkda_cut_sequence *)(base + m->cut_sequences),
+        .states = (float *)(base + m->states),
+        .maps = (float *)(base + m->maps),
+        .composed = (float *)(base + m->composed),
         .shortest = (int)d->shortest,
         .slots = (int)d->slots,
         .alike = sequences_are_alike(p),
     };
 }
 
-/* Heads of segments in the first pass, at most: of all but the last of each sequence. */
-static int64_t first_pieces(const fkda_problem *p, const division *d)
-{
-    return (d->slots - 1) * p->heads;
-}
+/* Heads of what the launches work through, at most. */
+typedef struct pieces {
+    int64_t first, inner, later;
+} pieces;
 
-/* In the second pass there are those of all but the first, and sequences that are not cut. */
-static fkda_hopper_layout lay_out_second_pass(const fkda_problem *p, const division *d, int multiprocessors)
+static pieces count_pieces(const fkda_problem *p, const division *d)
 {
-    const int64_t most = d->slots + p->sequences - 2, cut = d->slots - p->sequences;
-    const int64_t likely = sequences_are_alike(p) && cut > 0 ? cut
-                           : cut > p->sequences              ? d->slots - 1
-                                                             : p->sequences;
-    return fkda_hopper_lay_out(most * p->heads, best_rows(likely * p->heads, multiprocessors, NULL),
-                               multiprocessors);
+    const int64_t cut = sequences_are_alike(p) ? p->sequences : least(p->sequences, d->slots / 2);
+    return (pieces){
+        .first = cut * p->heads,
+        .inner = (d->slots - (sequences_are_alike(p) ? 2 * cut : 2)) * p->heads,
+        .later = (d->slots + p->sequences - (sequences_are_alike(p) ? 2 * cut : 2)) * p->heads,
+    };
 }
 
 static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, const division *d,
@@ -229,17 +238,27 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
 {
     fkda_hopper_fwd_args args;
     const CUfunction *kernels = segments_module.functions[p->device.index];
-    const fkda_hopper_layout first = fkda_hopper_lay_out(first_pieces(p, d), 64, multiprocessors),
-                             second = lay_out_second_pass(p, d, multiprocessors);
-    flash_kda_status status = fkda_hopper_arguments(driver, p, &args);
+    const pieces count = count_pieces(p, d);
+    const memory m = lay_out_memory(p, d, multiprocessors);
+    flash_kda_status status = fkda_hopper_arguments(driver, p, &args, CHUNK);
     if (status != FLASH_KDA_OK) return status;
-    args.cut = find_memory(p, d);
+    args.cut = find_memory(p, d, &m);
     if (!args.cut.alike) status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS);
+    args.work = FKDA_FIRST_SEGMENTS;
     if (status == FLASH_KDA_OK)
-        status = fkda_hopper_launch(driver, p, &args, kernels[MAPS], first.blocks, FKDA_HOPPER_THREADS(128));
-    if (status == FLASH_KDA_OK) status = join(driver, p, d, &args, multiprocessors);
-    if (!args.cut.alike) args.fwd.counter = &args.cut.counts->drawn;
-    if (status == FLASH_KDA_OK) status = fkda_hopper_launch_fwd(driver, p, &args, &second);
+        status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.first, multiprocessors);
+    args.work = FKDA_INNER_SEGMENTS;
+    if (status == FLASH_KDA_OK && count.inner)
+        status = fkda_hopper_launch_beside(driver, p, &args, kernels[MAPS],
+                                           FKDA_HOPPER_PAIR *
+                                               (int)least(count.inner, fkda_hopper_pairs(multiprocessors)),
+                                           FKDA_HOPPER_THREADS);
+    if (status == FLASH_KDA_OK && count.inner) status = join(driver, p, d, &args, multiprocessors);
+    args.work = FKDA_LATER_SEGMENTS;
+    if (!p->batch_invariant)
+        args.handoff = fkda_hopper_handoff((char *)p->workspace + m.handoff, multiprocessors);
+    if (status == FLASH_KDA_OK)
+        status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.later, multiprocessors);
     return status;
 }
 
@@ -250,16 +269,12 @@ static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
     flash_kda_status status = fkda_cuda_multiprocessors(p->device.index, &multiprocessors);
     if (status != FLASH_KDA_OK) return status;
     const division d = divide(p, multiprocessors, wherever_possible);
-    const fkda_phase_plan phases =
-        wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
-    if (!cuts(&d) && !phases.groups) return fkda_cuda_hopper_whole_fwd(p);
+    if (!cuts(&d)) return fkda_cuda_hopper_whole_fwd(p);
     status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_load_module(driver, &fkda_hopper_fwd_module, p->device.index);
-    if (status == FLASH_KDA_OK && cuts(&d))
-        status = fkda_load_module(driver, &segments_module, p->device.index);
-    if (status == FLASH_KDA_OK)
-        status = cuts(&d) ? run(driver, p, &d, multiprocessors) : fkda_run_phases(driver, p, &phases);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, &segments_module, p->device.index);
+    if (status == FLASH_KDA_OK) status = run(driver, p, &d, multiprocessors);
     fkda_leave_device(driver);
     return status;
 }
@@ -272,27 +287,18 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
         return;
     }
     const division d = divide(p, multiprocessors, wherever_possible);
-    const fkda_phase_plan phases =
-        wherever_possible ? (fkda_phase_plan){0} : fkda_plan_phases(p, multiprocessors);
-    if (!cuts(&d) && phases.groups) {
-        fkda_explain_phases(p, &phases, text, size);
-        return;
-    }
     if (!cuts(&d)) {
         fkda_cuda_hopper_whole_explain(p, text, size);
         return;
     }
-    const fkda_hopper_layout first = fkda_hopper_lay_out(first_pieces(p, &d), 64, multiprocessors),
-                             second = lay_out_second_pass(p, &d, multiprocessors);
-    const long long shortest = d.shortest, slots = d.slots;
+    const long long shortest = d.shortest, slots = d.slots, pairs = fkda_hopper_pairs(multiprocessors);
     snprintf(text, size,
              "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most.\n"
-             "The first pass finds the first segments' outputs and the others' maps, with %d blocks in "
-             "pairs. Maps "
-             "are joined%s. The second pass finds the other outputs, with %d blocks%s.",
-             2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, first.blocks,
-             d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "", second.blocks,
-             second.rows == 64 ? " in pairs" : "");
+             "The first pass finds the first segments' outputs and, beside them, the others' maps, on %lld "
+             "pairs of "
+             "multiprocessors. Maps are joined%s. The second pass finds the other outputs.",
+             2 * shortest, shortest, p->batch_invariant ? ", whatever the batch" : "", slots, pairs,
+             d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "");
 }
 
 size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)

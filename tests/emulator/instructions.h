@@ -101,6 +101,13 @@ inline uint32_t pack_half(float low, float high)
 {
     return half_from(low) | static_cast<uint32_t>(half_from(high)) << 16;
 }
+inline uint32_t multiply_halves(uint32_t x, uint32_t y)
+{
+    const auto product = [=](int shift) {
+        return from_half(static_cast<uint16_t>(x >> shift)) * from_half(static_cast<uint16_t>(y >> shift));
+    };
+    return pack_half(product(0), product(16));
+}
 
 /* Products of fragments. For the layouts see ptx.cuh: lane (g, t) of d has rows g, g, g + 8, g + 8 and columns 2 t, + 1. */
 struct Fragments {
@@ -292,6 +299,10 @@ inline void mbarrier_wait(uint64_t *barrier, int parity)
 {
     emulator::mbarrier_wait(barrier, parity);
 }
+inline bool mbarrier_test(uint64_t *barrier, int parity)
+{
+    return __shfl_sync(~0u, emulator::mbarrier_test(barrier, parity), 0);
+}
 inline void fence_mbarrier_init()
 {
 }
@@ -321,10 +332,10 @@ inline void mbarrier_arrive_warp_there(uint64_t *barrier)
 {
     mbarrier_arrive_warp(in_other_block(barrier));
 }
-inline void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
+inline void copy_to_other_block(void *where, const void *from, int bytes, uint64_t *barrier)
 {
     const auto *source = static_cast<const unsigned char *>(from);
-    unsigned char *to = in_other_block(const_cast<unsigned char *>(source));
+    unsigned char *to = in_other_block(static_cast<unsigned char *>(where));
     uint64_t *counts = in_other_block(barrier);
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
         emulator::fail("copy_to_other_block of %d bytes at shared memory + %u", bytes, shared_address(from));
@@ -334,17 +345,29 @@ inline void copy_to_other_block(const void *from, int bytes, uint64_t *barrier)
         emulator::mbarrier_complete_bytes(counts, bytes);
     });
 }
+inline void set_flag(int *flag)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
+}
+inline void await_flag(const int *flag)
+{
+    while (!__atomic_load_n(flag, __ATOMIC_ACQUIRE)) emulator::yield_to_blocks();
+    __syncwarp();
+}
 inline bool elect_lane()
 {
     __syncwarp();
     return threadIdx.x % 32 == 0;
 }
-template <int elements>
-inline void load_two_if(float &x, float &y, const void *from, bool is_fp32, bool is_bf16)
+template <int elements> void load_two_if(float &x, float &y, const void *from, bool valid)
 {
-    if (is_fp32) memcpy(&x, static_cast<const float *>(from) + elements, 4);
-    if (is_fp32) memcpy(&y, static_cast<const float *>(from) + elements + 1, 4);
-    if (is_bf16) memcpy(&x, static_cast<const uint16_t *>(from) + elements, 4);
+    if (valid) memcpy(&x, static_cast<const float *>(from) + elements, 4);
+    if (valid) memcpy(&y, static_cast<const float *>(from) + elements + 1, 4);
+}
+template <int elements> void load_pair_if(float &x, const void *from, bool valid)
+{
+    if (valid) memcpy(&x, static_cast<const uint16_t *>(from) + elements, 4);
 }
 inline void fence_async_proxy()
 {

@@ -139,5 +139,14 @@ inline int __any_sync(unsigned, int x)
 {
     return reduce("__any_sync", x, [](int a, int b) { return a || b; });
 }
+inline uint32_t __ballot_sync(unsigned, int x)
+{
+    const uint32_t bit = x ? 1u << threadIdx.x % 32 : 0;
+    return reduce("__ballot_sync", bit, [](uint32_t a, uint32_t b) { return a | b; });
+}
+inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
 
 #endif

@@ -63,6 +63,7 @@ struct Warp {
     } gathering;
     std::vector<uint32_t> unfenced; /* where it wrote, in units of 16 bytes */
     int fenced;                     /* threads, since then */
+    bool polls;                     /* has just asked for what was not there yet: others are to go on */
     std::vector<std::function<void()>> issued;
     std::deque<std::vector<std::function<void()>>> committed;
 };
@@ -152,6 +153,7 @@ bool run_warp(Warp &w)
             resume(w, l);
             if (!polls || l.wait != Wait::BLOCKS) any = again = true;
         }
+        if (w.polls) return false;
     }
     return any;
 }
@@ -195,6 +197,7 @@ void run_block()
                 any = true;
             }
             any |= run_warp(*w);
+            polling |= w->polls;
             for (const Lane &l : w->lane) done &= l.done, polling |= !l.done && l.wait == Wait::BLOCKS;
         }
         if (done) break;
@@ -321,6 +324,14 @@ void mbarrier_complete_bytes(uint64_t *barrier, int bytes)
 void mbarrier_wait(uint64_t *barrier, int parity)
 {
     suspend(Wait::MBARRIER, barrier, static_cast<unsigned>(parity) & 1);
+}
+
+bool mbarrier_test(const uint64_t *barrier, int parity)
+{
+    const bool done =
+        reinterpret_cast<const Mbarrier *>(barrier)->phase != (static_cast<unsigned>(parity) & 1);
+    warp->polls = !done;
+    return done;
 }
 
 void check_other_block()

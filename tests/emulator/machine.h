@@ -61,6 +61,7 @@ void check_other_block();
 void mbarrier_init(uint64_t *barrier, int count);
 void mbarrier_arrive(uint64_t *barrier, int expected_bytes);
 void mbarrier_wait(uint64_t *barrier, int parity);
+bool mbarrier_test(const uint64_t *barrier, int parity);
 void mbarrier_complete_bytes(uint64_t *barrier, int bytes);
 
 /* Of 16 bytes of shared memory: a thread of this warp has written there; all threads of this warp have fenced,

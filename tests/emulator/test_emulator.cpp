@@ -205,7 +205,7 @@ template <bool wait_for_copy, bool wait_for_answer> static void send()
     __syncthreads();
     fkda::cluster_sync();
     if (rank == 0) {
-        if (lane == 0) fkda::copy_to_other_block(memory().word, 128, &memory().barrier);
+        if (lane == 0) fkda::copy_to_other_block(memory().word, memory().word, 128, &memory().barrier);
         if (wait_for_answer) fkda::mbarrier_wait(answered, 0);
         memory().word[lane] = 6;
     } else {
