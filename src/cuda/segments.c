@@ -138,6 +138,10 @@ static division divide(const fkda_problem *p, int multiprocessors, bool wherever
     if (d.shortest == 0) return d;
     if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
     d.slots = p->batch * p->tokens / d.shortest;
+    if (sequences_are_alike(p)) { /* then it is known into how many each is cut */
+        const int64_t segments = p->tokens / d.shortest;
+        d.slots = segments >= 2 ? p->sequences * segments : 0;
+    }
     /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 8. */
     d.groups = d.slots / 8;
     return d;
