@@ -88,7 +88,7 @@ def fwd(
         threads: of the CPU; 0 means as many as the process may run on. The result does not depend on it.
         batch_invariant: True promises that a sequence's output and final state have the same bits whatever else
             is in the batch, and wherever the sequence is in it. Where that needs no other way to compute it
-            costs nothing: all kernels but "hopper" and "hopper-segments" are so anyway.
+            costs nothing: all kernels but those called "hopper" are so anyway.
 
     All arrays are contiguous, on one device, and aligned to 16 bytes; what is written shares memory with
     nothing else. T may be 0, and so may a sequence's length.
