@@ -6,12 +6,11 @@ typedef struct fkda_fwd_args {
     const void *q, *k, *v, *g, *beta; /* bf16, see flash_kda.h for the shapes */
     void *out;
     const float *A_log, *dt_bias;
-    const void *initial_state;               /* or null */
-    void *final_state;                       /* or null */
-    const void *cu_seqlens;                  /* or null */
-    long long tokens;                        /* of one batch row */
-    long long chunk_bytes, half_chunk_bytes; /* from a token of v to the one 16, 8 tokens later */
-    int *counter;                            /* a zero, to deal out work with; or null */
+    const void *initial_state; /* or null */
+    void *final_state;         /* or null */
+    const void *cu_seqlens;    /* or null */
+    long long tokens;          /* of one batch row */
+    long long chunk_bytes;     /* from a token of v to the one 16 later */
     int heads;
     int tasks; /* heads times sequences */
     float scale, lower_bound;

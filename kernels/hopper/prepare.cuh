@@ -287,14 +287,15 @@ template <class Kind> struct Preparation {
                 visit(0, diagonal + 1, x[1][2], x[1][3]);
             }
         }
-        if (BLOCKS == 1) return;
+        if constexpr (BLOCKS == 2) {
 #pragma unroll
-        for (int which = 0; which < (Kind::OUTPUTS ? 2 : 1); which++)
+            for (int which = 0; which < (Kind::OUTPUTS ? 2 : 1); which++)
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const float(&x)[4] = sums.across[which][n % 2];
-                visit(which, Products<Kind>::ACROSS + n, x[n / 2 * 2], x[n / 2 * 2 + 1]);
-            }
+                for (int n = 0; n < 4; n++) {
+                    const float(&x)[4] = sums.across[which][n % 2];
+                    visit(which, Products<Kind>::ACROSS + n, x[n / 2 * 2], x[n / 2 * 2 + 1]);
+                }
+        }
     }
 
     /* Two warps leave their sums; if there are more, the others add theirs. */

@@ -22,7 +22,6 @@ static inline fkda_fwd_args fkda_kernel_arguments(const fkda_problem *p)
         .cu_seqlens = p->cu_seqlens,
         .tokens = p->tokens,
         .chunk_bytes = 16 * token_bytes,
-        .half_chunk_bytes = 8 * token_bytes,
         .heads = (int)p->heads,
         .tasks = (int)(p->sequences * p->heads),
         .scale = p->scale,
