@@ -233,6 +233,48 @@ template <bool wait> static void answer()
     if (wait) fkda::cluster_sync();
 }
 
+/* A warp asks again and again whether another one is done, which goes on meanwhile. */
+template <bool heed> static void ask()
+{
+    const unsigned lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 1);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        memory().word[lane] = 7;
+        fkda::mbarrier_arrive_warp(&memory().barrier);
+    } else {
+        while (!fkda::mbarrier_test(&memory().barrier, 0) && heed) {
+        }
+        wrong += memory().word[lane] != 7;
+    }
+}
+
+/* The second block sets a flag once its number is in memory that all blocks see, the first awaits it. */
+static int number, flag;
+static void pass_on()
+{
+    if (blockIdx.x == 1) {
+        if (threadIdx.x == 31) number = 9;
+        fkda::set_flag(&flag);
+    } else {
+        fkda::await_flag(&flag);
+        wrong += number != 9;
+    }
+}
+static bool passes_on()
+{
+    wrong = number = flag = 0;
+    emulator::launch(pass_on, {2, 1, 1}, {32, 1, 1}, 1, sizeof(Memory), 2, 1);
+    return wrong == 0;
+}
+
+/* Products of pairs of fp16, each rounded on its own. */
+static void products_of_halves()
+{
+    const uint32_t x = fkda::pack_half(1.5f, -0.25f), y = fkda::pack_half(3.0f, 0x1p-14f);
+    check(fkda::multiply_halves(x, y) == fkda::pack_half(4.5f, -0x1p-16f), "products of pairs of fp16");
+}
+
 /* Addresses in a cluster have the block's rank above bit 24, descriptors must not. */
 static void addresses()
 {
@@ -268,6 +310,7 @@ int main()
     memcpy(tensor_map.opaque, &map, sizeof map);
 
     conversions();
+    products_of_halves();
     check(wrong_runs(neighbours<true>, 32) == 0, "lanes meet");
     check(wrong_runs(neighbours<false>, 32) > 0, "lanes that don't meet are found");
     check(wrong_runs(hand_over<true>, 64) == 0, "a warp waits for another");
@@ -280,6 +323,9 @@ int main()
     check(wrong_runs(matrices, 32) == 0, "matrices of 8 x 8");
     check(wrong_runs(stored_operand<true>, 32) == 0, "an operand by stmatrix");
     check(ends_the_program(stored_operand<false>, 32), "an operand by stmatrix without a fence");
+    check(wrong_runs(ask<true>, 64) == 0, "a warp asks until another is done");
+    check(wrong_runs(ask<false>, 64) > 0, "a warp that asks and does not heed the answer is found");
+    check(passes_on(), "a block awaits a flag of another");
     check(wrong_runs(addresses, 32, 2) == 0, "addresses in a cluster");
     check(wrong_runs(send<true, true>, 32, 2) == 0, "a copy to the other block is waited for");
     check(wrong_runs(send<false, true>, 32, 2) > 0,
