@@ -37,7 +37,7 @@ template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &share
 template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_args &all)
 {
     Shared<Kind> &shared = *reinterpret_cast<Shared<Kind> *>(block_memory());
-    const int thread = threadIdx.x, warp = thread / 32 - Kind::ROWS / 16, lane = thread % 32;
+    const int thread = threadIdx.x, warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread % 32;
     if (Kind::OUTPUTS) let_next_kernel_start(); /* that is for the maps, beside the first segments; */
     if (thread == 0) set_up_barriers(shared);
     constexpr int STAGE_UNITS = sizeof shared.stage / 16; /* what is above diagonals stays zero */
@@ -48,11 +48,11 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
         cluster_sync(); /* before anything comes from the other block */
     else
         __syncthreads();
-    if (warp < 0) { /* in each quarter of a multiprocessor 512: 2 x (160 + 96), 176 + 3 x 112 */
-        take_registers<Kind::ROWS == 64 ? 176 : Kind::OUTPUTS ? 152 : 160>();
+    if (warp < 0) {
+        take_registers<Kind::RECURRENCE_REGISTERS>();
         Recurrence<Kind>(all.fwd, shared, thread).run();
     } else {
-        give_registers<Kind::ROWS == 64 ? 112 : Kind::OUTPUTS ? 104 : 96>();
+        give_registers<Kind::OTHER_REGISTERS>();
         if (warp < Kind::PREPARE_WARPS)
             Preparation<Kind>(all.fwd, shared).run();
         else if (warp == Kind::PREPARE_WARPS)
