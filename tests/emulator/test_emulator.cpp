@@ -51,8 +51,8 @@ template <bool sync> static void neighbours()
     wrong += memory().word[(lane + 1) % 32] != static_cast<int>((lane + 1) % 32);
 }
 
-/* A warp writes, another reads. */
-template <bool wait> static void hand_over()
+/* A warp writes, another waits in some way and reads. */
+template <void wait()> static void hand_over()
 {
     const unsigned lane = threadIdx.x % 32;
     if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 1);
@@ -61,9 +61,25 @@ template <bool wait> static void hand_over()
         memory().word[lane] = 7;
         fkda::mbarrier_arrive_warp(&memory().barrier);
     } else {
-        if (wait) fkda::mbarrier_wait(&memory().barrier, 0);
+        wait();
         wrong += memory().word[lane] != 7;
     }
+}
+static void be_woken()
+{
+    fkda::mbarrier_wait(&memory().barrier, 0);
+}
+static void ask()
+{
+    while (!fkda::mbarrier_test(&memory().barrier, 0)) {
+    }
+}
+static void ask_once()
+{
+    fkda::mbarrier_test(&memory().barrier, 0);
+}
+static void go_on()
+{
 }
 
 /* A box comes to shared memory, swizzled. */
@@ -233,22 +249,6 @@ template <bool wait> static void answer()
     if (wait) fkda::cluster_sync();
 }
 
-/* A warp asks again and again whether another one is done, which goes on meanwhile. */
-template <bool heed> static void ask()
-{
-    const unsigned lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 1);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        memory().word[lane] = 7;
-        fkda::mbarrier_arrive_warp(&memory().barrier);
-    } else {
-        while (!fkda::mbarrier_test(&memory().barrier, 0) && heed) {
-        }
-        wrong += memory().word[lane] != 7;
-    }
-}
-
 /* The second block sets a flag once its number is in memory that all blocks see, the first awaits it. */
 static int number, flag;
 static void pass_on()
@@ -313,8 +313,8 @@ int main()
     products_of_halves();
     check(wrong_runs(neighbours<true>, 32) == 0, "lanes meet");
     check(wrong_runs(neighbours<false>, 32) > 0, "lanes that don't meet are found");
-    check(wrong_runs(hand_over<true>, 64) == 0, "a warp waits for another");
-    check(wrong_runs(hand_over<false>, 64) > 0, "a warp that doesn't wait is found");
+    check(wrong_runs(hand_over<be_woken>, 64) == 0, "a warp waits for another");
+    check(wrong_runs(hand_over<go_on>, 64) > 0, "a warp that doesn't wait is found");
     check(wrong_runs(copy<true>, 64) == 0, "a copy is waited for");
     check(wrong_runs(copy<false>, 64) > 0, "a copy that isn't waited for is found");
     check(wrong_runs(product<true>, 128) == 0, "a product is waited for");
@@ -323,8 +323,8 @@ int main()
     check(wrong_runs(matrices, 32) == 0, "matrices of 8 x 8");
     check(wrong_runs(stored_operand<true>, 32) == 0, "an operand by stmatrix");
     check(ends_the_program(stored_operand<false>, 32), "an operand by stmatrix without a fence");
-    check(wrong_runs(ask<true>, 64) == 0, "a warp asks until another is done");
-    check(wrong_runs(ask<false>, 64) > 0, "a warp that asks and does not heed the answer is found");
+    check(wrong_runs(hand_over<ask>, 64) == 0, "a warp asks until another is done");
+    check(wrong_runs(hand_over<ask_once>, 64) > 0, "a warp that asks and does not heed the answer is found");
     check(passes_on(), "a block awaits a flag of another");
     check(wrong_runs(addresses, 32, 2) == 0, "addresses in a cluster");
     check(wrong_runs(send<true, true>, 32, 2) == 0, "a copy to the other block is waited for");
