@@ -35,8 +35,10 @@ template <class Kind> struct Loader {
         if constexpr (Kind::SHARERS == 1)
             mbarrier_wait(barrier, parity);
         else
-            while (!mbarrier_test(barrier, parity))
+            while (!mbarrier_test(barrier, parity)) {
                 if (asked_for != expected) ask_for_values();
+                rest_for_a_while();
+            }
     }
 
     /* Deals out a piece, for which all must have met the one PIECES_AHEAD before. */

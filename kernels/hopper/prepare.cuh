@@ -47,9 +47,10 @@ template <class Kind> struct Preparation {
     {
         int block, thread;
         read_indices(block, thread);
-        const int id = thread / 32 - Kind::RECURRENCE_WARPS;
-        team = id / WARPS, warp = id % WARPS;
-        lane = thread % 32, g = lane / 4, t = lane % 4;
+        const unsigned id =
+            static_cast<unsigned>(thread) / 32 - Kind::RECURRENCE_WARPS; /* shifts and masks */
+        team = static_cast<int>(id / WARPS), warp = static_cast<int>(id % WARPS);
+        lane = thread & 31, g = lane >> 2, t = lane & 3;
     }
 
     __device__ void load_gate_parameters(int head)
@@ -147,19 +148,20 @@ template <class Kind> struct Preparation {
         }
     }
 
-    /* The decayed tiles of 16 channels of a block of tokens, and the products over these channels. `at`: this lane's row of their
-     * gates. The decay over the other block (as fp16 pairs) goes into Kr of the first and into K~ and Q~ of the second, but not
-     * into the products of the second with the first, which take k_rest as the first has left it there. Also finds the decay
-     * over this block. */
-    template <int block>
-    __device__ void decay(uint32_t at, const float *factor, const float (&sum)[2][4],
-                          const uint32_t (&over_other)[2], float (&over)[2][2], uint32_t (&k_rest)[4],
-                          Sums &sums) const
+    /* 16 channels of a block of tokens: their decayed tiles, and the products over these channels, which go to the last of `within`. Of
+     * the second block: the decay over the first goes into K~ and Q~, but not into the products with the first, which take Kr
+     * as that has left it; then the decay over the second goes into it. `at`: this lane's row of their gates; of factors, the lane's
+     * tokens; `gamma`: the channels' sums over all tokens so far. */
+    __device__ void prepare_slice(int block, uint32_t at, const float *offset, const float *factor,
+                                  float *gamma, Sums &sums) const
     {
+        const bool second = BLOCKS == 2 && block == 1;
+        float sum[2][4], over[2][2]; /* over: the decay over this block */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
+        accumulate_gates(at, offset, sum);
         load_matrices(raw_k, at + K * Kind::HALF_TOKENS);
         if (Kind::OUTPUTS) load_matrices(raw_q, at + Q * Kind::HALF_TOKENS);
-        float(&within)[3][4] = sums.within[block];
+        float(&within)[3][4] = sums.within[BLOCKS - 1];
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
@@ -177,7 +179,7 @@ template <class Kind> struct Preparation {
                             (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Kind::CHUNK + 8 * e] * up;
                     }
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
-                    if (block == 0 && e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
+                    if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
             if constexpr (Kind::OUTPUTS) {
                 mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
@@ -199,13 +201,10 @@ template <class Kind> struct Preparation {
                 rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
             }
         }
-        if constexpr (block == 0) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                k_rest[i] = rest[i];
-                if (BLOCKS == 2) rest[i] = multiply_halves(rest[i], over_other[i / 2]);
-            }
-        } else {
+        store_matrices(at, rest);
+        if (second) {
+            uint32_t k_rest[4];
+            load_matrices(k_rest, at - BLOCK_BYTES);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
@@ -215,43 +214,30 @@ template <class Kind> struct Preparation {
                              k_rest[n], k_rest[2 + n]);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                k_decayed[i] = multiply_halves(k_decayed[i], over_other[i / 2]);
-                if (Kind::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_other[i / 2]);
+            for (int b = 0; b < 2; b++) {
+                float2 &all = *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
+                const float2 first = all;
+                const uint32_t over_first = pack_half(ex2(first.x), ex2(first.y)),
+                               over_second = pack_half(over[b][0], over[b][1]);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int i = 2 * b + e;
+                    k_rest[i] = multiply_halves(k_rest[i], over_second);
+                    k_decayed[i] = multiply_halves(k_decayed[i], over_first);
+                    if (Kind::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
+                }
+                sum[b][2] += first.x, sum[b][3] += first.y;
             }
+            store_matrices(at - BLOCK_BYTES, k_rest);
         }
-        store_matrices(at, rest);
         store_matrices(at + K * Kind::HALF_TOKENS, k_decayed);
         if (Kind::OUTPUTS) store_matrices(at + Q * Kind::HALF_TOKENS, q_decayed);
-    }
-
-    /* 16 channels of a chunk. `at`: this lane's row of their gates in the first block; of factors, the lane's tokens; `gamma`: the
-     * channels' sums over all tokens. */
-    __device__ void prepare_slice(uint32_t at, const float *offset, const float *factor, float *gamma,
-                                  Sums &sums) const
-    {
-        float sum[BLOCKS][2][4], over[2][2][2];
-        uint32_t over_pairs[2], k_rest[4];
+        __syncwarp(); /* before others read these sums, and after they have */
+        if (g == 7)
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++)
-            accumulate_gates(at + block * BLOCK_BYTES, offset, sum[block]);
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-#pragma unroll
-            for (int i = 0; i < 2 && BLOCKS == 2; i++)
-                over[1][b][i] = ex2(__shfl_sync(~0u, sum[BLOCKS - 1][b][2 + i], 4 * 7 + t));
-            over_pairs[b] = BLOCKS == 2 ? pack_half(over[1][b][0], over[1][b][1]) : 0;
-            float all[2] = {sum[0][b][2], sum[0][b][3]};
-            if (BLOCKS == 2) all[0] += sum[BLOCKS - 1][b][2], all[1] += sum[BLOCKS - 1][b][3];
-            if (g == 7)
-                *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]) = make_float2(all[0], all[1]);
-        }
-        decay<0>(at, factor, sum[0], over_pairs, over[0], k_rest, sums);
-        if constexpr (BLOCKS == 2) {
-#pragma unroll
-            for (int b = 0; b < 2; b++) over_pairs[b] = pack_half(over[0][b][0], over[0][b][1]);
-            decay<1>(at + BLOCK_BYTES, factor + BLOCK, sum[1], over_pairs, over[1], k_rest, sums);
-        }
+            for (int b = 0; b < 2; b++)
+                *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]) =
+                    make_float2(sum[b][2], sum[b][3]);
     }
 
     /* Turns the sums over all tokens into the state's decay over the chunk, less one: rounded to fp32 itself, the decay
@@ -331,10 +317,23 @@ template <class Kind> struct Preparation {
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
         const float *factor = &shared.inverse_norm[team][norms][0][g];
+        /* Blocks and channels in loops that stay loops: what all roles do has to fit in the instruction cache. */
 #pragma unroll 1
-        for (int c = 0; c < SHARE; c += 16)
-            prepare_slice(half ^ 2 * (first % 64 + c), &shared.gate_offset[team][first + c], factor,
-                          gamma + first + c, sums);
+        for (int block = 0; block < BLOCKS; block++) {
+            if (block == 1) {
+                __syncwarp();
+#pragma unroll
+                for (int i = 0; i < 12; i++) {
+                    sums.within[0][i / 4][i % 4] = sums.within[BLOCKS - 1][i / 4][i % 4];
+                    sums.within[BLOCKS - 1][i / 4][i % 4] = 0.0f;
+                }
+            }
+#pragma unroll 1
+            for (int c = 0; c < SHARE; c += 16)
+                prepare_slice(block, (half ^ 2 * (first % 64 + c)) + block * BLOCK_BYTES,
+                              &shared.gate_offset[team][first + c], factor + block * BLOCK, gamma + first + c,
+                              sums);
+        }
         if (SAVES_REGISTERS) find_place();
         finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
         fence_async_proxy();

@@ -263,23 +263,16 @@ template <class Kind> struct Recurrence {
         if (!LATER) fence_async_proxy(); /* later copies overwrite this */
     }
 
-    /* Lane 2 i + h takes rows 8 h to 8 h + 7 of token i of each block, */
-    __device__ void take_output(int index, uint4 (&row)[BLOCKS]) const
+    /* Of so many tokens: lane 2 i + h takes rows 8 h to 8 h + 7 of token i of each block, which go to `to`. */
+    __device__ void store_output(int index, char *to, int tokens) const
     {
         __syncwarp();
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++)
-            row[block] =
+        for (int block = 0; block < BLOCKS; block++) {
+            const uint4 row =
                 *reinterpret_cast<const uint4 *>(output_tile(index) + output_place + block * BLOCK_BYTES);
-    }
-
-    /* which go to byte `at`, of so many tokens. */
-    __device__ void store_output(const uint4 (&row)[BLOCKS], long long at, int tokens) const
-    {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; block++)
-            store_16_if(static_cast<char *>(args.out) + at + block * args.chunk_bytes, row[block],
-                        lane / 2 + block * BLOCK < tokens);
+            store_16_if(to + block * args.chunk_bytes, row, lane / 2 + block * BLOCK < tokens);
+        }
     }
 
     __device__ float4 load_gamma(const float *gamma_minus_1, int s) const
@@ -311,11 +304,12 @@ template <class Kind> struct Recurrence {
         return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, attend) / 16, i);
     }
 
-    /* One chunk, with `left` tokens of the piece from its first on; its outputs will go to byte `at`. Leaves the update of the
-     * state in flight and, for outputs, (Q~ S)^T in the last tiles of `read` and, in flight too, what the chunk's own tokens add
-     * to it in `own`. Stores the outputs of the chunk before. */
-    __device__ void step(int index, int left, bool first, long long at, float (&read)[READ][4],
-                         float (&own)[TILES][4])
+    /* One chunk, with `left` tokens of the piece from its first on. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in
+     * the last tiles of `read` and, in flight too, what the chunk's own tokens add to it in `own`. On the way `store_before` stores
+     * the outputs of the chunk before. */
+    template <class Store>
+    __device__ void step(int index, int left, float (&read)[READ][4], float (&own)[TILES][4],
+                         Store store_before)
     {
         const bool look = (left & (128 - CHUNK)) == 0, whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
@@ -325,8 +319,6 @@ template <class Kind> struct Recurrence {
             descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
         float v[TILES][4], u[TILES][4]; /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
-        uint4 output[BLOCKS];
-        if constexpr (LATER) take_output(index, output);
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -336,11 +328,11 @@ template <class Kind> struct Recurrence {
             wgmma<true, false>(read, a[s], Tokens<Kind>::decayed(tokens_place, s));
         wgmma_commit();
         load_values(v, shared.tokens[index]);
-        if constexpr (LATER) store_output(output, at - BLOCKS * args.chunk_bytes, first ? 0 : CHUNK);
-        const float strength = stage.strength;
-        const bool usual = !__any_sync(~0u, large(v)) && strength == 1.0f && !look && whole && !look_again;
+        /* An address that depends on v, or the compiler would look at v only after the wait. */
+        const float strength = load_shared(__any_sync(~0u, large(v)) ? &stage.zero : &stage.strength);
+        const bool usual = strength == 1.0f && !look && whole && !look_again;
         wgmma_wait<0>();
-        if (__builtin_expect(!usual, 0)) adapt(v, read, strength, left, look);
+        if (__builtin_expect(!usual, 0)) adapt(v, read, stage.strength, left, look);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -354,6 +346,7 @@ template <class Kind> struct Recurrence {
 #pragma unroll
         for (int i = 1; i < BLOCKS; i++) wgmma<true, true>(u, a[i], solve_operand(stage_place, i));
         wgmma_commit();
+        store_before();
         decay(stage.gamma_minus_1, gamma);
         wgmma_wait<0>();
 #pragma unroll
@@ -374,8 +367,9 @@ template <class Kind> struct Recurrence {
 
     __device__ void walk_through(const Piece &piece, Places<Kind> &place)
     {
-        long long at = 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM + piece.first_row +
-                            warp_row() + lane % 2 * 8);
+        char *to =
+            static_cast<char *>(args.out) + 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM +
+                                                 piece.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
         unit = piece.kind & UNIT;
         if (piece.kind & AWAIT) await_flag(&piece.flags[warp_row() >> 4]);
@@ -383,39 +377,38 @@ template <class Kind> struct Recurrence {
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
         if (piece.length > 0) choose_scales(piece.length, place);
-        int left = piece.length;
-        for (; left > 0; left -= CHUNK, at += BLOCKS * args.chunk_bytes) {
+        const long long stride = BLOCKS * args.chunk_bytes;
+        bool ready = true;
+        for (int left = piece.length; left > 0; left -= CHUNK) {
             const int slot = place.index();
-            mbarrier_wait(&shared.chunks.ready[slot], place.parity());
-            step(slot, left, left == piece.length, at, read, own);
+            if (!ready) mbarrier_wait(&shared.chunks.ready[slot], place.parity());
+            step(slot, left, read, own, [&] {
+                if constexpr (LATER) store_output(0, to - stride, left == piece.length ? 0 : CHUNK);
+            });
+            Places<Kind> next = place;
+            next.advance();
+            ready = mbarrier_test(&shared.chunks.ready[next.index()], next.parity());
             if constexpr (Kind::OUTPUTS) {
                 wgmma_wait<1>();
                 leave_output(slot, own, &read[TILES]);
-                if constexpr (!LATER) {
-                    uint4 output[BLOCKS];
-                    take_output(slot, output);
-                    store_output(output, at, left);
-                }
+                if constexpr (!LATER) store_output(slot, to, left);
+                to += stride;
             }
             wgmma_wait<0>();
             release(place);
+            place = next;
         }
-        if (LATER && piece.length > 0) {
-            uint4 output[BLOCKS];
-            take_output(0, output);
-            store_output(output, at - BLOCKS * args.chunk_bytes, left + CHUNK);
-        }
+        if (LATER && piece.length > 0) store_output(0, to - stride, (piece.length - 1) % CHUNK + 1);
         if (piece.final) store_state(piece);
         if (piece.kind & SIGNAL) set_flag(&piece.flags[warp_row() >> 4]);
     }
 
-    /* The warp has read all it needs of a chunk; the next one. */
+    /* The warp has read all it needs of a chunk. */
     __device__ void release(Places<Kind> &place) const
     {
         mbarrier_arrive_warp(&shared.chunks.empty[place.index()]);
         if (Kind::SHARERS == 2 && !place.here())
             mbarrier_arrive_warp_there(&shared.chunks.empty[place.own.index]);
-        place.advance();
     }
 
     __device__ void run()

@@ -121,6 +121,7 @@ template <class Kind> struct Stage {
     Tile<CHUNK, CHUNK, false, CHUNK / 8 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
     float strength; /* a power of two that `solve` is divided by: 1, or above all b if those are tiny */
+    float zero;
 };
 
 /* Where a channel is in gamma_minus_1: lane t of the recurrence reads the four of its accumulators of channels 16 s + 2 t,

@@ -50,16 +50,30 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
-/* Whether the phase is over, for all lanes of the warp; if not, after a short while. */
+/* Whether the phase is over, for all lanes of the warp. */
 __device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, int parity)
 {
     int done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-                 "selp.b32 %0, 1, 0, p;\n@!p nanosleep.u32 32;\n}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-    return __shfl_sync(~0u, done, 0) != 0;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return __all_sync(~0u, done) != 0;
+}
+
+/* Between two tests. */
+__device__ __forceinline__ void rest_for_a_while()
+{
+    asm volatile("nanosleep.u32 32;");
+}
+
+/* Where and when the program says, whatever the compiler would rather do. */
+__device__ __forceinline__ float load_shared(const float *from)
+{
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(from)) : "memory");
+    return x;
 }
 
 /* Lets the next kernel in the stream start, if it was launched to do so; and waits until the one before is over, if this one did. */
