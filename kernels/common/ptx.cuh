@@ -192,6 +192,19 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high)
     return *reinterpret_cast<uint32_t *>(&pair);
 }
 
+/* The two fp16 in one register. */
+__device__ __forceinline__ float half_low(uint32_t pair)
+{
+    float x;
+    asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(x) : "r"(pair));
+    return x;
+}
+
+__device__ __forceinline__ float half_high(uint32_t pair)
+{
+    return half_low(pair >> 16);
+}
+
 /* Products of pairs of fp16. */
 __device__ __forceinline__ uint32_t multiply_halves(uint32_t x, uint32_t y)
 {

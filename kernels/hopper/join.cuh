@@ -14,6 +14,7 @@
 #include "../common/elements.cuh"
 #include "cut.cuh"
 #include "fwd_shape.h"
+#include "map.cuh"
 #include "sm90.cuh"
 
 namespace fkda
@@ -21,31 +22,37 @@ namespace fkda
 
 enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
-/* Strides keep a warp's loads of fragments in different banks. */
+/* Maps on their way, whole ones, and a block's rows as an operand, in the same form (map.cuh). */
 struct JoinShared {
-    __align__(16) float map[2][DIM][DIM + 8]; /* the one that is used and the one that comes */
-    /* Before a step, and those that are written for the next. */
-    __align__(16) float rows[2][FKDA_JOIN_ROWS][DIM + 4];
+    static constexpr int BUFFERS = 3;
+    __align__(1024) MapImage map[BUFFERS];
+    __align__(1024) unsigned char rows[2][FKDA_JOIN_ROWS * MapImage::ROW_BYTES]; /* high, low */
+    __align__(16) float most[FKDA_JOIN_ROWS][FKDA_JOIN_THREADS / 32]; /* in a warp's columns of a row */
+    uint64_t full[BUFFERS];
 };
 static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 
-/* Products on the tensor core in tf32: an operand is the sum of what tf32 keeps of it and the rest, and of the four products of
- * such sums three are taken, which leaves 2^-22 of a product out. A warp has 16 columns of the block's rows, two tiles; lane (g, t) =
- * (lane / 4, lane % 4) of that rows g and g + 8 and columns 2 t and 2 t + 1 of both tiles. The code is kept small: each
- * launch has to fetch it. */
+/* Products on the tensor core in fp16: a number is the sum of what fp16 keeps of it and of 2^-11 times what it keeps of the rest, and of
+ * the four products of such sums three are taken, which leaves 2^-22 of a product out. Rows are divided by a power of two above them first; maps
+ * are at most one in size. A warp has 16 columns of the block's rows; lane (g, t) = (lane / 4, lane % 4) of tile c of eight
+ * columns and tile r of 16 rows rows g and g + 8 and columns 2 t and 2 t + 1. */
 struct Join {
-    static constexpr int WARP_COLUMNS = DIM / (FKDA_JOIN_THREADS / 32);
+    static constexpr int WARPS = FKDA_JOIN_THREADS / 32;
+    static constexpr int ROW_TILES = FKDA_JOIN_ROWS / 16, BUFFERS = JoinShared::BUFFERS;
     static constexpr int MATRIX = DIM * DIM;
-    static_assert(FKDA_JOIN_ROWS == 16 && WARP_COLUMNS == 16, "a tile's rows, and two tiles' columns");
+    static_assert(DIM / WARPS == 16 && WARPS == 8,
+                  "two tiles of columns to a warp, eight numbers to a row of `most`");
+    using Rows = float[ROW_TILES][2][4]; /* tile of rows, of columns */
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     JoinShared &shared;
-    int head, row; /* of V or, of a map, of K: the first of the block's */
+    int head, row;        /* of V or, of a map, of K: the first of the block's */
+    unsigned asked, used; /* maps that were asked for so far, and that were used */
 
-    /* Element (row, 0) of a head's matrix in a slot. */
+    /* A head's matrix in a slot. */
     __device__ float *place(float *matrices, int slot) const
     {
-        return matrices + (static_cast<long long>(slot) * args.heads + head) * MATRIX + row * DIM;
+        return matrices + (static_cast<long long>(slot) * args.heads + head) * MATRIX;
     }
 
     /* What a block carries its rows through: maps first_map, first_map + 1, ... and, with `add`, to the product with the i-th
@@ -63,92 +70,162 @@ struct Join {
         }
     };
 
-    __device__ void fetch_map(int buffer, const float *from) const
+    __device__ void ask_for(const float *map)
     {
-#pragma unroll 4
-        for (int i = 4 * static_cast<int>(threadIdx.x); i < MATRIX; i += 4 * FKDA_JOIN_THREADS)
-            copy_async_16(&shared.map[buffer][i / DIM][i % DIM], from + i, true);
-        copy_async_commit();
+        const int buffer = static_cast<int>(asked++ % BUFFERS);
+        if (threadIdx.x != 0) return;
+        mbarrier_arrive_expecting(&shared.full[buffer], sizeof(MapImage));
+        copy_bulk(&shared.map[buffer], map, sizeof(MapImage), &shared.full[buffer]);
     }
 
-    /* This lane's numbers of a row's tiles, 8 apart, to and from rows of `stride`. */
-    static __device__ void store(float *to, int stride, const float (&x)[2][4])
+    /* visit(row tile, column tile, half, row, column): of this lane's pairs of numbers. */
+    template <class Visit> __device__ void for_each_pair(Visit visit) const
     {
+        const int lane = threadIdx.x & 31, first = static_cast<int>(threadIdx.x) >> 5 << 4;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            store_two(to + i / 2 * 8 + i % 2 * 8 * stride, x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
-    }
-
-    static __device__ void load(float (&x)[2][4], const float *from)
-    {
+        for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 two = *reinterpret_cast<const float2 *>(from + i / 2 * 8 + i % 2 * 8 * DIM);
-            x[i / 2][i % 2 * 2] = two.x, x[i / 2][i % 2 * 2 + 1] = two.y;
-        }
+            for (int i = 0; i < 4; i++)
+                visit(r, i / 2, i % 2, 16 * r + 8 * (i % 2) + (lane >> 2),
+                      first + 8 * (i / 2) + 2 * (lane & 3));
     }
 
-    /* Rows `from` through the maps; the last sum is written to `to`, unless null. */
-    __device__ void carry(const float *from, const Way &way, float *to) const
+    __device__ void store(float *matrix, const Rows &x) const
     {
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        const int column = (threadIdx.x >> 5) * WARP_COLUMNS, at = g * DIM + column + 2 * t;
-        const float *map = place(way.maps, way.first_map) - row * DIM;
-        float x[2][4];
+        for_each_pair([&](int r, int c, int half, int at, int column) {
+            store_two(matrix + (row + at) * DIM + column, x[r][c][2 * half], x[r][c][2 * half + 1]);
+        });
+    }
+
+    __device__ void load(Rows &x, const float *matrix) const
+    {
+        for_each_pair([&](int r, int c, int half, int at, int column) {
+            const float2 two = *reinterpret_cast<const float2 *>(matrix + (row + at) * DIM + column);
+            x[r][c][2 * half] = two.x, x[r][c][2 * half + 1] = two.y;
+        });
+    }
+
+    __device__ void store_map(float *matrix, const Rows &x) const
+    {
+        for_each_pair([&](int r, int c, int half, int at, int column) {
+            MapImage::store_pair(matrix, row + at, column, x[r][c][2 * half], x[r][c][2 * half + 1]);
+        });
+    }
+
+    __device__ void load_map(Rows &x, const float *matrix) const
+    {
+        for_each_pair([&](int r, int c, int half, int at, int column) {
+            MapImage::load_pair(x[r][c][2 * half], x[r][c][2 * half + 1], matrix, row + at, column);
+        });
+    }
+
+    /* Rows x through the maps; without `add` they are of a map themselves. */
+    __device__ void carry(Rows &x, const Way &way)
+    {
+        const float *map = place(way.maps, way.first_map);
+        const long long next_map = static_cast<long long>(args.heads) * MATRIX;
         __syncthreads(); /* of another item of work, all is read */
-        if (way.count > 0) fetch_map(0, map);
-        load(x, from + at);
+        for (int i = 0; i < min(way.count, BUFFERS); i++) ask_for(map + i * next_map);
+        map += BUFFERS * next_map;
 #pragma unroll 1
-        for (int i = 0; i < way.count; i++) {
-            float(*rows)[DIM + 4] = shared.rows[i % 2];
+        for (int i = 0; i < way.count; i++, map += next_map) {
             float *state = place(cut.states, way.slot(i));
-            store(&rows[g][column + 2 * t], DIM + 4, x);
-            if (way.add)
-                load(x, state + at);
-            else
-                x[0][0] = x[0][1] = x[0][2] = x[0][3] = x[1][0] = x[1][1] = x[1][2] = x[1][3] = 0.0f;
-            copy_async_wait_all();
-            __syncthreads(); /* the map and all rows are there, and the other buffers are no longer read */
-            map += static_cast<long long>(args.heads) * MATRIX;
-            if (i + 1 < way.count) fetch_map((i + 1) % 2, map);
-            multiply_add(x, rows, shared.map[i % 2], column, g, t);
-            if (way.keep) store(state + at, DIM, x);
+            Rows sum = {};
+            if (way.add) load(sum, state);
+            leave_most(x);
+            __syncthreads(); /* the product before is over */
+            if (i && i + BUFFERS - 1 < way.count) ask_for(map - next_map);
+            float scale[ROW_TILES][2];
+            leave_rows(x, scale);
+            const int buffer = static_cast<int>(used % BUFFERS);
+            mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
+            used++;
+            __syncthreads();
+            multiply_add(sum, scale, shared.map[buffer]);
+            for_each_pair([&](int r, int c, int half, int, int) {
+                x[r][c][2 * half] = sum[r][c][2 * half], x[r][c][2 * half + 1] = sum[r][c][2 * half + 1];
+            });
+            if (way.keep) store(state, x);
         }
-        if (to) store(to + at, DIM, x);
     }
 
-    /* x to the nearest that tf32 has, but for bits that the tensor core does not read. */
-    static __device__ float rounded(float x)
+    /* The largest number of each row in the warp's columns. */
+    __device__ void leave_most(const Rows &x) const
     {
-        return __uint_as_float(__float_as_uint(x) + 0x1000u);
+        const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float most = fmaxf(fmaxf(fabsf(x[r][0][2 * half]), fabsf(x[r][0][2 * half + 1])),
+                                   fmaxf(fabsf(x[r][1][2 * half]), fabsf(x[r][1][2 * half + 1])));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+                if (lane % 4 == 0) shared.most[16 * r + 8 * half + lane / 4][warp] = most;
+            }
     }
 
-    static __device__ float rest(float x, float nearest)
+    /* The rows as an operand, divided by their scales. */
+    __device__ void leave_rows(const Rows &x, float (&scale)[ROW_TILES][2]) const
     {
-        return rounded(x - __uint_as_float(__float_as_uint(nearest) & 0xffffe000u));
+        const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+            uint32_t high[4], low[4]; /* column tile, half */
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float4 *all =
+                    reinterpret_cast<const float4 *>(shared.most[16 * r + 8 * half + lane / 4]);
+                const float4 a = all[0], b = all[1];
+                const float most = fminf(
+                    fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w))),
+                    0x1p126f);
+                scale[r][half] =
+                    fmaxf(__uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u), 0x1p-100f);
+                const float factor = inverse_power(scale[r][half]);
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+                    MapImage::split(high[2 * c + half], low[2 * c + half], x[r][c][2 * half] * factor,
+                                    x[r][c][2 * half + 1] * factor);
+            }
+            const int at = MapImage::place(16 * r + lane % 16, 2 * warp + lane / 16);
+            store_matrices(shared_address(&shared.rows[0][at]), high);
+            store_matrices(shared_address(&shared.rows[1][at]), low);
+        }
     }
 
-    static __device__ void multiply_add(float (&x)[2][4], const float (*rows)[DIM + 4],
-                                        const float (*map)[DIM + 8], int column, int g, int t)
+    __device__ void multiply_add(Rows &x, const float (&scale)[ROW_TILES][2], const MapImage &map) const
     {
-        float sums[2][4] = {}, rests[2][4] = {}; /* by tile */
+        const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+        Rows sums = {}, rests = {};
 #pragma unroll 2
-        for (int k = t; k < DIM; k += 8) {
-            const float own[4] = {rows[g][k], rows[g + 8][k], rows[g][k + 4], rows[g + 8][k + 4]};
-            float a[4], a_rest[4];
+        for (int k = 0; k < DIM / 16; k++) {
+            uint32_t high[4], low[4]; /* of the map: column tile, depth / 8 */
+            const int from = MapImage::place(16 * k + lane % 16, 2 * warp + lane / 16);
+            load_matrices_transposed(high, &map.high[from]);
+            load_matrices_transposed(low, &map.low[from]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = rounded(own[i]), a_rest[i] = rest(own[i], a[i]);
+            for (int r = 0; r < ROW_TILES; r++) {
+                uint32_t a[4], rest[4];
+                const int at = MapImage::place(16 * r + lane % 16, 2 * k + lane / 16);
+                load_matrices(a, &shared.rows[0][at]);
+                load_matrices(rest, &shared.rows[1][at]);
 #pragma unroll
-            for (int tile = 0; tile < 2; tile++) {
-                const float m[2] = {map[k][column + 8 * tile + g], map[k + 4][column + 8 * tile + g]};
-                const float b[2] = {rounded(m[0]), rounded(m[1])};
-                mma_tf32(rests[tile], a_rest[0], a_rest[1], a_rest[2], a_rest[3], b[0], b[1]);
-                mma_tf32(sums[tile], a[0], a[1], a[2], a[3], b[0], b[1]);
-                mma_tf32(rests[tile], a[0], a[1], a[2], a[3], rest(m[0], b[0]), rest(m[1], b[1]));
+                for (int c = 0; c < 2; c++) {
+                    mma_half(sums[r][c], a[0], a[1], a[2], a[3], high[2 * c], high[2 * c + 1]);
+                    mma_half(rests[r][c], a[0], a[1], a[2], a[3], low[2 * c], low[2 * c + 1]);
+                    mma_half(rests[r][c], rest[0], rest[1], rest[2], rest[3], high[2 * c], high[2 * c + 1]);
+                }
             }
         }
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i / 4][i % 4] += sums[i / 4][i % 4] + rests[i / 4][i % 4];
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int c = 0; c < 2; c++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    x[r][c][i] = __fmaf_rn(__fmaf_rn(rests[r][c][i], MapImage::REST, sums[r][c][i]),
+                                           scale[r][i / 2], x[r][c][i]);
     }
 
     /* The maps of a group, from the first to the last. */
@@ -159,38 +236,43 @@ struct Join {
     }
 
     /* A group's maps one after the other, from rows of the first map; and its states, from those after the first map. */
-    __device__ void compose(const fkda_cut_sequence &c, int group, bool state) const
+    __device__ void compose(const fkda_cut_sequence &c, int group, bool state)
     {
         int first, last;
         find_group(c, group, first, last);
-        const Way way = {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false};
+        Rows x;
         if (state)
-            carry(place(cut.states, first + 1), way, place(cut.states, last + 1));
+            load(x, place(cut.states, first + 1));
         else
-            carry(place(cut.maps, first), way, place(cut.composed, c.first_group + group));
+            load_map(x, place(cut.maps, first));
+        carry(x, {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false});
+        if (state)
+            store(place(cut.states, last + 1), x);
+        else
+            store_map(place(cut.composed, c.first_group + group), x);
     }
 
     /* From state to state of all segments, or where the maps are many of all groups. */
-    __device__ void chain(const fkda_cut_sequence &c, int groups) const
+    __device__ void chain(const fkda_cut_sequence &c, int groups)
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
-        const float *from = place(cut.states, c.first_slot + 1);
+        Rows x;
+        load(x, place(cut.states, c.first_slot + 1));
         if (groups)
-            carry(from,
-                  {cut.composed, c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS, FKDA_GROUP_MAPS,
-                   last, true, true},
-                  nullptr);
+            carry(x, {cut.composed, c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
+                      FKDA_GROUP_MAPS, last, true, true});
         else
-            carry(from, {cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true}, nullptr);
+            carry(x, {cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true});
     }
 
     /* Through a group, up to the segment whose state is there already. */
-    __device__ void expand(const fkda_cut_sequence &c, int group) const
+    __device__ void expand(const fkda_cut_sequence &c, int group)
     {
         int first, last;
         find_group(c, group, first, last);
-        carry(place(cut.states, first), {cut.maps, first, last - first, first + 1, 1, last, true, true},
-              nullptr);
+        Rows x;
+        load(x, place(cut.states, first));
+        carry(x, {cut.maps, first, last - first, first + 1, 1, last, true, true});
     }
 };
 
@@ -199,7 +281,14 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
 {
     constexpr int PARTS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
-    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0};
+    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0};
+    let_next_kernel_start();
+    if (threadIdx.x == 0) {
+        for (uint64_t &barrier : work.shared.full) mbarrier_init(&barrier, 1);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    wait_for_kernel_before();
     const Cut rules = {args, cut};
     const int count = rules.cut_sequences();
     int before = 0; /* items of the sequences before c */

@@ -7,6 +7,7 @@
 #ifndef FKDA_HOPPER_RECURRENCE_CUH
 #define FKDA_HOPPER_RECURRENCE_CUH
 
+#include "map.cuh"
 #include "shared.cuh"
 
 namespace fkda
@@ -99,6 +100,16 @@ template <class Kind> struct Recurrence {
     __device__ void store_state(const Piece &piece) const
     {
         void *to = global_memory(piece.final);
+        if constexpr (!Kind::OUTPUTS)
+            if (unit) {
+#pragma unroll
+                for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++)
+                        MapImage::store_pair(to, warp_row() + (lane >> 2) + 8 * r, 8 * s + 2 * (lane & 3),
+                                             state[s][2 * r] * scale[r], state[s][2 * r + 1] * scale[r]);
+                return;
+            }
         const bool is_bf16 = piece.kind & FINAL_BF16;
         const int begin = state_begin(piece);
 #pragma unroll

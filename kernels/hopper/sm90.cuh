@@ -173,6 +173,16 @@ __device__ __forceinline__ void copy_box(void *to, const fkda_tensor_map *map, i
                  : "memory");
 }
 
+/* Copies so many bytes, a multiple of 16, to shared memory; `barrier` counts them. */
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
+{
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
 /* The opposites of load_matrices and load_matrices_transposed. */
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[4])
 {

@@ -101,6 +101,14 @@ inline uint32_t pack_half(float low, float high)
 {
     return half_from(low) | static_cast<uint32_t>(half_from(high)) << 16;
 }
+inline float half_low(uint32_t pair)
+{
+    return from_half(static_cast<uint16_t>(pair));
+}
+inline float half_high(uint32_t pair)
+{
+    return from_half(static_cast<uint16_t>(pair >> 16));
+}
 inline uint32_t multiply_halves(uint32_t x, uint32_t y)
 {
     const auto product = [=](int shift) {
@@ -388,6 +396,15 @@ inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, 
     emulator::later([=] {
         const int32_t first[] = {0, token, half, head};
         emulator::mbarrier_complete_bytes(barrier, emulator::copy_box(tensor, first, shared, at));
+    });
+}
+inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
+{
+    if (shared_address(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+        emulator::fail("copy_bulk of %d bytes to shared memory + %u", bytes, shared_address(to));
+    emulator::later([=] {
+        memcpy(to, from, static_cast<size_t>(bytes));
+        emulator::mbarrier_complete_bytes(barrier, bytes);
     });
 }
 
