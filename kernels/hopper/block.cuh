@@ -38,7 +38,7 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
 {
     Shared<Kind> &shared = *reinterpret_cast<Shared<Kind> *>(block_memory());
     const int thread = threadIdx.x, warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread % 32;
-    if (Kind::OUTPUTS) let_next_kernel_start(); /* that is for the maps, beside the first segments; */
+    let_next_kernel_start();
     if (thread == 0) set_up_barriers(shared);
     constexpr int STAGE_UNITS = sizeof shared.stage / 16; /* what is above diagonals stays zero */
     for (int i = thread; i < STAGE_UNITS; i += FKDA_HOPPER_THREADS)
@@ -62,7 +62,7 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
     }
     __syncwarp();
     if (Kind::SHARERS == 2) cluster_sync();       /* nothing more comes from the other block */
-    if (!Kind::OUTPUTS) wait_for_kernel_before(); /* which end last */
+    if (!Kind::OUTPUTS) wait_for_kernel_before(); /* maps need nothing of it, but are over after it */
 }
 
 } // namespace fkda

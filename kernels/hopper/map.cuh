@@ -30,10 +30,12 @@ struct MapImage {
     {
         MapImage &map = *static_cast<MapImage *>(image);
         const int at = place(row, column / 8) + column % 8 * 2;
-        split(*reinterpret_cast<uint32_t *>(&map.high[at]), *reinterpret_cast<uint32_t *>(&map.low[at]), x, y);
+        split(*reinterpret_cast<uint32_t *>(&map.high[at]), *reinterpret_cast<uint32_t *>(&map.low[at]), x,
+              y);
     }
 
-    static __device__ __forceinline__ void load_pair(float &x, float &y, const void *image, int row, int column)
+    static __device__ __forceinline__ void load_pair(float &x, float &y, const void *image, int row,
+                                                     int column)
     {
         const MapImage &map = *static_cast<const MapImage *>(image);
         const int at = place(row, column / 8) + column % 8 * 2;

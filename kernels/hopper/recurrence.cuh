@@ -426,6 +426,7 @@ template <class Kind> struct Recurrence {
     {
         Places<Kind> place(sharer_rank<Kind>());
         Walk walk(shared.pieces);
+        if (Kind::OUTPUTS) wait_for_kernel_before(); /* for states that it left: nothing else of it is read */
         for (;; walk.leave()) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;

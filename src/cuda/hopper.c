@@ -110,31 +110,26 @@ flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_pro
 }
 
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
-                                    fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads)
+                                    fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads,
+                                    bool early)
 {
     void *arguments[] = {args};
+    fkda_launch_attribute attribute = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                       .value.programmatic_stream_serialization_allowed = 1};
+    const fkda_launch_config config = {
+        (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES, p->stream, &attribute, 1};
+    if (early && driver->cuLaunchKernelEx) {
+        CUresult result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
+        return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
+    }
     CUresult result = driver->cuLaunchKernel(kernel, (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1,
                                              FKDA_HOPPER_SHARED_BYTES, p->stream, arguments, NULL);
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
 }
 
-flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda_problem *p,
-                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks,
-                                           int threads)
-{
-    void *arguments[] = {args};
-    fkda_launch_attribute beside = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                                    .value.programmatic_stream_serialization_allowed = 1};
-    const fkda_launch_config config = {
-        (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES, p->stream, &beside, 1};
-    if (!driver->cuLaunchKernelEx) return fkda_hopper_launch(driver, p, args, kernel, blocks, threads);
-    CUresult result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
-    return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
-}
-
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
                                         fkda_hopper_fwd_args *args, int chunk, int64_t pieces,
-                                        int multiprocessors)
+                                        int multiprocessors, bool early)
 {
     const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIRED;
     const int64_t workers = paired ? fkda_hopper_pairs(multiprocessors) : multiprocessors;
@@ -144,9 +139,10 @@ flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_pr
         CUresult result = driver->cuMemsetD32Async((CUdeviceptr)args->handoff.flags, 0,
                                                    flag_bytes(multiprocessors) / sizeof(int), p->stream);
         if (result) return fkda_driver_fail("cuMemsetD32Async", result);
+        early = false; /* that must be over */
     }
     return fkda_hopper_launch(driver, p, args, fkda_hopper_fwd_module.functions[p->device.index][paired],
-                              blocks, FKDA_HOPPER_THREADS);
+                              blocks, FKDA_HOPPER_THREADS, early);
 }
 
 static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, int multiprocessors)
@@ -157,7 +153,7 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, in
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args, l.chunk);
     if (status != FLASH_KDA_OK) return status;
     if (l.divides) args.handoff = fkda_hopper_handoff(p->workspace, multiprocessors);
-    return fkda_hopper_launch_fwd(driver, p, &args, l.chunk, l.heads, multiprocessors);
+    return fkda_hopper_launch_fwd(driver, p, &args, l.chunk, l.heads, multiprocessors, false);
 }
 
 flash_kda_status fkda_cuda_hopper_whole_fwd(const fkda_problem *p)

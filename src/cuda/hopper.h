@@ -22,18 +22,15 @@ fkda_handoff fkda_hopper_handoff(void *memory, int multiprocessors);
 flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_problem *p,
                                        fkda_hopper_fwd_args *args, int chunk);
 
+/* `early`: as soon as the kernel before lets it; the kernel itself waits for what it needs. */
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
-                                    fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads);
-
-/* The same, beside the kernel before as soon as that lets it. */
-flash_kda_status fkda_hopper_launch_beside(const fkda_driver *driver, const fkda_problem *p,
-                                           fkda_hopper_fwd_args *args, CUfunction kernel, int blocks,
-                                           int threads);
+                                    fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads,
+                                    bool early);
 
 /* Launches the forward kernel for pairs of blocks or, with chunks of FKDA_HOPPER_CHUNK_ALONE, for single ones. It has at most so many pieces
  * to work through: if they are more than blocks or pairs, and there is room for states in between, some are divided. */
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
                                         fkda_hopper_fwd_args *args, int chunk, int64_t pieces,
-                                        int multiprocessors);
+                                        int multiprocessors, bool early);
 
 #endif

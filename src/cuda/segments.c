@@ -223,20 +223,26 @@ static pieces count_pieces(const fkda_problem *p, const division *d)
     };
 }
 
+/* Each step of the join, with a block for each of its items if there are no more than multiprocessors. */
 static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, const division *d,
-                             fkda_hopper_fwd_args *args, int multiprocessors)
+                             fkda_hopper_fwd_args *args, int64_t cut_heads, int multiprocessors)
 {
     const CUfunction *kernels = segments_module.functions[p->device.index];
     const bool in_groups = d->slots > FKDA_MAPS_CHAINED + 2;
+    const int64_t parts = FKDA_DIM / FKDA_JOIN_ROWS, grouped = d->groups * p->heads * parts;
+    const int64_t items[] = {[COMPOSE] = 2 * grouped, [CHAIN] = cut_heads * parts, [EXPAND] = grouped};
     for (int step = COMPOSE; step <= EXPAND; step++) {
         if (step != CHAIN && !in_groups) continue;
         flash_kda_status status =
-            fkda_hopper_launch(driver, p, args, kernels[step], multiprocessors, FKDA_JOIN_THREADS);
+            fkda_hopper_launch(driver, p, args, kernels[step], (int)least(items[step], multiprocessors),
+                               FKDA_JOIN_THREADS, true);
         if (status != FLASH_KDA_OK) return status;
     }
     return FLASH_KDA_OK;
 }
 
+/* All but the first may start early: the maps run beside the first segments, and the others have their code and inputs when what they
+ * wait for is over. Each is over only after the one before, so that what an earlier one left is there too. */
 static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, const division *d,
                             int multiprocessors)
 {
@@ -247,22 +253,24 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args, CHUNK);
     if (status != FLASH_KDA_OK) return status;
     args.cut = find_memory(p, d, &m);
-    if (!args.cut.alike) status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS);
+    if (!args.cut.alike)
+        status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS, false);
     args.work = FKDA_FIRST_SEGMENTS;
     if (status == FLASH_KDA_OK)
-        status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.first, multiprocessors);
+        status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.first, multiprocessors, false);
     args.work = FKDA_INNER_SEGMENTS;
     if (status == FLASH_KDA_OK && count.inner)
-        status = fkda_hopper_launch_beside(driver, p, &args, kernels[MAPS],
-                                           FKDA_HOPPER_PAIR *
-                                               (int)least(count.inner, fkda_hopper_pairs(multiprocessors)),
-                                           FKDA_HOPPER_THREADS);
-    if (status == FLASH_KDA_OK && count.inner) status = join(driver, p, d, &args, multiprocessors);
+        status =
+            fkda_hopper_launch(driver, p, &args, kernels[MAPS],
+                               FKDA_HOPPER_PAIR * (int)least(count.inner, fkda_hopper_pairs(multiprocessors)),
+                               FKDA_HOPPER_THREADS, true);
+    if (status == FLASH_KDA_OK && count.inner)
+        status = join(driver, p, d, &args, count.first, multiprocessors);
     args.work = FKDA_LATER_SEGMENTS;
     if (!p->batch_invariant)
         args.handoff = fkda_hopper_handoff((char *)p->workspace + m.handoff, multiprocessors);
     if (status == FLASH_KDA_OK)
-        status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.later, multiprocessors);
+        status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.later, multiprocessors, true);
     return status;
 }
 
