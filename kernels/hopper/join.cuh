@@ -48,6 +48,8 @@ struct Join {
     JoinShared &shared;
     int head, row;        /* of V or, of a map, of K: the first of the block's */
     unsigned asked, used; /* maps that were asked for so far, and that were used */
+    /* The maps are not there yet: an item is gone through once for its code, from rows of zeros. */
+    bool rehearsal;
 
     /* A head's matrix in a slot. */
     __device__ float *place(float *matrices, int slot) const
@@ -78,7 +80,7 @@ struct Join {
         copy_bulk(&shared.map[buffer], map, sizeof(MapImage), &shared.full[buffer]);
     }
 
-    /* visit(row tile, column tile, half, row, column): of this lane's pairs of numbers. */
+    /* visit(row tile, column tile, half, row, column): of this lane's pairs of numbers; the column's place in images. */
     template <class Visit> __device__ void for_each_pair(Visit visit) const
     {
         const int lane = threadIdx.x & 31, first = static_cast<int>(threadIdx.x) >> 5 << 4;
@@ -93,59 +95,80 @@ struct Join {
     __device__ void store(float *matrix, const Rows &x) const
     {
         for_each_pair([&](int r, int c, int half, int at, int column) {
-            store_two(matrix + (row + at) * DIM + column, x[r][c][2 * half], x[r][c][2 * half + 1]);
+            store_two(matrix + (row + at) * DIM + MapImage::image(column), x[r][c][2 * half],
+                      x[r][c][2 * half + 1]);
         });
     }
 
     __device__ void load(Rows &x, const float *matrix) const
     {
         for_each_pair([&](int r, int c, int half, int at, int column) {
-            const float2 two = *reinterpret_cast<const float2 *>(matrix + (row + at) * DIM + column);
+            const float2 two =
+                *reinterpret_cast<const float2 *>(matrix + (row + at) * DIM + MapImage::image(column));
             x[r][c][2 * half] = two.x, x[r][c][2 * half + 1] = two.y;
         });
     }
 
+    /* Rows of a map: those that are at these places. */
     __device__ void store_map(float *matrix, const Rows &x) const
     {
+        MapImage &map = *reinterpret_cast<MapImage *>(matrix);
         for_each_pair([&](int r, int c, int half, int at, int column) {
-            MapImage::store_pair(matrix, row + at, column, x[r][c][2 * half], x[r][c][2 * half + 1]);
+            const int from = MapImage::place(row + at, column / 8) + column % 8 * 2;
+            MapImage::split(*reinterpret_cast<uint32_t *>(&map.high[from]),
+                            *reinterpret_cast<uint32_t *>(&map.low[from]), x[r][c][2 * half],
+                            x[r][c][2 * half + 1]);
         });
     }
 
     __device__ void load_map(Rows &x, const float *matrix) const
     {
+        const MapImage &map = *reinterpret_cast<const MapImage *>(matrix);
         for_each_pair([&](int r, int c, int half, int at, int column) {
-            MapImage::load_pair(x[r][c][2 * half], x[r][c][2 * half + 1], matrix, row + at, column);
+            const int from = MapImage::place(row + at, column / 8) + column % 8 * 2;
+            MapImage::join(x[r][c][2 * half], x[r][c][2 * half + 1],
+                           *reinterpret_cast<const uint32_t *>(&map.high[from]),
+                           *reinterpret_cast<const uint32_t *>(&map.low[from]));
         });
     }
 
-    /* Rows x through the maps; without `add` they are of a map themselves. */
+    /* Rows x through the maps; without `add` they are of a map themselves. A rehearsal goes one step, with whatever is there, and leaves all
+     * but x as it is. */
     __device__ void carry(Rows &x, const Way &way)
     {
         const float *map = place(way.maps, way.first_map);
         const long long next_map = static_cast<long long>(args.heads) * MATRIX;
+        const int count = rehearsal ? 1 : way.count;
+        Rows sum = {};   /* what is added: on its way a step ahead */
         __syncthreads(); /* of another item of work, all is read */
-        for (int i = 0; i < min(way.count, BUFFERS); i++) ask_for(map + i * next_map);
+        if (!rehearsal) {
+            for (int i = 0; i < min(count, BUFFERS); i++) ask_for(map + i * next_map);
+            if (way.add && count) load(sum, place(cut.states, way.slot(0)));
+        }
         map += BUFFERS * next_map;
 #pragma unroll 1
-        for (int i = 0; i < way.count; i++, map += next_map) {
-            float *state = place(cut.states, way.slot(i));
-            Rows sum = {};
-            if (way.add) load(sum, state);
+        for (int i = 0; i < count; i++, map += next_map) {
+            Rows next = {};
+            if (way.add && i + 1 < count) load(next, place(cut.states, way.slot(i + 1)));
             leave_most(x);
             __syncthreads(); /* the product before is over */
-            if (i && i + BUFFERS - 1 < way.count) ask_for(map - next_map);
+            if (i && i + BUFFERS - 1 < count) ask_for(map - next_map);
             float scale[ROW_TILES][2];
             leave_rows(x, scale);
             const int buffer = static_cast<int>(used % BUFFERS);
-            mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
-            used++;
+            if (!rehearsal) {
+                mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
+                used++;
+            }
             __syncthreads();
             multiply_add(sum, scale, shared.map[buffer]);
-            for_each_pair([&](int r, int c, int half, int, int) {
-                x[r][c][2 * half] = sum[r][c][2 * half], x[r][c][2 * half + 1] = sum[r][c][2 * half + 1];
-            });
-            if (way.keep) store(state, x);
+            if (way.keep && !rehearsal) store(place(cut.states, way.slot(i)), sum);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++) x[r][c][n] = sum[r][c][n], sum[r][c][n] = next[r][c][n];
         }
     }
 
@@ -240,12 +263,15 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
-        Rows x;
-        if (state)
-            load(x, place(cut.states, first + 1));
-        else
-            load_map(x, place(cut.maps, first));
+        Rows x = {};
+        if (!rehearsal) {
+            if (state)
+                load(x, place(cut.states, first + 1));
+            else
+                load_map(x, place(cut.maps, first));
+        }
         carry(x, {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false});
+        if (rehearsal) return;
         if (state)
             store(place(cut.states, last + 1), x);
         else
@@ -256,13 +282,13 @@ struct Join {
     __device__ void chain(const fkda_cut_sequence &c, int groups)
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
-        Rows x;
-        load(x, place(cut.states, c.first_slot + 1));
-        if (groups)
-            carry(x, {cut.composed, c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
-                      FKDA_GROUP_MAPS, last, true, true});
-        else
-            carry(x, {cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true});
+        Rows x = {};
+        if (!rehearsal) load(x, place(cut.states, c.first_slot + 1));
+        const Way way = groups
+                            ? Way{cut.composed,    c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
+                                  FKDA_GROUP_MAPS, last,          true,   true}
+                            : Way{cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true};
+        carry(x, way);
     }
 
     /* Through a group, up to the segment whose state is there already. */
@@ -270,8 +296,8 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
-        Rows x;
-        load(x, place(cut.states, first));
+        Rows x = {};
+        if (!rehearsal) load(x, place(cut.states, first));
         carry(x, {cut.maps, first, last - first, first + 1, 1, last, true, true});
     }
 };
@@ -281,31 +307,34 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
 {
     constexpr int PARTS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
-    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0};
+    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0, true};
+    const Cut rules = {args, cut};
     let_next_kernel_start();
     if (threadIdx.x == 0) {
         for (uint64_t &barrier : work.shared.full) mbarrier_init(&barrier, 1);
         fence_mbarrier_init();
     }
     __syncthreads();
-    wait_for_kernel_before();
-    const Cut rules = {args, cut};
     const int count = rules.cut_sequences();
     int before = 0; /* items of the sequences before c */
     for (int c = 0, item = static_cast<int>(blockIdx.x); c < count; c++) {
         const fkda_cut_sequence sequence = rules.cut_sequence(c);
         const int groups = Cut::groups_of(sequence.segments);
         const int items = (step == CHAIN ? 1 : groups) * args.heads * PARTS;
-        for (; item < before + items; item += static_cast<int>(gridDim.x)) {
+        while (item < before + items) {
             const int within = item - before, block = within % PARTS, group = within / PARTS / args.heads;
             work.head = within / PARTS % args.heads;
             work.row = block % (DIM / FKDA_JOIN_ROWS) * FKDA_JOIN_ROWS;
             if constexpr (step == COMPOSE) work.compose(sequence, group, block >= DIM / FKDA_JOIN_ROWS);
             if constexpr (step == CHAIN) work.chain(sequence, groups);
             if constexpr (step == EXPAND) work.expand(sequence, group);
+            if (!work.rehearsal) item += static_cast<int>(gridDim.x);
+            if (work.rehearsal) wait_for_kernel_before();
+            work.rehearsal = false;
         }
         before += items;
     }
+    if (work.rehearsal) wait_for_kernel_before();
 }
 
 } // namespace fkda

@@ -29,9 +29,12 @@ template <class Kind> struct Recurrence {
     bool look_again; /* the scales have just changed */
     bool faint;      /* since they were chosen a chunk had a strength below one */
     bool unit;       /* the piece is one of a map: values are zeros */
+    /* States come from the kernel before, which may not be over: what else it takes is waited for first, and gone through once, which
+     * brings the code. */
+    const bool rehearses;
 
-    __device__ Recurrence(const fkda_fwd_args &a, Shared<Kind> &s, int thread)
-        : args(a), shared(s), lane(thread & 31)
+    __device__ Recurrence(const fkda_fwd_args &a, Shared<Kind> &s, int thread, bool waits)
+        : args(a), shared(s), lane(thread & 31), rehearses(waits)
     {
         const int warp_row = thread >> 5 << 4;
         const int half = (warp_row >> 6) * Kind::HALF_TOKENS, first = (warp_row & 63) >> 3;
@@ -71,9 +74,10 @@ template <class Kind> struct Recurrence {
 
     /* All loads are under way before the first is waited for, which one to the same register would do, whether it loads or not: so those
      * of one type come first. Nothing branches: ptxas would put wgmma in order. */
-    __device__ void load_state(const Piece &piece)
+    __device__ void load_state(const Piece &piece, bool nothing)
     {
-        const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16, is_fp32 = piece.initial && !is_bf16;
+        const bool there = piece.initial && !nothing;
+        const bool is_bf16 = there && piece.kind & INITIAL_BF16, is_fp32 = there && !is_bf16;
         const int begin = state_begin(piece);
         const void *from =
             static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4);
@@ -97,19 +101,29 @@ template <class Kind> struct Recurrence {
             }
     }
 
+    __device__ void store_map(MapImage &to) const
+    {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int j = 0; j < DIM / 32; j++) {
+                const int at =
+                    MapImage::place(MapImage::image(warp_row() + (lane >> 2) + 8 * r), 4 * j + (lane & 3));
+                uint32_t high[4], low[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    MapImage::split(high[i], low[i], state[4 * j + i][2 * r] * scale[r],
+                                    state[4 * j + i][2 * r + 1] * scale[r]);
+                *reinterpret_cast<uint4 *>(&to.high[at]) = make_uint4(high[0], high[1], high[2], high[3]);
+                *reinterpret_cast<uint4 *>(&to.low[at]) = make_uint4(low[0], low[1], low[2], low[3]);
+            }
+    }
+
     __device__ void store_state(const Piece &piece) const
     {
         void *to = global_memory(piece.final);
         if constexpr (!Kind::OUTPUTS)
-            if (unit) {
-#pragma unroll
-                for (int s = 0; s < DIM / 8; s++)
-#pragma unroll
-                    for (int r = 0; r < 2; r++)
-                        MapImage::store_pair(to, warp_row() + (lane >> 2) + 8 * r, 8 * s + 2 * (lane & 3),
-                                             state[s][2 * r] * scale[r], state[s][2 * r + 1] * scale[r]);
-                return;
-            }
+            if (unit) return store_map(*static_cast<MapImage *>(to));
         const bool is_bf16 = piece.kind & FINAL_BF16;
         const int begin = state_begin(piece);
 #pragma unroll
@@ -376,15 +390,16 @@ template <class Kind> struct Recurrence {
         wgmma_commit();
     }
 
-    __device__ void walk_through(const Piece &piece, Places<Kind> &place)
+    /* A rehearsal leaves everything as it is: the first chunk, from a state of zeros. */
+    __device__ void walk_through(const Piece &piece, Places<Kind> &place, bool rehearsal)
     {
         char *to =
             static_cast<char *>(args.out) + 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM +
                                                  piece.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
         unit = piece.kind & UNIT;
-        if (piece.kind & AWAIT) await_flag(&piece.flags[warp_row() >> 4]);
-        load_state(piece);
+        if (piece.kind & AWAIT && !rehearsal) await_flag(&piece.flags[warp_row() >> 4]);
+        load_state(piece, rehearsal);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
         if (piece.length > 0) choose_scales(piece.length, place);
@@ -406,6 +421,7 @@ template <class Kind> struct Recurrence {
                 to += stride;
             }
             wgmma_wait<0>();
+            if (rehearsal) return;
             release(place);
             place = next;
         }
@@ -426,12 +442,16 @@ template <class Kind> struct Recurrence {
     {
         Places<Kind> place(sharer_rank<Kind>());
         Walk walk(shared.pieces);
-        if (Kind::OUTPUTS) wait_for_kernel_before(); /* for states that it left: nothing else of it is read */
-        for (;; walk.leave()) {
+        bool rehearsal = rehearses;
+        for (;;) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;
-            walk_through(piece, place);
+            walk_through(piece, place, rehearsal);
+            if (!rehearsal) walk.leave();
+            if (rehearsal) wait_for_kernel_before();
+            rehearsal = false;
         }
+        if (rehearsal) wait_for_kernel_before();
     }
 };
 
