@@ -22,31 +22,26 @@ namespace fkda
 
 enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
-/* Maps on their way, whole ones, and a block's rows as an operand, in the same form (map.cuh). */
 struct JoinShared {
     static constexpr int BUFFERS = 3;
-    __align__(1024) MapImage map[BUFFERS];
-    __align__(1024) unsigned char rows[2][FKDA_JOIN_ROWS * MapImage::ROW_BYTES]; /* high, low */
-    __align__(16) float most[FKDA_JOIN_ROWS][FKDA_JOIN_THREADS / 32]; /* in a warp's columns of a row */
+    __align__(1024) MapImage map[BUFFERS]; /* on their way, whole ones */
     uint64_t full[BUFFERS];
 };
 static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 
-/* Products on the tensor core in fp16: a number is the sum of what fp16 keeps of it and of 2^-11 times what it keeps of the rest, and of
- * the four products of such sums three are taken, which leaves 2^-22 of a product out. Rows are divided by a power of two above them first; maps
- * are at most one in size. A warp has 16 columns of the block's rows; lane (g, t) = (lane / 4, lane % 4) of tile c of eight
- * columns and tile r of 16 rows rows g and g + 8 and columns 2 t and 2 t + 1. */
+/* Rows are carried in accumulators of wgmma, which serve as its operands too: a warp has 16 of the block's 64 rows, lane (g, t) =
+ * (lane / 4, lane % 4) rows g and g + 8, of which it has the channels of maps' images (map.cuh). Products in fp16: rows are divided by a
+ * power of two above them, and a number is the sum of what fp16 keeps of it and of the rest; of the four products of such
+ * sums three are taken, which leaves 2^-22 of a product out. */
 struct Join {
-    static constexpr int WARPS = FKDA_JOIN_THREADS / 32;
-    static constexpr int ROW_TILES = FKDA_JOIN_ROWS / 16, BUFFERS = JoinShared::BUFFERS;
+    static constexpr int BUFFERS = JoinShared::BUFFERS;
     static constexpr int MATRIX = DIM * DIM;
-    static_assert(DIM / WARPS == 16 && WARPS == 8,
-                  "two tiles of columns to a warp, eight numbers to a row of `most`");
-    using Rows = float[ROW_TILES][2][4]; /* tile of rows, of columns */
+    static_assert(FKDA_JOIN_ROWS == 64 && FKDA_JOIN_THREADS == 128, "a warpgroup's");
+    using Rows = float[DIM / 8][4]; /* tiles of eight places in an image */
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     JoinShared &shared;
-    int head, row;        /* of V or, of a map, of K: the first of the block's */
+    int head, row;        /* of V or, of a map, a place in its image: the first of the block's */
     unsigned asked, used; /* maps that were asked for so far, and that were used */
     /* The maps are not there yet: an item is gone through once for its code, from rows of zeros. */
     bool rehearsal;
@@ -80,56 +75,73 @@ struct Join {
         copy_bulk(&shared.map[buffer], map, sizeof(MapImage), &shared.full[buffer]);
     }
 
-    /* visit(row tile, column tile, half, row, column): of this lane's pairs of numbers; the column's place in images. */
-    template <class Visit> __device__ void for_each_pair(Visit visit) const
+    /* This lane's first row. */
+    __device__ int lane_row() const
     {
-        const int lane = threadIdx.x & 31, first = static_cast<int>(threadIdx.x) >> 5 << 4;
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                visit(r, i / 2, i % 2, 16 * r + 8 * (i % 2) + (lane >> 2),
-                      first + 8 * (i / 2) + 2 * (lane & 3));
+        return row + (static_cast<int>(threadIdx.x) >> 5 << 4) + (static_cast<int>(threadIdx.x) >> 2 & 7);
+    }
+    static __device__ int lane_column()
+    {
+        return static_cast<int>(threadIdx.x) & 3;
     }
 
+    /* To and from a matrix in fp32, and rows of a map. */
     __device__ void store(float *matrix, const Rows &x) const
     {
-        for_each_pair([&](int r, int c, int half, int at, int column) {
-            store_two(matrix + (row + at) * DIM + MapImage::image(column), x[r][c][2 * half],
-                      x[r][c][2 * half + 1]);
-        });
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int j = 0; j < DIM / 32; j++) {
+                float *to = matrix + (lane_row() + 8 * r) * DIM + 32 * j + 8 * lane_column();
+#pragma unroll
+                for (int i = 0; i < 4; i += 2)
+                    store_four(to + 2 * i, x[4 * j + i][2 * r], x[4 * j + i][2 * r + 1],
+                               x[4 * j + i + 1][2 * r], x[4 * j + i + 1][2 * r + 1]);
+            }
     }
 
     __device__ void load(Rows &x, const float *matrix) const
     {
-        for_each_pair([&](int r, int c, int half, int at, int column) {
-            const float2 two =
-                *reinterpret_cast<const float2 *>(matrix + (row + at) * DIM + MapImage::image(column));
-            x[r][c][2 * half] = two.x, x[r][c][2 * half + 1] = two.y;
-        });
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int j = 0; j < DIM / 32; j++) {
+                const float *from = matrix + (lane_row() + 8 * r) * DIM + 32 * j + 8 * lane_column();
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    const float4 four = *reinterpret_cast<const float4 *>(from + 2 * i);
+                    x[4 * j + i][2 * r] = four.x, x[4 * j + i][2 * r + 1] = four.y;
+                    x[4 * j + i + 1][2 * r] = four.z, x[4 * j + i + 1][2 * r + 1] = four.w;
+                }
+            }
     }
 
-    /* Rows of a map: those that are at these places. */
     __device__ void store_map(float *matrix, const Rows &x) const
     {
         MapImage &map = *reinterpret_cast<MapImage *>(matrix);
-        for_each_pair([&](int r, int c, int half, int at, int column) {
-            const int from = MapImage::place(row + at, column / 8) + column % 8 * 2;
-            MapImage::split(*reinterpret_cast<uint32_t *>(&map.high[from]),
-                            *reinterpret_cast<uint32_t *>(&map.low[from]), x[r][c][2 * half],
-                            x[r][c][2 * half + 1]);
-        });
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int s = 0; s < DIM / 8; s++) {
+                const int at = lane_row() + 8 * r, column = 8 * s + 2 * lane_column();
+                MapImage::split(*MapImage::pair(map.high, at, column), *MapImage::pair(map.low, at, column),
+                                x[s][2 * r], x[s][2 * r + 1]);
+            }
     }
 
-    __device__ void load_map(Rows &x, const float *matrix) const
+    __device__ void load_map(Rows &x, float *matrix) const
     {
-        const MapImage &map = *reinterpret_cast<const MapImage *>(matrix);
-        for_each_pair([&](int r, int c, int half, int at, int column) {
-            const int from = MapImage::place(row + at, column / 8) + column % 8 * 2;
-            MapImage::join(x[r][c][2 * half], x[r][c][2 * half + 1],
-                           *reinterpret_cast<const uint32_t *>(&map.high[from]),
-                           *reinterpret_cast<const uint32_t *>(&map.low[from]));
-        });
+        MapImage &map = *reinterpret_cast<MapImage *>(matrix);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int s = 0; s < DIM / 8; s++) {
+                const int at = lane_row() + 8 * r, column = 8 * s + 2 * lane_column();
+                const uint32_t high = *MapImage::pair(map.high, at, column),
+                               low = *MapImage::pair(map.low, at, column);
+                x[s][2 * r] = half_low(high) + half_low(low);
+                x[s][2 * r + 1] = half_high(high) + half_high(low);
+            }
     }
 
     /* Rows x through the maps; without `add` they are of a map themselves. A rehearsal goes one step, with whatever is there, and leaves all
@@ -139,116 +151,77 @@ struct Join {
         const float *map = place(way.maps, way.first_map);
         const long long next_map = static_cast<long long>(args.heads) * MATRIX;
         const int count = rehearsal ? 1 : way.count;
-        Rows sum = {};   /* what is added: on its way a step ahead */
         __syncthreads(); /* of another item of work, all is read */
-        if (!rehearsal) {
+        if (!rehearsal)
             for (int i = 0; i < min(count, BUFFERS); i++) ask_for(map + i * next_map);
-            if (way.add && count) load(sum, place(cut.states, way.slot(0)));
-        }
         map += BUFFERS * next_map;
 #pragma unroll 1
         for (int i = 0; i < count; i++, map += next_map) {
-            Rows next = {};
-            if (way.add && i + 1 < count) load(next, place(cut.states, way.slot(i + 1)));
-            leave_most(x);
-            __syncthreads(); /* the product before is over */
-            if (i && i + BUFFERS - 1 < count) ask_for(map - next_map);
-            float scale[ROW_TILES][2];
-            leave_rows(x, scale);
+            float scale[2];
+            uint32_t high[DIM / 16][4], low[DIM / 16][4];
+            make_operands(x, scale, high, low);
             const int buffer = static_cast<int>(used % BUFFERS);
             if (!rehearsal) {
                 mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
                 used++;
             }
-            __syncthreads();
-            multiply_add(sum, scale, shared.map[buffer]);
-            if (way.keep && !rehearsal) store(place(cut.states, way.slot(i)), sum);
+            float *state = place(cut.states, way.slot(i));
+            if (way.add && !rehearsal) load(x, state); /* on its way meanwhile */
+            Rows product;
+            multiply(product, high, low, shared.map[buffer]);
+            __syncthreads(); /* the map is read */
+            if (i + BUFFERS < count) ask_for(map);
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; r++)
+            for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
-                for (int c = 0; c < 2; c++)
-#pragma unroll
-                    for (int n = 0; n < 4; n++) x[r][c][n] = sum[r][c][n], sum[r][c][n] = next[r][c][n];
+                for (int n = 0; n < 4; n++)
+                    x[s][n] = __fmaf_rn(product[s][n], scale[n / 2], way.add ? x[s][n] : 0.0f);
+            if (way.keep && !rehearsal) store(state, x);
         }
     }
 
-    /* The largest number of each row in the warp's columns. */
-    __device__ void leave_most(const Rows &x) const
+    /* The rows divided by their scales, in two parts. */
+    static __device__ void make_operands(const Rows &x, float (&scale)[2], uint32_t (&high)[DIM / 16][4],
+                                         uint32_t (&low)[DIM / 16][4])
     {
-        const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+        float factor[2];
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
+        for (int r = 0; r < 2; r++) {
+            float most = 0.0f;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float most = fmaxf(fmaxf(fabsf(x[r][0][2 * half]), fabsf(x[r][0][2 * half + 1])),
-                                   fmaxf(fabsf(x[r][1][2 * half]), fabsf(x[r][1][2 * half + 1])));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-                if (lane % 4 == 0) shared.most[16 * r + 8 * half + lane / 4][warp] = most;
+            for (int s = 0; s < DIM / 8; s++)
+                most = fmaxf(most, fmaxf(fabsf(x[s][2 * r]), fabsf(x[s][2 * r + 1])));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fminf(fmaxf(most, __shfl_xor_sync(~0u, most, 2)), 0x1p126f);
+            scale[r] = fmaxf(__uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u), 0x1p-100f);
+            factor[r] = inverse_power(scale[r]);
+        }
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int i = s % 2 * 2 + r;
+                MapImage::split(high[s / 2][i], low[s / 2][i], x[s][2 * r] * factor[r],
+                                x[s][2 * r + 1] * factor[r]);
             }
     }
 
-    /* The rows as an operand, divided by their scales. */
-    __device__ void leave_rows(const Rows &x, float (&scale)[ROW_TILES][2]) const
+    static __device__ void multiply(Rows &product, const uint32_t (&high)[DIM / 16][4],
+                                    const uint32_t (&low)[DIM / 16][4], const MapImage &map)
     {
-        const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+        const uint32_t high_place = descriptor_address(&map.high), low_place = descriptor_address(&map.low);
+        wgmma_fence();
+        wgmma<false, true>(product, high[0], MapImage::operand(low_place, 0));
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) {
-            uint32_t high[4], low[4]; /* column tile, half */
+        for (int i = 1; i < DIM / 16; i++)
+            wgmma<true, true>(product, high[i], MapImage::operand(low_place, i));
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float4 *all =
-                    reinterpret_cast<const float4 *>(shared.most[16 * r + 8 * half + lane / 4]);
-                const float4 a = all[0], b = all[1];
-                const float most = fminf(
-                    fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w))),
-                    0x1p126f);
-                scale[r][half] =
-                    fmaxf(__uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u), 0x1p-100f);
-                const float factor = inverse_power(scale[r][half]);
-#pragma unroll
-                for (int c = 0; c < 2; c++)
-                    MapImage::split(high[2 * c + half], low[2 * c + half], x[r][c][2 * half] * factor,
-                                    x[r][c][2 * half + 1] * factor);
-            }
-            const int at = MapImage::place(16 * r + lane % 16, 2 * warp + lane / 16);
-            store_matrices(shared_address(&shared.rows[0][at]), high);
-            store_matrices(shared_address(&shared.rows[1][at]), low);
+        for (int i = 0; i < DIM / 16; i++) {
+            wgmma<true, true>(product, low[i], MapImage::operand(high_place, i));
+            wgmma<true, true>(product, high[i], MapImage::operand(high_place, i));
         }
-    }
-
-    __device__ void multiply_add(Rows &x, const float (&scale)[ROW_TILES][2], const MapImage &map) const
-    {
-        const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-        Rows sums = {}, rests = {};
-#pragma unroll 2
-        for (int k = 0; k < DIM / 16; k++) {
-            uint32_t high[4], low[4]; /* of the map: column tile, depth / 8 */
-            const int from = MapImage::place(16 * k + lane % 16, 2 * warp + lane / 16);
-            load_matrices_transposed(high, &map.high[from]);
-            load_matrices_transposed(low, &map.low[from]);
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; r++) {
-                uint32_t a[4], rest[4];
-                const int at = MapImage::place(16 * r + lane % 16, 2 * k + lane / 16);
-                load_matrices(a, &shared.rows[0][at]);
-                load_matrices(rest, &shared.rows[1][at]);
-#pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    mma_half(sums[r][c], a[0], a[1], a[2], a[3], high[2 * c], high[2 * c + 1]);
-                    mma_half(rests[r][c], a[0], a[1], a[2], a[3], low[2 * c], low[2 * c + 1]);
-                    mma_half(rests[r][c], rest[0], rest[1], rest[2], rest[3], high[2 * c], high[2 * c + 1]);
-                }
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-            for (int c = 0; c < 2; c++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    x[r][c][i] = __fmaf_rn(__fmaf_rn(rests[r][c][i], MapImage::REST, sums[r][c][i]),
-                                           scale[r][i / 2], x[r][c][i]);
+        wgmma_commit();
+        wgmma_wait<0>();
     }
 
     /* The maps of a group, from the first to the last. */

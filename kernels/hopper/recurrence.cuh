@@ -106,17 +106,9 @@ template <class Kind> struct Recurrence {
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int j = 0; j < DIM / 32; j++) {
-                const int at =
-                    MapImage::place(MapImage::image(warp_row() + (lane >> 2) + 8 * r), 4 * j + (lane & 3));
-                uint32_t high[4], low[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    MapImage::split(high[i], low[i], state[4 * j + i][2 * r] * scale[r],
-                                    state[4 * j + i][2 * r + 1] * scale[r]);
-                *reinterpret_cast<uint4 *>(&to.high[at]) = make_uint4(high[0], high[1], high[2], high[3]);
-                *reinterpret_cast<uint4 *>(&to.low[at]) = make_uint4(low[0], low[1], low[2], low[3]);
-            }
+            for (int j = 0; j < DIM / 32; j++)
+                MapImage::store(to, MapImage::image(warp_row() + (lane >> 2) + 8 * r), j, lane & 3,
+                                &state[4 * j], 2 * r, scale[r]);
     }
 
     __device__ void store_state(const Piece &piece) const
@@ -421,10 +413,11 @@ template <class Kind> struct Recurrence {
                 to += stride;
             }
             wgmma_wait<0>();
-            if (rehearsal) return;
+            if (rehearsal) break;
             release(place);
             place = next;
         }
+        if (rehearsal) return;
         if (LATER && piece.length > 0) store_output(0, to - stride, (piece.length - 1) % CHUNK + 1);
         if (piece.final) store_state(piece);
         if (piece.kind & SIGNAL) set_flag(&piece.flags[warp_row() >> 4]);
