@@ -11,7 +11,7 @@
 #define FKDA_HOPPER_THREADS 512
 
 #define FKDA_PLAN_THREADS 512
-#define FKDA_JOIN_THREADS 128
+#define FKDA_JOIN_THREADS 512
 #define FKDA_JOIN_ROWS 64 /* of V that a block carries through the maps of a sequence */
 
 /* All that a block can have: at least sizeof(Shared<Kind>) in shared.cuh, which asserts it. */

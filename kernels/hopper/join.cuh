@@ -24,20 +24,22 @@ enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
 struct JoinShared {
     static constexpr int BUFFERS = 3;
-    __align__(1024) MapImage map[BUFFERS]; /* on their way, whole ones */
+    __align__(1024) MapImage map[BUFFERS];                                     /* on their way, whole ones */
+    __align__(16) unsigned char rows[2][FKDA_JOIN_ROWS * MapImage::ROW_BYTES]; /* as operands: high, low */
+    __align__(16) float most[FKDA_JOIN_ROWS][4]; /* in a warp's columns of a row */
     uint64_t full[BUFFERS];
 };
 static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 
-/* Rows are carried in accumulators of wgmma, which serve as its operands too: a warp has 16 of the block's 64 rows, lane (g, t) =
- * (lane / 4, lane % 4) rows g and g + 8, of which it has the channels of maps' images (map.cuh). Products in fp16: rows are divided by a
- * power of two above them, and a number is the sum of what fp16 keeps of it and of the rest; of the four products of such
- * sums three are taken, which leaves 2^-22 of a product out. */
+/* Products on the tensor core in fp16: rows are divided by a power of two above them, and a number is the sum of what fp16 keeps of it and
+ * of the rest (map.cuh); of the four products of such sums three are taken, which leaves 2^-22 of a product out. A warp has 16 of the
+ * block's rows and 32 of the places in an image; lane (g, t) = (lane / 4, lane % 4) of that rows g and g + 8 and, of tile c of eight
+ * places, places 2 t and 2 t + 1, which are eight neighbouring channels. The code is kept small: each launch has to fetch it. */
 struct Join {
     static constexpr int BUFFERS = JoinShared::BUFFERS;
     static constexpr int MATRIX = DIM * DIM;
-    static_assert(FKDA_JOIN_ROWS == 64 && FKDA_JOIN_THREADS == 128, "a warpgroup's");
-    using Rows = float[DIM / 8][4]; /* tiles of eight places in an image */
+    static_assert(FKDA_JOIN_THREADS / 32 == FKDA_JOIN_ROWS / 16 * 4, "16 rows and 32 places to a warp");
+    using Rows = float[4][4]; /* by tile */
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     JoinShared &shared;
@@ -75,73 +77,68 @@ struct Join {
         copy_bulk(&shared.map[buffer], map, sizeof(MapImage), &shared.full[buffer]);
     }
 
-    /* This lane's first row. */
-    __device__ int lane_row() const
+    /* The first of the warp's rows among the block's, and this lane's; its group of places; the lane's t. */
+    static __device__ int warp_rows()
     {
-        return row + (static_cast<int>(threadIdx.x) >> 5 << 4) + (static_cast<int>(threadIdx.x) >> 2 & 7);
+        return static_cast<int>(threadIdx.x) >> 7 << 4;
     }
-    static __device__ int lane_column()
+    static __device__ int lane_row()
+    {
+        return warp_rows() + (static_cast<int>(threadIdx.x) >> 2 & 7);
+    }
+    static __device__ int group()
+    {
+        return static_cast<int>(threadIdx.x) >> 5 & 3;
+    }
+    static __device__ int lane_pair()
     {
         return static_cast<int>(threadIdx.x) & 3;
     }
 
-    /* To and from a matrix in fp32, and rows of a map. */
+    /* To and from a matrix in fp32. */
     __device__ void store(float *matrix, const Rows &x) const
     {
+        float *to = matrix + (row + lane_row()) * DIM + 32 * group() + 8 * lane_pair();
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int j = 0; j < DIM / 32; j++) {
-                float *to = matrix + (lane_row() + 8 * r) * DIM + 32 * j + 8 * lane_column();
-#pragma unroll
-                for (int i = 0; i < 4; i += 2)
-                    store_four(to + 2 * i, x[4 * j + i][2 * r], x[4 * j + i][2 * r + 1],
-                               x[4 * j + i + 1][2 * r], x[4 * j + i + 1][2 * r + 1]);
-            }
+        for (int i = 0; i < 4; i++)
+            store_four(to + i / 2 * 8 * DIM + i % 2 * 4, x[i % 2 * 2][i / 2 * 2], x[i % 2 * 2][i / 2 * 2 + 1],
+                       x[i % 2 * 2 + 1][i / 2 * 2], x[i % 2 * 2 + 1][i / 2 * 2 + 1]);
     }
 
     __device__ void load(Rows &x, const float *matrix) const
     {
+        const float *from = matrix + (row + lane_row()) * DIM + 32 * group() + 8 * lane_pair();
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int j = 0; j < DIM / 32; j++) {
-                const float *from = matrix + (lane_row() + 8 * r) * DIM + 32 * j + 8 * lane_column();
-#pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-                    const float4 four = *reinterpret_cast<const float4 *>(from + 2 * i);
-                    x[4 * j + i][2 * r] = four.x, x[4 * j + i][2 * r + 1] = four.y;
-                    x[4 * j + i + 1][2 * r] = four.z, x[4 * j + i + 1][2 * r + 1] = four.w;
-                }
-            }
+        for (int i = 0; i < 4; i++) {
+            const float4 four = *reinterpret_cast<const float4 *>(from + i / 2 * 8 * DIM + i % 2 * 4);
+            x[i % 2 * 2][i / 2 * 2] = four.x, x[i % 2 * 2][i / 2 * 2 + 1] = four.y;
+            x[i % 2 * 2 + 1][i / 2 * 2] = four.z, x[i % 2 * 2 + 1][i / 2 * 2 + 1] = four.w;
+        }
     }
 
+    /* Rows of a map: those that are at these places. */
     __device__ void store_map(float *matrix, const Rows &x) const
     {
         MapImage &map = *reinterpret_cast<MapImage *>(matrix);
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int s = 0; s < DIM / 8; s++) {
-                const int at = lane_row() + 8 * r, column = 8 * s + 2 * lane_column();
-                MapImage::split(*MapImage::pair(map.high, at, column), *MapImage::pair(map.low, at, column),
-                                x[s][2 * r], x[s][2 * r + 1]);
-            }
+        for (int i = 0; i < 8; i++) {
+            const int at = row + lane_row() + i / 4 * 8, place = 32 * group() + i % 4 * 8 + 2 * lane_pair();
+            MapImage::split(*MapImage::pair(map.high, at, place), *MapImage::pair(map.low, at, place),
+                            x[i % 4][i / 4 * 2], x[i % 4][i / 4 * 2 + 1]);
+        }
     }
 
     __device__ void load_map(Rows &x, float *matrix) const
     {
         MapImage &map = *reinterpret_cast<MapImage *>(matrix);
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int s = 0; s < DIM / 8; s++) {
-                const int at = lane_row() + 8 * r, column = 8 * s + 2 * lane_column();
-                const uint32_t high = *MapImage::pair(map.high, at, column),
-                               low = *MapImage::pair(map.low, at, column);
-                x[s][2 * r] = half_low(high) + half_low(low);
-                x[s][2 * r + 1] = half_high(high) + half_high(low);
-            }
+        for (int i = 0; i < 8; i++) {
+            const int at = row + lane_row() + i / 4 * 8, place = 32 * group() + i % 4 * 8 + 2 * lane_pair();
+            const uint32_t high = *MapImage::pair(map.high, at, place),
+                           low = *MapImage::pair(map.low, at, place);
+            x[i % 4][i / 4 * 2] = half_low(high) + half_low(low);
+            x[i % 4][i / 4 * 2 + 1] = half_high(high) + half_high(low);
+        }
     }
 
     /* Rows x through the maps; without `add` they are of a map themselves. A rehearsal goes one step, with whatever is there, and leaves all
@@ -157,71 +154,97 @@ struct Join {
         map += BUFFERS * next_map;
 #pragma unroll 1
         for (int i = 0; i < count; i++, map += next_map) {
+            float *state = place(cut.states, way.slot(i));
+            Rows sum = {};
             float scale[2];
-            uint32_t high[DIM / 16][4], low[DIM / 16][4];
-            make_operands(x, scale, high, low);
+            if (way.add && !rehearsal) load(sum, state);
+            leave_most(x);
+            __syncthreads(); /* the product before is over */
+            if (i && i + BUFFERS - 1 < count) ask_for(map - next_map);
+            leave_rows(x, scale);
             const int buffer = static_cast<int>(used % BUFFERS);
             if (!rehearsal) {
                 mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
                 used++;
             }
-            float *state = place(cut.states, way.slot(i));
-            if (way.add && !rehearsal) load(x, state); /* on its way meanwhile */
-            Rows product;
-            multiply(product, high, low, shared.map[buffer]);
-            __syncthreads(); /* the map is read */
-            if (i + BUFFERS < count) ask_for(map);
+            __syncthreads();
+            multiply(x, shared.map[buffer]);
 #pragma unroll
-            for (int s = 0; s < DIM / 8; s++)
+            for (int c = 0; c < 4; c++)
 #pragma unroll
-                for (int n = 0; n < 4; n++)
-                    x[s][n] = __fmaf_rn(product[s][n], scale[n / 2], way.add ? x[s][n] : 0.0f);
+                for (int n = 0; n < 4; n++) x[c][n] = __fmaf_rn(x[c][n], scale[n / 2], sum[c][n]);
             if (way.keep && !rehearsal) store(state, x);
         }
     }
 
-    /* The rows divided by their scales, in two parts. */
-    static __device__ void make_operands(const Rows &x, float (&scale)[2], uint32_t (&high)[DIM / 16][4],
-                                         uint32_t (&low)[DIM / 16][4])
+    /* The largest number of each row in the warp's columns. */
+    __device__ void leave_most(const Rows &x) const
     {
-        float factor[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float most = 0.0f;
 #pragma unroll
-            for (int s = 0; s < DIM / 8; s++)
-                most = fmaxf(most, fmaxf(fabsf(x[s][2 * r]), fabsf(x[s][2 * r + 1])));
+            for (int c = 0; c < 4; c++) most = fmaxf(most, fmaxf(fabsf(x[c][2 * r]), fabsf(x[c][2 * r + 1])));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fminf(fmaxf(most, __shfl_xor_sync(~0u, most, 2)), 0x1p126f);
-            scale[r] = fmaxf(__uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u), 0x1p-100f);
-            factor[r] = inverse_power(scale[r]);
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            if (lane_pair() == 0) shared.most[lane_row() + 8 * r][group()] = most;
         }
-#pragma unroll
-        for (int s = 0; s < DIM / 8; s++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const int i = s % 2 * 2 + r;
-                MapImage::split(high[s / 2][i], low[s / 2][i], x[s][2 * r] * factor[r],
-                                x[s][2 * r + 1] * factor[r]);
-            }
     }
 
-    static __device__ void multiply(Rows &product, const uint32_t (&high)[DIM / 16][4],
-                                    const uint32_t (&low)[DIM / 16][4], const MapImage &map)
+    /* This lane's row for ldmatrix of a tile of 16 rows or depths x 16 places. */
+    static __device__ uint4 *matrix_unit(unsigned char *rows, int first, int place)
     {
-        const uint32_t high_place = descriptor_address(&map.high), low_place = descriptor_address(&map.low);
-        wgmma_fence();
-        wgmma<false, true>(product, high[0], MapImage::operand(low_place, 0));
+        const int lane = static_cast<int>(threadIdx.x) & 31;
+        return MapImage::unit(rows, first + (lane & 15), place / 8 + (lane >> 4));
+    }
+
+    /* The rows as an operand, divided by their scales. */
+    __device__ void leave_rows(const Rows &x, float (&scale)[2]) const
+    {
+        uint32_t high[4][2], low[4][2]; /* tile, row */
 #pragma unroll
-        for (int i = 1; i < DIM / 16; i++)
-            wgmma<true, true>(product, high[i], MapImage::operand(low_place, i));
+        for (int r = 0; r < 2; r++) {
+            const float4 all = *reinterpret_cast<const float4 *>(shared.most[lane_row() + 8 * r]);
+            const float most = fminf(fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w)), 0x1p126f);
+            scale[r] = fmaxf(__uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u), 0x1p-100f);
+            const float factor = inverse_power(scale[r]);
 #pragma unroll
-        for (int i = 0; i < DIM / 16; i++) {
-            wgmma<true, true>(product, low[i], MapImage::operand(high_place, i));
-            wgmma<true, true>(product, high[i], MapImage::operand(high_place, i));
+            for (int c = 0; c < 4; c++)
+                MapImage::split(high[c][r], low[c][r], x[c][2 * r] * factor, x[c][2 * r + 1] * factor);
         }
-        wgmma_commit();
-        wgmma_wait<0>();
+#pragma unroll
+        for (int c = 0; c < 4; c += 2) {
+            const int place = 32 * group() + 8 * c;
+            store_matrices(shared_address(matrix_unit(shared.rows[0], warp_rows(), place)),
+                           {high[c][0], high[c][1], high[c + 1][0], high[c + 1][1]});
+            store_matrices(shared_address(matrix_unit(shared.rows[1], warp_rows(), place)),
+                           {low[c][0], low[c][1], low[c + 1][0], low[c + 1][1]});
+        }
+    }
+
+    __device__ void multiply(Rows &product, MapImage &map) const
+    {
+#pragma unroll
+        for (int i = 0; i < 16; i++) product[i / 4][i % 4] = 0.0f;
+#pragma unroll 2
+        for (int k = 0; k < DIM; k += 16) {
+            uint32_t a[4], rest[4];
+            load_matrices(a, matrix_unit(shared.rows[0], warp_rows(), k));
+            load_matrices(rest, matrix_unit(shared.rows[1], warp_rows(), k));
+#pragma unroll
+            for (int c = 0; c < 4; c += 2) {
+                uint32_t high[4], low[4]; /* tile, depth / 8 */
+                load_matrices_transposed(high, matrix_unit(map.high, k, 32 * group() + 8 * c));
+                load_matrices_transposed(low, matrix_unit(map.low, k, 32 * group() + 8 * c));
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    float(&sum)[4] = product[c + n];
+                    mma_half(sum, a[0], a[1], a[2], a[3], low[2 * n], low[2 * n + 1]);
+                    mma_half(sum, rest[0], rest[1], rest[2], rest[3], high[2 * n], high[2 * n + 1]);
+                    mma_half(sum, a[0], a[1], a[2], a[3], high[2 * n], high[2 * n + 1]);
+                }
+            }
+        }
     }
 
     /* The maps of a group, from the first to the last. */

@@ -3,36 +3,32 @@
 #define FKDA_HOPPER_MAP_CUH
 
 #include "../common/elements.cuh"
-#include "kinds.cuh"
-#include "sm90.cuh"
 
 namespace fkda
 {
 
-/* A matrix [128][128] as B operands of wgmma: the sum of what fp16 keeps of it, and of what that keeps of the rest, which leaves out 2^-25. As
- * 64 columns to a row of 128 bytes, swizzled: unit u of 16 bytes of row r is at u ^ r % 8. Rows and columns are at their images,
- * so that four neighbouring accumulator tiles of a lane are a unit: eight channels. Takes as many bytes as in fp32. */
+/* A matrix [128][128], each element the sum of what fp16 keeps of it, and of what that keeps of the rest, which leaves out 2^-25. Rows have 16
+ * units of 16 bytes, unit u of row r at u ^ r % 8, where ldmatrix meets no bank conflicts: a map is copied as it is. Rows and columns are
+ * at their images, so that four neighbouring accumulator tiles of a lane are a unit: eight channels. Takes as many bytes as in fp32. */
 struct MapImage {
-    struct Part {
-        unsigned char half[DIM / 64][DIM * ROW];
-    } high, low;
+    static constexpr int ROW_BYTES = DIM * 2;
+    unsigned char high[DIM * ROW_BYTES], low[DIM * ROW_BYTES];
 
-    /* Where channel 32 j + 8 i + 2 t + e is, and which one is there: 32 j + 8 t + 2 i + e. */
+    /* The place of channel 32 j + 8 i + 2 t + e, and the channel of that place: 32 j + 8 t + 2 i + e. */
     static __device__ __forceinline__ int image(int channel)
     {
         return (channel & ~0x1e) | (channel >> 3 & 3) << 1 | (channel >> 1 & 3) << 3;
     }
 
-    /* Unit u of 16 in a row. */
-    static __device__ __forceinline__ uint4 *unit(Part &part, int row, int u)
+    static __device__ __forceinline__ uint4 *unit(unsigned char *rows, int row, int u)
     {
-        return reinterpret_cast<uint4 *>(&part.half[u / 8][row * ROW + (u % 8 ^ row % 8) * 16]);
+        return reinterpret_cast<uint4 *>(&rows[row * ROW_BYTES + (u ^ (row & 7)) * 16]);
     }
 
-    /* All columns, and 16 rows from 16 i on. `place` is the descriptor_address of the part. */
-    static __device__ uint64_t operand(uint32_t place, int i)
+    /* What is at two places of a row, the first even. */
+    static __device__ __forceinline__ uint32_t *pair(unsigned char *rows, int row, int place)
     {
-        return swizzled_descriptor<DIM * ROW, 8 * ROW>(place + i * (BLOCK * ROW / 16));
+        return reinterpret_cast<uint32_t *>(unit(rows, row, place / 8)) + place % 8 / 2;
     }
 
     static __device__ __forceinline__ void split(uint32_t &high, uint32_t &low, float x, float y)
@@ -50,12 +46,6 @@ struct MapImage {
         for (int n = 0; n < 4; n++) split(high[n], low[n], tiles[n][i] * factor, tiles[n][i + 1] * factor);
         *unit(to.high, row, 4 * j + t) = make_uint4(high[0], high[1], high[2], high[3]);
         *unit(to.low, row, 4 * j + t) = make_uint4(low[0], low[1], low[2], low[3]);
-    }
-
-    /* What is at places column, column + 1, column even, of a row. */
-    static __device__ __forceinline__ uint32_t *pair(Part &part, int row, int column)
-    {
-        return reinterpret_cast<uint32_t *>(unit(part, row, column / 8)) + column % 8 / 2;
     }
 };
 static_assert(sizeof(MapImage) == DIM * DIM * sizeof(float), "in slots of matrices in fp32");
