@@ -50,7 +50,7 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
         __syncthreads();
     if (warp < 0) {
         take_registers<Kind::RECURRENCE_REGISTERS>();
-        Recurrence<Kind>(all.fwd, shared, thread, Kind::OUTPUTS && all.work == FKDA_LATER_SEGMENTS).run();
+        Recurrence<Kind>(all.fwd, shared, thread).run();
     } else {
         give_registers<Kind::OTHER_REGISTERS>();
         if (warp < Kind::PREPARE_WARPS)

@@ -11,8 +11,8 @@
 #define FKDA_HOPPER_THREADS 512
 
 #define FKDA_PLAN_THREADS 512
-#define FKDA_JOIN_THREADS 512
-#define FKDA_JOIN_ROWS 64 /* of V that a block carries through the maps of a sequence */
+#define FKDA_JOIN_ROWS 16 /* of V that a block carries through the maps of a sequence */
+#define FKDA_JOIN_THREADS (8 * FKDA_JOIN_ROWS)
 
 /* All that a block can have: at least sizeof(Shared<Kind>) in shared.cuh, which asserts it. */
 #define FKDA_HOPPER_SHARED_BYTES 232448

@@ -45,8 +45,6 @@ struct Join {
     JoinShared &shared;
     int head, row;        /* of V or, of a map, a place in its image: the first of the block's */
     unsigned asked, used; /* maps that were asked for so far, and that were used */
-    /* The maps are not there yet: an item is gone through once for its code, from rows of zeros. */
-    bool rehearsal;
 
     /* A head's matrix in a slot. */
     __device__ float *place(float *matrices, int slot) const
@@ -141,39 +139,35 @@ struct Join {
         }
     }
 
-    /* Rows x through the maps; without `add` they are of a map themselves. A rehearsal goes one step, with whatever is there, and leaves all
-     * but x as it is. */
+    /* Rows x through the maps; without `add` they are of a map themselves. */
     __device__ void carry(Rows &x, const Way &way)
     {
         const float *map = place(way.maps, way.first_map);
         const long long next_map = static_cast<long long>(args.heads) * MATRIX;
-        const int count = rehearsal ? 1 : way.count;
+        const int count = way.count;
         __syncthreads(); /* of another item of work, all is read */
-        if (!rehearsal)
-            for (int i = 0; i < min(count, BUFFERS); i++) ask_for(map + i * next_map);
+        for (int i = 0; i < min(count, BUFFERS); i++) ask_for(map + i * next_map);
         map += BUFFERS * next_map;
 #pragma unroll 1
         for (int i = 0; i < count; i++, map += next_map) {
             float *state = place(cut.states, way.slot(i));
             Rows sum = {};
             float scale[2];
-            if (way.add && !rehearsal) load(sum, state);
+            if (way.add) load(sum, state);
             leave_most(x);
             __syncthreads(); /* the product before is over */
             if (i && i + BUFFERS - 1 < count) ask_for(map - next_map);
             leave_rows(x, scale);
             const int buffer = static_cast<int>(used % BUFFERS);
-            if (!rehearsal) {
-                mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
-                used++;
-            }
+            mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
+            used++;
             __syncthreads();
             multiply(x, shared.map[buffer]);
 #pragma unroll
             for (int c = 0; c < 4; c++)
 #pragma unroll
                 for (int n = 0; n < 4; n++) x[c][n] = __fmaf_rn(x[c][n], scale[n / 2], sum[c][n]);
-            if (way.keep && !rehearsal) store(state, x);
+            if (way.keep) store(state, x);
         }
     }
 
@@ -259,15 +253,12 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
-        Rows x = {};
-        if (!rehearsal) {
-            if (state)
-                load(x, place(cut.states, first + 1));
-            else
-                load_map(x, place(cut.maps, first));
-        }
+        Rows x;
+        if (state)
+            load(x, place(cut.states, first + 1));
+        else
+            load_map(x, place(cut.maps, first));
         carry(x, {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false});
-        if (rehearsal) return;
         if (state)
             store(place(cut.states, last + 1), x);
         else
@@ -278,8 +269,8 @@ struct Join {
     __device__ void chain(const fkda_cut_sequence &c, int groups)
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
-        Rows x = {};
-        if (!rehearsal) load(x, place(cut.states, c.first_slot + 1));
+        Rows x;
+        load(x, place(cut.states, c.first_slot + 1));
         const Way way = groups
                             ? Way{cut.composed,    c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
                                   FKDA_GROUP_MAPS, last,          true,   true}
@@ -292,8 +283,8 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
-        Rows x = {};
-        if (!rehearsal) load(x, place(cut.states, first));
+        Rows x;
+        load(x, place(cut.states, first));
         carry(x, {cut.maps, first, last - first, first + 1, 1, last, true, true});
     }
 };
@@ -303,7 +294,7 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
 {
     constexpr int PARTS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
-    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0, true};
+    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0};
     const Cut rules = {args, cut};
     let_next_kernel_start();
     if (threadIdx.x == 0) {
@@ -311,26 +302,23 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
         fence_mbarrier_init();
     }
     __syncthreads();
+    wait_for_kernel_before();
     const int count = rules.cut_sequences();
     int before = 0; /* items of the sequences before c */
     for (int c = 0, item = static_cast<int>(blockIdx.x); c < count; c++) {
         const fkda_cut_sequence sequence = rules.cut_sequence(c);
         const int groups = Cut::groups_of(sequence.segments);
         const int items = (step == CHAIN ? 1 : groups) * args.heads * PARTS;
-        while (item < before + items) {
+        for (; item < before + items; item += static_cast<int>(gridDim.x)) {
             const int within = item - before, block = within % PARTS, group = within / PARTS / args.heads;
             work.head = within / PARTS % args.heads;
             work.row = block % (DIM / FKDA_JOIN_ROWS) * FKDA_JOIN_ROWS;
             if constexpr (step == COMPOSE) work.compose(sequence, group, block >= DIM / FKDA_JOIN_ROWS);
             if constexpr (step == CHAIN) work.chain(sequence, groups);
             if constexpr (step == EXPAND) work.expand(sequence, group);
-            if (!work.rehearsal) item += static_cast<int>(gridDim.x);
-            if (work.rehearsal) wait_for_kernel_before();
-            work.rehearsal = false;
         }
         before += items;
     }
-    if (work.rehearsal) wait_for_kernel_before();
 }
 
 } // namespace fkda

@@ -29,12 +29,9 @@ template <class Kind> struct Recurrence {
     bool look_again; /* the scales have just changed */
     bool faint;      /* since they were chosen a chunk had a strength below one */
     bool unit;       /* the piece is one of a map: values are zeros */
-    /* States come from the kernel before, which may not be over: what else it takes is waited for first, and gone through once, which
-     * brings the code. */
-    const bool rehearses;
 
-    __device__ Recurrence(const fkda_fwd_args &a, Shared<Kind> &s, int thread, bool waits)
-        : args(a), shared(s), lane(thread & 31), rehearses(waits)
+    __device__ Recurrence(const fkda_fwd_args &a, Shared<Kind> &s, int thread)
+        : args(a), shared(s), lane(thread & 31)
     {
         const int warp_row = thread >> 5 << 4;
         const int half = (warp_row >> 6) * Kind::HALF_TOKENS, first = (warp_row & 63) >> 3;
@@ -74,10 +71,9 @@ template <class Kind> struct Recurrence {
 
     /* All loads are under way before the first is waited for, which one to the same register would do, whether it loads or not: so those
      * of one type come first. Nothing branches: ptxas would put wgmma in order. */
-    __device__ void load_state(const Piece &piece, bool nothing)
+    __device__ void load_state(const Piece &piece)
     {
-        const bool there = piece.initial && !nothing;
-        const bool is_bf16 = there && piece.kind & INITIAL_BF16, is_fp32 = there && !is_bf16;
+        const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16, is_fp32 = piece.initial && !is_bf16;
         const int begin = state_begin(piece);
         const void *from =
             static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4);
@@ -382,16 +378,15 @@ template <class Kind> struct Recurrence {
         wgmma_commit();
     }
 
-    /* A rehearsal leaves everything as it is: the first chunk, from a state of zeros. */
-    __device__ void walk_through(const Piece &piece, Places<Kind> &place, bool rehearsal)
+    __device__ void walk_through(const Piece &piece, Places<Kind> &place)
     {
         char *to =
             static_cast<char *>(args.out) + 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM +
                                                  piece.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
         unit = piece.kind & UNIT;
-        if (piece.kind & AWAIT && !rehearsal) await_flag(&piece.flags[warp_row() >> 4]);
-        load_state(piece, rehearsal);
+        if (piece.kind & AWAIT) await_flag(&piece.flags[warp_row() >> 4]);
+        load_state(piece);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
         if (piece.length > 0) choose_scales(piece.length, place);
@@ -413,11 +408,9 @@ template <class Kind> struct Recurrence {
                 to += stride;
             }
             wgmma_wait<0>();
-            if (rehearsal) break;
             release(place);
             place = next;
         }
-        if (rehearsal) return;
         if (LATER && piece.length > 0) store_output(0, to - stride, (piece.length - 1) % CHUNK + 1);
         if (piece.final) store_state(piece);
         if (piece.kind & SIGNAL) set_flag(&piece.flags[warp_row() >> 4]);
@@ -435,16 +428,12 @@ template <class Kind> struct Recurrence {
     {
         Places<Kind> place(sharer_rank<Kind>());
         Walk walk(shared.pieces);
-        bool rehearsal = rehearses;
-        for (;;) {
+        if (Kind::OUTPUTS) wait_for_kernel_before(); /* for states that it left: nothing else of it is read */
+        for (;; walk.leave()) {
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;
-            walk_through(piece, place, rehearsal);
-            if (!rehearsal) walk.leave();
-            if (rehearsal) wait_for_kernel_before();
-            rehearsal = false;
+            walk_through(piece, place);
         }
-        if (rehearsal) wait_for_kernel_before();
     }
 };
 
