@@ -32,8 +32,9 @@ template <class Kind> struct Dealer {
     int rank,
         share_number; /* of the block among those that share; of the share, from the line's beginning on */
     int entry, head;  /* the next piece */
-    int at; /* where it begins on the line, in chunks: of all inputs that fit in memory a few million */
-    int begin, end; /* of the share */
+    int at;           /* where it begins on the line, in chunks */
+    int begin, end;   /* of the share */
+    int most;         /* of the line that a piece takes */
     bool one_each;
 
     __device__ Dealer(const fkda_hopper_fwd_args &a, int block_rank, int lane)
@@ -41,6 +42,7 @@ template <class Kind> struct Dealer {
           rank(block_rank), entry(0), head(0), at(0), begin(0), end(0)
     {
         share_number = workers() - 1 - worker();
+        most = 0x7fff0000 / max(entries * args.heads, 1);
         one_each = entries * args.heads <= workers();
         if (in_turn())
             entry = worker() / args.heads, head = worker() % args.heads;
@@ -67,9 +69,16 @@ template <class Kind> struct Dealer {
         return (s.length + CHUNK - 1) / CHUNK;
     }
 
+    /* Part of the line that a piece takes. Sequences that overlap, which they should not, could make it longer than an int can tell; then
+     * they count for less. */
+    __device__ int weight_of(const fkda_segment &s) const
+    {
+        return min(chunks_of(s) + SWITCH, most);
+    }
+
     __device__ int weight(int e) const
     {
-        return e < entries ? chunks_of(cut.entry(work, e)) + SWITCH : 0;
+        return e < entries ? weight_of(cut.entry(work, e)) : 0;
     }
 
     __device__ void find_share(int lane)
@@ -140,7 +149,7 @@ template <class Kind> struct Dealer {
         while (entry < entries && at < end) {
             const fkda_segment s = cut.entry(work, entry);
             const int chunks = chunks_of(s), here = head;
-            const int from = at, to = at + chunks + SWITCH;
+            const int from = at, to = at + weight_of(s);
             at = to;
             if (++head == args.heads) head = 0, entry++;
             Piece piece = piece_of(s, here);
