@@ -12,7 +12,7 @@ extern fkda_module fkda_hopper_fwd_module; /* kernels/hopper/fwd.cu */
 int64_t fkda_hopper_pairs(int multiprocessors);
 
 /* What a chunk of a head takes, in a block that has it alone and in a pair, in clocks (fitted to times on an H100: BENCHMARK_H100.md). */
-enum { FKDA_HOPPER_CLOCKS_ALONE = 1990, FKDA_HOPPER_CLOCKS_PAIRED = 2200 };
+enum { FKDA_HOPPER_CLOCKS_ALONE = 1990, FKDA_HOPPER_CLOCKS_PAIRED = 2100 };
 
 /* Room for the states of pieces of work that are divided: its size, and where it is if it begins at `memory`. */
 size_t fkda_hopper_handoff_size(int multiprocessors);

@@ -19,14 +19,16 @@ static fkda_module segments_module = {
 enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIRED,
     /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
-    SHORTEST_EVER = 64,
+    SHORTEST_EVER = 192,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
-    /* Clocks, fitted to times on an H100 (BENCHMARK_H100.md): a chunk's map and state in the first pass, a step of the join, and
-     * what more launches there are than one. */
-    CHUNK_MAP = 2400,
-    JOIN_STEP = 2500,
-    LAUNCHES = 45000,
+    /* Clocks, fitted to times on an H100 (BENCHMARK_H100.md): a chunk's map and state in the first pass, a step of the join, what more
+     * launches there are than one, and what it takes longer if the join's blocks and the second pass's find no free
+     * multiprocessor to start on before the pass before is over. */
+    CHUNK_MAP = 2200,
+    JOIN_STEP = 2000,
+    LAUNCHES = 11000,
+    LATE = 29000,
     PIECE = 12000,         /* a piece's beginning and end */
     IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
     WORTH_PERCENT = 95,    /* of the time without cutting: estimates are off by a few percent */
@@ -81,7 +83,10 @@ static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int mu
     const int64_t each = rounds(chunks, segments);
     const int64_t first =
         ((segments == 2 ? FKDA_HOPPER_CLOCKS_PAIRED : CHUNK_MAP) * each + PIECE) * rounds(pieces, pairs);
-    return first + paired_clocks(pieces, each, pairs) + JOIN_STEP * join_steps(segments - 2) + LAUNCHES;
+    const int64_t joining = segments > 2 ? heads * (FKDA_DIM / FKDA_JOIN_ROWS) : 0;
+    const bool late = FKDA_HOPPER_PAIR * pieces + joining > multiprocessors;
+    return first + paired_clocks(pieces, each, pairs) + JOIN_STEP * join_steps(segments - 2) + LAUNCHES +
+           (late ? LATE : 0);
 }
 
 /* Into how many segments so many heads of sequences of so many chunks are cut best. */
