@@ -53,10 +53,11 @@ typedef struct fkda_cut {
     fkda_segment *inner; /* all but the first and the last of cut sequences */
     fkda_segment *later; /* all but the first, and sequences that are not cut */
     fkda_cut_sequence *cut_sequences;
-    float *states, *maps; /* [slot][head][128][128] */
-    float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */
-    int shortest;         /* tokens; a multiple of 16 */
-    int slots;            /* that there are */
+    float *states,
+        *maps;       /* [slot][head][128][128]; maps and composed ones in the form of map.cuh, as large */
+    float *composed; /* [group][head][128][128]: the maps of a group, one after the other */
+    int shortest;    /* tokens; a multiple of 16 */
+    int slots;       /* that there are */
     int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
 } fkda_cut;
 

@@ -104,6 +104,21 @@ template <bool wait> static void copy()
     fkda::mbarrier_wait(&memory().barrier, 0); /* nothing may be in flight at the end */
 }
 
+/* The same bytes come as they are. */
+template <bool wait> static void copy_plainly()
+{
+    if (threadIdx.x == 0) {
+        fkda::mbarrier_init(&memory().barrier, 1);
+        fkda::mbarrier_arrive_expecting(&memory().barrier, sizeof tensor);
+        fkda::copy_bulk(memory().tile, tensor, sizeof tensor, &memory().barrier);
+    }
+    __syncthreads();
+    if (wait) fkda::mbarrier_wait(&memory().barrier, 0);
+    wrong += memcmp(memory().tile, tensor, sizeof tensor) != 0;
+    __syncthreads();
+    fkda::mbarrier_wait(&memory().barrier, 0); /* nothing may be in flight at the end */
+}
+
 /* d = a b for a of ones and b of twos: 32 everywhere. */
 template <bool wait> static void product()
 {
@@ -317,6 +332,8 @@ int main()
     check(wrong_runs(hand_over<go_on>, 64) > 0, "a warp that doesn't wait is found");
     check(wrong_runs(copy<true>, 64) == 0, "a copy is waited for");
     check(wrong_runs(copy<false>, 64) > 0, "a copy that isn't waited for is found");
+    check(wrong_runs(copy_plainly<true>, 64) == 0, "a copy of bytes is waited for");
+    check(wrong_runs(copy_plainly<false>, 64) > 0, "a copy of bytes that isn't waited for is found");
     check(wrong_runs(product<true>, 128) == 0, "a product is waited for");
     check(wrong_runs(product<false>, 128) > 0, "a product that isn't waited for is found");
     check(wrong_runs(fragments, 32) == 0, "products of fragments");
