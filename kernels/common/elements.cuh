@@ -69,6 +69,12 @@ __device__ __forceinline__ float inverse_power(float x)
     return __uint_as_float(0x7f000000u - __float_as_uint(x));
 }
 
+/* The power of two above x, at least 0: at most two times x if that is a normal number. */
+__device__ __forceinline__ float power_above(float x)
+{
+    return __uint_as_float((__float_as_uint(x) & 0x7f800000u) + 0x00800000u);
+}
+
 } // namespace fkda
 
 #endif

@@ -200,7 +200,7 @@ struct Join {
         for (int r = 0; r < 2; r++) {
             const float4 all = *reinterpret_cast<const float4 *>(shared.most[lane_row() + 8 * r]);
             const float most = fminf(fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w)), 0x1p126f);
-            scale[r] = fmaxf(__uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u), 0x1p-100f);
+            scale[r] = fmaxf(power_above(most), 0x1p-100f);
             const float factor = inverse_power(scale[r]);
 #pragma unroll
             for (int c = 0; c < 4; c++)

@@ -167,7 +167,7 @@ template <class Kind> struct Recurrence {
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
             most = fminf(most, 0x1p126f);
-            const float above = __uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x00800000u);
+            const float above = power_above(most);
             const float next = fminf(fmaxf(above, fmaxf(scale[r] * 0x1p-100f, 0x1p-126f)), 0x1p126f);
             factor[r] = scale[r] * inverse_power(next);
             scale[r] = next;

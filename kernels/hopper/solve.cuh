@@ -162,7 +162,7 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const P
 __device__ __forceinline__ float strength_above(float b)
 {
     const uint32_t most = __reduce_max_sync(~0u, __float_as_uint(b)); /* as integers: none is negative */
-    const float above = __uint_as_float((most & 0x7f800000u) + 0x00800000u);
+    const float above = power_above(__uint_as_float(most));
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
