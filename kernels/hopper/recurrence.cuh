@@ -245,7 +245,7 @@ template <class Kind> struct Recurrence {
     }
 
     /* A chunk's outputs turn through shared memory, of which tile i of the sum has tokens 8 i to 8 i + 7. With room of their
-     * own they are stored while the next chunk's first product is on its way; else they go where the warp's v was, and
+     * own they are stored while the next chunk's product with T is on its way; else they go where the warp's v was, and
      * at once. */
     static constexpr bool LATER = Kind::ROOM_FOR_OUTPUTS;
 
