@@ -41,7 +41,7 @@ sanitizers() {
     done
     for tool in memcheck racecheck synccheck initcheck; do
         eval "wait \$$tool" || status=1
-        echo "$tool: $(grep 'ERROR SUMMARY' "$BUILD/$tool.log" | tr '\n' ' ')"
+        echo "$tool: $(grep -E '(ERROR|RACECHECK) SUMMARY' "$BUILD/$tool.log" | tr '\n' ' ')"
     done
     return $status
 }

@@ -153,11 +153,6 @@ __device__ __forceinline__ void copy_async_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-__device__ __forceinline__ void copy_async_wait_all()
-{
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 /* Waits until at most `pending` of this thread's committed groups are in flight. */
 template <int pending> __device__ __forceinline__ void copy_async_wait()
 {

@@ -417,7 +417,7 @@ template <class Kind> struct Recurrence {
     }
 
     /* The warp has read all it needs of a chunk. */
-    __device__ void release(Places<Kind> &place) const
+    __device__ void release(const Places<Kind> &place) const
     {
         mbarrier_arrive_warp(&shared.chunks.empty[place.index()]);
         if (Kind::SHARERS == 2 && !place.here())

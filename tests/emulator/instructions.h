@@ -266,9 +266,6 @@ inline void copy_async_16(void *to, const void *from, bool valid)
 inline void copy_async_commit()
 {
 }
-inline void copy_async_wait_all()
-{
-}
 template <int pending> void copy_async_wait()
 {
 }
