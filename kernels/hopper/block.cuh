@@ -10,55 +10,71 @@
 namespace fkda
 {
 
-/* Barriers for all that is handed on, by one thread. */
-template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &shared)
+/* Barriers for all that is handed on: those with number `first` and every WORKERS-th after it, by one thread of each warp but the loader's.
+ * One alone takes a microsecond. */
+template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &shared, int first)
 {
-    for (int i = 0; i < Kind::OWN; i++) {
-        mbarrier_init(&shared.chunks.loaded[i], 1);
-        mbarrier_init_for_warps(&shared.chunks.ready[i], Kind::TEAM_WARPS + 1); /* the solver */
-        mbarrier_init_for_warps(&shared.chunks.empty[i], Kind::SHARERS * Kind::RECURRENCE_WARPS);
-    }
-    for (int i = Kind::OWN; i < Kind::SLOTS; i++) {
-        mbarrier_init(&shared.chunks.ready[i], 1); /* the loader, for the copies */
-        mbarrier_init_for_warps(&shared.chunks.empty[i], Kind::RECURRENCE_WARPS);
-    }
-    for (int i = 0; i < Kind::TEAMS; i++) {
-        mbarrier_init_for_warps(&shared.product_ring.full[i], Kind::TEAM_WARPS);
-        mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
-    }
-    for (int i = 0; i < PIECES_AHEAD; i++) {
+    constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
+#pragma unroll 1
+    for (int i = first; i < PIECES_AHEAD; i += WORKERS) {
         mbarrier_init(&shared.pieces.ring.full[i], 1);
         mbarrier_init_for_warps(&shared.pieces.ring.empty[i], /* all but the loader */
                                 Kind::RECURRENCE_WARPS + Kind::AHEAD_WARPS - 1);
+        if (i < Kind::OWN) {
+            mbarrier_init(&shared.chunks.loaded[i], 1);
+            mbarrier_init_for_warps(&shared.chunks.ready[i], Kind::TEAM_WARPS + 1); /* the solver */
+            mbarrier_init_for_warps(&shared.chunks.empty[i], Kind::SHARERS * Kind::RECURRENCE_WARPS);
+        } else if (i < Kind::SLOTS) {
+            mbarrier_init(&shared.chunks.ready[i], 1); /* the loader, for the copies */
+            mbarrier_init_for_warps(&shared.chunks.empty[i], Kind::RECURRENCE_WARPS);
+        }
+        if (i < Kind::TEAMS) {
+            mbarrier_init_for_warps(&shared.product_ring.full[i], Kind::TEAM_WARPS);
+            mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
+        }
     }
+    static_assert(Kind::SLOTS <= PIECES_AHEAD && Kind::TEAMS <= PIECES_AHEAD, "the loop has them all");
     fence_mbarrier_init();
 }
 
+/* Until all barriers are there, in the other block too. */
+template <class Kind> static __device__ void wait_for_barriers()
+{
+    if constexpr (Kind::SHARERS == 2)
+        cluster_sync_relaxed();
+    else
+        __syncthreads();
+}
+
+/* What a role can do before that, it does: the first chunk's way through all of them is what short problems take. */
 template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_args &all)
 {
     Shared<Kind> &shared = *reinterpret_cast<Shared<Kind> *>(block_memory());
     const int thread = threadIdx.x, warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread % 32;
     let_next_kernel_start();
-    if (thread == 0) set_up_barriers(shared);
-    constexpr int STAGE_UNITS = sizeof shared.stage / 16; /* what is above diagonals stays zero */
-    for (int i = thread; i < STAGE_UNITS; i += FKDA_HOPPER_THREADS)
-        reinterpret_cast<uint4 *>(shared.stage)[i] = make_uint4(0, 0, 0, 0);
-    fence_async_proxy();
-    if (Kind::SHARERS == 2)
-        cluster_sync(); /* before anything comes from the other block */
-    else
-        __syncthreads();
+    if (lane == 0 && warp != Kind::PREPARE_WARPS)
+        set_up_barriers(shared, thread / 32 - (warp > Kind::PREPARE_WARPS));
+    __syncwarp();
     if (warp < 0) {
         take_registers<Kind::RECURRENCE_REGISTERS>();
+        wait_for_barriers<Kind>();
         Recurrence<Kind>(all.fwd, shared, thread).run();
     } else {
         give_registers<Kind::OTHER_REGISTERS>();
-        if (warp < Kind::PREPARE_WARPS)
+        if (warp < Kind::PREPARE_WARPS) {
+            wait_for_barriers<Kind>();
             Preparation<Kind>(all.fwd, shared).run();
-        else if (warp == Kind::PREPARE_WARPS)
-            Loader<Kind>(all, shared, lane).run();
-        else if (warp == Kind::PREPARE_WARPS + 1)
+        } else if (warp == Kind::PREPARE_WARPS) {
+            Loader<Kind>::prefetch_maps(all, lane);
+            Loader<Kind> loader(all, shared, lane);
+            wait_for_barriers<Kind>();
+            loader.run();
+        } else if (warp == Kind::PREPARE_WARPS + 1) {
+            wait_for_barriers<Kind>();
             solve<Kind>(all.fwd, shared, lane);
+        } else {
+            wait_for_barriers<Kind>();
+        }
     }
     __syncwarp();
     if (Kind::SHARERS == 2) cluster_sync();       /* nothing more comes from the other block */

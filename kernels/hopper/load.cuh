@@ -16,7 +16,7 @@ template <class Kind> struct Loader {
     Shared<Kind> &shared;
     Dealer<Kind> dealer;
     Slot<PIECES_AHEAD> dealt;
-    Piece piece; /* the last one dealt */
+    Piece piece; /* the last one dealt; the first before there are barriers */
     /* The next chunk's slot, of those that this block prepares, and of those that the other block does. */
     Slot<Kind::OWN> own;
     Slot<Kind::RECEIVED + (Kind::SHARERS == 1)> received;
@@ -24,9 +24,18 @@ template <class Kind> struct Loader {
         asked_for; /* chunks of the other block: met so far, and values asked for */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Kind> &s, int lane)
-        : args(a), shared(s), dealer(a, sharer_rank<Kind>(), lane), dealt(0), piece{}, own(0), received(0),
+        : args(a), shared(s), dealer(a, sharer_rank<Kind>(), lane), dealt(0), piece(dealer.deal()), own(0), received(0),
           turn(0), rank(sharer_rank<Kind>()), expected(0), asked_for(0)
     {
+    }
+
+    static __device__ void prefetch_maps(const fkda_hopper_fwd_args &args, int lane)
+    {
+        if (lane) return;
+        prefetch_map(&args.g);
+        prefetch_map(&args.k);
+        prefetch_map(&args.v);
+        if (Kind::OUTPUTS) prefetch_map(&args.q);
     }
 
     /* While waiting, asks for what there is room for of the other block's chunks: its slots come free on their own. */
@@ -41,10 +50,9 @@ template <class Kind> struct Loader {
             }
     }
 
-    /* Deals out a piece, for which all must have met the one PIECES_AHEAD before. */
-    __device__ void deal()
+    /* Hands the piece out, for which all must have met the one PIECES_AHEAD before. */
+    __device__ void hand_out()
     {
-        piece = dealer.deal();
         wait(&shared.pieces.ring.empty[dealt.index], dealt.parity ^ 1);
         if (elect_lane()) {
             shared.pieces.piece[dealt.index] = piece;
@@ -112,16 +120,26 @@ template <class Kind> struct Loader {
 
     __device__ void run()
     {
+        hand_out();
         while (!(piece.kind & NO_PIECE)) {
-            const Piece now = piece; /* at first an empty one */
-            deal();
+            const Piece now = piece;
             Values values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
                              !Kind::OUTPUTS && now.kind & UNIT ? 0 : Kind::ROWS / 64};
-            for (int left = now.length; left > 0; left -= Kind::CHUNK, values.token += Kind::CHUNK, turn ^= 1)
-                if (Kind::SHARERS == 1 || turn == rank)
-                    load(values);
-                else
-                    expect(values);
+            bool first = true;
+            for (int left = now.length; left > 0 || first; left -= Kind::CHUNK) {
+                if (left > 0) {
+                    if (Kind::SHARERS == 1 || turn == rank)
+                        load(values);
+                    else
+                        expect(values);
+                    values.token += Kind::CHUNK, turn ^= 1;
+                }
+                if (first) { /* the next piece, once this one's first chunk is on its way */
+                    piece = dealer.deal();
+                    hand_out();
+                    first = false;
+                }
+            }
         }
         while (asked_for != expected) ask_for_values();
     }

@@ -55,13 +55,17 @@ template <class Kind> struct Preparation {
 
     __device__ void load_gate_parameters(int head)
     {
-        const float exponent = args.A_log[head] * LOG2_E;
+        float bias[SHARE / 32]; /* under way while the other is waited for */
+#pragma unroll
+        for (int i = 0; i < SHARE / 32; i++)
+            bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
+        const float exponent = __ldg(&args.A_log[head]) * LOG2_E;
         const float gate_factor =
             fminf(ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E, -1e-30f); /* finite */
         __syncwarp();
 #pragma unroll
-        for (int c = warp * SHARE + lane; c < (warp + 1) * SHARE; c += 32)
-            shared.gate_offset[team][c] = args.dt_bias[head * DIM + c] * gate_factor;
+        for (int i = 0; i < SHARE / 32; i++)
+            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = bias[i] * gate_factor;
         gate_here = {gate_factor, 1.0f / (fminf(args.lower_bound, -1e-30f) * LOG2_E), head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();

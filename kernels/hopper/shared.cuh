@@ -117,7 +117,7 @@ __device__ __forceinline__ int matrix_row_by_token(int lane)
  * Above their diagonals `solve` and `attend` are zeros from the start, in tiles of 8 x 8. */
 template <class Kind> struct Stage {
     static constexpr int CHUNK = Kind::CHUNK;
-    Tile<CHUNK, CHUNK, true, 128, CHUNK / 8 * 128> solve;
+    Tile<CHUNK, CHUNK, true, 128, CHUNK / 8 * 128> solve; /* first, as clear_stages has it */
     Tile<CHUNK, CHUNK, false, CHUNK / 8 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c at gamma_place(c) */
     float strength; /* a power of two that `solve` is divided by: 1, or above all b if those are tiny */

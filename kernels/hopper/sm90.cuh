@@ -97,6 +97,10 @@ __device__ __forceinline__ int cluster_rank()
     return static_cast<int>(rank);
 }
 
+__device__ __forceinline__ void cluster_sync_relaxed() /* of memory only barriers, after fence_mbarrier_init */
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -171,6 +175,12 @@ __device__ __forceinline__ void copy_box(void *to, const fkda_tensor_map *map, i
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
                  "l"(map), "r"(0), "r"(token), "r"(half), "r"(head), "r"(shared_address(barrier))
                  : "memory");
+}
+
+/* Fetches a map, for a copy that needs it soon. */
+__device__ __forceinline__ void prefetch_map(const fkda_tensor_map *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 /* Copies so many bytes, a multiple of 16, to shared memory; `barrier` counts them. */

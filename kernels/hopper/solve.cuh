@@ -215,10 +215,24 @@ template <class Kind> struct Sender {
     }
 };
 
+/* What is above diagonals stays zero. Received stages come whole. */
+template <class Kind> __device__ __forceinline__ void clear_stages(Shared<Kind> &shared, int lane)
+{
+    constexpr int UNITS = offsetof(Stage<Kind>, gamma_minus_1) / 16;
+#pragma unroll 1
+    for (int i = 0; i < Kind::OWN; i++) {
+        for (int unit = lane; unit < UNITS; unit += 32)
+            reinterpret_cast<uint4 *>(&shared.stage[i])[unit] = make_uint4(0, 0, 0, 0);
+        if (lane == 0) shared.stage[i].zero = 0.0f;
+    }
+    __syncwarp();
+}
+
 template <class Kind>
 __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Kind> &shared, int lane)
 {
     const int first = sharer_rank<Kind>();
+    clear_stages(shared, lane);
     Slot<Kind::OWN> slot(0);
     Sender<Kind> sender(shared);
     Slot<Kind::TEAMS> in(0);

@@ -331,6 +331,10 @@ inline int cluster_rank()
 {
     return emulator::thread().rank;
 }
+inline void cluster_sync_relaxed()
+{
+    emulator::cluster_sync();
+}
 inline void cluster_sync()
 {
     emulator::cluster_sync();
@@ -394,6 +398,9 @@ inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, 
         const int32_t first[] = {0, token, half, head};
         emulator::mbarrier_complete_bytes(barrier, emulator::copy_box(tensor, first, shared, at));
     });
+}
+inline void prefetch_map(const fkda_tensor_map *)
+{
 }
 inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
 {
