@@ -12,7 +12,7 @@ typedef struct fkda_fwd_args {
     long long tokens;          /* of one batch row */
     long long chunk_bytes;     /* from a token of v to the one 16 later */
     int heads;
-    int tasks; /* heads times sequences */
+    int sequences;
     float scale, lower_bound;
     int state_is_bf16;
     int cu_seqlens_is_i32;

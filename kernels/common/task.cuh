@@ -26,12 +26,11 @@ __device__ inline long long sequence_border(const fkda_fwd_args &args, long long
     return min(max(border, 0LL), args.tokens);
 }
 
-/* `chunk`: tokens of a chunk. */
-__device__ inline Task find_task(const fkda_fwd_args &args, int index, int chunk)
+/* A head of a sequence; `chunk`: tokens of a chunk. */
+__device__ inline Task find_task(const fkda_fwd_args &args, int sequence, int head, int chunk)
 {
     Task task;
-    int sequence = index / args.heads;
-    task.head = index % args.heads;
+    task.head = head;
     if (args.cu_seqlens) {
         task.begin = sequence_border(args, sequence);
         task.length = static_cast<int>(max(sequence_border(args, sequence + 1LL) - task.begin, 0LL));

@@ -16,12 +16,12 @@ struct Cut {
 
     __device__ Task sequence(int n) const
     {
-        return find_task(args, n * args.heads, CUT_CHUNK);
+        return find_task(args, n, 0, CUT_CHUNK);
     }
 
     __device__ int sequences() const
     {
-        return args.tasks / args.heads;
+        return args.sequences;
     }
 
     /* Into how many segments a sequence is cut: as many of at least `shortest` tokens as there is room for. Depends on its
@@ -41,9 +41,9 @@ struct Cut {
     __device__ fkda_segment segment(const fkda_cut_sequence &c, int i) const
     {
         const Task task = sequence(c.sequence);
-        const long long chunks = task.chunks;
-        const int from = static_cast<int>(chunks * i / c.segments) * CUT_CHUNK;
-        const int to = static_cast<int>(chunks * (i + 1) / c.segments) * CUT_CHUNK;
+        const int each = task.chunks / c.segments, one_more = task.chunks % c.segments; /* so many have */
+        const int from = (each * i + min(i, one_more)) * CUT_CHUNK;
+        const int to = from + (each + (i < one_more)) * CUT_CHUNK;
         return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == c.segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }

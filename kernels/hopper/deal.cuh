@@ -39,10 +39,9 @@ template <class Kind> struct Dealer {
 
     __device__ Dealer(const fkda_hopper_fwd_args &a, int block_rank, int lane)
         : args(a.fwd), handoff(a.handoff), cut{a.fwd, a.cut}, work(a.work), entries(cut.entries(a.work)),
-          rank(block_rank), entry(0), head(0), at(0), begin(0), end(0)
+          rank(block_rank), entry(0), head(0), at(0), begin(0), end(0), most(0)
     {
         share_number = workers() - 1 - worker();
-        most = 0x7fff0000 / max(entries * args.heads, 1);
         one_each = entries * args.heads <= workers();
         if (in_turn())
             entry = worker() / args.heads, head = worker() % args.heads;
@@ -83,6 +82,7 @@ template <class Kind> struct Dealer {
 
     __device__ void find_share(int lane)
     {
+        most = 0x7fff0000 / max(entries * args.heads, 1);
         const int each = (entries + 31) / 32; /* entries of a lane, one after the other */
         int own = 0;                          /* their part of the line */
         int longest = 0;

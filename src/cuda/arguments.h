@@ -23,7 +23,7 @@ static inline fkda_fwd_args fkda_kernel_arguments(const fkda_problem *p)
         .tokens = p->tokens,
         .chunk_bytes = 16 * token_bytes,
         .heads = (int)p->heads,
-        .tasks = (int)(p->sequences * p->heads),
+        .sequences = (int)p->sequences,
         .scale = p->scale,
         .lower_bound = p->lower_bound,
         .state_is_bf16 = p->state_is_bf16,
