@@ -57,16 +57,22 @@ struct Cut {
 
     /* The rest is for when the plan is there. */
 
+    /* Of each sequence, if they are alike. */
+    __device__ int segments_of_each() const
+    {
+        return cut.segments ? cut.segments : segments_of(sequence(0).length);
+    }
+
     __device__ int cut_sequences() const
     {
         if (!cut.alike) return cut.counts->cut_sequences;
-        return segments_of(sequence(0).length) > 1 ? sequences() : 0;
+        return segments_of_each() > 1 ? sequences() : 0;
     }
 
     __device__ fkda_cut_sequence cut_sequence(int c) const
     {
         if (!cut.alike) return cut.cut_sequences[c];
-        const int segments = segments_of(sequence(0).length);
+        const int segments = segments_of_each();
         return {c, segments, c * segments, c * groups_of(segments)};
     }
 
@@ -77,7 +83,7 @@ struct Cut {
         if (work == FKDA_FIRST_SEGMENTS) return cut_sequences();
         if (!cut.alike)
             return work == FKDA_INNER_SEGMENTS ? cut.counts->inner_segments : cut.counts->later_segments;
-        const int segments = segments_of(sequence(0).length);
+        const int segments = segments_of_each();
         return segments == 1 ? (work == FKDA_LATER_SEGMENTS) * sequences()
                              : sequences() * each(work, segments);
     }
@@ -87,7 +93,7 @@ struct Cut {
         if (work == FKDA_SEQUENCES) return whole(e);
         if (work == FKDA_FIRST_SEGMENTS) return segment(cut_sequence(e), 0);
         if (!cut.alike) return (work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e];
-        const int segments = segments_of(sequence(0).length);
+        const int segments = segments_of_each();
         if (segments == 1) return whole(e);
         return segment(cut_sequence(e / each(work, segments)), e % each(work, segments) + 1);
     }

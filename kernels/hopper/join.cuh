@@ -23,7 +23,7 @@ namespace fkda
 enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
 struct JoinShared {
-    static constexpr int BUFFERS = 3;
+    static constexpr int BUFFERS = 2;
     __align__(1024) MapImage map[BUFFERS];                                     /* on their way, whole ones */
     __align__(16) unsigned char rows[2][FKDA_JOIN_ROWS * MapImage::ROW_BYTES]; /* as operands: high, low */
     __align__(16) float most[FKDA_JOIN_ROWS][4]; /* in a warp's columns of a row */
@@ -139,28 +139,33 @@ struct Join {
         }
     }
 
+    /* The first map, before anything else is loaded. */
+    __device__ void begin(const Way &way)
+    {
+        __syncthreads(); /* of another item of work, all is read */
+        if (way.count > 0) ask_for(place(way.maps, way.first_map));
+    }
+
     /* Rows x through the maps; without `add` they are of a map themselves. */
     __device__ void carry(Rows &x, const Way &way)
     {
         const float *map = place(way.maps, way.first_map);
         const long long next_map = static_cast<long long>(args.heads) * MATRIX;
         const int count = way.count;
-        __syncthreads(); /* of another item of work, all is read */
-        for (int i = 0; i < min(count, BUFFERS); i++) ask_for(map + i * next_map);
-        map += BUFFERS * next_map;
 #pragma unroll 1
-        for (int i = 0; i < count; i++, map += next_map) {
+        for (int i = 0; i < count; i++) {
             float *state = place(cut.states, way.slot(i));
             Rows sum = {};
             float scale[2];
             if (way.add) load(sum, state);
             leave_most(x);
             __syncthreads(); /* the product before is over */
-            if (i && i + BUFFERS - 1 < count) ask_for(map - next_map);
             leave_rows(x, scale);
             const int buffer = static_cast<int>(used % BUFFERS);
             mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
             used++;
+            map += next_map;
+            if (i + 1 < count) ask_for(map); /* one at a time, since all blocks want the same at once */
             __syncthreads();
             multiply(x, shared.map[buffer]);
 #pragma unroll
@@ -253,12 +258,14 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
+        const Way way = {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false};
         Rows x;
+        begin(way);
         if (state)
             load(x, place(cut.states, first + 1));
         else
             load_map(x, place(cut.maps, first));
-        carry(x, {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false});
+        carry(x, way);
         if (state)
             store(place(cut.states, last + 1), x);
         else
@@ -269,12 +276,13 @@ struct Join {
     __device__ void chain(const fkda_cut_sequence &c, int groups)
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
-        Rows x;
-        load(x, place(cut.states, c.first_slot + 1));
         const Way way = groups
                             ? Way{cut.composed,    c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
                                   FKDA_GROUP_MAPS, last,          true,   true}
                             : Way{cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true};
+        Rows x;
+        begin(way);
+        load(x, place(cut.states, c.first_slot + 1));
         carry(x, way);
     }
 
@@ -283,16 +291,18 @@ struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
+        const Way way = {cut.maps, first, last - first, first + 1, 1, last, true, true};
         Rows x;
+        begin(way);
         load(x, place(cut.states, first));
-        carry(x, {cut.maps, first, last - first, first + 1, 1, last, true, true});
+        carry(x, way);
     }
 };
 
 /* A step for all cut sequences: every gridDim.x-th item of work. */
 template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, const fkda_cut &cut)
 {
-    constexpr int PARTS =
+    constexpr unsigned PARTS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
     Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0};
     const Cut rules = {args, cut};
@@ -304,18 +314,20 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
     __syncthreads();
     wait_for_kernel_before();
     const int count = rules.cut_sequences();
-    int before = 0; /* items of the sequences before c */
-    for (int c = 0, item = static_cast<int>(blockIdx.x); c < count; c++) {
-        const fkda_cut_sequence sequence = rules.cut_sequence(c);
+    const unsigned heads = static_cast<unsigned>(args.heads);
+    unsigned before = 0; /* items of the sequences before c */
+    for (unsigned c = 0, item = blockIdx.x; c < static_cast<unsigned>(count); c++) {
+        const fkda_cut_sequence sequence = rules.cut_sequence(static_cast<int>(c));
         const int groups = Cut::groups_of(sequence.segments);
-        const int items = (step == CHAIN ? 1 : groups) * args.heads * PARTS;
-        for (; item < before + items; item += static_cast<int>(gridDim.x)) {
-            const int within = item - before, block = within % PARTS, group = within / PARTS / args.heads;
-            work.head = within / PARTS % args.heads;
-            work.row = block % (DIM / FKDA_JOIN_ROWS) * FKDA_JOIN_ROWS;
-            if constexpr (step == COMPOSE) work.compose(sequence, group, block >= DIM / FKDA_JOIN_ROWS);
+        const unsigned items = static_cast<unsigned>(step == CHAIN ? 1 : groups) * heads * PARTS;
+        for (; item < before + items; item += gridDim.x) {
+            const unsigned within = item - before, block = within % PARTS, group = within / PARTS / heads;
+            work.head = static_cast<int>(within / PARTS - group * heads);
+            work.row = static_cast<int>(block % (DIM / FKDA_JOIN_ROWS)) * FKDA_JOIN_ROWS;
+            if constexpr (step == COMPOSE)
+                work.compose(sequence, static_cast<int>(group), block >= DIM / FKDA_JOIN_ROWS);
             if constexpr (step == CHAIN) work.chain(sequence, groups);
-            if constexpr (step == EXPAND) work.expand(sequence, group);
+            if constexpr (step == EXPAND) work.expand(sequence, static_cast<int>(group));
         }
         before += items;
     }

@@ -59,6 +59,7 @@ typedef struct fkda_cut {
     int shortest;    /* tokens; a multiple of 16 */
     int slots;       /* that there are */
     int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
+    int segments; /* then: of each, if the host knows; else 0 */
 } fkda_cut;
 
 #endif

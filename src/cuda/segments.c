@@ -210,6 +210,7 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d, const memo
         .shortest = (int)d->shortest,
         .slots = (int)d->slots,
         .alike = sequences_are_alike(p),
+        .segments = sequences_are_alike(p) && !p->cu_seqlens ? (int)(d->slots / p->sequences) : 0,
     };
 }
 
