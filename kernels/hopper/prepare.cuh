@@ -53,28 +53,19 @@ template <class Kind> struct Preparation {
         lane = thread & 31, g = lane >> 2, t = lane & 3;
     }
 
-    /* What a head's gates are made with, on its way from memory. */
-    struct Raw {
-        float bias[SHARE / 32], A_log;
-    };
-
-    __device__ void load_gate_parameters(Raw &raw, int head) const
+    __device__ void load_gate_parameters(int head)
     {
+        float bias[SHARE / 32]; /* under way while the other is waited for */
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
-            raw.bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
-        raw.A_log = __ldg(&args.A_log[head]);
-    }
-
-    __device__ void keep_gate_parameters(const Raw &raw, int head)
-    {
-        const float exponent = raw.A_log * LOG2_E;
+            bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
+        const float exponent = __ldg(&args.A_log[head]) * LOG2_E;
         const float gate_factor =
             fminf(ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E, -1e-30f); /* finite */
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
-            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = raw.bias[i] * gate_factor;
+            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = bias[i] * gate_factor;
         gate_here = {gate_factor, 1.0f / (fminf(args.lower_bound, -1e-30f) * LOG2_E), head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
@@ -318,15 +309,14 @@ template <class Kind> struct Preparation {
             });
     }
 
-    /* A chunk whose inputs have come, up to its products over channels; `head` if it is a new one, else negative. */
-    __device__ void prepare(int slot, int round, int head, const Raw &raw)
+    /* A chunk whose inputs have come, up to its products over channels. */
+    __device__ void prepare(int slot, int round)
     {
         Tokens<Kind> &tokens = shared.tokens[slot];
         float *gamma = shared.stage[slot].gamma_minus_1;
         Sums sums = {};
         const int norms = WARPS == Kind::PARTS ? round : 0;
         store_all_norms(tokens, norms);
-        if (head >= 0) keep_gate_parameters(raw, head);
         barrier_sync<1, 32 * WARPS>(team);
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
@@ -367,15 +357,13 @@ template <class Kind> struct Preparation {
         for (Position<Kind> at(shared.pieces, Kind::SHARERS * team + sharer_rank<Kind>()); !at.done();
              at.advance(Kind::SHARERS * Kind::TEAMS)) {
             if (SAVES_REGISTERS) find_place();
-            const bool new_head = at.head != shared.gate[team][warp].head;
-            Raw raw = {}; /* waited for after the norms */
-            if (new_head) load_gate_parameters(raw, at.head);
+            if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
             /* Where another team had the slot before, its inputs might not even have come: then parities would deceive. */
             static_assert(RING >= Kind::TEAMS, "so that it was asked for before this team's last chunk");
             if (RING % Kind::TEAMS) mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
             mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
             if (at.left < Kind::CHUNK) clear_past_end(shared.tokens[slot.index], at.left);
-            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2, new_head ? at.head : -1, raw);
+            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
             slot.advance(Kind::TEAMS);
