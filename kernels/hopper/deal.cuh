@@ -139,20 +139,15 @@ template <class Kind> struct Dealer {
 
     __device__ Piece deal()
     {
-        if (in_turn()) {
-            if (entry >= entries) return none();
-            const Piece piece = piece_of(cut.entry(work, entry), head);
-            const int next = entry * args.heads + head + workers();
-            entry = next / args.heads, head = next % args.heads;
-            return piece;
-        }
-        while (entry < entries && at < end) {
+        while (entry < entries && (in_turn() || at < end)) {
             const fkda_segment s = cut.entry(work, entry);
-            const int chunks = chunks_of(s), here = head;
+            const int chunks = chunks_of(s);
             const int from = at, to = at + weight_of(s);
+            Piece piece = piece_of(s, head);
             at = to;
-            if (++head == args.heads) head = 0, entry++;
-            Piece piece = piece_of(s, here);
+            head += in_turn() ? workers() : 1;
+            if (head >= args.heads) entry += head / args.heads, head %= args.heads;
+            if (in_turn()) return piece;
             if (from < begin) {
                 const int part = first_part(chunks, to - begin);
                 if (!part) continue;

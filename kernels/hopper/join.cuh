@@ -223,8 +223,7 @@ struct Join {
 
     __device__ void multiply(Rows &product, MapImage &map) const
     {
-#pragma unroll
-        for (int i = 0; i < 16; i++) product[i / 4][i % 4] = 0.0f;
+        Rows high_low = {}, low_high = {}, high_high = {}; /* sums that need not wait for each other */
 #pragma unroll 2
         for (int k = 0; k < DIM; k += 16) {
             uint32_t a[4], rest[4];
@@ -237,13 +236,16 @@ struct Join {
                 load_matrices_transposed(low, matrix_unit(map.low, k, 32 * group() + 8 * c));
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    float(&sum)[4] = product[c + n];
-                    mma_half(sum, a[0], a[1], a[2], a[3], low[2 * n], low[2 * n + 1]);
-                    mma_half(sum, rest[0], rest[1], rest[2], rest[3], high[2 * n], high[2 * n + 1]);
-                    mma_half(sum, a[0], a[1], a[2], a[3], high[2 * n], high[2 * n + 1]);
+                    mma_half(high_low[c + n], a[0], a[1], a[2], a[3], low[2 * n], low[2 * n + 1]);
+                    mma_half(low_high[c + n], rest[0], rest[1], rest[2], rest[3], high[2 * n],
+                             high[2 * n + 1]);
+                    mma_half(high_high[c + n], a[0], a[1], a[2], a[3], high[2 * n], high[2 * n + 1]);
                 }
             }
         }
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            product[i / 4][i % 4] = high_low[i / 4][i % 4] + low_high[i / 4][i % 4] + high_high[i / 4][i % 4];
     }
 
     /* The maps of a group, from the first to the last. */

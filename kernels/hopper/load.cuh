@@ -16,7 +16,7 @@ template <class Kind> struct Loader {
     Shared<Kind> &shared;
     Dealer<Kind> dealer;
     Slot<PIECES_AHEAD> dealt;
-    Piece piece; /* the last one dealt; the first before there are barriers */
+    Piece piece; /* the last one dealt */
     /* The next chunk's slot, of those that this block prepares, and of those that the other block does. */
     Slot<Kind::OWN> own;
     Slot<Kind::RECEIVED + (Kind::SHARERS == 1)> received;
@@ -24,7 +24,7 @@ template <class Kind> struct Loader {
         asked_for; /* chunks of the other block: met so far, and values asked for */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Kind> &s, int lane)
-        : args(a), shared(s), dealer(a, sharer_rank<Kind>(), lane), dealt(0), piece(dealer.deal()), own(0), received(0),
+        : args(a), shared(s), dealer(a, sharer_rank<Kind>(), lane), dealt(0), piece{}, own(0), received(0),
           turn(0), rank(sharer_rank<Kind>()), expected(0), asked_for(0)
     {
     }
@@ -65,8 +65,11 @@ template <class Kind> struct Loader {
     /* Copies of 64 rows of V of a chunk. */
     __device__ void copy_values(int slot, const Values &of, uint64_t *barrier) const
     {
-        for (int i = 0; i < of.boxes; i++)
-            copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
+#pragma unroll
+        for (int i = 0; i < Kind::ROWS / 64;
+             i++) /* the compiler would unroll a loop up to `boxes` sixteen times */
+            if (i < of.boxes)
+                copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
     }
 
     /* A chunk that this block prepares. Past the end of the sequence this brings the next one's tokens, past the end of the tensor
@@ -118,15 +121,17 @@ template <class Kind> struct Loader {
         expected++;
     }
 
-    __device__ void run()
+    /* The next piece is dealt once a piece's first chunk is on its way; the first one before wait_for_barriers(). In one loop, since what is
+     * inlined twice takes its place in the instruction cache twice. */
+    template <class Wait> __device__ void run(Wait wait_for_barriers)
     {
-        hand_out();
-        while (!(piece.kind & NO_PIECE)) {
-            const Piece now = piece;
+        bool begun = false;
+        do {
+            const Piece now = piece; /* at first an empty one */
             Values values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
                              !Kind::OUTPUTS && now.kind & UNIT ? 0 : Kind::ROWS / 64};
             bool first = true;
-            for (int left = now.length; left > 0 || first; left -= Kind::CHUNK) {
+            for (int left = now.length; left > 0 || first; left -= Kind::CHUNK, first = false) {
                 if (left > 0) {
                     if (Kind::SHARERS == 1 || turn == rank)
                         load(values);
@@ -134,13 +139,13 @@ template <class Kind> struct Loader {
                         expect(values);
                     values.token += Kind::CHUNK, turn ^= 1;
                 }
-                if (first) { /* the next piece, once this one's first chunk is on its way */
-                    piece = dealer.deal();
-                    hand_out();
-                    first = false;
-                }
+                if (!first) continue;
+                piece = dealer.deal();
+                if (!begun) wait_for_barriers();
+                begun = true;
+                hand_out();
             }
-        }
+        } while (!(piece.kind & NO_PIECE));
         while (asked_for != expected) ask_for_values();
     }
 };

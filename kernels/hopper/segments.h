@@ -38,7 +38,7 @@ typedef struct fkda_cut_sequence {
 
 enum {
     FKDA_MAPS_CHAINED = 24, /* more maps of a sequence than these are joined in groups, */
-    FKDA_GROUP_MAPS = 12,   /* so many to a group */
+    FKDA_GROUP_MAPS = 8,    /* so many to a group */
 };
 
 /* The counts that the kernels find on the device. */

@@ -97,7 +97,8 @@ __device__ __forceinline__ int cluster_rank()
     return static_cast<int>(rank);
 }
 
-__device__ __forceinline__ void cluster_sync_relaxed() /* of memory only barriers, after fence_mbarrier_init */
+__device__ __forceinline__ void
+cluster_sync_relaxed() /* of memory only barriers, after fence_mbarrier_init */
 {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }

@@ -19,7 +19,7 @@ static fkda_module segments_module = {
 enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIRED,
     /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
-    SHORTEST_EVER = 192,
+    SHORTEST_EVER = 128,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
     SHORTEST_ALONE = 1024,
     /* Clocks, fitted to times on an H100 (BENCHMARK_H100.md): a chunk's map and state in the first pass, a step of the join, what more
@@ -28,6 +28,7 @@ enum {
     CHUNK_MAP = 2200,
     JOIN_STEP = 2000,
     LAUNCHES = 11000,
+    GROUPS = 15000, /* what a join in two levels takes besides its steps */
     LATE = 29000,
     PIECE = 12000,         /* a piece's beginning and end */
     IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
@@ -86,7 +87,7 @@ static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int mu
     const int64_t joining = segments > 2 ? heads * (FKDA_DIM / FKDA_JOIN_ROWS) : 0;
     const bool late = FKDA_HOPPER_PAIR * pieces + joining > multiprocessors;
     return first + paired_clocks(pieces, each, pairs) + JOIN_STEP * join_steps(segments - 2) + LAUNCHES +
-           (late ? LATE : 0);
+           (late ? LATE : 0) + (segments - 2 > FKDA_MAPS_CHAINED ? GROUPS : 0);
 }
 
 /* Into how many segments so many heads of sequences of so many chunks are cut best. */
@@ -147,8 +148,8 @@ static division divide(const fkda_problem *p, int multiprocessors, bool wherever
         const int64_t segments = p->tokens / d.shortest;
         d.slots = segments >= 2 ? p->sequences * segments : 0;
     }
-    /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 8. */
-    d.groups = d.slots / 8;
+    /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 6. */
+    d.groups = d.slots / 6;
     return d;
 }
 
