@@ -43,7 +43,7 @@ template <class Kind> static __device__ void wait_for_barriers()
     if constexpr (Kind::SHARERS == 2)
         cluster_sync_relaxed();
     else
-        __syncthreads();
+        barrier_sync<8, FKDA_HOPPER_THREADS>(0); /* with a count, since each role has its own */
 }
 
 /* What a role can do before that, it does: the first chunk's way through all of them is what short problems take. The compiler leaves roles in
