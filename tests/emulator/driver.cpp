@@ -1,5 +1,5 @@
 /*
- * A libcuda.so.1 whose GPU is this machine's CPU: memory is the host's, streams do their work at once, and kernels are those
+ * A libcuda.so.1 whose GPU is this machine's CPU: memory is the host's, streams have done their work when a call returns, kernels that may start early run beside the one before, and kernels are those
  * of kernels.h, run by machine.cpp. What the GPU is like is said by the environment as for ../pretend_driver; EMULATOR_SEED
  * chooses another order among all that nothing puts in order.
  */
@@ -10,8 +10,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <thread>
+#include <vector>
 
 #include "kernels.h"
 #include "tensor_map.h"
@@ -61,6 +65,20 @@ CUresult cuMemFree_v2(CUdeviceptr memory)
     return 0;
 }
 
+/* Kernels that this thread has launched, each of which may have started before the one before it was over. All are over when the context is
+ * popped. */
+struct Launched {
+    std::thread runner;
+    std::shared_ptr<std::atomic<bool>> over;
+};
+static thread_local std::vector<Launched> under_way;
+
+static void finish()
+{
+    for (Launched &l : under_way) l.runner.join();
+    under_way.clear();
+}
+
 CUresult cuMemcpy(CUdeviceptr to, CUdeviceptr from, size_t bytes)
 {
     memcpy(reinterpret_cast<void *>(to), reinterpret_cast<const void *>(from), bytes);
@@ -69,6 +87,7 @@ CUresult cuMemcpy(CUdeviceptr to, CUdeviceptr from, size_t bytes)
 
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, void *)
 {
+    finish();
     for (size_t i = 0; i < count; i++) reinterpret_cast<unsigned *>(to)[i] = value;
     return 0;
 }
@@ -84,6 +103,7 @@ CUresult cuCtxPushCurrent_v2(void *)
 }
 CUresult cuCtxPopCurrent_v2(void **)
 {
+    finish();
     return 0;
 }
 CUresult cuStreamSynchronize(void *)
@@ -145,35 +165,55 @@ CUresult cuFuncSetAttribute(void *, int, int)
     return 0;
 }
 
+static CUresult start(const void *function, const unsigned (&grid)[3], const unsigned (&block)[3],
+                      unsigned shared_bytes, void *const *arguments, bool early)
+{
+    const auto *kernel = static_cast<const emulator::Kernel *>(function);
+    const char *seed = getenv("EMULATOR_SEED");
+    int multiprocessors;
+    if (!grid[0] || grid[1] != 1 || grid[2] != 1 || !block[0] || block[0] > 1024 || block[1] != 1 ||
+        block[2] != 1)
+        return INVALID_VALUE;
+    if (grid[0] % static_cast<unsigned>(kernel->cluster)) return INVALID_VALUE;
+    if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
+    if (!early) finish();
+    constexpr size_t ALIGNMENT = 64;
+    const size_t bytes = (kernel->argument_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const std::shared_ptr<void> argument(aligned_alloc(ALIGNMENT, bytes), free); /* the caller's may change */
+    if (!argument) return OUT_OF_MEMORY;
+    memcpy(argument.get(), arguments[0], kernel->argument_bytes);
+    const auto before = under_way.empty() ? nullptr : under_way.back().over;
+    const auto over = std::make_shared<std::atomic<bool>>(false);
+    const emulator::Dim3 blocks = {grid[0], 1, 1}, threads = {block[0], 1, 1};
+    const uint64_t order = (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919;
+    under_way.push_back({std::thread([=] {
+                             emulator::launch([=] { kernel->run(argument.get()); }, blocks, threads,
+                                              kernel->cluster, shared_bytes, multiprocessors, order,
+                                              before.get());
+                             *over = true;
+                         }),
+                         over});
+    return 0;
+}
+
 CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, void *,
                         void **arguments, void **)
 {
-    const auto *kernel = static_cast<const emulator::Kernel *>(function);
-    const void *argument = arguments[0];
-    const char *seed = getenv("EMULATOR_SEED");
-    int multiprocessors;
-    if (!grid_x || grid_y != 1 || grid_z != 1 || !block_x || block_x > 1024 || block_y != 1 || block_z != 1)
-        return INVALID_VALUE;
-    if (grid_x % static_cast<unsigned>(kernel->cluster)) return INVALID_VALUE;
-    if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
-    emulator::launch([=] { kernel->run(argument); }, {grid_x, 1, 1}, {block_x, 1, 1}, kernel->cluster,
-                     shared_bytes, multiprocessors,
-                     (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919);
-    return 0;
+    return start(function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_bytes, arguments,
+                 false);
 }
 
 struct LaunchConfig {
     unsigned grid[3], block[3], shared_bytes;
     void *stream;
-    const void *attributes;
+    const void *attributes; /* that the kernel may start early */
     unsigned attribute_count;
 };
-CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void **arguments, void **extra)
+CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void **arguments, void **)
 {
-    return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0],
-                          config->block[1], config->block[2], config->shared_bytes, config->stream, arguments,
-                          extra);
+    return start(function, config->grid, config->block, config->shared_bytes, arguments,
+                 config->attribute_count > 0);
 }
 
 CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes,

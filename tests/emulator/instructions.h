@@ -319,11 +319,12 @@ inline void fence_mbarrier_init()
 {
 }
 
-inline void let_next_kernel_start()
+inline void let_next_kernel_start() /* it has started already, if it may start early */
 {
 }
 inline void wait_for_kernel_before()
 {
+    emulator::wait_for_kernel_before();
 }
 
 /* Clusters of two blocks. */

@@ -2,12 +2,15 @@
 #ifndef FKDA_EMULATOR_KERNELS_H
 #define FKDA_EMULATOR_KERNELS_H
 
+#include <stddef.h>
+
 namespace emulator
 {
 
 struct Kernel {
     const char *name;
     void (*run)(const void *arguments); /* as one of a block's threads */
+    size_t argument_bytes;              /* of its one argument */
     int cluster = 1;                    /* blocks */
 };
 

@@ -41,7 +41,7 @@ struct Mbarrier {
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t), "as large as the real one");
 
 /* Why a thread does not run. */
-enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, BLOCKS };
+enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, BLOCKS, KERNEL };
 
 struct Lane {
     Thread view;
@@ -71,6 +71,7 @@ struct Warp {
 /* A block, or the blocks of a cluster, which take turns as a block's warps do. */
 struct Block {
     const std::function<void()> *kernel;
+    const std::atomic<bool> *before; /* null, or whether the kernel before is over */
     int cluster;
     unsigned char *shared; /* of all its blocks */
     std::vector<std::unique_ptr<Warp>> warps;
@@ -101,6 +102,7 @@ bool may_go_on(const Warp &w, const Lane &l)
     case Wait::BARRIER: return static_cast<const Barrier *>(l.on)->round != l.round;
     case Wait::MBARRIER: return static_cast<const Mbarrier *>(l.on)->phase != l.round;
     case Wait::BLOCKS: return true;
+    case Wait::KERNEL: return *static_cast<const std::atomic<bool> *>(l.on);
     }
     return false;
 }
@@ -160,8 +162,8 @@ bool run_warp(Warp &w)
 
 [[noreturn]] void report_deadlock()
 {
-    static const char *const reasons[] = {"nothing", "a collective", "a named barrier", "an mbarrier",
-                                          "other blocks"};
+    static const char *const reasons[] = {"nothing",     "a collective", "a named barrier",
+                                          "an mbarrier", "other blocks", "the kernel before"};
     std::string text;
     for (size_t i = 0; i < block->warps.size(); i++) {
         const Warp &w = *block->warps[i];
@@ -198,13 +200,17 @@ void run_block()
             }
             any |= run_warp(*w);
             polling |= w->polls;
-            for (const Lane &l : w->lane) done &= l.done, polling |= !l.done && l.wait == Wait::BLOCKS;
+            for (const Lane &l : w->lane)
+                done &= l.done, polling |= !l.done && (l.wait == Wait::BLOCKS || l.wait == Wait::KERNEL);
         }
         if (done) break;
-        if (any) since = std::chrono::steady_clock::now();
+        if (any || (block->before && !*block->before)) since = std::chrono::steady_clock::now();
         if (any || !block->copies.empty()) continue;
         if (!polling || std::chrono::steady_clock::now() - since > PATIENCE) report_deadlock();
-        std::this_thread::yield();
+        if (block->before && !*block->before)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        else
+            std::this_thread::yield();
     }
     if (!block->copies.empty()) fail("block ended with copies in flight");
     for (auto &w : block->warps)
@@ -403,9 +409,15 @@ void yield_to_blocks()
     suspend(Wait::BLOCKS, nullptr, 0);
 }
 
+void wait_for_kernel_before()
+{
+    if (block->before) suspend(Wait::KERNEL, block->before, 0);
+}
+
 /* One block or cluster after another, on the calling thread of the operating system. */
 static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, unsigned cluster,
-                       size_t shared_bytes, uint64_t seed, std::atomic<unsigned> &next)
+                       size_t shared_bytes, uint64_t seed, const std::atomic<bool> *before,
+                       std::atomic<unsigned> &next)
 {
     constexpr size_t ALIGNMENT = 1024;
     const size_t warps = (dim.x + LANES - 1) / LANES, stacks = cluster * warps * LANES * STACK_BYTES;
@@ -418,6 +430,7 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
         auto now = std::make_unique<Block>();
         block = now.get();
         block->kernel = &kernel;
+        block->before = before;
         block->cluster = static_cast<int>(cluster);
         block->shared = shared;
         block->random.seed(seed + id);
@@ -446,13 +459,14 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
 }
 
 void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int cluster, size_t shared_bytes,
-            int multiprocessors, uint64_t seed)
+            int multiprocessors, uint64_t seed, const std::atomic<bool> *before)
 {
     const auto together = static_cast<unsigned>(cluster);
     std::vector<std::thread> running;
     std::atomic<unsigned> next{0};
     for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(multiprocessors)) / together; i++)
-        running.emplace_back([&] { run_blocks(kernel, grid, dim, together, shared_bytes, seed, next); });
+        running.emplace_back(
+            [&] { run_blocks(kernel, grid, dim, together, shared_bytes, seed, before, next); });
     for (auto &t : running) t.join();
 }
 

@@ -4,13 +4,14 @@
  * products take turns at random, so that an order which nothing enforces comes out differently from seed to seed. A block that can't
  * go on ends the program with what each warp waits for.
  *
- * It checks what a kernel computes and how its threads wait for each other. It knows nothing of time, of memory
+ * It checks what a kernel computes and how its threads wait for each other, and kernels for the one before. It knows nothing of time, of memory
  * orders weaker than program order, and of a missing fence.proxy.async only after stmatrix, not after plain
  * stores; and a collective instruction is done as one, by the last thread that comes to it.
  */
 #ifndef FKDA_EMULATOR_MACHINE_H
 #define FKDA_EMULATOR_MACHINE_H
 
+#include <atomic>
 #include <functional>
 #include <stddef.h>
 #include <stdint.h>
@@ -81,9 +82,11 @@ void wait_for_products(int pending);
 /* While another block has to do something: others of this one go on, then other blocks. */
 void yield_to_blocks();
 
-/* Runs a grid, at most `multiprocessors` blocks at a time, of which `cluster` neighbours run together. */
+/* Runs a grid, at most `multiprocessors` blocks at a time, of which `cluster` neighbours run together; beside the kernel before, if it was
+ * launched early: `before` is set once that is over. */
 void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, int cluster, size_t shared_bytes,
-            int multiprocessors, uint64_t seed);
+            int multiprocessors, uint64_t seed, const std::atomic<bool> *before = nullptr);
+void wait_for_kernel_before();
 
 } // namespace emulator
 

@@ -11,8 +11,8 @@ template <void kernel(fkda_fwd_args)> static void run(const void *arguments)
 }
 
 const emulator::Kernel emulator::portable_kernels[] = {
-    {"fkda_portable_fwd_128", run<fkda_portable_fwd_128>},
-    {"fkda_portable_fwd_64", run<fkda_portable_fwd_64>},
-    {"fkda_portable_fwd_32", run<fkda_portable_fwd_32>},
+    {"fkda_portable_fwd_128", run<fkda_portable_fwd_128>, sizeof(fkda_fwd_args)},
+    {"fkda_portable_fwd_64", run<fkda_portable_fwd_64>, sizeof(fkda_fwd_args)},
+    {"fkda_portable_fwd_32", run<fkda_portable_fwd_32>, sizeof(fkda_fwd_args)},
     {},
 };

@@ -1,7 +1,10 @@
 /* The emulator itself: small kernels with a mistake that it must bring to light under some seed, and without one. */
+#include <atomic>
+#include <chrono>
 #include <initializer_list>
 #include <stdio.h>
 #include <sys/wait.h>
+#include <thread>
 #include <unistd.h>
 
 #include "instructions.h"
@@ -283,6 +286,33 @@ static bool passes_on()
     return wrong == 0;
 }
 
+/* Two kernels, the second launched early: it reads what the first leaves once it has slept. */
+template <bool wait> static void reads_what_the_kernel_before_left()
+{
+    if (wait) fkda::wait_for_kernel_before();
+    wrong += number != 9;
+}
+static bool waits_for_kernel_before(void second())
+{
+    std::atomic<bool> over{false};
+    wrong = number = 0;
+    const auto run = [](void kernel(), const std::atomic<bool> *before) {
+        emulator::launch(kernel, {1, 1, 1}, {1, 1, 1}, 1, sizeof(Memory), 1, 1, before);
+    };
+    std::thread first([&] {
+        run(
+            [] {
+                std::this_thread::sleep_for(std::chrono::milliseconds(20));
+                number = 9;
+            },
+            nullptr);
+        over = true;
+    });
+    run(second, &over);
+    first.join();
+    return wrong == 0;
+}
+
 /* Products of pairs of fp16, each rounded on its own. */
 static void products_of_halves()
 {
@@ -343,6 +373,10 @@ int main()
     check(wrong_runs(hand_over<ask>, 64) == 0, "a warp asks until another is done");
     check(wrong_runs(hand_over<ask_once>, 64) > 0, "a warp that asks and does not heed the answer is found");
     check(passes_on(), "a block awaits a flag of another");
+    check(waits_for_kernel_before(reads_what_the_kernel_before_left<true>),
+          "a kernel waits for the one before");
+    check(!waits_for_kernel_before(reads_what_the_kernel_before_left<false>),
+          "a kernel that doesn't wait for the one before is found");
     check(wrong_runs(addresses, 32, 2) == 0, "addresses in a cluster");
     check(wrong_runs(send<true, true>, 32, 2) == 0, "a copy to the other block is waited for");
     check(wrong_runs(send<false, true>, 32, 2) > 0,
