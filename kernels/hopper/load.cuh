@@ -65,9 +65,9 @@ template <class Kind> struct Loader {
     /* Copies of 64 rows of V of a chunk. */
     __device__ void copy_values(int slot, const Values &of, uint64_t *barrier) const
     {
+        /* A loop up to `boxes` the compiler would unroll sixteen times. */
 #pragma unroll
-        for (int i = 0; i < Kind::ROWS / 64;
-             i++) /* the compiler would unroll a loop up to `boxes` sixteen times */
+        for (int i = 0; i < Kind::ROWS / 64; i++)
             if (i < of.boxes)
                 copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
     }

@@ -97,14 +97,15 @@ __device__ __forceinline__ int cluster_rank()
     return static_cast<int>(rank);
 }
 
-__device__ __forceinline__ void
-cluster_sync_relaxed() /* of memory only barriers, after fence_mbarrier_init */
-{
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
 __device__ __forceinline__ void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* The same, but of what was written before only barriers are there, after fence_mbarrier_init. */
+__device__ __forceinline__ void cluster_sync_relaxed()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ uint32_t in_other_block(uint32_t address)
