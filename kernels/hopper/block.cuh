@@ -37,13 +37,11 @@ template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &share
     fence_mbarrier_init();
 }
 
-/* Until all barriers are there, in the other block too. */
-template <class Kind> static __device__ void wait_for_barriers()
+/* Until all barriers are there, in the other block too; a block alone is a cluster of one. Each role has its own, which of a barrier
+ * of the block synccheck takes for divergence. */
+static __device__ void wait_for_barriers()
 {
-    if constexpr (Kind::SHARERS == 2)
-        cluster_sync_relaxed();
-    else
-        barrier_sync<8, FKDA_HOPPER_THREADS>(0); /* with a count, since each role has its own */
+    cluster_sync_relaxed();
 }
 
 /* What a role can do before that, it does: the first chunk's way through all of them is what short problems take. The compiler leaves roles in
@@ -59,23 +57,23 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
     __syncwarp();
     if (warp < 0) {
         take_registers<Kind::RECURRENCE_REGISTERS>();
-        wait_for_barriers<Kind>();
+        wait_for_barriers();
         Recurrence<Kind>(all.fwd, shared, thread).run();
     } else if (warp == Kind::PREPARE_WARPS + 1) {
         give_registers<Kind::OTHER_REGISTERS>();
-        wait_for_barriers<Kind>();
+        wait_for_barriers();
         solve<Kind>(all.fwd, shared, lane);
     } else if (static_cast<unsigned>(warp) < Kind::PREPARE_WARPS) {
         give_registers<Kind::OTHER_REGISTERS>();
-        wait_for_barriers<Kind>();
+        wait_for_barriers();
         Preparation<Kind>(all.fwd, shared).run();
     } else if (warp == Kind::PREPARE_WARPS) {
         give_registers<Kind::OTHER_REGISTERS>();
         Loader<Kind>::prefetch_maps(all, lane);
-        Loader<Kind>(all, shared, lane).run(wait_for_barriers<Kind>);
+        Loader<Kind>(all, shared, lane).run(wait_for_barriers);
     } else {
         give_registers<Kind::OTHER_REGISTERS>();
-        wait_for_barriers<Kind>();
+        wait_for_barriers();
     }
     __syncwarp();
     if (Kind::SHARERS == 2) cluster_sync();       /* nothing more comes from the other block */
