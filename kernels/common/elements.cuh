@@ -75,6 +75,20 @@ __device__ __forceinline__ float power_above(float x)
     return __uint_as_float((__float_as_uint(x) & 0x7f800000u) + 0x00800000u);
 }
 
+/* Lane t of a quad of lanes gets the t-th of each of them. */
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4], int t)
+{
+#pragma unroll
+    for (int by = 1; by <= 2; by *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & by) continue;
+            const bool upper = (t & by) != 0;
+            const uint32_t other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + by], by);
+            (upper ? x[i] : x[i + by]) = other;
+        }
+}
+
 } // namespace fkda
 
 #endif

@@ -2,6 +2,7 @@
 #ifndef FKDA_HOPPER_BLOCK_CUH
 #define FKDA_HOPPER_BLOCK_CUH
 
+#include "at_once.cuh"
 #include "load.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
@@ -10,13 +11,13 @@
 namespace fkda
 {
 
-/* Barriers for all that is handed on: those with number `first` and every WORKERS-th after it, by one thread of each warp but the loader's.
+/* Barriers for all that is handed on: those with this number and every WORKERS-th after it, by one thread of each warp but the loader's.
  * One alone takes a microsecond. */
-template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &shared, int first)
+template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &shared, int number)
 {
     constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
 #pragma unroll 1
-    for (int i = first; i < PIECES_AHEAD; i += WORKERS) {
+    for (int i = number; i < PIECES_AHEAD; i += WORKERS) {
         mbarrier_init(&shared.pieces.ring.full[i], 1);
         mbarrier_init_for_warps(&shared.pieces.ring.empty[i], /* all but the loader */
                                 Kind::RECURRENCE_WARPS + Kind::AHEAD_WARPS - 1);
@@ -32,6 +33,16 @@ template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &share
             mbarrier_init_for_warps(&shared.product_ring.full[i], Kind::TEAM_WARPS);
             mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
         }
+        if constexpr (Kind::JOINS) {
+            constexpr int ALL_WARPS = Kind::SHARERS * Kind::RECURRENCE_WARPS;
+            if (i < MAP_QUARTERS_AHEAD) {
+                mbarrier_init(&shared.join.ring.full[i], 1);
+                mbarrier_init_for_warps(&shared.join.ring.empty[i], ALL_WARPS);
+            } else if (i == MAP_QUARTERS_AHEAD) {
+                mbarrier_init_for_warps(&shared.join.room, ALL_WARPS);
+                mbarrier_init_for_warps(&shared.join.over, ALL_WARPS);
+            }
+        }
     }
     static_assert(Kind::SLOTS <= PIECES_AHEAD && Kind::TEAMS <= PIECES_AHEAD, "the loop has them all");
     fence_mbarrier_init();
@@ -44,40 +55,115 @@ static __device__ void wait_for_barriers()
     cluster_sync_relaxed();
 }
 
-/* What a role can do before that, it does: the first chunk's way through all of them is what short problems take. The compiler leaves roles in
- * this order, and their loops share the instruction cache: those of the recurrence, the solver and the preparation side by side,
- * which takes up to a tenth less than the others (docs/log.md). */
+/* How warps come to the registers of their roles: from as many each, as launched; */
+template <class Kind> struct ShareRegisters {
+    static __device__ void recurrence()
+    {
+        take_registers<Kind::RECURRENCE_REGISTERS>();
+    }
+    static __device__ void prepare(int)
+    {
+        give_registers<Kind::OTHER_REGISTERS>();
+    }
+    static __device__ void other()
+    {
+        give_registers<Kind::OTHER_REGISTERS>();
+    }
+};
+
+/* or from those of an earlier part's. The loader and the solver keep theirs. */
+template <class Before, class Kind> struct ShareRegistersAnew {
+    static __device__ void recurrence()
+    {
+        take_registers<Kind::RECURRENCE_REGISTERS>();
+    }
+    static __device__ void prepare(int warp) /* of the block */
+    {
+        if (warp < Before::RECURRENCE_WARPS)
+            give_registers<Kind::OTHER_REGISTERS>();
+        else
+            take_registers<Kind::OTHER_REGISTERS>();
+    }
+    static __device__ void other()
+    {
+        give_registers<Kind::LAST_REGISTERS>();
+    }
+};
+
+/* Each warp's role. What it can do before `wait` is over, when all barriers are there, it does: the first chunk's way through all roles is
+ * what short problems take. The compiler leaves roles in this order, and their loops share the instruction cache: those of the recurrence,
+ * the solver and the preparation side by side, which takes up to a tenth less than the others (docs/log.md). */
+template <class Registers, class Kind, class Wait>
+static __device__ __forceinline__ void take_roles(const fkda_hopper_fwd_args &all, Shared<Kind> &shared,
+                                                  int thread, Wait wait)
+{
+    const int warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread & 31;
+    if (warp < 0) {
+        Registers::recurrence();
+        wait();
+        Recurrence<Kind>(all, shared, thread).run();
+    } else if (warp == Kind::PREPARE_WARPS + 1) {
+        Registers::other();
+        wait();
+        solve<Kind>(all.fwd, shared, lane);
+    } else if (static_cast<unsigned>(warp) < Kind::PREPARE_WARPS) {
+        Registers::prepare(thread / 32);
+        wait();
+        Preparation<Kind>(all.fwd, shared).run();
+    } else if (warp == Kind::PREPARE_WARPS) {
+        Registers::other();
+        Loader<Kind>::prefetch_maps(all, lane);
+        Loader<Kind>(all, shared, lane).run(wait);
+    } else {
+        Registers::other();
+        wait();
+        if constexpr (Kind::JOINS)
+            if (warp == Kind::PREPARE_WARPS + 2) AtOnceJoin<Kind>(all, shared).bring_maps();
+    }
+    __syncwarp();
+}
+
 template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_args &all)
 {
     Shared<Kind> &shared = *reinterpret_cast<Shared<Kind> *>(block_memory());
-    const int thread = threadIdx.x, warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread % 32;
+    const int thread = threadIdx.x, warp = thread / 32 - Kind::RECURRENCE_WARPS;
     let_next_kernel_start();
-    if (lane == 0 && warp != Kind::PREPARE_WARPS)
+    if (thread % 32 == 0 && warp != Kind::PREPARE_WARPS)
         set_up_barriers(shared, thread / 32 - (warp > Kind::PREPARE_WARPS));
     __syncwarp();
-    if (warp < 0) {
-        take_registers<Kind::RECURRENCE_REGISTERS>();
-        wait_for_barriers();
-        Recurrence<Kind>(all.fwd, shared, thread).run();
-    } else if (warp == Kind::PREPARE_WARPS + 1) {
-        give_registers<Kind::OTHER_REGISTERS>();
-        wait_for_barriers();
-        solve<Kind>(all.fwd, shared, lane);
-    } else if (static_cast<unsigned>(warp) < Kind::PREPARE_WARPS) {
-        give_registers<Kind::OTHER_REGISTERS>();
-        wait_for_barriers();
-        Preparation<Kind>(all.fwd, shared).run();
-    } else if (warp == Kind::PREPARE_WARPS) {
-        give_registers<Kind::OTHER_REGISTERS>();
-        Loader<Kind>::prefetch_maps(all, lane);
-        Loader<Kind>(all, shared, lane).run(wait_for_barriers);
-    } else {
-        give_registers<Kind::OTHER_REGISTERS>();
-        wait_for_barriers();
-    }
-    __syncwarp();
+    take_roles<ShareRegisters<Kind>>(all, shared, thread, wait_for_barriers);
     if (Kind::SHARERS == 2) cluster_sync();       /* nothing more comes from the other block */
     if (!Kind::OUTPUTS) wait_for_kernel_before(); /* maps need nothing of it, but are over after it */
+}
+
+/* All that a pair does where there is one launch for all segments (at_once.cuh): two parts, whose barriers are in different places and there
+ * from the start. */
+static __device__ void run_block_at_once(const fkda_hopper_fwd_args &all)
+{
+    using First = MapsAtOnce;
+    using Second = PairedAtOnce;
+    static_assert(offsetof(Shared<Second>, pieces) >= offsetof(Shared<First>, apart) &&
+                      offsetof(Shared<First>, pieces) >= sizeof(Shared<Second>),
+                  "where there are barriers of the one the other has nothing");
+    Shared<First> &first = *reinterpret_cast<Shared<First> *>(block_memory());
+    Shared<Second> &second = *reinterpret_cast<Shared<Second> *>(block_memory());
+    int block, thread = threadIdx.x;
+    constexpr int LOADER = First::RECURRENCE_WARPS + First::PREPARE_WARPS;
+    if (thread % 32 == 0 && thread / 32 != LOADER) {
+        const int number = thread / 32 - (thread / 32 > LOADER);
+        set_up_barriers(first, number);
+        set_up_barriers(second, number);
+    }
+    __syncwarp();
+    take_roles<ShareRegisters<First>>(all, first, thread, wait_for_barriers);
+    /* By one that is through before the recurrence: the loader of the second part, which needs it first of all. */
+    if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
+        if (thread % 32 == 0) AtOnce(all).share_out(second.join, cluster_rank());
+        __syncwarp();
+    }
+    read_indices(block, thread); /* anew, or the parts would have them in common, in memory */
+    take_roles<ShareRegistersAnew<First, Second>>(all, second, thread, cluster_sync);
+    cluster_sync();
 }
 
 } // namespace fkda

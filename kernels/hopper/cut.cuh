@@ -37,13 +37,23 @@ struct Cut {
         return maps > FKDA_MAPS_CHAINED ? (maps + FKDA_GROUP_MAPS - 1) / FKDA_GROUP_MAPS : 0;
     }
 
+    /* The first chunk of segment i, of so many chunks of the sequence: they are shared out by the segments' weights. */
+    __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
+    {
+        const int inner = cut.inner_weight * (c.segments - 2);
+        const int all = cut.first_weight + inner + cut.last_weight;
+        const int before = i == 0            ? 0
+                           : i == c.segments ? all
+                                             : cut.first_weight + cut.inner_weight * (i - 1);
+        return chunks / all * before + chunks % all * before / all;
+    }
+
     /* Segment i of a cut sequence. */
     __device__ fkda_segment segment(const fkda_cut_sequence &c, int i) const
     {
         const Task task = sequence(c.sequence);
-        const int each = task.chunks / c.segments, one_more = task.chunks % c.segments; /* so many have */
-        const int from = (each * i + min(i, one_more)) * CUT_CHUNK;
-        const int to = from + (each + (i < one_more)) * CUT_CHUNK;
+        const int from = begin_of(c, i, task.chunks) * CUT_CHUNK,
+                  to = begin_of(c, i + 1, task.chunks) * CUT_CHUNK;
         return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == c.segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }

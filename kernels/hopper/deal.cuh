@@ -9,6 +9,68 @@
 namespace fkda
 {
 
+/* What pieces are, whoever deals them. */
+template <class Kind> struct Dealing {
+    const fkda_fwd_args &args;
+    Cut cut;
+    int rank; /* of the block among those that share */
+
+    __device__ Dealing(const fkda_hopper_fwd_args &all, int block_rank)
+        : args(all.fwd), cut{all.fwd, all.cut}, rank(block_rank)
+    {
+    }
+
+    static __device__ Piece none()
+    {
+        return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr, nullptr};
+    }
+
+    /* A head of a sequence or of a segment: from the caller's state, or what the workspace has for the segment, to the caller's or the
+     * next segment's. Blocks have the halves of its rows or, for maps, a segment's map and its state. */
+    __device__ Piece piece_of(const fkda_segment &s, int h) const
+    {
+        const long long task = static_cast<long long>(s.sequence) * args.heads + h;
+        const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
+        const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
+        if (!Kind::OUTPUTS) {
+            float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
+            Piece piece = {s.begin, h, s.length, 0, rank == 0 ? UNIT : 0, nullptr, to, nullptr};
+            if (Kind::AT_ONCE && rank == 1 && s.kind & FKDA_SEGMENT_FIRST) take_initial(piece, task);
+            return piece;
+        }
+        Piece piece = {s.begin, h, s.length, Kind::ROWS * rank, 0, nullptr, nullptr, nullptr};
+        if (s.kind & FKDA_SEGMENT_FIRST)
+            take_initial(piece, task);
+        else
+            piece.initial = cut.cut.states + slot, piece.kind |= INITIAL_KEPT;
+        if (!(s.kind & FKDA_SEGMENT_LAST)) { /* the states after later ones have come from the join */
+            if (s.kind & FKDA_SEGMENT_FIRST)
+                piece.final = cut.cut.states + next_slot, piece.kind |= FINAL_KEPT;
+        } else if (args.final_state) {
+            piece.final = user_state(args.final_state, task);
+            if (args.state_is_bf16) piece.kind |= FINAL_BF16;
+        }
+        return piece;
+    }
+
+    __device__ float *state_in(int slot, int h) const
+    {
+        return cut.cut.states + (static_cast<long long>(slot) * args.heads + h) * (DIM * DIM);
+    }
+
+    __device__ void take_initial(Piece &piece, long long task) const
+    {
+        if (!args.initial_state) return;
+        piece.initial = user_state(const_cast<void *>(args.initial_state), task);
+        if (args.state_is_bf16) piece.kind |= INITIAL_BF16;
+    }
+
+    __device__ void *user_state(void *states, long long task) const
+    {
+        return static_cast<char *>(states) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
+    }
+};
+
 /*
  * All pieces, of each sequence or segment every head, are laid end to end, and each worker (a block, or a pair of them) gets an equal
  * share of the line. Where a border falls within a piece, the worker that ends there leaves the piece's first chunks to the one that
@@ -21,16 +83,14 @@ namespace fkda
  *
  * Called by all lanes of the loading warps; blocks that share meet the same pieces.
  */
-template <class Kind> struct Dealer {
+template <class Kind> struct Dealer : Dealing<Kind> {
+    using Dealing<Kind>::args, Dealing<Kind>::cut, Dealing<Kind>::rank;
     static constexpr int CHUNK = Kind::CHUNK;
     static constexpr int SWITCH = 2; /* chunks that beginning and ending a piece takes about as long as */
     static constexpr int LEAST = 4;  /* chunks that are worth a division, on both sides */
-    const fkda_fwd_args &args;
     const fkda_handoff &handoff;
-    Cut cut;
     int work, entries;
-    int rank,
-        share_number; /* of the block among those that share; of the share, from the line's beginning on */
+    int share_number; /* from the line's beginning on */
     int entry, head;  /* the next piece */
     int at;           /* where it begins on the line, in chunks */
     int begin, end;   /* of the share */
@@ -38,8 +98,8 @@ template <class Kind> struct Dealer {
     bool one_each;
 
     __device__ Dealer(const fkda_hopper_fwd_args &a, int block_rank, int lane)
-        : args(a.fwd), handoff(a.handoff), cut{a.fwd, a.cut}, work(a.work), entries(cut.entries(a.work)),
-          rank(block_rank), entry(0), head(0), at(0), begin(0), end(0), most(0)
+        : Dealing<Kind>(a, block_rank), handoff(a.handoff), work(a.work), entries(cut.entries(a.work)),
+          entry(0), head(0), at(0), begin(0), end(0), most(0)
     {
         share_number = workers() - 1 - worker();
         one_each = entries * args.heads <= workers();
@@ -143,7 +203,7 @@ template <class Kind> struct Dealer {
             const fkda_segment s = cut.entry(work, entry);
             const int chunks = chunks_of(s);
             const int from = at, to = at + weight_of(s);
-            Piece piece = piece_of(s, head);
+            Piece piece = this->piece_of(s, head);
             at = to;
             head += in_turn() ? workers() : 1;
             if (head >= args.heads) entry += head / args.heads, head %= args.heads;
@@ -159,12 +219,7 @@ template <class Kind> struct Dealer {
             }
             return piece;
         }
-        return none();
-    }
-
-    static __device__ Piece none()
-    {
-        return {0, 0, 0, 0, NO_PIECE, nullptr, nullptr, nullptr};
+        return Dealing<Kind>::none();
     }
 
     /* Only the first so many tokens; the state goes to the border where the share begins. */
@@ -173,7 +228,7 @@ template <class Kind> struct Dealer {
         piece.length = tokens;
         piece.final = state_at_border(share_number);
         piece.flags = flags_at_border(share_number);
-        piece.kind = (piece.kind & ~FINAL_BF16) | SIGNAL;
+        piece.kind = (piece.kind & ~FINAL_BF16) | FINAL_KEPT | SIGNAL;
     }
 
     /* Without so many tokens; the state comes from the border where the share ends. */
@@ -182,7 +237,7 @@ template <class Kind> struct Dealer {
         piece.begin += tokens, piece.length -= tokens;
         piece.initial = state_at_border(share_number + 1);
         piece.flags = flags_at_border(share_number + 1);
-        piece.kind = (piece.kind & ~INITIAL_BF16) | AWAIT;
+        piece.kind = (piece.kind & ~INITIAL_BF16) | INITIAL_KEPT | AWAIT;
     }
 
     __device__ float *state_at_border(int border) const
@@ -193,38 +248,6 @@ template <class Kind> struct Dealer {
     __device__ int *flags_at_border(int border) const
     {
         return handoff.flags + FKDA_HANDOFF_FLAGS * border + Kind::RECURRENCE_WARPS * rank;
-    }
-
-    /* A head of a sequence or of a segment: from the caller's state, or what the workspace has for the segment, to the caller's or the
-     * next segment's. Blocks have the halves of its rows or, for maps, a segment's map and its state. */
-    __device__ Piece piece_of(const fkda_segment &s, int h) const
-    {
-        const long long task = static_cast<long long>(s.sequence) * args.heads + h;
-        const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
-        const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
-        if (!Kind::OUTPUTS) {
-            float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            return {s.begin, h, s.length, 0, rank == 0 ? UNIT : 0, nullptr, to, nullptr};
-        }
-        Piece piece = {s.begin, h, s.length, Kind::ROWS * rank, 0, nullptr, nullptr, nullptr};
-        if (!(s.kind & FKDA_SEGMENT_FIRST)) {
-            piece.initial = cut.cut.states + slot;
-        } else if (args.initial_state) {
-            piece.initial = user_state(const_cast<void *>(args.initial_state), task);
-            if (args.state_is_bf16) piece.kind |= INITIAL_BF16;
-        }
-        if (!(s.kind & FKDA_SEGMENT_LAST)) { /* the states after later ones have come from the join */
-            if (work == FKDA_FIRST_SEGMENTS) piece.final = cut.cut.states + next_slot;
-        } else if (args.final_state) {
-            piece.final = user_state(args.final_state, task);
-            if (args.state_is_bf16) piece.kind |= FINAL_BF16;
-        }
-        return piece;
-    }
-
-    __device__ void *user_state(void *states, long long task) const
-    {
-        return static_cast<char *>(states) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
     }
 };
 

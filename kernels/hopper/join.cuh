@@ -22,34 +22,82 @@ namespace fkda
 
 enum JoinStep { COMPOSE, CHAIN, EXPAND };
 
-struct JoinShared {
-    static constexpr int BUFFERS = 2;
-    __align__(1024) MapImage map[BUFFERS];                                     /* on their way, whole ones */
-    __align__(16) unsigned char rows[2][FKDA_JOIN_ROWS * MapImage::ROW_BYTES]; /* as operands: high, low */
-    __align__(16) float most[FKDA_JOIN_ROWS][4]; /* in a warp's columns of a row */
-    uint64_t full[BUFFERS];
+/* A quarter of a map's rows. */
+struct MapQuarter {
+    static constexpr int BLOCKS = 2;
+    MapBlock block[BLOCKS];
 };
-static_assert(sizeof(JoinShared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
 
-/* Products on the tensor core in fp16: rows are divided by a power of two above them, and a number is the sum of what fp16 keeps of it and
- * of the rest (map.cuh); of the four products of such sums three are taken, which leaves 2^-22 of a product out. A warp has 16 of the
- * block's rows and 32 of the places in an image; lane (g, t) = (lane / 4, lane % 4) of that rows g and g + 8 and, of tile c of eight
- * places, places 2 t and 2 t + 1, which are eight neighbouring channels. The code is kept small: each launch has to fetch it. */
-struct Join {
-    static constexpr int BUFFERS = JoinShared::BUFFERS;
+/* The rows that a block carries, in shared memory. */
+struct JoinRows {
+    /* As operands: high, low; unit u of 16 bytes of row r at u ^ r % 8. */
+    __align__(16) unsigned char rows[2][FKDA_JOIN_ROWS * DIM * 2];
+    __align__(16) float most[FKDA_JOIN_ROWS][4]; /* in a warp's columns of a row */
+};
+
+/* Where a block has maps on their way, and its rows; here all of its memory, elsewhere what others leave (at_once.cuh). */
+struct JoinMemory {
+    static constexpr int QUARTERS = 8;
+    struct Shared {
+        __align__(1024) MapQuarter quarter[QUARTERS];
+        JoinRows rows;
+        Ring<QUARTERS> ring;
+    };
+    static_assert(sizeof(Shared) <= FKDA_HOPPER_SHARED_BYTES, "what a block can have");
+    Shared &shared;
+
+    __device__ MapQuarter &quarter(int i) const
+    {
+        return shared.quarter[i];
+    }
+    __device__ JoinRows &rows() const
+    {
+        return shared.rows;
+    }
+    __device__ Ring<QUARTERS> &ring() const
+    {
+        return shared.ring;
+    }
+
+    /* Brings a map's quarter, for which `barrier` already expects as many bytes. All have it read, as far as this warp goes. */
+    static __device__ void bring(MapQuarter *to, const MapQuarter *from, int, uint64_t *barrier)
+    {
+        copy_bulk(to, from, sizeof *to, barrier);
+    }
+    static __device__ void release(uint64_t *barrier)
+    {
+        mbarrier_arrive_warp(barrier);
+    }
+};
+
+/*
+ * The work of a block, by four warps that compute, and one that brings the maps.
+ *
+ * Products on the tensor core in fp16: rows are divided by a power of two above them, and a number is the sum of what fp16 keeps of it and
+ * of the rest (map.cuh); of the four products of such sums three are taken, which leaves 2^-22 of a product out. A warp has the
+ * block's rows and 32 columns; lane (g, t) = (lane / 4, lane % 4) of that rows g and g + 8 and, of tile c of eight
+ * columns, columns 2 t and 2 t + 1. The code is kept small: each launch has to fetch it.
+ */
+template <class Memory> struct Join {
     static constexpr int MATRIX = DIM * DIM;
-    static_assert(FKDA_JOIN_THREADS / 32 == FKDA_JOIN_ROWS / 16 * 4, "16 rows and 32 places to a warp");
+    static constexpr int WARPS = FKDA_JOIN_THREADS / 32; /* that compute */
+    static_assert(WARPS == 4 && FKDA_JOIN_ROWS == 16, "32 columns and all rows to a warp");
     using Rows = float[4][4]; /* by tile */
     const fkda_fwd_args &args;
     const fkda_cut &cut;
-    JoinShared &shared;
-    int head, row;        /* of V or, of a map, a place in its image: the first of the block's */
-    unsigned asked, used; /* maps that were asked for so far, and that were used */
+    Memory memory;
+    Slot<Memory::QUARTERS> slot; /* of the next quarter */
+    int head, row;               /* of V or of a map: the first of the block's */
+
+    __device__ Join(const fkda_fwd_args &a, const fkda_cut &c, Memory m)
+        : args(a), cut(c), memory(m), slot(0), head(0), row(0)
+    {
+    }
 
     /* A head's matrix in a slot. */
-    __device__ float *place(float *matrices, int slot) const
+    __device__ float *place(float *matrices, int at) const
     {
-        return matrices + (static_cast<long long>(slot) * args.heads + head) * MATRIX;
+        return matrices + (static_cast<long long>(at) * args.heads + head) * MATRIX;
     }
 
     /* What a block carries its rows through: maps first_map, first_map + 1, ... and, with `add`, to the product with the i-th
@@ -67,107 +115,105 @@ struct Join {
         }
     };
 
-    __device__ void ask_for(const float *map)
+    /* All threads that compute. */
+    static __device__ void sync()
     {
-        const int buffer = static_cast<int>(asked++ % BUFFERS);
-        if (threadIdx.x != 0) return;
-        mbarrier_arrive_expecting(&shared.full[buffer], sizeof(MapImage));
-        copy_bulk(&shared.map[buffer], map, sizeof(MapImage), &shared.full[buffer]);
+        barrier_sync<8, FKDA_JOIN_THREADS>(0);
     }
 
-    /* The first of the warp's rows among the block's, and this lane's; its group of places; the lane's t. */
-    static __device__ int warp_rows()
+    /* The maps, by the warp that brings them; each once `await(its slot)` is over. */
+    template <class Await> __device__ void bring(const Way &way, Await await)
     {
-        return static_cast<int>(threadIdx.x) >> 7 << 4;
-    }
-    static __device__ int lane_row()
-    {
-        return warp_rows() + (static_cast<int>(threadIdx.x) >> 2 & 7);
-    }
-    static __device__ int group()
-    {
-        return static_cast<int>(threadIdx.x) >> 5 & 3;
-    }
-    static __device__ int lane_pair()
-    {
-        return static_cast<int>(threadIdx.x) & 3;
-    }
-
-    /* To and from a matrix in fp32. */
-    __device__ void store(float *matrix, const Rows &x) const
-    {
-        float *to = matrix + (row + lane_row()) * DIM + 32 * group() + 8 * lane_pair();
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            store_four(to + i / 2 * 8 * DIM + i % 2 * 4, x[i % 2 * 2][i / 2 * 2], x[i % 2 * 2][i / 2 * 2 + 1],
-                       x[i % 2 * 2 + 1][i / 2 * 2], x[i % 2 * 2 + 1][i / 2 * 2 + 1]);
-    }
-
-    __device__ void load(Rows &x, const float *matrix) const
-    {
-        const float *from = matrix + (row + lane_row()) * DIM + 32 * group() + 8 * lane_pair();
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float4 four = *reinterpret_cast<const float4 *>(from + i / 2 * 8 * DIM + i % 2 * 4);
-            x[i % 2 * 2][i / 2 * 2] = four.x, x[i % 2 * 2][i / 2 * 2 + 1] = four.y;
-            x[i % 2 * 2 + 1][i / 2 * 2] = four.z, x[i % 2 * 2 + 1][i / 2 * 2 + 1] = four.w;
+#pragma unroll 1
+        for (int i = 0; i < way.count; i++) {
+            const auto *map = reinterpret_cast<const MapQuarter *>(place(way.maps, way.first_map + i));
+            await(way.first_map + i);
+#pragma unroll 1
+            for (int q = 0; q < 4; q++) {
+                uint64_t *full = &memory.ring().full[slot.index];
+                mbarrier_wait(&memory.ring().empty[slot.index], slot.parity ^ 1);
+                if (elect_lane()) {
+                    mbarrier_arrive_expecting(full, sizeof *map);
+                    Memory::bring(&memory.quarter(slot.index), map + q, q, full);
+                }
+                __syncwarp();
+                slot.advance(1);
+            }
         }
     }
 
-    /* Rows of a map: those that are at these places. */
-    __device__ void store_map(float *matrix, const Rows &x) const
+    static __device__ int lane()
+    {
+        return static_cast<int>(threadIdx.x) & 31;
+    }
+    static __device__ int group() /* the warp's, of columns */
+    {
+        return static_cast<int>(threadIdx.x) >> 5 & 3;
+    }
+
+    /* To and from a state. */
+    __device__ float4 *tiles(float *matrix) const
+    {
+        return &reinterpret_cast<StateImage *>(matrix)->tile[row / 16][4 * group()][lane()];
+    }
+
+    __device__ void store(float *matrix, const Rows &x) const
+    {
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            tiles(matrix)[32 * c] = make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
+    }
+
+    __device__ void load(Rows &x, float *matrix) const
+    {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float4 four = tiles(matrix)[32 * c];
+            x[c][0] = four.x, x[c][1] = four.y, x[c][2] = four.z, x[c][3] = four.w;
+        }
+    }
+
+    /* act(words of a map: high, low; two numbers of x that are there) */
+    template <class Act> __device__ void for_each_pair(float *matrix, Rows &x, Act act) const
     {
         MapImage &map = *reinterpret_cast<MapImage *>(matrix);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const int at = row + lane_row() + i / 4 * 8, place = 32 * group() + i % 4 * 8 + 2 * lane_pair();
-            MapImage::split(*MapImage::pair(map.high, at, place), *MapImage::pair(map.low, at, place),
-                            x[i % 4][i / 4 * 2], x[i % 4][i / 4 * 2 + 1]);
+            const int at = row + lane() / 4 + i % 2 * 8, column = 32 * group() + i / 2 * 8 + lane() % 4 * 2;
+            act(*map.pair(MapBlock::HIGH, at, column), *map.pair(MapBlock::LOW, at, column),
+                x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
         }
+    }
+
+    /* To and from rows of a map. */
+    __device__ void store_map(float *matrix, Rows &x) const
+    {
+        for_each_pair(matrix, x, [](uint32_t &high, uint32_t &low, float a, float b) {
+            MapBlock::split(high, low, a, b);
+        });
     }
 
     __device__ void load_map(Rows &x, float *matrix) const
     {
-        MapImage &map = *reinterpret_cast<MapImage *>(matrix);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int at = row + lane_row() + i / 4 * 8, place = 32 * group() + i % 4 * 8 + 2 * lane_pair();
-            const uint32_t high = *MapImage::pair(map.high, at, place),
-                           low = *MapImage::pair(map.low, at, place);
-            x[i % 4][i / 4 * 2] = half_low(high) + half_low(low);
-            x[i % 4][i / 4 * 2 + 1] = half_high(high) + half_high(low);
-        }
-    }
-
-    /* The first map, before anything else is loaded. */
-    __device__ void begin(const Way &way)
-    {
-        __syncthreads(); /* of another item of work, all is read */
-        if (way.count > 0) ask_for(place(way.maps, way.first_map));
+        for_each_pair(matrix, x, [](uint32_t high, uint32_t low, float &a, float &b) {
+            a = half_low(high) + half_low(low), b = half_high(high) + half_high(low);
+        });
     }
 
     /* Rows x through the maps; without `add` they are of a map themselves. */
     __device__ void carry(Rows &x, const Way &way)
     {
-        const float *map = place(way.maps, way.first_map);
-        const long long next_map = static_cast<long long>(args.heads) * MATRIX;
-        const int count = way.count;
 #pragma unroll 1
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < way.count; i++) {
             float *state = place(cut.states, way.slot(i));
             Rows sum = {};
             float scale[2];
             if (way.add) load(sum, state);
             leave_most(x);
-            __syncthreads(); /* the product before is over */
+            sync(); /* the product before is over too */
             leave_rows(x, scale);
-            const int buffer = static_cast<int>(used % BUFFERS);
-            mbarrier_wait(&shared.full[buffer], static_cast<int>(used / BUFFERS % 2));
-            used++;
-            map += next_map;
-            if (i + 1 < count) ask_for(map); /* one at a time, since all blocks want the same at once */
-            __syncthreads();
-            multiply(x, shared.map[buffer]);
+            sync();
+            multiply(x);
 #pragma unroll
             for (int c = 0; c < 4; c++)
 #pragma unroll
@@ -186,15 +232,15 @@ struct Join {
             for (int c = 0; c < 4; c++) most = fmaxf(most, fmaxf(fabsf(x[c][2 * r]), fabsf(x[c][2 * r + 1])));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            if (lane_pair() == 0) shared.most[lane_row() + 8 * r][group()] = most;
+            if (lane() % 4 == 0) memory.rows().most[lane() / 4 + 8 * r][group()] = most;
         }
     }
 
-    /* This lane's row for ldmatrix of a tile of 16 rows or depths x 16 places. */
-    static __device__ uint4 *matrix_unit(unsigned char *rows, int first, int place)
+    /* This lane's row for ldmatrix of the 16 rows x 16 columns from this one on. */
+    __device__ uint4 *row_unit(int which, int column) const
     {
-        const int lane = static_cast<int>(threadIdx.x) & 31;
-        return MapImage::unit(rows, first + (lane & 15), place / 8 + (lane >> 4));
+        const int r = lane() & 15, u = column / 8 + (lane() >> 4);
+        return reinterpret_cast<uint4 *>(&memory.rows().rows[which][r * DIM * 2 + (u ^ (r & 7)) * 16]);
     }
 
     /* The rows as an operand, divided by their scales. */
@@ -203,45 +249,55 @@ struct Join {
         uint32_t high[4][2], low[4][2]; /* tile, row */
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float4 all = *reinterpret_cast<const float4 *>(shared.most[lane_row() + 8 * r]);
+            const float4 all = *reinterpret_cast<const float4 *>(memory.rows().most[lane() / 4 + 8 * r]);
             const float most = fminf(fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w)), 0x1p126f);
             scale[r] = fmaxf(power_above(most), 0x1p-100f);
             const float factor = inverse_power(scale[r]);
 #pragma unroll
             for (int c = 0; c < 4; c++)
-                MapImage::split(high[c][r], low[c][r], x[c][2 * r] * factor, x[c][2 * r + 1] * factor);
+                MapBlock::split(high[c][r], low[c][r], x[c][2 * r] * factor, x[c][2 * r + 1] * factor);
         }
 #pragma unroll
         for (int c = 0; c < 4; c += 2) {
-            const int place = 32 * group() + 8 * c;
-            store_matrices(shared_address(matrix_unit(shared.rows[0], warp_rows(), place)),
+            const int column = 32 * group() + 8 * c;
+            store_matrices(shared_address(row_unit(MapBlock::HIGH, column)),
                            {high[c][0], high[c][1], high[c + 1][0], high[c + 1][1]});
-            store_matrices(shared_address(matrix_unit(shared.rows[1], warp_rows(), place)),
+            store_matrices(shared_address(row_unit(MapBlock::LOW, column)),
                            {low[c][0], low[c][1], low[c + 1][0], low[c + 1][1]});
         }
     }
 
-    __device__ void multiply(Rows &product, MapImage &map) const
+    /* With the next map. */
+    __device__ void multiply(Rows &product)
     {
         Rows high_low = {}, low_high = {}, high_high = {}; /* sums that need not wait for each other */
-#pragma unroll 2
-        for (int k = 0; k < DIM; k += 16) {
-            uint32_t a[4], rest[4];
-            load_matrices(a, matrix_unit(shared.rows[0], warp_rows(), k));
-            load_matrices(rest, matrix_unit(shared.rows[1], warp_rows(), k));
+#pragma unroll 1
+        for (int q = 0; q < 4; q++) {
+            MapQuarter &map = memory.quarter(slot.index);
+            mbarrier_wait(&memory.ring().full[slot.index], slot.parity);
 #pragma unroll
-            for (int c = 0; c < 4; c += 2) {
-                uint32_t high[4], low[4]; /* tile, depth / 8 */
-                load_matrices_transposed(high, matrix_unit(map.high, k, 32 * group() + 8 * c));
-                load_matrices_transposed(low, matrix_unit(map.low, k, 32 * group() + 8 * c));
+            for (int k = 0; k < MapQuarter::BLOCKS; k++) {
+                const int depth = 16 * (MapQuarter::BLOCKS * q + k);
+                uint32_t a[4], rest[4];
+                load_matrices(a, row_unit(MapBlock::HIGH, depth));
+                load_matrices(rest, row_unit(MapBlock::LOW, depth));
 #pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    mma_half(high_low[c + n], a[0], a[1], a[2], a[3], low[2 * n], low[2 * n + 1]);
-                    mma_half(low_high[c + n], rest[0], rest[1], rest[2], rest[3], high[2 * n],
-                             high[2 * n + 1]);
-                    mma_half(high_high[c + n], a[0], a[1], a[2], a[3], high[2 * n], high[2 * n + 1]);
+                for (int c = 0; c < 4; c += 2) {
+                    const int u = 4 * group() + c + (lane() >> 4);
+                    uint32_t high[4], low[4]; /* tile, depth / 8 */
+                    load_matrices_transposed(high, map.block[k].unit(MapBlock::HIGH, lane() & 15, u));
+                    load_matrices_transposed(low, map.block[k].unit(MapBlock::LOW, lane() & 15, u));
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        mma_half(high_low[c + n], a[0], a[1], a[2], a[3], low[2 * n], low[2 * n + 1]);
+                        mma_half(low_high[c + n], rest[0], rest[1], rest[2], rest[3], high[2 * n],
+                                 high[2 * n + 1]);
+                        mma_half(high_high[c + n], a[0], a[1], a[2], a[3], high[2 * n], high[2 * n + 1]);
+                    }
                 }
             }
+            Memory::release(&memory.ring().empty[slot.index]);
+            slot.advance(1);
         }
 #pragma unroll
         for (int i = 0; i < 16; i++)
@@ -256,47 +312,49 @@ struct Join {
     }
 
     /* A group's maps one after the other, from rows of the first map; and its states, from those after the first map. */
-    __device__ void compose(const fkda_cut_sequence &c, int group, bool state)
+    __device__ Way way_of_composing(const fkda_cut_sequence &c, int group, bool state) const
     {
         int first, last;
         find_group(c, group, first, last);
-        const Way way = {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false};
+        return {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false};
+    }
+
+    __device__ void compose(const fkda_cut_sequence &c, int group, bool state, const Way &way)
+    {
         Rows x;
-        begin(way);
         if (state)
-            load(x, place(cut.states, first + 1));
+            load(x, place(cut.states, way.first_map));
         else
-            load_map(x, place(cut.maps, first));
+            load_map(x, place(cut.maps, way.first_map - 1));
         carry(x, way);
         if (state)
-            store(place(cut.states, last + 1), x);
+            store(place(cut.states, way.last_slot), x);
         else
             store_map(place(cut.composed, c.first_group + group), x);
     }
 
     /* From state to state of all segments, or where the maps are many of all groups. */
-    __device__ void chain(const fkda_cut_sequence &c, int groups)
+    __device__ Way way_of_chain(const fkda_cut_sequence &c, int groups) const
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
-        const Way way = groups
-                            ? Way{cut.composed,    c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
-                                  FKDA_GROUP_MAPS, last,          true,   true}
-                            : Way{cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true};
-        Rows x;
-        begin(way);
-        load(x, place(cut.states, c.first_slot + 1));
-        carry(x, way);
+        return groups ? Way{cut.composed,    c.first_group, groups, c.first_slot + 1 + FKDA_GROUP_MAPS,
+                            FKDA_GROUP_MAPS, last,          true,   true}
+                      : Way{cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true};
     }
 
     /* Through a group, up to the segment whose state is there already. */
-    __device__ void expand(const fkda_cut_sequence &c, int group)
+    __device__ Way way_of_expanding(const fkda_cut_sequence &c, int group) const
     {
         int first, last;
         find_group(c, group, first, last);
-        const Way way = {cut.maps, first, last - first, first + 1, 1, last, true, true};
+        return {cut.maps, first, last - first, first + 1, 1, last, true, true};
+    }
+
+    /* From the state in a slot on. */
+    __device__ void carry_from(int first_slot, const Way &way)
+    {
         Rows x;
-        begin(way);
-        load(x, place(cut.states, first));
+        load(x, place(cut.states, first_slot));
         carry(x, way);
     }
 };
@@ -306,11 +364,14 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
 {
     constexpr unsigned PARTS =
         DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
-    Join work = {args, cut, *reinterpret_cast<JoinShared *>(block_memory()), 0, 0, 0, 0};
+    JoinMemory::Shared &shared = *reinterpret_cast<JoinMemory::Shared *>(block_memory());
+    Join<JoinMemory> work(args, cut, JoinMemory{shared});
     const Cut rules = {args, cut};
+    const bool brings = threadIdx.x >= FKDA_JOIN_THREADS;
     let_next_kernel_start();
     if (threadIdx.x == 0) {
-        for (uint64_t &barrier : work.shared.full) mbarrier_init(&barrier, 1);
+        for (uint64_t &barrier : shared.ring.full) mbarrier_init(&barrier, 1);
+        for (uint64_t &barrier : shared.ring.empty) mbarrier_init_for_warps(&barrier, work.WARPS);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -323,13 +384,20 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
         const int groups = Cut::groups_of(sequence.segments);
         const unsigned items = static_cast<unsigned>(step == CHAIN ? 1 : groups) * heads * PARTS;
         for (; item < before + items; item += gridDim.x) {
-            const unsigned within = item - before, block = within % PARTS, group = within / PARTS / heads;
-            work.head = static_cast<int>(within / PARTS - group * heads);
+            const unsigned within = item - before, block = within % PARTS;
+            const int group = static_cast<int>(within / PARTS / heads);
+            const bool state = block >= DIM / FKDA_JOIN_ROWS; /* of COMPOSE */
+            work.head = static_cast<int>(within / PARTS) - group * args.heads;
             work.row = static_cast<int>(block % (DIM / FKDA_JOIN_ROWS)) * FKDA_JOIN_ROWS;
-            if constexpr (step == COMPOSE)
-                work.compose(sequence, static_cast<int>(group), block >= DIM / FKDA_JOIN_ROWS);
-            if constexpr (step == CHAIN) work.chain(sequence, groups);
-            if constexpr (step == EXPAND) work.expand(sequence, static_cast<int>(group));
+            const auto way = step == COMPOSE ? work.way_of_composing(sequence, group, state)
+                             : step == CHAIN ? work.way_of_chain(sequence, groups)
+                                             : work.way_of_expanding(sequence, group);
+            if (brings)
+                work.bring(way, [](int) {});
+            else if (step == COMPOSE)
+                work.compose(sequence, group, state, way);
+            else
+                work.carry_from(step == CHAIN ? sequence.first_slot + 1 : way.first_map, way);
         }
         before += items;
     }

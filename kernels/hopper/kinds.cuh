@@ -23,9 +23,12 @@ struct AloneGiven {
     /* Slots of the rings of chunks: for those that the block prepares, and after them for those that the other block sends, which
      * come prepared and are held for a shorter time. */
     static constexpr int OWN = 12, RECEIVED = 0;
-    static constexpr bool OUTPUTS = true; /* else neither queries nor outputs: states only */
+    static constexpr int APART = 16; /* bytes of shared memory that are left before barriers */
+    static constexpr bool OUTPUTS = true;  /* else neither queries nor outputs: states only */
+    static constexpr bool AT_ONCE = false; /* a part of what blocks do that do it all (at_once.cuh) */
     /* Registers of a thread in the recurrence and elsewhere; of the four warps in a quarter of a multiprocessor 512. */
     static constexpr int RECURRENCE_REGISTERS = 152, OTHER_REGISTERS = 104;
+    static constexpr int LAST_REGISTERS = OTHER_REGISTERS; /* of the last four warps */
 };
 
 /* A head to two blocks, of its rows half to each. */
@@ -33,8 +36,9 @@ struct PairedGiven {
     static constexpr int ROWS = 64, CHUNK = FKDA_HOPPER_CHUNK_PAIRED, SHARERS = FKDA_HOPPER_PAIR;
     static constexpr int TEAM_WARPS = 4, TEAMS = 2, PARTS = 2;
     static constexpr int OWN = 4, RECEIVED = 2;
-    static constexpr bool OUTPUTS = true;
-    static constexpr int RECURRENCE_REGISTERS = 176, OTHER_REGISTERS = 112;
+    static constexpr int APART = 16;
+    static constexpr bool OUTPUTS = true, AT_ONCE = false;
+    static constexpr int RECURRENCE_REGISTERS = 176, OTHER_REGISTERS = 112, LAST_REGISTERS = 112;
 };
 
 /* Of a head of a segment the map in one block and the state in the other. */
@@ -42,8 +46,18 @@ struct MapsGiven {
     static constexpr int ROWS = 128, CHUNK = FKDA_HOPPER_CHUNK_PAIRED, SHARERS = FKDA_HOPPER_PAIR;
     static constexpr int TEAM_WARPS = 2, TEAMS = 3, PARTS = 1;
     static constexpr int OWN = 5, RECEIVED = 2;
-    static constexpr bool OUTPUTS = false;
-    static constexpr int RECURRENCE_REGISTERS = 160, OTHER_REGISTERS = 96;
+    static constexpr int APART = 16;
+    static constexpr bool OUTPUTS = false, AT_ONCE = false;
+    static constexpr int RECURRENCE_REGISTERS = 160, OTHER_REGISTERS = 96, LAST_REGISTERS = 96;
+};
+
+struct PairedAtOnceGiven : PairedGiven {
+    static constexpr bool AT_ONCE = true;
+    static constexpr int RECURRENCE_REGISTERS = 200, OTHER_REGISTERS = 104, LAST_REGISTERS = 96;
+};
+struct MapsAtOnceGiven : MapsGiven {
+    static constexpr bool AT_ONCE = true;
+    static constexpr int APART = 13344;
 };
 
 /* And what follows. */
@@ -55,16 +69,19 @@ template <class Given> struct Shape : Given {
     static constexpr int AHEAD_WARPS = PREPARE_WARPS + 2;  /* and those that load and solve */
     static constexpr int HALF_TOKENS = Given::CHUNK * ROW; /* bytes: a chunk's tokens in 64 channels */
     /* Outputs have room of their own where there is some left; else they go where v was. */
+    static constexpr bool JOINS = Given::AT_ONCE && Given::OUTPUTS; /* before its first chunk */
     static constexpr bool ROOM_FOR_OUTPUTS = Given::OUTPUTS && Given::ROWS == 64;
     static_assert(RECURRENCE_WARPS + AHEAD_WARPS <= FKDA_HOPPER_THREADS / 32, "there are so many warps");
     static_assert(RECURRENCE_WARPS / 4 * Given::RECURRENCE_REGISTERS +
-                          (4 - RECURRENCE_WARPS / 4) * Given::OTHER_REGISTERS <=
+                          (3 - RECURRENCE_WARPS / 4) * Given::OTHER_REGISTERS + Given::LAST_REGISTERS <=
                       512,
                   "in a quarter of a multiprocessor");
 };
 using Alone = Shape<AloneGiven>;
 using Paired = Shape<PairedGiven>;
 using Maps = Shape<MapsGiven>;
+using PairedAtOnce = Shape<PairedAtOnceGiven>;
+using MapsAtOnce = Shape<MapsAtOnceGiven>;
 
 } // namespace fkda
 

@@ -5,6 +5,9 @@
 #ifndef FKDA_HOPPER_LOAD_CUH
 #define FKDA_HOPPER_LOAD_CUH
 
+#include <type_traits>
+
+#include "at_once.cuh"
 #include "deal.cuh"
 #include "shared.cuh"
 
@@ -14,7 +17,7 @@ namespace fkda
 template <class Kind> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<Kind> &shared;
-    Dealer<Kind> dealer;
+    std::conditional_t<Kind::AT_ONCE, AtOnceDealer<Kind>, Dealer<Kind>> dealer;
     Slot<PIECES_AHEAD> dealt;
     Piece piece; /* the last one dealt */
     /* The next chunk's slot, of those that this block prepares, and of those that the other block does. */
@@ -79,6 +82,8 @@ template <class Kind> struct Loader {
         Tokens<Kind> &to = shared.tokens[own.index];
         uint64_t *barrier = &shared.chunks.loaded[own.index];
         wait(&shared.chunks.empty[own.index], own.parity ^ 1);
+        if constexpr (Kind::JOINS)
+            if (values.after_maps) wait(&shared.join.over, 0);
         if (elect_lane()) {
             mbarrier_arrive_expecting(barrier,
                                       values.boxes * Kind::HALF_TOKENS + static_cast<int>(sizeof to.half));
@@ -100,6 +105,9 @@ template <class Kind> struct Loader {
     {
         const int slot = Kind::OWN + received.index;
         if (!mbarrier_test(&shared.chunks.empty[slot], received.parity ^ 1)) return;
+        if constexpr (Kind::JOINS)
+            if (shared.expected[asked_for % MOST_EXPECTED].after_maps && !mbarrier_test(&shared.join.over, 0))
+                return;
         if (elect_lane()) {
             const Values values = shared.expected[asked_for % MOST_EXPECTED];
             uint64_t *barrier = &shared.chunks.ready[slot];
@@ -126,13 +134,19 @@ template <class Kind> struct Loader {
     template <class Wait> __device__ void run(Wait wait_for_barriers)
     {
         bool begun = false;
+        int chunks = 0; /* so far */
         do {
             const Piece now = piece; /* at first an empty one */
             Values values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
-                             !Kind::OUTPUTS && now.kind & UNIT ? 0 : Kind::ROWS / 64};
+                             !Kind::OUTPUTS && now.kind & UNIT ? 0 : Kind::ROWS / 64, false};
             bool first = true;
             for (int left = now.length; left > 0 || first; left -= Kind::CHUNK, first = false) {
                 if (left > 0) {
+                    /* The first chunk of each block goes where maps do not. */
+                    if constexpr (Kind::JOINS) {
+                        values.after_maps = now.kind & JOIN && chunks >= Kind::SHARERS;
+                        chunks++;
+                    }
                     if (Kind::SHARERS == 1 || turn == rank)
                         load(values);
                     else

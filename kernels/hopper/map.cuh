@@ -1,34 +1,25 @@
-/* How a segment's map is kept, in the workspace and in shared memory: as operands of the join. */
+/* How a segment's map and state are kept in the workspace, and maps in shared memory: as those who use them have them. */
 #ifndef FKDA_HOPPER_MAP_CUH
 #define FKDA_HOPPER_MAP_CUH
 
 #include "../common/elements.cuh"
+#include "../common/task.cuh"
 
 namespace fkda
 {
 
-/* A matrix [128][128], each element the sum of what fp16 keeps of it, and of what that keeps of the rest, which leaves out 2^-25. Rows have 16
- * units of 16 bytes, unit u of row r at u ^ r % 8, where ldmatrix meets no bank conflicts: a map is copied as it is. Rows and columns are
- * at their images, so that four neighbouring accumulator tiles of a lane are a unit: eight channels. Takes as many bytes as in fp32. */
-struct MapImage {
-    static constexpr int ROW_BYTES = DIM * 2;
-    unsigned char high[DIM * ROW_BYTES], low[DIM * ROW_BYTES];
+/* Sixteen rows of a map [128][128], each element the sum of what fp16 keeps of it, and of what that keeps of the rest, which leaves out
+ * 2^-25: the halves of the columns, rows of 128 bytes whose units of 16 bytes are swizzled, unit u of row r at u ^ r % 8. wgmma
+ * reads it as B, and ldmatrix meets no bank conflicts. */
+struct MapBlock {
+    static constexpr int ROWS = 16, ROW_BYTES = 128;
+    enum { HIGH, LOW };
+    unsigned char part[2][DIM / 64][ROWS * ROW_BYTES];
 
-    /* The place of channel 32 j + 8 i + 2 t + e, and the channel of that place: 32 j + 8 t + 2 i + e. */
-    static __device__ __forceinline__ int image(int channel)
+    /* Columns 8 u to 8 u + 7 of a row. */
+    __device__ __forceinline__ uint4 *unit(int which, int row, int u)
     {
-        return (channel & ~0x1e) | (channel >> 3 & 3) << 1 | (channel >> 1 & 3) << 3;
-    }
-
-    static __device__ __forceinline__ uint4 *unit(unsigned char *rows, int row, int u)
-    {
-        return reinterpret_cast<uint4 *>(&rows[row * ROW_BYTES + (u ^ (row & 7)) * 16]);
-    }
-
-    /* What is at two places of a row, the first even. */
-    static __device__ __forceinline__ uint32_t *pair(unsigned char *rows, int row, int place)
-    {
-        return reinterpret_cast<uint32_t *>(unit(rows, row, place / 8)) + place % 8 / 2;
+        return reinterpret_cast<uint4 *>(&part[which][u / 8][row * ROW_BYTES + ((u ^ row) & 7) * 16]);
     }
 
     static __device__ __forceinline__ void split(uint32_t &high, uint32_t &low, float x, float y)
@@ -36,19 +27,25 @@ struct MapImage {
         high = pack_half(x, y);
         low = pack_half(x - half_low(high), y - half_high(high));
     }
+};
 
-    /* What lane t of four has of a row in tiles 4 j to 4 j + 3 of accumulators, in their elements i and i + 1, times a factor. */
-    static __device__ __forceinline__ void store(MapImage &to, int row, int j, int t, const float (*tiles)[4],
-                                                 int i, float factor)
+struct MapImage {
+    MapBlock block[DIM / MapBlock::ROWS];
+
+    /* Two neighbours in a row, the first column even. */
+    __device__ __forceinline__ uint32_t *pair(int which, int row, int column)
     {
-        uint32_t high[4], low[4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) split(high[n], low[n], tiles[n][i] * factor, tiles[n][i + 1] * factor);
-        *unit(to.high, row, 4 * j + t) = make_uint4(high[0], high[1], high[2], high[3]);
-        *unit(to.low, row, 4 * j + t) = make_uint4(low[0], low[1], low[2], low[3]);
+        return reinterpret_cast<uint32_t *>(block[row / MapBlock::ROWS].unit(which, row % MapBlock::ROWS,
+                                                                             column / 8)) +
+               column % 8 / 2;
     }
 };
 static_assert(sizeof(MapImage) == DIM * DIM * sizeof(float), "in slots of matrices in fp32");
+
+/* A state [V, K] in fp32: of 16 rows and 8 columns what each lane has in accumulators. */
+struct StateImage {
+    float4 tile[DIM / 16][DIM / 8][32]; /* rows, columns, lane */
+};
 
 } // namespace fkda
 

@@ -7,6 +7,7 @@
 #ifndef FKDA_HOPPER_RECURRENCE_CUH
 #define FKDA_HOPPER_RECURRENCE_CUH
 
+#include "at_once.cuh"
 #include "map.cuh"
 #include "shared.cuh"
 
@@ -19,6 +20,7 @@ template <class Kind> struct Recurrence {
     static constexpr int READ =
         Kind::OUTPUTS ? 2 * TILES : TILES; /* in what is read from the state: K~ S, and Q~ S for outputs */
     using Stage = fkda::Stage<Kind>;
+    const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
     Shared<Kind> &shared;
     int lane;
@@ -30,8 +32,8 @@ template <class Kind> struct Recurrence {
     bool faint;      /* since they were chosen a chunk had a strength below one */
     bool unit;       /* the piece is one of a map: values are zeros */
 
-    __device__ Recurrence(const fkda_fwd_args &a, Shared<Kind> &s, int thread)
-        : args(a), shared(s), lane(thread & 31)
+    __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Kind> &s, int thread)
+        : all(a), args(a.fwd), shared(s), lane(thread & 31)
     {
         const int warp_row = thread >> 5 << 4;
         const int half = (warp_row >> 6) * Kind::HALF_TOKENS, first = (warp_row & 63) >> 3;
@@ -69,49 +71,115 @@ template <class Kind> struct Recurrence {
         if constexpr (s + 1 < DIM / 8) load_tiles_bf16<s + 1>(raw, from, is_bf16);
     }
 
+    template <int s>
+    static __device__ void load_tiles_kept(float (&raw)[DIM / 8][4], const void *from, bool is_kept)
+    {
+        load_four_if<s>(raw[s], from, is_kept);
+        if constexpr (s + 1 < DIM / 8) load_tiles_kept<s + 1>(raw, from, is_kept);
+    }
+
+    /* The warp's rows among the head's in units of 16. */
+    static __device__ int row_group(const Piece &piece)
+    {
+        return (piece.first_row + warp_row()) / 16;
+    }
+
     /* All loads are under way before the first is waited for, which one to the same register would do, whether it loads or not: so those
-     * of one type come first. Nothing branches: ptxas would put wgmma in order. */
+     * of one type come first. Nothing branches: ptxas would put wgmma in order. Maps start from zeros or a unit, where they are all that
+     * blocks find. */
     __device__ void load_state(const Piece &piece)
     {
-        const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16, is_fp32 = piece.initial && !is_bf16;
+        const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16,
+                   is_kept = piece.initial && piece.kind & INITIAL_KEPT,
+                   is_fp32 = piece.initial && !is_bf16 && !is_kept;
         const int begin = state_begin(piece);
-        const void *from =
-            static_cast<const char *>(global_memory(piece.initial)) + begin * (is_bf16 ? 2 : 4);
+        const char *from = static_cast<const char *>(global_memory(piece.initial));
         float raw[DIM / 8][4] = {};
-        load_tiles_fp32<0>(raw, from, is_fp32);
-        if constexpr (Kind::OUTPUTS) load_tiles_bf16<0>(raw, from, is_bf16);
+        if constexpr (Kind::OUTPUTS || Kind::AT_ONCE)
+            load_tiles_fp32<0>(raw, from + begin * (is_bf16 ? 2 : 4), is_fp32);
+        if constexpr (Kind::OUTPUTS)
+            load_tiles_kept<0>(raw, from + row_group(piece) * sizeof(StateImage::tile[0]) + 16 * lane, is_kept);
+        if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16);
         const int diagonal = warp_row() + (lane >> 2) - 2 * (lane & 3); /* for a unit: row less column */
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float x = raw[s][2 * r], y = raw[s][2 * r + 1];
+                if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) {
+                    y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
+                    x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
+                }
                 if constexpr (!Kind::OUTPUTS) {
                     x = unit && diagonal == 8 * (s - r) ? 1.0f : x;
                     y = unit && diagonal == 8 * (s - r) + 1 ? 1.0f : y;
-                } else {
-                    y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
-                    x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
                 }
                 state[s][2 * r] = x, state[s][2 * r + 1] = y;
             }
     }
 
-    __device__ void store_map(MapImage &to) const
+    /* Where nothing more comes into the place of tokens, by a bulk copy from there. */
+    __device__ void store_map_at_once(MapBlock &to) const
+    {
+        barrier_sync<8, 32 * Kind::RECURRENCE_WARPS>(0);
+        MapBlock &here = reinterpret_cast<MapBlock *>(shared.tokens)[warp_row() >> 4];
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s += 2) {
+            uint32_t high[4], low[4]; /* of two tiles, rows g and g + 8 */
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                MapBlock::split(high[i], low[i], state[s + i / 2][i % 2 * 2] * scale[i % 2],
+                                state[s + i / 2][i % 2 * 2 + 1] * scale[i % 2]);
+            store_matrices(shared_address(here.unit(MapBlock::HIGH, lane & 15, s + (lane >> 4))), high);
+            store_matrices(shared_address(here.unit(MapBlock::LOW, lane & 15, s + (lane >> 4))), low);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) copy_bulk_to_global(&to, &here, sizeof here);
+    }
+
+    /* A lane then has tile 4 j + t of its rows: eight neighbours. */
+    __device__ void store_map(MapBlock &to) const
     {
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int j = 0; j < DIM / 32; j++)
-                MapImage::store(to, MapImage::image(warp_row() + (lane >> 2) + 8 * r), j, lane & 3,
-                                &state[4 * j], 2 * r, scale[r]);
+            for (int j = 0; j < DIM / 32; j++) {
+                uint32_t high[4], low[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    MapBlock::split(high[n], low[n], state[4 * j + n][2 * r] * scale[r],
+                                    state[4 * j + n][2 * r + 1] * scale[r]);
+                transpose_in_quad(high, lane);
+                transpose_in_quad(low, lane);
+                const int row = (lane >> 2) + 8 * r, u = 4 * j + (lane & 3);
+                *to.unit(MapBlock::HIGH, row, u) = make_uint4(high[0], high[1], high[2], high[3]);
+                *to.unit(MapBlock::LOW, row, u) = make_uint4(low[0], low[1], low[2], low[3]);
+            }
+    }
+
+    __device__ void store_kept(float4 (&to)[DIM / 8][32]) const
+    {
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+            to[s][lane] = make_float4(state[s][0] * scale[0], state[s][1] * scale[0], state[s][2] * scale[1],
+                                      state[s][3] * scale[1]);
     }
 
     __device__ void store_state(const Piece &piece) const
     {
         void *to = global_memory(piece.final);
         if constexpr (!Kind::OUTPUTS)
-            if (unit) return store_map(*static_cast<MapImage *>(to));
+            if (unit) {
+                MapBlock &block = static_cast<MapImage *>(to)->block[row_group(piece)];
+                if constexpr (Kind::AT_ONCE)
+                    store_map_at_once(block);
+                else
+                    store_map(block);
+                return;
+            }
+        if (!Kind::OUTPUTS || piece.kind & FINAL_KEPT)
+            return store_kept(static_cast<StateImage *>(to)->tile[row_group(piece)]);
         const bool is_bf16 = piece.kind & FINAL_BF16;
         const int begin = state_begin(piece);
 #pragma unroll
@@ -429,7 +497,11 @@ template <class Kind> struct Recurrence {
         Places<Kind> place(sharer_rank<Kind>());
         Walk walk(shared.pieces);
         if (Kind::OUTPUTS) wait_for_kernel_before(); /* for states that it left: nothing else of it is read */
+        int joins = 0; /* before the first piece, or after it */
+        if constexpr (Kind::JOINS) joins = shared.join.when;
         for (;; walk.leave()) {
+            if constexpr (Kind::JOINS)
+                if (joins-- == 1) AtOnceJoin<Kind>(all, shared).carry_rows();
             const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
             if (piece.kind & NO_PIECE) break;
             walk_through(piece, place);

@@ -20,8 +20,14 @@ extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bou
     fkda::run_block<fkda::Maps>(args);
 }
 
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_at_once(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block_at_once(args);
+}
+
 #define FKDA_DEFINE_JOIN(step, which)                                                                        \
-    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_THREADS, 1)                                       \
+    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_BLOCK, 1)                                         \
         fkda_hopper_join_##step(const __grid_constant__ fkda_hopper_fwd_args args)                           \
     {                                                                                                        \
         fkda::join<fkda::which>(args.fwd, args.cut);                                                         \

@@ -47,6 +47,9 @@ typedef struct fkda_cut_counts {
     int cut_sequences;
 } fkda_cut_counts;
 
+/* Flags, one to 16 rows: a segment's map is there, the state in its slot as the first pass left it, and as the join did. */
+enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
+
 /* In the workspace. A null `counts` says that sequences are not cut. */
 typedef struct fkda_cut {
     fkda_cut_counts *counts;
@@ -56,7 +59,9 @@ typedef struct fkda_cut {
     float *states,
         *maps;       /* [slot][head][128][128]; maps and composed ones in the form of map.cuh, as large */
     float *composed; /* [group][head][128][128]: the maps of a group, one after the other */
-    int shortest;    /* tokens; a multiple of 16 */
+    int *flags; /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
+    int shortest; /* tokens */
+    int first_weight, inner_weight, last_weight; /* of a sequence's segments, for their lengths */
     int slots;       /* that there are */
     int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
     int segments; /* then: of each, if the host knows; else 0 */

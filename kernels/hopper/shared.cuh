@@ -159,6 +159,7 @@ template <class Kind> struct Chunks {
  * of that there is no slot for yet. */
 struct Values {
     int token, head, first_box, boxes;
+    bool after_maps; /* where maps are brought in its slot's place before */
 };
 constexpr int MOST_EXPECTED = 8;
 
@@ -169,6 +170,19 @@ template <class Kind> struct Blocks {
     float diagonal[Kind::CHUNK / 8][9][8];
     __align__(16) uint16_t lower[Kind::BLOCKS][8][8], inverse[Kind::BLOCKS][8][8],
         across[BLOCK][BLOCK + 8]; /* the last if there are two blocks */
+};
+
+/* Of blocks that join before they walk (at_once.cuh). */
+constexpr int MAP_QUARTERS_AHEAD = 6;
+template <bool joins> struct Joining {
+};
+template <> struct Joining<true> {
+    Ring<MAP_QUARTERS_AHEAD> ring;
+    /* The block's part in it: whether it has one from the start on, or only after its first piece of work; of which head, the first slot with
+     * a map, so many maps, the first part of the rows, and how far to the next one. */
+    enum { NO_PART, AT_FIRST, LATER } when;
+    int head, first_slot, maps, part, step;
+    uint64_t room, over; /* slots are free for maps, and for tokens again, in both blocks */
 };
 
 template <class Kind> struct Shared {
@@ -185,12 +199,15 @@ template <class Kind> struct Shared {
     Gate gate[Kind::TEAMS][Kind::TEAM_WARPS]; /* of the team's head, for each warp */
     float gate_offset[Kind::TEAMS][DIM];      /* the gate's factor times dt_bias */
     Values expected[MOST_EXPECTED];
+    unsigned char apart[Kind::APART];
     Pieces pieces;
     Chunks<Kind> chunks;
     Ring<Kind::TEAMS> product_ring;
+    Joining<Kind::JOINS> join;
 };
 static_assert(sizeof(Shared<Alone>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Paired>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<PairedAtOnce>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Maps>) <= FKDA_HOPPER_SHARED_BYTES,
               "keep fwd_shape.h in step");
 

@@ -195,6 +195,24 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes,
         : "memory");
 }
 
+/* The same to the same place in both blocks of the pair, where a barrier each in the same place counts them. */
+__device__ __forceinline__ void copy_bulk_to_both(void *to, const void *from, int bytes, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(3))
+                 : "memory");
+}
+
+/* Copies so many bytes, a multiple of 16, from shared memory, and waits until they are there. */
+__device__ __forceinline__ void copy_bulk_to_global(void *to, const void *from, int bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+                 "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nfence.proxy.async;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
 /* The opposites of load_matrices and load_matrices_transposed. */
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[4])
 {
@@ -226,10 +244,25 @@ template <int elements> __device__ __forceinline__ void load_pair_if(float &x, c
                  : "l"(from), "r"(static_cast<int>(valid)), "n"(2 * elements));
 }
 
+/* Four fp32 `tiles` of StateImage after `from`. */
+template <int tiles>
+__device__ __forceinline__ void load_four_if(float (&x)[4], const void *from, bool valid)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.f32 {%0, %1, %2, %3}, [%4 + %6];\n}"
+                 : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+                 : "l"(from), "r"(static_cast<int>(valid)), "n"(512 * tiles));
+}
+
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */
 __device__ __forceinline__ void fence_async_proxy()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* The same of all memory that this thread knows of, for copies. */
+__device__ __forceinline__ void fence_async_proxy_of_all_memory()
+{
+    asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 template <int registers> __device__ __forceinline__ void take_registers()

@@ -234,9 +234,9 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Kind> &s
     const int first = sharer_rank<Kind>();
     clear_stages(shared, lane);
     Slot<Kind::OWN> slot(0);
-    Sender<Kind> sender(shared);
     Slot<Kind::TEAMS> in(0);
     Position<Kind> at(shared.pieces, first);
+    Sender<Kind> sender(shared);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
         Stage<Kind> &stage = shared.stage[slot.index];

@@ -46,6 +46,9 @@ enum {
     UNIT = 8,    /* starts from the identity, and all values are zeros */
     AWAIT = 16,  /* `initial` is there once the warp's flag is set; */
     SIGNAL = 32, /* `final` is awaited in this way */
+    INITIAL_KEPT = 64, /* in the workspace, as StateImage */
+    FINAL_KEPT = 128,
+    JOIN = 256, /* the block has a part in the join first (at_once.cuh) */
 };
 
 constexpr int PIECES_AHEAD = 16; /* that the loading warp may be ahead of the recurrence: it deals them out */

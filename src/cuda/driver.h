@@ -29,16 +29,17 @@ enum {
     CU_TENSOR_MAP_SWIZZLE_128B = 3,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0,
+    CU_LAUNCH_ATTRIBUTE_COOPERATIVE = 2,
     CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
 
-/* CUlaunchAttribute and CUlaunchConfig, with the one kind of value that is used. */
+/* CUlaunchAttribute and CUlaunchConfig, with the kinds of values that are used. */
 typedef struct fkda_launch_attribute {
     int id;
     char padding[8 - sizeof(int)];
     union {
         char padding[64];
-        int programmatic_stream_serialization_allowed;
+        int cooperative, programmatic_stream_serialization_allowed;
     } value;
 } fkda_launch_attribute;
 

@@ -109,6 +109,13 @@ flash_kda_status fkda_hopper_arguments(const fkda_driver *driver, const fkda_pro
     return map_tensors(driver, args, p, chunk);
 }
 
+static fkda_launch_config launch_config(const fkda_problem *p, int blocks, int threads,
+                                        fkda_launch_attribute *attribute)
+{
+    return (fkda_launch_config){
+        (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES, p->stream, attribute, 1};
+}
+
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *p,
                                     fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads,
                                     bool early)
@@ -116,8 +123,7 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
     void *arguments[] = {args};
     fkda_launch_attribute attribute = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                                        .value.programmatic_stream_serialization_allowed = 1};
-    const fkda_launch_config config = {
-        (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, FKDA_HOPPER_SHARED_BYTES, p->stream, &attribute, 1};
+    const fkda_launch_config config = launch_config(p, blocks, threads, &attribute);
     if (early && driver->cuLaunchKernelEx) {
         CUresult result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
         return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
@@ -125,6 +131,15 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
     CUresult result = driver->cuLaunchKernel(kernel, (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1,
                                              FKDA_HOPPER_SHARED_BYTES, p->stream, arguments, NULL);
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
+}
+
+bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
+                                 CUfunction kernel, int blocks)
+{
+    void *arguments[] = {args};
+    fkda_launch_attribute attribute = {.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE, .value.cooperative = 1};
+    const fkda_launch_config config = launch_config(p, blocks, FKDA_HOPPER_THREADS, &attribute);
+    return driver->cuLaunchKernelEx && driver->cuLaunchKernelEx(&config, kernel, arguments, NULL) == 0;
 }
 
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,

@@ -27,6 +27,10 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     fkda_hopper_fwd_args *args, CUfunction kernel, int blocks, int threads,
                                     bool early);
 
+/* A kernel whose blocks wait for each other: all start together, or the driver refuses and nothing is launched: false. */
+bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
+                                 CUfunction kernel, int blocks);
+
 /* Launches the forward kernel for pairs of blocks or, with chunks of FKDA_HOPPER_CHUNK_ALONE, for single ones. It has at most so many pieces
  * to work through: if they are more than blocks or pairs, and there is room for states in between, some are divided. */
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,

@@ -3,154 +3,24 @@
 
 #include "../../kernels/hopper/segments.h"
 #include "cuda.h"
-#include "hopper.h"
+#include "division.h"
 
 extern const unsigned char fkda_fatbin_hopper_segments[];
 
-enum { MAPS, PLAN, COMPOSE, CHAIN, EXPAND };
+enum { MAPS, PLAN, COMPOSE, CHAIN, EXPAND, AT_ONCE };
 static fkda_module segments_module = {
     .image = fkda_fatbin_hopper_segments,
     .names = {"fkda_hopper_maps", "fkda_hopper_plan", "fkda_hopper_join_compose", "fkda_hopper_join_chain",
-              "fkda_hopper_join_expand"},
+              "fkda_hopper_join_expand", "fkda_hopper_at_once"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-enum {
-    CHUNK = FKDA_HOPPER_CHUNK_PAIRED,
-    /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
-    SHORTEST_EVER = 128,
-    /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
-    SHORTEST_ALONE = 1024,
-    /* Clocks, fitted to times on an H100 (BENCHMARK_H100.md): a chunk's map and state in the first pass, a step of the join, what more
-     * launches there are than one, and what it takes longer if the join's blocks and the second pass's find no free
-     * multiprocessor to start on before the pass before is over. */
-    CHUNK_MAP = 2200,
-    JOIN_STEP = 2000,
-    LAUNCHES = 11000,
-    GROUPS = 15000, /* what a join in two levels takes besides its steps */
-    LATE = 29000,
-    PIECE = 12000,         /* a piece's beginning and end */
-    IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
-    WORTH_PERCENT = 95,    /* of the time without cutting: estimates are off by a few percent */
-};
-
-/* How sequences are cut, from shapes and the device alone. */
-typedef struct division {
-    int64_t shortest; /* tokens of a segment, at least; 0: nothing is cut */
-    int64_t slots;    /* segments of sequences that are cut, at most */
-    int64_t groups;   /* of maps, at most */
-} division;
-
-static int64_t rounds(int64_t pieces, int64_t places)
-{
-    return (pieces + places - 1) / places;
-}
+enum { CHUNK = FKDA_HOPPER_CHUNK_PAIRED };
 
 static int64_t least(int64_t x, int64_t y)
 {
     return x < y ? x : y;
-}
-
-/* Clocks for so many pieces of so many chunks in pairs, which divide them if they are fewer. */
-static int64_t paired_clocks(int64_t pieces, int64_t chunks, int64_t pairs)
-{
-    return FKDA_HOPPER_CLOCKS_PAIRED * (pieces <= pairs ? chunks : rounds(pieces * chunks, pairs)) +
-           PIECE * rounds(pieces, pairs);
-}
-
-/* The same, or in blocks that have a piece each, whatever takes less. */
-static int64_t uncut_clocks(int64_t pieces, int64_t chunks, int multiprocessors)
-{
-    const int64_t halves = chunks * FKDA_HOPPER_CHUNK_PAIRED / FKDA_HOPPER_CHUNK_ALONE;
-    const int64_t alone =
-        FKDA_HOPPER_CLOCKS_ALONE *
-            (pieces <= multiprocessors ? halves : rounds(pieces * halves, multiprocessors)) +
-        PIECE * rounds(pieces, multiprocessors);
-    return least(alone, paired_clocks(pieces, chunks, fkda_hopper_pairs(multiprocessors)));
-}
-
-/* Steps of the join for so many maps of a sequence: in two levels each waits for a group, for the groups, and for a group. */
-static int64_t join_steps(int64_t maps)
-{
-    return maps > FKDA_MAPS_CHAINED ? 2 * FKDA_GROUP_MAPS + rounds(maps, FKDA_GROUP_MAPS) : maps;
-}
-
-/* Clocks for so many heads of sequences of so many chunks, cut into so many segments each. */
-static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors)
-{
-    const int64_t pairs = fkda_hopper_pairs(multiprocessors), pieces = heads * (segments - 1);
-    if (segments == 1) return uncut_clocks(heads, chunks, multiprocessors);
-    const int64_t each = rounds(chunks, segments);
-    const int64_t first =
-        ((segments == 2 ? FKDA_HOPPER_CLOCKS_PAIRED : CHUNK_MAP) * each + PIECE) * rounds(pieces, pairs);
-    const int64_t joining = segments > 2 ? heads * (FKDA_DIM / FKDA_JOIN_ROWS) : 0;
-    const bool late = FKDA_HOPPER_PAIR * pieces + joining > multiprocessors;
-    return first + paired_clocks(pieces, each, pairs) + JOIN_STEP * join_steps(segments - 2) + LAUNCHES +
-           (late ? LATE : 0) + (segments - 2 > FKDA_MAPS_CHAINED ? GROUPS : 0);
-}
-
-/* Into how many segments so many heads of sequences of so many chunks are cut best. */
-static int64_t best_segments(int64_t heads, int64_t chunks, int multiprocessors)
-{
-    int64_t best = 1, least = clocks_of(heads, chunks, 1, multiprocessors) * WORTH_PERCENT / 100;
-    const int64_t most = chunks * CHUNK / SHORTEST_EVER;
-    for (int64_t segments = 2; segments <= most && heads * (segments - 2) <= 2 * multiprocessors;
-         segments++) {
-        const int64_t clocks = clocks_of(heads, chunks, segments, multiprocessors);
-        if (clocks < least) best = segments, least = clocks;
-    }
-    return best;
-}
-
-/* All sequences have the same length, or there is one. */
-static bool sequences_are_alike(const fkda_problem *p)
-{
-    return p->sequences == p->batch;
-}
-
-/* Tokens of a segment where that pays, or 0. Lengths are not known here, and not cutting must not be better for any: so if
- * sequences of equal length are best cut, segments are as long as those are then. If not, such ones stay whole, and longer
- * ones are cut as if all tokens were of one sequence, if the launches that do nothing for equal ones take less than 3%. */
-static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
-{
-    const int64_t chunks = p->batch * p->tokens / CHUNK, heads = p->sequences * p->heads;
-    const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
-    const int64_t of_equal = best_segments(heads, equal, multiprocessors);
-    if (of_equal > 1) return equal / of_equal * CHUNK;
-    if (sequences_are_alike(p) || 100 * IDLE_LAUNCHES > 3 * clocks_of(heads, equal, 1, multiprocessors))
-        return 0;
-    const int64_t of_one = best_segments(p->heads, chunks, multiprocessors);
-    if (of_one == 1) return 0;
-    const int64_t shortest = chunks / of_one;
-    return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
-}
-
-/* As long as gives every place of a pass one head of a segment, where the tokens are of one sequence. */
-static int64_t shortest_that_fills(const fkda_problem *p, int multiprocessors)
-{
-    const int64_t chunks = p->batch * p->tokens * p->heads / CHUNK,
-                  parts = fkda_hopper_pairs(multiprocessors) + p->heads;
-    return rounds(chunks, parts) * CHUNK;
-}
-
-static division divide(const fkda_problem *p, int multiprocessors, bool wherever_possible)
-{
-    division d = {0};
-    if (p->sequences == 0 || p->heads == 0) return d;
-    d.shortest = p->batch_invariant  ? SHORTEST_ALONE
-                 : wherever_possible ? shortest_that_fills(p, multiprocessors)
-                                     : shortest_that_pays(p, multiprocessors);
-    if (d.shortest == 0) return d;
-    if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
-    d.slots = p->batch * p->tokens / d.shortest;
-    if (sequences_are_alike(p)) { /* then it is known into how many each is cut */
-        const int64_t segments = p->tokens / d.shortest;
-        d.slots = segments >= 2 ? p->sequences * segments : 0;
-    }
-    /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 6. */
-    d.groups = d.slots / 6;
-    return d;
 }
 
 static bool cuts(const division *d)
@@ -160,7 +30,7 @@ static bool cuts(const division *d)
 
 /* Offsets in the workspace. */
 typedef struct memory {
-    size_t handoff, counts, inner, later, cut_sequences, states, maps, composed, size;
+    size_t handoff, flags, counts, inner, later, cut_sequences, states, maps, composed, size;
 } memory;
 
 /* Takes the next `bytes`, 64-byte aligned. */
@@ -171,12 +41,19 @@ static size_t take(size_t *end, int64_t count, size_t bytes)
     return begin;
 }
 
+/* Where all segments are done in one launch, which needs a flag for each that starts from what others find. */
+static int64_t flag_count(const fkda_problem *p, const division *d)
+{
+    return d->at_once.pairs ? d->slots * p->heads * FKDA_SLOT_FLAGS : 0;
+}
+
 static memory lay_out_memory(const fkda_problem *p, const division *d, int multiprocessors)
 {
     const size_t matrices = (size_t)p->heads * FKDA_DIM * FKDA_DIM * sizeof(float);
     size_t end = 0;
     memory m;
     m.handoff = take(&end, 1, fkda_hopper_handoff_size(multiprocessors));
+    m.flags = take(&end, flag_count(p, d), sizeof(int));
     m.counts = take(&end, 1, sizeof(fkda_cut_counts));
     m.inner = take(&end, d->slots, sizeof(fkda_segment));
     m.later = take(&end, d->slots + p->sequences, sizeof(fkda_segment));
@@ -192,7 +69,7 @@ static size_t workspace_size(const fkda_problem *p, bool wherever_possible)
 {
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
-    const division d = divide(p, multiprocessors, wherever_possible);
+    const division d = fkda_divide(p, multiprocessors, wherever_possible);
     if (cuts(&d)) return lay_out_memory(p, &d, multiprocessors).size;
     return fkda_cuda_hopper_whole_workspace_size(p);
 }
@@ -208,10 +85,14 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d, const memo
         .states = (float *)(base + m->states),
         .maps = (float *)(base + m->maps),
         .composed = (float *)(base + m->composed),
+        .flags = (int *)(base + m->flags),
         .shortest = (int)d->shortest,
+        .first_weight = 1,
+        .inner_weight = 1,
+        .last_weight = 1,
         .slots = (int)d->slots,
-        .alike = sequences_are_alike(p),
-        .segments = sequences_are_alike(p) && !p->cu_seqlens ? (int)(d->slots / p->sequences) : 0,
+        .alike = fkda_sequences_are_alike(p),
+        .segments = fkda_sequences_are_alike(p) && !p->cu_seqlens ? (int)(d->slots / p->sequences) : 0,
     };
 }
 
@@ -222,11 +103,11 @@ typedef struct pieces {
 
 static pieces count_pieces(const fkda_problem *p, const division *d)
 {
-    const int64_t cut = sequences_are_alike(p) ? p->sequences : least(p->sequences, d->slots / 2);
+    const int64_t cut = fkda_sequences_are_alike(p) ? p->sequences : least(p->sequences, d->slots / 2);
     return (pieces){
         .first = cut * p->heads,
-        .inner = (d->slots - (sequences_are_alike(p) ? 2 * cut : 2)) * p->heads,
-        .later = (d->slots + p->sequences - (sequences_are_alike(p) ? 2 * cut : 2)) * p->heads,
+        .inner = (d->slots - (fkda_sequences_are_alike(p) ? 2 * cut : 2)) * p->heads,
+        .later = (d->slots + p->sequences - (fkda_sequences_are_alike(p) ? 2 * cut : 2)) * p->heads,
     };
 }
 
@@ -242,10 +123,25 @@ static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, c
         if (step != CHAIN && !in_groups) continue;
         flash_kda_status status =
             fkda_hopper_launch(driver, p, args, kernels[step], (int)least(items[step], multiprocessors),
-                               FKDA_JOIN_THREADS, true);
+                               FKDA_JOIN_BLOCK, true);
         if (status != FLASH_KDA_OK) return status;
     }
     return FLASH_KDA_OK;
+}
+
+/* One launch for all. False if the driver does not let it, say since the process may use only a part of the device. */
+static bool run_at_once(const fkda_driver *driver, const fkda_problem *p, const division *d,
+                        const fkda_hopper_fwd_args *several)
+{
+    fkda_hopper_fwd_args args = *several;
+    const at_once *plan = &d->at_once;
+    args.cut.first_weight = plan->first_weight;
+    args.cut.inner_weight = plan->inner_weight;
+    args.cut.last_weight = plan->last_weight;
+    return driver->cuMemsetD32Async((CUdeviceptr)args.cut.flags, 0, (size_t)flag_count(p, d), p->stream) ==
+               0 &&
+           fkda_hopper_launch_together(driver, p, &args, segments_module.functions[p->device.index][AT_ONCE],
+                                       FKDA_HOPPER_PAIR * (int)plan->pairs);
 }
 
 /* All but the first may start early: the maps run beside the first segments, and the others have their code and inputs when what they
@@ -260,6 +156,7 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     flash_kda_status status = fkda_hopper_arguments(driver, p, &args, CHUNK);
     if (status != FLASH_KDA_OK) return status;
     args.cut = find_memory(p, d, &m);
+    if (d->at_once.pairs && run_at_once(driver, p, d, &args)) return FLASH_KDA_OK;
     if (!args.cut.alike)
         status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS, false);
     args.work = FKDA_FIRST_SEGMENTS;
@@ -287,7 +184,7 @@ static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
     const fkda_driver *driver;
     flash_kda_status status = fkda_cuda_multiprocessors(p->device.index, &multiprocessors);
     if (status != FLASH_KDA_OK) return status;
-    const division d = divide(p, multiprocessors, wherever_possible);
+    const division d = fkda_divide(p, multiprocessors, wherever_possible);
     if (!cuts(&d)) return fkda_cuda_hopper_whole_fwd(p);
     status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
@@ -305,12 +202,19 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
         snprintf(text, size, "%s", flash_kda_last_error());
         return;
     }
-    const division d = divide(p, multiprocessors, wherever_possible);
+    const division d = fkda_divide(p, multiprocessors, wherever_possible);
     if (!cuts(&d)) {
         fkda_cuda_hopper_whole_explain(p, text, size);
         return;
     }
     const long long shortest = d.shortest, slots = d.slots, pairs = fkda_hopper_pairs(multiprocessors);
+    if (d.at_once.pairs) {
+        snprintf(text, size,
+                 "Each sequence is cut into %lld segments, and one launch does it all, on %lld pairs of "
+                 "multiprocessors: segments' maps, then the states that segments start from, then outputs.",
+                 slots / (long long)p->sequences, (long long)d.at_once.pairs);
+        return;
+    }
     snprintf(text, size,
              "Sequences of %lld tokens or more are cut into segments of %lld or more%s: %lld at most.\n"
              "The first pass finds the first segments' outputs and, beside them, the others' maps, on %lld "

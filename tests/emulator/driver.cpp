@@ -207,13 +207,24 @@ CUresult cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, 
 struct LaunchConfig {
     unsigned grid[3], block[3], shared_bytes;
     void *stream;
-    const void *attributes; /* that the kernel may start early */
+    const struct {
+        int id, padding, value[16];
+    } * attributes;
     unsigned attribute_count;
 };
 CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void **arguments, void **)
 {
-    return start(function, config->grid, config->block, config->shared_bytes, arguments,
-                 config->attribute_count > 0);
+    enum { COOPERATIVE = 2, PROGRAMMATIC = 6, TOO_LARGE = 720 };
+    bool early = false;
+    for (unsigned i = 0; i < config->attribute_count; i++) {
+        const auto &attribute = config->attributes[i];
+        int multiprocessors;
+        if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
+        if (attribute.id == COOPERATIVE && config->grid[0] > static_cast<unsigned>(multiprocessors))
+            return TOO_LARGE;
+        early |= attribute.id == PROGRAMMATIC && attribute.value[0];
+    }
+    return start(function, config->grid, config->block, config->shared_bytes, arguments, early);
 }
 
 CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes,

@@ -386,7 +386,15 @@ template <int elements> void load_pair_if(float &x, const void *from, bool valid
 {
     if (valid) memcpy(&x, static_cast<const uint16_t *>(from) + elements, 4);
 }
+template <int tiles> void load_four_if(float (&x)[4], const void *from, bool valid)
+{
+    if (valid) memcpy(x, static_cast<const float *>(from) + 128 * tiles, 16);
+}
 inline void fence_async_proxy()
+{
+    emulator::fence_async_proxy();
+}
+inline void fence_async_proxy_of_all_memory()
 {
     emulator::fence_async_proxy();
 }
@@ -411,6 +419,18 @@ inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
         memcpy(to, from, static_cast<size_t>(bytes));
         emulator::mbarrier_complete_bytes(barrier, bytes);
     });
+}
+
+inline void copy_bulk_to_global(void *to, const void *from, int bytes)
+{
+    const auto *source = static_cast<const unsigned char *>(from);
+    for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to global memory");
+    memcpy(to, from, static_cast<size_t>(bytes));
+}
+inline void copy_bulk_to_both(void *to, const void *from, int bytes, uint64_t *barrier)
+{
+    copy_bulk(to, from, bytes, barrier);
+    copy_bulk(in_other_block(static_cast<unsigned char *>(to)), from, bytes, in_other_block(barrier));
 }
 
 template <int registers> void take_registers()

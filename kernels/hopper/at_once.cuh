@@ -1,0 +1,257 @@
+/*
+ * All segments in one launch, where every head of a segment but the last has a pair of blocks and all of them run at the same time:
+ * blocks then wait for each other where else one launch would wait for the one before. A pair
+ *
+ *   finds its segment's map and what that makes of zeros, or of a first segment the state after it;
+ *   carries some rows of the head through all maps, from the state after the first segment to those that others start from (join.cuh); and
+ *   walks through its segment. The pair of a first segment does so for the last one.
+ *
+ * First segments' outputs are the work of pairs that are more than that, from the start. If there are none, the pair of a first segment
+ * walks through that from the start, to its outputs and the state after it.
+ *
+ * Each goes on where the flags of what it needs are set (fkda_cut), which are zeros before the launch.
+ */
+#ifndef FKDA_HOPPER_AT_ONCE_CUH
+#define FKDA_HOPPER_AT_ONCE_CUH
+
+#include "deal.cuh"
+#include "join.cuh"
+#include "shared.cuh"
+
+namespace fkda
+{
+
+/* What the pair that asks is there for. */
+struct AtOnce {
+    Cut cut;
+    int segments; /* of each sequence */
+    int spares;   /* pairs that are more than are needed */
+    int spare;    /* the pair's number among them, or negative; then */
+    int unit;     /* its head, counted over all sequences, and */
+    int segment;  /* the segment that it finds the map of */
+
+    __device__ explicit AtOnce(const fkda_hopper_fwd_args &all)
+        : cut{all.fwd, all.cut}, segments(cut.segments_of_each())
+    {
+        const int pair = static_cast<int>(blockIdx.x) / FKDA_HOPPER_PAIR, of_head = max(segments - 1, 1);
+        const int needed = heads() * of_head;
+        spares = static_cast<int>(gridDim.x) / FKDA_HOPPER_PAIR - needed, spare = pair - needed;
+        unit = pair / of_head, segment = pair - unit * of_head;
+    }
+    __device__ int heads() const /* of all sequences */
+    {
+        return cut.args.sequences * cut.args.heads;
+    }
+    __device__ int head(int of_unit) const
+    {
+        return of_unit % cut.args.heads;
+    }
+    __device__ fkda_cut_sequence sequence(int of_unit) const
+    {
+        return cut.cut_sequence(of_unit / cut.args.heads);
+    }
+
+    /* Whether the pair of a first segment leaves its outputs to another one. */
+    __device__ bool spared() const
+    {
+        return spares > 0 && segments > 1;
+    }
+
+    __device__ int maps() const /* of a head */
+    {
+        return max(segments - 2, 0);
+    }
+
+    /* The rows of a head are carried in PARTS, by a block each: those of the pairs of the head in turn, without the one that has the first
+     * segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
+    static constexpr int PARTS = DIM / FKDA_JOIN_ROWS;
+    __device__ void share_out(Joining<true> &join, int rank) const
+    {
+        const int left_out = FKDA_HOPPER_PAIR * maps() >= PARTS;
+        const int part = FKDA_HOPPER_PAIR * (segment - left_out) + rank;
+        const bool none = maps() == 0 || spare >= 0 || part < 0 || part >= PARTS;
+        join.when = none                         ? Joining<true>::NO_PART
+                    : spared() || segment > 0 ? Joining<true>::AT_FIRST
+                                              : Joining<true>::LATER;
+        if (none) return;
+        join.head = head(unit), join.first_slot = sequence(unit).first_slot + 1, join.maps = maps();
+        join.part = part, join.step = FKDA_HOPPER_PAIR * (segments - 1 - left_out);
+    }
+
+    /* Of a head in a slot: the first of its eight flags of this kind. */
+    __device__ int *flags(int of_head, int slot, int kind) const
+    {
+        return cut.cut.flags + (slot * cut.args.heads + of_head) * FKDA_SLOT_FLAGS + kind;
+    }
+};
+
+template <class Kind> struct AtOnceDealer : Dealing<Kind> {
+    AtOnce way;
+    int unit, next; /* the next piece: a head, and which of its segments; past the last: none */
+    bool joins;
+
+    __device__ AtOnceDealer(const fkda_hopper_fwd_args &all, int block_rank, int)
+        : Dealing<Kind>(all, block_rank), way(all), unit(way.unit), next(way.segment), joins(false)
+    {
+        if constexpr (Kind::JOINS)
+            joins = reinterpret_cast<const Shared<Kind> *>(block_memory())->join.when != Joining<true>::NO_PART;
+        if (way.spare >= 0)
+            unit = way.spare, next = way.spared() && unit < way.heads() ? 0 : way.segments;
+        if (Kind::OUTPUTS) {
+            if (way.spare < 0 && next == 0 && way.spared()) next = way.segments - 1;
+        } else if (way.spare >= 0 || (next == 0 && !way.spared())) {
+            next = way.segments;
+        }
+    }
+
+    /* A first segment's walk is followed by another such one, or by the last segment's. */
+    __device__ void advance()
+    {
+        const bool first = next == 0;
+        next = way.segments;
+        if (!Kind::OUTPUTS || !first) return;
+        if (way.spare < 0)
+            next = way.segments > 1 ? way.segments - 1 : 1;
+        else if ((unit += way.spares) < way.heads())
+            next = 0;
+    }
+
+    __device__ Piece deal()
+    {
+        const int i = next, head = way.head(unit);
+        if (i >= way.segments) return Dealing<Kind>::none();
+        const fkda_cut_sequence c = way.sequence(unit);
+        const fkda_segment s = way.segments > 1 ? way.cut.segment(c, i) : way.cut.whole(c.sequence);
+        Piece piece = this->piece_of(s, head);
+        advance();
+        if (!Kind::OUTPUTS) {
+            piece.flags = this->rank == 0 ? way.flags(head, s.slot, FKDA_FLAG_MAP)
+                                          : way.flags(head, s.slot + 1, FKDA_FLAG_STATE);
+            piece.kind |= SIGNAL;
+            return piece;
+        }
+        if (i == 0) {
+            if (way.segments == 1) return piece;
+            if (way.spared()) { /* the state after it comes from the first part of the pair of the segment */
+                piece.final = nullptr;
+                return piece;
+            }
+            piece.flags = way.flags(head, s.slot + 1, FKDA_FLAG_STATE) + piece.first_row / 16;
+            piece.kind |= SIGNAL;
+            return piece;
+        }
+        piece.flags =
+            way.flags(head, s.slot, i == 1 ? FKDA_FLAG_STATE : FKDA_FLAG_JOINED) + piece.first_row / 16;
+        piece.kind |= AWAIT;
+        if (this->joins) piece.kind |= JOIN;
+        return piece;
+    }
+};
+
+/* For the join: all of the block's own slots but the first, and the last slot. */
+template <class Kind> struct AtOnceMemory {
+    static constexpr int QUARTERS = MAP_QUARTERS_AHEAD, IN_FRONT = QUARTERS - 1;
+    struct Front {
+        MapQuarter quarter[IN_FRONT];
+    };
+    struct Back {
+        MapQuarter quarter;
+        JoinRows rows;
+    };
+    static_assert(sizeof(Front) <= (Kind::OWN - 1) * sizeof(Tokens<Kind>) &&
+                      sizeof(Back) <= sizeof(Tokens<Kind>),
+                  "that is where they are");
+    Shared<Kind> &shared;
+
+    __device__ Back &back() const
+    {
+        return *reinterpret_cast<Back *>(&shared.tokens[Kind::SLOTS - 1]);
+    }
+    __device__ MapQuarter &quarter(int i) const
+    {
+        return i < IN_FRONT ? reinterpret_cast<Front *>(&shared.tokens[1])->quarter[i] : back().quarter;
+    }
+    __device__ JoinRows &rows() const
+    {
+        return back().rows;
+    }
+    __device__ Ring<QUARTERS> &ring() const
+    {
+        return shared.join.ring;
+    }
+
+    /* The blocks of a pair need the same maps: each brings every other quarter, to both. */
+    static __device__ void bring(MapQuarter *to, const MapQuarter *from, int q, uint64_t *barrier)
+    {
+        if (q % FKDA_HOPPER_PAIR == cluster_rank()) copy_bulk_to_both(to, from, sizeof *to, barrier);
+    }
+    static __device__ void release(uint64_t *barrier)
+    {
+        arrive_in_both(barrier);
+    }
+    static __device__ void arrive_in_both(uint64_t *barrier)
+    {
+        mbarrier_arrive_warp(barrier);
+        mbarrier_arrive_warp_there(barrier);
+    }
+};
+
+/* A block's part in the join. */
+template <class Kind> struct AtOnceJoin {
+    using Memory = AtOnceMemory<Kind>;
+    Shared<Kind> &shared;
+    Join<Memory> join;
+    int first_slot, maps;
+
+    __device__ AtOnceJoin(const fkda_hopper_fwd_args &all, Shared<Kind> &s)
+        : shared(s), join(all.fwd, all.cut, Memory{s}), first_slot(s.join.first_slot), maps(s.join.maps)
+    {
+        join.head = s.join.head;
+    }
+
+    __device__ int *flags(int slot, int kind) const
+    {
+        return join.cut.flags + (slot * join.args.heads + join.head) * FKDA_SLOT_FLAGS + kind;
+    }
+
+    __device__ typename Join<Memory>::Way way() const
+    {
+        return {join.cut.maps, first_slot, maps, first_slot + 1, 1, first_slot + maps, true, true};
+    }
+
+    /* By one warp. */
+    __device__ void bring_maps()
+    {
+        if (shared.join.when == Joining<true>::NO_PART) return;
+        mbarrier_wait(&shared.join.room, 0);
+#pragma unroll 1
+        for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step)
+            join.bring(way(), [&](int slot) {
+                await_flag(flags(slot, FKDA_FLAG_MAP) + threadIdx.x % (DIM / 16));
+                fence_async_proxy_of_all_memory();
+            });
+    }
+
+    /* By the recurrence's. */
+    __device__ void carry_rows()
+    {
+        const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+        static_assert(FKDA_MAPS_CHAINED < 32, "a lane for each state");
+        Memory::arrive_in_both(&shared.join.room);
+#pragma unroll 1
+        for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step) {
+            join.row = part * FKDA_JOIN_ROWS;
+            await_flag(flags(first_slot + min(lane, maps), FKDA_FLAG_STATE) + part);
+            join.carry_from(first_slot, way());
+            join.sync(); /* all rows are there */
+            for (int i = warp; i < maps; i += join.WARPS)
+                set_flag(flags(first_slot + 1 + i, FKDA_FLAG_JOINED) + part);
+        }
+        fence_async_proxy(); /* later copies overwrite the rows */
+        Memory::arrive_in_both(&shared.join.over);
+    }
+};
+
+} // namespace fkda
+
+#endif

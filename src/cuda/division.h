@@ -1,0 +1,26 @@
+/* How sequences are cut into segments (division.c), for their launch (segments.c). */
+#ifndef FKDA_DIVISION_H
+#define FKDA_DIVISION_H
+
+#include "hopper.h"
+
+/* Where all segments are done in one launch (kernels/hopper/at_once.cuh). */
+typedef struct at_once {
+    int64_t pairs;                               /* of blocks; 0: it takes several launches */
+    int first_weight, inner_weight, last_weight; /* for the lengths of a sequence's segments */
+} at_once;
+
+typedef struct division {
+    int64_t shortest; /* tokens of a segment, at least; 0: nothing is cut */
+    int64_t slots;    /* segments of sequences that are cut, at most */
+    int64_t groups;   /* of maps, at most */
+    at_once at_once;
+} division;
+
+/* From shapes and the device alone. Where that pays, or wherever it can be done. */
+division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_possible);
+
+/* All sequences have the same length, or there is one. */
+bool fkda_sequences_are_alike(const fkda_problem *p);
+
+#endif
