@@ -70,7 +70,7 @@ struct AtOnce {
         const int left_out = FKDA_HOPPER_PAIR * maps() >= PARTS;
         const int part = FKDA_HOPPER_PAIR * (segment - left_out) + rank;
         const bool none = maps() == 0 || spare >= 0 || part < 0 || part >= PARTS;
-        join.when = none                         ? Joining<true>::NO_PART
+        join.when = none                      ? Joining<true>::NO_PART
                     : spared() || segment > 0 ? Joining<true>::AT_FIRST
                                               : Joining<true>::LATER;
         if (none) return;
@@ -94,9 +94,9 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
         : Dealing<Kind>(all, block_rank), way(all), unit(way.unit), next(way.segment), joins(false)
     {
         if constexpr (Kind::JOINS)
-            joins = reinterpret_cast<const Shared<Kind> *>(block_memory())->join.when != Joining<true>::NO_PART;
-        if (way.spare >= 0)
-            unit = way.spare, next = way.spared() && unit < way.heads() ? 0 : way.segments;
+            joins =
+                reinterpret_cast<const Shared<Kind> *>(block_memory())->join.when != Joining<true>::NO_PART;
+        if (way.spare >= 0) unit = way.spare, next = way.spared() && unit < way.heads() ? 0 : way.segments;
         if (Kind::OUTPUTS) {
             if (way.spare < 0 && next == 0 && way.spared()) next = way.segments - 1;
         } else if (way.spare >= 0 || (next == 0 && !way.spared())) {

@@ -42,9 +42,7 @@ struct Cut {
     {
         const int inner = cut.inner_weight * (c.segments - 2);
         const int all = cut.first_weight + inner + cut.last_weight;
-        const int before = i == 0            ? 0
-                           : i == c.segments ? all
-                                             : cut.first_weight + cut.inner_weight * (i - 1);
+        const int before = i == 0 ? 0 : i == c.segments ? all : cut.first_weight + cut.inner_weight * (i - 1);
         return chunks / all * before + chunks % all * before / all;
     }
 

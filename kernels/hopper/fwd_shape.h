@@ -11,7 +11,7 @@
 #define FKDA_HOPPER_THREADS 512
 
 #define FKDA_PLAN_THREADS 512
-#define FKDA_JOIN_ROWS 16 /* of V that a block carries through the maps of a sequence */
+#define FKDA_JOIN_ROWS 16                      /* of V that a block carries through the maps of a sequence */
 #define FKDA_JOIN_THREADS (8 * FKDA_JOIN_ROWS) /* that compute; a warp more brings the maps */
 #define FKDA_JOIN_BLOCK (FKDA_JOIN_THREADS + 32)
 

@@ -160,8 +160,7 @@ template <class Memory> struct Join {
     __device__ void store(float *matrix, const Rows &x) const
     {
 #pragma unroll
-        for (int c = 0; c < 4; c++)
-            tiles(matrix)[32 * c] = make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
+        for (int c = 0; c < 4; c++) tiles(matrix)[32 * c] = make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
     }
 
     __device__ void load(Rows &x, float *matrix) const

@@ -23,7 +23,7 @@ struct AloneGiven {
     /* Slots of the rings of chunks: for those that the block prepares, and after them for those that the other block sends, which
      * come prepared and are held for a shorter time. */
     static constexpr int OWN = 12, RECEIVED = 0;
-    static constexpr int APART = 16; /* bytes of shared memory that are left before barriers */
+    static constexpr int APART = 16;       /* bytes of shared memory that are left before barriers */
     static constexpr bool OUTPUTS = true;  /* else neither queries nor outputs: states only */
     static constexpr bool AT_ONCE = false; /* a part of what blocks do that do it all (at_once.cuh) */
     /* Registers of a thread in the recurrence and elsewhere; of the four warps in a quarter of a multiprocessor 512. */

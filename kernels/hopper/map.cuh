@@ -35,8 +35,8 @@ struct MapImage {
     /* Two neighbours in a row, the first column even. */
     __device__ __forceinline__ uint32_t *pair(int which, int row, int column)
     {
-        return reinterpret_cast<uint32_t *>(block[row / MapBlock::ROWS].unit(which, row % MapBlock::ROWS,
-                                                                             column / 8)) +
+        return reinterpret_cast<uint32_t *>(
+                   block[row / MapBlock::ROWS].unit(which, row % MapBlock::ROWS, column / 8)) +
                column % 8 / 2;
     }
 };

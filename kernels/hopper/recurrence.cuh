@@ -98,7 +98,8 @@ template <class Kind> struct Recurrence {
         if constexpr (Kind::OUTPUTS || Kind::AT_ONCE)
             load_tiles_fp32<0>(raw, from + begin * (is_bf16 ? 2 : 4), is_fp32);
         if constexpr (Kind::OUTPUTS)
-            load_tiles_kept<0>(raw, from + row_group(piece) * sizeof(StateImage::tile[0]) + 16 * lane, is_kept);
+            load_tiles_kept<0>(raw, from + row_group(piece) * sizeof(StateImage::tile[0]) + 16 * lane,
+                               is_kept);
         if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16);
         const int diagonal = warp_row() + (lane >> 2) - 2 * (lane & 3); /* for a unit: row less column */
 #pragma unroll
@@ -497,7 +498,7 @@ template <class Kind> struct Recurrence {
         Places<Kind> place(sharer_rank<Kind>());
         Walk walk(shared.pieces);
         if (Kind::OUTPUTS) wait_for_kernel_before(); /* for states that it left: nothing else of it is read */
-        int joins = 0; /* before the first piece, or after it */
+        int joins = 0;                               /* before the first piece, or after it */
         if constexpr (Kind::JOINS) joins = shared.join.when;
         for (;; walk.leave()) {
             if constexpr (Kind::JOINS)

@@ -59,10 +59,10 @@ typedef struct fkda_cut {
     float *states,
         *maps;       /* [slot][head][128][128]; maps and composed ones in the form of map.cuh, as large */
     float *composed; /* [group][head][128][128]: the maps of a group, one after the other */
-    int *flags; /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
-    int shortest; /* tokens */
+    int *flags;      /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
+    int shortest;    /* tokens */
     int first_weight, inner_weight, last_weight; /* of a sequence's segments, for their lengths */
-    int slots;       /* that there are */
+    int slots;                                   /* that there are */
     int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
     int segments; /* then: of each, if the host knows; else 0 */
 } fkda_cut;

@@ -245,12 +245,12 @@ template <int elements> __device__ __forceinline__ void load_pair_if(float &x, c
 }
 
 /* Four fp32 `tiles` of StateImage after `from`. */
-template <int tiles>
-__device__ __forceinline__ void load_four_if(float (&x)[4], const void *from, bool valid)
+template <int tiles> __device__ __forceinline__ void load_four_if(float (&x)[4], const void *from, bool valid)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.f32 {%0, %1, %2, %3}, [%4 + %6];\n}"
-                 : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
-                 : "l"(from), "r"(static_cast<int>(valid)), "n"(512 * tiles));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.f32 {%0, %1, %2, %3}, [%4 + %6];\n}"
+        : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+        : "l"(from), "r"(static_cast<int>(valid)), "n"(512 * tiles));
 }
 
 /* Makes this thread's stores to shared memory visible to wgmma, once ordered by a barrier. */

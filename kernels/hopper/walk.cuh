@@ -43,9 +43,9 @@ enum {
     NO_PIECE = 1,     /* there is no more work */
     INITIAL_BF16 = 2, /* the type of `initial`, else fp32 */
     FINAL_BF16 = 4,
-    UNIT = 8,    /* starts from the identity, and all values are zeros */
-    AWAIT = 16,  /* `initial` is there once the warp's flag is set; */
-    SIGNAL = 32, /* `final` is awaited in this way */
+    UNIT = 8,          /* starts from the identity, and all values are zeros */
+    AWAIT = 16,        /* `initial` is there once the warp's flag is set; */
+    SIGNAL = 32,       /* `final` is awaited in this way */
     INITIAL_KEPT = 64, /* in the workspace, as StateImage */
     FINAL_KEPT = 128,
     JOIN = 256, /* the block has a part in the join first (at_once.cuh) */

@@ -104,7 +104,8 @@ static at_once plan_at_once(int64_t heads, int64_t chunks, int64_t segments, int
     plan.first_weight = plan.inner_weight = plan.last_weight = 1;
     const int64_t even = 64 * chunks / segments;
     *clocks = at_once_clocks(even, maps);
-    const int64_t walks = (*clocks - BEGIN - END + NEXT_WALK) / (WALK * even / 64 + NEXT_WALK); /* of a pair */
+    const int64_t walks =
+        (*clocks - BEGIN - END + NEXT_WALK) / (WALK * even / 64 + NEXT_WALK); /* of a pair */
     if (spares * walks >= heads) {
         plan.pairs = needed + spares;
         return plan;

@@ -121,9 +121,8 @@ static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, c
     const int64_t items[] = {[COMPOSE] = 2 * grouped, [CHAIN] = cut_heads * parts, [EXPAND] = grouped};
     for (int step = COMPOSE; step <= EXPAND; step++) {
         if (step != CHAIN && !in_groups) continue;
-        flash_kda_status status =
-            fkda_hopper_launch(driver, p, args, kernels[step], (int)least(items[step], multiprocessors),
-                               FKDA_JOIN_BLOCK, true);
+        flash_kda_status status = fkda_hopper_launch(
+            driver, p, args, kernels[step], (int)least(items[step], multiprocessors), FKDA_JOIN_BLOCK, true);
         if (status != FLASH_KDA_OK) return status;
     }
     return FLASH_KDA_OK;

@@ -1,6 +1,6 @@
 /*
  * A libcuda.so.1 whose GPU is this machine's CPU: memory is the host's, streams have done their work when a call returns, kernels that may start early run beside the one before, and kernels are those
- * of kernels.h, run by machine.cpp. What the GPU is like is said by the environment as for ../pretend_driver; EMULATOR_SEED
+ * of kernels.h, run by machine.cpp. EMULATOR_REFUSES_TOGETHER: none may be launched so that all blocks start together. What the GPU is like is said by the environment as for ../pretend_driver; EMULATOR_SEED
  * chooses another order among all that nothing puts in order.
  */
 #include <chrono>
@@ -220,7 +220,8 @@ CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void
         const auto &attribute = config->attributes[i];
         int multiprocessors;
         if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
-        if (attribute.id == COOPERATIVE && config->grid[0] > static_cast<unsigned>(multiprocessors))
+        if (attribute.id == COOPERATIVE &&
+            (config->grid[0] > static_cast<unsigned>(multiprocessors) || getenv("EMULATOR_REFUSES_TOGETHER")))
             return TOO_LARGE;
         early |= attribute.id == PROGRAMMATIC && attribute.value[0];
     }
