@@ -48,8 +48,8 @@ template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &share
     fence_mbarrier_init();
 }
 
-/* Until all barriers are there, in the other block too; a block alone is a cluster of one. Each role has its own, which of a barrier
- * of the block synccheck takes for divergence. */
+/* Until all barriers are there, in the other block too. A block alone is a cluster of one: its own barrier, which each role has at a place of
+ * its own, synccheck would take for divergence. */
 static __device__ void wait_for_barriers()
 {
     cluster_sync_relaxed();

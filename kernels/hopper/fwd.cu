@@ -10,7 +10,7 @@
  */
 #include "block.cuh"
 
-extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
     fkda_hopper_fwd_alone(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block<fkda::Alone>(args);
