@@ -51,6 +51,8 @@ struct MapsGiven {
     static constexpr int RECURRENCE_REGISTERS = 160, OTHER_REGISTERS = 96, LAST_REGISTERS = 96;
 };
 
+/* The two parts of what a block does where there is one launch for all segments: first MapsAtOnce, whose barriers are in memory that the other
+ * part leaves alone, then PairedAtOnce. */
 struct PairedAtOnceGiven : PairedGiven {
     static constexpr bool AT_ONCE = true;
     static constexpr int RECURRENCE_REGISTERS = 200, OTHER_REGISTERS = 104, LAST_REGISTERS = 96;
@@ -68,8 +70,9 @@ template <class Given> struct Shape : Given {
     static constexpr int PREPARE_WARPS = Given::TEAM_WARPS * Given::TEAMS;
     static constexpr int AHEAD_WARPS = PREPARE_WARPS + 2;  /* and those that load and solve */
     static constexpr int HALF_TOKENS = Given::CHUNK * ROW; /* bytes: a chunk's tokens in 64 channels */
+    static constexpr bool JOINS =
+        Given::AT_ONCE && Given::OUTPUTS; /* carries rows through maps before it walks */
     /* Outputs have room of their own where there is some left; else they go where v was. */
-    static constexpr bool JOINS = Given::AT_ONCE && Given::OUTPUTS; /* before its first chunk */
     static constexpr bool ROOM_FOR_OUTPUTS = Given::OUTPUTS && Given::ROWS == 64;
     static_assert(RECURRENCE_WARPS + AHEAD_WARPS <= FKDA_HOPPER_THREADS / 32, "there are so many warps");
     static_assert(RECURRENCE_WARPS / 4 * Given::RECURRENCE_REGISTERS +

@@ -1,6 +1,7 @@
 /*
  * The kernels of sequences that are cut into segments, in the order in which they run: a plan of the segments, the first pass,
- * and the join. The second pass is the ordinary forward pass (fwd.cu), over segments.
+ * and the join. The second pass is the ordinary forward pass (fwd.cu), over segments. Where all segments fit on the device at once, one kernel is in the
+ * place of all of these (at_once.cuh).
  * segments.h says what they share, docs/segments.md how it works.
  */
 #include "block.cuh"

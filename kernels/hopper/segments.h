@@ -56,11 +56,10 @@ typedef struct fkda_cut {
     fkda_segment *inner; /* all but the first and the last of cut sequences */
     fkda_segment *later; /* all but the first, and sequences that are not cut */
     fkda_cut_sequence *cut_sequences;
-    float *states,
-        *maps;       /* [slot][head][128][128]; maps and composed ones in the form of map.cuh, as large */
-    float *composed; /* [group][head][128][128]: the maps of a group, one after the other */
-    int *flags;      /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
-    int shortest;    /* tokens */
+    float *states, *maps; /* [slot][head][128][128], in the forms of map.cuh, which are as large; so are */
+    float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */
+    int *flags;           /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
+    int shortest;         /* tokens */
     int first_weight, inner_weight, last_weight; /* of a sequence's segments, for their lengths */
     int slots;                                   /* that there are */
     int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */

@@ -208,7 +208,8 @@ template <class Kind> struct Shared {
 static_assert(sizeof(Shared<Alone>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Paired>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<PairedAtOnce>) <= FKDA_HOPPER_SHARED_BYTES &&
-                  sizeof(Shared<Maps>) <= FKDA_HOPPER_SHARED_BYTES,
+                  sizeof(Shared<Maps>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<MapsAtOnce>) <= FKDA_HOPPER_SHARED_BYTES,
               "keep fwd_shape.h in step");
 
 } // namespace fkda
