@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <thread>
 #include <ucontext.h>
+#include <unordered_map>
 #include <vector>
 
 namespace emulator
@@ -78,7 +79,8 @@ struct Block {
     Barrier barriers[2][NAMED_BARRIERS + 1]; /* and the one of all threads of a block */
     Barrier cluster_barrier;
     std::vector<std::function<void()>> copies;
-    std::vector<uint8_t> unfenced; /* of each 16 bytes: by how many stores */
+    std::vector<uint8_t> unfenced;                            /* of each 16 bytes: by how many stores */
+    std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all that there were, as they were left */
     std::mt19937_64 random;
     bool products_at_once;
     jmp_buf scheduler;
@@ -160,6 +162,17 @@ bool run_warp(Warp &w)
     return any;
 }
 
+/* Memory that holds an mbarrier is not for anything else until it is made invalid, which no kernel here does: even if nobody waits for it
+ * any more a multiprocessor may write there. */
+void check_untouched(const Mbarrier &b)
+{
+    const auto known = block->mbarriers.find(&b);
+    const ptrdiff_t at = reinterpret_cast<const unsigned char *>(&b) - block->shared;
+    if (known == block->mbarriers.end()) fail("no mbarrier was initialised at shared memory + %td", at);
+    if (memcmp(&known->second, &b, sizeof b) != 0)
+        fail("the mbarrier at shared memory + %td was overwritten", at);
+}
+
 [[noreturn]] void report_deadlock()
 {
     static const char *const reasons[] = {"nothing",     "a collective", "a named barrier",
@@ -213,6 +226,7 @@ void run_block()
             std::this_thread::yield();
     }
     if (!block->copies.empty()) fail("block ended with copies in flight");
+    for (const auto &b : block->mbarriers) check_untouched(*b.first);
     for (auto &w : block->warps)
         if (!w->issued.empty() || !w->committed.empty()) fail("a warp ended with products in flight");
 }
@@ -293,21 +307,25 @@ void cluster_sync()
         round);
 }
 
+/* One that has been initialised. */
 static Mbarrier &of(uint64_t *barrier)
 {
-    return *reinterpret_cast<Mbarrier *>(barrier);
+    auto &b = *reinterpret_cast<Mbarrier *>(barrier);
+    check_untouched(b);
+    return b;
 }
 
-static void end_phase_if_complete(Mbarrier &b)
+static void leave(Mbarrier &b)
 {
-    if (b.missing || b.bytes) return;
-    b.phase ^= 1;
-    b.missing = b.count;
+    if (!b.missing && !b.bytes) b.phase ^= 1, b.missing = b.count;
+    block->mbarriers[&b] = b;
 }
 
 void mbarrier_init(uint64_t *barrier, int count)
 {
-    of(barrier) = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0, 0};
+    auto &b = *reinterpret_cast<Mbarrier *>(barrier);
+    b = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0, 0};
+    block->mbarriers[&b] = b;
 }
 
 void mbarrier_arrive(uint64_t *barrier, int expected_bytes)
@@ -318,18 +336,19 @@ void mbarrier_arrive(uint64_t *barrier, int expected_bytes)
              reinterpret_cast<unsigned char *>(barrier) - lane->view.shared);
     b.bytes += expected_bytes;
     b.missing--;
-    end_phase_if_complete(b);
+    leave(b);
 }
 
 void mbarrier_complete_bytes(uint64_t *barrier, int bytes)
 {
-    of(barrier).bytes -= bytes;
-    end_phase_if_complete(of(barrier));
+    Mbarrier &b = of(barrier);
+    b.bytes -= bytes;
+    leave(b);
 }
 
 void mbarrier_wait(uint64_t *barrier, int parity)
 {
-    suspend(Wait::MBARRIER, barrier, static_cast<unsigned>(parity) & 1);
+    suspend(Wait::MBARRIER, &of(barrier), static_cast<unsigned>(parity) & 1);
 }
 
 bool mbarrier_test(const uint64_t *barrier, int parity)

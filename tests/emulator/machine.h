@@ -5,7 +5,7 @@
  * go on ends the program with what each warp waits for.
  *
  * It checks what a kernel computes and how its threads wait for each other, and kernels for the one before. It knows nothing of time, of memory
- * orders weaker than program order, and of a missing fence.proxy.async only after stmatrix, not after plain
+ * orders weaker than program order (it does find an mbarrier that was overwritten, even if nobody needed it any more), and of a missing fence.proxy.async only after stmatrix, not after plain
  * stores; and a collective instruction is done as one, by the last thread that comes to it.
  */
 #ifndef FKDA_EMULATOR_MACHINE_H

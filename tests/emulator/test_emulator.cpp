@@ -313,6 +313,14 @@ static bool waits_for_kernel_before(void second())
     return wrong == 0;
 }
 
+/* What was an mbarrier becomes something else, once all are through with it. */
+template <bool apart> static void reuse()
+{
+    hand_over<be_woken>();
+    __syncthreads();
+    if (threadIdx.x == 0) (apart ? memory().word[0] : *reinterpret_cast<int *>(&memory().barrier)) = 5;
+}
+
 /* Products of pairs of fp16, each rounded on its own. */
 static void products_of_halves()
 {
@@ -385,6 +393,8 @@ int main()
     check(wrong_runs(answer<true>, 32, 2) == 0, "a block waits for the other one's end");
     check(ends_the_program(answer<false>, 32, 2), "a block that reaches for one that has ended");
     check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
+    check(wrong_runs(reuse<true>, 64) == 0, "memory beside an mbarrier");
+    check(ends_the_program(reuse<false>, 64), "an mbarrier that becomes data");
     check(ends_the_program(parts_ways, 32), "lanes at different instructions");
     check(ends_the_program(leaves_early, 32), "lanes that never come");
     if (!failures) printf("the emulator finds what it should\n");
