@@ -53,11 +53,6 @@ template <class Kind> struct Dealing {
         return piece;
     }
 
-    __device__ float *state_in(int slot, int h) const
-    {
-        return cut.cut.states + (static_cast<long long>(slot) * args.heads + h) * (DIM * DIM);
-    }
-
     __device__ void take_initial(Piece &piece, long long task) const
     {
         if (!args.initial_state) return;
