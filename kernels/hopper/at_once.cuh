@@ -77,12 +77,6 @@ struct AtOnce {
         join.head = head(unit), join.first_slot = sequence(unit).first_slot + 1, join.maps = maps();
         join.part = part, join.step = FKDA_HOPPER_PAIR * (segments - 1 - left_out);
     }
-
-    /* Of a head in a slot: the first of its eight flags of this kind. */
-    __device__ int *flags(int of_head, int slot, int kind) const
-    {
-        return cut.cut.flags + (slot * cut.args.heads + of_head) * FKDA_SLOT_FLAGS + kind;
-    }
 };
 
 template <class Kind> struct AtOnceDealer : Dealing<Kind> {
@@ -125,8 +119,8 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
         Piece piece = this->piece_of(s, head);
         advance();
         if (!Kind::OUTPUTS) {
-            piece.flags = this->rank == 0 ? way.flags(head, s.slot, FKDA_FLAG_MAP)
-                                          : way.flags(head, s.slot + 1, FKDA_FLAG_STATE);
+            piece.flags = this->rank == 0 ? way.cut.flags(head, s.slot, FKDA_FLAG_MAP)
+                                          : way.cut.flags(head, s.slot + 1, FKDA_FLAG_STATE);
             piece.kind |= SIGNAL;
             return piece;
         }
@@ -136,12 +130,12 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
                 piece.final = nullptr;
                 return piece;
             }
-            piece.flags = way.flags(head, s.slot + 1, FKDA_FLAG_STATE) + piece.first_row / 16;
+            piece.flags = way.cut.flags(head, s.slot + 1, FKDA_FLAG_STATE) + piece.first_row / 16;
             piece.kind |= SIGNAL;
             return piece;
         }
         piece.flags =
-            way.flags(head, s.slot, i == 1 ? FKDA_FLAG_STATE : FKDA_FLAG_JOINED) + piece.first_row / 16;
+            way.cut.flags(head, s.slot, i == 1 ? FKDA_FLAG_STATE : FKDA_FLAG_JOINED) + piece.first_row / 16;
         piece.kind |= AWAIT;
         if (this->joins) piece.kind |= JOIN;
         return piece;
@@ -211,12 +205,7 @@ template <class Kind> struct AtOnceJoin {
 
     __device__ int *flags(int slot, int kind) const
     {
-        return join.cut.flags + (slot * join.args.heads + join.head) * FKDA_SLOT_FLAGS + kind;
-    }
-
-    __device__ typename Join<Memory>::Way way() const
-    {
-        return {join.cut.maps, first_slot, maps, first_slot + 1, 1, first_slot + maps, true, true};
+        return Cut{join.args, join.cut}.flags(join.head, slot, kind);
     }
 
     /* By one warp. */
@@ -226,7 +215,7 @@ template <class Kind> struct AtOnceJoin {
         mbarrier_wait(&shared.join.room, 0);
 #pragma unroll 1
         for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step)
-            join.bring(way(), [&](int slot) {
+            join.bring(join.way_through(first_slot, maps), [&](int slot) {
                 await_flag(flags(slot, FKDA_FLAG_MAP) + threadIdx.x % (DIM / 16));
                 fence_async_proxy_of_all_memory();
             });
@@ -242,7 +231,7 @@ template <class Kind> struct AtOnceJoin {
         for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step) {
             join.row = part * FKDA_JOIN_ROWS;
             await_flag(flags(first_slot + min(lane, maps), FKDA_FLAG_STATE) + part);
-            join.carry_from(first_slot, way());
+            join.carry_from(first_slot, join.way_through(first_slot, maps));
             join.sync(); /* all rows are there */
             for (int i = warp; i < maps; i += join.WARPS)
                 set_flag(flags(first_slot + 1 + i, FKDA_FLAG_JOINED) + part);

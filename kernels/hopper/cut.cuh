@@ -63,6 +63,12 @@ struct Cut {
         return {task.begin, task.length, n, -1, FKDA_SEGMENT_FIRST | FKDA_SEGMENT_LAST};
     }
 
+    /* Of a head in a slot: the first of its eight flags of this kind. */
+    __device__ int *flags(int head, int slot, int kind) const
+    {
+        return cut.flags + (slot * args.heads + head) * FKDA_SLOT_FLAGS + kind;
+    }
+
     /* The rest is for when the plan is there. */
 
     /* Of each sequence, if they are alike. */

@@ -332,6 +332,12 @@ template <class Memory> struct Join {
             store_map(place(cut.composed, c.first_group + group), x);
     }
 
+    /* Through so many maps, from state to state. */
+    __device__ Way way_through(int first_map, int count) const
+    {
+        return {cut.maps, first_map, count, first_map + 1, 1, first_map + count, true, true};
+    }
+
     /* From state to state of all segments, or where the maps are many of all groups. */
     __device__ Way way_of_chain(const fkda_cut_sequence &c, int groups) const
     {
@@ -346,7 +352,7 @@ template <class Memory> struct Join {
     {
         int first, last;
         find_group(c, group, first, last);
-        return {cut.maps, first, last - first, first + 1, 1, last, true, true};
+        return way_through(first, last - first);
     }
 
     /* From the state in a slot on. */

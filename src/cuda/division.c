@@ -37,11 +37,6 @@ static int64_t rounds(int64_t pieces, int64_t places)
     return (pieces + places - 1) / places;
 }
 
-static int64_t least(int64_t x, int64_t y)
-{
-    return x < y ? x : y;
-}
-
 static int64_t most(int64_t x, int64_t y)
 {
     return x > y ? x : y;
@@ -93,7 +88,7 @@ static int64_t at_once_clocks(int64_t chunks_64, int64_t maps)
 
 /* In one launch every head of a segment but the last has a pair, and all have to fit on the device at the same time; else the plan has no
  * pairs. If those that are left can walk through all first segments, segments are as long as each other. If not, the pair of a first
- * segment walks through that from the start, and it is shorter. */
+ * segment walks through that from the start, and it is shorter. `clocks`: to be compared with chain_clocks. */
 static at_once plan_at_once(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors,
                             int64_t *clocks)
 {
@@ -103,47 +98,40 @@ static at_once plan_at_once(int64_t heads, int64_t chunks, int64_t segments, int
     if (maps < 1 || maps > FKDA_MAPS_CHAINED || spares < 0) return plan;
     plan.first_weight = plan.inner_weight = plan.last_weight = 1;
     const int64_t even = 64 * chunks / segments;
-    *clocks = at_once_clocks(even, maps);
+    const int64_t even_clocks = at_once_clocks(even, maps);
     const int64_t walks =
-        (*clocks - BEGIN - END + NEXT_WALK) / (WALK * even / 64 + NEXT_WALK); /* of a pair */
+        (even_clocks - BEGIN - END + NEXT_WALK) / (WALK * even / 64 + NEXT_WALK); /* of a pair */
     if (spares * walks >= heads) {
         plan.pairs = needed + spares;
+        *clocks = even_clocks * AT_ONCE_PERCENT / 100;
         return plan;
     }
     const int64_t inner = 64 * (chunks + FIRST_LATE) / segments;
     plan.pairs = needed;
     plan.inner_weight = plan.last_weight = INNER_WEIGHT;
     plan.first_weight = (int)most(INNER_WEIGHT * (inner - 64 * FIRST_LATE) / inner, 4);
-    *clocks = at_once_clocks(inner, maps);
+    *clocks = at_once_clocks(inner, maps) * AT_ONCE_PERCENT / 100;
     return plan;
 }
 
-/* The way in which so many heads of sequences of so many chunks should take the least time. */
-typedef struct way {
-    int64_t segments, clocks;
-    at_once at_once;
-} way;
-
-static way way_with(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors, bool may_wait)
+/* Clocks of the better way. `may_wait`: it may be one launch whose blocks wait for each other. */
+static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors, bool may_wait)
 {
-    way w = {.segments = segments, .clocks = chain_clocks(heads, chunks, segments, multiprocessors)};
-    int64_t clocks = 0;
-    const at_once plan = plan_at_once(heads, chunks, segments, multiprocessors, &clocks);
-    if (may_wait && plan.pairs && clocks * AT_ONCE_PERCENT / 100 < w.clocks)
-        w.at_once = plan, w.clocks = clocks * AT_ONCE_PERCENT / 100;
-    return w;
+    const int64_t several = chain_clocks(heads, chunks, segments, multiprocessors);
+    int64_t one = several;
+    if (may_wait) plan_at_once(heads, chunks, segments, multiprocessors, &one);
+    return least(several, one);
 }
 
-/* `may_wait`: it may be one launch whose blocks wait for each other. */
-static way best_way(int64_t heads, int64_t chunks, int multiprocessors, bool may_wait)
+/* Into how many segments so many heads of sequences of so many chunks are cut best. */
+static int64_t best_segments(int64_t heads, int64_t chunks, int multiprocessors, bool may_wait)
 {
-    way best = way_with(heads, chunks, 1, multiprocessors, may_wait);
-    best.clocks = best.clocks * WORTH_PERCENT / 100;
-    const int64_t longest = chunks * CHUNK / SHORTEST_EVER;
-    for (int64_t segments = 2; segments <= longest && heads * (segments - 2) <= 2 * multiprocessors;
+    const int64_t most_segments = chunks * CHUNK / SHORTEST_EVER;
+    int64_t best = 1, least_clocks = uncut_clocks(heads, chunks, multiprocessors) * WORTH_PERCENT / 100;
+    for (int64_t segments = 2; segments <= most_segments && heads * (segments - 2) <= 2 * multiprocessors;
          segments++) {
-        const way w = way_with(heads, chunks, segments, multiprocessors, may_wait);
-        if (w.clocks < best.clocks) best = w;
+        const int64_t clocks = clocks_of(heads, chunks, segments, multiprocessors, may_wait);
+        if (clocks < least_clocks) best = segments, least_clocks = clocks;
     }
     return best;
 }
@@ -161,10 +149,10 @@ static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
     const int64_t chunks = p->batch * p->tokens / CHUNK, heads = p->sequences * p->heads;
     const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
     const bool alike = fkda_sequences_are_alike(p);
-    const int64_t of_equal = best_way(heads, equal, multiprocessors, alike).segments;
+    const int64_t of_equal = best_segments(heads, equal, multiprocessors, alike);
     if (of_equal > 1) return alike ? p->tokens / of_equal : equal / of_equal * CHUNK;
     if (alike || 100 * IDLE_LAUNCHES > 3 * uncut_clocks(heads, equal, multiprocessors)) return 0;
-    const int64_t of_one = best_way(p->heads, chunks, multiprocessors, false).segments;
+    const int64_t of_one = best_segments(p->heads, chunks, multiprocessors, false);
     if (of_one == 1) return 0;
     const int64_t shortest = chunks / of_one;
     return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
@@ -195,7 +183,7 @@ division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_p
         d.slots = segments >= 2 ? p->sequences * segments : 0;
         if (!p->batch_invariant) d.at_once = plan_at_once(heads, chunks, segments, multiprocessors, &clocks);
         if (!wherever_possible && d.at_once.pairs &&
-            chain_clocks(heads, chunks, segments, multiprocessors) <= clocks * AT_ONCE_PERCENT / 100)
+            chain_clocks(heads, chunks, segments, multiprocessors) <= clocks)
             d.at_once = (at_once){0};
     }
     /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 6. */

@@ -4,6 +4,11 @@
 
 #include "hopper.h"
 
+static inline int64_t least(int64_t x, int64_t y)
+{
+    return x < y ? x : y;
+}
+
 /* Where all segments are done in one launch (kernels/hopper/at_once.cuh). */
 typedef struct at_once {
     int64_t pairs;                               /* of blocks; 0: it takes several launches */

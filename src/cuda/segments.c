@@ -18,11 +18,6 @@ static fkda_module segments_module = {
 
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIRED };
 
-static int64_t least(int64_t x, int64_t y)
-{
-    return x < y ? x : y;
-}
-
 static bool cuts(const division *d)
 {
     return d->slots >= 2; /* a sequence is cut into two segments at least */
