@@ -39,6 +39,7 @@ template <class Kind> struct Recurrence {
         const int half = (warp_row >> 6) * Kind::HALF_TOKENS, first = (warp_row & 63) >> 3;
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
+        keep(output_place), keep(value_place);
     }
 
     /* The warp's first row of V, of the piece's. */
@@ -95,8 +96,7 @@ template <class Kind> struct Recurrence {
         const int begin = state_begin(piece);
         const char *from = static_cast<const char *>(global_memory(piece.initial));
         float raw[DIM / 8][4] = {};
-        if constexpr (Kind::OUTPUTS || Kind::AT_ONCE)
-            load_tiles_fp32<0>(raw, from + begin * (is_bf16 ? 2 : 4), is_fp32);
+        if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32);
         if constexpr (Kind::OUTPUTS)
             load_tiles_kept<0>(raw, from + row_group(piece) * sizeof(StateImage::tile[0]) + 16 * lane,
                                is_kept);
@@ -196,20 +196,38 @@ template <class Kind> struct Recurrence {
             }
     }
 
+    /* v^T as it comes: of rows g and g + 8 in turn, pairs of tokens. */
+    struct Raw {
+        uint32_t pair[BLOCKS][4];
+    };
+    __device__ Raw load_raw(const Tokens<Kind> &tokens) const
+    {
+        Raw x = {};
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+            if (Kind::OUTPUTS || !unit)
+                load_matrices_transposed(x.pair[block], tokens.v[0] + value_place + block * BLOCK_BYTES);
+        return x;
+    }
+
     /* v^T: rows as in the state, tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
-    __device__ void load_values(float (&v)[TILES][4], const Tokens<Kind> &tokens) const
+    static __device__ void unpack_values(float (&v)[TILES][4], const Raw &x)
     {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++) {
-            uint32_t x[4] = {};
-            if (Kind::OUTPUTS || !unit)
-                load_matrices_transposed(x, tokens.v[0] + value_place + block * BLOCK_BYTES);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                v[2 * block + i / 2][i % 2 * 2] = bf16_low(x[i]);
-                v[2 * block + i / 2][i % 2 * 2 + 1] = bf16_high(x[i]);
-            }
+        for (int i = 0; i < 4 * BLOCKS; i++) {
+            v[i / 2][i % 2 * 2] = bf16_low(x.pair[i / 4][i % 4]);
+            v[i / 2][i % 2 * 2 + 1] = bf16_high(x.pair[i / 4][i % 4]);
         }
+    }
+
+    /* The largest |v| of this lane's tokens in row g + 8 r, compared as integers. */
+    static __device__ float largest(const Raw &x, int r)
+    {
+        uint32_t most = 0;
+#pragma unroll
+        for (int i = r; i < 4 * BLOCKS; i += 2)
+            most = largest_of_pairs(most, x.pair[i / 4][i % 4] & 0x7fff7fff);
+        return fmaxf(bf16_low(most), bf16_high(most));
     }
 
     /* The largest |v| of this lane's tokens in row r. */
@@ -257,9 +275,15 @@ template <class Kind> struct Recurrence {
     /* Products take the state, R and U as fp16. A row of the state grows by at most the square root of the sum of its v^2
      * (normalised keys, decays below 1), so that with |v| <= 16 scales and 2^20 tokens it stays below 2^14.1 of
      * fp16's 2^16. */
-    __device__ bool large(const float (&v)[TILES][4]) const
+    __device__ bool large(float high, float low) const /* what `largest` has for both rows */
     {
-        return (largest(v, 0) > 16.0f * scale[0]) | (largest(v, 1) > 16.0f * scale[1]);
+        return (high > 16.0f * scale[0]) | (low > 16.0f * scale[1]);
+    }
+
+    /* Against scales that rows have faded away from. */
+    __device__ bool small(float high, float low) const
+    {
+        return (high < 0x1p-9f * scale[0]) | (low < 0x1p-9f * scale[1]);
     }
 
     /* Zeros for the tokens from `left` on: what follows is of another sequence, or anything. */
@@ -276,7 +300,7 @@ template <class Kind> struct Recurrence {
     {
         float v[TILES][4], nothing[READ][4] = {};
         mbarrier_wait(&shared.chunks.ready[place.index()], place.parity());
-        load_values(v, shared.tokens[place.index()]);
+        unpack_values(v, load_raw(shared.tokens[place.index()]));
         clear_past_end(v, left);
         const float strength = shared.stage[place.index()].strength;
 #pragma unroll
@@ -286,8 +310,9 @@ template <class Kind> struct Recurrence {
         rescale(v, nothing);
     }
 
-    /* What chunks need that are not just like the one before. Rows that fade are scaled up again: the state is looked at every
-     * 128 tokens, and in the chunk after each large change, if v is small there. With a strength below one it is v * strength that is
+    /* What chunks need that are not just like the one before. Rows that fade are scaled up again: every 128 tokens, and in the chunk
+     * after each large change, if v is small there. Rows of maps start from one and never grow: what fades out of fp16's range there is
+     * missed by nobody. With a strength below one it is v * strength that is
      * held to the range, and the state could grow by 16 scales a token: so every 128 tokens scales are chosen, if such a chunk
      * came by. */
     __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float strength, int left, bool look)
@@ -299,8 +324,8 @@ template <class Kind> struct Recurrence {
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= strength, read[i][r] *= strength;
         }
-        const bool small = (largest(v, 0) < 0x1p-9f * scale[0]) | (largest(v, 1) < 0x1p-9f * scale[1]);
-        const bool act = large(v) | ((look | look_again) & small);
+        const float high = largest(v, 0), low = largest(v, 1);
+        const bool act = large(high, low) | ((look | look_again) & small(high, low));
         look_again = false;
         if (__any_sync(~0u, act) || (look && faint)) rescale(v, read);
         faint |= strength < 1.0f;
@@ -357,17 +382,20 @@ template <class Kind> struct Recurrence {
         }
     }
 
-    __device__ float4 load_gamma(const float *gamma_minus_1, int s) const
+    /* The chunk's decay less one, of the channels of this lane's accumulators: of two tiles each. */
+    __device__ void load_gamma(float4 (&gamma_minus_1)[DIM / 16], const Stage &stage) const
     {
-        return *reinterpret_cast<const float4 *>(&gamma_minus_1[8 * s + 4 * (lane & 3)]);
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++)
+            gamma_minus_1[i] = load_shared_four(&stage.gamma_minus_1[16 * i + 4 * (lane & 3)]);
     }
 
-    /* S^T = S^T diag(gamma); `first`: what load_gamma has for tile 0 */
-    __device__ void decay(const float *gamma_minus_1, float4 first)
+    /* S^T = S^T diag(gamma) */
+    __device__ void decay(const float4 (&gamma_minus_1)[DIM / 16])
     {
 #pragma unroll
         for (int s = 0; s < DIM / 8; s += 2) {
-            const float4 x = s == 0 ? first : load_gamma(gamma_minus_1, s);
+            const float4 x = gamma_minus_1[s / 2];
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 state[s][r] = __fmaf_rn(state[s][r], r % 2 ? x.y : x.x, state[s][r]);
@@ -393,7 +421,7 @@ template <class Kind> struct Recurrence {
     __device__ void step(int index, int left, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (left & (128 - CHUNK)) == 0, whole = left >= CHUNK;
+        const bool look = (left & (128 - CHUNK)) == 0 && (Kind::OUTPUTS || !unit), whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
             descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<Kind>) / 16);
@@ -401,6 +429,8 @@ template <class Kind> struct Recurrence {
             descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
         float v[TILES][4], u[TILES][4]; /* u: R^T = (V - K~ S)^T, then U^T */
         uint32_t a[DIM / 16][4];
+        const Raw raw =
+            load_raw(shared.tokens[index]); /* behind products with the state it would take 200 clocks */
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -409,12 +439,17 @@ template <class Kind> struct Recurrence {
         for (int s = 1; s < DIM / 16; s++)
             wgmma<true, false>(read, a[s], Tokens<Kind>::decayed(tokens_place, s));
         wgmma_commit();
-        load_values(v, shared.tokens[index]);
+        const float high = largest(raw, 0), low = largest(raw, 1);
+        const bool act = large(high, low) | ((look | look_again) & small(high, low));
         /* An address that depends on v, or the compiler would look at v only after the wait. */
-        const float strength = load_shared(__any_sync(~0u, large(v)) ? &stage.zero : &stage.strength);
-        const bool usual = strength == 1.0f && !look && whole && !look_again;
+        const float strength = load_shared(__any_sync(~0u, act) ? &stage.zero : &stage.strength);
+        const bool usual = strength == 1.0f && whole && !(look && faint);
+        unpack_values(v, raw);
         wgmma_wait<0>();
-        if (__builtin_expect(!usual, 0)) adapt(v, read, stage.strength, left, look);
+        if (__builtin_expect(!usual, 0))
+            adapt(v, read, stage.strength, left, look);
+        else
+            look_again = false;
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -422,14 +457,15 @@ template <class Kind> struct Recurrence {
                 u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -read[i][r]);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) pack_operand(a[i], u[2 * i], u[2 * i + 1]);
-        const float4 gamma = load_gamma(stage.gamma_minus_1, 0); /* there when it is needed */
+        float4 gamma_minus_1[DIM / 16];
+        load_gamma(gamma_minus_1, stage); /* there when it is needed */
         wgmma_fence();
         wgmma<false, true>(u, a[0], solve_operand(stage_place, 0));
 #pragma unroll
         for (int i = 1; i < BLOCKS; i++) wgmma<true, true>(u, a[i], solve_operand(stage_place, i));
         wgmma_commit();
         store_before();
-        decay(stage.gamma_minus_1, gamma);
+        decay(gamma_minus_1);
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) pack_operand(a[BLOCKS + i], u[2 * i], u[2 * i + 1]);
@@ -462,7 +498,7 @@ template <class Kind> struct Recurrence {
         const long long stride = BLOCKS * args.chunk_bytes;
         bool ready = true;
         for (int left = piece.length; left > 0; left -= CHUNK) {
-            const int slot = place.index();
+            const int slot = uniform(place.index());
             if (!ready) mbarrier_wait(&shared.chunks.ready[slot], place.parity());
             step(slot, left, read, own, [&] {
                 if constexpr (LATER) store_output(0, to - stride, left == piece.length ? 0 : CHUNK);

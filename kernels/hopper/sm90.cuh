@@ -68,7 +68,37 @@ __device__ __forceinline__ void rest_for_a_while()
     asm volatile("nanosleep.u32 32;");
 }
 
+/* What is the same in all lanes, in a register of the warp: what is made from it costs less. */
+__device__ __forceinline__ int uniform(int x)
+{
+    return static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(x)));
+}
+
+/* So that the compiler keeps x instead of making it anew each time. */
+__device__ __forceinline__ void keep(int &x)
+{
+    x = __shfl_xor_sync(~0u, x, 0);
+}
+
+/* Of two pairs of unsigned 16-bit integers, the larger ones. */
+__device__ __forceinline__ uint32_t largest_of_pairs(uint32_t x, uint32_t y)
+{
+    uint32_t most;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(most) : "r"(x), "r"(y));
+    return most;
+}
+
 /* Where and when the program says, whatever the compiler would rather do. */
+__device__ __forceinline__ float4 load_shared_four(const float *from)
+{
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(shared_address(from))
+                 : "memory");
+    return x;
+}
+
 __device__ __forceinline__ float load_shared(const float *from)
 {
     float x;

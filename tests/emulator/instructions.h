@@ -315,6 +315,22 @@ inline float load_shared(const float *from)
 {
     return *from;
 }
+inline int uniform(int x)
+{
+    return x;
+}
+inline void keep(int &)
+{
+}
+inline uint32_t largest_of_pairs(uint32_t x, uint32_t y)
+{
+    const uint32_t high = (x >> 16 > y >> 16 ? x : y) & 0xffff0000, low = (x & 0xffff) > (y & 0xffff) ? x : y;
+    return high | (low & 0xffff);
+}
+inline float4 load_shared_four(const float *from)
+{
+    return *reinterpret_cast<const float4 *>(from);
+}
 inline void fence_mbarrier_init()
 {
 }
