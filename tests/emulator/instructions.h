@@ -317,6 +317,7 @@ inline float load_shared(const float *from)
 }
 inline int uniform(int x)
 {
+    if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be the same in all lanes is not");
     return x;
 }
 inline void keep(int &)
