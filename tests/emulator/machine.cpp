@@ -16,6 +16,7 @@
 #include <thread>
 #include <ucontext.h>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace emulator
@@ -28,9 +29,11 @@ constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
 constexpr auto PATIENCE = std::chrono::seconds(60); /* with other blocks */
 
+struct Lane;
 struct Barrier {
-    int threads, arrived;
+    int threads;
     unsigned round;
+    std::unordered_set<const Lane *> arrived;
 };
 
 /* What stands for an mbarrier in its 64 bits. */
@@ -65,6 +68,7 @@ struct Warp {
     std::vector<uint32_t> unfenced; /* where it wrote, in units of 16 bytes */
     int fenced;                     /* threads, since then */
     bool polls;                     /* has just asked for what was not there yet: others are to go on */
+    int slow;                       /* one turn when others have so many, on average */
     std::vector<std::function<void()>> issued;
     std::deque<std::vector<std::function<void()>>> committed;
 };
@@ -162,6 +166,12 @@ bool run_warp(Warp &w)
     return any;
 }
 
+bool could_run(const Warp &w)
+{
+    return std::any_of(std::begin(w.lane), std::end(w.lane),
+                       [&](const Lane &l) { return !l.done && may_go_on(w, l); });
+}
+
 /* Memory that holds an mbarrier is not for anything else until it is made invalid, which no kernel here does: even if nobody waits for it
  * any more a multiprocessor may write there. */
 void check_untouched(const Mbarrier &b)
@@ -201,7 +211,7 @@ void run_block()
     for (auto &w : block->warps) order.push_back(w.get());
     auto since = std::chrono::steady_clock::now();
     for (;;) {
-        bool any = false, done = true, polling = false;
+        bool any = false, done = true, polling = false, late = false;
         std::shuffle(order.begin(), order.end(), block->random);
         for (Warp *w : order) {
             while (!block->copies.empty() && block->chance(4)) { /* one of them lands */
@@ -211,7 +221,10 @@ void run_block()
                 copy();
                 any = true;
             }
-            any |= run_warp(*w);
+            if (block->chance(w->slow))
+                any |= run_warp(*w);
+            else
+                late |= could_run(*w);
             polling |= w->polls;
             for (const Lane &l : w->lane)
                 done &= l.done, polling |= !l.done && (l.wait == Wait::BLOCKS || l.wait == Wait::KERNEL);
@@ -219,7 +232,9 @@ void run_block()
         if (done) break;
         if (any || (block->before && !*block->before)) since = std::chrono::steady_clock::now();
         if (any || !block->copies.empty()) continue;
-        if (!polling || std::chrono::steady_clock::now() - since > PATIENCE) report_deadlock();
+        const bool patient = std::chrono::steady_clock::now() - since <= PATIENCE;
+        if (late && patient) continue;
+        if (!polling || !patient) report_deadlock();
         if (block->before && !*block->before)
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         else
@@ -276,9 +291,12 @@ static Barrier &barrier(int id)
 
 static Barrier &arrive(Barrier &b, int id, int threads)
 {
-    if (b.arrived == 0) b.threads = threads;
+    if (b.arrived.empty()) b.threads = threads;
     if (b.threads != threads) fail("named barrier %d is for %d threads and for %d", id, b.threads, threads);
-    if (++b.arrived == threads) b.arrived = 0, b.round++;
+    if (!b.arrived.insert(lane).second)
+        fail("thread %u of block %u counts twice at named barrier %d, for others who are not there",
+             lane->view.thread.x, lane->view.block.x, id);
+    if (static_cast<int>(b.arrived.size()) == threads) b.arrived.clear(), b.round++;
     return b;
 }
 
@@ -456,10 +474,12 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
         block->products_at_once = block->chance(2);
         block->unfenced.assign(cluster * shared_bytes / 16, 0);
         memset(shared, 0xff, cluster * shared_bytes); /* NaN */
+        const bool slow_ones = block->chance(2);
         for (size_t w = 0; w < cluster * warps; w++) {
             const auto rank = static_cast<unsigned>(w / warps);
             const auto bytes = static_cast<ptrdiff_t>(shared_bytes);
             block->warps.push_back(std::make_unique<Warp>());
+            block->warps[w]->slow = slow_ones && block->chance(4) ? 2 << block->random() % 5 : 1;
             for (int i = 0; i < LANES; i++) {
                 Lane &l = block->warps[w]->lane[i];
                 const unsigned index = static_cast<unsigned>(w % warps) * LANES + static_cast<unsigned>(i);

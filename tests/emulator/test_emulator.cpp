@@ -178,6 +178,30 @@ static void matrices()
     wrong += first != lane;
 }
 
+/* A warp asks eight times for what never comes, and takes the other, which asks once, to be through by then. */
+static void takes_its_time_for_granted()
+{
+    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 2), memory().word[0] = 0;
+    __syncthreads();
+    const bool first = threadIdx.x < 32;
+    for (int i = 0; i < (first ? 8 : 1); i++) fkda::mbarrier_test(&memory().barrier, 0);
+    if (first)
+        wrong += memory().word[0] != 1;
+    else
+        memory().word[0] = 1;
+    __syncthreads();
+}
+
+/* A warp passes a named barrier without waiting, and comes to it again, where another waits for the first one's next time; or at another. */
+template <int next> static void passes_without_waiting()
+{
+    if (threadIdx.x < 32)
+        fkda::barrier_arrive<1, 64>(0);
+    else
+        fkda::barrier_sync<1, 64>(0);
+    fkda::barrier_sync<next, 64>(0);
+}
+
 /* A kernel that can't end must end the program, soon and with status 1. */
 static bool ends_the_program(void kernel(), unsigned threads, unsigned cluster = 1)
 {
@@ -380,6 +404,10 @@ int main()
     check(ends_the_program(stored_operand<false>, 32), "an operand by stmatrix without a fence");
     check(wrong_runs(hand_over<ask>, 64) == 0, "a warp asks until another is done");
     check(wrong_runs(hand_over<ask_once>, 64) > 0, "a warp that asks and does not heed the answer is found");
+    check(wrong_runs(takes_its_time_for_granted, 64) > 0, "a warp that takes another to be fast is found");
+    check(wrong_runs(passes_without_waiting<2>, 64) == 0, "two named barriers");
+    check(ends_the_program(passes_without_waiting<1>, 64),
+          "a warp that counts twice at a named barrier is found");
     check(passes_on(), "a block awaits a flag of another");
     check(waits_for_kernel_before(reads_what_the_kernel_before_left<true>),
           "a kernel waits for the one before");
