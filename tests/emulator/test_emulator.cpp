@@ -345,9 +345,16 @@ template <bool apart> static void reuse()
     if (threadIdx.x == 0) (apart ? memory().word[0] : *reinterpret_cast<int *>(&memory().barrier)) = 5;
 }
 
-/* Products of pairs of fp16, each rounded on its own. */
-static void products_of_halves()
+/* Lanes take for the same in all of them what is not. */
+static void differ()
 {
+    fkda::uniform(static_cast<int>(threadIdx.x));
+}
+
+/* Products of pairs of fp16, each rounded on its own; the larger ones of pairs of integers. */
+static void pairs()
+{
+    check(fkda::largest_of_pairs(0x00018000, 0x00027fff) == 0x00028000, "the larger of pairs");
     const uint32_t x = fkda::pack_half(1.5f, -0.25f), y = fkda::pack_half(3.0f, 0x1p-14f);
     check(fkda::multiply_halves(x, y) == fkda::pack_half(4.5f, -0x1p-16f), "products of pairs of fp16");
 }
@@ -387,7 +394,7 @@ int main()
     memcpy(tensor_map.opaque, &map, sizeof map);
 
     conversions();
-    products_of_halves();
+    pairs();
     check(wrong_runs(neighbours<true>, 32) == 0, "lanes meet");
     check(wrong_runs(neighbours<false>, 32) > 0, "lanes that don't meet are found");
     check(wrong_runs(hand_over<be_woken>, 64) == 0, "a warp waits for another");
@@ -424,6 +431,7 @@ int main()
     check(wrong_runs(reuse<true>, 64) == 0, "memory beside an mbarrier");
     check(ends_the_program(reuse<false>, 64), "an mbarrier that becomes data");
     check(ends_the_program(parts_ways, 32), "lanes at different instructions");
+    check(ends_the_program(differ, 32), "lanes that differ where they should not");
     check(ends_the_program(leaves_early, 32), "lanes that never come");
     if (!failures) printf("the emulator finds what it should\n");
     return failures > 0;
