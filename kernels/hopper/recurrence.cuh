@@ -119,9 +119,11 @@ template <class Kind> struct Recurrence {
             }
     }
 
-    /* Where nothing more comes into the place of tokens, by a bulk copy from there. */
-    __device__ void store_map_at_once(MapBlock &to) const
+    /* Where nothing more comes into the place of tokens, nor goes from there to the other block, by a bulk copy. */
+    __device__ void store_map_at_once(MapBlock &to, const Places<Kind> &after) const
     {
+        const Slot<Kind::OWN> last = after.last_here();
+        mbarrier_wait(&shared.chunks.empty[last.index], last.parity);
         barrier_sync<8, 32 * Kind::RECURRENCE_WARPS>(0);
         MapBlock &here = reinterpret_cast<MapBlock *>(shared.tokens)[warp_row() >> 4];
 #pragma unroll
@@ -167,14 +169,14 @@ template <class Kind> struct Recurrence {
                                       state[s][3] * scale[1]);
     }
 
-    __device__ void store_state(const Piece &piece) const
+    __device__ void store_state(const Piece &piece, const Places<Kind> &after) const
     {
         void *to = global_memory(piece.final);
         if constexpr (!Kind::OUTPUTS)
             if (unit) {
                 MapBlock &block = static_cast<MapImage *>(to)->block[row_group(piece)];
                 if constexpr (Kind::AT_ONCE)
-                    store_map_at_once(block);
+                    store_map_at_once(block, after);
                 else
                     store_map(block);
                 return;
@@ -516,7 +518,7 @@ template <class Kind> struct Recurrence {
             place = next;
         }
         if (LATER && piece.length > 0) store_output(0, to - stride, (piece.length - 1) % CHUNK + 1);
-        if (piece.final) store_state(piece);
+        if (piece.final) store_state(piece, place);
         if (piece.kind & SIGNAL) set_flag(&piece.flags[warp_row() >> 4]);
     }
 

@@ -46,6 +46,12 @@ template <class Kind> struct Places {
     {
         if (++chunk % Kind::SHARERS == 0) own.advance(1);
     }
+
+    /* Where the last chunk before this one is that the block prepared: of two blocks, in a first round. */
+    __device__ Slot<Kind::OWN> last_here() const
+    {
+        return Slot<Kind::OWN>(static_cast<int>((chunk + 1 - rank) / 2 - 1));
+    }
 };
 
 constexpr int BLOCK_BYTES = BLOCK * ROW;

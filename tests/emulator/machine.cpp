@@ -475,11 +475,14 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
         block->unfenced.assign(cluster * shared_bytes / 16, 0);
         memset(shared, 0xff, cluster * shared_bytes); /* NaN */
         const bool slow_ones = block->chance(2);
+        const bool slow_block = block->chance(4); /* one of a cluster's */
+        const size_t slow_rank = block->random() % cluster;
         for (size_t w = 0; w < cluster * warps; w++) {
             const auto rank = static_cast<unsigned>(w / warps);
             const auto bytes = static_cast<ptrdiff_t>(shared_bytes);
             block->warps.push_back(std::make_unique<Warp>());
             block->warps[w]->slow = slow_ones && block->chance(4) ? 2 << block->random() % 5 : 1;
+            if (slow_block && rank == slow_rank) block->warps[w]->slow *= 8;
             for (int i = 0; i < LANES; i++) {
                 Lane &l = block->warps[w]->lane[i];
                 const unsigned index = static_cast<unsigned>(w % warps) * LANES + static_cast<unsigned>(i);
