@@ -23,6 +23,7 @@ template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &share
                                 Kind::RECURRENCE_WARPS + Kind::AHEAD_WARPS - 1);
         if (i < Kind::OWN) {
             mbarrier_init(&shared.chunks.loaded[i], 1);
+            if (Kind::LOADER_NORMS) mbarrier_init_for_warps(&shared.chunks.normed[i], 1);
             mbarrier_init_for_warps(&shared.chunks.ready[i], Kind::TEAM_WARPS + 1); /* the solver */
             mbarrier_init_for_warps(&shared.chunks.empty[i], Kind::SHARERS * Kind::RECURRENCE_WARPS);
         } else if (i < Kind::SLOTS) {

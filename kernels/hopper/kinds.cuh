@@ -23,7 +23,10 @@ struct AloneGiven {
     /* Slots of the rings of chunks: for those that the block prepares, and after them for those that the other block sends, which
      * come prepared and are held for a shorter time. */
     static constexpr int OWN = 12, RECEIVED = 0;
-    static constexpr int APART = 16;       /* bytes of shared memory that are left before barriers */
+    static constexpr int APART = 16; /* bytes of shared memory that are left before barriers */
+    /* The loading warp finds norms, but those of each team's first chunk: at a block's start that code would come to all multiprocessors at
+     * the same time. Else teams find all. */
+    static constexpr bool LOADER_NORMS = false;
     static constexpr bool OUTPUTS = true;  /* else neither queries nor outputs: states only */
     static constexpr bool AT_ONCE = false; /* a part of what blocks do that do it all (at_once.cuh) */
     /* Registers of a thread in the recurrence and elsewhere; of the four warps in a quarter of a multiprocessor 512. */
@@ -37,7 +40,7 @@ struct PairedGiven {
     static constexpr int TEAM_WARPS = 4, TEAMS = 2, PARTS = 2;
     static constexpr int OWN = 4, RECEIVED = 2;
     static constexpr int APART = 16;
-    static constexpr bool OUTPUTS = true, AT_ONCE = false;
+    static constexpr bool LOADER_NORMS = false, OUTPUTS = true, AT_ONCE = false;
     static constexpr int RECURRENCE_REGISTERS = 176, OTHER_REGISTERS = 112, LAST_REGISTERS = 112;
 };
 
@@ -47,7 +50,7 @@ struct MapsGiven {
     static constexpr int TEAM_WARPS = 2, TEAMS = 3, PARTS = 1;
     static constexpr int OWN = 5, RECEIVED = 2;
     static constexpr int APART = 16;
-    static constexpr bool OUTPUTS = false, AT_ONCE = false;
+    static constexpr bool LOADER_NORMS = true, OUTPUTS = false, AT_ONCE = false;
     static constexpr int RECURRENCE_REGISTERS = 160, OTHER_REGISTERS = 96, LAST_REGISTERS = 96;
 };
 
@@ -59,7 +62,7 @@ struct PairedAtOnceGiven : PairedGiven {
 };
 struct MapsAtOnceGiven : MapsGiven {
     static constexpr bool AT_ONCE = true;
-    static constexpr int APART = 13344;
+    static constexpr int APART = 13728;
 };
 
 /* And what follows. */

@@ -9,6 +9,7 @@
 
 #include "at_once.cuh"
 #include "deal.cuh"
+#include "norms.cuh"
 #include "shared.cuh"
 
 namespace fkda
@@ -25,10 +26,15 @@ template <class Kind> struct Loader {
     Slot<Kind::RECEIVED + (Kind::SHARERS == 1)> received;
     unsigned turn, rank, expected,
         asked_for; /* chunks of the other block: met so far, and values asked for */
+    /* The next chunk to find norms of; how many are on their way, or there, without norms; and how many are still to be loaded of those that
+     * teams find norms of. */
+    Slot<Kind::OWN> to_norm;
+    unsigned without_norms, left_out;
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Kind> &s, int lane)
         : args(a), shared(s), dealer(a, sharer_rank<Kind>(), lane), dealt(0), piece{}, own(0), received(0),
-          turn(0), rank(sharer_rank<Kind>()), expected(0), asked_for(0)
+          turn(0), rank(sharer_rank<Kind>()), expected(0), asked_for(0), to_norm(Kind::TEAMS),
+          without_norms(0), left_out(Kind::TEAMS)
     {
     }
 
@@ -41,7 +47,21 @@ template <class Kind> struct Loader {
         if (Kind::OUTPUTS) prefetch_map(&args.q);
     }
 
-    /* While waiting, asks for what there is room for of the other block's chunks: its slots come free on their own. */
+    /* Of the next chunk, if its inputs have come. */
+    __device__ bool find_norms()
+    {
+        if (!Kind::LOADER_NORMS || without_norms == 0 ||
+            !mbarrier_test(&shared.chunks.loaded[to_norm.index], to_norm.parity))
+            return false;
+        store_norms<Kind, 1>(shared.inverse_norm[to_norm.index], shared.tokens[to_norm.index], 0,
+                             threadIdx.x & 31);
+        mbarrier_arrive_warp(&shared.chunks.normed[to_norm.index]);
+        to_norm.advance(1);
+        without_norms--;
+        return true;
+    }
+
+    /* While waiting, asks for what there is room for of the other block's chunks, whose slots come free on their own, and finds norms. */
     __device__ void wait(uint64_t *barrier, int parity)
     {
         if constexpr (Kind::SHARERS == 1)
@@ -49,7 +69,7 @@ template <class Kind> struct Loader {
         else
             while (!mbarrier_test(barrier, parity)) {
                 if (asked_for != expected) ask_for_values();
-                rest_for_a_while();
+                if (!find_norms()) rest_for_a_while();
             }
     }
 
@@ -82,6 +102,8 @@ template <class Kind> struct Loader {
         Tokens<Kind> &to = shared.tokens[own.index];
         uint64_t *barrier = &shared.chunks.loaded[own.index];
         wait(&shared.chunks.empty[own.index], own.parity ^ 1);
+        /* Nobody waits for these, but rounds are counted. */
+        if (Kind::LOADER_NORMS && left_out) mbarrier_arrive_warp(&shared.chunks.normed[own.index]);
         if constexpr (Kind::JOINS)
             if (values.after_maps) wait(&shared.join.over, 0);
         if (elect_lane()) {
@@ -98,6 +120,11 @@ template <class Kind> struct Loader {
         }
         __syncwarp();
         own.advance(1);
+        if constexpr (!Kind::LOADER_NORMS) return;
+        if (left_out)
+            left_out--;
+        else
+            without_norms++;
     }
 
     /* The first of the other block's chunks that wait for it: its values, and room for what will be sent, once its slot is free. */
@@ -123,7 +150,10 @@ template <class Kind> struct Loader {
 
     __device__ void expect(const Values &values)
     {
-        while (expected - asked_for == MOST_EXPECTED) ask_for_values();
+        while (expected - asked_for == MOST_EXPECTED) {
+            ask_for_values();
+            find_norms();
+        }
         if (elect_lane()) shared.expected[expected % MOST_EXPECTED] = values;
         __syncwarp();
         expected++;
@@ -160,7 +190,10 @@ template <class Kind> struct Loader {
                 hand_out();
             }
         } while (!(piece.kind & NO_PIECE));
-        while (asked_for != expected) ask_for_values();
+        while (asked_for != expected || without_norms) {
+            if (asked_for != expected) ask_for_values();
+            find_norms();
+        }
     }
 };
 

@@ -11,6 +11,7 @@
 #ifndef FKDA_HOPPER_PREPARE_CUH
 #define FKDA_HOPPER_PREPARE_CUH
 
+#include "norms.cuh"
 #include "shared.cuh"
 
 namespace fkda
@@ -71,9 +72,12 @@ template <class Kind> struct Preparation {
         __syncwarp();
     }
 
-    /* Tokens from `left` on: keys and queries of zeros, and gates that do not decay: -inf makes them exactly zero. */
-    __device__ void clear_past_end(Tokens<Kind> &tokens, int left) const
+    /* Tokens from `left` on: keys and queries of zeros, norms that leave them so, and gates that do not decay: -inf makes them exactly
+     * zero. */
+    __device__ void clear_past_end(int slot, int left) const
     {
+        Tokens<Kind> &tokens = shared.tokens[slot];
+        if (Kind::LOADER_NORMS && warp == 0 && lane >= left) shared.inverse_norm[slot][0][lane] = 0.0f;
         constexpr uint32_t none = 0xff80ff80;
         for (int i = 32 * warp + lane; i < (Kind::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
@@ -84,40 +88,6 @@ template <class Kind> struct Preparation {
                 *reinterpret_cast<uint4 *>(&half.tile[Q][at]) = make_uint4(0, 0, 0, 0);
         }
         barrier_sync<1, 32 * WARPS>(team);
-    }
-
-    /* 1 / |x| of a block's tokens, x: their q or k in half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of
-     * the accumulators has tokens g and g + 8. */
-    __device__ void store_inverse_norms(float *to, const unsigned char *x) const
-    {
-        const uint32_t rows_at = shared_address(x) + matrix_row(lane),
-                       columns_at = shared_address(x) + matrix_row_by_token(lane);
-        float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
-#pragma unroll
-        for (int c = 0; c < DIM / 16; c++) {
-            const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Kind>::Half)), unit = c % 4 * 32;
-            uint32_t a[4], b[4]; /* the same numbers, in the orders of both operands */
-            load_matrices(a, (rows_at ^ unit) + half);
-            load_matrices(b, (columns_at ^ unit) + half);
-            mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-        if (t == g / 2) {
-            to[g] = rsqrt_approx((g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f);
-            to[g + 8] = rsqrt_approx((g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]) + 1e-6f);
-        }
-    }
-
-    /* The norms of each block's keys and queries, by warps in turn. */
-    __device__ void store_all_norms(const Tokens<Kind> &tokens, int norms) const
-    {
-#pragma unroll
-        for (int n = 0; n < (Kind::OUTPUTS ? 2 : 1) * BLOCKS; n += WARPS) {
-            const int which = (n + warp) / BLOCKS, block = (n + warp) % BLOCKS;
-            if (!Kind::OUTPUTS && which) continue;
-            store_inverse_norms(&shared.inverse_norm[team][norms][which][block * BLOCK],
-                                tokens.half[0].tile[which ? Q : K] + block * BLOCK_BYTES);
-        }
     }
 
     /* sum[b]: the running sums of the log2 decay of a block's tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
@@ -310,17 +280,20 @@ template <class Kind> struct Preparation {
     }
 
     /* A chunk whose inputs have come, up to its products over channels. */
-    __device__ void prepare(int slot, int round)
+    __device__ void prepare(int slot, int round, bool finds_norms)
     {
         Tokens<Kind> &tokens = shared.tokens[slot];
         float *gamma = shared.stage[slot].gamma_minus_1;
         Sums sums = {};
-        const int norms = WARPS == Kind::PARTS ? round : 0;
-        store_all_norms(tokens, norms);
-        barrier_sync<1, 32 * WARPS>(team);
+        constexpr int TEAM_NORMS = Shared<Kind>::TEAM_NORMS;
+        const int norms = Kind::LOADER_NORMS ? slot : team * TEAM_NORMS + round % TEAM_NORMS;
+        if (finds_norms) {
+            store_norms<Kind, WARPS>(shared.inverse_norm[norms], tokens, warp, lane);
+            barrier_sync<1, 32 * WARPS>(team);
+        }
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
-        const float *factor = &shared.inverse_norm[team][norms][0][g];
+        const float *factor = &shared.inverse_norm[norms][0][g];
         /* Blocks and channels in loops that stay loops: what all roles do has to fit in the instruction cache. */
 #pragma unroll 1
         for (int block = 0; block < BLOCKS; block++) {
@@ -361,9 +334,11 @@ template <class Kind> struct Preparation {
             /* Where another team had the slot before, its inputs might not even have come: then parities would deceive. */
             static_assert(RING >= Kind::TEAMS, "so that it was asked for before this team's last chunk");
             if (RING % Kind::TEAMS) mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
-            mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
-            if (at.left < Kind::CHUNK) clear_past_end(shared.tokens[slot.index], at.left);
-            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2);
+            const bool finds_norms = !Kind::LOADER_NORMS || count == 0;
+            mbarrier_wait(finds_norms ? &shared.chunks.loaded[slot.index] : &shared.chunks.normed[slot.index],
+                          slot.parity);
+            if (at.left < Kind::CHUNK) clear_past_end(slot.index, at.left);
+            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2, finds_norms);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
             slot.advance(Kind::TEAMS);

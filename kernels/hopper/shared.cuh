@@ -155,10 +155,11 @@ struct __align__(16) Gate
     int head;            /* whose they are */
 };
 
-/* Of slots: inputs have come (of own ones), the chunk is prepared and solved, the recurrence is done with it; for own ones also the
- * other block's with what was sent there. */
+/* Of slots: inputs have come (of own ones), their norms are there (where the loader finds them), the chunk is prepared and solved, the
+ * recurrence is done with it; for own ones also the other block's with what was sent there. */
 template <class Kind> struct Chunks {
     uint64_t loaded[Kind::OWN], ready[Kind::SLOTS], empty[Kind::SLOTS];
+    uint64_t normed[Kind::LOADER_NORMS ? Kind::OWN : 1];
 };
 
 /* Of a chunk: where its values are to come from, of which boxes of 64 rows. And how many of the other block's chunks the loader can know
@@ -200,8 +201,11 @@ template <class Kind> struct Shared {
     Stage<Kind> stage[Kind::SLOTS];
     Products<Kind> products[Kind::TEAMS];
     Blocks<Kind> blocks;
-    /* Of k, of q; of every other chunk of a team if its warps don't wait for each other at a chunk's end. */
-    float inverse_norm[Kind::TEAMS][Kind::PARTS == Kind::TEAM_WARPS ? 2 : 1][2][Kind::CHUNK];
+    /* 1 / |k| and 1 / |q|: of an own slot if the loader finds them, else of a team's chunk, or of every other one if its warps don't wait for
+     * each other at a chunk's end. */
+    static constexpr int TEAM_NORMS = Kind::PARTS == Kind::TEAM_WARPS ? 2 : 1;
+    float inverse_norm[Kind::LOADER_NORMS ? Kind::OWN : Kind::TEAMS * TEAM_NORMS][Kind::OUTPUTS ? 2 : 1]
+                      [Kind::CHUNK];
     Gate gate[Kind::TEAMS][Kind::TEAM_WARPS]; /* of the team's head, for each warp */
     float gate_offset[Kind::TEAMS][DIM];      /* the gate's factor times dt_bias */
     Values expected[MOST_EXPECTED];

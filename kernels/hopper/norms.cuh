@@ -1,0 +1,49 @@
+/* Norms of a chunk's keys and queries: found by the teams that prepare it or, where these are what blocks wait for, by the loading warp. */
+#ifndef FKDA_HOPPER_NORMS_CUH
+#define FKDA_HOPPER_NORMS_CUH
+
+#include "shared.cuh"
+
+namespace fkda
+{
+
+/* 1 / |x| of a block's tokens, x: their q or k in half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of
+ * the accumulators has tokens g and g + 8. */
+template <class Kind>
+__device__ __forceinline__ void store_inverse_norms(float *to, const unsigned char *x, int lane)
+{
+    const uint32_t rows_at = shared_address(x) + matrix_row(lane),
+                   columns_at = shared_address(x) + matrix_row_by_token(lane);
+    const int g = lane >> 2, t = lane & 3;
+    float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
+#pragma unroll
+    for (int c = 0; c < DIM / 16; c++) {
+        const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Kind>::Half)), unit = c % 4 * 32;
+        uint32_t a[4], b[4]; /* the same numbers, in the orders of both operands */
+        load_matrices(a, (rows_at ^ unit) + half);
+        load_matrices(b, (columns_at ^ unit) + half);
+        mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
+    if (t == g / 2) {
+        to[g] = rsqrt_approx((g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f);
+        to[g + 8] = rsqrt_approx((g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]) + 1e-6f);
+    }
+}
+
+/* Of each block's keys and, for outputs, queries, by `warps` warps in turn. */
+template <class Kind, int warps>
+__device__ __forceinline__ void store_norms(float (&to)[Kind::OUTPUTS ? 2 : 1][Kind::CHUNK],
+                                            const Tokens<Kind> &tokens, int warp, int lane)
+{
+#pragma unroll 1
+    for (int i = 0; i < (Kind::OUTPUTS ? 2 : 1) * Kind::BLOCKS; i += warps) {
+        const int which = (i + warp) / Kind::BLOCKS, block = (i + warp) % Kind::BLOCKS;
+        store_inverse_norms<Kind>(&to[which][block * BLOCK],
+                                  tokens.half[0].tile[which ? Q : K] + block * BLOCK_BYTES, lane);
+    }
+}
+
+} // namespace fkda
+
+#endif
