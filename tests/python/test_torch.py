@@ -275,6 +275,41 @@ def test_current_stream(cuda):
     hold_to(to_numpy(tensors), expected, cuda)
 
 
+def test_streams_side_by_side(cuda):
+    """Calls under way at the same time don't disturb each other: each may need all of the GPU at once, and has blocks
+    that wait for each other."""
+    shapes = [
+        {"T": 2048, "H": 12},
+        {"T": 8192, "H": 4},
+        {"T": 600, "H": 40},
+        {"lengths": [1500, 40, 2000], "H": 8},
+    ]
+    alone, together = [], []
+    for seed, shape in enumerate(shapes):
+        tensors = to_torch(make(seed=seed, initial=np.float32, **shape), cuda)
+        flash_kda.fwd(**tensors)
+        alone.append({name: tensors[name].clone() for name in ("out", "final_state")})
+        together.append(tensors)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in shapes]
+    for _ in range(20):
+        for tensors in together:
+            tensors["out"].fill_(float("nan"))
+            tensors["final_state"].fill_(float("nan"))
+        torch.cuda.synchronize()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(200_000)  # until all calls are queued
+        for _ in range(3):
+            for stream, tensors in zip(streams, together):
+                with torch.cuda.stream(stream):
+                    flash_kda.fwd(**tensors)
+        torch.cuda.synchronize()
+        for tensors, expected in zip(together, alone):
+            for name, x in expected.items():
+                assert torch.equal(tensors[name], x), name
+
+
 def test_cuda_graph(cuda):
     a = make(lengths=[40, 60], initial=np.float32)
     expected = truth(a)
