@@ -53,7 +53,7 @@ template <class Kind> struct Loader {
         if (!Kind::LOADER_NORMS || without_norms == 0 ||
             !mbarrier_test(&shared.chunks.loaded[to_norm.index], to_norm.parity))
             return false;
-        store_norms<Kind, 1>(shared.inverse_norm[to_norm.index], shared.tokens[to_norm.index], 0,
+        store_norms<Kind, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], 0,
                              threadIdx.x & 31);
         mbarrier_arrive_warp(&shared.chunks.normed[to_norm.index]);
         to_norm.advance(1);

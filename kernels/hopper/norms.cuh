@@ -36,7 +36,7 @@ template <class Kind, int warps>
 __device__ __forceinline__ void store_norms(float (&to)[Kind::OUTPUTS ? 2 : 1][Kind::CHUNK],
                                             const Tokens<Kind> &tokens, int warp, int lane)
 {
-#pragma unroll 1
+#pragma unroll(warps == 1 ? 1 : 4)
     for (int i = 0; i < (Kind::OUTPUTS ? 2 : 1) * Kind::BLOCKS; i += warps) {
         const int which = (i + warp) / Kind::BLOCKS, block = (i + warp) % Kind::BLOCKS;
         store_inverse_norms<Kind>(&to[which][block * BLOCK],

@@ -77,7 +77,7 @@ template <class Kind> struct Preparation {
     __device__ void clear_past_end(int slot, int left) const
     {
         Tokens<Kind> &tokens = shared.tokens[slot];
-        if (Kind::LOADER_NORMS && warp == 0 && lane >= left) shared.inverse_norm[slot][0][lane] = 0.0f;
+        if (Kind::LOADER_NORMS && warp == 0 && lane >= left) shared.inverse_norm[slot][0][0][lane] = 0.0f;
         constexpr uint32_t none = 0xff80ff80;
         for (int i = 32 * warp + lane; i < (Kind::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
@@ -285,15 +285,14 @@ template <class Kind> struct Preparation {
         Tokens<Kind> &tokens = shared.tokens[slot];
         float *gamma = shared.stage[slot].gamma_minus_1;
         Sums sums = {};
-        constexpr int TEAM_NORMS = Shared<Kind>::TEAM_NORMS;
-        const int norms = Kind::LOADER_NORMS ? slot : team * TEAM_NORMS + round % TEAM_NORMS;
+        const int place = Kind::LOADER_NORMS ? slot : team, norms = WARPS == Kind::PARTS ? round : 0;
         if (finds_norms) {
-            store_norms<Kind, WARPS>(shared.inverse_norm[norms], tokens, warp, lane);
+            store_norms<Kind, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
             barrier_sync<1, 32 * WARPS>(team);
         }
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
-        const float *factor = &shared.inverse_norm[norms][0][g];
+        const float *factor = &shared.inverse_norm[place][norms][0][g];
         /* Blocks and channels in loops that stay loops: what all roles do has to fit in the instruction cache. */
 #pragma unroll 1
         for (int block = 0; block < BLOCKS; block++) {

@@ -203,9 +203,8 @@ template <class Kind> struct Shared {
     Blocks<Kind> blocks;
     /* 1 / |k| and 1 / |q|: of an own slot if the loader finds them, else of a team's chunk, or of every other one if its warps don't wait for
      * each other at a chunk's end. */
-    static constexpr int TEAM_NORMS = Kind::PARTS == Kind::TEAM_WARPS ? 2 : 1;
-    float inverse_norm[Kind::LOADER_NORMS ? Kind::OWN : Kind::TEAMS * TEAM_NORMS][Kind::OUTPUTS ? 2 : 1]
-                      [Kind::CHUNK];
+    float inverse_norm[Kind::LOADER_NORMS ? Kind::OWN : Kind::TEAMS][Kind::PARTS == Kind::TEAM_WARPS ? 2 : 1]
+                      [Kind::OUTPUTS ? 2 : 1][Kind::CHUNK];
     Gate gate[Kind::TEAMS][Kind::TEAM_WARPS]; /* of the team's head, for each warp */
     float gate_offset[Kind::TEAMS][DIM];      /* the gate's factor times dt_bias */
     Values expected[MOST_EXPECTED];
