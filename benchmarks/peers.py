@@ -104,6 +104,11 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
         help="the shapes that FLA runs, all or none; default: all if it is installed. Its tuning takes minutes",
     )
     add(
+        "--fla-tunes-once",
+        action="store_true",
+        help="FLA's kernels are tuned with the first shape that it runs, and not again with others",
+    )
+    add(
         "--time-limit",
         type=positive,
         default=1200,
@@ -151,7 +156,14 @@ def competitors(options: argparse.Namespace) -> list[Competitor]:
     if options.device == "cuda" and "none" not in wanted:
         if importlib.util.find_spec("fla") is not None:
             only = None if "all" in wanted else wanted
-            found.append(Competitor(FLA, common | {"kind": "fla"}, only, options.time_limit))
+            found.append(
+                Competitor(
+                    FLA,
+                    common | {"kind": "fla", "tunes_once": options.fla_tunes_once},
+                    only,
+                    options.time_limit,
+                )
+            )
         elif options.fla_shapes:
             raise RaceError("argument --fla-shapes: flash-linear-attention is not installed")
         else:

@@ -16,9 +16,9 @@ Competitor = Callable[[dict], Call]
 
 def load(spec: dict[str, Any]) -> tuple[Competitor, str]:
     """The competitor and its version. spec: {"kind": "flash_kda", "fla" or "path", "path": of a peer, "kernel": of ours, or
-    None}."""
+    None, "tunes_once": of FLA}."""
     if spec["kind"] == "fla":
-        return _load_fla()
+        return _load_fla(spec.get("tunes_once", False))
     module = importlib.import_module("flash_kda") if spec["kind"] == "flash_kda" else _load_peer(spec["path"])
     if not callable(getattr(module, "fwd", None)):
         raise ImportError(f"{spec.get('path', 'flash_kda')} defines no fwd")
@@ -60,10 +60,27 @@ def _writes_into(fwd: Callable[..., Any]) -> Competitor:
     return competitor
 
 
-def _load_fla() -> tuple[Competitor, str]:
+def _tune_once() -> None:
+    """What a Triton kernel was found to be fastest with, it keeps for all other shapes."""
+    from triton.runtime.autotuner import Autotuner
+
+    tune_and_run = Autotuner.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = tune_and_run(self, *args, **kwargs)
+        if len(self.configs) > 1 and getattr(self, "best_config", None) is not None:
+            self.configs = [self.best_config]
+        return result
+
+    Autotuner.run = run
+
+
+def _load_fla(tunes_once: bool) -> tuple[Competitor, str]:
     # Before its import: its own Triton kernels, not ours or another's through its dispatcher.
     os.environ["FLA_FLASH_KDA"] = "0"
     os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
+    if tunes_once:
+        _tune_once()
     import fla
     from fla.ops.kda import chunk_kda
 

@@ -209,7 +209,8 @@ on a CPU, which has no graphs, `ms` is that. `floor ms` is the bytes of q, k, v,
 the speed of a large copy in the same run; `x floor` the ratio to it; `spread` the slowest minus the fastest round,
 over the median. Every competitor runs in a process of its own, on the same inputs. Gates: `mixed`, as in trained
 models, spans in every head channels that forget next to nothing in thousands of tokens and channels that forget
-within one; `slow` has only channels that remember, `fast` only channels that forget."""
+within one; `slow` has only channels that remember, `fast` only channels that forget. With `--fla-tunes-once`
+in the command, FLA's kernels were tuned with the first shape that it ran, and used as they then were for the others."""
 
 
 def markdown(result: Result, picture: str | None, folder: str) -> str:
