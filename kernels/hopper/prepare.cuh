@@ -279,7 +279,7 @@ template <class Kind> struct Preparation {
             });
     }
 
-    /* A chunk whose inputs have come, up to its products over channels. */
+    /* A chunk whose inputs have come, and norms too unless it finds them, up to its products over channels. */
     __device__ void prepare(int slot, int round, bool finds_norms)
     {
         Tokens<Kind> &tokens = shared.tokens[slot];

@@ -47,7 +47,7 @@ template <class Kind> struct Places {
         if (++chunk % Kind::SHARERS == 0) own.advance(1);
     }
 
-    /* Where the last chunk before this one is that the block prepared: of two blocks, in a first round. */
+    /* Of the chunks before this one, the last that the block prepared, where two share. */
     __device__ Slot<Kind::OWN> last_here() const
     {
         return Slot<Kind::OWN>(static_cast<int>((chunk + 1 - rank) / 2 - 1));

@@ -1,8 +1,8 @@
 /*
  * Multiprocessors in software: they run CUDA blocks, or clusters of two, on a CPU, to test kernels where there is no GPU. Every thread is a fiber.
  * Threads of a warp meet at its collective instructions; between those, warps, the threads in them and asynchronous copies and
- * products take turns at random, some warps only one in up to 32, or all of one block of a cluster one in eight of theirs, so that an order which nothing enforces comes out differently from seed to
- * seed. A block that can't go on ends the program with what each warp waits for.
+ * products take turns at random, some warps only one in up to 32, or all of one block of a cluster one in eight of theirs, so that an order
+ * which nothing enforces comes out differently from seed to seed. A block that can't go on ends the program with what each warp waits for.
  *
  * It checks what a kernel computes and how its threads wait for each other, and kernels for the one before. It knows nothing of time, of memory
  * orders weaker than program order (it does find an mbarrier that was overwritten, even if nobody needed it any more), and of a missing fence.proxy.async only after stmatrix, not after plain

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import peers  # noqa: E402
-from peer_timing import picture, race, report, shapes  # noqa: E402
+from peer_timing import competitors, picture, race, report, shapes  # noqa: E402
 
 
 def test_shapes():
@@ -371,3 +372,26 @@ def test_no_gpu():
     done = run("--fla-shapes", "none")
     assert done.returncode == 2
     assert "PyTorch can use no GPU here" in done.stderr
+
+
+def test_fla_tunes_once(monkeypatch):
+    """After its first run a kernel has the one configuration that was best then."""
+
+    class Autotuner:
+        def __init__(self):
+            self.configs, self.best_config = ["small", "large"], None
+
+        def run(self, best):
+            self.best_config = best if len(self.configs) > 1 else self.configs[0]
+            return f"ran {self.best_config}"
+
+    for name in ("triton", "triton.runtime", "triton.runtime.autotuner"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["triton.runtime.autotuner"].Autotuner = Autotuner
+    competitors._tune_once()
+    kernel, other = Autotuner(), Autotuner()
+    assert [kernel.run("large"), kernel.run("small"), other.run("small")] == [
+        "ran large",
+        "ran large",
+        "ran small",
+    ]
