@@ -7,7 +7,10 @@
  *   walks through its segment. The pair of a first segment does so for the last one.
  *
  * First segments' outputs are the work of pairs that are more than that, from the start. If there are none, the pair of a first segment
- * walks through that from the start, to its outputs and the state after it.
+ * walks through that from the start, to its outputs and the state after it; it has no map to find, and begins with its second part.
+ *
+ * Where so many pairs are left that heads could have half of one more each, say, a segment more is shared: a pair has it of two heads, finds
+ * one's map and then the other's, and later walks through one and then the other. It is shorter than the others.
  *
  * Each goes on where the flags of what it needs are set (fkda_cut), which are zeros before the launch.
  */
@@ -24,37 +27,80 @@ namespace fkda
 /* What the pair that asks is there for. */
 struct AtOnce {
     Cut cut;
+    const fkda_at_once &plan;
     int segments; /* of each sequence */
-    int spares;   /* pairs that are more than are needed */
-    int spare;    /* the pair's number among them, or negative; then */
-    int unit;     /* its head, counted over all sequences, and */
-    int segment;  /* the segment that it finds the map of */
+    int unit;     /* the pair's first head, counted over all sequences; */
+    int units;    /* how many it has; */
+    int segment;  /* and the segment of theirs that it finds the maps of */
+    int spare;    /* or, if this is not negative, its number among those that are more than are needed */
+
+    static __device__ int pair()
+    {
+        return static_cast<int>(blockIdx.x) / FKDA_HOPPER_PAIR;
+    }
+
+    /* Of small numbers. */
+    static __device__ int quotient(int x, int y)
+    {
+        return static_cast<int>((static_cast<float>(x) + 0.5f) * rcp(static_cast<float>(y)));
+    }
 
     __device__ explicit AtOnce(const fkda_hopper_fwd_args &all)
-        : cut{all.fwd, all.cut}, segments(cut.segments_of_each())
+        : cut{all.fwd, all.cut}, plan(all.cut.at_once), segments(plan.segments), units(1), spare(-1)
     {
-        const int pair = static_cast<int>(blockIdx.x) / FKDA_HOPPER_PAIR, of_head = max(segments - 1, 1);
-        const int needed = heads() * of_head;
-        spares = static_cast<int>(gridDim.x) / FKDA_HOPPER_PAIR - needed, spare = pair - needed;
-        unit = pair / of_head, segment = pair - unit * of_head;
+        const Task first = cut.sequence(0);
+        if (first.chunks != plan.chunks) segments = min(cut.segments_of(first.length), plan.inner + 2);
+        int rest = pair() - heads() * of_head();
+        if (rest < 0) {
+            unit = quotient(pair(), of_head()), segment = pair() - unit * of_head();
+            return;
+        }
+        for (int i = 0; i < FKDA_SHARED_SEGMENTS; i++) {
+            const int each = plan.shared[i].heads;
+            if (rest < plan.shared[i].pairs) {
+                unit = rest * each, units = min(each, heads() - unit), segment = of_head() + i;
+                return;
+            }
+            rest -= plan.shared[i].pairs;
+        }
+        unit = spare = rest, segment = 0;
+    }
+
+    /* Whether the pair may have something to do before states are joined. */
+    static __device__ bool finds_maps(const fkda_hopper_fwd_args &all)
+    {
+        const fkda_at_once &plan = all.cut.at_once;
+        const int of_head = plan.inner + 1, own = all.fwd.sequences * all.fwd.heads * of_head;
+        if (plan.spares || pair() >= own) return pair() < plan.needed;
+        return pair() != quotient(pair(), of_head) * of_head;
+    }
+
+    __device__ int of_head() const /* pairs that have one head, for each head */
+    {
+        return plan.inner + 1;
     }
     __device__ int heads() const /* of all sequences */
     {
         return cut.args.sequences * cut.args.heads;
     }
+    __device__ int sequence_of(int of_unit) const
+    {
+        return cut.args.sequences == 1 ? 0 : of_unit / cut.args.heads;
+    }
     __device__ int head(int of_unit) const
     {
-        return of_unit % cut.args.heads;
+        return of_unit - sequence_of(of_unit) * cut.args.heads;
     }
     __device__ fkda_cut_sequence sequence(int of_unit) const
     {
-        return cut.cut_sequence(of_unit / cut.args.heads);
+        const int n = sequence_of(of_unit);
+        return {n, segments, n * segments, 0};
     }
 
     /* Whether the pair of a first segment leaves its outputs to another one. */
     __device__ bool spared() const
     {
-        return spares > 0 && segments > 1;
+        return plan.spares > 0 && segments > 1;
     }
 
     __device__ int maps() const /* of a head */
@@ -62,20 +108,20 @@ struct AtOnce {
         return max(segments - 2, 0);
     }
 
-    /* The rows of a head are carried in PARTS, by a block each: those of the pairs of the head in turn, without the one that has the first
-     * segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
+    /* The rows of a head are carried in PARTS, by a block each: those of the pairs that have this head alone in turn, without the one that has
+     * the first segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
     static constexpr int PARTS = DIM / FKDA_JOIN_ROWS;
     __device__ void share_out(Joining<true> &join, int rank) const
     {
-        const int left_out = FKDA_HOPPER_PAIR * maps() >= PARTS;
+        const int left_out = FKDA_HOPPER_PAIR * plan.inner >= PARTS;
         const int part = FKDA_HOPPER_PAIR * (segment - left_out) + rank;
-        const bool none = maps() == 0 || spare >= 0 || part < 0 || part >= PARTS;
+        const bool none = maps() == 0 || spare >= 0 || segment >= of_head() || part < 0 || part >= PARTS;
         join.when = none                      ? Joining<true>::NO_PART
                     : spared() || segment > 0 ? Joining<true>::AT_FIRST
                                               : Joining<true>::LATER;
         if (none) return;
         join.head = head(unit), join.first_slot = sequence(unit).first_slot + 1, join.maps = maps();
-        join.part = part, join.step = FKDA_HOPPER_PAIR * (segments - 1 - left_out);
+        join.part = part, join.step = FKDA_HOPPER_PAIR * (of_head() - left_out);
     }
 };
 
@@ -85,28 +131,34 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
     bool joins;
 
     __device__ AtOnceDealer(const fkda_hopper_fwd_args &all, int block_rank, int)
-        : Dealing<Kind>(all, block_rank), way(all), unit(way.unit), next(way.segment), joins(false)
+        : Dealing<Kind>(all, block_rank), way(all), unit(way.unit), joins(false)
     {
         if constexpr (Kind::JOINS)
             joins =
                 reinterpret_cast<const Shared<Kind> *>(block_memory())->join.when != Joining<true>::NO_PART;
-        if (way.spare >= 0) unit = way.spare, next = way.spared() && unit < way.heads() ? 0 : way.segments;
-        if (Kind::OUTPUTS) {
-            if (way.spare < 0 && next == 0 && way.spared()) next = way.segments - 1;
-        } else if (way.spare >= 0 || (next == 0 && !way.spared())) {
-            next = way.segments;
-        }
+        next = first_segment();
     }
 
-    /* A first segment's walk is followed by another such one, or by the last segment's. */
+    __device__ int first_segment() const
+    {
+        const int none = way.segments;
+        if (way.spare >= 0) return Kind::OUTPUTS && way.spared() && unit < way.heads() ? 0 : none;
+        if (way.segment > 0) return way.segment < way.segments - 1 ? way.segment : none;
+        if (Kind::OUTPUTS) return way.spared() ? way.segments - 1 : 0;
+        return way.spared() ? 0 : none;
+    }
+
+    /* A first segment's walk is followed by another such one, or by the last segment's. A segment that is shared is followed by the same
+     * one of the next head. */
     __device__ void advance()
     {
         const bool first = next == 0;
+        if (!first && ++unit < way.unit + way.units) return;
         next = way.segments;
         if (!Kind::OUTPUTS || !first) return;
         if (way.spare < 0)
             next = way.segments > 1 ? way.segments - 1 : 1;
-        else if ((unit += way.spares) < way.heads())
+        else if ((unit += way.plan.spares) < way.heads())
             next = 0;
     }
 
@@ -121,7 +173,7 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
         if (!Kind::OUTPUTS) {
             piece.flags = this->rank == 0 ? way.cut.flags(head, s.slot, FKDA_FLAG_MAP)
                                           : way.cut.flags(head, s.slot + 1, FKDA_FLAG_STATE);
-            piece.kind |= SIGNAL;
+            piece.kind |= next < way.segments ? SIGNAL | MORE : SIGNAL;
             return piece;
         }
         if (i == 0) {
@@ -227,6 +279,7 @@ template <class Kind> struct AtOnceJoin {
         const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
         static_assert(FKDA_MAPS_CHAINED < 32, "a lane for each state");
         Memory::arrive_in_both(&shared.join.room);
+        join.sync(); /* rows go where the last chunk of a piece before may be */
 #pragma unroll 1
         for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step) {
             join.row = part * FKDA_JOIN_ROWS;

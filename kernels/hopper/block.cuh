@@ -72,18 +72,20 @@ template <class Kind> struct ShareRegisters {
     }
 };
 
-/* or from those of an earlier part's. The loader and the solver keep theirs. */
+/* or from those of an earlier part's, if there was one. The loader and the solver keep theirs. */
 template <class Before, class Kind> struct ShareRegistersAnew {
+    bool before;
+
     static __device__ void recurrence()
     {
         take_registers<Kind::RECURRENCE_REGISTERS>();
     }
-    static __device__ void prepare(int warp) /* of the block */
+    __device__ void prepare(int warp) const /* of the block */
     {
-        if (warp < Before::RECURRENCE_WARPS)
-            give_registers<Kind::OTHER_REGISTERS>();
-        else
+        if (before && warp >= Before::RECURRENCE_WARPS)
             take_registers<Kind::OTHER_REGISTERS>();
+        else
+            give_registers<Kind::OTHER_REGISTERS>();
     }
     static __device__ void other()
     {
@@ -96,27 +98,27 @@ template <class Before, class Kind> struct ShareRegistersAnew {
  * the solver and the preparation side by side, which takes up to a tenth less than the others (docs/log.md). */
 template <class Registers, class Kind, class Wait>
 static __device__ __forceinline__ void take_roles(const fkda_hopper_fwd_args &all, Shared<Kind> &shared,
-                                                  int thread, Wait wait)
+                                                  int thread, Registers registers, Wait wait)
 {
     const int warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread & 31;
     if (warp < 0) {
-        Registers::recurrence();
+        registers.recurrence();
         wait();
         Recurrence<Kind>(all, shared, thread).run();
     } else if (warp == Kind::PREPARE_WARPS + 1) {
-        Registers::other();
+        registers.other();
         wait();
         solve<Kind>(all.fwd, shared, lane);
     } else if (static_cast<unsigned>(warp) < Kind::PREPARE_WARPS) {
-        Registers::prepare(thread / 32);
+        registers.prepare(thread / 32);
         wait();
         Preparation<Kind>(all.fwd, shared).run();
     } else if (warp == Kind::PREPARE_WARPS) {
-        Registers::other();
+        registers.other();
         Loader<Kind>::prefetch_maps(all, lane);
         Loader<Kind>(all, shared, lane).run(wait);
     } else {
-        Registers::other();
+        registers.other();
         wait();
         if constexpr (Kind::JOINS)
             if (warp == Kind::PREPARE_WARPS + 2) AtOnceJoin<Kind>(all, shared).bring_maps();
@@ -132,7 +134,7 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
     if (thread % 32 == 0 && warp != Kind::PREPARE_WARPS)
         set_up_barriers(shared, thread / 32 - (warp > Kind::PREPARE_WARPS));
     __syncwarp();
-    take_roles<ShareRegisters<Kind>>(all, shared, thread, wait_for_barriers);
+    take_roles(all, shared, thread, ShareRegisters<Kind>(), wait_for_barriers);
     if (Kind::SHARERS == 2) cluster_sync();       /* nothing more comes from the other block */
     if (!Kind::OUTPUTS) wait_for_kernel_before(); /* maps need nothing of it, but are over after it */
 }
@@ -156,14 +158,16 @@ static __device__ void run_block_at_once(const fkda_hopper_fwd_args &all)
         set_up_barriers(second, number);
     }
     __syncwarp();
-    take_roles<ShareRegisters<First>>(all, first, thread, wait_for_barriers);
+    read_indices(block, thread); /* anew, or all that follows would have them in common, in memory */
+    const bool maps = AtOnce::finds_maps(all);
+    if (maps) take_roles(all, first, thread, ShareRegisters<First>(), wait_for_barriers);
     /* By one that is through before the recurrence: the loader of the second part, which needs it first of all. */
     if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
         if (thread % 32 == 0) AtOnce(all).share_out(second.join, cluster_rank());
         __syncwarp();
     }
-    read_indices(block, thread); /* anew, or the parts would have them in common, in memory */
-    take_roles<ShareRegistersAnew<First, Second>>(all, second, thread, cluster_sync);
+    read_indices(block, thread);
+    take_roles(all, second, thread, ShareRegistersAnew<First, Second>{maps}, cluster_sync);
     cluster_sync();
 }
 

@@ -37,13 +37,11 @@ struct Cut {
         return maps > FKDA_MAPS_CHAINED ? (maps + FKDA_GROUP_MAPS - 1) / FKDA_GROUP_MAPS : 0;
     }
 
-    /* The first chunk of segment i, of so many chunks of the sequence: they are shared out by the segments' weights. */
+    /* The first chunk of segment i, of so many chunks of the sequence. */
     __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
     {
-        const int inner = cut.inner_weight * (c.segments - 2);
-        const int all = cut.first_weight + inner + cut.last_weight;
-        const int before = i == 0 ? 0 : i == c.segments ? all : cut.first_weight + cut.inner_weight * (i - 1);
-        return chunks / all * before + chunks % all * before / all;
+        if (chunks == cut.at_once.chunks) return cut.at_once.begin[i];
+        return chunks / c.segments * i + chunks % c.segments * i / c.segments;
     }
 
     /* Segment i of a cut sequence. */

@@ -27,7 +27,7 @@ template <class Kind> struct Recurrence {
     int value_place, output_place; /* this lane's in the rows of v: for matrices of 8 x 8, for an output */
     /* state[s]: rows g, g, g + 8, g + 8 and channels 8 s + 2 t, + 1, + 0, + 1 */
     float state[DIM / 8][4];
-    float scale[2];  /* of the two rows, powers of two: state, V and U are kept divided by them */
+    float scale[2]; /* of the two rows, powers of two: state, V and U are kept divided by them; of maps one */
     bool look_again; /* the scales have just changed */
     bool faint;      /* since they were chosen a chunk had a strength below one */
     bool unit;       /* the piece is one of a map: values are zeros */
@@ -131,14 +131,30 @@ template <class Kind> struct Recurrence {
             uint32_t high[4], low[4]; /* of two tiles, rows g and g + 8 */
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                MapBlock::split(high[i], low[i], state[s + i / 2][i % 2 * 2] * scale[i % 2],
-                                state[s + i / 2][i % 2 * 2 + 1] * scale[i % 2]);
+                MapBlock::split(high[i], low[i], state[s + i / 2][i % 2 * 2],
+                                state[s + i / 2][i % 2 * 2 + 1]);
             store_matrices(shared_address(here.unit(MapBlock::HIGH, lane & 15, s + (lane >> 4))), high);
             store_matrices(shared_address(here.unit(MapBlock::LOW, lane & 15, s + (lane >> 4))), low);
         }
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) copy_bulk_to_global(&to, &here, sizeof here);
+    }
+
+    /* Where another piece's chunks come into the place of tokens. Word by word: registers are dear. */
+    __device__ void store_map_by_words(MapBlock &to) const
+    {
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                uint32_t high, low;
+                MapBlock::split(high, low, state[s][2 * r], state[s][2 * r + 1]);
+                uint32_t *at = reinterpret_cast<uint32_t *>(to.unit(MapBlock::HIGH, (lane >> 2) + 8 * r, s)) +
+                               (lane & 3);
+                at[0] = high;
+                at[sizeof to.part[0] / 4] = low;
+            }
     }
 
     /* A lane then has tile 4 j + t of its rows: eight neighbours. */
@@ -151,8 +167,7 @@ template <class Kind> struct Recurrence {
                 uint32_t high[4], low[4];
 #pragma unroll
                 for (int n = 0; n < 4; n++)
-                    MapBlock::split(high[n], low[n], state[4 * j + n][2 * r] * scale[r],
-                                    state[4 * j + n][2 * r + 1] * scale[r]);
+                    MapBlock::split(high[n], low[n], state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
                 transpose_in_quad(high, lane);
                 transpose_in_quad(low, lane);
                 const int row = (lane >> 2) + 8 * r, u = 4 * j + (lane & 3);
@@ -175,10 +190,12 @@ template <class Kind> struct Recurrence {
         if constexpr (!Kind::OUTPUTS)
             if (unit) {
                 MapBlock &block = static_cast<MapImage *>(to)->block[row_group(piece)];
-                if constexpr (Kind::AT_ONCE)
-                    store_map_at_once(block, after);
-                else
+                if constexpr (!Kind::AT_ONCE)
                     store_map(block);
+                else if (piece.kind & MORE)
+                    store_map_by_words(block);
+                else
+                    store_map_at_once(block, after);
                 return;
             }
         if (!Kind::OUTPUTS || piece.kind & FINAL_KEPT)
@@ -313,8 +330,8 @@ template <class Kind> struct Recurrence {
     }
 
     /* What chunks need that are not just like the one before. Rows that fade are scaled up again: every 128 tokens, and in the chunk
-     * after each large change, if v is small there. Rows of maps start from one and never grow: what fades out of fp16's range there, maps leave
-     * out anyway (map.cuh). With a strength below one it is v * strength that is held to the range, and the state could grow by 16 scales a
+     * after each large change, if v is small there. Rows of maps start from one and never grow, and keep the scale one: what fades out of
+     * fp16's range there, maps leave out anyway (map.cuh). With a strength below one it is v * strength that is held to the range, and the state could grow by 16 scales a
      * token: so every 128 tokens scales are chosen, if such a chunk came by. */
     __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float strength, int left, bool look)
     {
@@ -495,9 +512,9 @@ template <class Kind> struct Recurrence {
         load_state(piece);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
-        if (piece.length > 0) choose_scales(piece.length, place);
+        bool ready = piece.length > 0 && (Kind::OUTPUTS || !unit);
+        if (ready) choose_scales(piece.length, place);
         const long long stride = BLOCKS * args.chunk_bytes;
-        bool ready = true;
         for (int left = piece.length; left > 0; left -= CHUNK) {
             const int slot = uniform(place.index());
             if (!ready) mbarrier_wait(&shared.chunks.ready[slot], place.parity());

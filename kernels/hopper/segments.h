@@ -50,6 +50,20 @@ typedef struct fkda_cut_counts {
 /* Flags, one to 16 rows: a segment's map is there, the state in its slot as the first pass left it, and as the join did. */
 enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
 
+enum { FKDA_SHARED_SEGMENTS = 2 };
+
+/* Where all segments are done in one launch (at_once.cuh): how sequences of so many chunks of 32 tokens are cut, and what pairs of blocks
+ * have. Where the length on the device is another, it is cut into equal parts, at most inner + 2 of them. */
+typedef struct fkda_at_once {
+    int chunks, segments;
+    int inner; /* segments that have a pair for each head. Pairs are, in this order: for each head one for the first segment, and these; */
+    struct {   /* for the segments after these, if there are any, pairs that have several heads each; */
+        int heads, pairs; /* at most so many to a pair; for all heads */
+    } shared[FKDA_SHARED_SEGMENTS];
+    int needed, spares;               /* so many so far, and as many besides */
+    int begin[FKDA_MAPS_CHAINED + 3]; /* the first chunk of each segment, and the end */
+} fkda_at_once;
+
 /* In the workspace. A null `counts` says that sequences are not cut. */
 typedef struct fkda_cut {
     fkda_cut_counts *counts;
@@ -60,10 +74,10 @@ typedef struct fkda_cut {
     float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */
     int *flags;           /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
     int shortest;         /* tokens */
-    int first_weight, inner_weight, last_weight; /* of a sequence's segments, for their lengths */
-    int slots;                                   /* that there are */
+    int slots;            /* that there are */
     int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
-    int segments; /* then: of each, if the host knows; else 0 */
+    int segments;         /* then: of each, if the host knows; else 0 */
+    fkda_at_once at_once; /* zeros in several launches */
 } fkda_cut;
 
 #endif

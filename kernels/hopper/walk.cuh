@@ -49,6 +49,7 @@ enum {
     INITIAL_KEPT = 64, /* in the workspace, as StateImage */
     FINAL_KEPT = 128,
     JOIN = 256, /* the block has a part in the join first (at_once.cuh) */
+    MORE = 512, /* there is another piece in this part of what the block does (at_once.cuh) */
 };
 
 constexpr int PIECES_AHEAD = 16; /* that the loading warp may be ahead of the recurrence: it deals them out */

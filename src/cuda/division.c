@@ -18,29 +18,7 @@ enum {
     PIECE = 12000,         /* a piece's beginning and end */
     IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
     WORTH_PERCENT = 95,    /* of the time without cutting: estimates are off by a few percent */
-    /* The same in one launch: up to the first chunk of all, a chunk's map and state, a map that a state goes through, a chunk of a walk;
-     * besides, all that comes between a segment's map and the first one that a state goes through, and after the walk. */
-    BEGIN = 15000,
-    MAP = 2070,
-    THROUGH_MAP = 2200,
-    WALK = 2035,
-    BETWEEN = 21500,
-    END = 2500,
-    NEXT_WALK = 4500, /* from a walk to the next one */
-    FIRST_LATE = 8,   /* chunks by which a walk from the start is behind maps */
-    INNER_WEIGHT = 64,
-    AT_ONCE_PERCENT = 106, /* of these estimates, against those for several launches */
 };
-
-static int64_t rounds(int64_t pieces, int64_t places)
-{
-    return (pieces + places - 1) / places;
-}
-
-static int64_t most(int64_t x, int64_t y)
-{
-    return x > y ? x : y;
-}
 
 /* Clocks for so many pieces of so many chunks in pairs, which divide them if they are fewer. */
 static int64_t paired_clocks(int64_t pieces, int64_t chunks, int64_t pairs)
@@ -80,47 +58,13 @@ static int64_t chain_clocks(int64_t heads, int64_t chunks, int64_t segments, int
            (late ? LATE : 0) + (segments - 2 > FKDA_MAPS_CHAINED ? GROUPS : 0);
 }
 
-/* Clocks in one launch with inner segments of so many chunks (in 64ths). */
-static int64_t at_once_clocks(int64_t chunks_64, int64_t maps)
-{
-    return BEGIN + (MAP + WALK) * chunks_64 / 64 + BETWEEN + THROUGH_MAP * maps + END;
-}
-
-/* In one launch every head of a segment but the last has a pair, and all have to fit on the device at the same time; else the plan has no
- * pairs. If those that are left can walk through all first segments, segments are as long as each other. If not, the pair of a first
- * segment walks through that from the start, and it is shorter. `clocks`: to be compared with chain_clocks. */
-static at_once plan_at_once(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors,
-                            int64_t *clocks)
-{
-    const int64_t needed = heads * (segments - 1), maps = segments - 2;
-    const int64_t spares = least(fkda_hopper_pairs(multiprocessors) - needed, heads);
-    at_once plan = {0};
-    if (maps < 1 || maps > FKDA_MAPS_CHAINED || spares < 0) return plan;
-    plan.first_weight = plan.inner_weight = plan.last_weight = 1;
-    const int64_t even = 64 * chunks / segments;
-    const int64_t even_clocks = at_once_clocks(even, maps);
-    const int64_t walks =
-        (even_clocks - BEGIN - END + NEXT_WALK) / (WALK * even / 64 + NEXT_WALK); /* of a pair */
-    if (spares * walks >= heads) {
-        plan.pairs = needed + spares;
-        *clocks = even_clocks * AT_ONCE_PERCENT / 100;
-        return plan;
-    }
-    const int64_t inner = 64 * (chunks + FIRST_LATE) / segments;
-    plan.pairs = needed;
-    plan.inner_weight = plan.last_weight = INNER_WEIGHT;
-    plan.first_weight = (int)most(INNER_WEIGHT * (inner - 64 * FIRST_LATE) / inner, 4);
-    *clocks = at_once_clocks(inner, maps) * AT_ONCE_PERCENT / 100;
-    return plan;
-}
-
 /* Clocks of the better way. `may_wait`: it may be one launch whose blocks wait for each other. */
 static int64_t clocks_of(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors, bool may_wait)
 {
     const int64_t several = chain_clocks(heads, chunks, segments, multiprocessors);
-    int64_t one = several;
-    if (may_wait) plan_at_once(heads, chunks, segments, multiprocessors, &one);
-    return least(several, one);
+    at_once one = {0};
+    if (may_wait) one = fkda_plan_at_once(heads, chunks, segments, multiprocessors);
+    return one.pairs ? least(several, one.clocks) : several;
 }
 
 /* Into how many segments so many heads of sequences of so many chunks are cut best. */
@@ -158,12 +102,21 @@ static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
     return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
 }
 
-/* As long as gives every place of a pass one head of a segment, where the tokens are of one sequence. */
+/* As long as gives every place of a pass one head of a segment, where the tokens are of one sequence; or shorter, if pairs can share
+ * some in one launch. */
 static int64_t shortest_that_fills(const fkda_problem *p, int multiprocessors)
 {
     const int64_t chunks = p->batch * p->tokens * p->heads / CHUNK,
                   parts = fkda_hopper_pairs(multiprocessors) + p->heads;
-    return rounds(chunks, parts) * CHUNK;
+    const int64_t shortest = rounds(chunks, parts) * CHUNK, heads = p->sequences * p->heads;
+    if (!fkda_sequences_are_alike(p) || shortest == 0) return shortest;
+    for (int64_t more = FKDA_SHARED_SEGMENTS; more > 0; more--) {
+        const int64_t segments = p->tokens / shortest + more;
+        const at_once plan = fkda_plan_at_once(heads, p->tokens / CHUNK, segments, multiprocessors);
+        if (plan.pairs && plan.plan.shared[0].heads && p->tokens / segments >= SHORTEST_EVER)
+            return p->tokens / segments;
+    }
+    return shortest;
 }
 
 division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_possible)
@@ -178,12 +131,11 @@ division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_p
     d.slots = p->batch * p->tokens / d.shortest;
     if (fkda_sequences_are_alike(p)) { /* then it is known into how many each is cut */
         const int64_t segments = p->tokens / d.shortest, heads = p->sequences * p->heads;
-        const int64_t chunks = p->tokens / CHUNK;
-        int64_t clocks;
+        const int64_t chunks = rounds(p->tokens, CHUNK);
         d.slots = segments >= 2 ? p->sequences * segments : 0;
-        if (!p->batch_invariant) d.at_once = plan_at_once(heads, chunks, segments, multiprocessors, &clocks);
+        if (!p->batch_invariant) d.at_once = fkda_plan_at_once(heads, chunks, segments, multiprocessors);
         if (!wherever_possible && d.at_once.pairs &&
-            chain_clocks(heads, chunks, segments, multiprocessors) <= clocks)
+            chain_clocks(heads, chunks, segments, multiprocessors) <= d.at_once.clocks)
             d.at_once = (at_once){0};
     }
     /* A sequence of n > FKDA_MAPS_CHAINED + 2 segments has ceil((n - 2) / FKDA_GROUP_MAPS) groups: at most n / 6. */

@@ -2,6 +2,7 @@
 #ifndef FKDA_DIVISION_H
 #define FKDA_DIVISION_H
 
+#include "../../kernels/hopper/segments.h"
 #include "hopper.h"
 
 static inline int64_t least(int64_t x, int64_t y)
@@ -9,11 +10,25 @@ static inline int64_t least(int64_t x, int64_t y)
     return x < y ? x : y;
 }
 
+static inline int64_t most(int64_t x, int64_t y)
+{
+    return x > y ? x : y;
+}
+
+static inline int64_t rounds(int64_t pieces, int64_t places)
+{
+    return (pieces + places - 1) / places;
+}
+
 /* Where all segments are done in one launch (kernels/hopper/at_once.cuh). */
 typedef struct at_once {
-    int64_t pairs;                               /* of blocks; 0: it takes several launches */
-    int first_weight, inner_weight, last_weight; /* for the lengths of a sequence's segments */
+    int64_t pairs;  /* of blocks; 0: it takes several launches */
+    int64_t clocks; /* that it should take, to be compared with those of several launches */
+    fkda_at_once plan;
 } at_once;
+
+/* The best way to cut so many heads of sequences of so many chunks into so many segments in one launch, or none. */
+at_once fkda_plan_at_once(int64_t heads, int64_t chunks, int64_t segments, int multiprocessors);
 
 typedef struct division {
     int64_t shortest; /* tokens of a segment, at least; 0: nothing is cut */

@@ -1,5 +1,6 @@
 /* Launches kernels/hopper/segments.cu: sequences cut into segments, which are then forwarded as sequences are. */
 #include <stdio.h>
+#include <string.h>
 
 #include "../../kernels/hopper/segments.h"
 #include "cuda.h"
@@ -82,9 +83,6 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d, const memo
         .composed = (float *)(base + m->composed),
         .flags = (int *)(base + m->flags),
         .shortest = (int)d->shortest,
-        .first_weight = 1,
-        .inner_weight = 1,
-        .last_weight = 1,
         .slots = (int)d->slots,
         .alike = fkda_sequences_are_alike(p),
         .segments = fkda_sequences_are_alike(p) && !p->cu_seqlens ? (int)(d->slots / p->sequences) : 0,
@@ -129,9 +127,7 @@ static bool run_at_once(const fkda_driver *driver, const fkda_problem *p, const 
 {
     fkda_hopper_fwd_args args = *several;
     const at_once *plan = &d->at_once;
-    args.cut.first_weight = plan->first_weight;
-    args.cut.inner_weight = plan->inner_weight;
-    args.cut.last_weight = plan->last_weight;
+    args.cut.at_once = plan->plan;
     return driver->cuMemsetD32Async((CUdeviceptr)args.cut.flags, 0, (size_t)flag_count(p, d), p->stream) ==
                0 &&
            fkda_hopper_launch_together(driver, p, &args, segments_module.functions[p->device.index][AT_ONCE],
@@ -189,6 +185,19 @@ static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
     return status;
 }
 
+static void explain_sharing(const fkda_at_once *plan, char *text, size_t size)
+{
+    const int one = plan->shared[0].heads, other = plan->shared[1].heads;
+    if (other)
+        snprintf(text, size,
+                 " The last two inner ones are shorter: pairs have those of %d and of %d heads, one after "
+                 "the other.",
+                 one, other);
+    else if (one)
+        snprintf(text, size,
+                 " The last inner one is shorter: pairs have those of %d heads, one after the other.", one);
+}
+
 static void explain(const fkda_problem *p, bool wherever_possible, char *text, size_t size)
 {
     int multiprocessors;
@@ -207,6 +216,7 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
                  "Each sequence is cut into %lld segments, and one launch does it all, on %lld pairs of "
                  "multiprocessors: segments' maps, then the states that segments start from, then outputs.",
                  slots / (long long)p->sequences, (long long)d.at_once.pairs);
+        explain_sharing(&d.at_once.plan, text + strlen(text), size - strlen(text));
         return;
     }
     snprintf(text, size,

@@ -35,6 +35,18 @@ static errors errors_of(const problem *p, const answer *truth, const char *kerne
     return e;
 }
 
+/* Nothing is written and less than fp32's rounding of the initial state is left of it, in a few channels, whose errors by chance are 13% less
+ * or 8% more if cut: such a state is held to its bars alone. */
+static bool has_faded(const problem *p, const answer *truth)
+{
+    double left = 0.0, began = 0.0;
+    for (int64_t i = 0; i < problem_states(p) * DIM * DIM; i++) {
+        left += truth->state[i] * truth->state[i];
+        began += (double)p->initial_state[i] * p->initial_state[i];
+    }
+    return left < ROUNDING * ROUNDING * began;
+}
+
 /* Holds the result to its bars, and to the error of the kernel that does not cut. */
 static void check_cutting(const problem *p, bars limits)
 {
@@ -43,8 +55,9 @@ static void check_cutting(const problem *p, bars limits)
     check_error("out", cut.out, limits.out);
     check_error("state", cut.state, limits.state);
     CHECK(cut.out <= MOST_ADDED * whole.out, "out has error %.4g, uncut %.4g", cut.out, whole.out);
-    CHECK(cut.state <= fmax(MOST_ADDED * whole.state, ROUNDING), "state has error %.4g, uncut %.4g",
-          cut.state, whole.state);
+    if (!has_faded(p, &truth))
+        CHECK(cut.state <= fmax(MOST_ADDED * whole.state, ROUNDING), "state has error %.4g, uncut %.4g",
+              cut.state, whole.state);
     answer_free(&truth);
 }
 
@@ -129,6 +142,28 @@ static void divided(void)
     }
 }
 
+/* In one launch, so many heads for the pairs that there are that these share segments, of which heads have one, two or none, in
+ * twos, threes and fours: for 22 multiprocessors, as in an emulated GPU, or 132. */
+static void shared(void)
+{
+    static const int64_t heads[] = {4, 2, 3, 6, 7, 8};
+    const test_case *c = find_case("channels from fast to slow");
+    if (!kernel_cuts()) return;
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+        problem *p = problem_create(1, 2411, test.quick ? heads[i] : 6 * heads[i]);
+        fill_case(p, c, 140 + i);
+        trying("T = %lld, H = %lld", (long long)p->tokens, (long long)p->heads);
+        if (i == 0) check_state_modes(p, case_bars(c, test.device));
+        check_cutting(p, case_bars(c, test.device));
+        problem_free(p);
+    }
+    problem *rows = problem_create(2, 2000, test.quick ? 2 : 12);
+    fill_case(rows, c, 146);
+    trying("2 rows of 2000 tokens, H = %lld", (long long)rows->heads);
+    check_cutting(rows, case_bars(c, test.device));
+    problem_free(rows);
+}
+
 /* Long and short sequences in one batch, so many heads that a few are cut and none, and sequences without tokens. */
 static void mixtures(void)
 {
@@ -176,6 +211,35 @@ static problem *alone(const problem *p, int64_t n)
     memcpy(one->dt_bias, p->dt_bias, (size_t)(p->heads * DIM) * sizeof *p->dt_bias);
     memcpy(one->initial_state, p->initial_state + n * states, (size_t)states * sizeof *p->initial_state);
     return one;
+}
+
+/* A sequence that is shorter on the device than the tensors, for which the cut was planned. */
+static void shorter(void)
+{
+    static const int64_t tokens[] = {2380, 1900, 1000, 300, 1}, heads[] = {4, 2, 7};
+    const test_case *c = find_case("channels from fast to slow");
+    if (!kernel_cuts()) return;
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
+        const int64_t all = 2411;
+        problem *p = problem_create_ragged(&all, 1, heads[i % 3]);
+        fill_case(p, c, 150 + i);
+        p->cu_seqlens[1] = tokens[i];
+        trying("%lld of %lld tokens, H = %lld", (long long)tokens[i], (long long)all, (long long)p->heads);
+        problem *one = alone(p, 0);
+        answer truth = problem_solve(one, true);
+        result r = run_and_check(p, NULL, (bars){0, 0}, options_of(STATE_BOTH, false));
+        if (r.out) {
+            check_error("out", relative_rms(truth.out, r.out, FLASH_KDA_BF16, problem_rows(one) * DIM),
+                        case_bars(c, test.device).out);
+            check_error("state",
+                        relative_rms(truth.state, r.state, FLASH_KDA_F32, problem_states(one) * DIM * DIM),
+                        case_bars(c, test.device).state);
+        }
+        result_free(&r);
+        answer_free(&truth);
+        problem_free(one);
+        problem_free(p);
+    }
 }
 
 /* With batch_invariant a sequence has the same bits in a batch as alone, where a row without cu_seqlens is its batch. */
@@ -251,8 +315,9 @@ static void lengths(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"cases", cases},       {"recorded", recorded},     {"levels", levels},       {"divided", divided},
-        {"mixtures", mixtures}, {"invariance", invariance}, {"workspace", workspace}, {"lengths", lengths},
+        {"cases", cases},         {"recorded", recorded}, {"levels", levels},   {"divided", divided},
+        {"shared", shared},       {"mixtures", mixtures}, {"shorter", shorter}, {"invariance", invariance},
+        {"workspace", workspace}, {"lengths", lengths},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
