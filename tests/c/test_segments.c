@@ -35,8 +35,8 @@ static errors errors_of(const problem *p, const answer *truth, const char *kerne
     return e;
 }
 
-/* Nothing is written and less than fp32's rounding of the initial state is left of it, in a few channels, whose errors by chance are 13% less
- * or 8% more if cut: such a state is held to its bars alone. */
+/* Nothing is written and less than fp32's rounding of the initial state is left of it, in a few channels, whose errors by chance are up to 14%
+ * less or more if cut: such a state is held to its bars alone. */
 static bool has_faded(const problem *p, const answer *truth)
 {
     double left = 0.0, began = 0.0;
