@@ -331,8 +331,8 @@ template <class Kind> struct Recurrence {
 
     /* What chunks need that are not just like the one before. Rows that fade are scaled up again: every 128 tokens, and in the chunk
      * after each large change, if v is small there. Rows of maps start from one and never grow, and keep the scale one: what fades out of
-     * fp16's range there, maps leave out anyway (map.cuh). With a strength below one it is v * strength that is held to the range, and the state could grow by 16 scales a
-     * token: so every 128 tokens scales are chosen, if such a chunk came by. */
+     * fp16's range there, maps leave out anyway (map.cuh). With a strength below one it is v * strength that is held to the range, and the
+     * state could grow by 16 scales a token: so every 128 tokens scales are chosen, if such a chunk came by. */
     __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float strength, int left, bool look)
     {
         if (left < CHUNK) clear_past_end(v, left);

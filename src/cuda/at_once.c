@@ -17,16 +17,23 @@ enum {
      * than maps, and walking through the last one, if it carries states through maps before. */
     FIRST_LATE = 7,
     LAST_LATE = 2,
-    SHORTEST_SHARED = 2, /* chunks */
-    PERCENT = 106,       /* of these estimates, against those for several launches */
+    SHORTEST_SHARED = 2,                    /* chunks */
+    JOIN_PARTS = FKDA_DIM / FKDA_JOIN_ROWS, /* of a head's rows, each for one block at a time */
+    PERCENT = 106,                          /* of these estimates, against those for several launches */
 };
 
-/* With inner segments of so many chunks (in 64ths), of which each head has so many pairs for itself, the first segment's among them. */
-static int64_t clocks_for(int64_t chunks_64, int64_t maps, int64_t of_head)
+/* Whether the pair of a first segment carries states through maps too: where those of so many inner segments are too few for all rows. As
+ * AtOnce::share_out has it. */
+static bool first_pairs_join(int64_t inner)
 {
-    const int64_t parts = FKDA_DIM / FKDA_JOIN_ROWS, blocks = FKDA_HOPPER_PAIR * of_head,
-                  inner = blocks - FKDA_HOPPER_PAIR;
-    const int64_t turns = rounds(parts, inner >= parts ? inner : blocks);
+    return FKDA_HOPPER_PAIR * inner < JOIN_PARTS;
+}
+
+/* With inner segments of so many chunks (in 64ths), of which so many have a pair for each head. */
+static int64_t clocks_for(int64_t chunks_64, int64_t maps, int64_t inner)
+{
+    const int64_t turns =
+        rounds(JOIN_PARTS, FKDA_HOPPER_PAIR * (first_pairs_join(inner) ? inner + 1 : inner));
     return (BEGIN + (MAP + WALK) * chunks_64 / 64 + BETWEEN + THROUGH_MAP * maps * turns + END) * PERCENT /
            100;
 }
@@ -37,7 +44,7 @@ static at_once cut_evenly(int64_t heads, int64_t chunks, int64_t segments, int64
 {
     const int64_t needed = heads * (segments - 1), spares = least(pairs - needed, heads),
                   each = 64 * chunks / segments;
-    at_once way = {.clocks = clocks_for(each, segments - 2, segments - 1)};
+    at_once way = {.clocks = clocks_for(each, segments - 2, segments - 2)};
     const int64_t meanwhile = 100 * way.clocks / PERCENT - BEGIN - END + NEXT_WALK;
     const int64_t walks = meanwhile / (WALK * each / 64 + NEXT_WALK); /* of a pair */
     if (spares <= 0 || spares * walks < heads) return way;
@@ -47,12 +54,6 @@ static at_once cut_evenly(int64_t heads, int64_t chunks, int64_t segments, int64
     way.plan.needed = (int)needed;
     for (int64_t i = 0; i <= segments; i++) way.plan.begin[i] = (int)(chunks * i / segments);
     return way;
-}
-
-/* Whether the pair of a first segment carries states through maps too: where those of so many inner segments are too few for all rows. */
-static bool first_pairs_join(int64_t inner)
-{
-    return FKDA_HOPPER_PAIR * inner < FKDA_DIM / FKDA_JOIN_ROWS;
 }
 
 /* The pair of a first segment walks through that from the start, and it is shorter. Of the inner segments the last ones are shared: so many
@@ -89,7 +90,7 @@ static at_once cut_to_share(int64_t heads, int64_t chunks, int64_t segments, int
         way.plan.begin[i + 1] = (int)most(i + 1, chunks * ends[i] / end); /* no segment is empty */
     way.plan.inner = (int)inner;
     way.plan.needed = (int)needed;
-    way.clocks = clocks_for(64 * x / MAP, segments - 2, inner + 1);
+    way.clocks = clocks_for(64 * x / MAP, segments - 2, inner);
     way.pairs = needed;
     return way;
 }
