@@ -10,7 +10,7 @@ if(NOT NVCC)
   return()
 endif()
 set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
-set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_EVERY_LANE_ARRIVES")
+set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_FOR_RACECHECK")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
 
 # Having nvcc is not enough: it needs a host C++ compiler, and an older one does not know every architecture.

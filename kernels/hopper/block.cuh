@@ -33,6 +33,7 @@ template <class Kind> static __device__ void set_up_barriers(Shared<Kind> &share
         if (i < Kind::TEAMS) {
             mbarrier_init_for_warps(&shared.product_ring.full[i], Kind::TEAM_WARPS);
             mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
+            if (FOR_RACECHECK) mbarrier_init_for_warps(&shared.meeting[i], Kind::TEAM_WARPS);
         }
         if constexpr (Kind::JOINS) {
             constexpr int ALL_WARPS = Kind::SHARERS * Kind::RECURRENCE_WARPS;

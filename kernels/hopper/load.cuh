@@ -102,7 +102,7 @@ template <class Kind> struct Loader {
         Tokens<Kind> &to = shared.tokens[own.index];
         uint64_t *barrier = &shared.chunks.loaded[own.index];
         wait(&shared.chunks.empty[own.index], own.parity ^ 1);
-        /* Nobody waits for these, but rounds are counted. */
+        /* At once, since teams find these. */
         if (Kind::LOADER_NORMS && left_out) mbarrier_arrive_warp(&shared.chunks.normed[own.index]);
         if constexpr (Kind::JOINS)
             if (values.after_maps) wait(&shared.join.over, 0);

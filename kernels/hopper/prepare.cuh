@@ -26,6 +26,7 @@ template <class Kind> struct Preparation {
     const fkda_fwd_args &args;
     Shared<Kind> &shared;
     int team, warp, lane, g, t;
+    unsigned meetings; /* so far, for racecheck alone */
     Gate gate_here;
 
     /* A warp's part of the products over its channels: by block with itself, as tiles of 8 x 8 (0, 0), (1, 0), (1, 1) with K~
@@ -35,7 +36,7 @@ template <class Kind> struct Preparation {
         float within[BLOCKS][3][4], across[2][2][4];
     };
 
-    __device__ Preparation(const fkda_fwd_args &a, Shared<Kind> &s) : args(a), shared(s)
+    __device__ Preparation(const fkda_fwd_args &a, Shared<Kind> &s) : args(a), shared(s), meetings(0)
     {
         find_place();
     }
@@ -52,6 +53,17 @@ template <class Kind> struct Preparation {
             static_cast<unsigned>(thread) / 32 - Kind::RECURRENCE_WARPS; /* shifts and masks */
         team = static_cast<int>(id / WARPS), warp = static_cast<int>(id % WARPS);
         lane = thread & 31, g = lane >> 2, t = lane & 3;
+    }
+
+    /* The team's warps wait for each other. racecheck does not see the order of a named barrier between warps that met at different ones
+     * before, as in the other part of a block that does it all (at_once.cuh). */
+    __device__ void meet()
+    {
+        if constexpr (FOR_RACECHECK) {
+            mbarrier_arrive_warp(&shared.meeting[team]);
+            mbarrier_wait(&shared.meeting[team], meetings++ % 2);
+        } else
+            barrier_sync<1, 32 * WARPS>(team);
     }
 
     __device__ void load_gate_parameters(int head)
@@ -74,7 +86,7 @@ template <class Kind> struct Preparation {
 
     /* Tokens from `left` on: keys and queries of zeros, norms that leave them so, and gates that do not decay: -inf makes them exactly
      * zero. */
-    __device__ void clear_past_end(int slot, int left) const
+    __device__ void clear_past_end(int slot, int left)
     {
         Tokens<Kind> &tokens = shared.tokens[slot];
         if (Kind::LOADER_NORMS && warp == 0 && lane >= left) shared.inverse_norm[slot][0][0][lane] = 0.0f;
@@ -87,7 +99,7 @@ template <class Kind> struct Preparation {
             if constexpr (Kind::OUTPUTS)
                 *reinterpret_cast<uint4 *>(&half.tile[Q][at]) = make_uint4(0, 0, 0, 0);
         }
-        barrier_sync<1, 32 * WARPS>(team);
+        meet();
     }
 
     /* sum[b]: the running sums of the log2 decay of a block's tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
@@ -259,7 +271,7 @@ template <class Kind> struct Preparation {
     }
 
     /* Two warps leave their sums; if there are more, the others add theirs. */
-    __device__ void store_sums(const Sums &sums) const
+    __device__ void store_sums(const Sums &sums)
     {
         constexpr int PARTS = Kind::PARTS;
         static_assert(WARPS == PARTS || WARPS == 2 * PARTS, "one or two warps to a part");
@@ -271,7 +283,7 @@ template <class Kind> struct Preparation {
         if (warp < PARTS)
             for_each(sums, [=](int which, int tile, float x, float y) { store_two(at(which, tile), x, y); });
         if (WARPS == PARTS) return;
-        barrier_sync<1, 32 * WARPS>(team);
+        meet();
         if (warp >= PARTS)
             for_each(sums, [=](int which, int tile, float x, float y) {
                 const float2 other = *reinterpret_cast<const float2 *>(at(which, tile));
@@ -288,7 +300,7 @@ template <class Kind> struct Preparation {
         const int place = Kind::LOADER_NORMS ? slot : team, norms = WARPS == Kind::PARTS ? round : 0;
         if (finds_norms) {
             store_norms<Kind, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
-            barrier_sync<1, 32 * WARPS>(team);
+            meet();
         }
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
@@ -334,8 +346,8 @@ template <class Kind> struct Preparation {
             static_assert(RING >= Kind::TEAMS, "so that it was asked for before this team's last chunk");
             if (RING % Kind::TEAMS) mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
             const bool finds_norms = !Kind::LOADER_NORMS || count == 0;
-            mbarrier_wait(finds_norms ? &shared.chunks.loaded[slot.index] : &shared.chunks.normed[slot.index],
-                          slot.parity);
+            if (finds_norms) mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
+            if (Kind::LOADER_NORMS) mbarrier_wait(&shared.chunks.normed[slot.index], slot.parity);
             if (at.left < Kind::CHUNK) clear_past_end(slot.index, at.left);
             prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2, finds_norms);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);

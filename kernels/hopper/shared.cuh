@@ -185,11 +185,11 @@ template <bool joins> struct Joining {
 };
 template <> struct Joining<true> {
     Ring<MAP_QUARTERS_AHEAD> ring;
+    uint64_t room, over; /* slots are free for maps, and for tokens again, in both blocks */
     /* The block's part in it: whether it has one from the start on, or only after its first piece of work; of which head, the first slot with
      * a map, so many maps, the first part of the rows, and how far to the next one. */
     enum { NO_PART, AT_FIRST, LATER } when;
     int head, first_slot, maps, part, step;
-    uint64_t room, over; /* slots are free for maps, and for tokens again, in both blocks */
 };
 
 template <class Kind> struct Shared {
@@ -213,6 +213,7 @@ template <class Kind> struct Shared {
     Chunks<Kind> chunks;
     Ring<Kind::TEAMS> product_ring;
     Joining<Kind::JOINS> join;
+    uint64_t meeting[FOR_RACECHECK ? Kind::TEAMS : 1]; /* of a team's warps */
 };
 static_assert(sizeof(Shared<Alone>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Paired>) <= FKDA_HOPPER_SHARED_BYTES &&

@@ -19,13 +19,16 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier)
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-/* A warp arrives through one lane, once all have got there. The sanitizers' racecheck holds an arrival to order what its own
- * lane did and no more; for it, kernels are compiled so that every lane arrives. */
-#ifdef FKDA_EVERY_LANE_ARRIVES
-constexpr int WARP_ARRIVALS = 32;
+/* The sanitizers' racecheck does not see all of the order that there is; where it does not, kernels are compiled for it otherwise. */
+#ifdef FKDA_FOR_RACECHECK
+constexpr bool FOR_RACECHECK = true;
 #else
-constexpr int WARP_ARRIVALS = 1;
+constexpr bool FOR_RACECHECK = false;
 #endif
+
+/* A warp arrives through one lane, once all have got there; for racecheck, which holds an arrival to order what its own lane did and no more,
+ * through all. */
+constexpr int WARP_ARRIVALS = FOR_RACECHECK ? 32 : 1;
 
 __device__ __forceinline__ void mbarrier_init_for_warps(uint64_t *barrier, int warps)
 {

@@ -278,6 +278,8 @@ template <int first, int threads> void barrier_arrive(int index)
     emulator::barrier_arrive(first + index, threads);
 }
 
+constexpr bool FOR_RACECHECK = false;
+
 /* Barriers in shared memory, and copies that they count. */
 inline void mbarrier_init(uint64_t *barrier, int count)
 {
