@@ -65,10 +65,10 @@ __device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, int parity)
     return __all_sync(~0u, done) != 0;
 }
 
-/* Between two tests: 150 ns, since each takes instructions and so power from others. */
+/* Between two tests. */
 __device__ __forceinline__ void rest_for_a_while()
 {
-    asm volatile("nanosleep.u32 150;");
+    asm volatile("nanosleep.u32 32;");
 }
 
 /* What is the same in all lanes, in a register of the warp: what is made from it costs less. */
