@@ -454,9 +454,11 @@ inline void copy_bulk_to_both(void *to, const void *from, int bytes, uint64_t *b
 
 template <int registers> void take_registers()
 {
+    emulator::set_registers(registers, true);
 }
 template <int registers> void give_registers()
 {
+    emulator::set_registers(registers, false);
 }
 
 /* wgmma. Descriptors are the real ones, put together and taken apart by the PTX manual. */

@@ -27,6 +27,9 @@ namespace
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
+constexpr int WARPGROUP = 4,
+              QUARTERS = 4;          /* warps; of a multiprocessor, which warps are dealt out to in turn */
+constexpr int ALL_REGISTERS = 65536; /* of a multiprocessor, and so of a block */
 constexpr auto PATIENCE = std::chrono::seconds(60); /* with other blocks */
 
 struct Lane;
@@ -45,7 +48,7 @@ struct Mbarrier {
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t), "as large as the real one");
 
 /* Why a thread does not run. */
-enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, BLOCKS, KERNEL };
+enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, BLOCKS, KERNEL, REGISTERS };
 
 struct Lane {
     Thread view;
@@ -68,6 +71,9 @@ struct Warp {
     std::vector<uint32_t> unfenced; /* where it wrote, in units of 16 bytes */
     int fenced;                     /* threads, since then */
     bool polls;                     /* has just asked for what was not there yet: others are to go on */
+    int registers;                  /* of a thread */
+    unsigned changes;               /* of that number, */
+    bool has_met;                   /* and whether the warp has met others since the last */
     int slow;                       /* one turn when others have so many, on average */
     std::vector<std::function<void()>> issued;
     std::deque<std::vector<std::function<void()>>> committed;
@@ -82,6 +88,8 @@ struct Block {
     std::vector<std::unique_ptr<Warp>> warps;
     Barrier barriers[2][NAMED_BARRIERS + 1]; /* and the one of all threads of a block */
     Barrier cluster_barrier;
+    int registers[2][QUARTERS];                             /* that no warp has */
+    std::unordered_map<size_t, std::vector<int>> asked_for; /* by each warpgroup, one after the other */
     std::vector<std::function<void()>> copies;
     std::vector<uint8_t> unfenced;                            /* of each 16 bytes: by how many stores */
     std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all that there were, as they were left */
@@ -109,6 +117,7 @@ bool may_go_on(const Warp &w, const Lane &l)
     case Wait::MBARRIER: return static_cast<const Mbarrier *>(l.on)->phase != l.round;
     case Wait::BLOCKS: return true;
     case Wait::KERNEL: return *static_cast<const std::atomic<bool> *>(l.on);
+    case Wait::REGISTERS: return *static_cast<const int *>(l.on) >= static_cast<int>(l.round);
     }
     return false;
 }
@@ -186,7 +195,8 @@ void check_untouched(const Mbarrier &b)
 [[noreturn]] void report_deadlock()
 {
     static const char *const reasons[] = {"nothing",     "a collective", "a named barrier",
-                                          "an mbarrier", "other blocks", "the kernel before"};
+                                          "an mbarrier", "other blocks", "the kernel before",
+                                          "registers"};
     std::string text;
     for (size_t i = 0; i < block->warps.size(); i++) {
         const Warp &w = *block->warps[i];
@@ -304,6 +314,7 @@ void barrier_sync(int id, int threads)
 {
     const unsigned round = barrier(id).round;
     suspend(Wait::BARRIER, &arrive(barrier(id), id, threads), round);
+    if (threads >= WARPGROUP * LANES) warp->has_met = true;
 }
 
 void barrier_arrive(int id, int threads)
@@ -323,6 +334,30 @@ void cluster_sync()
         Wait::BARRIER,
         &arrive(block->cluster_barrier, NAMED_BARRIERS + 1, static_cast<int>(block->warps.size()) * LANES),
         round);
+    warp->has_met = true;
+}
+
+void set_registers(int registers, bool more)
+{
+    gather(more ? "setmaxnreg.inc" : "setmaxnreg.dec", nullptr, [&](void *const *) {
+        Warp &w = *warp;
+        const unsigned index = lane->view.thread.x / LANES, rank = static_cast<unsigned>(lane->view.rank);
+        auto &asked_for = block->asked_for[rank * 64 + index / WARPGROUP];
+        if (asked_for.size() == w.changes) asked_for.push_back(registers);
+        if (asked_for[w.changes] != registers)
+            fail("warp %u asks for %d registers, another one of its warpgroup for %d", index, registers,
+                 asked_for[w.changes]);
+        if (w.changes++ && !w.has_met)
+            fail("warp %u asks for %d registers after %d without a barrier between", index, registers,
+                 w.registers);
+        if (more ? registers < w.registers : registers > w.registers)
+            fail("setmaxnreg.%s from %d registers to %d", more ? "inc" : "dec", w.registers, registers);
+        int &left = block->registers[rank][index % QUARTERS];
+        const int wanted = (registers - w.registers) * LANES;
+        if (wanted > left) suspend(Wait::REGISTERS, &left, static_cast<unsigned>(wanted));
+        left -= wanted;
+        w.registers = registers, w.has_met = false;
+    });
 }
 
 /* One that has been initialised. */
@@ -481,6 +516,7 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
             const auto rank = static_cast<unsigned>(w / warps);
             const auto bytes = static_cast<ptrdiff_t>(shared_bytes);
             block->warps.push_back(std::make_unique<Warp>());
+            block->warps[w]->registers = ALL_REGISTERS / static_cast<int>(warps * LANES);
             block->warps[w]->slow = slow_ones && block->chance(4) ? 2 << block->random() % 5 : 1;
             if (slow_block && rank == slow_rank) block->warps[w]->slow *= 8;
             for (int i = 0; i < LANES; i++) {

@@ -224,6 +224,25 @@ static void waits_in_vain()
     fkda::mbarrier_wait(&memory().barrier, 0);
 }
 
+/* Of four warpgroups with 128 registers to a thread the second takes those that the first gives, or more; and the first gives twice. */
+template <int taken, bool meet> static void change_registers()
+{
+    if (threadIdx.x >= 256) return;
+    if (threadIdx.x >= 128) return fkda::take_registers<taken>();
+    fkda::give_registers<112>();
+    if (meet) fkda::barrier_sync<1, 128>(0);
+    fkda::give_registers<96>();
+}
+
+/* Warps of a warpgroup that ask for different numbers. */
+static void disagree_about_registers()
+{
+    if (threadIdx.x < 64)
+        fkda::give_registers<104>();
+    else
+        fkda::give_registers<96>();
+}
+
 static void parts_ways()
 {
     if (threadIdx.x < 16)
@@ -430,6 +449,10 @@ int main()
     check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
     check(wrong_runs(reuse<true>, 64) == 0, "memory beside an mbarrier");
     check(ends_the_program(reuse<false>, 64), "an mbarrier that becomes data");
+    check(wrong_runs(change_registers<160, true>, 512) == 0, "registers go from one to another");
+    check(ends_the_program(change_registers<168, true>, 512), "more registers than there are");
+    check(ends_the_program(change_registers<160, false>, 512), "registers changed twice without a barrier");
+    check(ends_the_program(disagree_about_registers, 128), "a warpgroup that asks for different registers");
     check(ends_the_program(parts_ways, 32), "lanes at different instructions");
     check(ends_the_program(differ, 32), "lanes that differ where they should not");
     check(ends_the_program(leaves_early, 32), "lanes that never come");
