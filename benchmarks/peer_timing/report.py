@@ -210,7 +210,9 @@ the speed of a large copy in the same run; `x floor` the ratio to it; `spread` t
 over the median. Every competitor runs in a process of its own, on the same inputs. Gates: `mixed`, as in trained
 models, spans in every head channels that forget next to nothing in thousands of tokens and channels that forget
 within one; `slow` has only channels that remember, `fast` only channels that forget. With `--fla-tunes-once`
-in the command, FLA's kernels were tuned with the first shape that it ran, and used as they then were for the others."""
+in the command, FLA's kernels were tuned with the first shape that it ran, and used as they then were for the others.
+A GPU at the limit of its power lowers its clock, and slower competitors let it cool between: what draws most can take
+some 6% longer by itself, for a second or more, than it does here."""
 
 
 def markdown(result: Result, picture: str | None, folder: str) -> str:

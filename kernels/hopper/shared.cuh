@@ -213,7 +213,7 @@ template <class Kind> struct Shared {
     Chunks<Kind> chunks;
     Ring<Kind::TEAMS> product_ring;
     Joining<Kind::JOINS> join;
-    uint64_t meeting[FOR_RACECHECK ? Kind::TEAMS : 1]; /* of a team's warps */
+    uint64_t meeting[FOR_RACECHECK ? Kind::TEAMS : 1]; /* of a team's warps, for racecheck */
 };
 static_assert(sizeof(Shared<Alone>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Paired>) <= FKDA_HOPPER_SHARED_BYTES &&

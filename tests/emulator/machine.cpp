@@ -27,8 +27,9 @@ namespace
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
-constexpr int WARPGROUP = 4,
-              QUARTERS = 4;          /* warps; of a multiprocessor, which warps are dealt out to in turn */
+constexpr int WARPGROUP = 4;         /* warps */
+constexpr int MOST_WARPGROUPS = 8;   /* of a block */
+constexpr int QUARTERS = 4;          /* of a multiprocessor, which warps are dealt out to in turn */
 constexpr int ALL_REGISTERS = 65536; /* of a multiprocessor, and so of a block */
 constexpr auto PATIENCE = std::chrono::seconds(60); /* with other blocks */
 
@@ -88,8 +89,8 @@ struct Block {
     std::vector<std::unique_ptr<Warp>> warps;
     Barrier barriers[2][NAMED_BARRIERS + 1]; /* and the one of all threads of a block */
     Barrier cluster_barrier;
-    int registers[2][QUARTERS];                             /* that no warp has */
-    std::unordered_map<size_t, std::vector<int>> asked_for; /* by each warpgroup, one after the other */
+    int registers[2][QUARTERS];                     /* that no warp has */
+    std::vector<int> asked_for[2][MOST_WARPGROUPS]; /* by each warpgroup, one after the other */
     std::vector<std::function<void()>> copies;
     std::vector<uint8_t> unfenced;                            /* of each 16 bytes: by how many stores */
     std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all that there were, as they were left */
@@ -341,8 +342,9 @@ void set_registers(int registers, bool more)
 {
     gather(more ? "setmaxnreg.inc" : "setmaxnreg.dec", nullptr, [&](void *const *) {
         Warp &w = *warp;
-        const unsigned index = lane->view.thread.x / LANES, rank = static_cast<unsigned>(lane->view.rank);
-        auto &asked_for = block->asked_for[rank * 64 + index / WARPGROUP];
+        const unsigned index = lane->view.thread.x / LANES;
+        const int rank = lane->view.rank;
+        auto &asked_for = block->asked_for[rank][index / WARPGROUP];
         if (asked_for.size() == w.changes) asked_for.push_back(registers);
         if (asked_for[w.changes] != registers)
             fail("warp %u asks for %d registers, another one of its warpgroup for %d", index, registers,

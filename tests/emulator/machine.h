@@ -4,7 +4,7 @@
  * products take turns at random, some warps only one in up to 32, or all of one block of a cluster one in eight of theirs, so that an order
  * which nothing enforces comes out differently from seed to seed. A block that can't go on ends the program with what each warp waits for.
  *
- * It checks what a kernel computes, how its threads wait for each other, and kernels for the one before, and how warps share out registers. It knows nothing of time, of memory
+ * It checks what a kernel computes, how its threads wait for each other and kernels for the one before, and how warps share out registers. It knows nothing of time, of memory
  * orders weaker than program order (it does find an mbarrier that was overwritten, even if nobody needed it any more), and of a missing fence.proxy.async only after stmatrix, not after plain
  * stores; and a collective instruction is done as one, by the last thread that comes to it.
  */
