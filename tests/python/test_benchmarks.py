@@ -298,6 +298,7 @@ def run(*argv):
 
 
 def test_kernels_beside_each_other(tmp_path):
+    pytest.importorskip("torch")
     file = str(tmp_path / "result.json")
     kernels = ["--kernel", "cpu", "--kernel", "cpu-portable", "--kernel", "none"]
     done = run("--device", "cpu", "--shapes", "1:16", *kernels, "--rounds", "2", "--json", file)
