@@ -125,10 +125,15 @@ typedef struct flash_kda_fwd_params {
     int32_t cpu_threads;     /* 0: as many as the process may run on; results do not depend on it */
     int32_t batch_invariant; /* 1: a sequence's out and final_state have the same bits whatever else is in the
                                 batch and wherever the sequence is in it; 0: not promised */
+    int64_t
+        max_seqlen; /* tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With
+                                cu_seqlens on a GPU it tells whether a long sequence is worth cutting, which can be
+                                several times as fast. A wrong one costs time, not correctness; without cu_seqlens
+                                it changes nothing. */
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes,
- * kernel, cpu_threads and batch_invariant only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
+ * kernel, cpu_threads, batch_invariant and max_seqlen only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 

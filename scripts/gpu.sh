@@ -36,7 +36,8 @@ sanitizers() {
             check="compute-sanitizer --tool $tool --error-exitcode 1"
             $check "$where/tests/test_forward" --device cuda:0 --quick batches ragged many empty recorded &&
                 $check "$where/tests/test_segments" --device cuda:0 --quick --kernel hopper-segments levels &&
-                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper-segments --heads 24 --lengths 1111
+                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper-segments --heads 24 --lengths 1111 &&
+                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper-mixture --heads 4 --lengths 1111,30x40
         ) >"$BUILD/$tool.log" 2>&1 &
         eval "$tool=$!"
     done

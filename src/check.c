@@ -265,7 +265,7 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_scalars(const flash_kda_fwd_params *p)
+static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens)
 {
     if (!isfinite(p->scale)) return INVALID("scale is %g; it must be finite", (double)p->scale);
     if (!(p->lower_bound >= -5.0f && p->lower_bound <= 0.0f))
@@ -273,6 +273,9 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p)
     if (p->cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", p->cpu_threads);
     if (p->batch_invariant != 0 && p->batch_invariant != 1)
         return INVALID("batch_invariant is %d; it must be 0 or 1", p->batch_invariant);
+    if (p->max_seqlen < 0 || p->max_seqlen > tokens)
+        return INVALID("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p->max_seqlen,
+                       (long long)tokens);
     return FLASH_KDA_OK;
 }
 
@@ -304,8 +307,7 @@ static flash_kda_status check_workspace(const fkda_problem *p)
     return FLASH_KDA_OK;
 }
 
-_Static_assert(offsetof(flash_kda_fwd_params, batch_invariant) + sizeof(int32_t) ==
-                   sizeof(flash_kda_fwd_params),
+_Static_assert(offsetof(flash_kda_fwd_params, max_seqlen) + sizeof(int64_t) == sizeof(flash_kda_fwd_params),
                "no padding at the end: a later field there would find what an older caller left in it");
 
 /* A caller built with an older header has a shorter struct: `*params` becomes a copy in which what is missing
@@ -334,7 +336,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, purpose, out));
-    TRY(check_scalars(p));
+    TRY(check_scalars(p, out->tokens));
     TRY(check_tensors(p, out, purpose));
 
     out->device = p->device;
@@ -359,6 +361,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
 
     out->batch_invariant = p->batch_invariant;
+    out->max_seqlen = p->max_seqlen;
     out->kernel_is_asked = p->kernel;
 
     TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));

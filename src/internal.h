@@ -35,6 +35,7 @@ typedef struct fkda_problem {
     size_t workspace_size;
     int threads; /* of the CPU, at least 1 */
     bool batch_invariant;
+    int64_t max_seqlen; /* 0: not known */
 } fkda_problem;
 
 /* One way to run the forward pass. */

@@ -38,6 +38,9 @@ static const fkda_kernel kernels[] = {
     HOPPER_KERNEL("hopper-whole", hopper_whole, "as hopper, and sequences are never cut"),
     HOPPER_KERNEL("hopper-segments", hopper_segments,
                   "as hopper, and sequences are cut wherever they can be"),
+    HOPPER_KERNEL(
+        "hopper-mixture", hopper_mixture,
+        "as hopper, and only sequences of different lengths are cut, in one launch that measures them"),
 #endif
 #ifdef FKDA_WITH_CUDA
     {

@@ -162,6 +162,16 @@ static void open_states(call *c, const problem *p)
     free(image);
 }
 
+static int64_t longest_sequence(const problem *p)
+{
+    int64_t longest = p->cu_seqlens ? 0 : p->tokens;
+    for (int64_t n = 0; p->cu_seqlens && n < p->sequences; n++) {
+        const int64_t length = p->cu_seqlens[n + 1] - p->cu_seqlens[n];
+        if (length > longest) longest = length;
+    }
+    return longest;
+}
+
 flash_kda_status call_open(call *c, const problem *p, call_options options)
 {
     *c = (call){
@@ -175,6 +185,7 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     c->params.kernel = options.kernel;
     c->params.cpu_threads = options.threads;
     c->params.batch_invariant = options.batch_invariant;
+    if (options.tells_longest) c->params.max_seqlen = longest_sequence(p);
     c->params.out = c->params.v;
     size_t workspace_size;
     flash_kda_status status = flash_kda_fwd_workspace_size(&c->params, &workspace_size);

@@ -34,6 +34,7 @@ typedef struct call_options {
     bool bf16_state;
     bool i32_seqlens;
     bool batch_invariant;
+    bool tells_longest; /* max_seqlen is set */
 } call_options;
 
 typedef struct call {

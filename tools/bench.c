@@ -159,7 +159,7 @@ int command_bench(int argc, char **argv)
         {0},
     };
     flash_kda_device_info info = {0};
-    call_options how = {.mode = STATE_BOTH};
+    call_options how = {.mode = STATE_BOTH, .tells_longest = true};
     shape own = {NULL, 0};
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {

@@ -7,7 +7,7 @@
 
 static const char help[] =
     "flash-kda info [--lengths LENGTHS [--heads H] [--device cpu|cuda:N] [--kernel NAME] "
-    "[--batch-invariant]]\n\n"
+    "[--batch-invariant] [--longest-unknown]]\n\n"
     "Prints the version, every device with the kernel that would run there (or why none can), and all "
     "kernels of\n"
     "this build. A kernel's name may be given to --kernel.\n\n"
@@ -15,7 +15,9 @@ static const char help[] =
     "which\n"
     "kernel runs for that shape, why, and how it lays the work out. Nothing is computed. --device is CUDA "
     "device 0\n"
-    "if it can be used, else the CPU; --batch-invariant asks for results that don't depend on the batch.\n";
+    "if it can be used, else the CPU; --batch-invariant asks for results that don't depend on the batch, "
+    "and\n"
+    "--longest-unknown for what runs if the caller doesn't say how long the longest sequence is.\n";
 
 static void print_devices(void)
 {
@@ -54,11 +56,12 @@ static void print_kernels(void)
 }
 
 static void explain(const flash_kda_device_info *info, const char *kernel, bool batch_invariant,
-                    const char *text, int64_t heads)
+                    bool longest_unknown, const char *text, int64_t heads)
 {
     char words[1200];
     int64_t *lengths, count = lengths_option(text, &lengths);
     flash_kda_fwd_params params = shape_params(lengths, count, heads);
+    if (longest_unknown) params.max_seqlen = 0;
     free(lengths);
     params.device = info->device;
     params.kernel = kernel;
@@ -77,6 +80,7 @@ int command_info(int argc, char **argv)
         DEVICE_OPTION,
         KERNEL_OPTION,
         BATCH_INVARIANT_OPTION,
+        {"longest-unknown", no_argument, NULL, 'u'},
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
         HELP_OPTION,
@@ -85,13 +89,14 @@ int command_info(int argc, char **argv)
     flash_kda_device_info info = {0};
     const char *kernel = NULL, *lengths = NULL;
     int64_t heads = 0;
-    bool batch_invariant = false;
+    bool batch_invariant = false, longest_unknown = false;
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
         case 'k': kernel = optarg; break;
         case 'i': batch_invariant = true; break;
+        case 'u': longest_unknown = true; break;
         case 'H': heads = heads_option(optarg); break;
         case 'l': lengths = optarg; break;
         default: refuse_option("info", argv);
@@ -100,13 +105,15 @@ int command_info(int argc, char **argv)
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
     if (lengths) {
         if (!info.struct_size) info = best_device();
-        explain(&info, kernel, batch_invariant, lengths, heads ? heads : default_heads(info.device));
+        explain(&info, kernel, batch_invariant, longest_unknown, lengths,
+                heads ? heads : default_heads(info.device));
         return 0;
     }
-    if (heads || kernel || batch_invariant || info.struct_size)
+    if (heads || kernel || batch_invariant || longest_unknown || info.struct_size)
         die("%s needs --lengths, for example --lengths 8192", heads             ? "--heads"
                                                               : kernel          ? "--kernel"
                                                               : batch_invariant ? "--batch-invariant"
+                                                              : longest_unknown ? "--longest-unknown"
                                                                                 : "--device");
     printf("flash_kda %s\n", flash_kda_version());
     print_devices();

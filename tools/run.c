@@ -181,7 +181,9 @@ static int run(const char *file, const flash_kda_device_info *info, const char *
            (long long)p->batch, (long long)p->tokens, (long long)p->heads, DIM, "device");
     print_device(info);
     printf(", kernel %s\n", kernel ? kernel : info->kernel);
-    must(call_open(&c, p, (call_options){.device = info->device, .kernel = kernel, .mode = STATE_OUT}));
+    must(call_open(
+        &c, p,
+        (call_options){.device = info->device, .kernel = kernel, .mode = STATE_OUT, .tells_longest = true}));
     must(call_run(&c));
     uint16_t *out = call_read_out(&c);
     float *state = call_read_state(&c);

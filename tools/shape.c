@@ -43,7 +43,10 @@ flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t
 {
     flash_kda_fwd_params p = {.struct_size = sizeof p};
     int64_t tokens = 0;
-    for (int64_t n = 0; n < count; n++) tokens += lengths[n];
+    for (int64_t n = 0; n < count; n++) {
+        tokens += lengths[n];
+        if (lengths[n] > p.max_seqlen) p.max_seqlen = lengths[n];
+    }
     const int64_t rows[] = {1, tokens, heads, DIM}, bias[] = {heads, DIM}, borders = count + 1;
     p.q = p.k = p.v = p.g = p.out = tensor_of(NULL, FLASH_KDA_BF16, 4, rows);
     p.beta = tensor_of(NULL, FLASH_KDA_BF16, 3, rows);

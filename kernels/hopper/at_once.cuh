@@ -108,25 +108,37 @@ struct AtOnce {
         return max(segments - 2, 0);
     }
 
-    /* The rows of a head are carried in PARTS, by a block each: those of the pairs that have this head alone in turn, without the one that has
-     * the first segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
-    static constexpr int PARTS = DIM / FKDA_JOIN_ROWS;
-    __device__ void share_out(Joining<true> &join, int rank) const
+    __device__ int spares() const
     {
-        const int left_out = FKDA_HOPPER_PAIR * plan.inner >= PARTS;
-        const int part = FKDA_HOPPER_PAIR * (segment - left_out) + rank;
-        const bool none = maps() == 0 || spare >= 0 || segment >= of_head() || part < 0 || part >= PARTS;
-        join.when = none                      ? Joining<true>::NO_PART
-                    : spared() || segment > 0 ? Joining<true>::AT_FIRST
-                                              : Joining<true>::LATER;
-        if (none) return;
-        join.head = head(unit), join.first_slot = sequence(unit).first_slot + 1, join.maps = maps();
-        join.part = part, join.step = FKDA_HOPPER_PAIR * (of_head() - left_out);
+        return plan.spares;
+    }
+
+    __device__ fkda_segment segment_of(const fkda_cut_sequence &c, int i) const
+    {
+        return segments > 1 ? cut.segment(c, i) : cut.whole(c.sequence);
     }
 };
 
-template <class Kind> struct AtOnceDealer : Dealing<Kind> {
-    AtOnce way;
+/* The rows of a head are carried in PARTS, by a block each: those of the pairs that have this head alone in turn, without the one that has
+ * the first segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
+constexpr int JOIN_PARTS = DIM / FKDA_JOIN_ROWS;
+template <class Way> static __device__ void share_out(const Way &way, Joining<true> &join, int rank)
+{
+    const int left_out = FKDA_HOPPER_PAIR * (way.of_head() - 1) >= JOIN_PARTS;
+    const int part = FKDA_HOPPER_PAIR * (way.segment - left_out) + rank;
+    const bool none =
+        way.maps() == 0 || way.spare >= 0 || way.segment >= way.of_head() || part < 0 || part >= JOIN_PARTS;
+    join.when = none                              ? Joining<true>::NO_PART
+                : way.spared() || way.segment > 0 ? Joining<true>::AT_FIRST
+                                                  : Joining<true>::LATER;
+    if (none) return;
+    join.head = way.head(way.unit), join.first_slot = way.sequence(way.unit).first_slot + 1,
+    join.maps = way.maps();
+    join.part = part, join.step = FKDA_HOPPER_PAIR * (way.of_head() - left_out);
+}
+
+template <class Kind, class Way = AtOnce> struct AtOnceDealer : Dealing<Kind> {
+    Way way;
     int unit, next; /* the next piece: a head, and which of its segments; past the last: none */
     bool joins;
 
@@ -158,7 +170,7 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
         if (!Kind::OUTPUTS || !first) return;
         if (way.spare < 0)
             next = way.segments > 1 ? way.segments - 1 : 1;
-        else if ((unit += way.plan.spares) < way.heads())
+        else if ((unit += way.spares()) < way.heads())
             next = 0;
     }
 
@@ -167,7 +179,7 @@ template <class Kind> struct AtOnceDealer : Dealing<Kind> {
         const int i = next, head = way.head(unit);
         if (i >= way.segments) return Dealing<Kind>::none();
         const fkda_cut_sequence c = way.sequence(unit);
-        const fkda_segment s = way.segments > 1 ? way.cut.segment(c, i) : way.cut.whole(c.sequence);
+        const fkda_segment s = way.segment_of(c, i);
         Piece piece = this->piece_of(s, head);
         advance();
         if (!Kind::OUTPUTS) {
@@ -266,7 +278,7 @@ template <class Kind> struct AtOnceJoin {
         if (shared.join.when == Joining<true>::NO_PART) return;
         mbarrier_wait(&shared.join.room, 0);
 #pragma unroll 1
-        for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step)
+        for (int part = shared.join.part; part < JOIN_PARTS; part += shared.join.step)
             join.bring(join.way_through(first_slot, maps), [&](int slot) {
                 await_flag(flags(slot, FKDA_FLAG_MAP) + threadIdx.x % (DIM / 16));
                 fence_async_proxy_of_all_memory();
@@ -281,7 +293,7 @@ template <class Kind> struct AtOnceJoin {
         Memory::arrive_in_both(&shared.join.room);
         join.sync(); /* rows go where the last chunk of a piece before may be */
 #pragma unroll 1
-        for (int part = shared.join.part; part < AtOnce::PARTS; part += shared.join.step) {
+        for (int part = shared.join.part; part < JOIN_PARTS; part += shared.join.step) {
             join.row = part * FKDA_JOIN_ROWS;
             await_flag(flags(first_slot + min(lane, maps), FKDA_FLAG_STATE) + part);
             join.carry_from(first_slot, join.way_through(first_slot, maps));

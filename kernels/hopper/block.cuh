@@ -4,6 +4,7 @@
 
 #include "at_once.cuh"
 #include "load.cuh"
+#include "mixture.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
 #include "solve.cuh"
@@ -94,6 +95,14 @@ template <class Before, class Kind> struct ShareRegistersAnew {
     }
 };
 
+/* The thread's index. Where there are three sets of roles in a kernel it is read again by each, or the compiler keeps it in memory. */
+template <class Kind> static __device__ __forceinline__ int index_anew(int known)
+{
+    int block;
+    if constexpr (Kind::MIXTURE) read_indices(block, known);
+    return known;
+}
+
 /* Each warp's role. What it can do before `wait` is over, when all barriers are there, it does: the first chunk's way through all roles is
  * what short problems take. The compiler leaves roles in this order, and their loops share the instruction cache: those of the recurrence,
  * the solver and the preparation side by side, which takes up to a tenth less than the others (docs/log.md). */
@@ -101,21 +110,22 @@ template <class Registers, class Kind, class Wait>
 static __device__ __forceinline__ void take_roles(const fkda_hopper_fwd_args &all, Shared<Kind> &shared,
                                                   int thread, Registers registers, Wait wait)
 {
-    const int warp = thread / 32 - Kind::RECURRENCE_WARPS, lane = thread & 31;
+    const int warp = thread / 32 - Kind::RECURRENCE_WARPS;
     if (warp < 0) {
         registers.recurrence();
         wait();
-        Recurrence<Kind>(all, shared, thread).run();
+        Recurrence<Kind>(all, shared, index_anew<Kind>(thread)).run();
     } else if (warp == Kind::PREPARE_WARPS + 1) {
         registers.other();
         wait();
-        solve<Kind>(all.fwd, shared, lane);
+        solve<Kind>(all.fwd, shared, index_anew<Kind>(thread) & 31);
     } else if (static_cast<unsigned>(warp) < Kind::PREPARE_WARPS) {
-        registers.prepare(thread / 32);
+        registers.prepare(index_anew<Kind>(thread) / 32);
         wait();
         Preparation<Kind>(all.fwd, shared).run();
     } else if (warp == Kind::PREPARE_WARPS) {
         registers.other();
+        const int lane = index_anew<Kind>(thread) & 31;
         Loader<Kind>::prefetch_maps(all, lane);
         Loader<Kind>(all, shared, lane).run(wait);
     } else {
@@ -127,10 +137,11 @@ static __device__ __forceinline__ void take_roles(const fkda_hopper_fwd_args &al
     __syncwarp();
 }
 
-template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_args &all)
+template <class Kind>
+static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all, int thread)
 {
     Shared<Kind> &shared = *reinterpret_cast<Shared<Kind> *>(block_memory());
-    const int thread = threadIdx.x, warp = thread / 32 - Kind::RECURRENCE_WARPS;
+    const int warp = thread / 32 - Kind::RECURRENCE_WARPS;
     let_next_kernel_start();
     if (thread % 32 == 0 && warp != Kind::PREPARE_WARPS)
         set_up_barriers(shared, thread / 32 - (warp > Kind::PREPARE_WARPS));
@@ -141,11 +152,10 @@ template <class Kind> static __device__ void run_block(const fkda_hopper_fwd_arg
 }
 
 /* All that a pair does where there is one launch for all segments (at_once.cuh): two parts, whose barriers are in different places and there
- * from the start. */
-static __device__ void run_block_at_once(const fkda_hopper_fwd_args &all)
+ * from the start. `finds_maps`: whether there is anything to do in the first one. */
+template <class First, class Second, class Way, class FindsMaps>
+static __device__ __forceinline__ void run_parts(const fkda_hopper_fwd_args &all, FindsMaps finds_maps)
 {
-    using First = MapsAtOnce;
-    using Second = PairedAtOnce;
     static_assert(offsetof(Shared<Second>, pieces) >= offsetof(Shared<First>, apart) &&
                       offsetof(Shared<First>, pieces) >= sizeof(Shared<Second>),
                   "where there are barriers of the one the other has nothing");
@@ -160,16 +170,42 @@ static __device__ void run_block_at_once(const fkda_hopper_fwd_args &all)
     }
     __syncwarp();
     read_indices(block, thread); /* anew, or all that follows would have them in common, in memory */
-    const bool maps = AtOnce::finds_maps(all);
+    const bool maps = finds_maps();
     if (maps) take_roles(all, first, thread, ShareRegisters<First>(), wait_for_barriers);
     /* By one that is through before the recurrence: the loader of the second part, which needs it first of all. */
     if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
-        if (thread % 32 == 0) AtOnce(all).share_out(second.join, cluster_rank());
+        if (thread % 32 == 0) share_out(Way(all), second.join, cluster_rank());
         __syncwarp();
     }
     read_indices(block, thread);
-    take_roles(all, second, thread, ShareRegistersAnew<First, Second>{maps}, cluster_sync);
+    take_roles(all, second, thread, ShareRegistersAnew<First, Second>{First::MIXTURE ? finds_maps() : maps},
+               cluster_sync);
     cluster_sync();
+}
+
+static __device__ void run_block_at_once(const fkda_hopper_fwd_args &all)
+{
+    run_parts<MapsAtOnce, PairedAtOnce, AtOnce>(all, [&] { return AtOnce::finds_maps(all); });
+}
+
+/* All that a block does where sequences have different lengths (mixture.cuh). */
+static __device__ __forceinline__ void run_block_of_mixture(const fkda_hopper_mixture_args &all)
+{
+    Part &part = part_of_mixture<PairedOfMixture>();
+    if (threadIdx.x < 32) Mixture(all.paired, all.mixture, threadIdx.x).tell(AtOnce::pair(), part);
+    __syncthreads();
+    if (part.is != Part::REST_ALONE) {
+        run_parts<MapsOfMixture, PairedOfMixture, LongOfMixture>(
+            all.paired, [&] { return part.is == Part::LONG && part.segment > 0; });
+        return;
+    }
+    const Part own = part;
+    __syncthreads(); /* all have read it: that is where chunks will be */
+    if (threadIdx.x == 0) part_of_mixture<AloneOfMixture>() = own;
+    __syncthreads();
+    int block, thread;
+    read_indices(block, thread);
+    run_block<AloneOfMixture>(all.alone, thread);
 }
 
 } // namespace fkda

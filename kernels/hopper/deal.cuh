@@ -66,6 +66,29 @@ template <class Kind> struct Dealing {
     }
 };
 
+/* What a dealer deals out, and among whom: here all there is, among all workers of the grid. */
+template <class Kind> struct AllAmongAll {
+    __device__ explicit AllAmongAll(const fkda_hopper_fwd_args &)
+    {
+    }
+    static __device__ int workers()
+    {
+        return static_cast<int>(gridDim.x) / Kind::SHARERS;
+    }
+    static __device__ int worker()
+    {
+        return static_cast<int>(blockIdx.x) / Kind::SHARERS;
+    }
+    static __device__ bool leaves_out(const fkda_segment &)
+    {
+        return false;
+    }
+    static __device__ bool one_each(int pieces)
+    {
+        return pieces <= workers();
+    }
+};
+
 /*
  * All pieces, of each sequence or segment every head, are laid end to end, and each worker (a block, or a pair of them) gets an equal
  * share of the line. Where a border falls within a piece, the worker that ends there leaves the piece's first chunks to the one that
@@ -78,12 +101,13 @@ template <class Kind> struct Dealing {
  *
  * Called by all lanes of the loading warps; blocks that share meet the same pieces.
  */
-template <class Kind> struct Dealer : Dealing<Kind> {
+template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<Kind> {
     using Dealing<Kind>::args, Dealing<Kind>::cut, Dealing<Kind>::rank;
     static constexpr int CHUNK = Kind::CHUNK;
     static constexpr int SWITCH = 2; /* chunks that beginning and ending a piece takes about as long as */
     static constexpr int LEAST = 4;  /* chunks that are worth a division, on both sides */
     const fkda_handoff &handoff;
+    const Share what;
     int work, entries;
     int share_number; /* from the line's beginning on */
     int entry, head;  /* the next piece */
@@ -93,24 +117,15 @@ template <class Kind> struct Dealer : Dealing<Kind> {
     bool one_each;
 
     __device__ Dealer(const fkda_hopper_fwd_args &a, int block_rank, int lane)
-        : Dealing<Kind>(a, block_rank), handoff(a.handoff), work(a.work), entries(cut.entries(a.work)),
-          entry(0), head(0), at(0), begin(0), end(0), most(0)
+        : Dealing<Kind>(a, block_rank), handoff(a.handoff), what(a), work(a.work),
+          entries(cut.entries(a.work)), entry(0), head(0), at(0), begin(0), end(0), most(0)
     {
-        share_number = workers() - 1 - worker();
-        one_each = entries * args.heads <= workers();
+        share_number = what.workers() - 1 - what.worker();
+        one_each = what.one_each(entries * args.heads);
         if (in_turn())
-            entry = worker() / args.heads, head = worker() % args.heads;
+            entry = what.worker() / args.heads, head = what.worker() % args.heads;
         else
             find_share(lane);
-    }
-
-    static __device__ int workers()
-    {
-        return static_cast<int>(gridDim.x) / Kind::SHARERS;
-    }
-    static __device__ int worker()
-    {
-        return static_cast<int>(blockIdx.x) / Kind::SHARERS;
     }
 
     __device__ bool in_turn() const
@@ -127,6 +142,7 @@ template <class Kind> struct Dealer : Dealing<Kind> {
      * they count for less. */
     __device__ int weight_of(const fkda_segment &s) const
     {
+        if (what.leaves_out(s)) return 0;
         return min(chunks_of(s) + SWITCH, most);
     }
 
@@ -150,7 +166,7 @@ template <class Kind> struct Dealer : Dealing<Kind> {
         const int up_to = sum_up_to(own, lane);
         longest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest)));
         const int all = __shfl_sync(~0u, up_to, 31);
-        const int share = max((all + workers() - 1) / workers(), longest);
+        const int share = max((all + what.workers() - 1) / what.workers(), longest);
         begin = share_number * share, end = begin + share;
         entry = entries; /* nothing, if the line ends before */
         unsigned beyond = __ballot_sync(~0u, up_to > begin);
@@ -196,11 +212,15 @@ template <class Kind> struct Dealer : Dealing<Kind> {
     {
         while (entry < entries && (in_turn() || at < end)) {
             const fkda_segment s = cut.entry(work, entry);
+            if (what.leaves_out(s)) {
+                entry++, head = 0;
+                continue;
+            }
             const int chunks = chunks_of(s);
             const int from = at, to = at + weight_of(s);
             Piece piece = this->piece_of(s, head);
             at = to;
-            head += in_turn() ? workers() : 1;
+            head += in_turn() ? what.workers() : 1;
             if (head >= args.heads) entry += head / args.heads, head %= args.heads;
             if (in_turn()) return piece;
             if (from < begin) {

@@ -41,4 +41,10 @@ typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance
     int work; /* FKDA_SEQUENCES, ... */
 } fkda_hopper_fwd_args;
 
+/* For sequences of different lengths in one launch: boxes of the tensors are of chunks of pairs of blocks, and of those of blocks alone. */
+typedef struct fkda_hopper_mixture_args { /* NOLINT(clang-analyzer-optin.performance.Padding) */
+    fkda_hopper_fwd_args paired, alone;
+    fkda_mixture mixture;
+} fkda_hopper_mixture_args;
+
 #endif

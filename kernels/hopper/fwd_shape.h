@@ -7,6 +7,9 @@
 #define FKDA_HOPPER_CHUNK_PAIRED 32
 #define FKDA_HOPPER_PAIR 2
 
+/* What such a chunk of a head takes, in clocks (fitted to times on an H100: BENCHMARK_H100.md). */
+enum { FKDA_HOPPER_CLOCKS_ALONE = 1990, FKDA_HOPPER_CLOCKS_PAIRED = 2100 };
+
 /* Threads of a block: four warps to each quarter of a multiprocessor, which get the same registers each. */
 #define FKDA_HOPPER_THREADS 512
 

@@ -28,7 +28,8 @@ struct AloneGiven {
      * the same time. Else teams find all. */
     static constexpr bool LOADER_NORMS = false;
     static constexpr bool OUTPUTS = true;  /* else neither queries nor outputs: states only */
-    static constexpr bool AT_ONCE = false; /* a part of what blocks do that do it all (at_once.cuh) */
+    static constexpr bool AT_ONCE = false; /* a part of what blocks do that do it all (at_once.cuh), */
+    static constexpr bool MIXTURE = false; /* for sequences of different lengths (mixture.cuh) */
     /* Registers of a thread in the recurrence and elsewhere; of the four warps in a quarter of a multiprocessor 512. */
     static constexpr int RECURRENCE_REGISTERS = 152, OTHER_REGISTERS = 104;
     static constexpr int LAST_REGISTERS = OTHER_REGISTERS; /* of the last four warps */
@@ -40,7 +41,7 @@ struct PairedGiven {
     static constexpr int TEAM_WARPS = 4, TEAMS = 2, PARTS = 2;
     static constexpr int OWN = 4, RECEIVED = 2;
     static constexpr int APART = 16;
-    static constexpr bool LOADER_NORMS = false, OUTPUTS = true, AT_ONCE = false;
+    static constexpr bool LOADER_NORMS = false, OUTPUTS = true, AT_ONCE = false, MIXTURE = false;
     static constexpr int RECURRENCE_REGISTERS = 176, OTHER_REGISTERS = 112, LAST_REGISTERS = 112;
 };
 
@@ -50,7 +51,7 @@ struct MapsGiven {
     static constexpr int TEAM_WARPS = 2, TEAMS = 3, PARTS = 1;
     static constexpr int OWN = 5, RECEIVED = 2;
     static constexpr int APART = 16;
-    static constexpr bool LOADER_NORMS = true, OUTPUTS = false, AT_ONCE = false;
+    static constexpr bool LOADER_NORMS = true, OUTPUTS = false, AT_ONCE = false, MIXTURE = false;
     static constexpr int RECURRENCE_REGISTERS = 160, OTHER_REGISTERS = 96, LAST_REGISTERS = 96;
 };
 
@@ -63,6 +64,17 @@ struct PairedAtOnceGiven : PairedGiven {
 struct MapsAtOnceGiven : MapsGiven {
     static constexpr bool AT_ONCE = true;
     static constexpr int APART = 13728;
+};
+
+/* The same where sequences have different lengths. */
+struct AloneOfMixtureGiven : AloneGiven {
+    static constexpr bool MIXTURE = true;
+};
+struct PairedOfMixtureGiven : PairedAtOnceGiven {
+    static constexpr bool MIXTURE = true;
+};
+struct MapsOfMixtureGiven : MapsAtOnceGiven {
+    static constexpr bool MIXTURE = true;
 };
 
 /* And what follows. */
@@ -88,6 +100,9 @@ using Paired = Shape<PairedGiven>;
 using Maps = Shape<MapsGiven>;
 using PairedAtOnce = Shape<PairedAtOnceGiven>;
 using MapsAtOnce = Shape<MapsAtOnceGiven>;
+using AloneOfMixture = Shape<AloneOfMixtureGiven>;
+using PairedOfMixture = Shape<PairedOfMixtureGiven>;
+using MapsOfMixture = Shape<MapsOfMixtureGiven>;
 
 } // namespace fkda
 

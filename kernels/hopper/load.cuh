@@ -9,6 +9,7 @@
 
 #include "at_once.cuh"
 #include "deal.cuh"
+#include "mixture.cuh"
 #include "norms.cuh"
 #include "shared.cuh"
 
@@ -18,7 +19,9 @@ namespace fkda
 template <class Kind> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<Kind> &shared;
-    std::conditional_t<Kind::AT_ONCE, AtOnceDealer<Kind>, Dealer<Kind>> dealer;
+    std::conditional_t<Kind::MIXTURE, MixtureDealer<Kind>,
+                       std::conditional_t<Kind::AT_ONCE, AtOnceDealer<Kind>, Dealer<Kind>>>
+        dealer;
     Slot<PIECES_AHEAD> dealt;
     Piece piece; /* the last one dealt */
     /* The next chunk's slot, of those that this block prepares, and of those that the other block does. */

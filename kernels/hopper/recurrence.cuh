@@ -192,7 +192,7 @@ template <class Kind> struct Recurrence {
                 MapBlock &block = static_cast<MapImage *>(to)->block[row_group(piece)];
                 if constexpr (!Kind::AT_ONCE)
                     store_map(block);
-                else if (piece.kind & MORE)
+                else if (!Kind::MIXTURE && piece.kind & MORE) /* pairs of a mixture have one */
                     store_map_by_words(block);
                 else
                     store_map_at_once(block, after);

@@ -18,13 +18,19 @@ extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
     fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block<fkda::Maps>(args);
+    fkda::run_block<fkda::Maps>(args, threadIdx.x);
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
     fkda_hopper_at_once(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block_at_once(args);
+}
+
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_mixture(const __grid_constant__ fkda_hopper_mixture_args args)
+{
+    fkda::run_block_of_mixture(args);
 }
 
 #define FKDA_DEFINE_JOIN(step, which)                                                                        \

@@ -80,4 +80,12 @@ typedef struct fkda_cut {
     fkda_at_once at_once; /* zeros in several launches */
 } fkda_cut;
 
+/* Sequences of different lengths in one launch (mixture.cuh): how many pairs of blocks it has, and how many sequences of `shortest` tokens
+ * or more are long, which have pairs of their own and may be cut: the first ones. */
+typedef struct fkda_mixture {
+    int pairs; /* 0: there is no such launch */
+    int most_long;
+    int cutting; /* what cutting a sequence takes besides the two passes, in chunks */
+} fkda_mixture;
+
 #endif

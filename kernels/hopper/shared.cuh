@@ -192,6 +192,17 @@ template <> struct Joining<true> {
     int head, first_slot, maps, part, step;
 };
 
+/* What the block's pair is there for, of sequences of different lengths (mixture.cuh): a segment of a head of a long sequence, which has so
+ * many pairs; or a part of the rest, which has so many and this one's number among them. */
+template <bool mixture> struct PartOfMixture {
+};
+template <> struct PartOfMixture<true> {
+    enum { LONG, REST, REST_ALONE } is; /* REST_ALONE: in blocks of their own */
+    int sequence, head, segment, pairs, first_slot;
+    int rest_pairs, rest_number;
+    int last_long; /* of the sequences that are not part of the rest; or none: negative */
+};
+
 template <class Kind> struct Shared {
     static_assert(sizeof(Tokens<Kind>) % 1024 == 0, "what swizzling repeats after");
     static_assert(sizeof(Stage<Kind>) % 16 == 0, "read 16 bytes at a time");
@@ -213,13 +224,18 @@ template <class Kind> struct Shared {
     Chunks<Kind> chunks;
     Ring<Kind::TEAMS> product_ring;
     Joining<Kind::JOINS> join;
-    uint64_t meeting[FOR_RACECHECK ? Kind::TEAMS : 1]; /* of a team's warps, for racecheck */
+    /* Of a team's warps, for racecheck; as many as racecheck believes are set up, since it ignores that most of them are not. */
+    uint64_t meeting[FOR_RACECHECK ? PIECES_AHEAD : 1];
+    PartOfMixture<Kind::MIXTURE> part;
 };
 static_assert(sizeof(Shared<Alone>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Paired>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<PairedAtOnce>) <= FKDA_HOPPER_SHARED_BYTES &&
                   sizeof(Shared<Maps>) <= FKDA_HOPPER_SHARED_BYTES &&
-                  sizeof(Shared<MapsAtOnce>) <= FKDA_HOPPER_SHARED_BYTES,
+                  sizeof(Shared<MapsAtOnce>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<AloneOfMixture>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<PairedOfMixture>) <= FKDA_HOPPER_SHARED_BYTES &&
+                  sizeof(Shared<MapsOfMixture>) <= FKDA_HOPPER_SHARED_BYTES,
               "keep fwd_shape.h in step");
 
 } // namespace fkda

@@ -50,6 +50,7 @@ def fwd(
     kernel: str | None = None,
     threads: int = 0,
     batch_invariant: bool = False,
+    max_seqlen: int = 0,
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -89,6 +90,9 @@ def fwd(
         batch_invariant: True promises that a sequence's output and final state have the same bits whatever else
             is in the batch, and wherever the sequence is in it. Where that needs no other way to compute it
             costs nothing: all kernels but those called "hopper" are so anyway.
+        max_seqlen: the tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With
+            cu_seqlens on a GPU it tells whether a long sequence is worth cutting, which can be several times as
+            fast. A wrong one costs time, not correctness; without cu_seqlens it changes nothing.
 
     All arrays are contiguous, on one device, and aligned to 16 bytes; what is written shares memory with
     nothing else. T may be 0, and so may a sequence's length.
@@ -122,6 +126,8 @@ def fwd(
         type(threads),
         batch_invariant,
         type(batch_invariant),
+        max_seqlen,
+        type(max_seqlen),
     )
     if _torch_layer is not None and isinstance(q, _torch_layer.Tensor):
         _torch_layer.fwd(arrays, options, scale, lower_bound)
@@ -156,13 +162,14 @@ def explain(
     device: str | None = None,
     kernel: str | None = None,
     batch_invariant: bool = False,
+    max_seqlen: int = 0,
 ) -> str:
     """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, and how it would lay
     the work out: a few lines to be read, whose wording may change.
 
     Args:
         device: "cpu" or "cuda:1"; None is the first CUDA device if it can be used, else the CPU.
-        kernel, batch_invariant: as for `fwd`.
+        kernel, batch_invariant, max_seqlen: as for `fwd`.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -182,6 +189,7 @@ def explain(
         chosen = named[device]
     params = _shape_params(T_total, H, N, N > 1, chosen.device, _plan.kernel_name(kernel))
     params.batch_invariant = _plan.checked_flag("batch_invariant", batch_invariant)
+    params.max_seqlen = _plan.checked_max_seqlen(max_seqlen)
     return _lib.explain(params)
 
 

@@ -56,6 +56,7 @@ class FwdParams(ctypes.Structure):
         ("kernel", c_char_p),
         ("cpu_threads", c_int32),
         ("batch_invariant", c_int32),
+        ("max_seqlen", c_int64),
     ]
 
 

@@ -42,7 +42,7 @@ _REQUIRED, _OPTIONAL = _lib.TENSOR_FIELDS[:8], _lib.TENSOR_FIELDS[8:]
 OUT, A_LOG, DT_BIAS = 5, 6, 7  # where they are among a call's arrays
 
 # What a call asks for apart from its arrays and numbers: for each optional array whether it is given, then
-# kernel, threads, batch_invariant, each of the last two with its type, since 2 == 2.0 and True == 1.
+# kernel, threads, batch_invariant, max_seqlen, each of the last three with its type, since 2 == 2.0 and True == 1.
 Options = tuple
 
 
@@ -77,10 +77,11 @@ class Plan:
         self.options = options
         # Whether other arrays look like those it was made for.
         self.fits: Callable[[list], bool] = lambda arrays: False
-        kernel, threads, _, batch_invariant, _ = options[3:]
+        kernel, threads, _, batch_invariant, _, max_seqlen, _ = options[3:]
         params.kernel = kernel_name(kernel)
         params.cpu_threads = threads
         params.batch_invariant = batch_invariant
+        params.max_seqlen = max_seqlen
         self.params = params
         self.ref = ctypes.byref(params)
         self.views = []
@@ -164,7 +165,7 @@ def check_numbers(scale, lower_bound) -> None:
 
 
 def check_options(options: Options) -> None:
-    kernel, threads, _, batch_invariant, _ = options[3:]
+    kernel, threads, _, batch_invariant, _, max_seqlen, _ = options[3:]
     if kernel is not None and not isinstance(kernel, str):
         raise TypeError(f"kernel is of type {type(kernel).__name__}; it must be a string or None")
     if not isinstance(threads, int):
@@ -172,6 +173,16 @@ def check_options(options: Options) -> None:
     if not 0 <= threads < 2**31:
         raise ValueError(f"threads is {threads}; it must be 0 (all) or more, and fit 32 bits")
     checked_flag("batch_invariant", batch_invariant)
+    checked_max_seqlen(max_seqlen)
+
+
+def checked_max_seqlen(value: Any) -> int:
+    """That it is at most T is for C to check."""
+    if not isinstance(value, int):
+        raise TypeError(f"max_seqlen is of type {type(value).__name__}; it must be an int")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"max_seqlen is {value}; it must be 0 (not known) or more, and fit 64 bits")
+    return value
 
 
 def checked_flag(name: str, value: Any) -> bool:

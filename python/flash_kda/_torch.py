@@ -100,7 +100,7 @@ def _call_operator(tensors, options, scale, lower_bound) -> None:
     cu_seqlens = given.pop(0) if options[2] else None
     torch.ops.flash_kda.fwd(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-        options[3], options[4], options[6],
+        options[3], options[4], options[6], options[8],
     )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
     "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
     "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, "
-    "bool batch_invariant=False) -> ()",
+    "bool batch_invariant=False, int max_seqlen=0) -> ()",
     # The strides that tracing saw are those that the call gets: it takes contiguous tensors.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -234,7 +234,7 @@ torch.library.define(
 def _operator(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound,
     initial_state=None, final_state=None, cu_seqlens=None, kernel_name=None, threads=0,
-    batch_invariant=False,
+    batch_invariant=False, max_seqlen=0,
 ):  # fmt: skip
     optional = (initial_state, final_state, cu_seqlens)
     tensors = [q, k, v, g, beta, out, A_log, dt_bias, *(t for t in optional if t is not None)]
@@ -245,6 +245,8 @@ def _operator(
         type(threads),
         batch_invariant,
         type(batch_invariant),
+        max_seqlen,
+        type(max_seqlen),
     )
     plan = _plans.fitting(tensors, options)
     if plan is None:

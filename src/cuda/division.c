@@ -1,6 +1,8 @@
 /* How sequences are cut into segments: into how many, and whether in one launch or several, by what each way should take. */
 #include "division.h"
 
+#include <stdint.h>
+
 enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIRED,
     /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
@@ -17,7 +19,11 @@ enum {
     LATE = 29000,
     PIECE = 12000,         /* a piece's beginning and end */
     IDLE_LAUNCHES = 20000, /* where there is nothing to cut after all */
-    WORTH_PERCENT = 95,    /* of the time without cutting: estimates are off by a few percent */
+    SHORTEST_LONG =
+        72, /* chunks of a sequence that is cut by such a launch: in two thirds of its time, and CUTTING */
+    CUTTING = 41000,    /* what a cut takes there besides the passes */
+    LANES = 32,         /* of the warp that finds long sequences (kernels/hopper/mixture.cuh) */
+    WORTH_PERCENT = 95, /* of the time without cutting: estimates are off by a few percent */
 };
 
 /* Clocks for so many pieces of so many chunks in pairs, which divide them if they are fewer. */
@@ -85,21 +91,82 @@ bool fkda_sequences_are_alike(const fkda_problem *p)
     return p->sequences == p->batch;
 }
 
-/* Tokens of a segment where that pays, or 0. Lengths are not known here, and not cutting must not be better for any: so if
- * sequences of equal length are best cut, segments are as long as those are then. If not, such ones stay whole, and longer
- * ones are cut as if all tokens were of one sequence, if the launches that do nothing for equal ones take less than 3%. */
-static int64_t shortest_that_pays(const fkda_problem *p, int multiprocessors)
+/* One launch that finds out which sequences are long (kernels/hopper/mixture.cuh), or none. Long is what takes half as long again as an equal
+ * share of all the work, so there are pairs enough for each head of all that are. */
+static division mix(const fkda_problem *p, int multiprocessors, int64_t shortest_long, int64_t cutting_takes)
+{
+    division d = {0};
+    const int64_t chunks = p->tokens / CHUNK, pairs = fkda_hopper_pairs(multiprocessors);
+    const int64_t length = most(shortest_long, rounds(3 * chunks * p->heads, 2 * pairs));
+    if (fkda_sequences_are_alike(p) || p->heads > (pairs - 1) / 2 || length > chunks) return d;
+    d.mixture.pairs = (int)pairs;
+    d.mixture.most_long = (int)least(LANES, (pairs - 1) / p->heads);
+    d.mixture.cutting = (int)(cutting_takes / FKDA_HOPPER_CLOCKS_PAIRED);
+    d.shortest = length * CHUNK;
+    d.slots = pairs / p->heads * 3 / 2; /* a segment more than pairs, which are two or more */
+    return d;
+}
+
+/* Clocks of it where one sequence is as long as is known and others are short. As the device does it: pairs are given to each head of the long
+ * one until the rest would take longer. */
+static int64_t mixture_clocks(const fkda_problem *p, int multiprocessors)
+{
+    const int64_t pairs = fkda_hopper_pairs(multiprocessors), longest = rounds(p->max_seqlen, CHUNK);
+    int64_t best = INT64_MAX;
+    for (int64_t each = 1; each <= FKDA_MAPS_CHAINED + 1 && each * p->heads < pairs; each++) {
+        const int64_t walk = FKDA_HOPPER_CLOCKS_PAIRED * longest,
+                      cut = 2 * walk / (each + 1) + CUTTING + FKDA_HOPPER_CLOCKS_PAIRED * (each - 1);
+        const int64_t rest =
+            FKDA_HOPPER_CLOCKS_PAIRED * (p->tokens / CHUNK - longest) * p->heads / (pairs - each * p->heads);
+        best = least(best, most(each == 1 ? walk : cut, rest));
+    }
+    return best;
+}
+
+/* Where it is known that there is a long sequence, and that pays. */
+static division mixture_that_pays(const fkda_problem *p, int multiprocessors)
+{
+    const division d = mix(p, multiprocessors, SHORTEST_LONG, CUTTING);
+    if (d.mixture.pairs && p->max_seqlen >= d.shortest &&
+        100 * mixture_clocks(p, multiprocessors) <
+            WORTH_PERCENT * fkda_hopper_whole_clocks(p, multiprocessors))
+        return d;
+    return (division){0};
+}
+
+/* Clocks for as many launches, of which the longest sequence is cut and the rest comes on top. */
+static int64_t several_clocks(const fkda_problem *p, int64_t segments, int multiprocessors)
+{
+    const int64_t longest = rounds(p->max_seqlen, CHUNK), rest = p->tokens / CHUNK - longest;
+    return chain_clocks(p->heads, longest, segments, multiprocessors) +
+           FKDA_HOPPER_CLOCKS_PAIRED * rest * p->heads / fkda_hopper_pairs(multiprocessors);
+}
+
+/* Lengths are not known here but, if the caller says so, the longest. So if sequences of equal length are best cut, segments are as long as those
+ * are then. If not, such ones stay whole; and longer ones are cut, as if all tokens were of one sequence, if launches that do nothing for equal
+ * ones take less than 3% or it is known that there is a longer one. */
+static division cut_where_it_pays(const fkda_problem *p, int multiprocessors)
 {
     const int64_t chunks = p->batch * p->tokens / CHUNK, heads = p->sequences * p->heads;
     const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
-    const bool alike = fkda_sequences_are_alike(p);
+    const bool alike = fkda_sequences_are_alike(p), known = p->max_seqlen > 0;
     const int64_t of_equal = best_segments(heads, equal, multiprocessors, alike);
-    if (of_equal > 1) return alike ? p->tokens / of_equal : equal / of_equal * CHUNK;
-    if (alike || 100 * IDLE_LAUNCHES > 3 * uncut_clocks(heads, equal, multiprocessors)) return 0;
-    const int64_t of_one = best_segments(p->heads, chunks, multiprocessors, false);
-    if (of_one == 1) return 0;
-    const int64_t shortest = chunks / of_one;
-    return (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK;
+    const division mixture = mixture_that_pays(p, multiprocessors);
+    if (of_equal > 1 && !(mixture.mixture.pairs && 2 * p->max_seqlen > 3 * equal * CHUNK))
+        return (division){.shortest = alike ? p->tokens / of_equal : equal / of_equal * CHUNK};
+    if (alike) return mixture;
+    const int64_t longest = known ? rounds(p->max_seqlen, CHUNK) : chunks;
+    const int64_t of_one = best_segments(p->heads, longest, multiprocessors, false);
+    const int64_t shortest = longest / of_one;
+    const division several = {.shortest = (known || 2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
+    if (of_one == 1) return mixture;
+    if (!known)
+        return 100 * IDLE_LAUNCHES > 3 * uncut_clocks(heads, equal, multiprocessors) ? mixture : several;
+    const int64_t clocks = several_clocks(p, of_one, multiprocessors);
+    const bool pays = p->max_seqlen >= 2 * several.shortest &&
+                      100 * clocks < WORTH_PERCENT * fkda_hopper_whole_clocks(p, multiprocessors);
+    return pays && !(mixture.mixture.pairs && mixture_clocks(p, multiprocessors) <= clocks) ? several
+                                                                                            : mixture;
 }
 
 /* As long as gives every place of a pass one head of a segment, where the tokens are of one sequence; or shorter, if pairs can share
@@ -119,14 +186,19 @@ static int64_t shortest_that_fills(const fkda_problem *p, int multiprocessors)
     return shortest;
 }
 
-division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_possible)
+division fkda_divide(const fkda_problem *p, int multiprocessors, cutting where)
 {
     division d = {0};
     if (p->sequences == 0 || p->heads == 0) return d;
-    d.shortest = p->batch_invariant  ? SHORTEST_ALONE
-                 : wherever_possible ? shortest_that_fills(p, multiprocessors)
-                                     : shortest_that_pays(p, multiprocessors);
-    if (d.shortest == 0) return d;
+    if (p->batch_invariant)
+        d.shortest = SHORTEST_ALONE;
+    else if (where == WHERE_IT_PAYS)
+        d = cut_where_it_pays(p, multiprocessors);
+    else if (where == WHEREVER_POSSIBLE)
+        d.shortest = shortest_that_fills(p, multiprocessors);
+    else
+        d = mix(p, multiprocessors, 2 * SHORTEST_EVER / CHUNK, 0);
+    if (d.shortest == 0 || d.mixture.pairs) return d;
     if (d.shortest < SHORTEST_EVER) d.shortest = SHORTEST_EVER;
     d.slots = p->batch * p->tokens / d.shortest;
     if (fkda_sequences_are_alike(p)) { /* then it is known into how many each is cut */
@@ -134,7 +206,7 @@ division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_p
         const int64_t chunks = rounds(p->tokens, CHUNK);
         d.slots = segments >= 2 ? p->sequences * segments : 0;
         if (!p->batch_invariant) d.at_once = fkda_plan_at_once(heads, chunks, segments, multiprocessors);
-        if (!wherever_possible && d.at_once.pairs &&
+        if (where != WHEREVER_POSSIBLE && d.at_once.pairs &&
             chain_clocks(heads, chunks, segments, multiprocessors) <= d.at_once.clocks)
             d.at_once = (at_once){0};
     }

@@ -35,10 +35,15 @@ typedef struct division {
     int64_t slots;    /* segments of sequences that are cut, at most */
     int64_t groups;   /* of maps, at most */
     at_once at_once;
+    fkda_mixture mixture; /* if there is one: sequences of `shortest` tokens may be cut */
 } division;
 
-/* From shapes and the device alone. Where that pays, or wherever it can be done. */
-division fkda_divide(const fkda_problem *p, int multiprocessors, bool wherever_possible);
+/* Where sequences are cut: where that pays, in the way that pays; wherever it can be done; or only those of different lengths, in the
+ * launch for such a mixture. */
+typedef enum cutting { WHERE_IT_PAYS, WHEREVER_POSSIBLE, IN_MIXTURES } cutting;
+
+/* From shapes and the device alone. */
+division fkda_divide(const fkda_problem *p, int multiprocessors, cutting where);
 
 /* All sequences have the same length, or there is one. */
 bool fkda_sequences_are_alike(const fkda_problem *p);

@@ -1,4 +1,5 @@
 /* Launches kernels/hopper/fwd.cu. */
+#include <math.h>
 #include <stdio.h>
 
 #include "arguments.h"
@@ -40,25 +41,33 @@ typedef struct layout {
     int64_t heads, workers; /* blocks or pairs of them */
     int chunk;              /* tokens: of which kind they are */
     bool divides;           /* heads between workers */
+    double clocks;          /* that it should take, besides beginning and end */
 } layout;
 
-/* What takes less time if all sequences are as long. As many heads as pairs, or fewer, have one each. Where results must not depend on
+/* What takes less time if all sequences are as long, or the longest is as long as is known. As many heads as pairs, or fewer, have one each. Where results must not depend on
  * the batch, heads always have a pair, whole. */
 static layout lay_out(const fkda_problem *p, int multiprocessors)
 {
     const int64_t heads = p->sequences * p->heads, pairs = fkda_hopper_pairs(multiprocessors);
     const double tokens = p->sequences ? (double)(p->batch * p->tokens) / (double)p->sequences : 0;
-    const double rounds_alone = heads > multiprocessors ? (double)heads / multiprocessors : 1;
-    const double alone = tokens / FKDA_HOPPER_CHUNK_ALONE * FKDA_HOPPER_CLOCKS_ALONE * rounds_alone;
-    const double paired =
-        tokens / FKDA_HOPPER_CHUNK_PAIRED * FKDA_HOPPER_CLOCKS_PAIRED * (double)heads / (double)pairs;
+    const double longest = p->max_seqlen > tokens ? (double)p->max_seqlen : tokens;
+    const double alone = fmax(longest, tokens * (double)heads / (double)multiprocessors) /
+                         FKDA_HOPPER_CHUNK_ALONE * FKDA_HOPPER_CLOCKS_ALONE;
+    const double paired = fmax(longest, tokens * (double)heads / (double)pairs) / FKDA_HOPPER_CHUNK_PAIRED *
+                          FKDA_HOPPER_CLOCKS_PAIRED;
     layout l = {.heads = heads};
     l.chunk = p->batch_invariant || heads <= pairs || paired < alone ? FKDA_HOPPER_CHUNK_PAIRED
                                                                      : FKDA_HOPPER_CHUNK_ALONE;
     l.workers = l.chunk == FKDA_HOPPER_CHUNK_PAIRED ? pairs : multiprocessors;
     l.divides = !p->batch_invariant && heads > l.workers;
     if (heads < l.workers) l.workers = heads;
+    l.clocks = paired < alone || heads <= pairs ? paired : alone;
     return l;
+}
+
+int64_t fkda_hopper_whole_clocks(const fkda_problem *p, int multiprocessors)
+{
+    return (int64_t)lay_out(p, multiprocessors).clocks;
 }
 
 size_t fkda_cuda_hopper_whole_workspace_size(const fkda_problem *p)
@@ -133,7 +142,7 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
 }
 
-bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
+bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, void *args,
                                  CUfunction kernel, int blocks)
 {
     void *arguments[] = {args};

@@ -11,8 +11,8 @@ extern fkda_module fkda_hopper_fwd_module; /* kernels/hopper/fwd.cu */
 /* Pairs of multiprocessors: heads of sequences or segments that are under way at once. */
 int64_t fkda_hopper_pairs(int multiprocessors);
 
-/* What a chunk of a head takes, in a block that has it alone and in a pair, in clocks (fitted to times on an H100: BENCHMARK_H100.md). */
-enum { FKDA_HOPPER_CLOCKS_ALONE = 1990, FKDA_HOPPER_CLOCKS_PAIRED = 2100 };
+/* Clocks that sequences should take if none is cut, besides beginning and end. */
+int64_t fkda_hopper_whole_clocks(const fkda_problem *p, int multiprocessors);
 
 /* Room for the states of pieces of work that are divided: its size, and where it is if it begins at `memory`. */
 size_t fkda_hopper_handoff_size(int multiprocessors);
@@ -28,7 +28,7 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     bool early);
 
 /* A kernel whose blocks wait for each other: all start together, or the driver refuses and nothing is launched: false. */
-bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, fkda_hopper_fwd_args *args,
+bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, void *args,
                                  CUfunction kernel, int blocks);
 
 /* Launches the forward kernel for pairs of blocks or, with chunks of FKDA_HOPPER_CHUNK_ALONE, for single ones. It has at most so many pieces

@@ -8,11 +8,11 @@
 
 extern const unsigned char fkda_fatbin_hopper_segments[];
 
-enum { MAPS, PLAN, COMPOSE, CHAIN, EXPAND, AT_ONCE };
+enum { MAPS, PLAN, COMPOSE, CHAIN, EXPAND, AT_ONCE, MIXTURE };
 static fkda_module segments_module = {
     .image = fkda_fatbin_hopper_segments,
     .names = {"fkda_hopper_maps", "fkda_hopper_plan", "fkda_hopper_join_compose", "fkda_hopper_join_chain",
-              "fkda_hopper_join_expand", "fkda_hopper_at_once"},
+              "fkda_hopper_join_expand", "fkda_hopper_at_once", "fkda_hopper_mixture"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
@@ -40,7 +40,13 @@ static size_t take(size_t *end, int64_t count, size_t bytes)
 /* Where all segments are done in one launch, which needs a flag for each that starts from what others find. */
 static int64_t flag_count(const fkda_problem *p, const division *d)
 {
-    return d->at_once.pairs ? d->slots * p->heads * FKDA_SLOT_FLAGS : 0;
+    return d->at_once.pairs || d->mixture.pairs ? d->slots * p->heads * FKDA_SLOT_FLAGS : 0;
+}
+
+/* And those of the borders between the workers that have the rest of a mixture, which follow. */
+static int64_t border_flag_count(const division *d, int multiprocessors)
+{
+    return d->mixture.pairs ? (int64_t)multiprocessors * FKDA_HANDOFF_FLAGS : 0;
 }
 
 static memory lay_out_memory(const fkda_problem *p, const division *d, int multiprocessors)
@@ -49,7 +55,7 @@ static memory lay_out_memory(const fkda_problem *p, const division *d, int multi
     size_t end = 0;
     memory m;
     m.handoff = take(&end, 1, fkda_hopper_handoff_size(multiprocessors));
-    m.flags = take(&end, flag_count(p, d), sizeof(int));
+    m.flags = take(&end, flag_count(p, d) + border_flag_count(d, multiprocessors), sizeof(int));
     m.counts = take(&end, 1, sizeof(fkda_cut_counts));
     m.inner = take(&end, d->slots, sizeof(fkda_segment));
     m.later = take(&end, d->slots + p->sequences, sizeof(fkda_segment));
@@ -61,11 +67,11 @@ static memory lay_out_memory(const fkda_problem *p, const division *d, int multi
     return m;
 }
 
-static size_t workspace_size(const fkda_problem *p, bool wherever_possible)
+static size_t workspace_size(const fkda_problem *p, cutting where)
 {
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) return 0;
-    const division d = fkda_divide(p, multiprocessors, wherever_possible);
+    const division d = fkda_divide(p, multiprocessors, where);
     if (cuts(&d)) return lay_out_memory(p, &d, multiprocessors).size;
     return fkda_cuda_hopper_whole_workspace_size(p);
 }
@@ -134,6 +140,23 @@ static bool run_at_once(const fkda_driver *driver, const fkda_problem *p, const 
                                        FKDA_HOPPER_PAIR * (int)plan->pairs);
 }
 
+/* One launch for sequences of different lengths. False as above. */
+static bool run_mixture(const fkda_driver *driver, const fkda_problem *p, const division *d, const memory *m,
+                        const fkda_hopper_fwd_args *several, int multiprocessors)
+{
+    fkda_hopper_mixture_args args = {.paired = *several, .mixture = d->mixture};
+    const int64_t flags = flag_count(p, d);
+    args.paired.handoff = fkda_hopper_handoff((char *)p->workspace + m->handoff, multiprocessors);
+    args.paired.handoff.flags = args.paired.cut.flags + flags;
+    if (fkda_hopper_arguments(driver, p, &args.alone, FKDA_HOPPER_CHUNK_ALONE) != FLASH_KDA_OK) return false;
+    args.alone.cut = args.paired.cut, args.alone.handoff = args.paired.handoff;
+    return driver->cuMemsetD32Async((CUdeviceptr)args.paired.cut.flags, 0,
+                                    (size_t)(flags + border_flag_count(d, multiprocessors)),
+                                    p->stream) == 0 &&
+           fkda_hopper_launch_together(driver, p, &args, segments_module.functions[p->device.index][MIXTURE],
+                                       FKDA_HOPPER_PAIR * d->mixture.pairs);
+}
+
 /* All but the first may start early: the maps run beside the first segments, and the others have their code and inputs when what they
  * wait for is over. Each is over only after the one before, so that what an earlier one left is there too. */
 static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, const division *d,
@@ -147,6 +170,9 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     if (status != FLASH_KDA_OK) return status;
     args.cut = find_memory(p, d, &m);
     if (d->at_once.pairs && run_at_once(driver, p, d, &args)) return FLASH_KDA_OK;
+    if (d->mixture.pairs)
+        return run_mixture(driver, p, d, &m, &args, multiprocessors) ? FLASH_KDA_OK
+                                                                     : fkda_cuda_hopper_whole_fwd(p);
     if (!args.cut.alike)
         status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS, false);
     args.work = FKDA_FIRST_SEGMENTS;
@@ -168,13 +194,13 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     return status;
 }
 
-static flash_kda_status forward(const fkda_problem *p, bool wherever_possible)
+static flash_kda_status forward(const fkda_problem *p, cutting where)
 {
     int multiprocessors;
     const fkda_driver *driver;
     flash_kda_status status = fkda_cuda_multiprocessors(p->device.index, &multiprocessors);
     if (status != FLASH_KDA_OK) return status;
-    const division d = fkda_divide(p, multiprocessors, wherever_possible);
+    const division d = fkda_divide(p, multiprocessors, where);
     if (!cuts(&d)) return fkda_cuda_hopper_whole_fwd(p);
     status = fkda_enter_device(p->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
@@ -198,19 +224,29 @@ static void explain_sharing(const fkda_at_once *plan, char *text, size_t size)
                  " The last inner one is shorter: pairs have those of %d heads, one after the other.", one);
 }
 
-static void explain(const fkda_problem *p, bool wherever_possible, char *text, size_t size)
+static void explain(const fkda_problem *p, cutting where, char *text, size_t size)
 {
     int multiprocessors;
     if (fkda_cuda_multiprocessors(p->device.index, &multiprocessors) != FLASH_KDA_OK) {
         snprintf(text, size, "%s", flash_kda_last_error());
         return;
     }
-    const division d = fkda_divide(p, multiprocessors, wherever_possible);
+    const division d = fkda_divide(p, multiprocessors, where);
     if (!cuts(&d)) {
         fkda_cuda_hopper_whole_explain(p, text, size);
         return;
     }
     const long long shortest = d.shortest, slots = d.slots, pairs = fkda_hopper_pairs(multiprocessors);
+    if (d.mixture.pairs) {
+        snprintf(
+            text, size,
+            "One launch, on %lld pairs of multiprocessors, finds out which sequences have %lld tokens or "
+            "more: "
+            "each head of these has a pair or more, and is cut into as many segments as these and one more, "
+            "if they are two. What pairs are left share out the other sequences evenly.",
+            pairs, shortest);
+        return;
+    }
     if (d.at_once.pairs) {
         snprintf(text, size,
                  "Each sequence is cut into %lld segments, and one launch does it all, on %lld pairs of "
@@ -230,30 +266,45 @@ static void explain(const fkda_problem *p, bool wherever_possible, char *text, s
 
 size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)
 {
-    return workspace_size(p, false);
+    return workspace_size(p, WHERE_IT_PAYS);
 }
 
 flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
 {
-    return forward(p, false);
+    return forward(p, WHERE_IT_PAYS);
 }
 
 void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
 {
-    explain(p, false, text, size);
+    explain(p, WHERE_IT_PAYS, text, size);
 }
 
 size_t fkda_cuda_hopper_segments_workspace_size(const fkda_problem *p)
 {
-    return workspace_size(p, true);
+    return workspace_size(p, WHEREVER_POSSIBLE);
 }
 
 flash_kda_status fkda_cuda_hopper_segments_fwd(const fkda_problem *p)
 {
-    return forward(p, true);
+    return forward(p, WHEREVER_POSSIBLE);
 }
 
 void fkda_cuda_hopper_segments_explain(const fkda_problem *p, char *text, size_t size)
 {
-    explain(p, true, text, size);
+    explain(p, WHEREVER_POSSIBLE, text, size);
+}
+
+size_t fkda_cuda_hopper_mixture_workspace_size(const fkda_problem *p)
+{
+    return workspace_size(p, IN_MIXTURES);
+}
+
+flash_kda_status fkda_cuda_hopper_mixture_fwd(const fkda_problem *p)
+{
+    return forward(p, IN_MIXTURES);
+}
+
+void fkda_cuda_hopper_mixture_explain(const fkda_problem *p, char *text, size_t size)
+{
+    explain(p, IN_MIXTURES, text, size);
 }

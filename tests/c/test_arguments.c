@@ -228,6 +228,11 @@ static void scalars(void)
     INVALID("cpu_threads is -1; it must be 0 (all) or more", p.cpu_threads = -1);
     INVALID("batch_invariant is 2; it must be 0 or 1", p.batch_invariant = 2);
     INVALID("batch_invariant is -1; it must be 0 or 1", p.batch_invariant = -1);
+    INVALID(text("max_seqlen is -1; it must be in [0, T] = [0, %lld]", (long long)p.q.shape[1]),
+            p.max_seqlen = -1);
+    INVALID(text("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p.q.shape[1] + 1,
+                 (long long)p.q.shape[1]),
+            p.max_seqlen = p.q.shape[1] + 1);
 }
 
 static void overlaps(void)

@@ -81,6 +81,9 @@ WRONG = {
     "threads as a float": ({"threads": 2.0}, TypeError, "threads is of type float; it must be an int"),
     "batch_invariant as a number": ({"batch_invariant": 1}, TypeError, "batch_invariant is of type int; it must be True or False"),
     "batch_invariant missing": ({"batch_invariant": None}, TypeError, "batch_invariant is of type NoneType; it must be True or False"),
+    "max_seqlen negative": ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; it must be 0 (not known) or more"),
+    "max_seqlen as a float": ({"max_seqlen": 2.0}, TypeError, "max_seqlen is of type float; it must be an int"),
+    "max_seqlen beyond all": ({"max_seqlen": BIG}, ValueError, f"max_seqlen is {BIG}; it must be in [0, T] = [0, "),
     "too many threads": ({"threads": BIG}, ValueError, f"threads is {BIG}; it must be 0 (all) or more, and fit 32 bits"),
 }  # fmt: skip
 

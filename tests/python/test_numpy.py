@@ -216,6 +216,17 @@ def test_threads_change_nothing(threads):
     np.testing.assert_array_equal(a["final_state"], b["final_state"])
 
 
+@pytest.mark.parametrize("longest", [1, 200, 300])
+def test_longest_sequence_changes_nothing(longest):
+    """On a CPU, whether it is right or wrong."""
+    a = make(lengths=[200, 0, 100])
+    b = {**a, "out": a["out"].copy(), "final_state": a["final_state"].copy()}
+    flash_kda.fwd(**a)
+    flash_kda.fwd(**b, max_seqlen=longest)
+    np.testing.assert_array_equal(a["out"], b["out"])
+    np.testing.assert_array_equal(a["final_state"], b["final_state"])
+
+
 def test_kernel_by_name():
     a = make()
     expected = truth(a)

@@ -430,7 +430,7 @@ def test_compile_writes_arguments(device, backend):
     a = make(T=20, initial=np.float32)
     check(a, device, torch.compile(lambda **t: flash_kda.fwd(**t), fullgraph=True, backend=backend))
     invariant = torch.compile(
-        lambda **t: flash_kda.fwd(**t, batch_invariant=True), fullgraph=True, backend=backend
+        lambda **t: flash_kda.fwd(**t, batch_invariant=True, max_seqlen=1), fullgraph=True, backend=backend
     )
     check(a, device, invariant)
     # In place: one tensor is both states.
@@ -445,6 +445,13 @@ def test_compile_writes_arguments(device, backend):
     with torch.no_grad():
         step(state)
     assert torch.equal(state, tensors["final_state"])
+
+
+@pytest.mark.parametrize("longest", [0, 1, 2500])
+def test_longest_sequence(device, longest):
+    """A hint, right or wrong: with it a GPU may cut sequences."""
+    a = make(lengths=[3, 2500, 0, 40], H=2, initial=np.float32)
+    check(a, device, lambda **t: flash_kda.fwd(**t, max_seqlen=longest))
 
 
 def test_compile_dynamic_shapes(device):

@@ -1,0 +1,268 @@
+/*
+ * Sequences of different lengths in one launch, say one of 30,000 tokens and fifty of 100. Nobody knows them before it: each block finds
+ * them, and from them what all pairs of blocks are there for. A long sequence has some pairs to each head, and is cut into one segment
+ * more than these if they are two or more; they do what at_once.cuh says. The pairs that are left deal the rest out as any kernel does its
+ * sequences, as pairs or, where heads are many, in blocks of their own.
+ *
+ * Pairs are given out one for each head of the sequence that would take longest, again and again, until the rest would take
+ * longer than that.
+ */
+#ifndef FKDA_HOPPER_MIXTURE_CUH
+#define FKDA_HOPPER_MIXTURE_CUH
+
+#include "at_once.cuh"
+#include "deal.cuh"
+#include "shared.cuh"
+
+namespace fkda
+{
+
+using Part = PartOfMixture<true>;
+
+/* Where the block has its part once it is found, out of the way of all that it does later. */
+template <class Kind> static __device__ Part &part_of_mixture()
+{
+    return reinterpret_cast<Shared<Kind> *>(block_memory())->part;
+}
+
+/* How a warp finds it: each lane has one of the long sequences. */
+class Mixture
+{
+    const Cut cut;
+    const fkda_mixture &mixture;
+    const int heads, lane;
+    int sequence = 0, chunks = 0,
+        pairs = 0; /* of the lane's sequence, and how many pairs each head has; none without one */
+    int long_ones = 0, last_long = -1;
+    int rest = 0, longest_of_rest = 0; /* chunks of the others */
+    int left;                          /* pairs, for the rest */
+
+    enum {
+        BEGINNING = 2, /* chunks that beginning and ending a sequence takes about as long as */
+        /* The first segment's pair begins so much later, and the last one's (there). */
+        FIRST_LATE = 7,
+        LAST_LATE = 2,
+        UNCOUNTED = 1 << 25, /* chunks, of lengths that are not to be believed */
+    };
+
+  public:
+    __device__ Mixture(const fkda_hopper_fwd_args &all, const fkda_mixture &how, int of_warp)
+        : cut{all.fwd, all.cut}, mixture(how), heads(all.fwd.heads), lane(of_warp), left(how.pairs)
+    {
+        measure();
+        give_out();
+    }
+
+    /* The first chunk of segment i of so many, of a sequence of so many chunks. */
+    static __device__ int begin_of(int i, int segments, int chunks)
+    {
+        if (i == 0 || i == segments) return i == 0 ? 0 : chunks;
+        return max(i * (chunks + FIRST_LATE + LAST_LATE) / segments - FIRST_LATE, i);
+    }
+
+    /* The part of a pair, by the lane that knows it. */
+    __device__ void tell(int pair, Part &part) const
+    {
+        const int number = pair - before(pairs * heads), first_slot = before(pairs > 1 ? pairs + 1 : 0);
+        if (number >= 0 && number < pairs * heads) {
+            part.is = Part::LONG;
+            part.sequence = sequence, part.pairs = pairs, part.first_slot = first_slot;
+            part.head = number / pairs, part.segment = number % pairs;
+        }
+        const int rest_number = pair - (mixture.pairs - left);
+        if (lane == 0 && rest_number >= 0) {
+            part.is = rest_alone() ? Part::REST_ALONE : Part::REST;
+            part.rest_pairs = left, part.rest_number = rest_number, part.last_long = last_long;
+            part.pairs = 0;
+        }
+        __syncwarp();
+    }
+
+  private:
+    /* The sum of x of the lanes before this one. */
+    __device__ int before(int x) const
+    {
+        int sum = x;
+        for (int by = 1; by < 32; by *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, by);
+            if (lane >= by) sum += other;
+        }
+        return sum - x;
+    }
+
+    __device__ void measure()
+    {
+        for (int first = 0; first < cut.sequences(); first += 32) {
+            const bool there = first + lane < cut.sequences();
+            const int length = there ? cut.sequence(first + lane).length : 0;
+            const int own = (length + CUT_CHUNK - 1) / CUT_CHUNK;
+            bool in_rest = there;
+            for (unsigned who = __ballot_sync(~0u, there && length >= cut.cut.shortest);
+                 who && long_ones < mixture.most_long; who &= who - 1) {
+                const int from = __ffs(static_cast<int>(who)) - 1;
+                const int its = __shfl_sync(~0u, own, from);
+                if (lane == long_ones) sequence = first + from, chunks = its, pairs = 1;
+                if (lane == from) in_rest = false;
+                last_long = first + from;
+                long_ones++;
+            }
+            if (!in_rest) continue;
+            rest = min(rest + own + BEGINNING, static_cast<int>(UNCOUNTED));
+            longest_of_rest = max(longest_of_rest, own);
+        }
+        longest_of_rest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest_of_rest)));
+        rest = __shfl_sync(~0u, before(rest) + rest, 31);
+    }
+
+    /* Whether blocks of their own would be through with the rest before pairs. They take as long for half a chunk as pairs for all
+     * of it. */
+    __device__ bool rest_alone() const
+    {
+        const float each = static_cast<float>(rest) * static_cast<float>(heads) / static_cast<float>(left),
+                    longest = static_cast<float>(longest_of_rest);
+        return FKDA_HOPPER_CLOCKS_ALONE * max(each, 2 * longest) <
+               FKDA_HOPPER_CLOCKS_PAIRED * max(each, longest);
+    }
+
+    /* In chunks, with so many pairs to a head. A step of the join is one. */
+    __device__ int time(int with) const
+    {
+        return with == 0 ? 0 : with == 1 ? chunks : 2 * chunks / (with + 1) + mixture.cutting + with - 1;
+    }
+
+    /* The same of the rest, with so many pairs for it. Pairs take a quarter longer for a chunk of the rest than for one of a kernel's of their
+     * own (docs/log.md); where heads are many, blocks of their own have it. */
+    __device__ float rest_time(int with) const
+    {
+        const bool many = (cut.sequences() - long_ones) * heads > 2 * with;
+        return static_cast<float>(rest) * static_cast<float>(heads) * (many ? 1.0f : 1.25f) /
+               static_cast<float>(with);
+    }
+
+    __device__ void give_out()
+    {
+        left -= long_ones * heads;
+        for (;;) {
+            const int now = time(pairs);
+            const int longest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(now)));
+            const int who = __ffs(static_cast<int>(__ballot_sync(~0u, now == longest))) - 1;
+            const bool pays = pairs <= FKDA_MAPS_CHAINED && time(pairs + 1) < now;
+            const int after = left - heads;
+            if (longest == 0 || after < (rest > 0) || !__shfl_sync(~0u, pays, who) ||
+                rest_time(after) > static_cast<float>(longest))
+                return;
+            if (lane == who) pairs++;
+            left = after;
+        }
+    }
+};
+
+/* What the pair of a long sequence has to do, as AtOnce says it elsewhere. */
+struct LongOfMixture {
+    Cut cut;
+    const Part &part;
+    int segments, unit, units, segment, spare;
+
+    __device__ explicit LongOfMixture(const fkda_hopper_fwd_args &all)
+        : cut{all.fwd, all.cut}, part(part_of_mixture<PairedOfMixture>()),
+          segments(part.pairs > 1 ? part.pairs + 1 : 1), unit(0), units(1), segment(part.segment),
+          spare(part.is == Part::LONG ? -1 : 0)
+    {
+    }
+
+    __device__ int of_head() const
+    {
+        return part.pairs;
+    }
+    __device__ int head(int) const
+    {
+        return part.head;
+    }
+    __device__ int maps() const
+    {
+        return max(segments - 2, 0);
+    }
+    __device__ fkda_cut_sequence sequence(int) const
+    {
+        return {part.sequence, segments, part.first_slot, 0};
+    }
+
+    __device__ fkda_segment segment_of(const fkda_cut_sequence &c, int i) const
+    {
+        if (segments == 1) return cut.whole(c.sequence);
+        const Task task = cut.sequence(c.sequence);
+        const int from = Mixture::begin_of(i, segments, task.chunks) * CUT_CHUNK,
+                  to = Mixture::begin_of(i + 1, segments, task.chunks) * CUT_CHUNK;
+        return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
+                (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == segments - 1 ? FKDA_SEGMENT_LAST : 0)};
+    }
+
+    /* First segments are walked through by their own pairs. */
+    static __device__ bool spared()
+    {
+        return false;
+    }
+    static __device__ int spares()
+    {
+        return 1;
+    }
+    static __device__ int heads()
+    {
+        return 1;
+    }
+};
+
+/* The rest, among the pairs that have it, or their blocks. */
+template <class Kind> struct RestOfMixture {
+    const Part &part;
+    const int long_from; /* tokens */
+
+    __device__ explicit RestOfMixture(const fkda_hopper_fwd_args &all)
+        : part(part_of_mixture<Kind>()), long_from(all.cut.shortest)
+    {
+    }
+    __device__ int workers() const
+    {
+        return part.rest_pairs * (FKDA_HOPPER_PAIR / Kind::SHARERS);
+    }
+    __device__ int worker() const
+    {
+        return Kind::SHARERS == 1 ? FKDA_HOPPER_PAIR * part.rest_number + cluster_rank() : part.rest_number;
+    }
+    __device__ bool leaves_out(const fkda_segment &s) const
+    {
+        return s.sequence <= part.last_long && s.length >= long_from;
+    }
+    __device__ bool one_each(int pieces) const
+    {
+        return part.is == Part::LONG || (part.last_long < 0 && pieces <= workers());
+    }
+};
+
+/* A block that has a part of the rest, in one part of what blocks do. */
+template <class Kind> struct MixtureDealer : Dealer<Kind, RestOfMixture<Kind>> {
+    using Dealer<Kind, RestOfMixture<Kind>>::Dealer;
+};
+/* One that may have either. */
+template <> struct MixtureDealer<PairedOfMixture> {
+    using Kind = PairedOfMixture;
+    AtOnceDealer<Kind, LongOfMixture> of_long;
+    Dealer<Kind, RestOfMixture<Kind>> of_rest;
+
+    __device__ MixtureDealer(const fkda_hopper_fwd_args &all, int block_rank, int lane)
+        : of_long(all, block_rank, lane), of_rest(all, block_rank, lane)
+    {
+    }
+    __device__ Piece deal()
+    {
+        return of_long.way.spare < 0 ? of_long.deal() : of_rest.deal();
+    }
+};
+/* Maps are of long ones. */
+template <> struct MixtureDealer<MapsOfMixture> : AtOnceDealer<MapsOfMixture, LongOfMixture> {
+    using AtOnceDealer<MapsOfMixture, LongOfMixture>::AtOnceDealer;
+};
+
+} // namespace fkda
+
+#endif
