@@ -44,6 +44,8 @@ KNOWN = {
     "16:256x64": Known(0.24, 0.527),
     "12:16x256": Known(0.22, 0.371),
     "32:512x32": Known(0.40, 0.956),
+    "8:30000,100x50": Known(None, None),
+    "16:12000,400x11": Known(None, None),
 }
 # Few heads, as on one of eight GPUs that serve a model: their geometric mean is the figure that others publish.
 SERVING = list(KNOWN)[6:16]

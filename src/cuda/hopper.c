@@ -50,7 +50,7 @@ static layout lay_out(const fkda_problem *p, int multiprocessors)
 {
     const int64_t heads = p->sequences * p->heads, pairs = fkda_hopper_pairs(multiprocessors);
     const double tokens = p->sequences ? (double)(p->batch * p->tokens) / (double)p->sequences : 0;
-    const double longest = p->max_seqlen > tokens ? (double)p->max_seqlen : tokens;
+    const double longest = fmax((double)p->max_seqlen, tokens);
     const double alone = fmax(longest, tokens * (double)heads / (double)multiprocessors) /
                          FKDA_HOPPER_CHUNK_ALONE * FKDA_HOPPER_CLOCKS_ALONE;
     const double paired = fmax(longest, tokens * (double)heads / (double)pairs) / FKDA_HOPPER_CHUNK_PAIRED *
