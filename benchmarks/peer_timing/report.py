@@ -211,6 +211,7 @@ over the median. Every competitor runs in a process of its own, on the same inpu
 models, spans in every head channels that forget next to nothing in thousands of tokens and channels that forget
 within one; `slow` has only channels that remember, `fast` only channels that forget. With `--fla-tunes-once`
 in the command, FLA's kernels were tuned with the first shape that it ran, and used as they then were for the others.
+Where there are several sequences, FLA is given their lengths on the host, and flash_kda the longest one.
 A GPU at the limit of its power lowers its clock, and slower competitors let it cool between: what draws most can take
 some 6% longer by itself, for a second or more, than it does here."""
 
