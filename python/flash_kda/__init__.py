@@ -149,7 +149,7 @@ def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
         for kernel in _lib.kernel_infos():
             if kernel.device_type == info.device.type and info.kernel:
                 params = _shape_params(T_total, H, N, True, info.device, kernel.name)
-                for params.batch_invariant in (False, True):
+                for params.batch_invariant, params.max_seqlen in ((False, 0), (False, T_total), (True, 0)):
                     with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
                         largest = max(largest, _lib.workspace_size(params))
     return largest

@@ -285,6 +285,8 @@ def test_wrong_sizes_of_a_shape(call, sizes, exception, sentence):
         ({"device": "gpu"}, ValueError, "device is 'gpu'; it must be None or one of cpu"),
         ({"device": 0}, ValueError, "device is 0; it must be None or one of cpu"),
         ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
+        ({"max_seqlen": 1.5}, TypeError, "max_seqlen is of type float; it must be an int"),
+        ({"max_seqlen": 101}, ValueError, "max_seqlen is 101; it must be in [0, T] = [0, 100]"),
         ({"device": "cpu", "kernel": "zz"}, ValueError, 'kernel is "zz"; it must be NULL or one of cpu, '),
         (
             {"device": "cpu", "kernel": "cpu\0"},
