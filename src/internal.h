@@ -45,8 +45,8 @@ struct fkda_kernel {
     int max_compute_capability; /* 0: no limit */
     size_t (*workspace_size)(const fkda_problem *);
     flash_kda_status (*fwd)(const fkda_problem *);
-    /* Writes how the work is laid out: a few sentences, no newline at the end, in 512 bytes at most. Depends on shapes
-     * and the device only. May be NULL. */
+    /* Writes how the work is laid out: a few sentences, no newline at the end, in 512 bytes at most. Depends on shapes,
+     * max_seqlen and the device only. May be NULL. */
     void (*explain)(const fkda_problem *, char *text, size_t size);
 };
 

@@ -224,7 +224,7 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
     "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
     "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, "
-    "bool batch_invariant=False, int max_seqlen=0) -> ()",
+    "bool batch_invariant=False, SymInt max_seqlen=0) -> ()",
     # The strides that tracing saw are those that the call gets: it takes contiguous tensors.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )

@@ -107,18 +107,28 @@ static division mix(const fkda_problem *p, int multiprocessors, int64_t shortest
     return d;
 }
 
-/* Clocks of it where one sequence is as long as is known and others are short. As the device does it: pairs are given to each head of the long
- * one until the rest would take longer. */
+/* In chunks: the longest sequence, where that is known, the others in all, and the average one of these. */
+typedef struct known_lengths {
+    int64_t longest, rest, other;
+} known_lengths;
+
+static known_lengths what_is_known(const fkda_problem *p)
+{
+    const int64_t longest = p->max_seqlen / CHUNK, rest = most(p->tokens / CHUNK - longest, 0);
+    return (known_lengths){longest, rest, p->sequences > 1 ? rest / (p->sequences - 1) : 0};
+}
+
+/* Clocks of it, if the others are as long as each other. As the device does it: pairs are given to each head of the longest one until the rest
+ * would take longer. */
 static int64_t mixture_clocks(const fkda_problem *p, int multiprocessors)
 {
-    const int64_t pairs = fkda_hopper_pairs(multiprocessors), longest = rounds(p->max_seqlen, CHUNK);
+    const known_lengths of = what_is_known(p);
+    const int64_t pairs = fkda_hopper_pairs(multiprocessors), walk = FKDA_HOPPER_CLOCKS_PAIRED * of.longest;
     int64_t best = INT64_MAX;
     for (int64_t each = 1; each <= FKDA_MAPS_CHAINED + 1 && each * p->heads < pairs; each++) {
-        const int64_t walk = FKDA_HOPPER_CLOCKS_PAIRED * longest,
-                      cut = 2 * walk / (each + 1) + CUTTING + FKDA_HOPPER_CLOCKS_PAIRED * (each - 1);
-        const int64_t rest =
-            FKDA_HOPPER_CLOCKS_PAIRED * (p->tokens / CHUNK - longest) * p->heads / (pairs - each * p->heads);
-        best = least(best, most(each == 1 ? walk : cut, rest));
+        const int64_t cut = 2 * walk / (each + 1) + CUTTING + FKDA_HOPPER_CLOCKS_PAIRED * (each - 1);
+        const int64_t share = of.rest * p->heads / (pairs - each * p->heads);
+        best = least(best, most(each == 1 ? walk : cut, FKDA_HOPPER_CLOCKS_PAIRED * most(share, of.other)));
     }
     return best;
 }
@@ -134,39 +144,57 @@ static division mixture_that_pays(const fkda_problem *p, int multiprocessors)
     return (division){0};
 }
 
-/* Clocks for as many launches, of which the longest sequence is cut and the rest comes on top. */
+/* Clocks of several launches where the longest sequence is cut into so many segments. The rest comes on top, or is cut too if the others are
+ * long enough for that. */
 static int64_t several_clocks(const fkda_problem *p, int64_t segments, int multiprocessors)
 {
-    const int64_t longest = rounds(p->max_seqlen, CHUNK), rest = p->tokens / CHUNK - longest;
-    return chain_clocks(p->heads, longest, segments, multiprocessors) +
-           FKDA_HOPPER_CLOCKS_PAIRED * rest * p->heads / fkda_hopper_pairs(multiprocessors);
+    const known_lengths of = what_is_known(p);
+    const bool cut_too = of.other >= 2 * of.longest / segments;
+    const int64_t each = FKDA_HOPPER_CLOCKS_PAIRED + (cut_too ? CHUNK_MAP : 0);
+    return chain_clocks(p->heads, of.longest, segments, multiprocessors) +
+           each * of.rest * p->heads / fkda_hopper_pairs(multiprocessors);
+}
+
+/* The same with segments as long as pays for the longest sequence alone, but no shorter than those that do not depend on the batch, so that the
+ * workspace is no larger than theirs. */
+static division several_that_pay(const fkda_problem *p, int multiprocessors)
+{
+    const known_lengths of = what_is_known(p);
+    const int64_t segments = best_segments(p->heads, of.longest, multiprocessors, false);
+    const division d = {.shortest = of.longest / segments * CHUNK};
+    if (segments == 1 || d.shortest < SHORTEST_ALONE ||
+        100 * several_clocks(p, segments, multiprocessors) >=
+            WORTH_PERCENT * fkda_hopper_whole_clocks(p, multiprocessors))
+        return (division){0};
+    const division mixture = mixture_that_pays(p, multiprocessors);
+    const bool is_better = !mixture.mixture.pairs ||
+                           several_clocks(p, segments, multiprocessors) < mixture_clocks(p, multiprocessors);
+    return is_better ? d : mixture;
 }
 
 /* Lengths are not known here but, if the caller says so, the longest. So if sequences of equal length are best cut, segments are as long as those
- * are then. If not, such ones stay whole; and longer ones are cut, as if all tokens were of one sequence, if launches that do nothing for equal
- * ones take less than 3% or it is known that there is a longer one. */
+ * are then. If not, such ones stay whole; and longer ones are cut if it is known that there is one, or else, as if all tokens were of one sequence,
+ * if launches that do nothing for equal ones take less than 3%. */
 static division cut_where_it_pays(const fkda_problem *p, int multiprocessors)
 {
     const int64_t chunks = p->batch * p->tokens / CHUNK, heads = p->sequences * p->heads;
     const int64_t equal = chunks / p->sequences; /* chunks of each, if all are as long */
-    const bool alike = fkda_sequences_are_alike(p), known = p->max_seqlen > 0;
+    const bool alike = fkda_sequences_are_alike(p);
     const int64_t of_equal = best_segments(heads, equal, multiprocessors, alike);
     const division mixture = mixture_that_pays(p, multiprocessors);
-    if (of_equal > 1 && !(mixture.mixture.pairs && 2 * p->max_seqlen > 3 * equal * CHUNK))
+    if (of_equal > 1 && !(mixture.mixture.pairs && mixture_clocks(p, multiprocessors) <
+                                                       chain_clocks(heads, equal, of_equal, multiprocessors)))
         return (division){.shortest = alike ? p->tokens / of_equal : equal / of_equal * CHUNK};
-    if (alike) return mixture;
-    const int64_t longest = known ? rounds(p->max_seqlen, CHUNK) : chunks;
-    const int64_t of_one = best_segments(p->heads, longest, multiprocessors, false);
-    const int64_t shortest = longest / of_one;
-    const division several = {.shortest = (known || 2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
-    if (of_one == 1) return mixture;
-    if (!known)
-        return 100 * IDLE_LAUNCHES > 3 * uncut_clocks(heads, equal, multiprocessors) ? mixture : several;
-    const int64_t clocks = several_clocks(p, of_one, multiprocessors);
-    const bool pays = p->max_seqlen >= 2 * several.shortest &&
-                      100 * clocks < WORTH_PERCENT * fkda_hopper_whole_clocks(p, multiprocessors);
-    return pays && !(mixture.mixture.pairs && mixture_clocks(p, multiprocessors) <= clocks) ? several
-                                                                                            : mixture;
+    if (alike || of_equal > 1) return mixture;
+    if (p->max_seqlen) {
+        const division several = several_that_pay(p, multiprocessors);
+        return several.shortest ? several : mixture;
+    }
+    if (100 * IDLE_LAUNCHES > 3 * uncut_clocks(heads, equal, multiprocessors)) return (division){0};
+    const int64_t of_one = best_segments(p->heads, chunks, multiprocessors, false),
+                  shortest = chunks / of_one;
+    if (of_one == 1) return (division){0};
+    return (division){.shortest = (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
 }
 
 /* As long as gives every place of a pass one head of a segment, where the tokens are of one sequence; or shorter, if pairs can share

@@ -323,6 +323,7 @@ static void workspace(void)
 {
     static const int64_t shapes[][2] = {{1048576, 1}, {1048576, 96}, {65536, 17},
                                         {16384, 65},  {8192, 129},   {10923, 97}};
+    static const int64_t longest[] = {8192, 19619, 100000, 1000000};
     for (size_t i = 0; test.device.type == FLASH_KDA_CUDA && i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t tokens = shapes[i][0], head_count = shapes[i][1], rows[] = {1, tokens, head_count, DIM};
         const int64_t bias[] = {head_count, DIM};
@@ -335,6 +336,18 @@ static void workspace(void)
             size_t bytes, inputs = (size_t)(tokens * head_count) * DIM * 4 * 2;
             trying("T = %lld, H = %lld, batch_invariant = %d", (long long)tokens, (long long)head_count,
                    p.batch_invariant);
+            flash_kda_status status = flash_kda_fwd_workspace_size(&p, &bytes);
+            if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) continue;
+            CHECK(bytes < inputs / 4, "%zu bytes of workspace for %zu of inputs", bytes, inputs);
+        }
+        const int64_t borders = 54;
+        p.cu_seqlens = tensor_of(NULL, FLASH_KDA_I64, 1, &borders);
+        p.batch_invariant = 0;
+        for (size_t n = 0; n < sizeof longest / sizeof *longest && longest[n] <= tokens; n++) {
+            size_t bytes, inputs = (size_t)(tokens * head_count) * DIM * 4 * 2;
+            p.max_seqlen = longest[n];
+            trying("T = %lld, H = %lld, the longest of %lld sequences has %lld", (long long)tokens,
+                   (long long)head_count, (long long)borders - 1, (long long)longest[n]);
             flash_kda_status status = flash_kda_fwd_workspace_size(&p, &bytes);
             if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) continue;
             CHECK(bytes < inputs / 4, "%zu bytes of workspace for %zu of inputs", bytes, inputs);

@@ -22,7 +22,7 @@ def test_shapes():
     assert shapes.parse("96:8192") == (96, [8192])
     assert shapes.parse("2:5,70x2,1") == (2, [5, 70, 70, 1])
     assert shapes.label("12:2048x4") == ("2048 x 4", "12")
-    assert len(shapes.KNOWN) == 24
+    assert len(shapes.KNOWN) == 26
     for shape in shapes.KNOWN:
         shapes.parse(shape)
     assert (shapes.SERVING[0], shapes.SERVING[-1], len(shapes.SERVING)) == ("12:2048", "16:2048x8", 10)

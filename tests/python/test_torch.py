@@ -454,6 +454,18 @@ def test_longest_sequence(device, longest):
     check(a, device, lambda **t: flash_kda.fwd(**t, max_seqlen=longest))
 
 
+def test_compile_with_many_longest_sequences(device):
+    """Not once for each: torch.compile gives up after eight times."""
+    torch.compiler.reset()
+    tensors = to_torch(make(lengths=[3, 20, 0]), device)
+    step = torch.compile(
+        lambda longest, **t: flash_kda.fwd(**t, max_seqlen=longest), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        for longest in range(2, 20):
+            step(longest, **tensors)
+
+
 def test_compile_dynamic_shapes(device):
     torch.compiler.reset()
     compiled = torch.compile(with_allocation, fullgraph=True, backend="aot_eager", dynamic=True)
