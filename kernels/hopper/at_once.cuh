@@ -119,7 +119,7 @@ struct AtOnce {
     }
 };
 
-/* The rows of a head are carried in PARTS, by a block each: those of the pairs that have this head alone in turn, without the one that has
+/* The rows of a head are carried in JOIN_PARTS, by a block each: those of the pairs that have this head alone in turn, without the one that has
  * the first segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
 constexpr int JOIN_PARTS = DIM / FKDA_JOIN_ROWS;
 template <class Way> static __device__ void share_out(const Way &way, Joining<true> &join, int rank)

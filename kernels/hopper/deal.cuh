@@ -66,9 +66,9 @@ template <class Kind> struct Dealing {
     }
 };
 
-/* What a dealer deals out, and among whom: here all there is, among all workers of the grid. */
-template <class Kind> struct AllAmongAll {
-    __device__ explicit AllAmongAll(const fkda_hopper_fwd_args &)
+/* Among whom a dealer deals out what there is: here all of it, among all workers of the grid. */
+template <class Kind> struct WholeGrid {
+    __device__ explicit WholeGrid(const fkda_hopper_fwd_args &)
     {
     }
     static __device__ int workers()
@@ -101,13 +101,13 @@ template <class Kind> struct AllAmongAll {
  *
  * Called by all lanes of the loading warps; blocks that share meet the same pieces.
  */
-template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<Kind> {
+template <class Kind, class Among = WholeGrid<Kind>> struct Dealer : Dealing<Kind> {
     using Dealing<Kind>::args, Dealing<Kind>::cut, Dealing<Kind>::rank;
     static constexpr int CHUNK = Kind::CHUNK;
     static constexpr int SWITCH = 2; /* chunks that beginning and ending a piece takes about as long as */
     static constexpr int LEAST = 4;  /* chunks that are worth a division, on both sides */
     const fkda_handoff &handoff;
-    const Share what;
+    const Among among;
     int work, entries;
     int share_number; /* from the line's beginning on */
     int entry, head;  /* the next piece */
@@ -117,13 +117,13 @@ template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<K
     bool one_each;
 
     __device__ Dealer(const fkda_hopper_fwd_args &a, int block_rank, int lane)
-        : Dealing<Kind>(a, block_rank), handoff(a.handoff), what(a), work(a.work),
+        : Dealing<Kind>(a, block_rank), handoff(a.handoff), among(a), work(a.work),
           entries(cut.entries(a.work)), entry(0), head(0), at(0), begin(0), end(0), most(0)
     {
-        share_number = what.workers() - 1 - what.worker();
-        one_each = what.one_each(entries * args.heads);
+        share_number = among.workers() - 1 - among.worker();
+        one_each = among.one_each(entries * args.heads);
         if (in_turn())
-            entry = what.worker() / args.heads, head = what.worker() % args.heads;
+            entry = among.worker() / args.heads, head = among.worker() % args.heads;
         else
             find_share(lane);
     }
@@ -142,7 +142,7 @@ template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<K
      * they count for less. */
     __device__ int weight_of(const fkda_segment &s) const
     {
-        if (what.leaves_out(s)) return 0;
+        if (among.leaves_out(s)) return 0;
         return min(chunks_of(s) + SWITCH, most);
     }
 
@@ -166,7 +166,7 @@ template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<K
         const int up_to = sum_up_to(own, lane);
         longest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest)));
         const int all = __shfl_sync(~0u, up_to, 31);
-        const int share = max((all + what.workers() - 1) / what.workers(), longest);
+        const int share = max((all + among.workers() - 1) / among.workers(), longest);
         begin = share_number * share, end = begin + share;
         entry = entries; /* nothing, if the line ends before */
         unsigned beyond = __ballot_sync(~0u, up_to > begin);
@@ -212,7 +212,7 @@ template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<K
     {
         while (entry < entries && (in_turn() || at < end)) {
             const fkda_segment s = cut.entry(work, entry);
-            if (what.leaves_out(s)) {
+            if (among.leaves_out(s)) {
                 entry++, head = 0;
                 continue;
             }
@@ -220,7 +220,7 @@ template <class Kind, class Share = AllAmongAll<Kind>> struct Dealer : Dealing<K
             const int from = at, to = at + weight_of(s);
             Piece piece = this->piece_of(s, head);
             at = to;
-            head += in_turn() ? what.workers() : 1;
+            head += in_turn() ? among.workers() : 1;
             if (head >= args.heads) entry += head / args.heads, head %= args.heads;
             if (in_turn()) return piece;
             if (from < begin) {

@@ -31,8 +31,7 @@ class Mixture
     const Cut cut;
     const fkda_mixture &mixture;
     const int heads, lane;
-    int sequence = 0, chunks = 0,
-        pairs = 0; /* of the lane's sequence, and how many pairs each head has; none without one */
+    int sequence = 0, chunks = 0, pairs = 0; /* of the lane's; pairs: of each head, none without a sequence */
     int long_ones = 0, last_long = -1;
     int rest = 0, longest_of_rest = 0; /* chunks of the others */
     int left;                          /* pairs, for the rest */
@@ -130,15 +129,6 @@ class Mixture
         return with == 0 ? 0 : with == 1 ? chunks : 2 * chunks / (with + 1) + mixture.cutting + with - 1;
     }
 
-    /* The same of the rest, with so many pairs for it. Pairs take a quarter longer for a chunk of the rest than for one of a kernel's of their
-     * own (docs/log.md); where heads are many, blocks of their own have it. */
-    __device__ float rest_time(int with) const
-    {
-        const bool many = (cut.sequences() - long_ones) * heads > 2 * with;
-        return static_cast<float>(rest) * static_cast<float>(heads) * (many ? 1.0f : 1.25f) /
-               static_cast<float>(with);
-    }
-
     __device__ void give_out()
     {
         left -= long_ones * heads;
@@ -149,7 +139,8 @@ class Mixture
             const bool pays = pairs <= FKDA_MAPS_CHAINED && time(pairs + 1) < now;
             const int after = left - heads;
             if (longest == 0 || after < (rest > 0) || !__shfl_sync(~0u, pays, who) ||
-                rest_time(after) > static_cast<float>(longest))
+                static_cast<float>(rest) * static_cast<float>(heads) >
+                    static_cast<float>(longest) * static_cast<float>(after))
                 return;
             if (lane == who) pairs++;
             left = after;

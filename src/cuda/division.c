@@ -155,21 +155,19 @@ static int64_t several_clocks(const fkda_problem *p, int64_t segments, int multi
            each * of.rest * p->heads / fkda_hopper_pairs(multiprocessors);
 }
 
-/* The same with segments as long as pays for the longest sequence alone, but no shorter than those that do not depend on the batch, so that the
- * workspace is no larger than theirs. */
-static division several_that_pay(const fkda_problem *p, int multiprocessors)
+/* Several launches, if they are better than the mixture, or than not cutting if there is none. Segments are as long as pays for the longest
+ * sequence alone, but no shorter than those that do not depend on the batch, so that the workspace is no larger than theirs. */
+static division several_or(division mixture, const fkda_problem *p, int multiprocessors)
 {
     const known_lengths of = what_is_known(p);
     const int64_t segments = best_segments(p->heads, of.longest, multiprocessors, false);
     const division d = {.shortest = of.longest / segments * CHUNK};
-    if (segments == 1 || d.shortest < SHORTEST_ALONE ||
-        100 * several_clocks(p, segments, multiprocessors) >=
-            WORTH_PERCENT * fkda_hopper_whole_clocks(p, multiprocessors))
-        return (division){0};
-    const division mixture = mixture_that_pays(p, multiprocessors);
-    const bool is_better = !mixture.mixture.pairs ||
-                           several_clocks(p, segments, multiprocessors) < mixture_clocks(p, multiprocessors);
-    return is_better ? d : mixture;
+    const int64_t least_clocks = mixture.mixture.pairs
+                                     ? mixture_clocks(p, multiprocessors)
+                                     : WORTH_PERCENT * fkda_hopper_whole_clocks(p, multiprocessors) / 100;
+    const bool better = segments > 1 && d.shortest >= SHORTEST_ALONE &&
+                        several_clocks(p, segments, multiprocessors) < least_clocks;
+    return better ? d : mixture;
 }
 
 /* Lengths are not known here but, if the caller says so, the longest. So if sequences of equal length are best cut, segments are as long as those
@@ -186,10 +184,7 @@ static division cut_where_it_pays(const fkda_problem *p, int multiprocessors)
                                                        chain_clocks(heads, equal, of_equal, multiprocessors)))
         return (division){.shortest = alike ? p->tokens / of_equal : equal / of_equal * CHUNK};
     if (alike || of_equal > 1) return mixture;
-    if (p->max_seqlen) {
-        const division several = several_that_pay(p, multiprocessors);
-        return several.shortest ? several : mixture;
-    }
+    if (p->max_seqlen) return several_or(mixture, p, multiprocessors);
     if (100 * IDLE_LAUNCHES > 3 * uncut_clocks(heads, equal, multiprocessors)) return (division){0};
     const int64_t of_one = best_segments(p->heads, chunks, multiprocessors, false),
                   shortest = chunks / of_one;

@@ -264,47 +264,20 @@ static void explain(const fkda_problem *p, cutting where, char *text, size_t siz
              d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "");
 }
 
-size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)
-{
-    return workspace_size(p, WHERE_IT_PAYS);
-}
+#define FKDA_DEFINE_KERNEL(kernel, where)                                                                    \
+    size_t fkda_cuda_##kernel##_workspace_size(const fkda_problem *p)                                        \
+    {                                                                                                        \
+        return workspace_size(p, where);                                                                     \
+    }                                                                                                        \
+    flash_kda_status fkda_cuda_##kernel##_fwd(const fkda_problem *p)                                         \
+    {                                                                                                        \
+        return forward(p, where);                                                                            \
+    }                                                                                                        \
+    void fkda_cuda_##kernel##_explain(const fkda_problem *p, char *text, size_t size)                        \
+    {                                                                                                        \
+        explain(p, where, text, size);                                                                       \
+    }
 
-flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
-{
-    return forward(p, WHERE_IT_PAYS);
-}
-
-void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
-{
-    explain(p, WHERE_IT_PAYS, text, size);
-}
-
-size_t fkda_cuda_hopper_segments_workspace_size(const fkda_problem *p)
-{
-    return workspace_size(p, WHEREVER_POSSIBLE);
-}
-
-flash_kda_status fkda_cuda_hopper_segments_fwd(const fkda_problem *p)
-{
-    return forward(p, WHEREVER_POSSIBLE);
-}
-
-void fkda_cuda_hopper_segments_explain(const fkda_problem *p, char *text, size_t size)
-{
-    explain(p, WHEREVER_POSSIBLE, text, size);
-}
-
-size_t fkda_cuda_hopper_mixture_workspace_size(const fkda_problem *p)
-{
-    return workspace_size(p, IN_MIXTURES);
-}
-
-flash_kda_status fkda_cuda_hopper_mixture_fwd(const fkda_problem *p)
-{
-    return forward(p, IN_MIXTURES);
-}
-
-void fkda_cuda_hopper_mixture_explain(const fkda_problem *p, char *text, size_t size)
-{
-    explain(p, IN_MIXTURES, text, size);
-}
+FKDA_DEFINE_KERNEL(hopper, WHERE_IT_PAYS)
+FKDA_DEFINE_KERNEL(hopper_segments, WHEREVER_POSSIBLE)
+FKDA_DEFINE_KERNEL(hopper_mixture, IN_MIXTURES)
