@@ -27,7 +27,7 @@ namespace fkda
 /* What the pair that asks is there for. */
 struct AtOnce {
     Cut cut;
-    const fkda_at_once &plan;
+    const fkda_relay &plan;
     int segments; /* of each sequence */
     int unit;     /* the pair's first head, counted over all sequences; */
     int units;    /* how many it has; */
@@ -36,7 +36,7 @@ struct AtOnce {
 
     static __device__ int pair()
     {
-        return static_cast<int>(blockIdx.x) / FKDA_HOPPER_PAIR;
+        return static_cast<int>(blockIdx.x) / FKDA_HOPPER_PAIR_CTAS;
     }
 
     /* Of small numbers. */
@@ -46,7 +46,7 @@ struct AtOnce {
     }
 
     __device__ explicit AtOnce(const fkda_hopper_fwd_args &all)
-        : cut{all.fwd, all.cut}, plan(all.cut.at_once), segments(plan.segments), units(1), spare(-1)
+        : cut{all.fwd, all.cut}, plan(all.cut.relay), segments(plan.segments), units(1), spare(-1)
     {
         const Task first = cut.sequence(0);
         if (first.chunks != plan.chunks) segments = min(cut.segments_of(first.length), plan.inner + 2);
@@ -55,7 +55,7 @@ struct AtOnce {
             unit = quotient(pair(), of_head()), segment = pair() - unit * of_head();
             return;
         }
-        for (int i = 0; i < FKDA_SHARED_SEGMENTS; i++) {
+        for (int i = 0; i < FKDA_RELAY_SHARED; i++) {
             const int each = plan.shared[i].heads;
             if (rest < plan.shared[i].pairs) {
                 unit = rest * each, units = min(each, heads() - unit), segment = of_head() + i;
@@ -69,9 +69,9 @@ struct AtOnce {
     /* Whether the pair may have something to do before states are joined. */
     static __device__ bool finds_maps(const fkda_hopper_fwd_args &all)
     {
-        const fkda_at_once &plan = all.cut.at_once;
+        const fkda_relay &plan = all.cut.relay;
         const int of_head = plan.inner + 1, own = all.fwd.sequences * all.fwd.heads * of_head;
-        if (plan.spares || pair() >= own) return pair() < plan.needed;
+        if (plan.spare_pairs || pair() >= own) return pair() < plan.needed_pairs;
         return pair() != quotient(pair(), of_head) * of_head;
     }
 
@@ -100,7 +100,7 @@ struct AtOnce {
     /* Whether the pair of a first segment leaves its outputs to another one. */
     __device__ bool spared() const
     {
-        return plan.spares > 0 && segments > 1;
+        return plan.spare_pairs > 0 && segments > 1;
     }
 
     __device__ int maps() const /* of a head */
@@ -110,7 +110,7 @@ struct AtOnce {
 
     __device__ int spares() const
     {
-        return plan.spares;
+        return plan.spare_pairs;
     }
 
     __device__ fkda_segment segment_of(const fkda_cut_sequence &c, int i) const
@@ -124,8 +124,8 @@ struct AtOnce {
 constexpr int JOIN_PARTS = DIM / FKDA_JOIN_ROWS;
 template <class Way> static __device__ void share_out(const Way &way, Joining<true> &join, int rank)
 {
-    const int left_out = FKDA_HOPPER_PAIR * (way.of_head() - 1) >= JOIN_PARTS;
-    const int part = FKDA_HOPPER_PAIR * (way.segment - left_out) + rank;
+    const int left_out = FKDA_HOPPER_PAIR_CTAS * (way.of_head() - 1) >= JOIN_PARTS;
+    const int part = FKDA_HOPPER_PAIR_CTAS * (way.segment - left_out) + rank;
     const bool none =
         way.maps() == 0 || way.spare >= 0 || way.segment >= way.of_head() || part < 0 || part >= JOIN_PARTS;
     join.when = none                              ? Joining<true>::NO_PART
@@ -134,7 +134,7 @@ template <class Way> static __device__ void share_out(const Way &way, Joining<tr
     if (none) return;
     join.head = way.head(way.unit), join.first_slot = way.sequence(way.unit).first_slot + 1,
     join.maps = way.maps();
-    join.part = part, join.step = FKDA_HOPPER_PAIR * (way.of_head() - left_out);
+    join.part = part, join.step = FKDA_HOPPER_PAIR_CTAS * (way.of_head() - left_out);
 }
 
 template <class Kind, class Way = AtOnce> struct AtOnceDealer : Dealing<Kind> {
@@ -241,7 +241,7 @@ template <class Kind> struct AtOnceMemory {
     /* The blocks of a pair need the same maps: each brings every other quarter, to both. */
     static __device__ void bring(MapQuarter *to, const MapQuarter *from, int q, uint64_t *barrier)
     {
-        if (q % FKDA_HOPPER_PAIR == cluster_rank()) copy_bulk_to_both(to, from, sizeof *to, barrier);
+        if (q % FKDA_HOPPER_PAIR_CTAS == cluster_rank()) copy_bulk_to_both(to, from, sizeof *to, barrier);
     }
     static __device__ void release(uint64_t *barrier)
     {

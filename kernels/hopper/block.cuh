@@ -189,14 +189,14 @@ static __device__ void run_block_at_once(const fkda_hopper_fwd_args &all)
 }
 
 /* All that a block does where sequences have different lengths (mixture.cuh). */
-static __device__ __forceinline__ void run_block_of_mixture(const fkda_hopper_mixture_args &all)
+static __device__ __forceinline__ void run_block_of_mixture(const fkda_hopper_mixed_args &all)
 {
     Part &part = part_of_mixture<PairedOfMixture>();
-    if (threadIdx.x < 32) Mixture(all.paired, all.mixture, threadIdx.x).tell(AtOnce::pair(), part);
+    if (threadIdx.x < 32) Mixture(all.pair, all.mixed, threadIdx.x).tell(AtOnce::pair(), part);
     __syncthreads();
     if (part.is != Part::REST_ALONE) {
         run_parts<MapsOfMixture, PairedOfMixture, LongOfMixture>(
-            all.paired, [&] { return part.is == Part::LONG && part.segment > 0; });
+            all.pair, [&] { return part.is == Part::LONG && part.segment > 0; });
         return;
     }
     const Part own = part;
@@ -205,7 +205,7 @@ static __device__ __forceinline__ void run_block_of_mixture(const fkda_hopper_mi
     __syncthreads();
     int block, thread;
     read_indices(block, thread);
-    run_block<AloneOfMixture>(all.alone, thread);
+    run_block<AloneOfMixture>(all.solo, thread);
 }
 
 } // namespace fkda

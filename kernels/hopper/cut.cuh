@@ -8,7 +8,7 @@
 namespace fkda
 {
 
-constexpr int CUT_CHUNK = FKDA_HOPPER_CHUNK_PAIRED; /* segments end where chunks do */
+constexpr int CUT_CHUNK = FKDA_HOPPER_CHUNK_PAIR; /* segments end where chunks do */
 
 struct Cut {
     const fkda_fwd_args &args;
@@ -40,7 +40,7 @@ struct Cut {
     /* The first chunk of segment i, of so many chunks of the sequence. */
     __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
     {
-        if (chunks == cut.at_once.chunks) return cut.at_once.begin[i];
+        if (chunks == cut.relay.chunks) return cut.relay.first_chunk[i];
         return chunks / c.segments * i + chunks % c.segments * i / c.segments;
     }
 
@@ -77,13 +77,13 @@ struct Cut {
 
     __device__ int cut_sequences() const
     {
-        if (!cut.alike) return cut.counts->cut_sequences;
+        if (!cut.equal_lengths) return cut.counts->cut_sequences;
         return segments_of_each() > 1 ? sequences() : 0;
     }
 
     __device__ fkda_cut_sequence cut_sequence(int c) const
     {
-        if (!cut.alike) return cut.cut_sequences[c];
+        if (!cut.equal_lengths) return cut.cut_sequences[c];
         const int segments = segments_of_each();
         return {c, segments, c * segments, c * groups_of(segments)};
     }
@@ -93,7 +93,7 @@ struct Cut {
     {
         if (work == FKDA_SEQUENCES) return sequences();
         if (work == FKDA_FIRST_SEGMENTS) return cut_sequences();
-        if (!cut.alike)
+        if (!cut.equal_lengths)
             return work == FKDA_INNER_SEGMENTS ? cut.counts->inner_segments : cut.counts->later_segments;
         const int segments = segments_of_each();
         return segments == 1 ? (work == FKDA_LATER_SEGMENTS) * sequences()
@@ -104,7 +104,7 @@ struct Cut {
     {
         if (work == FKDA_SEQUENCES) return whole(e);
         if (work == FKDA_FIRST_SEGMENTS) return segment(cut_sequence(e), 0);
-        if (!cut.alike) return (work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e];
+        if (!cut.equal_lengths) return (work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e];
         const int segments = segments_of_each();
         if (segments == 1) return whole(e);
         return segment(cut_sequence(e / each(work, segments)), e % each(work, segments) + 1);

@@ -2,6 +2,7 @@
 #ifndef FKDA_HOPPER_DEAL_CUH
 #define FKDA_HOPPER_DEAL_CUH
 
+#include "costs.h"
 #include "cut.cuh"
 #include "fwd_args.h"
 #include "shared.cuh"
@@ -35,16 +36,16 @@ template <class Kind> struct Dealing {
         if (!Kind::OUTPUTS) {
             float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
             Piece piece = {s.begin, h, s.length, 0, rank == 0 ? UNIT : 0, nullptr, to, nullptr};
-            if (Kind::AT_ONCE && rank == 1 && s.kind & FKDA_SEGMENT_FIRST) take_initial(piece, task);
+            if (Kind::AT_ONCE && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(piece, task);
             return piece;
         }
         Piece piece = {s.begin, h, s.length, Kind::ROWS * rank, 0, nullptr, nullptr, nullptr};
-        if (s.kind & FKDA_SEGMENT_FIRST)
+        if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(piece, task);
         else
             piece.initial = cut.cut.states + slot, piece.kind |= INITIAL_KEPT;
-        if (!(s.kind & FKDA_SEGMENT_LAST)) { /* the states after later ones have come from the join */
-            if (s.kind & FKDA_SEGMENT_FIRST)
+        if (!(s.position & FKDA_SEGMENT_LAST)) { /* the states after later ones have come from the join */
+            if (s.position & FKDA_SEGMENT_FIRST)
                 piece.final = cut.cut.states + next_slot, piece.kind |= FINAL_KEPT;
         } else if (args.final_state) {
             piece.final = user_state(args.final_state, task);
@@ -104,8 +105,6 @@ template <class Kind> struct WholeGrid {
 template <class Kind, class Among = WholeGrid<Kind>> struct Dealer : Dealing<Kind> {
     using Dealing<Kind>::args, Dealing<Kind>::cut, Dealing<Kind>::rank;
     static constexpr int CHUNK = Kind::CHUNK;
-    static constexpr int SWITCH = 2; /* chunks that beginning and ending a piece takes about as long as */
-    static constexpr int LEAST = 4;  /* chunks that are worth a division, on both sides */
     const fkda_handoff &handoff;
     const Among among;
     int work, entries;
@@ -143,7 +142,7 @@ template <class Kind, class Among = WholeGrid<Kind>> struct Dealer : Dealing<Kin
     __device__ int weight_of(const fkda_segment &s) const
     {
         if (among.leaves_out(s)) return 0;
-        return min(chunks_of(s) + SWITCH, most);
+        return min(chunks_of(s) + FKDA_CHUNKS_PER_SWITCH, most);
     }
 
     __device__ int weight(int e) const
@@ -204,8 +203,10 @@ template <class Kind, class Among = WholeGrid<Kind>> struct Dealer : Dealing<Kin
     /* How many chunks of a piece are done by the worker in whose share it ends, which has so much of its weight. */
     __device__ int first_part(int chunks, int beyond) const
     {
-        if (!handoff.states) return 2 * beyond > chunks + SWITCH ? chunks : 0;
-        return beyond < LEAST ? 0 : beyond > chunks - LEAST ? chunks : beyond;
+        if (!handoff.states) return 2 * beyond > chunks + FKDA_CHUNKS_PER_SWITCH ? chunks : 0;
+        return beyond < FKDA_LEAST_CHUNKS_DIVIDED            ? 0
+               : beyond > chunks - FKDA_LEAST_CHUNKS_DIVIDED ? chunks
+                                                             : beyond;
     }
 
     __device__ Piece deal()

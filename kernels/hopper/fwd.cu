@@ -11,13 +11,13 @@
 #include "block.cuh"
 
 extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_fwd_alone(const __grid_constant__ fkda_hopper_fwd_args args)
+    fkda_hopper_solo(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block<fkda::Alone>(args, threadIdx.x);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_fwd_paired(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_pair(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block<fkda::Paired>(args, threadIdx.x);
 }

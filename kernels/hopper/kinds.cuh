@@ -13,7 +13,7 @@ constexpr int ROW = 128;  /* bytes of a swizzled row: of 64 channels of a token,
 /* A head of a sequence to each block. */
 struct AloneGiven {
     static constexpr int ROWS = 128;                      /* of V that a block carries, a warpgroup for 64 */
-    static constexpr int CHUNK = FKDA_HOPPER_CHUNK_ALONE; /* tokens */
+    static constexpr int CHUNK = FKDA_HOPPER_CHUNK_SOLO; /* tokens */
     /* Blocks that work on the same pieces: each prepares every SHARERS-th chunk, from the one with its rank on, and sends it to the
      * other. */
     static constexpr int SHARERS = 1;
@@ -37,7 +37,7 @@ struct AloneGiven {
 
 /* A head to two blocks, of its rows half to each. */
 struct PairedGiven {
-    static constexpr int ROWS = 64, CHUNK = FKDA_HOPPER_CHUNK_PAIRED, SHARERS = FKDA_HOPPER_PAIR;
+    static constexpr int ROWS = 64, CHUNK = FKDA_HOPPER_CHUNK_PAIR, SHARERS = FKDA_HOPPER_PAIR_CTAS;
     static constexpr int TEAM_WARPS = 4, TEAMS = 2, PARTS = 2;
     static constexpr int OWN = 4, RECEIVED = 2;
     static constexpr int APART = 16;
@@ -47,7 +47,7 @@ struct PairedGiven {
 
 /* Of a head of a segment the map in one block and the state in the other. */
 struct MapsGiven {
-    static constexpr int ROWS = 128, CHUNK = FKDA_HOPPER_CHUNK_PAIRED, SHARERS = FKDA_HOPPER_PAIR;
+    static constexpr int ROWS = 128, CHUNK = FKDA_HOPPER_CHUNK_PAIR, SHARERS = FKDA_HOPPER_PAIR_CTAS;
     static constexpr int TEAM_WARPS = 2, TEAMS = 3, PARTS = 1;
     static constexpr int OWN = 5, RECEIVED = 2;
     static constexpr int APART = 16;

@@ -11,6 +11,7 @@
 #define FKDA_HOPPER_MIXTURE_CUH
 
 #include "at_once.cuh"
+#include "costs.h"
 #include "deal.cuh"
 #include "shared.cuh"
 
@@ -29,23 +30,17 @@ template <class Kind> static __device__ Part &part_of_mixture()
 class Mixture
 {
     const Cut cut;
-    const fkda_mixture &mixture;
+    const fkda_mixed &mixture;
     const int heads, lane;
     int sequence = 0, chunks = 0, pairs = 0; /* of the lane's; pairs: of each head, none without a sequence */
     int long_ones = 0, last_long = -1;
     int rest = 0, longest_of_rest = 0; /* chunks of the others */
     int left;                          /* pairs, for the rest */
 
-    enum {
-        BEGINNING = 2, /* chunks that beginning and ending a sequence takes about as long as */
-        /* The first segment's pair begins so much later, and the last one's (there). */
-        FIRST_LATE = 7,
-        LAST_LATE = 2,
-        UNCOUNTED = 1 << 25, /* chunks, of lengths that are not to be believed */
-    };
+    static constexpr int UNCOUNTED = 1 << 25; /* chunks, of lengths that are not to be believed */
 
   public:
-    __device__ Mixture(const fkda_hopper_fwd_args &all, const fkda_mixture &how, int of_warp)
+    __device__ Mixture(const fkda_hopper_fwd_args &all, const fkda_mixed &how, int of_warp)
         : cut{all.fwd, all.cut}, mixture(how), heads(all.fwd.heads), lane(of_warp), left(how.pairs)
     {
         measure();
@@ -56,7 +51,9 @@ class Mixture
     static __device__ int begin_of(int i, int segments, int chunks)
     {
         if (i == 0 || i == segments) return i == 0 ? 0 : chunks;
-        return max(i * (chunks + FIRST_LATE + LAST_LATE) / segments - FIRST_LATE, i);
+        return max(i * (chunks + FKDA_RELAY_FIRST_LATE_CHUNKS + FKDA_RELAY_LAST_LATE_CHUNKS) / segments -
+                       FKDA_RELAY_FIRST_LATE_CHUNKS,
+                   i);
     }
 
     /* The part of a pair, by the lane that knows it. */
@@ -106,7 +103,7 @@ class Mixture
                 long_ones++;
             }
             if (!in_rest) continue;
-            rest = min(rest + own + BEGINNING, static_cast<int>(UNCOUNTED));
+            rest = min(rest + own + FKDA_CHUNKS_PER_SWITCH, UNCOUNTED);
             longest_of_rest = max(longest_of_rest, own);
         }
         longest_of_rest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest_of_rest)));
@@ -119,14 +116,15 @@ class Mixture
     {
         const float each = static_cast<float>(rest) * static_cast<float>(heads) / static_cast<float>(left),
                     longest = static_cast<float>(longest_of_rest);
-        return FKDA_HOPPER_CLOCKS_ALONE * max(each, 2 * longest) <
-               FKDA_HOPPER_CLOCKS_PAIRED * max(each, longest);
+        return FKDA_CLOCKS_SOLO_CHUNK * max(each, 2 * longest) < FKDA_CLOCKS_PAIR_CHUNK * max(each, longest);
     }
 
     /* In chunks, with so many pairs to a head. A step of the join is one. */
     __device__ int time(int with) const
     {
-        return with == 0 ? 0 : with == 1 ? chunks : 2 * chunks / (with + 1) + mixture.cutting + with - 1;
+        return with == 0   ? 0
+               : with == 1 ? chunks
+                           : 2 * chunks / (with + 1) + mixture.cutting_chunks + with - 1;
     }
 
     __device__ void give_out()
@@ -214,11 +212,12 @@ template <class Kind> struct RestOfMixture {
     }
     __device__ int workers() const
     {
-        return part.rest_pairs * (FKDA_HOPPER_PAIR / Kind::SHARERS);
+        return part.rest_pairs * (FKDA_HOPPER_PAIR_CTAS / Kind::SHARERS);
     }
     __device__ int worker() const
     {
-        return Kind::SHARERS == 1 ? FKDA_HOPPER_PAIR * part.rest_number + cluster_rank() : part.rest_number;
+        return Kind::SHARERS == 1 ? FKDA_HOPPER_PAIR_CTAS * part.rest_number + cluster_rank()
+                                  : part.rest_number;
     }
     __device__ bool leaves_out(const fkda_segment &s) const
     {

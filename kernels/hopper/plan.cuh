@@ -63,7 +63,7 @@ struct Plan {
         if (lane == 31) scratch[warp] = x;
         __syncthreads();
         Number before = 0, all = 0;
-        for (int w = 0; w < FKDA_PLAN_THREADS / 32; w++) {
+        for (int w = 0; w < FKDA_LIST_THREADS / 32; w++) {
             if (w < warp) before += scratch[w];
             all += scratch[w];
         }
@@ -82,11 +82,11 @@ struct Plan {
     {
         const int sequences = rules.sequences(), thread = static_cast<int>(threadIdx.x);
         long long all = 0;
-        for (int n = thread; n < sequences; n += FKDA_PLAN_THREADS) all += cut_into(n, sequences);
+        for (int n = thread; n < sequences; n += FKDA_LIST_THREADS) all += cut_into(n, sequences);
         /* Sequences that overlap, by a cu_seqlens that is wrong, could want more than there is. Then none is cut. */
         const bool fits = sum_before(all, scratch) <= cut.slots;
         int cuts = 0, slots = 0, groups = 0; /* of the sequences so far */
-        for (int first = 0; fits && first < sequences; first += FKDA_PLAN_THREADS) {
+        for (int first = 0; fits && first < sequences; first += FKDA_LIST_THREADS) {
             const int segments = cut_into(first + thread, sequences);
             int *sums = reinterpret_cast<int *>(scratch), index = segments > 0, slot = segments,
                 group = Cut::groups_of(segments);

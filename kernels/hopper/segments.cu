@@ -8,33 +8,33 @@
 #include "join.cuh"
 #include "plan.cuh"
 
-extern "C" __global__ void __launch_bounds__(FKDA_PLAN_THREADS, 1)
-    fkda_hopper_plan(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __launch_bounds__(FKDA_LIST_THREADS, 1)
+    fkda_hopper_list(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     using namespace fkda;
     Plan(args.fwd, args.cut).run(reinterpret_cast<long long *>(block_memory()));
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
     fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block<fkda::Maps>(args, threadIdx.x);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_at_once(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_relay(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block_at_once(args);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_mixture(const __grid_constant__ fkda_hopper_mixture_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
 {
     fkda::run_block_of_mixture(args);
 }
 
 #define FKDA_DEFINE_JOIN(step, which)                                                                        \
-    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_BLOCK, 1)                                         \
+    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)                                         \
         fkda_hopper_join_##step(const __grid_constant__ fkda_hopper_fwd_args args)                           \
     {                                                                                                        \
         fkda::join<fkda::which>(args.fwd, args.cut);                                                         \

@@ -1,91 +1,95 @@
 /*
- * Long sequences cut into segments that are walked through in parallel: what the host and the kernels share. How it works is in
- * docs/segments.md.
+ * Long sequences cut into segments that are computed in parallel: the structs that the host and the kernels share.
+ * docs/segments.md explains the algorithm.
  *
- * A sequence of at least two times `shortest` tokens is cut into as many segments as that fits in. A first pass takes the first
- * segment from the sequence's initial state to its outputs and the state S after it, and finds of each other segment but the
- * last
+ * A segment is a run of chunks of one sequence. A segment maps the state before it to the state after it affinely:
+ * S_after = M S_before + B. M is the segment's map [K, K]; B is the state that the segment makes of zeros.
  *
- *   its state  what it makes of a state of zeros, and
- *   its map    what it makes of rows of the identity if its values are zeros: S^T becomes S^T map + state.
- *
- * With these the join finds the state that each segment starts from, and a second pass the outputs of all but the first. Each segment
- * of a cut sequence has a slot for a state and a map; the state after a segment is in the slot of the next one.
+ * Each segment of a cut sequence has a slot in the workspace for one state and one map. The slot of segment i holds the
+ * state before segment i (slot 0 of a sequence stays unused) and the map of segment i.
  */
 #ifndef FKDA_HOPPER_SEGMENTS_H
 #define FKDA_HOPPER_SEGMENTS_H
 
-/* What a block walks through at once: all of a sequence or a segment of it, for every head. */
+/* A whole sequence or one segment of a sequence; a CTA computes it for every head. */
 typedef struct fkda_segment {
     long long begin; /* first token, counted over the whole tensor */
-    int length;      /* in tokens */
+    int length;      /* tokens */
     int sequence;
-    int slot; /* of a segment; negative for a sequence that is not cut */
-    int kind; /* FKDA_SEGMENT_... */
+    int slot;     /* of a segment; negative for a sequence that is not cut */
+    int position; /* FKDA_SEGMENT_FIRST, FKDA_SEGMENT_LAST, both for a whole sequence, or 0 in between */
 } fkda_segment;
 
 enum {
-    FKDA_SEGMENT_FIRST = 1, /* of its sequence */
-    FKDA_SEGMENT_LAST = 2,
+    FKDA_SEGMENT_FIRST = 1, /* starts from the caller's initial state */
+    FKDA_SEGMENT_LAST = 2,  /* ends in the caller's final state */
 };
 
 typedef struct fkda_cut_sequence {
     int sequence;
-    int segments; /* at least two */
-    int first_slot;
-    int first_group; /* of its maps, if there are more than FKDA_MAPS_CHAINED of them */
+    int segments;    /* at least two */
+    int first_slot;  /* of the first segment */
+    int first_group; /* of the sequence's maps, if there are more than FKDA_MAPS_CHAINED of them */
 } fkda_cut_sequence;
 
 enum {
-    FKDA_MAPS_CHAINED = 24, /* more maps of a sequence than these are joined in groups, */
-    FKDA_GROUP_MAPS = 8,    /* so many to a group */
+    FKDA_MAPS_CHAINED =
+        24, /* up to this many maps of a sequence are joined one after the other; more in groups */
+    FKDA_GROUP_MAPS = 8, /* maps of a group */
 };
 
-/* The counts that the kernels find on the device. */
-typedef struct fkda_cut_counts {
-    int inner_segments, later_segments; /* in the lists */
+/* Lengths of the lists that the kernel fkda_hopper_list writes. */
+typedef struct fkda_list_counts {
+    int inner_segments, later_segments;
     int cut_sequences;
-} fkda_cut_counts;
+} fkda_list_counts;
 
-/* Flags, one to 16 rows: a segment's map is there, the state in its slot as the first pass left it, and as the join did. */
+/* Flags in the workspace with which CTAs of one launch wait for each other, one flag for 16 rows: FKDA_FLAG_MAP + r says
+ * that rows 16 r of a segment's map are written, FKDA_FLAG_STATE + r that the map phase has written those rows of the slot's
+ * state, FKDA_FLAG_JOINED + r that the join phase has. */
 enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
 
-enum { FKDA_SHARED_SEGMENTS = 2 };
+enum { FKDA_RELAY_SHARED = 2 }; /* inner segments of a head that CTA pairs may share, at most */
 
-/* Where all segments are done in one launch (at_once.cuh): how sequences of so many chunks of 32 tokens are cut, and what pairs of blocks
- * have. Where the length on the device is another, it is cut into equal parts, at most inner + 2 of them. */
-typedef struct fkda_at_once {
-    int chunks, segments;
-    int inner; /* segments that have a pair for each head. Pairs are, in this order: for each head one for the first segment, and these; */
-    struct {   /* for the segments after these, if there are any, pairs that have several heads each; */
-        int heads, pairs; /* at most so many to a pair; for all heads */
-    } shared[FKDA_SHARED_SEGMENTS];
-    int needed, spares;               /* so many so far, and as many besides */
-    int begin[FKDA_MAPS_CHAINED + 3]; /* the first chunk of each segment, and the end */
-} fkda_at_once;
+/* The relay schedule (schedule/relay.cuh): how sequences of `chunks` chunks are cut, and what each CTA pair is for. A
+ * sequence that turns out on the device to have another length is cut into equal segments, at most inner + 2 of them. */
+typedef struct fkda_relay {
+    int chunks; /* of 32 tokens, of each sequence */
+    int segments;
+    /* CTA pairs are numbered in this order: for each head one pair for the first segment and `inner` pairs for one inner
+     * segment each; then for each shared[i], if its `heads` is not 0, `pairs` pairs that have the same inner segment of up
+     * to `heads` heads each; then the spare pairs, which compute outputs of first segments. */
+    int inner;
+    struct {
+        int heads, pairs;
+    } shared[FKDA_RELAY_SHARED];
+    int needed_pairs;                       /* all pairs but the spare ones */
+    int spare_pairs;                        /* 0: the pair of a first segment computes its outputs */
+    int first_chunk[FKDA_MAPS_CHAINED + 3]; /* of each segment, and the end of the last */
+} fkda_relay;
 
-/* In the workspace. A null `counts` says that sequences are not cut. */
+/* Pointers into the workspace. `counts` is null where sequences are not cut. */
 typedef struct fkda_cut {
-    fkda_cut_counts *counts;
-    fkda_segment *inner; /* all but the first and the last of cut sequences */
-    fkda_segment *later; /* all but the first, and sequences that are not cut */
+    fkda_list_counts *counts;
+    fkda_segment *inner; /* list: all segments but the first and the last of each cut sequence */
+    fkda_segment *later; /* list: all segments but the first, then the sequences that are not cut */
     fkda_cut_sequence *cut_sequences;
-    float *states, *maps; /* [slot][head][128][128], in the forms of map.cuh, which are as large; so are */
-    float *composed;      /* [group][head][128][128]: the maps of a group, one after the other */
-    int *flags;           /* [slot][head][FKDA_SLOT_FLAGS]: where all segments are done in one launch */
-    int shortest;         /* tokens */
-    int slots;            /* that there are */
-    int alike; /* all sequences have the same length, or there is one: there is no plan, nor are there its lists */
-    int segments;         /* then: of each, if the host knows; else 0 */
-    fkda_at_once at_once; /* zeros in several launches */
+    float *states;     /* [slot][head][128][128], in the layout StateImage of join/map.cuh */
+    float *maps;       /* [slot][head][128][128], in the layout MapImage of join/map.cuh */
+    float *composed;   /* [group][head][128][128], a MapImage: the product of a group's maps */
+    int *flags;        /* [slot][head][FKDA_SLOT_FLAGS]; only the relay and the mixed schedule have them */
+    int shortest;      /* tokens of a segment, at least */
+    int slots;         /* of the workspace */
+    int equal_lengths; /* all sequences have one length, or there is one: no lists are needed */
+    int segments;      /* of each sequence if equal_lengths and the host knows the length; else 0 */
+    fkda_relay relay;  /* zeros for other schedules */
 } fkda_cut;
 
-/* Sequences of different lengths in one launch (mixture.cuh): how many pairs of blocks it has, and how many sequences of `shortest` tokens
- * or more are long, which have pairs of their own and may be cut: the first ones. */
-typedef struct fkda_mixture {
-    int pairs; /* 0: there is no such launch */
-    int most_long;
-    int cutting; /* what cutting a sequence takes besides the two passes, in chunks */
-} fkda_mixture;
+/* The mixed schedule (schedule/mixed.cuh): sequences of different lengths in one launch. */
+typedef struct fkda_mixed {
+    int pairs;     /* CTA pairs of the launch; 0: another schedule runs */
+    int most_long; /* sequences of `shortest` tokens or more that are treated as long, at most: the first ones */
+    int cutting_chunks; /* chunks that cutting a sequence costs besides its map phase and output phase */
+} fkda_mixed;
 
 #endif

@@ -203,7 +203,7 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t *barrier, int
 }
 
 /* Copies a box of a tensor to shared memory; `barrier` counts its bytes. Coordinates as in fkda_hopper_fwd_args. */
-__device__ __forceinline__ void copy_box(void *to, const fkda_tensor_map *map, int token, int half, int head,
+__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *map, int token, int half, int head,
                                          uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -213,7 +213,7 @@ __device__ __forceinline__ void copy_box(void *to, const fkda_tensor_map *map, i
 }
 
 /* Fetches a map, for a copy that needs it soon. */
-__device__ __forceinline__ void prefetch_map(const fkda_tensor_map *map)
+__device__ __forceinline__ void prefetch_map(const fkda_tma_descriptor *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 enum {
-    CHUNK = FKDA_HOPPER_CHUNK_PAIRED,
+    CHUNK = FKDA_HOPPER_CHUNK_PAIR,
     /* Tokens that a segment has at least: shorter ones cost more in joining than they save. */
     SHORTEST_EVER = 128,
     /* Where results must not depend on the batch. Long enough for the workspace to stay under a quarter of the inputs. */
@@ -29,16 +29,16 @@ enum {
 /* Clocks for so many pieces of so many chunks in pairs, which divide them if they are fewer. */
 static int64_t paired_clocks(int64_t pieces, int64_t chunks, int64_t pairs)
 {
-    return FKDA_HOPPER_CLOCKS_PAIRED * (pieces <= pairs ? chunks : rounds(pieces * chunks, pairs)) +
+    return FKDA_CLOCKS_PAIR_CHUNK * (pieces <= pairs ? chunks : rounds(pieces * chunks, pairs)) +
            PIECE * rounds(pieces, pairs);
 }
 
 /* The same, or in blocks that have a piece each, whatever takes less. */
 static int64_t uncut_clocks(int64_t pieces, int64_t chunks, int multiprocessors)
 {
-    const int64_t halves = chunks * FKDA_HOPPER_CHUNK_PAIRED / FKDA_HOPPER_CHUNK_ALONE;
+    const int64_t halves = chunks * FKDA_HOPPER_CHUNK_PAIR / FKDA_HOPPER_CHUNK_SOLO;
     const int64_t alone =
-        FKDA_HOPPER_CLOCKS_ALONE *
+        FKDA_CLOCKS_SOLO_CHUNK *
             (pieces <= multiprocessors ? halves : rounds(pieces * halves, multiprocessors)) +
         PIECE * rounds(pieces, multiprocessors);
     return least(alone, paired_clocks(pieces, chunks, fkda_hopper_pairs(multiprocessors)));
@@ -57,9 +57,9 @@ static int64_t chain_clocks(int64_t heads, int64_t chunks, int64_t segments, int
     if (segments == 1) return uncut_clocks(heads, chunks, multiprocessors);
     const int64_t each = rounds(chunks, segments);
     const int64_t first =
-        ((segments == 2 ? FKDA_HOPPER_CLOCKS_PAIRED : CHUNK_MAP) * each + PIECE) * rounds(pieces, pairs);
+        ((segments == 2 ? FKDA_CLOCKS_PAIR_CHUNK : CHUNK_MAP) * each + PIECE) * rounds(pieces, pairs);
     const int64_t joining = segments > 2 ? heads * (FKDA_DIM / FKDA_JOIN_ROWS) : 0;
-    const bool late = FKDA_HOPPER_PAIR * pieces + joining > multiprocessors;
+    const bool late = FKDA_HOPPER_PAIR_CTAS * pieces + joining > multiprocessors;
     return first + paired_clocks(pieces, each, pairs) + JOIN_STEP * join_steps(segments - 2) + LAUNCHES +
            (late ? LATE : 0) + (segments - 2 > FKDA_MAPS_CHAINED ? GROUPS : 0);
 }
@@ -101,7 +101,7 @@ static division mix(const fkda_problem *p, int multiprocessors, int64_t shortest
     if (fkda_sequences_are_alike(p) || p->heads > (pairs - 1) / 2 || length > chunks) return d;
     d.mixture.pairs = (int)pairs;
     d.mixture.most_long = (int)least(LANES, (pairs - 1) / p->heads);
-    d.mixture.cutting = (int)(cutting_takes / FKDA_HOPPER_CLOCKS_PAIRED);
+    d.mixture.cutting_chunks = (int)(cutting_takes / FKDA_CLOCKS_PAIR_CHUNK);
     d.shortest = length * CHUNK;
     d.slots = pairs / p->heads * 3 / 2; /* a segment more than pairs, which are two or more */
     return d;
@@ -123,12 +123,12 @@ static known_lengths what_is_known(const fkda_problem *p)
 static int64_t mixture_clocks(const fkda_problem *p, int multiprocessors)
 {
     const known_lengths of = what_is_known(p);
-    const int64_t pairs = fkda_hopper_pairs(multiprocessors), walk = FKDA_HOPPER_CLOCKS_PAIRED * of.longest;
+    const int64_t pairs = fkda_hopper_pairs(multiprocessors), walk = FKDA_CLOCKS_PAIR_CHUNK * of.longest;
     int64_t best = INT64_MAX;
     for (int64_t each = 1; each <= FKDA_MAPS_CHAINED + 1 && each * p->heads < pairs; each++) {
-        const int64_t cut = 2 * walk / (each + 1) + CUTTING + FKDA_HOPPER_CLOCKS_PAIRED * (each - 1);
+        const int64_t cut = 2 * walk / (each + 1) + CUTTING + FKDA_CLOCKS_PAIR_CHUNK * (each - 1);
         const int64_t share = of.rest * p->heads / (pairs - each * p->heads);
-        best = least(best, most(each == 1 ? walk : cut, FKDA_HOPPER_CLOCKS_PAIRED * most(share, of.other)));
+        best = least(best, most(each == 1 ? walk : cut, FKDA_CLOCKS_PAIR_CHUNK * most(share, of.other)));
     }
     return best;
 }
@@ -150,7 +150,7 @@ static int64_t several_clocks(const fkda_problem *p, int64_t segments, int multi
 {
     const known_lengths of = what_is_known(p);
     const bool cut_too = of.other >= 2 * of.longest / segments;
-    const int64_t each = FKDA_HOPPER_CLOCKS_PAIRED + (cut_too ? CHUNK_MAP : 0);
+    const int64_t each = FKDA_CLOCKS_PAIR_CHUNK + (cut_too ? CHUNK_MAP : 0);
     return chain_clocks(p->heads, of.longest, segments, multiprocessors) +
            each * of.rest * p->heads / fkda_hopper_pairs(multiprocessors);
 }
@@ -200,7 +200,7 @@ static int64_t shortest_that_fills(const fkda_problem *p, int multiprocessors)
                   parts = fkda_hopper_pairs(multiprocessors) + p->heads;
     const int64_t shortest = rounds(chunks, parts) * CHUNK, heads = p->sequences * p->heads;
     if (!fkda_sequences_are_alike(p) || shortest == 0) return shortest;
-    for (int64_t more = FKDA_SHARED_SEGMENTS; more > 0; more--) {
+    for (int64_t more = FKDA_RELAY_SHARED; more > 0; more--) {
         const int64_t segments = p->tokens / shortest + more;
         const at_once plan = fkda_plan_at_once(heads, p->tokens / CHUNK, segments, multiprocessors);
         if (plan.pairs && plan.plan.shared[0].heads && p->tokens / segments >= SHORTEST_EVER)

@@ -2,6 +2,7 @@
 #ifndef FKDA_DIVISION_H
 #define FKDA_DIVISION_H
 
+#include "../../kernels/hopper/costs.h"
 #include "../../kernels/hopper/segments.h"
 #include "hopper.h"
 
@@ -24,7 +25,7 @@ static inline int64_t rounds(int64_t pieces, int64_t places)
 typedef struct at_once {
     int64_t pairs;  /* of blocks; 0: it takes several launches */
     int64_t clocks; /* that it should take, to be compared with those of several launches */
-    fkda_at_once plan;
+    fkda_relay plan;
 } at_once;
 
 /* The best way to cut so many heads of sequences of so many chunks into so many segments in one launch, or none. */
@@ -35,7 +36,7 @@ typedef struct division {
     int64_t slots;    /* segments of sequences that are cut, at most */
     int64_t groups;   /* of maps, at most */
     at_once at_once;
-    fkda_mixture mixture; /* if there is one: sequences of `shortest` tokens may be cut */
+    fkda_mixed mixture; /* if there is one: sequences of `shortest` tokens may be cut */
 } division;
 
 /* Where sequences are cut: where that pays, in the way that pays; wherever it can be done; or only those of different lengths, in the

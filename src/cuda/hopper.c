@@ -10,14 +10,14 @@ extern const unsigned char fkda_fatbin_hopper_fwd[];
 
 fkda_module fkda_hopper_fwd_module = {
     .image = fkda_fatbin_hopper_fwd,
-    .names = {"fkda_hopper_fwd_alone", "fkda_hopper_fwd_paired"},
+    .names = {"fkda_hopper_solo", "fkda_hopper_pair"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
 int64_t fkda_hopper_pairs(int multiprocessors)
 {
-    return multiprocessors / FKDA_HOPPER_PAIR;
+    return multiprocessors / FKDA_HOPPER_PAIR_CTAS;
 }
 
 static size_t flag_bytes(int multiprocessors)
@@ -52,13 +52,13 @@ static layout lay_out(const fkda_problem *p, int multiprocessors)
     const double tokens = p->sequences ? (double)(p->batch * p->tokens) / (double)p->sequences : 0;
     const double longest = fmax((double)p->max_seqlen, tokens);
     const double alone = fmax(longest, tokens * (double)heads / (double)multiprocessors) /
-                         FKDA_HOPPER_CHUNK_ALONE * FKDA_HOPPER_CLOCKS_ALONE;
-    const double paired = fmax(longest, tokens * (double)heads / (double)pairs) / FKDA_HOPPER_CHUNK_PAIRED *
-                          FKDA_HOPPER_CLOCKS_PAIRED;
+                         FKDA_HOPPER_CHUNK_SOLO * FKDA_CLOCKS_SOLO_CHUNK;
+    const double paired = fmax(longest, tokens * (double)heads / (double)pairs) / FKDA_HOPPER_CHUNK_PAIR *
+                          FKDA_CLOCKS_PAIR_CHUNK;
     layout l = {.heads = heads};
-    l.chunk = p->batch_invariant || heads <= pairs || paired < alone ? FKDA_HOPPER_CHUNK_PAIRED
-                                                                     : FKDA_HOPPER_CHUNK_ALONE;
-    l.workers = l.chunk == FKDA_HOPPER_CHUNK_PAIRED ? pairs : multiprocessors;
+    l.chunk = p->batch_invariant || heads <= pairs || paired < alone ? FKDA_HOPPER_CHUNK_PAIR
+                                                                     : FKDA_HOPPER_CHUNK_SOLO;
+    l.workers = l.chunk == FKDA_HOPPER_CHUNK_PAIR ? pairs : multiprocessors;
     l.divides = !p->batch_invariant && heads > l.workers;
     if (heads < l.workers) l.workers = heads;
     l.clocks = paired < alone || heads <= pairs ? paired : alone;
@@ -78,7 +78,7 @@ size_t fkda_cuda_hopper_whole_workspace_size(const fkda_problem *p)
 }
 
 /* Of a tensor [tokens, heads, 128] in bf16, as fkda_hopper_fwd_args wants it. */
-static CUresult map_tensor(const fkda_driver *driver, fkda_tensor_map *map, const void *tensor,
+static CUresult map_tensor(const fkda_driver *driver, fkda_tma_descriptor *map, const void *tensor,
                            const fkda_problem *p, int chunk)
 {
     const uint64_t row = FKDA_DIM * sizeof *p->v; /* bytes */
@@ -95,7 +95,7 @@ static flash_kda_status map_tensors(const fkda_driver *driver, fkda_hopper_fwd_a
                                     const fkda_problem *p, int chunk)
 {
     const struct {
-        fkda_tensor_map *map;
+        fkda_tma_descriptor *map;
         const void *tensor;
     } pairs[] = {{&args->q, p->q}, {&args->k, p->k}, {&args->g, p->g}, {&args->v, p->v}};
     if (!driver->cuTensorMapEncodeTiled)
@@ -155,9 +155,9 @@ flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_pr
                                         fkda_hopper_fwd_args *args, int chunk, int64_t pieces,
                                         int multiprocessors, bool early)
 {
-    const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIRED;
+    const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIR;
     const int64_t workers = paired ? fkda_hopper_pairs(multiprocessors) : multiprocessors;
-    const int blocks = (int)(pieces < workers ? pieces : workers) * (paired ? FKDA_HOPPER_PAIR : 1);
+    const int blocks = (int)(pieces < workers ? pieces : workers) * (paired ? FKDA_HOPPER_PAIR_CTAS : 1);
     if (pieces <= workers) args->handoff = (fkda_handoff){0};
     if (args->handoff.flags) {
         CUresult result = driver->cuMemsetD32Async((CUdeviceptr)args->handoff.flags, 0,
@@ -201,7 +201,7 @@ void fkda_cuda_hopper_whole_explain(const fkda_problem *p, char *text, size_t si
         return;
     }
     const layout l = lay_out(p, multiprocessors);
-    const bool paired = l.chunk == FKDA_HOPPER_CHUNK_PAIRED;
+    const bool paired = l.chunk == FKDA_HOPPER_CHUNK_PAIR;
     const char *each = paired           ? l.workers == 1 ? "pair of blocks, half of the rows of V in each"
                                                          : "pairs of blocks, half of the rows of V in each"
                        : l.workers == 1 ? "block"

@@ -2,6 +2,7 @@
 #ifndef FKDA_HOPPER_H
 #define FKDA_HOPPER_H
 
+#include "../../kernels/hopper/costs.h"
 #include "../../kernels/hopper/fwd_args.h"
 #include "../../kernels/hopper/fwd_shape.h"
 #include "modules.h"
@@ -31,7 +32,7 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
 bool fkda_hopper_launch_together(const fkda_driver *driver, const fkda_problem *p, void *args,
                                  CUfunction kernel, int blocks);
 
-/* Launches the forward kernel for pairs of blocks or, with chunks of FKDA_HOPPER_CHUNK_ALONE, for single ones. It has at most so many pieces
+/* Launches the forward kernel for pairs of blocks or, with chunks of FKDA_HOPPER_CHUNK_SOLO, for single ones. It has at most so many pieces
  * to work through: if they are more than blocks or pairs, and there is room for states in between, some are divided. */
 flash_kda_status fkda_hopper_launch_fwd(const fkda_driver *driver, const fkda_problem *p,
                                         fkda_hopper_fwd_args *args, int chunk, int64_t pieces,

@@ -11,13 +11,13 @@ extern const unsigned char fkda_fatbin_hopper_segments[];
 enum { MAPS, PLAN, COMPOSE, CHAIN, EXPAND, AT_ONCE, MIXTURE };
 static fkda_module segments_module = {
     .image = fkda_fatbin_hopper_segments,
-    .names = {"fkda_hopper_maps", "fkda_hopper_plan", "fkda_hopper_join_compose", "fkda_hopper_join_chain",
-              "fkda_hopper_join_expand", "fkda_hopper_at_once", "fkda_hopper_mixture"},
+    .names = {"fkda_hopper_maps", "fkda_hopper_list", "fkda_hopper_join_compose", "fkda_hopper_join_chain",
+              "fkda_hopper_join_expand", "fkda_hopper_relay", "fkda_hopper_mixed"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-enum { CHUNK = FKDA_HOPPER_CHUNK_PAIRED };
+enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
 
 static bool cuts(const division *d)
 {
@@ -56,7 +56,7 @@ static memory lay_out_memory(const fkda_problem *p, const division *d, int multi
     memory m;
     m.handoff = take(&end, 1, fkda_hopper_handoff_size(multiprocessors));
     m.flags = take(&end, flag_count(p, d) + border_flag_count(d, multiprocessors), sizeof(int));
-    m.counts = take(&end, 1, sizeof(fkda_cut_counts));
+    m.counts = take(&end, 1, sizeof(fkda_list_counts));
     m.inner = take(&end, d->slots, sizeof(fkda_segment));
     m.later = take(&end, d->slots + p->sequences, sizeof(fkda_segment));
     m.cut_sequences = take(&end, d->slots / 2, sizeof(fkda_cut_sequence));
@@ -80,7 +80,7 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d, const memo
 {
     char *base = p->workspace;
     return (fkda_cut){
-        .counts = (fkda_cut_counts *)(base + m->counts),
+        .counts = (fkda_list_counts *)(base + m->counts),
         .inner = (fkda_segment *)(base + m->inner),
         .later = (fkda_segment *)(base + m->later),
         .cut_sequences = (fkda_cut_sequence *)(base + m->cut_sequences),
@@ -90,7 +90,7 @@ static fkda_cut find_memory(const fkda_problem *p, const division *d, const memo
         .flags = (int *)(base + m->flags),
         .shortest = (int)d->shortest,
         .slots = (int)d->slots,
-        .alike = fkda_sequences_are_alike(p),
+        .equal_lengths = fkda_sequences_are_alike(p),
         .segments = fkda_sequences_are_alike(p) && !p->cu_seqlens ? (int)(d->slots / p->sequences) : 0,
     };
 }
@@ -120,8 +120,9 @@ static flash_kda_status join(const fkda_driver *driver, const fkda_problem *p, c
     const int64_t items[] = {[COMPOSE] = 2 * grouped, [CHAIN] = cut_heads * parts, [EXPAND] = grouped};
     for (int step = COMPOSE; step <= EXPAND; step++) {
         if (step != CHAIN && !in_groups) continue;
-        flash_kda_status status = fkda_hopper_launch(
-            driver, p, args, kernels[step], (int)least(items[step], multiprocessors), FKDA_JOIN_BLOCK, true);
+        flash_kda_status status =
+            fkda_hopper_launch(driver, p, args, kernels[step], (int)least(items[step], multiprocessors),
+                               FKDA_JOIN_CTA_THREADS, true);
         if (status != FLASH_KDA_OK) return status;
     }
     return FLASH_KDA_OK;
@@ -133,28 +134,28 @@ static bool run_at_once(const fkda_driver *driver, const fkda_problem *p, const 
 {
     fkda_hopper_fwd_args args = *several;
     const at_once *plan = &d->at_once;
-    args.cut.at_once = plan->plan;
+    args.cut.relay = plan->plan;
     return driver->cuMemsetD32Async((CUdeviceptr)args.cut.flags, 0, (size_t)flag_count(p, d), p->stream) ==
                0 &&
            fkda_hopper_launch_together(driver, p, &args, segments_module.functions[p->device.index][AT_ONCE],
-                                       FKDA_HOPPER_PAIR * (int)plan->pairs);
+                                       FKDA_HOPPER_PAIR_CTAS * (int)plan->pairs);
 }
 
 /* One launch for sequences of different lengths. False as above. */
 static bool run_mixture(const fkda_driver *driver, const fkda_problem *p, const division *d, const memory *m,
                         const fkda_hopper_fwd_args *several, int multiprocessors)
 {
-    fkda_hopper_mixture_args args = {.paired = *several, .mixture = d->mixture};
+    fkda_hopper_mixed_args args = {.pair = *several, .mixed = d->mixture};
     const int64_t flags = flag_count(p, d);
-    args.paired.handoff = fkda_hopper_handoff((char *)p->workspace + m->handoff, multiprocessors);
-    args.paired.handoff.flags = args.paired.cut.flags + flags;
-    if (fkda_hopper_arguments(driver, p, &args.alone, FKDA_HOPPER_CHUNK_ALONE) != FLASH_KDA_OK) return false;
-    args.alone.cut = args.paired.cut, args.alone.handoff = args.paired.handoff;
-    return driver->cuMemsetD32Async((CUdeviceptr)args.paired.cut.flags, 0,
+    args.pair.handoff = fkda_hopper_handoff((char *)p->workspace + m->handoff, multiprocessors);
+    args.pair.handoff.flags = args.pair.cut.flags + flags;
+    if (fkda_hopper_arguments(driver, p, &args.solo, FKDA_HOPPER_CHUNK_SOLO) != FLASH_KDA_OK) return false;
+    args.solo.cut = args.pair.cut, args.solo.handoff = args.pair.handoff;
+    return driver->cuMemsetD32Async((CUdeviceptr)args.pair.cut.flags, 0,
                                     (size_t)(flags + border_flag_count(d, multiprocessors)),
                                     p->stream) == 0 &&
            fkda_hopper_launch_together(driver, p, &args, segments_module.functions[p->device.index][MIXTURE],
-                                       FKDA_HOPPER_PAIR * d->mixture.pairs);
+                                       FKDA_HOPPER_PAIR_CTAS * d->mixture.pairs);
 }
 
 /* All but the first may start early: the maps run beside the first segments, and the others have their code and inputs when what they
@@ -173,17 +174,17 @@ static flash_kda_status run(const fkda_driver *driver, const fkda_problem *p, co
     if (d->mixture.pairs)
         return run_mixture(driver, p, d, &m, &args, multiprocessors) ? FLASH_KDA_OK
                                                                      : fkda_cuda_hopper_whole_fwd(p);
-    if (!args.cut.alike)
-        status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_PLAN_THREADS, false);
+    if (!args.cut.equal_lengths)
+        status = fkda_hopper_launch(driver, p, &args, kernels[PLAN], 1, FKDA_LIST_THREADS, false);
     args.work = FKDA_FIRST_SEGMENTS;
     if (status == FLASH_KDA_OK)
         status = fkda_hopper_launch_fwd(driver, p, &args, CHUNK, count.first, multiprocessors, false);
     args.work = FKDA_INNER_SEGMENTS;
     if (status == FLASH_KDA_OK && count.inner)
-        status =
-            fkda_hopper_launch(driver, p, &args, kernels[MAPS],
-                               FKDA_HOPPER_PAIR * (int)least(count.inner, fkda_hopper_pairs(multiprocessors)),
-                               FKDA_HOPPER_THREADS, true);
+        status = fkda_hopper_launch(driver, p, &args, kernels[MAPS],
+                                    FKDA_HOPPER_PAIR_CTAS *
+                                        (int)least(count.inner, fkda_hopper_pairs(multiprocessors)),
+                                    FKDA_HOPPER_THREADS, true);
     if (status == FLASH_KDA_OK && count.inner)
         status = join(driver, p, d, &args, count.first, multiprocessors);
     args.work = FKDA_LATER_SEGMENTS;
@@ -211,7 +212,7 @@ static flash_kda_status forward(const fkda_problem *p, cutting where)
     return status;
 }
 
-static void explain_sharing(const fkda_at_once *plan, char *text, size_t size)
+static void explain_sharing(const fkda_relay *plan, char *text, size_t size)
 {
     const int one = plan->shared[0].heads, other = plan->shared[1].heads;
     if (other)

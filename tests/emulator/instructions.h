@@ -417,7 +417,7 @@ inline void fence_async_proxy_of_all_memory()
 {
     emulator::fence_async_proxy();
 }
-inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, int head, uint64_t *barrier)
+inline void copy_box(void *to, const fkda_tma_descriptor *map, int token, int half, int head, uint64_t *barrier)
 {
     const emulator::TensorMap tensor = emulator::tensor_map(map->opaque);
     const uint32_t at = shared_address(to) & 0xffffff;
@@ -427,7 +427,7 @@ inline void copy_box(void *to, const fkda_tensor_map *map, int token, int half, 
         emulator::mbarrier_complete_bytes(barrier, emulator::copy_box(tensor, first, shared, at));
     });
 }
-inline void prefetch_map(const fkda_tensor_map *)
+inline void prefetch_map(const fkda_tma_descriptor *)
 {
 }
 inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)

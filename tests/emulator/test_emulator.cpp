@@ -87,7 +87,7 @@ static void go_on()
 
 /* A box comes to shared memory, swizzled. */
 static uint16_t tensor[16][64];
-static fkda_tensor_map tensor_map;
+static fkda_tma_descriptor tensor_map;
 template <bool wait> static void copy()
 {
     if (threadIdx.x == 0) {
