@@ -67,6 +67,15 @@ typedef enum flash_kda_device_type {
     FLASH_KDA_CUDA = 1,
 } flash_kda_device_type;
 
+/* How flash_kda_fwd() may cut sequences into segments that are computed in parallel. Only the kernel "hopper"
+ * cuts, so other kernels take every value and do the same for each. */
+typedef enum flash_kda_cut {
+    FLASH_KDA_CUT_AUTO = 0,   /* where it pays, in the way that pays most */
+    FLASH_KDA_CUT_NEVER = 1,  /* every sequence stays whole */
+    FLASH_KDA_CUT_ALWAYS = 2, /* wherever a sequence is long enough for two segments */
+    FLASH_KDA_CUT_MIXED = 3,  /* only sequences of different lengths, by the schedule made for these */
+} flash_kda_cut;
+
 typedef struct flash_kda_device {
     int32_t type;  /* flash_kda_device_type */
     int32_t index; /* CUDA ordinal; 0 for the CPU */
@@ -125,15 +134,17 @@ typedef struct flash_kda_fwd_params {
     int32_t cpu_threads;     /* 0: as many as the process may run on; results do not depend on it */
     int32_t batch_invariant; /* 1: a sequence's out and final_state have the same bits whatever else is in the
                                 batch and wherever the sequence is in it; 0: not promised */
-    int64_t
-        max_seqlen; /* tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With
-                                cu_seqlens on a GPU it tells whether a long sequence is worth cutting, which can be
-                                several times as fast. A wrong one costs time, not correctness; without cu_seqlens
-                                it changes nothing. */
+    /* Tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With cu_seqlens on a GPU
+     * the value decides whether a long sequence is worth cutting, which can be several times as fast. A wrong value
+     * costs time, not correctness. Without cu_seqlens the value changes nothing. */
+    int64_t max_seqlen;
+    int32_t cut;      /* flash_kda_cut: for tests and benchmarks; results differ within the error budget */
+    int32_t reserved; /* 0 */
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes,
- * kernel, cpu_threads, batch_invariant and max_seqlen only: no pointer needs to be set (cu_seqlens counts if its ndim is not 0). */
+ * kernel, cpu_threads, batch_invariant, max_seqlen and cut only: no pointer needs to be set (cu_seqlens counts
+ * if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 

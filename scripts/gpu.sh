@@ -35,9 +35,9 @@ sanitizers() {
         (
             check="compute-sanitizer --tool $tool --error-exitcode 1"
             $check "$where/tests/test_forward" --device cuda:0 --quick batches ragged many empty recorded &&
-                $check "$where/tests/test_segments" --device cuda:0 --quick --kernel hopper-segments levels &&
-                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper-segments --heads 24 --lengths 1111 &&
-                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper-mixture --heads 4 --lengths 1111,30x40
+                $check "$where/tests/test_segments" --device cuda:0 --quick --kernel hopper --cut always levels &&
+                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper --cut always --heads 24 --lengths 1111 &&
+                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper --cut mixed --heads 4 --lengths 1111,30x40
         ) >"$BUILD/$tool.log" 2>&1 &
         eval "$tool=$!"
     done
@@ -51,7 +51,7 @@ sanitizers() {
 bench() {
     "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py &&
         PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json" \
-            --kernel hopper --kernel hopper-whole --kernel portable
+            --kernel hopper --kernel hopper --cut never --kernel portable
 }
 
 failed=""

@@ -276,6 +276,10 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tok
     if (p->max_seqlen < 0 || p->max_seqlen > tokens)
         return INVALID("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p->max_seqlen,
                        (long long)tokens);
+    if (p->cut < FLASH_KDA_CUT_AUTO || p->cut > FLASH_KDA_CUT_MIXED)
+        return INVALID("cut is %d; it must be a flash_kda_cut, in [%d, %d]", p->cut, FLASH_KDA_CUT_AUTO,
+                       FLASH_KDA_CUT_MIXED);
+    if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
     return FLASH_KDA_OK;
 }
 
@@ -307,7 +311,7 @@ static flash_kda_status check_workspace(const fkda_problem *p)
     return FLASH_KDA_OK;
 }
 
-_Static_assert(offsetof(flash_kda_fwd_params, max_seqlen) + sizeof(int64_t) == sizeof(flash_kda_fwd_params),
+_Static_assert(offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
                "no padding at the end: a later field there would find what an older caller left in it");
 
 /* A caller built with an older header has a shorter struct: `*params` becomes a copy in which what is missing
@@ -362,6 +366,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
 
     out->batch_invariant = p->batch_invariant;
     out->max_seqlen = p->max_seqlen;
+    out->cut = (flash_kda_cut)p->cut;
     out->kernel_is_asked = p->kernel;
 
     TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));

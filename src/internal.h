@@ -36,6 +36,7 @@ typedef struct fkda_problem {
     int threads; /* of the CPU, at least 1 */
     bool batch_invariant;
     int64_t max_seqlen; /* 0: not known */
+    flash_kda_cut cut;
 } fkda_problem;
 
 /* One way to run the forward pass. */

@@ -35,12 +35,6 @@ static const fkda_kernel kernels[] = {
         "hopper", hopper,
         "chunks of 16 or 32 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
         "sequences cut into segments that run in parallel and are joined exactly, where that pays"),
-    HOPPER_KERNEL("hopper-whole", hopper_whole, "as hopper, and sequences are never cut"),
-    HOPPER_KERNEL("hopper-segments", hopper_segments,
-                  "as hopper, and sequences are cut wherever they can be"),
-    HOPPER_KERNEL(
-        "hopper-mixture", hopper_mixture,
-        "as hopper, and only sequences of different lengths are cut, in one launch that measures them"),
 #endif
 #ifdef FKDA_WITH_CUDA
     {

@@ -185,6 +185,7 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     c->params.kernel = options.kernel;
     c->params.cpu_threads = options.threads;
     c->params.batch_invariant = options.batch_invariant;
+    c->params.cut = options.cut;
     if (options.tells_longest) c->params.max_seqlen = longest_sequence(p);
     c->params.out = c->params.v;
     size_t workspace_size;

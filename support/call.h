@@ -35,6 +35,7 @@ typedef struct call_options {
     bool i32_seqlens;
     bool batch_invariant;
     bool tells_longest; /* max_seqlen is set */
+    flash_kda_cut cut;
 } call_options;
 
 typedef struct call {

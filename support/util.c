@@ -123,3 +123,19 @@ const char *device_text(flash_kda_device device, char text[16])
         snprintf(text, 16, "cuda:%d", device.index);
     return text;
 }
+
+bool parse_cut(const char *text, flash_kda_cut *cut)
+{
+    static const char *const names[] = {
+        [FLASH_KDA_CUT_AUTO] = "auto",
+        [FLASH_KDA_CUT_NEVER] = "never",
+        [FLASH_KDA_CUT_ALWAYS] = "always",
+        [FLASH_KDA_CUT_MIXED] = "mixed",
+    };
+    for (int i = 0; i < (int)(sizeof names / sizeof *names); i++) {
+        if (strcmp(text, names[i]) != 0) continue;
+        *cut = (flash_kda_cut)i;
+        return true;
+    }
+    return false;
+}

@@ -40,6 +40,9 @@ double median(double *values, int count); /* reorders values */
 
 /* "cpu", "cuda" or "cuda:N". */
 bool parse_device(const char *text, flash_kda_device *device);
+/* "auto", "never", "always" or "mixed"; false for any other text. */
+bool parse_cut(const char *text, flash_kda_cut *cut);
+
 const char *device_text(flash_kda_device device, char text[16]);
 
 #endif

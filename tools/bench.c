@@ -152,6 +152,7 @@ int command_bench(int argc, char **argv)
     static const struct option options[] = {
         DEVICE_OPTION,
         KERNEL_OPTION,
+        CUT_OPTION,
         BATCH_INVARIANT_OPTION,
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
@@ -166,6 +167,7 @@ int command_bench(int argc, char **argv)
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
         case 'k': how.kernel = optarg; break;
+        case 'c': how.cut = cut_option(optarg); break;
         case 'i': how.batch_invariant = true; break;
         case 'H': own.heads = heads_option(optarg); break;
         case 'l': own.lengths = optarg; break;

@@ -21,6 +21,10 @@ int command_run(int argc, char **argv);
     {                                                                                                        \
         "kernel", required_argument, NULL, 'k'                                                               \
     }
+#define CUT_OPTION                                                                                           \
+    {                                                                                                        \
+        "cut", required_argument, NULL, 'c'                                                                  \
+    }
 #define BATCH_INVARIANT_OPTION                                                                               \
     {                                                                                                        \
         "batch-invariant", no_argument, NULL, 'i'                                                            \
@@ -32,6 +36,9 @@ int command_run(int argc, char **argv);
 
 /* A device as --device names it, or the end of the process with a sentence. */
 flash_kda_device device_option(const char *text);
+
+/* How to cut as --cut names it, or the end of the process with a sentence. */
+flash_kda_cut cut_option(const char *text);
 
 /* A whole number in [1, max], or the end of the process with a sentence that names the option. */
 int64_t number_option(const char *option, const char *text, int64_t max);

@@ -55,8 +55,8 @@ static void print_kernels(void)
     free(infos);
 }
 
-static void explain(const flash_kda_device_info *info, const char *kernel, bool batch_invariant,
-                    bool longest_unknown, const char *text, int64_t heads)
+static void explain(const flash_kda_device_info *info, const char *kernel, flash_kda_cut cut,
+                    bool batch_invariant, bool longest_unknown, const char *text, int64_t heads)
 {
     char words[1200];
     int64_t *lengths, count = lengths_option(text, &lengths);
@@ -65,6 +65,7 @@ static void explain(const flash_kda_device_info *info, const char *kernel, bool 
     free(lengths);
     params.device = info->device;
     params.kernel = kernel;
+    params.cut = cut;
     params.batch_invariant = batch_invariant;
     must(flash_kda_explain(&params, words, sizeof words));
     printf("%s", bold());
@@ -79,6 +80,7 @@ int command_info(int argc, char **argv)
     static const struct option options[] = {
         DEVICE_OPTION,
         KERNEL_OPTION,
+        CUT_OPTION,
         BATCH_INVARIANT_OPTION,
         {"longest-unknown", no_argument, NULL, 'u'},
         {"heads", required_argument, NULL, 'H'},
@@ -89,12 +91,17 @@ int command_info(int argc, char **argv)
     flash_kda_device_info info = {0};
     const char *kernel = NULL, *lengths = NULL;
     int64_t heads = 0;
-    bool batch_invariant = false, longest_unknown = false;
+    flash_kda_cut cut = FLASH_KDA_CUT_AUTO;
+    bool batch_invariant = false, longest_unknown = false, cut_given = false;
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
         case 'k': kernel = optarg; break;
+        case 'c':
+            cut = cut_option(optarg);
+            cut_given = true;
+            break;
         case 'i': batch_invariant = true; break;
         case 'u': longest_unknown = true; break;
         case 'H': heads = heads_option(optarg); break;
@@ -105,13 +112,14 @@ int command_info(int argc, char **argv)
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
     if (lengths) {
         if (!info.struct_size) info = best_device();
-        explain(&info, kernel, batch_invariant, longest_unknown, lengths,
+        explain(&info, kernel, cut, batch_invariant, longest_unknown, lengths,
                 heads ? heads : default_heads(info.device));
         return 0;
     }
-    if (heads || kernel || batch_invariant || longest_unknown || info.struct_size)
+    if (heads || kernel || cut_given || batch_invariant || longest_unknown || info.struct_size)
         die("%s needs --lengths, for example --lengths 8192", heads             ? "--heads"
                                                               : kernel          ? "--kernel"
+                                                              : cut_given       ? "--cut"
                                                               : batch_invariant ? "--batch-invariant"
                                                               : longest_unknown ? "--longest-unknown"
                                                                                 : "--device");

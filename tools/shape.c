@@ -11,6 +11,13 @@ int64_t heads_option(const char *text)
     return number_option("--heads", text, MAX_HEADS);
 }
 
+flash_kda_cut cut_option(const char *text)
+{
+    flash_kda_cut cut;
+    if (!parse_cut(text, &cut)) die("--cut is '%s'; it must be auto, never, always or mixed", text);
+    return cut;
+}
+
 int64_t default_heads(flash_kda_device device)
 {
     return device.type == FLASH_KDA_CPU ? 8 : 96;

@@ -57,6 +57,8 @@ class FwdParams(ctypes.Structure):
         ("cpu_threads", c_int32),
         ("batch_invariant", c_int32),
         ("max_seqlen", c_int64),
+        ("cut", c_int32),
+        ("reserved", c_int32),
     ]
 
 

@@ -31,11 +31,5 @@ void fkda_cuda_hopper_whole_explain(const fkda_problem *problem, char *text, siz
 size_t fkda_cuda_hopper_workspace_size(const fkda_problem *problem);
 flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *problem);
 void fkda_cuda_hopper_explain(const fkda_problem *problem, char *text, size_t size);
-size_t fkda_cuda_hopper_segments_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cuda_hopper_segments_fwd(const fkda_problem *problem);
-void fkda_cuda_hopper_segments_explain(const fkda_problem *problem, char *text, size_t size);
-size_t fkda_cuda_hopper_mixture_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cuda_hopper_mixture_fwd(const fkda_problem *problem);
-void fkda_cuda_hopper_mixture_explain(const fkda_problem *problem, char *text, size_t size);
 
 #endif

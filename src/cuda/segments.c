@@ -265,20 +265,28 @@ static void explain(const fkda_problem *p, cutting where, char *text, size_t siz
              d.slots > FKDA_MAPS_CHAINED + 2 ? ", in two levels where they are many" : "");
 }
 
-#define FKDA_DEFINE_KERNEL(kernel, where)                                                                    \
-    size_t fkda_cuda_##kernel##_workspace_size(const fkda_problem *p)                                        \
-    {                                                                                                        \
-        return workspace_size(p, where);                                                                     \
-    }                                                                                                        \
-    flash_kda_status fkda_cuda_##kernel##_fwd(const fkda_problem *p)                                         \
-    {                                                                                                        \
-        return forward(p, where);                                                                            \
-    }                                                                                                        \
-    void fkda_cuda_##kernel##_explain(const fkda_problem *p, char *text, size_t size)                        \
-    {                                                                                                        \
-        explain(p, where, text, size);                                                                       \
-    }
+static cutting where_to_cut(const fkda_problem *p)
+{
+    return p->cut == FLASH_KDA_CUT_ALWAYS  ? WHEREVER_POSSIBLE
+           : p->cut == FLASH_KDA_CUT_MIXED ? IN_MIXTURES
+                                           : WHERE_IT_PAYS;
+}
 
-FKDA_DEFINE_KERNEL(hopper, WHERE_IT_PAYS)
-FKDA_DEFINE_KERNEL(hopper_segments, WHEREVER_POSSIBLE)
-FKDA_DEFINE_KERNEL(hopper_mixture, IN_MIXTURES)
+size_t fkda_cuda_hopper_workspace_size(const fkda_problem *p)
+{
+    return p->cut == FLASH_KDA_CUT_NEVER ? fkda_cuda_hopper_whole_workspace_size(p)
+                                         : workspace_size(p, where_to_cut(p));
+}
+
+flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *p)
+{
+    return p->cut == FLASH_KDA_CUT_NEVER ? fkda_cuda_hopper_whole_fwd(p) : forward(p, where_to_cut(p));
+}
+
+void fkda_cuda_hopper_explain(const fkda_problem *p, char *text, size_t size)
+{
+    if (p->cut == FLASH_KDA_CUT_NEVER)
+        fkda_cuda_hopper_whole_explain(p, text, size);
+    else
+        explain(p, where_to_cut(p), text, size);
+}

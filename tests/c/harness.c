@@ -102,8 +102,11 @@ void harness_start(int argc, char **argv)
                 die("--device is '%s'; it must be cpu or cuda:N", argv[i]);
         } else if (strcmp(argv[i], "--kernel") == 0 && i + 1 < argc) {
             test.kernel = argv[++i];
+        } else if (strcmp(argv[i], "--cut") == 0 && i + 1 < argc) {
+            if (!parse_cut(argv[++i], &test.cut))
+                die("--cut is '%s'; it must be auto, never, always or mixed", argv[i]);
         } else if (argv[i][0] == '-') {
-            die("%s is no option; there are --device, --kernel and --quick", argv[i]);
+            die("%s is no option; there are --device, --kernel, --cut and --quick", argv[i]);
         } else {
             asked_groups[asked_count++] = argv[i];
         }
@@ -202,8 +205,11 @@ void result_free(result *r)
 
 call_options options_of(state_mode mode, bool bf16_state)
 {
-    return (call_options){
-        .device = test.device, .kernel = test.kernel, .mode = mode, .bf16_state = bf16_state};
+    return (call_options){.device = test.device,
+                          .kernel = test.kernel,
+                          .cut = test.cut,
+                          .mode = mode,
+                          .bf16_state = bf16_state};
 }
 
 result run_and_check(const problem *p, const answer *truth, bars limits, call_options options)

@@ -9,11 +9,12 @@
 typedef struct settings {
     flash_kda_device device;
     const char *kernel; /* NULL: the default */
-    bool quick;         /* a thinner grid, for sanitizers */
+    flash_kda_cut cut;
+    bool quick; /* a thinner grid, for sanitizers */
 } settings;
 extern settings test;
 
-/* --device cpu|cuda:N, --kernel NAME, --quick (or FLASH_KDA_TEST_QUICK=1); the rest are names of groups. Ends the
+/* --device cpu|cuda:N, --kernel NAME, --cut auto|never|always|mixed, --quick (or FLASH_KDA_TEST_QUICK=1); the rest are names of groups. Ends the
  * program with status 77, which CTest counts as skipped, if the device is not there. */
 void harness_start(int argc, char **argv);
 

@@ -8,27 +8,28 @@
 #include "harness.h"
 #include "recorded.h"
 
-/* The kernels that cut, wherever they can and where lengths differ, and the one that they otherwise equal. */
-static const char *const cutting = "hopper-segments", *const mixing = "hopper-mixture",
-                         *const uncut = "hopper-whole";
-
 /* How much larger the error may be of a result for which sequences were cut; and the error of a state below which that is not asked: fp32's
  * own rounding, which is all there is where a state does little but decay. */
 static const double MOST_ADDED = 1.02, ROUNDING = 1e-6;
 
+static bool kernel_can_cut(void)
+{
+    return strcmp(test.kernel, "hopper") == 0;
+}
+
 static bool kernel_cuts(void)
 {
-    return strcmp(test.kernel, cutting) == 0;
+    return kernel_can_cut() && test.cut == FLASH_KDA_CUT_ALWAYS;
 }
 
 typedef struct errors {
     double out, state;
 } errors;
 
-static errors errors_of(const problem *p, const answer *truth, const char *kernel, bool batch_invariant)
+static errors errors_of(const problem *p, const answer *truth, flash_kda_cut cut, bool batch_invariant)
 {
     call_options options = options_of(STATE_BOTH, false);
-    options.kernel = kernel, options.batch_invariant = batch_invariant;
+    options.cut = cut, options.batch_invariant = batch_invariant;
     result r = run_and_check(p, NULL, (bars){0, 0}, options);
     errors e = {relative_rms(truth->out, r.out, FLASH_KDA_BF16, problem_rows(p) * DIM),
                 relative_rms(truth->state, r.state, FLASH_KDA_F32, problem_states(p) * DIM * DIM)};
@@ -50,7 +51,7 @@ static bool has_faded(const problem *p, const answer *truth)
 
 static bool kernel_mixes(void)
 {
-    return strcmp(test.kernel, mixing) == 0;
+    return kernel_can_cut() && test.cut == FLASH_KDA_CUT_MIXED;
 }
 
 /* Holds the result to its bars, and to the error of the kernel that does not cut. With many heads that has chunks of 16 tokens, in which states
@@ -59,8 +60,8 @@ static bool kernel_mixes(void)
 static void check_cutting(const problem *p, bars limits)
 {
     answer truth = problem_solve(p, true);
-    errors whole = errors_of(p, &truth, uncut, kernel_mixes()),
-           cut = errors_of(p, &truth, test.kernel, false);
+    errors whole = errors_of(p, &truth, FLASH_KDA_CUT_NEVER, kernel_mixes()),
+           cut = errors_of(p, &truth, test.cut, false);
     check_error("out", cut.out, limits.out);
     check_error("state", cut.state, limits.state);
     CHECK(cut.out <= MOST_ADDED * whole.out, "out has error %.4g, uncut %.4g", cut.out, whole.out);
@@ -134,7 +135,7 @@ static void divided(void)
 {
     static const int64_t shapes[][3] = {{1, 2405, 6}, {3, 1200, 5}, {1, 8192, 96}, {2, 3000, 100}};
     const test_case *c = find_case("channels from fast to slow");
-    if (strcmp(test.kernel, uncut) != 0) return;
+    if (!kernel_can_cut() || test.cut != FLASH_KDA_CUT_NEVER) return;
     for (int i = 0; i < (test.quick ? 2 : 4); i++) {
         problem *p = problem_create(shapes[i][0], shapes[i][1], shapes[i][2]);
         fill_case(p, c, 120 + (uint64_t)i);
@@ -142,7 +143,7 @@ static void divided(void)
                (long long)p->heads);
         if (i == 0) check_state_modes(p, case_bars(c, test.device));
         answer truth = problem_solve(p, true);
-        errors e = errors_of(p, &truth, uncut, false);
+        errors e = errors_of(p, &truth, FLASH_KDA_CUT_NEVER, false);
         bars limits = case_bars(c, test.device);
         check_error("out", e.out, limits.out);
         check_error("state", e.state, limits.state);
@@ -327,7 +328,8 @@ static void workspace(void)
     for (size_t i = 0; test.device.type == FLASH_KDA_CUDA && i < sizeof shapes / sizeof *shapes; i++) {
         const int64_t tokens = shapes[i][0], head_count = shapes[i][1], rows[] = {1, tokens, head_count, DIM};
         const int64_t bias[] = {head_count, DIM};
-        flash_kda_fwd_params p = {.struct_size = sizeof p, .device = test.device, .kernel = test.kernel};
+        flash_kda_fwd_params p = {
+            .struct_size = sizeof p, .device = test.device, .kernel = test.kernel, .cut = test.cut};
         p.q = p.k = p.v = p.g = p.out = tensor_of(NULL, FLASH_KDA_BF16, 4, rows);
         p.beta = tensor_of(NULL, FLASH_KDA_BF16, 3, rows);
         p.A_log = tensor_of(NULL, FLASH_KDA_F32, 1, bias);
