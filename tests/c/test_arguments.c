@@ -226,11 +226,11 @@ static void scalars(void)
     INVALID("lower_bound is inf; it must be in [-5, 0]", p.lower_bound = INFINITY);
     INVALID("lower_bound is nan; it must be in [-5, 0]", p.lower_bound = fabsf(NAN));
     INVALID("cpu_threads is -1; it must be 0 (all) or more", p.cpu_threads = -1);
-    INVALID("batch_invariant is 2;
+    INVALID("batch_invariant is 2; it must be 0 or 1", p.batch_invariant = 2);
+    INVALID("batch_invariant is -1; it must be 0 or 1", p.batch_invariant = -1);
     INVALID("cut is 4; it must be a flash_kda_cut, in [0, 3]", p.cut = 4);
     INVALID("cut is -1; it must be a flash_kda_cut, in [0, 3]", p.cut = -1);
-    INVALID("reserved is 1; it must be 0", p.reserved = 1); it must be 0 or 1", p.batch_invariant = 2);
-    INVALID("batch_invariant is -1; it must be 0 or 1", p.batch_invariant = -1);
+    INVALID("reserved is 1; it must be 0", p.reserved = 1);
     INVALID(text("max_seqlen is -1; it must be in [0, T] = [0, %lld]", (long long)p.q.shape[1]),
             p.max_seqlen = -1);
     INVALID(text("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p.q.shape[1] + 1,
