@@ -77,7 +77,7 @@ __asm__(\".section .rodata\\n\"
 endfunction()
 
 flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
-target_sources(flashkda PRIVATE src/cuda/portable.c)
+target_sources(flashkda PRIVATE src/cuda/portable/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 
 # wgmma and setmaxnreg are of compute capability 9.0 alone: no other architecture's, and not in its PTX. An nvcc can
@@ -94,6 +94,13 @@ endif()
 if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_fwd kernels/hopper/fwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_segments kernels/hopper/segments.cu ARCHS 90a)
-  target_sources(flashkda PRIVATE src/cuda/at_once.c src/cuda/division.c src/cuda/hopper.c src/cuda/segments.c)
+  target_sources(flashkda PRIVATE
+    src/cuda/hopper/costs.c
+    src/cuda/hopper/explain.c
+    src/cuda/hopper/hopper.c
+    src/cuda/hopper/launch.c
+    src/cuda/hopper/plan.c
+    src/cuda/hopper/relay_plan.c
+    src/cuda/hopper/workspace.c)
   target_compile_definitions(flashkda PRIVATE FKDA_WITH_HOPPER)
 endif()

@@ -1,11 +1,15 @@
-/* Checks every argument before anything is launched or written, and says what is wrong in a sentence
- * that names the argument, what it was and what it must be. */
+/* Checks every argument before anything is launched or written. A refusal is a sentence that names the argument, what it
+ * was and what it must be. Today's kernels take contiguous tensors alone, and this file is the one place that says so:
+ * what leaves it are views with strides. */
+#include "check.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "cpu/cpu.h"
-#include "internal.h"
+#include "errors.h"
+#include "kernel.h"
 
 #define INVALID(...) fkda_fail(FLASH_KDA_INVALID_VALUE, __VA_ARGS__)
 #define TRY(call)                                                                                            \
@@ -14,11 +18,11 @@
         if (try_status != FLASH_KDA_OK) return try_status;                                                   \
     } while (0)
 
-/* Token positions inside a kernel are 32-bit; the room above lets them run past the end by a chunk. */
+/* Kernels count tokens in 32 bits. The room above lets a position run past the end of the tensor by a chunk. */
 static const int64_t MAX_TOKENS = INT32_MAX - 1024;
-/* N * H: kernels number them in 32 bits, and count past the end by twice the blocks at most. */
+/* Kernels number states, N * H, in 32 bits. The room above lets them count past the last state by two for each CTA. */
 static const int64_t MAX_STATES = INT32_MAX - 1024;
-/* So that a step from a token to the next, in elements, is 32-bit too. */
+/* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
 static const char *dtype_name(int32_t dtype)
@@ -76,7 +80,7 @@ static flash_kda_status check_dtype(const flash_kda_tensor *t, const requirement
                      r->dtypes[1] ? dtype_name(r->dtypes[1]) : "");
 }
 
-/* Contiguous; the stride of a dimension of size 1 means nothing and may be anything. */
+/* The tensor must be contiguous. The stride of a dimension of size 1 means nothing and may be anything. */
 static flash_kda_status check_strides(const flash_kda_tensor *t, const requirement *r)
 {
     int64_t want[4], step = 1;
@@ -114,7 +118,7 @@ static flash_kda_status refuse_shape(const flash_kda_tensor *t, const requiremen
                    r->dims, shape_text(r->shape, r->ndim, must), source);
 }
 
-/* seqlens: the entries of cu_seqlens, 0 if it is absent. */
+/* `seqlens` is the number of entries of cu_seqlens, 0 if it is absent. */
 static flash_kda_status check_tensor(const flash_kda_tensor *t, const requirement *r, int64_t seqlens,
                                      fkda_purpose purpose)
 {
@@ -149,7 +153,7 @@ static bool overlap(extent a, extent b)
     return a.bytes && b.bytes && x < y + b.bytes && y < x + a.bytes;
 }
 
-/* Nothing that is written may lie on anything else, but for the state updated in place. */
+/* Memory that is written must belong to one argument alone. The one exception is a state that is updated in place. */
 static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
 {
     enum { INITIAL = 8, FINAL = 9, FIRST_WRITTEN = FINAL, COUNT = 12 };
@@ -185,7 +189,7 @@ static bool has_seqlens(const flash_kda_fwd_params *p, fkda_purpose purpose)
     return p->cu_seqlens.data || (purpose == FKDA_FOR_SHAPES && p->cu_seqlens.ndim);
 }
 
-static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
+static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_shape *out)
 {
     TRY(check_rank(&p->q, "q", "[B, T, H, K]", 4));
     TRY(check_rank(&p->v, "v", "[B, T, H, V]", 4));
@@ -223,10 +227,11 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
     out->tokens = T;
     out->heads = H;
     out->sequences = N;
+    out->has_cu_seqlens = has_seqlens(p, purpose);
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_problem *s,
+static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_shape *s,
                                       fkda_purpose purpose)
 {
     const int64_t B = s->batch, T = s->tokens, H = s->heads, N = s->sequences, D = FKDA_DIM;
@@ -285,37 +290,39 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tok
 
 static flash_kda_status check_cu_seqlens(const fkda_problem *p)
 {
-    int64_t begin, end, last = 0;
-    for (int64_t n = 0; n < p->sequences; n++) {
-        fkda_sequence_range(p, n, &begin, &end);
-        if (n == 0 && begin != 0) return INVALID("cu_seqlens[0] is %lld; it must be 0", (long long)begin);
-        if (end < begin)
+    int64_t last = 0;
+    for (int64_t n = 0; n < p->shape.sequences; n++) {
+        const fkda_sequence sequence = fkda_sequence_at(p, n);
+        if (n == 0 && sequence.begin != 0)
+            return INVALID("cu_seqlens[0] is %lld; it must be 0", (long long)sequence.begin);
+        if (sequence.end < sequence.begin)
             return INVALID("cu_seqlens[%lld] is %lld after %lld; it must not decrease", (long long)n + 1,
-                           (long long)end, (long long)begin);
-        last = end;
+                           (long long)sequence.end, (long long)sequence.begin);
+        last = sequence.end;
     }
-    if (last != p->tokens)
+    if (last != p->shape.tokens)
         return INVALID("cu_seqlens ends with %lld; its last entry must be T = %lld", (long long)last,
-                       (long long)p->tokens);
+                       (long long)p->shape.tokens);
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_workspace(const fkda_problem *p)
+flash_kda_status fkda_check_workspace(const fkda_problem *p, size_t bytes_needed)
 {
-    size_t need = p->kernel->workspace_size(p);
-    if (p->workspace_size < need)
-        return INVALID("workspace_size is %zu bytes; this call needs %zu", p->workspace_size, need);
-    if (need && !p->workspace) return INVALID("workspace is null; it must point to %zu bytes", need);
+    if (p->workspace_size < bytes_needed)
+        return INVALID("workspace_size is %zu bytes; this call needs %zu", p->workspace_size, bytes_needed);
+    if (bytes_needed && !p->workspace)
+        return INVALID("workspace is null; it must point to %zu bytes", bytes_needed);
     if ((uintptr_t)p->workspace % 64)
         return INVALID("workspace is at address %p; it must be aligned to 64 bytes", p->workspace);
     return FLASH_KDA_OK;
 }
 
-_Static_assert(offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
-               "no padding at the end: a later field there would find what an older caller left in it");
+_Static_assert(
+    offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+    "the struct must not end in padding: a later field there would read what an older caller left in it");
 
-/* A caller built with an older header has a shorter struct: `*params` becomes a copy in which what is missing
- * is zero. What comes before the workspace was always there. */
+/* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in which the
+ * missing fields are zero. The fields before `workspace` exist since the first version. */
 static flash_kda_status complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
 {
     const size_t least = offsetof(flash_kda_fwd_params, workspace), most = sizeof *whole;
@@ -332,6 +339,61 @@ static flash_kda_status complete_params(const flash_kda_fwd_params **params, fla
     return FLASH_KDA_OK;
 }
 
+/* The view of a contiguous tensor [B, T, H, 128] or [B, T, H]. The strides are made from the sizes, because a contiguous
+ * tensor may come with any stride in a dimension of size 1. */
+static fkda_token_view contiguous_token_view(const flash_kda_tensor *t)
+{
+    const int64_t heads = t->shape[2], row = t->ndim == 4 ? FKDA_DIM : 1;
+    return (fkda_token_view){.data = t->data,
+                             .batch_stride = t->shape[1] * heads * row,
+                             .token_stride = heads * row,
+                             .head_stride = row,
+                             .heads = heads,
+                             .dtype = t->dtype};
+}
+
+static fkda_state_view contiguous_state_view(const flash_kda_tensor *t)
+{
+    if (!t->data) return (fkda_state_view){0};
+    return (fkda_state_view){.data = t->data,
+                             .sequence_stride = t->shape[1] * FKDA_DIM * FKDA_DIM,
+                             .head_stride = FKDA_DIM * FKDA_DIM,
+                             .heads = t->shape[1],
+                             .dtype = t->dtype};
+}
+
+static void fill_problem(const flash_kda_fwd_params *p, fkda_problem *out)
+{
+    out->stream = p->stream;
+    out->q = contiguous_token_view(&p->q);
+    out->k = contiguous_token_view(&p->k);
+    out->v = contiguous_token_view(&p->v);
+    out->g = contiguous_token_view(&p->g);
+    out->beta = contiguous_token_view(&p->beta);
+    out->out = contiguous_token_view(&p->out);
+    out->A_log = p->A_log.data;
+    out->dt_bias = p->dt_bias.data;
+    out->initial_state = contiguous_state_view(&p->initial_state);
+    out->final_state = contiguous_state_view(&p->final_state);
+    out->cu_seqlens = p->cu_seqlens.data;
+    out->cu_seqlens_is_i32 = p->cu_seqlens.dtype == FLASH_KDA_I32;
+    out->scale = p->scale;
+    out->lower_bound = p->lower_bound;
+    out->workspace = p->workspace;
+    out->workspace_size = p->workspace_size;
+}
+
+static flash_kda_status fill_options(const flash_kda_fwd_params *p, fkda_shape *out)
+{
+    out->device = p->device;
+    out->max_seqlen = p->max_seqlen;
+    out->cut = p->cut;
+    out->batch_invariant = p->batch_invariant;
+    out->kernel_is_asked_for = p->kernel != NULL;
+    if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
+    return fkda_find_kernel(p->device, p->kernel, &out->kernel);
+}
+
 flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
 {
     flash_kda_fwd_params whole;
@@ -339,39 +401,13 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     TRY(complete_params(&p, &whole));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
-    TRY(check_sizes(p, purpose, out));
-    TRY(check_scalars(p, out->tokens));
-    TRY(check_tensors(p, out, purpose));
-
-    out->device = p->device;
-    out->stream = p->stream;
-    out->q = p->q.data;
-    out->k = p->k.data;
-    out->v = p->v.data;
-    out->g = p->g.data;
-    out->beta = p->beta.data;
-    out->out = p->out.data;
-    out->A_log = p->A_log.data;
-    out->dt_bias = p->dt_bias.data;
-    out->initial_state = p->initial_state.data;
-    out->final_state = p->final_state.data;
-    out->state_is_bf16 = (p->initial_state.data ? p->initial_state : p->final_state).dtype == FLASH_KDA_BF16;
-    out->cu_seqlens = p->cu_seqlens.data;
-    out->cu_seqlens_is_i32 = p->cu_seqlens.dtype == FLASH_KDA_I32;
-    out->scale = p->scale;
-    out->lower_bound = p->lower_bound;
-    out->workspace = p->workspace;
-    out->workspace_size = p->workspace_size;
-    out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
-
-    out->batch_invariant = p->batch_invariant;
-    out->max_seqlen = p->max_seqlen;
-    out->cut = (flash_kda_cut)p->cut;
-    out->kernel_is_asked = p->kernel;
-
-    TRY(fkda_find_kernel(p->device, p->kernel, &out->kernel));
+    TRY(check_sizes(p, purpose, &out->shape));
+    TRY(check_scalars(p, out->shape.tokens));
+    TRY(check_tensors(p, &out->shape, purpose));
+    TRY(fill_options(p, &out->shape));
+    fill_problem(p, out);
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK;
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     if (p->device.type == FLASH_KDA_CPU && out->cu_seqlens) TRY(check_cu_seqlens(out));
-    return purpose == FKDA_FOR_FWD ? check_workspace(out) : FLASH_KDA_OK;
+    return FLASH_KDA_OK;
 }

@@ -1,7 +1,8 @@
+/* The calling thread's last error, and the names of statuses and versions. */
+#include "errors.h"
+
 #include <stdarg.h>
 #include <stdio.h>
-
-#include "internal.h"
 
 static _Thread_local char last_error[512];
 

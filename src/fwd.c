@@ -1,40 +1,53 @@
-/* The public calls that compute: check the arguments, then run on a backend. */
+/* The public calls about the forward pass: check the arguments, find the plan, do what it says. */
 #include <stdio.h>
 
+#include "check.h"
 #include "cpu/cpu.h"
-#include "internal.h"
+#include "errors.h"
+#include "kernel.h"
+#include "plan.h"
+
+/* The problem of a call that asks about shapes alone, and its plan. */
+static flash_kda_status plan_shapes(const flash_kda_fwd_params *params, const fkda_plan **plan)
+{
+    fkda_problem problem;
+    const flash_kda_status status = fkda_check(params, FKDA_FOR_SHAPES, &problem);
+    return status == FLASH_KDA_OK ? fkda_find_plan(&problem.shape, plan) : status;
+}
 
 flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params, size_t *bytes)
 {
-    fkda_problem problem;
+    const fkda_plan *plan;
     if (!bytes) return fkda_fail(FLASH_KDA_INVALID_VALUE, "bytes is null; it must point to a size_t");
-    flash_kda_status status = fkda_check(params, FKDA_FOR_SHAPES, &problem);
-    if (status == FLASH_KDA_OK) *bytes = problem.kernel->workspace_size(&problem);
+    const flash_kda_status status = plan_shapes(params, &plan);
+    if (status == FLASH_KDA_OK) *bytes = plan->workspace_bytes;
     return status;
 }
 
 flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *text, size_t capacity)
 {
-    enum { LINE = 512 };
-    fkda_problem problem;
-    char choice[LINE], layout[LINE] = "";
+    enum { PART = 512 }; /* bytes that each part of the explanation takes at most */
+    const fkda_plan *plan;
+    char choice[PART], layout[PART];
     if (!text || !capacity)
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "text must point to capacity = %zu bytes, at least 1",
                          capacity);
-    flash_kda_status status = fkda_check(params, FKDA_FOR_SHAPES, &problem);
+    const flash_kda_status status = plan_shapes(params, &plan);
     if (status != FLASH_KDA_OK) return status;
-    fkda_explain_choice(&problem, choice, sizeof choice);
-    if (problem.kernel->explain) problem.kernel->explain(&problem, layout, sizeof layout);
-    snprintf(text, capacity, "%s\n%s%sWorkspace: %zu bytes.\n", choice, layout, *layout ? "\n" : "",
-             problem.kernel->workspace_size(&problem));
+    fkda_explain_choice(&plan->shape, choice, sizeof choice);
+    plan->shape.kernel->explain(plan, layout, sizeof layout);
+    snprintf(text, capacity, "%s\n%s\nWorkspace: %zu bytes.\n", choice, layout, plan->workspace_bytes);
     return FLASH_KDA_OK;
 }
 
 flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 {
     fkda_problem problem;
+    const fkda_plan *plan;
     flash_kda_status status = fkda_check(params, FKDA_FOR_FWD, &problem);
-    return status == FLASH_KDA_OK ? problem.kernel->fwd(&problem) : status;
+    if (status == FLASH_KDA_OK) status = fkda_find_plan(&problem.shape, &plan);
+    if (status == FLASH_KDA_OK) status = fkda_check_workspace(&problem, plan->workspace_bytes);
+    return status == FLASH_KDA_OK ? plan->shape.kernel->run(&problem, plan) : status;
 }
 
 flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64, double *state64)
@@ -42,6 +55,6 @@ flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double 
     fkda_problem problem;
     if (!out64)
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "out64 is null; it must point to [B, T, H, V] doubles");
-    flash_kda_status status = fkda_check(params, FKDA_FOR_REFERENCE, &problem);
+    const flash_kda_status status = fkda_check(params, FKDA_FOR_REFERENCE, &problem);
     return status == FLASH_KDA_OK ? fkda_cpu_reference(&problem, out64, state64) : status;
 }

@@ -1,26 +1,19 @@
-/* The table of kernels and the choice among them: which one runs for a device. */
+/* The table of kernels, and the choice among them: which one runs on a device. */
 #include <stdio.h>
 #include <string.h>
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
-#include "internal.h"
+#include "errors.h"
+#include "kernel.h"
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
         .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CPU, archs, description},                    \
-        .workspace_size = fkda_cpu_workspace_size, .fwd = fkda_cpu_fwd, .explain = fkda_cpu_explain,         \
+        .plan = fkda_cpu_make_plan, .run = fkda_cpu_run, .explain = fkda_cpu_explain,                        \
     }
 
-#define HOPPER_KERNEL(name, function, description)                                                           \
-    {                                                                                                        \
-        .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CUDA, "sm_90", description},                 \
-        .min_compute_capability = 90, .max_compute_capability = 90,                                          \
-        .workspace_size = fkda_cuda_##function##_workspace_size, .fwd = fkda_cuda_##function##_fwd,          \
-        .explain = fkda_cuda_##function##_explain,                                                           \
-    }
-
-/* The default for a device is the first that it can run. */
+/* The default for a device is the first row that the device can run. */
 static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu", "any 64-bit CPU",
                "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores by default"),
@@ -31,19 +24,25 @@ static const fkda_kernel kernels[] = {
 #endif
     CPU_KERNEL("cpu-portable", "any 64-bit CPU", "chunks of 16 tokens in fp32, vectors of 4 floats"),
 #ifdef FKDA_WITH_HOPPER
-    HOPPER_KERNEL(
-        "hopper", hopper,
-        "chunks of 16 or 32 tokens, state in fp32 wgmma accumulators, fp16 operands, persistent blocks; long "
-        "sequences cut into segments that run in parallel and are joined exactly, where that pays"),
+    {
+        .info = {sizeof(flash_kda_kernel_info), "hopper", FLASH_KDA_CUDA, "sm_90",
+                 "wgmma with fp16 operands, fp32 state in its accumulators; long sequences cut into segments "
+                 "that run in parallel, where that pays"},
+        .min_compute_capability = 90,
+        .max_compute_capability = 90,
+        .plan = fkda_hopper_make_plan,
+        .run = fkda_hopper_run,
+        .explain = fkda_hopper_explain,
+    },
 #endif
 #ifdef FKDA_WITH_CUDA
     {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
-                 "chunks of 16 tokens through tf32 mma.sync, one launch, state in registers in fp32"},
+                 "chunks of 16 tokens through tf32 mma.sync, one launch, fp32 state in registers"},
         .min_compute_capability = 80,
-        .workspace_size = fkda_cuda_portable_workspace_size,
-        .fwd = fkda_cuda_portable_fwd,
-        .explain = fkda_cuda_portable_explain,
+        .plan = fkda_portable_make_plan,
+        .run = fkda_portable_run,
+        .explain = fkda_portable_explain,
     },
 #endif
 };
@@ -67,7 +66,7 @@ static flash_kda_status device_capability(flash_kda_device device, int *capabili
                      device.type);
 }
 
-/* Whether a device of that capability (0 on the CPU) can run a kernel. */
+/* Whether a device of that compute capability (0 on the CPU) can run a kernel. */
 static bool runs_on(const fkda_kernel *k, flash_kda_device device, int capability)
 {
     if (k->info.device_type != device.type) return false;
@@ -106,7 +105,7 @@ static flash_kda_status refuse_unknown(flash_kda_device device, const char *name
                      names);
 }
 
-/* k is in the table, but the device cannot run it. */
+/* Refuses a kernel that is in the table and that the device cannot run. */
 static flash_kda_status refuse_known(flash_kda_device device, int capability, const fkda_kernel *k)
 {
     char range[32];
@@ -149,16 +148,18 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, con
                      device.index, capability / 10, capability % 10);
 }
 
-void fkda_explain_choice(const fkda_problem *p, char *text, size_t size)
+void fkda_explain_choice(const fkda_shape *shape, char *text, size_t size)
 {
     char where[64] = "the CPU", why[128] = "was asked for";
     int capability;
-    if (p->device.type == FLASH_KDA_CUDA &&
-        fkda_cuda_capability(p->device.index, &capability) == FLASH_KDA_OK)
-        snprintf(where, sizeof where, "CUDA device %d (compute capability %d.%d)", p->device.index,
+    if (shape->device.type == FLASH_KDA_CUDA &&
+        fkda_cuda_capability(shape->device.index, &capability) == FLASH_KDA_OK)
+        snprintf(where, sizeof where, "CUDA device %d (compute capability %d.%d)", shape->device.index,
                  capability / 10, capability % 10);
-    if (!p->kernel_is_asked) snprintf(why, sizeof why, "is the first in the table that %s can run", where);
-    snprintf(text, size, "Kernel \"%s\" (%s) %s.", p->kernel->info.name, p->kernel->info.description, why);
+    if (!shape->kernel_is_asked_for)
+        snprintf(why, sizeof why, "is the first in the table that %s can run", where);
+    const flash_kda_kernel_info *info = &shape->kernel->info;
+    snprintf(text, size, "Kernel \"%s\" (%s) %s.", info->name, info->description, why);
 }
 
 flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t capacity, int32_t *count)

@@ -13,6 +13,13 @@ enum {
     FKDA_LATER_SEGMENTS, /* all but the first segment, and the sequences that are not cut */
 };
 
+/* What a launch of the join does; the values of `work` for the kernel fkda_hopper_join. */
+enum {
+    FKDA_JOIN_COMPOSE, /* composes the maps and states of each group */
+    FKDA_JOIN_CHAIN,   /* carries states through all maps or, where there are groups, from group to group */
+    FKDA_JOIN_EXPAND,  /* carries states through the maps of each group */
+};
+
 /* Workspace of the even-share schedule, for work items that two workers share (a worker is a solo CTA or a CTA pair): the
  * first worker leaves the state here, the second one waits for the flag. Of `states` only flagged rows are read. */
 typedef struct fkda_handoff {

@@ -33,13 +33,14 @@ extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launc
     fkda::run_block_of_mixture(args);
 }
 
-#define FKDA_DEFINE_JOIN(step, which)                                                                        \
-    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)                                         \
-        fkda_hopper_join_##step(const __grid_constant__ fkda_hopper_fwd_args args)                           \
-    {                                                                                                        \
-        fkda::join<fkda::which>(args.fwd, args.cut);                                                         \
-    }
-
-FKDA_DEFINE_JOIN(compose, COMPOSE)
-FKDA_DEFINE_JOIN(chain, CHAIN)
-FKDA_DEFINE_JOIN(expand, EXPAND)
+extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)
+    fkda_hopper_join(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    using namespace fkda;
+    if (args.work == FKDA_JOIN_COMPOSE)
+        join<COMPOSE>(args.fwd, args.cut);
+    else if (args.work == FKDA_JOIN_CHAIN)
+        join<CHAIN>(args.fwd, args.cut);
+    else
+        join<EXPAND>(args.fwd, args.cut);
+}

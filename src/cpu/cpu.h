@@ -1,31 +1,32 @@
-/* The CPU backend and the reference, as the rest of the library sees them. */
+/* The CPU backend and the fp64 reference as the rest of the library sees them. */
 #ifndef FKDA_CPU_H
 #define FKDA_CPU_H
 
-#include "../internal.h"
+#include "../plan.h"
+#include "../problem.h"
 
 /* parallel.c: how many CPUs the process may run on, at least 1. */
 int fkda_cpu_count(void);
 
 enum { FKDA_MAX_THREADS = 1024 }; /* of one call */
 
-/* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads`
- * threads that end before it returns; worker is in [0, min(threads, FKDA_MAX_THREADS)). */
+/* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads` threads, all of which end
+ * before the function returns. `worker` is in [0, min(threads, FKDA_MAX_THREADS)). */
 void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
                        void *context);
 
-/* dispatch.c: the instruction set the forward pass uses on this machine: "x86-64 avx512", ... */
+/* dispatch.c: the instruction set that the forward pass uses on this machine: "x86-64 avx512", ... */
 const char *fkda_cpu_arch(void);
 
 /* dispatch.c: whether this machine can run the kernel of that name. */
 bool fkda_cpu_runs(const char *kernel);
 
-/* fwd.c */
-size_t fkda_cpu_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cpu_fwd(const fkda_problem *problem);
-void fkda_cpu_explain(const fkda_problem *problem, char *text, size_t size);
+/* fwd.c: the functions of the kernels "cpu" and "cpu-..." (kernel.h). */
+flash_kda_status fkda_cpu_make_plan(fkda_plan *plan);
+flash_kda_status fkda_cpu_run(const fkda_problem *problem, const fkda_plan *plan);
+void fkda_cpu_explain(const fkda_plan *plan, char *text, size_t size);
 
-/* reference.c: out [B, T, H, V]; final_state [N, H, V, K] or NULL. */
+/* reference.c: writes out [B, T, H, V] and, unless it is NULL, final_state [N, H, V, K]. */
 flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);
 
 #endif

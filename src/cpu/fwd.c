@@ -1,49 +1,45 @@
-/* The forward pass on the CPU: how the work is cut into pieces for the threads. */
+/* The forward pass on the CPU: how a call is divided among threads. */
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
 #include <stdio.h>
 
+#include "../kernel.h"
+#include "../plan.h"
 #include "cpu.h"
 #include "variant.h"
 
-/* A thread costs some tens of microseconds to start; a head does about ten tokens in that time. */
+/* Starting a thread takes some tens of microseconds, in which a thread computes about ten tokens of a head. */
 enum { MIN_TOKENS_PER_THREAD = 64 };
 
-typedef struct work_plan {
-    const fkda_problem *problem;
-    const fkda_cpu_variant *variant;
-    int64_t heads; /* of all sequences together */
-    int split;     /* pieces of a head's value channels: 1, 2 or 4 */
-    int threads;
-} work_plan;
-
-/* Depends on shapes and the number of threads only, so that the workspace can be sized without pointers. */
-static work_plan make_plan(const fkda_problem *p)
+flash_kda_status fkda_cpu_make_plan(fkda_plan *plan)
 {
-    work_plan best = {.problem = p, .variant = fkda_cpu_find_variant(p->kernel->info.name)};
-    best.heads = p->sequences * p->heads;
-    int64_t useful = p->batch * p->tokens * p->heads / MIN_TOKENS_PER_THREAD;
-    int threads = p->threads < FKDA_MAX_THREADS ? p->threads : FKDA_MAX_THREADS;
+    const fkda_shape *s = &plan->shape;
+    fkda_cpu_plan *best = &plan->cpu;
+    const int64_t heads = s->sequences * s->heads,
+                  useful = s->batch * s->tokens * s->heads / MIN_TOKENS_PER_THREAD;
+    int threads = s->threads < FKDA_MAX_THREADS ? s->threads : FKDA_MAX_THREADS;
     if (threads > useful) threads = useful > 0 ? (int)useful : 1;
 
-    /* Every piece of a head repeats the preparation, about a third of its time. Cut only if the busiest
-     * thread gains. */
+    /* Every piece of a head repeats the preparation, which is about a third of the head's time. So a head is divided only if
+     * the thread with the most work gains. */
     double shortest = 0.0;
     for (int split = 1; split <= 4; split *= 2) {
-        int64_t rounds = (best.heads * split + threads - 1) / threads;
-        double time = (double)rounds * (1.0 / 3 + 2.0 / 3 / split);
+        const int64_t rounds = (heads * split + threads - 1) / threads;
+        const double time = (double)rounds * (1.0 / 3 + 2.0 / 3 / split);
         if (split > 1 && time >= shortest) continue;
         shortest = time;
-        best.split = split;
+        best->split = split;
     }
-    best.threads = best.heads * best.split < threads ? (int)(best.heads * best.split) : threads;
-    if (best.threads < 1) best.threads = 1;
-    return best;
+    best->variant = fkda_cpu_find_variant(s->kernel->info.name);
+    best->threads = heads * best->split < threads ? (int)(heads * best->split) : threads;
+    if (best->threads < 1) best->threads = 1;
+    plan->workspace_bytes = (size_t)best->threads * best->variant->scratch_size;
+    return FLASH_KDA_OK;
 }
 
-/* A state that fades, or a decay at the bound, passes through numbers below 2^-126, on which x86 CPUs are
- * some hundred times slower. There they become 0 while a head is computed; the caller's setting returns. */
+/* A state that fades and a decay at the bound pass through numbers below 2^-126, on which x86 CPUs are some hundred times
+ * slower. While a head is computed, results below 2^-126 become 0; the caller's setting returns afterwards. */
 static unsigned flush_tiny_results(void)
 {
 #if defined(__SSE2__)
@@ -64,38 +60,38 @@ static void restore_tiny_results(unsigned before)
 #endif
 }
 
+typedef struct job {
+    const fkda_problem *problem;
+    const fkda_cpu_plan *plan;
+} job;
+
 static void run_piece(void *context, int64_t index, int worker)
 {
-    const work_plan *plan = context;
-    const fkda_problem *p = plan->problem;
-    int64_t head = index / plan->split;
-    int channels = FKDA_DIM / plan->split, first = (int)(index % plan->split) * channels;
-    void *scratch = (char *)p->workspace + (size_t)worker * plan->variant->scratch_size;
+    const job *j = context;
+    const fkda_problem *p = j->problem;
+    const int64_t head = index / j->plan->split, heads = p->shape.heads;
+    const int channels = FKDA_DIM / j->plan->split, first = (int)(index % j->plan->split) * channels;
+    void *scratch = (char *)p->workspace + (size_t)worker * j->plan->variant->scratch_size;
     unsigned before = flush_tiny_results();
-    plan->variant->run_head(p, head / p->heads, head % p->heads, first, first + channels, scratch);
+    j->plan->variant->run_head(p, head / heads, head % heads, first, first + channels, scratch);
     restore_tiny_results(before);
 }
 
-size_t fkda_cpu_workspace_size(const fkda_problem *p)
+flash_kda_status fkda_cpu_run(const fkda_problem *p, const fkda_plan *plan)
 {
-    work_plan plan = make_plan(p);
-    return (size_t)plan.threads * plan.variant->scratch_size;
-}
-
-flash_kda_status fkda_cpu_fwd(const fkda_problem *p)
-{
-    work_plan plan = make_plan(p);
-    fkda_parallel_for(plan.threads, plan.heads * plan.split, run_piece, &plan);
+    job j = {.problem = p, .plan = &plan->cpu};
+    const int64_t pieces = p->shape.sequences * p->shape.heads * plan->cpu.split;
+    fkda_parallel_for(plan->cpu.threads, pieces, run_piece, &j);
     return FLASH_KDA_OK;
 }
 
-void fkda_cpu_explain(const fkda_problem *p, char *text, size_t size)
+void fkda_cpu_explain(const fkda_plan *plan, char *text, size_t size)
 {
-    work_plan plan = make_plan(p);
-    const long long pieces = plan.heads * plan.split;
-    char split[32] = "not split";
-    if (plan.split > 1) snprintf(split, sizeof split, "split into %d pieces", plan.split);
-    snprintf(text, size, "%lld pieces of work on %d %s of %s: a head is %s, %d rows of V a piece.", pieces,
-             plan.threads, plan.threads == 1 ? "thread" : "threads", plan.variant->arch, split,
-             FKDA_DIM / plan.split);
+    const fkda_cpu_plan *p = &plan->cpu;
+    const long long pieces = plan->shape.sequences * plan->shape.heads * p->split;
+    char divided[32] = "not divided";
+    if (p->split > 1) snprintf(divided, sizeof divided, "divided into %d pieces", p->split);
+    snprintf(text, size, "%lld pieces of work on %d %s of %s. A head is %s, of %d rows of V each.", pieces,
+             p->threads, p->threads == 1 ? "thread" : "threads", p->variant->arch, divided,
+             FKDA_DIM / p->split);
 }

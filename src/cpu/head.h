@@ -1,8 +1,11 @@
 /*
- * The forward pass of one head of one sequence, for a range of its value channels: the chunk form of the
- * recurrence, 16 tokens at a time, in fp32. A template: the including file sets FKDA_LANES (floats in a
- * vector), FKDA_ROWS (rows of a register tile, 4 or 8), FKDA_VARIANT (the name of what it defines), FKDA_KERNEL
- * and FKDA_ARCH (the texts of fkda_cpu_variant).
+ * The forward pass of one head of one sequence on the CPU, for a range of its value channels: the chunk form of the
+ * recurrence in fp32, 16 tokens at a time.
+ *
+ * This file is a template. The including file defines FKDA_LANES (floats of a vector), FKDA_ROWS (rows of a register tile,
+ * 4 or 8), FKDA_VARIANT (the name of the fkda_cpu_variant that is defined here), FKDA_KERNEL and FKDA_ARCH (its texts).
+ *
+ * Algorithm
  *
  * Inside a chunk, with G the running sum of the log2 decays and the middle row m as the reference:
  *
@@ -12,15 +15,17 @@
  *     O = scale (Q~' S + P U)
  *     S = diag(2^G_last) S + Kr^T U             Kr_j = k_j 2^(G_last - G_j)
  *
- * At the lowest bound of -5 nats a token no exponent leaves [-116, 58], so nothing over- or underflows.
- * Every sum runs in an order that depends neither on the threads nor on the range of value channels.
+ * With the middle row as the reference and a bound of -5 nats a token, exponents stay within [-116, 58], so no factor over-
+ * or underflows. Every sum runs in an order that depends neither on the number of threads nor on the range of value
+ * channels, so results do not depend on them either.
  */
-#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
 
 #include "simd.h"
+
+#include "gate.h"
 #include "variant.h"
 
 enum {
@@ -28,50 +33,56 @@ enum {
     V = FKDA_DIM,
     CHUNK = 16,
     MIDDLE = CHUNK / 2 - 1,
-    ROWS = FKDA_ROWS,       /* a register tile has ROWS rows ... */
-    COLUMNS = 2,            /* ... of COLUMNS vectors */
-    BLOCK = COLUMNS * LANES /* value channels that advance together */
+    ROWS = FKDA_ROWS,       /* of a register tile */
+    COLUMNS = 2,            /* vectors of a row of a register tile */
+    STRIP = COLUMNS * LANES /* value channels that advance together */
 };
 
-static const float LOG2E = 1.44269504088896341f;
-static const float HUGE_SCALE = 0x1p-32f; /* for rows too long to be squared in fp32 */
+static const float HUGE_SCALE = 0x1p-32f; /* makes rows that are too long to be squared in fp32 shorter */
 
 typedef struct scratch {
     float kq[2 * CHUNK][K];       /* K~ and Q~, then K~' and Q~' */
     float kr[CHUNK][K];           /* K^, then Kr */
     float lower[CHUNK][CHUNK];    /* L */
-    float mix[CHUNK][CHUNK];      /* P; only entries on and below the diagonal are meant to be read */
-    float read[2 * CHUNK][BLOCK]; /* K~' S and Q~' S */
-    float u[CHUNK][BLOCK];
+    float mix[CHUNK][CHUNK];      /* P; entries above the diagonal mean nothing */
+    float read[2 * CHUNK][STRIP]; /* K~' S and Q~' S */
+    float u[CHUNK][STRIP];
     float to_middle[K]; /* 2^G_m */
     float to_last[K];   /* 2^(G_last - G_m) */
-    float decay_1[K];   /* 2^G_last - 1: rounded itself, a slow decay would be off alike in every chunk */
+    /* 2^G_last - 1. The decay of a slow channel, rounded to fp32 itself, would be wrong by the same amount chunk after
+     * chunk. */
+    float decay_1[K];
     float bias[K];
-    float scale[2 * CHUNK], unit[2 * CHUNK]; /* 1 / |k_i| and 1 / |q_i|, each the product of two */
+    float scale[2 * CHUNK], unit[2 * CHUNK]; /* their products are 1 / |k_i| and 1 / |q_i| */
     float write[CHUNK];                      /* b */
-    float state[V / BLOCK][K][BLOCK];
-    /* The last tokens of a sequence, padded with zero rows to a chunk. */
+    float state[V / STRIP][K][STRIP];
+    /* The last tokens of a sequence, with rows of zeros after them that fill the chunk. */
     uint16_t padded_q[CHUNK][K], padded_k[CHUNK][K], padded_g[CHUNK][K], padded_v[CHUNK][V];
     uint16_t padded_beta[CHUNK];
 } __attribute__((aligned(64))) scratch;
 
-/* Some tokens of one head: rows of q, k, g, v and out are stride elements apart, of beta beta_stride. */
+/* Rows of one tensor and one head. */
+typedef struct rows {
+    const uint16_t *first;
+    int64_t stride; /* elements from one token to the next */
+} rows;
+
+static inline const uint16_t *row_at(rows r, int i)
+{
+    return r.first + i * r.stride;
+}
+
+/* The tokens of a chunk, of one head. */
 typedef struct tokens {
-    const uint16_t *q, *k, *g, *v, *beta;
+    rows q, k, g, v, beta;
     uint16_t *out;
-    int64_t stride, beta_stride, out_stride;
-    int count; /* the rows that exist; the others are zeros */
+    int64_t out_stride;
+    int count; /* tokens that exist; rows after them are zeros */
 } tokens;
 
 _Static_assert(offsetof(scratch, state) % 64 == 0, "vectors are read and written aligned");
 
-/* The gate's constants of a head. */
-typedef struct gate_constants {
-    float slope; /* -log2(e) exp(A_log) */
-    float bound; /* log2(e) lower_bound */
-} gate_constants;
-
-/* The length of a row whose squares leave fp32's range; the epsilon does not matter to it. */
+/* The length of a row whose squares leave fp32's range. The epsilon of the norm does not change it. */
 static float length_of_huge(const uint16_t *x)
 {
     double sum = 0.0;
@@ -84,9 +95,9 @@ static float length_of_huge(const uint16_t *x)
     return (float)sqrt(sum);
 }
 
-/* What makes unit vectors of 16 rows: x * scale * unit, two factors because 1 / |x| alone may be too small
- * for fp32. */
-static inline void normalise(const uint16_t *x, int64_t stride, float scale[CHUNK], float unit[CHUNK])
+/* Finds the factors that make unit vectors of 16 rows: x * scale * unit. There are two factors because 1 / |x| alone may be
+ * too small for fp32. */
+static inline void normalise(rows x, float scale[CHUNK], float unit[CHUNK])
 {
     for (int first = 0; first < CHUNK; first += LANES) {
         vec sums[LANES];
@@ -95,7 +106,7 @@ static inline void normalise(const uint16_t *x, int64_t stride, float scale[CHUN
             vec sum = {0};
             UNROLL
             for (int k = 0; k < K; k += LANES) {
-                vec part = load_bf16(x + (first + i) * stride + k);
+                vec part = load_bf16(row_at(x, first + i) + k);
                 sum += part * part;
             }
             sums[i] = sum;
@@ -105,23 +116,22 @@ static inline void normalise(const uint16_t *x, int64_t stride, float scale[CHUN
     for (int i = 0; i < CHUNK; i++) {
         bool huge = unit[i] > 1e30f;
         scale[i] = huge ? HUGE_SCALE : 1.0f;
-        unit[i] = 1.0f / (huge ? length_of_huge(x + i * stride) : sqrtf(unit[i] + 1e-6f));
+        unit[i] = 1.0f / (huge ? length_of_huge(row_at(x, i)) : sqrtf(unit[i] + 1e-6f));
     }
 }
 
-/* One vector of key channels of a chunk, from gates to decayed keys and queries. */
+/* Prepares one vector of key channels of a chunk, from gates to decayed keys and queries. */
 static inline void decay_channels(scratch *s, const tokens *t, const gate_constants *gate, int k)
 {
     vec gates[CHUNK], exponent[CHUNK];
     vec bias = load(s->bias + k);
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
-        vec raw = load_bf16(t->g + i * t->stride + k);
-        gates[i] = gate->bound * sigmoid_exp2((raw + bias) * gate->slope);
+        gates[i] = bounded_gate(gate, load_bf16(row_at(t->g, i) + k), bias);
         if (i >= t->count) gates[i] = (vec){0};
     }
 
-    /* Summed outwards from the middle row, so that neighbours differ by no more than they must. */
+    /* Sums run outwards from the middle row, so that exponents of neighbouring rows differ by one rounded gate. */
     vec to_middle = gates[0];
     UNROLL
     for (int i = 1; i <= MIDDLE; i++) to_middle += gates[i];
@@ -138,8 +148,8 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
         vec forward = exp2_near(exponent[i]), backward = exp2_near(-exponent[i]);
-        vec key = load_bf16(t->k + i * t->stride + k) * s->scale[i] * s->unit[i];
-        vec query = load_bf16(t->q + i * t->stride + k) * s->scale[CHUNK + i] * s->unit[CHUNK + i];
+        vec key = load_bf16(row_at(t->k, i) + k) * s->scale[i] * s->unit[i];
+        vec query = load_bf16(row_at(t->q, i) + k) * s->scale[CHUNK + i] * s->unit[CHUNK + i];
         *vec_at(s->kq[i] + k) = key * forward;
         *vec_at(s->kq[CHUNK + i] + k) = query * forward;
         *vec_at(s->kr[i] + k) = key * backward;
@@ -165,13 +175,13 @@ static inline void lower_products(float (*a)[K], float (*b)[K], float (*to)[CHUN
     }
 }
 
-/* Everything of a chunk that needs neither the state nor the values. */
+/* Prepares everything of a chunk that needs neither the state nor the values. */
 static void prepare(scratch *s, const tokens *t, const gate_constants *gate)
 {
-    normalise(t->k, t->stride, s->scale, s->unit);
-    normalise(t->q, t->stride, s->scale + CHUNK, s->unit + CHUNK);
+    normalise(t->k, s->scale, s->unit);
+    normalise(t->q, s->scale + CHUNK, s->unit + CHUNK);
     for (int i = 0; i < CHUNK; i++) {
-        uint32_t bits = i < t->count ? (uint32_t)t->beta[i * t->beta_stride] << 16 : 0;
+        uint32_t bits = i < t->count ? (uint32_t)*row_at(t->beta, i) << 16 : 0;
         memcpy(&s->write[i], &bits, sizeof bits);
     }
     for (int i = 0; i < CHUNK; i += LANES) *vec_at(s->write + i) = sigmoid_exp2(load(s->write + i) * -LOG2E);
@@ -192,7 +202,7 @@ static void prepare(scratch *s, const tokens *t, const gate_constants *gate)
 }
 
 /* read = [K~'; Q~'] S */
-static inline void read_state(scratch *s, float (*state)[BLOCK])
+static inline void read_state(scratch *s, float (*state)[STRIP])
 {
     for (int row = 0; row < 2 * CHUNK; row += ROWS) {
         vec sum[ROWS][COLUMNS] = {{{0}}};
@@ -215,15 +225,15 @@ static inline void read_state(scratch *s, float (*state)[BLOCK])
     }
 }
 
-/* u = (I + L)^-1 diag(b) (v - K~' S) by forward substitution, in blocks of ROWS rows. */
+/* u = (I + L)^-1 diag(b) (v - K~' S) by forward substitution, in strips of ROWS rows. */
 static inline void solve(scratch *s, const tokens *t, int64_t v)
 {
     for (int row = 0; row < CHUNK; row += ROWS) {
-        for (int c = 0; c < BLOCK; c += LANES) {
+        for (int c = 0; c < STRIP; c += LANES) {
             vec u[ROWS];
             UNROLL
             for (int r = 0; r < ROWS; r++) {
-                vec value = load_bf16(t->v + (row + r) * t->stride + v + c);
+                vec value = load_bf16(row_at(t->v, row + r) + v + c);
                 u[r] = s->write[row + r] * (value - load(s->read[row + r] + c));
             }
             for (int j = 0; j < row; j++) {
@@ -245,7 +255,7 @@ static inline void solve(scratch *s, const tokens *t, int64_t v)
 static inline void write_out(const scratch *s, const tokens *t, int64_t v, float scale)
 {
     for (int row = 0; row < t->count; row += ROWS) {
-        for (int c = 0; c < BLOCK; c += LANES) {
+        for (int c = 0; c < STRIP; c += LANES) {
             vec sum[ROWS];
             UNROLL
             for (int r = 0; r < ROWS; r++) sum[r] = load(s->read[CHUNK + row + r] + c);
@@ -269,7 +279,7 @@ static inline void write_out(const scratch *s, const tokens *t, int64_t v, float
 }
 
 /* S = diag(decay) S + Kr^T u */
-static inline void update_state(const scratch *s, float (*state)[BLOCK])
+static inline void update_state(const scratch *s, float (*state)[STRIP])
 {
     for (int k = 0; k < K; k += ROWS) {
         vec sum[ROWS][COLUMNS];
@@ -300,101 +310,101 @@ static inline void update_state(const scratch *s, float (*state)[BLOCK])
     }
 }
 
-/* The state in memory is [V, K], bf16 or fp32; at work it is [V / BLOCK][K][BLOCK]. */
-static void load_state(const fkda_problem *p, int64_t base, int v_begin, int v_end, scratch *s)
+/* A state in memory is [V, K], bf16 or fp32. The scratch has it as [V / STRIP][K][STRIP]. */
+static void load_state(const fkda_state_view *from, int64_t n, int64_t h, int v_begin, int v_end, scratch *s)
 {
-    if (!p->initial_state) {
+    if (!from->data) {
         memset(s->state, 0, sizeof s->state);
         return;
     }
+    const int64_t base = fkda_state_offset(from, n, h);
     for (int v = v_begin; v < v_end; v += LANES) {
         for (int k = 0; k < K; k += LANES) {
             vec tile[LANES];
             for (int i = 0; i < LANES; i++) {
                 int64_t at = base + (int64_t)(v + i) * K + k;
-                tile[i] = p->state_is_bf16 ? load_bf16((const uint16_t *)p->initial_state + at)
-                                           : load_f32((const float *)p->initial_state + at);
+                tile[i] = from->dtype == FLASH_KDA_BF16 ? load_bf16((const uint16_t *)from->data + at)
+                                                        : load_f32((const float *)from->data + at);
             }
             transpose(tile);
-            for (int i = 0; i < LANES; i++) *vec_at(s->state[v / BLOCK][k + i] + v % BLOCK) = tile[i];
+            for (int i = 0; i < LANES; i++) *vec_at(s->state[v / STRIP][k + i] + v % STRIP) = tile[i];
         }
     }
 }
 
-static void store_state(const fkda_problem *p, int64_t base, int v_begin, int v_end, const scratch *s)
+static void store_state(const fkda_state_view *to, int64_t n, int64_t h, int v_begin, int v_end,
+                        const scratch *s)
 {
-    if (!p->final_state) return;
+    if (!to->data) return;
+    const int64_t base = fkda_state_offset(to, n, h);
     for (int v = v_begin; v < v_end; v += LANES) {
         for (int k = 0; k < K; k += LANES) {
             vec tile[LANES];
-            for (int i = 0; i < LANES; i++) tile[i] = load(s->state[v / BLOCK][k + i] + v % BLOCK);
+            for (int i = 0; i < LANES; i++) tile[i] = load(s->state[v / STRIP][k + i] + v % STRIP);
             transpose(tile);
             for (int i = 0; i < LANES; i++) {
                 int64_t at = base + (int64_t)(v + i) * K + k;
-                if (p->state_is_bf16)
-                    store_bf16((uint16_t *)p->final_state + at, tile[i]);
+                if (to->dtype == FLASH_KDA_BF16)
+                    store_bf16((uint16_t *)to->data + at, tile[i]);
                 else
-                    store_f32((float *)p->final_state + at, tile[i]);
+                    store_f32((float *)to->data + at, tile[i]);
             }
         }
     }
 }
 
-/* The last rows of a sequence, with zero rows after them, so that nothing past the end is read. */
+static rows copy_rows(uint16_t *to, rows from, int width, int count)
+{
+    memset(to, 0, (size_t)(CHUNK * width) * sizeof *to);
+    for (int i = 0; i < count; i++) memcpy(to + i * width, row_at(from, i), (size_t)width * sizeof *to);
+    return (rows){to, width};
+}
+
+/* The last tokens of a sequence with rows of zeros after them, so that nothing past the end is read. */
 static tokens pad(scratch *s, const tokens *t)
 {
-    memset(s->padded_q, 0, sizeof s->padded_q);
-    memset(s->padded_k, 0, sizeof s->padded_k);
-    memset(s->padded_g, 0, sizeof s->padded_g);
-    memset(s->padded_v, 0, sizeof s->padded_v);
-    for (int i = 0; i < t->count; i++) {
-        memcpy(s->padded_q[i], t->q + i * t->stride, sizeof s->padded_q[i]);
-        memcpy(s->padded_k[i], t->k + i * t->stride, sizeof s->padded_k[i]);
-        memcpy(s->padded_g[i], t->g + i * t->stride, sizeof s->padded_g[i]);
-        memcpy(s->padded_v[i], t->v + i * t->stride, sizeof s->padded_v[i]);
-        s->padded_beta[i] = t->beta[i * t->beta_stride];
-    }
     tokens padded = *t;
-    padded.q = s->padded_q[0];
-    padded.k = s->padded_k[0];
-    padded.g = s->padded_g[0];
-    padded.v = s->padded_v[0];
-    padded.beta = s->padded_beta;
-    padded.stride = K;
-    padded.beta_stride = 1;
+    padded.q = copy_rows(s->padded_q[0], t->q, K, t->count);
+    padded.k = copy_rows(s->padded_k[0], t->k, K, t->count);
+    padded.g = copy_rows(s->padded_g[0], t->g, K, t->count);
+    padded.v = copy_rows(s->padded_v[0], t->v, V, t->count);
+    padded.beta = copy_rows(s->padded_beta, t->beta, 1, t->count);
     return padded;
 }
 
-/* The chunk that starts at a token, or what is left of the sequence there, which may be nothing. */
-static tokens tokens_at(const fkda_problem *p, int64_t h, int64_t token, int64_t end)
+static rows rows_of(const fkda_token_view *t, int64_t row, int64_t token, int64_t h)
 {
-    int64_t left = end - token, row = token * p->heads + h;
+    return (rows){(const uint16_t *)t->data + fkda_row_offset(t, row, token, h), t->token_stride};
+}
+
+/* The chunk of a sequence that begins at a token, or what is left of the sequence there, which may be nothing. */
+static tokens tokens_at(const fkda_problem *p, int64_t h, const fkda_sequence *sequence, int64_t token)
+{
+    const int64_t left = sequence->end - token, row = sequence->row;
     if (left <= 0) return (tokens){0};
     return (tokens){
-        .q = p->q + row * K,
-        .k = p->k + row * K,
-        .g = p->g + row * K,
-        .v = p->v + row * V,
-        .beta = p->beta + row,
-        .out = p->out + row * V,
-        .stride = p->heads * K,
-        .beta_stride = p->heads,
-        .out_stride = p->heads * V,
+        .q = rows_of(&p->q, row, token, h),
+        .k = rows_of(&p->k, row, token, h),
+        .g = rows_of(&p->g, row, token, h),
+        .v = rows_of(&p->v, row, token, h),
+        .beta = rows_of(&p->beta, row, token, h),
+        .out = (uint16_t *)p->out.data + fkda_row_offset(&p->out, row, token, h),
+        .out_stride = p->out.token_stride,
         .count = left < CHUNK ? (int)left : CHUNK,
     };
 }
 
-/* Asks for rows of the next chunk: with many heads they lie too far apart for the CPU to guess. Always
- * inlined, because GCC takes a function that only prefetches for one without effect and drops the call. */
+/* Asks for rows of the next chunk. With many heads the rows of a head lie too far apart for the CPU to guess. The function
+ * must be inlined: GCC takes a function that only prefetches for one without effect, and drops the call. */
 __attribute__((always_inline)) static inline void prefetch(const tokens *t, int first, int last)
 {
     enum { LINE = 64 / sizeof(uint16_t) };
     for (int i = first; i < last && i < t->count; i++) {
         for (int k = 0; k < K; k += LINE) {
-            __builtin_prefetch(t->k + i * t->stride + k, 0, 2);
-            __builtin_prefetch(t->q + i * t->stride + k, 0, 2);
-            __builtin_prefetch(t->g + i * t->stride + k, 0, 2);
-            __builtin_prefetch(t->v + i * t->stride + k, 0, 2);
+            __builtin_prefetch(row_at(t->k, i) + k, 0, 2);
+            __builtin_prefetch(row_at(t->q, i) + k, 0, 2);
+            __builtin_prefetch(row_at(t->g, i) + k, 0, 2);
+            __builtin_prefetch(row_at(t->v, i) + k, 0, 2);
         }
     }
 }
@@ -402,32 +412,25 @@ __attribute__((always_inline)) static inline void prefetch(const tokens *t, int 
 static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, int v_end, void *memory)
 {
     scratch *s = memory;
-    int64_t state_base = (n * p->heads + h) * V * K;
-    load_state(p, state_base, v_begin, v_end, s);
-
+    load_state(&p->initial_state, n, h, v_begin, v_end, s);
     memcpy(s->bias, p->dt_bias + h * K, sizeof s->bias);
-    /* Bounded, so that a rate past fp32's range still meets a gate of 0 as a number. */
-    float rate = expf(p->A_log[h]);
-    if (rate > FLT_MAX / 2) rate = FLT_MAX / 2;
-    gate_constants gate = {.slope = -LOG2E * rate, .bound = LOG2E * p->lower_bound};
-
-    int64_t begin, end;
-    fkda_sequence_range(p, n, &begin, &end);
-    for (int64_t token = begin; token < end; token += CHUNK) {
-        tokens t = tokens_at(p, h, token, end), next = tokens_at(p, h, token + CHUNK, end);
+    const gate_constants gate = make_gate_constants(p->A_log[h], p->lower_bound);
+    const fkda_sequence sequence = fkda_sequence_at(p, n);
+    for (int64_t token = sequence.begin; token < sequence.end; token += CHUNK) {
+        tokens t = tokens_at(p, h, &sequence, token), next = tokens_at(p, h, &sequence, token + CHUNK);
         if (t.count < CHUNK) t = pad(s, &t);
         prepare(s, &t, &gate);
-        for (int v = v_begin; v < v_end; v += BLOCK) {
-            float(*state)[BLOCK] = s->state[v / BLOCK];
+        for (int v = v_begin; v < v_end; v += STRIP) {
+            float(*state)[STRIP] = s->state[v / STRIP];
             prefetch(&next, CHUNK * (v - v_begin) / (v_end - v_begin),
-                     CHUNK * (v + BLOCK - v_begin) / (v_end - v_begin));
+                     CHUNK * (v + STRIP - v_begin) / (v_end - v_begin));
             read_state(s, state);
             solve(s, &t, v);
             write_out(s, &t, v, p->scale);
             update_state(s, state);
         }
     }
-    store_state(p, state_base, v_begin, v_end, s);
+    store_state(&p->final_state, n, h, v_begin, v_end, s);
 }
 
 const fkda_cpu_variant FKDA_VARIANT = {

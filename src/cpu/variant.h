@@ -1,15 +1,15 @@
-/* The forward pass of a head, once for each instruction set. */
+/* The forward pass of a head, compiled once for each instruction set. */
 #ifndef FKDA_CPU_VARIANT_H
 #define FKDA_CPU_VARIANT_H
 
-#include "../internal.h"
+#include "../problem.h"
 
 typedef struct fkda_cpu_variant {
     const char *kernel;  /* the name that asks for it: "cpu-avx512", ... */
     const char *arch;    /* "x86-64 avx512", ... */
     size_t scratch_size; /* of one worker, a multiple of 64 bytes */
-    /* Tokens of sequence n, head h, value channels v_begin to v_end - 1 (multiples of 32). scratch is
-     * 64-byte aligned. */
+    /* Computes all tokens of sequence n and head h, for value channels v_begin to v_end - 1, which are multiples of 32. The
+     * scratch is 64-byte aligned. */
     void (*run_head)(const fkda_problem *problem, int64_t n, int64_t h, int v_begin, int v_end,
                      void *scratch);
 } fkda_cpu_variant;
@@ -19,7 +19,7 @@ extern const fkda_cpu_variant fkda_cpu_portable;
 extern const fkda_cpu_variant fkda_cpu_avx2, fkda_cpu_avx512;
 #endif
 
-/* dispatch.c: the variant that a kernel's name asks for ("cpu": the best here); NULL if this machine
+/* dispatch.c: the variant that a kernel's name asks for, for "cpu" the best one that this machine can run. NULL if this machine
  * cannot run it. */
 const fkda_cpu_variant *fkda_cpu_find_variant(const char *kernel);
 

@@ -1,35 +1,37 @@
-/* The CUDA backend as the rest of the library sees it. Plain C: the driver is opened at run time. */
+/* The CUDA backend as the rest of the library sees it: plain C. The driver is opened at run time (driver.c). */
 #ifndef FKDA_CUDA_H
 #define FKDA_CUDA_H
 
-#include "../internal.h"
+#include "../plan.h"
+#include "../problem.h"
 
-/* devices.c: the number of CUDA devices; 0 with *reason set to a sentence if there are none to use. */
+/* context.c: the number of CUDA devices; 0 with *reason set to a sentence if none can be used. */
 int fkda_cuda_device_count(const char **reason);
+/* context.c: 10 * major + minor. */
 flash_kda_status fkda_cuda_capability(int ordinal, int *capability);
+/* context.c: the number of SMs. */
+flash_kda_status fkda_cuda_sms(int ordinal, int *sms);
 flash_kda_status fkda_cuda_describe(int ordinal, flash_kda_device_info *info);
-flash_kda_status fkda_cuda_multiprocessors(int ordinal, int *count);
 
 /* memory.c */
 flash_kda_status fkda_cuda_malloc(int ordinal, size_t bytes, void **memory);
 flash_kda_status fkda_cuda_free(int ordinal, void *memory);
 flash_kda_status fkda_cuda_copy(int ordinal, void *to, const void *from, size_t bytes);
 flash_kda_status fkda_cuda_synchronize(int ordinal, void *stream);
-flash_kda_status fkda_cuda_time_fwd(const flash_kda_fwd_params *params, int repeats, float *milliseconds);
 
-/* portable.c */
-size_t fkda_cuda_portable_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cuda_portable_fwd(const fkda_problem *problem);
-void fkda_cuda_portable_explain(const fkda_problem *problem, char *text, size_t size);
+/* timing.c: calls run(argument) `repeats` times between two events on the stream, and writes the time between the events of
+ * each call. */
+flash_kda_status fkda_cuda_time(int ordinal, void *stream, flash_kda_status (*run)(void *), void *argument,
+                                int repeats, float *milliseconds);
 
-/* hopper.c: never cut */
-size_t fkda_cuda_hopper_whole_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cuda_hopper_whole_fwd(const fkda_problem *problem);
-void fkda_cuda_hopper_whole_explain(const fkda_problem *problem, char *text, size_t size);
+/* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
+flash_kda_status fkda_portable_make_plan(fkda_plan *plan);
+flash_kda_status fkda_portable_run(const fkda_problem *problem, const fkda_plan *plan);
+void fkda_portable_explain(const fkda_plan *plan, char *text, size_t size);
 
-/* segments.c: sequences cut into segments where that pays; wherever they can be; and only if their lengths differ */
-size_t fkda_cuda_hopper_workspace_size(const fkda_problem *problem);
-flash_kda_status fkda_cuda_hopper_fwd(const fkda_problem *problem);
-void fkda_cuda_hopper_explain(const fkda_problem *problem, char *text, size_t size);
+/* hopper/hopper.c: the functions of the kernel "hopper" (kernel.h). */
+flash_kda_status fkda_hopper_make_plan(fkda_plan *plan);
+flash_kda_status fkda_hopper_run(const fkda_problem *problem, const fkda_plan *plan);
+void fkda_hopper_explain(const fkda_plan *plan, char *text, size_t size);
 
 #endif

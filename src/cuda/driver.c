@@ -1,8 +1,11 @@
+/* Opens the NVIDIA driver at run time and puts its errors into sentences. */
 #include "driver.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
+
+#include "../errors.h"
 
 static fkda_driver driver;
 static char failure[256];

@@ -1,14 +1,13 @@
 /*
- * The part of the CUDA driver API that is used, declared here and resolved with dlopen, so that the
- * library builds without CUDA headers and loads where there is no driver. Names, types and values are
- * those of NVIDIA's cuda.h.
+ * The part of the CUDA driver API that the library uses. It is declared here and resolved with dlopen, so that the library
+ * builds without CUDA headers and loads where there is no driver. Names, types and values are those of NVIDIA's cuda.h.
  */
 #ifndef FKDA_DRIVER_H
 #define FKDA_DRIVER_H
 
 #include <stddef.h>
 
-#include "../internal.h"
+#include "../problem.h"
 
 typedef int CUresult;
 typedef int CUdevice;
@@ -33,7 +32,7 @@ enum {
     CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
 
-/* CUlaunchAttribute and CUlaunchConfig, with the kinds of values that are used. */
+/* CUlaunchAttribute and CUlaunchConfig, with the attribute values that the library uses. */
 typedef struct fkda_launch_attribute {
     int id;
     char padding[8 - sizeof(int)];
@@ -81,7 +80,7 @@ typedef struct fkda_launch_config {
     X(cuEventDestroy, "cuEventDestroy_v2", (CUevent event))                                                  \
     X(cuGetErrorName, "cuGetErrorName", (CUresult result, const char **name))
 
-/* Those that drivers before CUDA 12 do not have: NULL there. */
+/* Functions that drivers before CUDA 12 do not have. Their pointers are NULL there. */
 #define FKDA_NEW_DRIVER_FUNCTIONS(X)                                                                         \
     X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                      \
       (void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes, const uint64_t *strides,     \
@@ -97,8 +96,8 @@ typedef struct fkda_driver {
 #undef DECLARE
 } fkda_driver;
 
-/* The driver, opened and initialised by the first call; NULL with *reason set if that failed (then and
- * ever after). */
+/* The driver, opened and initialised by the first call. NULL if the first call failed: every call then sets *reason to the
+ * same sentence. */
 const fkda_driver *fkda_driver_open(const char **reason);
 
 /* "CUDA_ERROR_..." */
@@ -107,10 +106,8 @@ const char *fkda_result_name(CUresult result);
 /* Stores a sentence about a driver call that failed. */
 flash_kda_status fkda_driver_fail(const char *call, CUresult result);
 
-/* devices.c: makes the primary context of a device current for the calling thread, until left. */
+/* context.c: makes the primary context of a device current for the calling thread, until fkda_leave_device(). */
 flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver);
 void fkda_leave_device(const fkda_driver *driver);
-
-flash_kda_status fkda_multiprocessors(const fkda_driver *driver, int ordinal, int *count);
 
 #endif

@@ -1,6 +1,7 @@
-/* Device memory, copies and timing for programs that bring no CUDA framework of their own. */
+/* Device memory and copies. */
 #include "cuda.h"
 #include "driver.h"
+#include "../errors.h"
 
 /* Runs one driver call inside a device's context. */
 #define IN_DEVICE(ordinal, call_name, call)                                                                  \
@@ -37,7 +38,7 @@ flash_kda_status fkda_cuda_copy(int ordinal, void *to, const void *from, size_t 
     flash_kda_status status = fkda_enter_device(ordinal, &driver);
     if (status != FLASH_KDA_OK) return status;
     CUresult result = driver->cuMemcpy((CUdeviceptr)(uintptr_t)to, (CUdeviceptr)(uintptr_t)from, bytes);
-    /* Small copies from the host and copies on the device return before they are done. */
+    /* cuMemcpy returns before a small copy from the host or a copy within the device is done. */
     if (!result) result = driver->cuStreamSynchronize(NULL);
     fkda_leave_device(driver);
     return result ? fkda_driver_fail("cuMemcpy", result) : FLASH_KDA_OK;
@@ -46,36 +47,4 @@ flash_kda_status fkda_cuda_copy(int ordinal, void *to, const void *from, size_t 
 flash_kda_status fkda_cuda_synchronize(int ordinal, void *stream)
 {
     IN_DEVICE(ordinal, "cuStreamSynchronize", cuStreamSynchronize((CUstream)stream));
-}
-
-static flash_kda_status time_once(const fkda_driver *driver, const flash_kda_fwd_params *params,
-                                  CUevent start, CUevent end, float *milliseconds)
-{
-    CUresult result = driver->cuEventRecord(start, (CUstream)params->stream);
-    if (result) return fkda_driver_fail("cuEventRecord", result);
-    flash_kda_status status = flash_kda_fwd(params);
-    if (status != FLASH_KDA_OK) return status;
-    result = driver->cuEventRecord(end, (CUstream)params->stream);
-    if (result) return fkda_driver_fail("cuEventRecord", result);
-    result = driver->cuEventSynchronize(end);
-    if (result) return fkda_driver_fail("cuEventSynchronize", result);
-    result = driver->cuEventElapsedTime(milliseconds, start, end);
-    return result ? fkda_driver_fail("cuEventElapsedTime", result) : FLASH_KDA_OK;
-}
-
-flash_kda_status fkda_cuda_time_fwd(const flash_kda_fwd_params *params, int repeats, float *milliseconds)
-{
-    const fkda_driver *driver;
-    CUevent start = NULL, end = NULL;
-    flash_kda_status status = fkda_enter_device(params->device.index, &driver);
-    if (status != FLASH_KDA_OK) return status;
-    CUresult result = driver->cuEventCreate(&start, 0);
-    if (!result) result = driver->cuEventCreate(&end, 0);
-    if (result) status = fkda_driver_fail("cuEventCreate", result);
-    for (int i = 0; i < repeats && status == FLASH_KDA_OK; i++)
-        status = time_once(driver, params, start, end, &milliseconds[i]);
-    if (start) driver->cuEventDestroy(start);
-    if (end) driver->cuEventDestroy(end);
-    fkda_leave_device(driver);
-    return status;
 }

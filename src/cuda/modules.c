@@ -1,3 +1,4 @@
+/* Loads the kernels that are embedded in the library. */
 #include "modules.h"
 
 #include <stdatomic.h>

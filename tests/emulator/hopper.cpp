@@ -20,8 +20,6 @@ const emulator::Kernel emulator::hopper_kernels[] = {
     {"fkda_hopper_relay", run<fkda_hopper_relay>, sizeof(fkda_hopper_fwd_args), FKDA_HOPPER_PAIR_CTAS},
     {"fkda_hopper_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_mixed>,
      sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_join_compose", run<fkda_hopper_join_compose>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_join_chain", run<fkda_hopper_join_chain>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_join_expand", run<fkda_hopper_join_expand>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_join", run<fkda_hopper_join>, sizeof(fkda_hopper_fwd_args)},
     {},
 };

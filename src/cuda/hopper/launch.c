@@ -1,0 +1,283 @@
+/* Launches kernels/hopper/fwd.cu and kernels/hopper/segments.cu as a plan says. */
+#include "launch.h"
+
+#include "../../errors.h"
+#include "../kernel_args.h"
+#include "../modules.h"
+#include "costs.h"
+#include "workspace.h"
+
+extern const unsigned char fkda_fatbin_hopper_fwd[], fkda_fatbin_hopper_segments[];
+
+enum { SOLO, PAIR };
+static fkda_module fwd_module = {
+    .image = fkda_fatbin_hopper_fwd,
+    .names = {[SOLO] = "fkda_hopper_solo", [PAIR] = "fkda_hopper_pair"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+enum { LIST, MAPS, JOIN, RELAY, MIXED };
+static fkda_module segments_module = {
+    .image = fkda_fatbin_hopper_segments,
+    .names = {[LIST] = "fkda_hopper_list",
+              [MAPS] = "fkda_hopper_maps",
+              [JOIN] = "fkda_hopper_join",
+              [RELAY] = "fkda_hopper_relay",
+              [MIXED] = "fkda_hopper_mixed"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
+
+/* What all steps of one call need. */
+typedef struct call {
+    const fkda_driver *driver;
+    const fkda_problem *problem;
+    const fkda_hopper_plan *plan;
+    const CUfunction *fwd, *segments; /* kernels of the two modules */
+} call;
+
+/* When a kernel may start. */
+typedef enum start {
+    IN_ORDER, /* when all work before it on the stream is over */
+    EARLY,    /* when the kernel before it lets it start; the kernel itself waits for what it needs */
+    TOGETHER, /* in order, with all CTAs running at the same time, because they wait for each other */
+} start;
+
+/* The one place that launches. A driver without cuLaunchKernelEx launches EARLY kernels in order and refuses TOGETHER. */
+static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t ctas, int threads, start when)
+{
+    enum { NOT_SUPPORTED = 801 };
+    const CUstream stream = c->problem->stream;
+    void *pointers[] = {args};
+    fkda_launch_attribute attribute = {0};
+    if (when == EARLY) {
+        attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmatic_stream_serialization_allowed = 1;
+    } else if (when == TOGETHER) {
+        attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+        attribute.value.cooperative = 1;
+    }
+    if (!c->driver->cuLaunchKernelEx) {
+        if (when == TOGETHER) return NOT_SUPPORTED;
+        return c->driver->cuLaunchKernel(kernel, (unsigned)ctas, 1, 1, (unsigned)threads, 1, 1,
+                                         FKDA_HOPPER_SHARED_BYTES, stream, pointers, NULL);
+    }
+    const fkda_launch_config config = {
+        .grid_x = (unsigned)ctas,
+        .grid_y = 1,
+        .grid_z = 1,
+        .block_x = (unsigned)threads,
+        .block_y = 1,
+        .block_z = 1,
+        .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+        .stream = stream,
+        .attributes = &attribute,
+        .attribute_count = when != IN_ORDER,
+    };
+    return c->driver->cuLaunchKernelEx(&config, kernel, pointers, NULL);
+}
+
+static flash_kda_status launch_or_fail(const call *c, CUfunction kernel, fkda_hopper_fwd_args *args,
+                                       int64_t ctas, int threads, start when)
+{
+    const CUresult result = launch(c, kernel, args, ctas, threads, when);
+    return result ? fkda_driver_fail("the launch of a Hopper kernel", result) : FLASH_KDA_OK;
+}
+
+static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
+{
+    const CUresult result =
+        c->driver->cuMemsetD32Async((CUdeviceptr)flags, 0, (size_t)count, c->problem->stream);
+    return result ? fkda_driver_fail("cuMemsetD32Async", result) : FLASH_KDA_OK;
+}
+
+/* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [tokens, heads, 2, 64] in boxes of a chunk of tokens by
+ * 64 channels. */
+static CUresult describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
+                                const fkda_token_view *t, int64_t tokens, int chunk)
+{
+    enum { HALF = FKDA_DIM / 2, BYTES = 2 };
+    const uint64_t sizes[] = {HALF, (uint64_t)tokens, 2, (uint64_t)t->heads};
+    const uint64_t strides[] = {(uint64_t)t->token_stride * BYTES, HALF * BYTES,
+                                (uint64_t)t->head_stride * BYTES};
+    const uint32_t box[] = {HALF, (uint32_t)chunk, 1, 1}, every[] = {1, 1, 1, 1};
+    return driver->cuTensorMapEncodeTiled(descriptor, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, t->data, sizes,
+                                          strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+/* What every kernel gets, for chunks of `chunk` tokens. */
+static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args *args)
+{
+    const fkda_problem *p = c->problem;
+    const int64_t tokens = p->shape.batch * p->shape.tokens;
+    *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
+    if (tokens == 0) return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
+    if (!c->driver->cuTensorMapEncodeTiled)
+        return fkda_fail(FLASH_KDA_DEVICE_ERROR,
+                         "the NVIDIA driver is too old for kernel \"hopper\": it has no "
+                         "cuTensorMapEncodeTiled, which came with CUDA 12");
+    const struct {
+        fkda_tma_descriptor *descriptor;
+        const fkda_token_view *tensor;
+    } all[] = {{&args->q, &p->q}, {&args->k, &p->k}, {&args->g, &p->g}, {&args->v, &p->v}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        const CUresult result = describe_tensor(c->driver, all[i].descriptor, all[i].tensor, tokens, chunk);
+        if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
+    }
+    return FLASH_KDA_OK;
+}
+
+/* A pass of the even-share schedule: `items` heads of sequences or segments at most, in CTAs for chunks of `chunk` tokens.
+ * More items than workers are divided where args->handoff has room for states. */
+static flash_kda_status launch_even_shares(const call *c, fkda_hopper_fwd_args *args, int chunk,
+                                           int64_t items, start when)
+{
+    const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIR;
+    const int64_t workers = paired ? fkda_hopper_pairs(c->plan->sms) : c->plan->sms;
+    const int64_t ctas = fkda_least(items, workers) * (paired ? FKDA_HOPPER_PAIR_CTAS : 1);
+    if (items <= workers) args->handoff = (fkda_handoff){0};
+    if (args->handoff.flags) {
+        const flash_kda_status status =
+            clear_flags(c, args->handoff.flags, fkda_hopper_handoff_flags(c->plan->sms));
+        if (status != FLASH_KDA_OK) return status;
+        when = IN_ORDER; /* the flags must be clear before the kernel starts */
+    }
+    return launch_or_fail(c, c->fwd[paired ? PAIR : SOLO], args, ctas, FKDA_HOPPER_THREADS, when);
+}
+
+static flash_kda_status run_whole(const call *c)
+{
+    const fkda_hopper_whole *w = &c->plan->whole;
+    fkda_hopper_fwd_args args;
+    const flash_kda_status status = make_args(c, w->chunk, &args);
+    if (status != FLASH_KDA_OK) return status;
+    if (w->divides) args.handoff = fkda_hopper_handoff(c->problem->workspace, c->plan->sms);
+    return launch_even_shares(c, &args, w->chunk, w->heads, IN_ORDER);
+}
+
+/* Heads of the items of each pass, at most. Of sequences of different lengths at least one is cut, and the workspace has
+ * slots for the segments of all that can be. */
+typedef struct item_counts {
+    int64_t first, inner, later;
+} item_counts;
+
+static item_counts count_items(const call *c)
+{
+    const fkda_shape *s = &c->problem->shape;
+    const bool equal = fkda_equal_lengths(s);
+    const int64_t slots = c->plan->slots, cut = equal ? s->sequences : fkda_least(s->sequences, slots / 2);
+    const int64_t first_and_last = equal ? 2 * cut : 2;
+    return (item_counts){
+        .first = cut * s->heads,
+        .inner = (slots - first_and_last) * s->heads,
+        .later = (slots + s->sequences - first_and_last) * s->heads,
+    };
+}
+
+/* Each step of the join has a CTA for each of its items, up to the number of SMs. */
+static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, int64_t cut_heads)
+{
+    const int64_t row_groups = FKDA_DIM / FKDA_JOIN_ROWS;
+    const int64_t grouped = c->plan->groups * c->problem->shape.heads * row_groups;
+    const int64_t items[] = {[FKDA_JOIN_COMPOSE] = 2 * grouped,
+                             [FKDA_JOIN_CHAIN] = cut_heads * row_groups,
+                             [FKDA_JOIN_EXPAND] = grouped};
+    const bool in_groups = c->plan->slots > FKDA_MAPS_CHAINED + 2;
+    flash_kda_status status = FLASH_KDA_OK;
+    for (int step = FKDA_JOIN_COMPOSE; step <= FKDA_JOIN_EXPAND && status == FLASH_KDA_OK; step++) {
+        if (step != FKDA_JOIN_CHAIN && !in_groups) continue;
+        args->work = step;
+        status = launch_or_fail(c, c->segments[JOIN], args, fkda_least(items[step], c->plan->sms),
+                                FKDA_JOIN_CTA_THREADS, EARLY);
+    }
+    return status;
+}
+
+/* All launches after the first pass may start early: the maps are computed beside the first segments, and the kernels after
+ * them have their code and inputs when what they wait for is over. Each kernel ends only after the one before it, so what
+ * an earlier kernel has written is there too. */
+static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
+{
+    const item_counts items = count_items(c);
+    const fkda_hopper_plan *plan = c->plan;
+    flash_kda_status status = FLASH_KDA_OK;
+    if (!args->cut.equal_lengths)
+        status = launch_or_fail(c, c->segments[LIST], args, 1, FKDA_LIST_THREADS, IN_ORDER);
+    if (status != FLASH_KDA_OK) return status;
+
+    args->work = FKDA_FIRST_SEGMENTS;
+    status = launch_even_shares(c, args, CHUNK, items.first, IN_ORDER);
+    if (status != FLASH_KDA_OK) return status;
+
+    if (items.inner) {
+        const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * fkda_least(items.inner, fkda_hopper_pairs(plan->sms));
+        args->work = FKDA_INNER_SEGMENTS;
+        status = launch_or_fail(c, c->segments[MAPS], args, ctas, FKDA_HOPPER_THREADS, EARLY);
+        if (status == FLASH_KDA_OK) status = launch_join(c, args, items.first);
+        if (status != FLASH_KDA_OK) return status;
+    }
+
+    args->work = FKDA_LATER_SEGMENTS;
+    if (!c->problem->shape.batch_invariant)
+        args->handoff = fkda_hopper_handoff((char *)c->problem->workspace + plan->memory.handoff, plan->sms);
+    return launch_even_shares(c, args, CHUNK, items.later, EARLY);
+}
+
+/* The driver refuses to launch CTAs together where the process may use only a part of the device. Then the passes do the
+ * same work in the same workspace. */
+static flash_kda_status run_relay(const call *c, fkda_hopper_fwd_args *args)
+{
+    const flash_kda_status status = clear_flags(c, args->cut.flags, c->plan->memory.relay_flags);
+    if (status != FLASH_KDA_OK) return status;
+    const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->relay_pairs;
+    if (launch(c, c->segments[RELAY], args, ctas, FKDA_HOPPER_THREADS, TOGETHER) == 0) return FLASH_KDA_OK;
+    args->cut.relay = (fkda_relay){0};
+    return run_passes(c, args);
+}
+
+/* If the driver refuses to launch the CTAs together, no sequence is cut. */
+static flash_kda_status run_mixed(const call *c, const fkda_hopper_fwd_args *pair)
+{
+    const fkda_hopper_memory *m = &c->plan->memory;
+    fkda_hopper_mixed_args args = {.pair = *pair, .mixed = c->plan->mixed};
+    flash_kda_status status = make_args(c, FKDA_HOPPER_CHUNK_SOLO, &args.solo);
+    if (status != FLASH_KDA_OK) return status;
+    args.pair.handoff = fkda_hopper_handoff((char *)c->problem->workspace + m->handoff, c->plan->sms);
+    args.pair.handoff.flags = args.pair.cut.flags + m->relay_flags; /* so that one call clears all flags */
+    args.solo.cut = args.pair.cut, args.solo.handoff = args.pair.handoff;
+    status = clear_flags(c, args.pair.cut.flags, m->relay_flags + m->handoff_flags);
+    if (status != FLASH_KDA_OK) return status;
+    const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->mixed.pairs;
+    if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, TOGETHER) == 0) return FLASH_KDA_OK;
+    return run_whole(c);
+}
+
+flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *problem,
+                                    const fkda_hopper_plan *plan)
+{
+    const int ordinal = problem->shape.device.index;
+    const call c = {.driver = driver,
+                    .problem = problem,
+                    .plan = plan,
+                    .fwd = fwd_module.functions[ordinal],
+                    .segments = segments_module.functions[ordinal]};
+    flash_kda_status status = fkda_load_module(driver, &fwd_module, ordinal);
+    if (status != FLASH_KDA_OK) return status;
+    if (plan->strategy == FKDA_HOPPER_WHOLE) return run_whole(&c);
+
+    fkda_hopper_fwd_args args;
+    status = fkda_load_module(driver, &segments_module, ordinal);
+    if (status == FLASH_KDA_OK) status = make_args(&c, CHUNK, &args);
+    if (status != FLASH_KDA_OK) return status;
+    args.cut = fkda_hopper_cut(problem, plan);
+    switch (plan->strategy) {
+    case FKDA_HOPPER_RELAY: return run_relay(&c, &args);
+    case FKDA_HOPPER_MIXED: return run_mixed(&c, &args);
+    default: return run_passes(&c, &args);
+    }
+}

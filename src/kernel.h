@@ -1,0 +1,26 @@
+/* A kernel: one way to run the forward pass. kernels.c has the table of them. */
+#ifndef FKDA_KERNEL_H
+#define FKDA_KERNEL_H
+
+#include "plan.h"
+#include "problem.h"
+
+struct fkda_kernel {
+    flash_kda_kernel_info info;
+    int min_compute_capability; /* 10 * major + minor; 0 on the CPU */
+    int max_compute_capability; /* 0: no limit */
+    /* Decides what a call of this shape runs, in a plan that has the shape already. Launches and reads nothing. */
+    flash_kda_status (*plan)(fkda_plan *plan);
+    /* Does what the plan says. */
+    flash_kda_status (*run)(const fkda_problem *problem, const fkda_plan *plan);
+    /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at most. */
+    void (*explain)(const fkda_plan *plan, char *text, size_t size);
+};
+
+/* The kernel called `name`, or the default for the device if `name` is NULL. */
+flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, const fkda_kernel **kernel);
+
+/* Says in one sentence why the shape's kernel runs. */
+void fkda_explain_choice(const fkda_shape *shape, char *text, size_t size);
+
+#endif
