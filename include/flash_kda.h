@@ -92,10 +92,10 @@ typedef struct flash_kda_tensor {
 } flash_kda_tensor;
 
 /*
- * The arguments of the forward pass. Zero the struct, set struct_size to sizeof(flash_kda_fwd_params),
- * then fill in the rest: fields added by later versions come last and mean "default" when zero. A smaller
- * struct_size, of a program built with an older header, is taken: the fields beyond it count as zero. A larger
- * one is refused, as this library would not see what the new fields ask for.
+ * The arguments of the forward pass. Zero the struct, set struct_size to sizeof(flash_kda_fwd_params), then
+ * fill in the rest: fields added by later versions come last and mean "default" when zero. A smaller
+ * struct_size, of a program built with an older header, is taken: the fields beyond it count as zero. A
+ * larger one is refused, as this library would not see what the new fields ask for.
  *
  *   q, k, g        bf16 [B, T, H, K]   query, key, gate before its activation
  *   v              bf16 [B, T, H, V]   value
@@ -114,8 +114,7 @@ typedef struct flash_kda_tensor {
  *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
  * element). out and the workspace must not overlap any other tensor, and final_state no other than
- * initial_state.
- * T may be 0, and so may any sequence's length: its final state is its initial state.
+ * initial_state. T may be 0, and so may any sequence's length: its final state is its initial state.
  */
 typedef struct flash_kda_fwd_params {
     size_t struct_size;
@@ -134,24 +133,24 @@ typedef struct flash_kda_fwd_params {
     int32_t cpu_threads;     /* 0: as many as the process may run on; results do not depend on it */
     int32_t batch_invariant; /* 1: a sequence's out and final_state have the same bits whatever else is in the
                                 batch and wherever the sequence is in it; 0: not promised */
-    /* Tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With cu_seqlens on a GPU
-     * the value decides whether a long sequence is worth cutting, which can be several times as fast. A wrong value
-     * costs time, not correctness. Without cu_seqlens the value changes nothing. */
+    /* Tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With cu_seqlens on
+     * a GPU the value decides whether a long sequence is worth cutting, which can be several times as fast. A
+     * wrong value costs time, not correctness. Without cu_seqlens the value changes nothing. */
     int64_t max_seqlen;
     int32_t cut;      /* flash_kda_cut: for tests and benchmarks; results differ within the error budget */
     int32_t reserved; /* 0 */
 } flash_kda_fwd_params;
 
-/* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes,
- * kernel, cpu_threads, batch_invariant, max_seqlen and cut only: no pointer needs to be set (cu_seqlens counts
- * if its ndim is not 0). */
+/* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
+ * cpu_threads, batch_invariant, max_seqlen and cut only: no pointer needs to be set (cu_seqlens counts if its
+ * ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 
-/* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the work
- * out over the device, and its workspace. Looks at what flash_kda_fwd_workspace_size() looks at. Writes plain
- * English in a few lines, each ended by a newline, cut to capacity bytes with the 0 at the end (1200 are enough).
- * Meant to be read: the wording may change. */
+/* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the
+ * work out over the device, and its workspace. Looks at what flash_kda_fwd_workspace_size() looks at. Writes
+ * plain English in a few lines, each ended by a newline, cut to capacity bytes with the 0 at the end (1200
+ * are enough). Meant to be read: the wording may change. */
 FLASH_KDA_API flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *text,
                                                  size_t capacity);
 

@@ -1,6 +1,6 @@
-/* Checks every argument before anything is launched or written. A refusal is a sentence that names the argument, what it
- * was and what it must be. Today's kernels take contiguous tensors alone, and this file is the one place that says so:
- * what leaves it are views with strides. */
+/* Checks every argument before anything is launched or written. A refusal is a sentence that names the
+ * argument, what it was and what it must be. Today's kernels take contiguous tensors alone, and this file is
+ * the one place that says so: what leaves it are views with strides. */
 #include "check.h"
 
 #include <math.h>
@@ -18,9 +18,11 @@
         if (try_status != FLASH_KDA_OK) return try_status;                                                   \
     } while (0)
 
-/* Kernels count tokens in 32 bits. The room above lets a position run past the end of the tensor by a chunk. */
+/* Kernels count tokens in 32 bits. The room above lets a position run past the end of the tensor by a
+ * chunk. */
 static const int64_t MAX_TOKENS = INT32_MAX - 1024;
-/* Kernels number states, N * H, in 32 bits. The room above lets them count past the last state by two for each CTA. */
+/* Kernels number states, N * H, in 32 bits. The room above lets them count past the last state by two for
+ * each CTA. */
 static const int64_t MAX_STATES = INT32_MAX - 1024;
 /* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
@@ -153,7 +155,8 @@ static bool overlap(extent a, extent b)
     return a.bytes && b.bytes && x < y + b.bytes && y < x + a.bytes;
 }
 
-/* Memory that is written must belong to one argument alone. The one exception is a state that is updated in place. */
+/* Memory that is written must belong to one argument alone. The one exception is a state that is updated in
+ * place. */
 static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
 {
     enum { INITIAL = 8, FINAL = 9, FIRST_WRITTEN = FINAL, COUNT = 12 };
@@ -321,8 +324,8 @@ _Static_assert(
     offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
-/* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in which the
- * missing fields are zero. The fields before `workspace` exist since the first version. */
+/* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in
+ * which the missing fields are zero. The fields before `workspace` exist since the first version. */
 static flash_kda_status complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
 {
     const size_t least = offsetof(flash_kda_fwd_params, workspace), most = sizeof *whole;
@@ -339,8 +342,8 @@ static flash_kda_status complete_params(const flash_kda_fwd_params **params, fla
     return FLASH_KDA_OK;
 }
 
-/* The view of a contiguous tensor [B, T, H, 128] or [B, T, H]. The strides are made from the sizes, because a contiguous
- * tensor may come with any stride in a dimension of size 1. */
+/* The view of a contiguous tensor [B, T, H, 128] or [B, T, H]. The strides are made from the sizes, because a
+ * contiguous tensor may come with any stride in a dimension of size 1. */
 static fkda_token_view contiguous_token_view(const flash_kda_tensor *t)
 {
     const int64_t heads = t->shape[2], row = t->ndim == 4 ? FKDA_DIM : 1;

@@ -9,11 +9,13 @@ struct fkda_kernel {
     flash_kda_kernel_info info;
     int min_compute_capability; /* 10 * major + minor; 0 on the CPU */
     int max_compute_capability; /* 0: no limit */
-    /* Decides what a call of this shape runs, in a plan that has the shape already. Launches and reads nothing. */
+    /* Decides what a call of this shape runs, in a plan that has the shape already. Launches and reads
+     * nothing. */
     flash_kda_status (*plan)(fkda_plan *plan);
     /* Does what the plan says. */
     flash_kda_status (*run)(const fkda_problem *problem, const fkda_plan *plan);
-    /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at most. */
+    /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
+     * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);
 };
 

@@ -1,12 +1,13 @@
-/* The cache of plans. Each thread has its own, so that a lookup takes no lock and a call never waits for another thread. */
+/* The cache of plans. Each thread has its own, so that a lookup takes no lock and a call never waits for
+ * another thread. */
 #include "plan.h"
 
 #include <string.h>
 
 #include "kernel.h"
 
-/* A model calls a few shapes over and over: every layer of a step has the same one. With more shapes than entries in turn
- * the cache still works, and a call makes its plan anew. */
+/* A model calls a few shapes over and over: every layer of a step has the same one. With more shapes than
+ * entries in turn the cache still works, and a call makes its plan anew. */
 enum { ENTRIES = 8 };
 
 static _Thread_local struct {

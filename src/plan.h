@@ -1,9 +1,10 @@
 /*
  * Plans: what a call runs, decided once.
  *
- * A plan is a plain value that depends on the shape alone (problem.h). The size call, the explanation, the launch and the
- * tests read the same plan, so they cannot disagree. Plans are kept in a small cache, so that a repeated shape costs a
- * lookup: making a plan for the Hopper kernels takes tens of microseconds, which is longer than launching them.
+ * A plan is a plain value that depends on the shape alone (problem.h). The size call, the explanation, the
+ * launch and the tests read the same plan, so they cannot disagree. Plans are kept in a small cache, so that
+ * a repeated shape costs a lookup: making a plan for the Hopper kernels takes tens of microseconds, which is
+ * longer than launching them.
  */
 #ifndef FKDA_PLAN_H
 #define FKDA_PLAN_H
@@ -23,8 +24,8 @@ typedef struct fkda_plan {
     };
 } fkda_plan;
 
-/* The plan of a shape, from the calling thread's cache or made anew. The plan stays valid until the thread's next call of
- * this function. */
+/* The plan of a shape, from the calling thread's cache or made anew. The plan stays valid until the thread's
+ * next call of this function. */
 flash_kda_status fkda_find_plan(const fkda_shape *shape, const fkda_plan **plan);
 
 #endif

@@ -1,6 +1,6 @@
 /*
- * A call after its arguments were checked. Everything below check.c takes these structs: what is in them is known to be
- * right, so no backend checks it again.
+ * A call after its arguments were checked. Everything below check.c takes these structs: what is in them is
+ * known to be right, so no backend checks it again.
  */
 #ifndef FKDA_PROBLEM_H
 #define FKDA_PROBLEM_H
@@ -15,9 +15,9 @@ enum { FKDA_DIM = 128 }; /* K and V */
 
 typedef struct fkda_kernel fkda_kernel;
 
-/* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made from a shape
- * alone, and two calls with equal shapes have equal plans. Compared byte by byte, so a shape is zeroed before it is
- * filled in. */
+/* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made
+ * from a shape alone, and two calls with equal shapes have equal plans. Compared byte by byte, so a shape is
+ * zeroed before it is filled in. */
 typedef struct fkda_shape {
     const fkda_kernel *kernel;
     flash_kda_device device;
@@ -34,15 +34,15 @@ typedef struct fkda_shape {
     int32_t zero;
 } fkda_shape;
 
-/* Whether all sequences have the length T: the host then knows every length. A single sequence counts too, though its
- * length on the device may be shorter than T. */
+/* Whether all sequences have the length T: the host then knows every length. A single sequence counts too,
+ * though its length on the device may be shorter than T. */
 static inline bool fkda_equal_lengths(const fkda_shape *s)
 {
     return s->sequences == s->batch;
 }
 
-/* A tensor [B, T, H, 128], or [B, T, H] for beta, of which the elements of a row of 128 are neighbours. Strides count
- * elements. */
+/* A tensor [B, T, H, 128], or [B, T, H] for beta, of which the elements of a row of 128 are neighbours.
+ * Strides count elements. */
 typedef struct fkda_token_view {
     void *data;
     int64_t batch_stride, token_stride, head_stride;

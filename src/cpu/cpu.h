@@ -10,8 +10,8 @@ int fkda_cpu_count(void);
 
 enum { FKDA_MAX_THREADS = 1024 }; /* of one call */
 
-/* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads` threads, all of which end
- * before the function returns. `worker` is in [0, min(threads, FKDA_MAX_THREADS)). */
+/* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads` threads,
+ * all of which end before the function returns. `worker` is in [0, min(threads, FKDA_MAX_THREADS)). */
 void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
                        void *context);
 

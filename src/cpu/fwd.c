@@ -9,7 +9,8 @@
 #include "cpu.h"
 #include "variant.h"
 
-/* Starting a thread takes some tens of microseconds, in which a thread computes about ten tokens of a head. */
+/* Starting a thread takes some tens of microseconds, in which a thread computes about ten tokens of a
+ * head. */
 enum { MIN_TOKENS_PER_THREAD = 64 };
 
 flash_kda_status fkda_cpu_make_plan(fkda_plan *plan)
@@ -21,8 +22,8 @@ flash_kda_status fkda_cpu_make_plan(fkda_plan *plan)
     int threads = s->threads < FKDA_MAX_THREADS ? s->threads : FKDA_MAX_THREADS;
     if (threads > useful) threads = useful > 0 ? (int)useful : 1;
 
-    /* Every piece of a head repeats the preparation, which is about a third of the head's time. So a head is divided only if
-     * the thread with the most work gains. */
+    /* Every piece of a head repeats the preparation, which is about a third of the head's time. So a head is
+     * divided only if the thread with the most work gains. */
     double shortest = 0.0;
     for (int split = 1; split <= 4; split *= 2) {
         const int64_t rounds = (heads * split + threads - 1) / threads;
@@ -38,8 +39,9 @@ flash_kda_status fkda_cpu_make_plan(fkda_plan *plan)
     return FLASH_KDA_OK;
 }
 
-/* A state that fades and a decay at the bound pass through numbers below 2^-126, on which x86 CPUs are some hundred times
- * slower. While a head is computed, results below 2^-126 become 0; the caller's setting returns afterwards. */
+/* A state that fades and a decay at the bound pass through numbers below 2^-126, on which x86 CPUs are some
+ * hundred times slower. While a head is computed, results below 2^-126 become 0; the caller's setting returns
+ * afterwards. */
 static unsigned flush_tiny_results(void)
 {
 #if defined(__SSE2__)

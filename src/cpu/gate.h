@@ -1,6 +1,6 @@
 /*
- * The gate on the CPU: from the input g to the log2 decay of a channel, in vectors of fp32. Another gate is another
- * function here, beside bounded_gate(). The including file has included simd.h.
+ * The gate on the CPU: from the input g to the log2 decay of a channel, in vectors of fp32. Another gate is
+ * another function here, beside bounded_gate(). The including file has included simd.h.
  *
  * The same gate in fp64 is in reference.c, which defines what all others must agree with.
  */
@@ -18,8 +18,8 @@ typedef struct gate_constants {
     float bound; /* log2(e) lower_bound */
 } gate_constants;
 
-/* exp(A_log) is held below half of fp32's range, so that a rate beyond the range still meets a gate of 0 as a number:
- * infinity times 0 would be NaN. */
+/* exp(A_log) is held below half of fp32's range, so that a rate beyond the range still meets a gate of 0 as a
+ * number: infinity times 0 would be NaN. */
 static inline gate_constants make_gate_constants(float A_log, float lower_bound)
 {
     float rate = expf(A_log);
@@ -27,8 +27,8 @@ static inline gate_constants make_gate_constants(float A_log, float lower_bound)
     return (gate_constants){.slope = -LOG2E * rate, .bound = LOG2E * lower_bound};
 }
 
-/* log2(e) lower_bound sigmoid(exp(A_log) (g + dt_bias)). The sigmoid has a small relative error everywhere, because slow
- * channels have sigmoids near 0 that add up over thousands of tokens. */
+/* log2(e) lower_bound sigmoid(exp(A_log) (g + dt_bias)). The sigmoid has a small relative error everywhere,
+ * because slow channels have sigmoids near 0 that add up over thousands of tokens. */
 static inline vec bounded_gate(const gate_constants *gate, vec g, vec bias)
 {
     return gate->bound * sigmoid_exp2((g + bias) * gate->slope);

@@ -1,9 +1,10 @@
 /*
- * The forward pass of one head of one sequence on the CPU, for a range of its value channels: the chunk form of the
- * recurrence in fp32, 16 tokens at a time.
+ * The forward pass of one head of one sequence on the CPU, for a range of its value channels: the chunk form
+ * of the recurrence in fp32, 16 tokens at a time.
  *
- * This file is a template. The including file defines FKDA_LANES (floats of a vector), FKDA_ROWS (rows of a register tile,
- * 4 or 8), FKDA_VARIANT (the name of the fkda_cpu_variant that is defined here), FKDA_KERNEL and FKDA_ARCH (its texts).
+ * This file is a template. The including file defines FKDA_LANES (floats of a vector), FKDA_ROWS (rows of a
+ * register tile, 4 or 8), FKDA_VARIANT (the name of the fkda_cpu_variant that is defined here), FKDA_KERNEL
+ * and FKDA_ARCH (its texts).
  *
  * Algorithm
  *
@@ -15,9 +16,9 @@
  *     O = scale (Q~' S + P U)
  *     S = diag(2^G_last) S + Kr^T U             Kr_j = k_j 2^(G_last - G_j)
  *
- * With the middle row as the reference and a bound of -5 nats a token, exponents stay within [-116, 58], so no factor over-
- * or underflows. Every sum runs in an order that depends neither on the number of threads nor on the range of value
- * channels, so results do not depend on them either.
+ * With the middle row as the reference and a bound of -5 nats a token, exponents stay within [-116, 58], so
+ * no factor over- or underflows. Every sum runs in an order that depends neither on the number of threads nor
+ * on the range of value channels, so results do not depend on them either.
  */
 #include <math.h>
 #include <stddef.h>
@@ -49,8 +50,8 @@ typedef struct scratch {
     float u[CHUNK][STRIP];
     float to_middle[K]; /* 2^G_m */
     float to_last[K];   /* 2^(G_last - G_m) */
-    /* 2^G_last - 1. The decay of a slow channel, rounded to fp32 itself, would be wrong by the same amount chunk after
-     * chunk. */
+    /* 2^G_last - 1. The decay of a slow channel, rounded to fp32 itself, would be wrong by the same amount
+     * chunk after chunk. */
     float decay_1[K];
     float bias[K];
     float scale[2 * CHUNK], unit[2 * CHUNK]; /* their products are 1 / |k_i| and 1 / |q_i| */
@@ -95,8 +96,8 @@ static float length_of_huge(const uint16_t *x)
     return (float)sqrt(sum);
 }
 
-/* Finds the factors that make unit vectors of 16 rows: x * scale * unit. There are two factors because 1 / |x| alone may be
- * too small for fp32. */
+/* Finds the factors that make unit vectors of 16 rows: x * scale * unit. There are two factors because 1 /
+ * |x| alone may be too small for fp32. */
 static inline void normalise(rows x, float scale[CHUNK], float unit[CHUNK])
 {
     for (int first = 0; first < CHUNK; first += LANES) {
@@ -131,7 +132,8 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
         if (i >= t->count) gates[i] = (vec){0};
     }
 
-    /* Sums run outwards from the middle row, so that exponents of neighbouring rows differ by one rounded gate. */
+    /* Sums run outwards from the middle row, so that exponents of neighbouring rows differ by one rounded
+     * gate. */
     vec to_middle = gates[0];
     UNROLL
     for (int i = 1; i <= MIDDLE; i++) to_middle += gates[i];
@@ -377,7 +379,8 @@ static rows rows_of(const fkda_token_view *t, int64_t row, int64_t token, int64_
     return (rows){(const uint16_t *)t->data + fkda_row_offset(t, row, token, h), t->token_stride};
 }
 
-/* The chunk of a sequence that begins at a token, or what is left of the sequence there, which may be nothing. */
+/* The chunk of a sequence that begins at a token, or what is left of the sequence there, which may be
+ * nothing. */
 static tokens tokens_at(const fkda_problem *p, int64_t h, const fkda_sequence *sequence, int64_t token)
 {
     const int64_t left = sequence->end - token, row = sequence->row;
@@ -394,8 +397,9 @@ static tokens tokens_at(const fkda_problem *p, int64_t h, const fkda_sequence *s
     };
 }
 
-/* Asks for rows of the next chunk. With many heads the rows of a head lie too far apart for the CPU to guess. The function
- * must be inlined: GCC takes a function that only prefetches for one without effect, and drops the call. */
+/* Asks for rows of the next chunk. With many heads the rows of a head lie too far apart for the CPU to guess.
+ * The function must be inlined: GCC takes a function that only prefetches for one without effect, and drops
+ * the call. */
 __attribute__((always_inline)) static inline void prefetch(const tokens *t, int first, int last)
 {
     enum { LINE = 64 / sizeof(uint16_t) };

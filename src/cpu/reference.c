@@ -1,5 +1,5 @@
-/* The definition of the operator: the recurrence in fp64, one token after the other. It is written to be read and believed,
- * because every other implementation is held to it. */
+/* The definition of the operator: the recurrence in fp64, one token after the other. It is written to be read
+ * and believed, because every other implementation is held to it. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

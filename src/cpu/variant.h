@@ -8,8 +8,8 @@ typedef struct fkda_cpu_variant {
     const char *kernel;  /* the name that asks for it: "cpu-avx512", ... */
     const char *arch;    /* "x86-64 avx512", ... */
     size_t scratch_size; /* of one worker, a multiple of 64 bytes */
-    /* Computes all tokens of sequence n and head h, for value channels v_begin to v_end - 1, which are multiples of 32. The
-     * scratch is 64-byte aligned. */
+    /* Computes all tokens of sequence n and head h, for value channels v_begin to v_end - 1, which are
+     * multiples of 32. The scratch is 64-byte aligned. */
     void (*run_head)(const fkda_problem *problem, int64_t n, int64_t h, int v_begin, int v_end,
                      void *scratch);
 } fkda_cpu_variant;
@@ -19,8 +19,8 @@ extern const fkda_cpu_variant fkda_cpu_portable;
 extern const fkda_cpu_variant fkda_cpu_avx2, fkda_cpu_avx512;
 #endif
 
-/* dispatch.c: the variant that a kernel's name asks for, for "cpu" the best one that this machine can run. NULL if this machine
- * cannot run it. */
+/* dispatch.c: the variant that a kernel's name asks for, for "cpu" the best one that this machine can run.
+ * NULL if this machine cannot run it. */
 const fkda_cpu_variant *fkda_cpu_find_variant(const char *kernel);
 
 #endif

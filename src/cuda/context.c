@@ -1,17 +1,18 @@
-/* CUDA devices: counting and describing them, what is known of each, and entering a device's primary context. */
+/* CUDA devices: counting and describing them, what is known of each, and entering a device's primary
+ * context. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 
-#include "cuda.h"
 #include "../errors.h"
+#include "cuda.h"
 #include "modules.h"
 
-/* What the library has learnt of each device. The values of a device do not change while the process lives, so that they
- * are asked for once: a forward call then asks the driver nothing before it launches. */
+/* What the library has learnt of each device. The values of a device do not change while the process lives,
+ * so that they are asked for once: a forward call then asks the driver nothing before it launches. */
 static struct {
-    /* The primary context, which PyTorch and the CUDA runtime use too. It is retained by the first use of the device and
-     * never released. NULL: not retained yet. */
+    /* The primary context, which PyTorch and the CUDA runtime use too. It is retained by the first use of the
+     * device and never released. NULL: not retained yet. */
     _Atomic(CUcontext) context;
     _Atomic(int) capability; /* 10 * major + minor; 0: not asked for yet */
     _Atomic(int) sms;        /* 0: not asked for yet */

@@ -1,4 +1,5 @@
-/* The CUDA backend as the rest of the library sees it: plain C. The driver is opened at run time (driver.c). */
+/* The CUDA backend as the rest of the library sees it: plain C. The driver is opened at run time
+ * (driver.c). */
 #ifndef FKDA_CUDA_H
 #define FKDA_CUDA_H
 
@@ -19,8 +20,8 @@ flash_kda_status fkda_cuda_free(int ordinal, void *memory);
 flash_kda_status fkda_cuda_copy(int ordinal, void *to, const void *from, size_t bytes);
 flash_kda_status fkda_cuda_synchronize(int ordinal, void *stream);
 
-/* timing.c: calls run(argument) `repeats` times between two events on the stream, and writes the time between the events of
- * each call. */
+/* timing.c: calls run(argument) `repeats` times between two events on the stream, and writes the time between
+ * the events of each call. */
 flash_kda_status fkda_cuda_time(int ordinal, void *stream, flash_kda_status (*run)(void *), void *argument,
                                 int repeats, float *milliseconds);
 

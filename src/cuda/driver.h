@@ -1,6 +1,7 @@
 /*
- * The part of the CUDA driver API that the library uses. It is declared here and resolved with dlopen, so that the library
- * builds without CUDA headers and loads where there is no driver. Names, types and values are those of NVIDIA's cuda.h.
+ * The part of the CUDA driver API that the library uses. It is declared here and resolved with dlopen, so
+ * that the library builds without CUDA headers and loads where there is no driver. Names, types and values
+ * are those of NVIDIA's cuda.h.
  */
 #ifndef FKDA_DRIVER_H
 #define FKDA_DRIVER_H
@@ -96,8 +97,8 @@ typedef struct fkda_driver {
 #undef DECLARE
 } fkda_driver;
 
-/* The driver, opened and initialised by the first call. NULL if the first call failed: every call then sets *reason to the
- * same sentence. */
+/* The driver, opened and initialised by the first call. NULL if the first call failed: every call then sets
+ * *reason to the same sentence. */
 const fkda_driver *fkda_driver_open(const char **reason);
 
 /* "CUDA_ERROR_..." */
@@ -106,7 +107,8 @@ const char *fkda_result_name(CUresult result);
 /* Stores a sentence about a driver call that failed. */
 flash_kda_status fkda_driver_fail(const char *call, CUresult result);
 
-/* context.c: makes the primary context of a device current for the calling thread, until fkda_leave_device(). */
+/* context.c: makes the primary context of a device current for the calling thread, until
+ * fkda_leave_device(). */
 flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver);
 void fkda_leave_device(const fkda_driver *driver);
 

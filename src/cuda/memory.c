@@ -1,7 +1,7 @@
 /* Device memory and copies. */
+#include "../errors.h"
 #include "cuda.h"
 #include "driver.h"
-#include "../errors.h"
 
 /* Runs one driver call inside a device's context. */
 #define IN_DEVICE(ordinal, call_name, call)                                                                  \

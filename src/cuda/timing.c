@@ -1,7 +1,7 @@
 /* Timing with CUDA events. */
+#include "../errors.h"
 #include "cuda.h"
 #include "driver.h"
-#include "../errors.h"
 
 static flash_kda_status time_once(const fkda_driver *driver, CUstream stream, flash_kda_status (*run)(void *),
                                   void *argument, const CUevent events[2], float *milliseconds)

@@ -1,6 +1,6 @@
 /*
- * The planner of the kernel "hopper" and the cache of plans, asked directly and without a GPU: what is chosen for known
- * shapes, what every plan must satisfy, and when a plan is made anew.
+ * The planner of the kernel "hopper" and the cache of plans, asked directly and without a GPU: what is chosen
+ * for known shapes, what every plan must satisfy, and when a plan is made anew.
  */
 #include <stdio.h>
 #include <string.h>
@@ -154,7 +154,8 @@ static int64_t segment_chunks(const fkda_relay *r, int i)
     return r->first_chunk[i + 1] - r->first_chunk[i];
 }
 
-/* How the relay cuts the shapes that docs/segments.md shows. First and shared segments may be shorter than 128 tokens. */
+/* How the relay cuts the shapes that docs/segments.md shows. First and shared segments may be shorter than
+ * 128 tokens. */
 static void relay_cuts(void)
 {
     static const struct {

@@ -25,8 +25,8 @@ int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms)
                       clocks_in_pairs(heads, chunks, fkda_hopper_pairs(sms)));
 }
 
-/* Steps of the join that follow each other. In groups a state waits for the maps of a group to be composed, then goes
- * through all groups, then through the maps of its own group. */
+/* Steps of the join that follow each other. In groups a state waits for the maps of a group to be composed,
+ * then goes through all groups, then through the maps of its own group. */
 static int64_t join_steps(int64_t maps)
 {
     return maps > FKDA_MAPS_CHAINED ? 2 * FKDA_GROUP_MAPS + fkda_rounds(maps, FKDA_GROUP_MAPS) : maps;
@@ -69,8 +69,8 @@ fkda_known_lengths fkda_what_is_known(const fkda_shape *s)
     return (fkda_known_lengths){longest, rest, s->sequences > 1 ? rest / (s->sequences - 1) : 0};
 }
 
-/* The device gives CTA pairs to the heads of the longest sequence until the rest would take longer. The best number of
- * pairs is what it comes to. */
+/* The device gives CTA pairs to the heads of the longest sequence until the rest would take longer. The best
+ * number of pairs is what it comes to. */
 int64_t fkda_clocks_mixed(const fkda_shape *s, int sms)
 {
     const fkda_known_lengths of = fkda_what_is_known(s);
@@ -86,7 +86,8 @@ int64_t fkda_clocks_mixed(const fkda_shape *s, int sms)
     return best;
 }
 
-/* The others come on top. They are cut too, and then take the map pass besides, if they are long enough for two segments. */
+/* The others come on top. They are cut too, and then take the map pass besides, if they are long enough for
+ * two segments. */
 int64_t fkda_clocks_passes_of_longest(const fkda_shape *s, int64_t segments, int sms)
 {
     const fkda_known_lengths of = fkda_what_is_known(s);

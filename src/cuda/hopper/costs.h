@@ -1,8 +1,9 @@
 /*
- * What the planner reckons with: costs in clocks of the GPU. The costs that kernels share are in kernels/hopper/costs.h.
+ * What the planner reckons with: costs in clocks of the GPU. The costs that kernels share are in
+ * kernels/hopper/costs.h.
  *
- * Every cost was fitted to times on an H100 (docs/measurements.md). The planner only compares costs with each other, so a
- * GPU with another clock chooses the same.
+ * Every cost was fitted to times on an H100 (docs/measurements.md). The planner only compares costs with each
+ * other, so a GPU with another clock chooses the same.
  */
 #ifndef FKDA_HOPPER_HOST_COSTS_H
 #define FKDA_HOPPER_HOST_COSTS_H
@@ -19,8 +20,8 @@ enum {
     FKDA_CLOCKS_JOIN_STEP = 2000,     /* carrying a state through one map */
     FKDA_CLOCKS_LAUNCHES = 11000,     /* all launches after the first */
     FKDA_CLOCKS_GROUPED_JOIN = 15000, /* a join in groups, besides its steps */
-    /* The later pass starts late if the CTAs of the join and of the later pass find no free SM before the pass before is
-     * over. */
+    /* The later pass starts late if the CTAs of the join and of the later pass find no free SM before the
+     * pass before is over. */
     FKDA_CLOCKS_LATE_START = 29000,
     FKDA_CLOCKS_IDLE_LAUNCHES =
         20000, /* all passes together, where no sequence turns out long enough to be cut */
@@ -34,14 +35,15 @@ enum {
     FKDA_RELAY_CLOCKS_END = 2500,       /* after the output phase */
     FKDA_RELAY_CLOCKS_NEXT_ITEM = 4500, /* from one work item of the output phase to the next */
     FKDA_RELAY_CLOCKS_NEXT_MAP = 9000,  /* from one map to the next one of the same CTA pair */
-    /* Estimates of the relay in percent, against those of the passes: the relay is taken only if it is better by 6%. */
+    /* Estimates of the relay in percent, against those of the passes: the relay is taken only if it is better
+     * by 6%. */
     FKDA_RELAY_PERCENT = 106,
 
     /* Strategy mixed. */
     FKDA_CLOCKS_MIXED_CUT = 41000, /* cutting a sequence, besides its map phase and output phase */
 
-    /* Estimates are off by a few percent, so a sequence is cut only if that takes at most this share of the time of the
-     * whole sequence. */
+    /* Estimates are off by a few percent, so a sequence is cut only if that takes at most this share of the
+     * time of the whole sequence. */
     FKDA_PERCENT_WORTH_CUTTING = 95,
     /* Where no length is known, passes that cut nothing may cost this share of the time. */
     FKDA_PERCENT_IDLE = 3,
@@ -63,22 +65,24 @@ static inline int64_t fkda_most(int64_t x, int64_t y)
     return x > y ? x : y;
 }
 
-/* Heads of equal sequences of `chunks` chunks (of 32 tokens), whole: in solo CTAs or CTA pairs, whichever is faster. */
+/* Heads of equal sequences of `chunks` chunks (of 32 tokens), whole: in solo CTAs or CTA pairs, whichever is
+ * faster. */
 int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms);
 
 /* Heads of equal sequences cut into `segments` segments each, in passes; whole, for one segment. */
 int64_t fkda_clocks_passes(int64_t heads, int64_t chunks, int64_t segments, int sms);
 
-/* A relay in which the longest pair has a segment of chunks_64 / 64 chunks, states go through `maps` maps, and each head
- * has `inner` CTA pairs besides the one of its first segment. */
+/* A relay in which the longest pair has a segment of chunks_64 / 64 chunks, states go through `maps` maps,
+ * and each head has `inner` CTA pairs besides the one of its first segment. */
 int64_t fkda_clocks_relay(int64_t chunks_64, int64_t maps, int64_t inner);
 
-/* Whether the CTA pair of a first segment takes part in the join phase. It does where the pairs of `inner` inner segments
- * are too few for all rows of the state (kernels/hopper/schedule/relay.cuh decides the same way). */
+/* Whether the CTA pair of a first segment takes part in the join phase. It does where the pairs of `inner`
+ * inner segments are too few for all rows of the state (kernels/hopper/schedule/relay.cuh decides the same
+ * way). */
 bool fkda_relay_first_pairs_join(int64_t inner);
 
-/* In chunks: the longest sequence, all others together, and the average of the others. The length of the longest is known
- * from max_seqlen; the others count as equally long. */
+/* In chunks: the longest sequence, all others together, and the average of the others. The length of the
+ * longest is known from max_seqlen; the others count as equally long. */
 typedef struct fkda_known_lengths {
     int64_t longest, rest, average;
 } fkda_known_lengths;
@@ -90,8 +94,8 @@ int64_t fkda_clocks_mixed(const fkda_shape *shape, int sms);
 /* Passes in which the longest sequence is cut into `segments` segments, for the known lengths. */
 int64_t fkda_clocks_passes_of_longest(const fkda_shape *shape, int64_t segments, int sms);
 
-/* Whole sequences in solo CTAs and in CTA pairs, for the known lengths; without the cost of beginning and ending work
- * items, which is about the same for both. */
+/* Whole sequences in solo CTAs and in CTA pairs, for the known lengths; without the cost of beginning and
+ * ending work items, which is about the same for both. */
 double fkda_clocks_solo_ctas(const fkda_shape *shape, int sms);
 double fkda_clocks_cta_pairs(const fkda_shape *shape, int sms);
 

@@ -46,7 +46,8 @@ typedef enum start {
     TOGETHER, /* in order, with all CTAs running at the same time, because they wait for each other */
 } start;
 
-/* The one place that launches. A driver without cuLaunchKernelEx launches EARLY kernels in order and refuses TOGETHER. */
+/* The one place that launches. A driver without cuLaunchKernelEx launches EARLY kernels in order and refuses
+ * TOGETHER. */
 static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t ctas, int threads, start when)
 {
     enum { NOT_SUPPORTED = 801 };
@@ -94,8 +95,8 @@ static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
     return result ? fkda_driver_fail("cuMemsetD32Async", result) : FLASH_KDA_OK;
 }
 
-/* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [tokens, heads, 2, 64] in boxes of a chunk of tokens by
- * 64 channels. */
+/* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [tokens, heads, 2, 64] in boxes of a chunk
+ * of tokens by 64 channels. */
 static CUresult describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
                                 const fkda_token_view *t, int64_t tokens, int chunk)
 {
@@ -132,8 +133,8 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
     return FLASH_KDA_OK;
 }
 
-/* A pass of the even-share schedule: `items` heads of sequences or segments at most, in CTAs for chunks of `chunk` tokens.
- * More items than workers are divided where args->handoff has room for states. */
+/* A pass of the even-share schedule: `items` heads of sequences or segments at most, in CTAs for chunks of
+ * `chunk` tokens. More items than workers are divided where args->handoff has room for states. */
 static flash_kda_status launch_even_shares(const call *c, fkda_hopper_fwd_args *args, int chunk,
                                            int64_t items, start when)
 {
@@ -160,8 +161,8 @@ static flash_kda_status run_whole(const call *c)
     return launch_even_shares(c, &args, w->chunk, w->heads, IN_ORDER);
 }
 
-/* Heads of the items of each pass, at most. Of sequences of different lengths at least one is cut, and the workspace has
- * slots for the segments of all that can be. */
+/* Heads of the items of each pass, at most. Of sequences of different lengths at least one is cut, and the
+ * workspace has slots for the segments of all that can be. */
 typedef struct item_counts {
     int64_t first, inner, later;
 } item_counts;
@@ -198,9 +199,9 @@ static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, i
     return status;
 }
 
-/* All launches after the first pass may start early: the maps are computed beside the first segments, and the kernels after
- * them have their code and inputs when what they wait for is over. Each kernel ends only after the one before it, so what
- * an earlier kernel has written is there too. */
+/* All launches after the first pass may start early: the maps are computed beside the first segments, and the
+ * kernels after them have their code and inputs when what they wait for is over. Each kernel ends only after
+ * the one before it, so what an earlier kernel has written is there too. */
 static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
 {
     const item_counts items = count_items(c);
@@ -228,8 +229,8 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     return launch_even_shares(c, args, CHUNK, items.later, EARLY);
 }
 
-/* The driver refuses to launch CTAs together where the process may use only a part of the device. Then the passes do the
- * same work in the same workspace. */
+/* The driver refuses to launch CTAs together where the process may use only a part of the device. Then the
+ * passes do the same work in the same workspace. */
 static flash_kda_status run_relay(const call *c, fkda_hopper_fwd_args *args)
 {
     const flash_kda_status status = clear_flags(c, args->cut.flags, c->plan->memory.relay_flags);

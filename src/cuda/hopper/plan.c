@@ -3,17 +3,20 @@
  *
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
- *   cut never              Every sequence stays whole.
- *   batch invariant        Segments have 1024 tokens or more whatever the batch, so that how a sequence is cut depends on
- *                          its own length alone.
- *   cut always             Segments are as short as gives every CTA pair one head of one segment.
- *   cut mixed              The mixed schedule, wherever lengths may differ.
- *   cut auto, equal        The number of segments, from 1 up, that the estimates say is fastest, in passes or in a relay.
- *   cut auto, different    The host knows the number of sequences and all tokens, so it first asks whether sequences of
- *                          equal length would be cut. If they would, it cuts that way, or takes the mixed schedule if that
- *                          is faster for the longest sequence.
- *     longest is known     The fastest of the mixed schedule, passes for the longest sequence, and whole sequences.
- *     longest is unknown   Passes for the case that one sequence has all tokens, if passes that cut nothing cost little.
+ *   cut never            Every sequence stays whole.
+ *   batch invariant      Segments have about 1024 tokens whatever the batch, so that how a sequence is cut
+ *                        depends on its own length alone.
+ *   cut always           Segments are as short as gives every CTA pair one head of one segment.
+ *   cut mixed            The mixed schedule, wherever lengths may differ.
+ *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
+ *                        in a relay.
+ *   cut auto, different  The host knows the number of sequences and all tokens, so it first asks whether
+ *                        sequences of equal length would be cut. If they would, it cuts that way, or takes
+ *                        the mixed schedule if that is faster for the longest sequence.
+ *     longest known      The fastest of the mixed schedule, passes for the longest sequence, and whole
+ *                        sequences.
+ *     longest unknown    Passes for the case that one sequence has all tokens, if passes that cut nothing
+ *                        cost little.
  *
  * Cutting must save 5% by the estimates, which are off by a few percent.
  */
@@ -25,12 +28,13 @@
 
 enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIR,
-    /* Tokens that segments have on average, at least. Shorter ones cost more in joining than they save. */
+    /* Tokens of a segment on average, at least. Shorter segments cost more in joining than they save. */
     SHORTEST_SEGMENT = 128,
-    /* The same for results that must not depend on the batch, and wherever one long sequence decides how all are cut. The
-     * workspace then stays under a quarter of the bytes of q, k, v and g. */
+    /* The same for results that must not depend on the batch, and wherever one long sequence decides how all
+     * are cut. The workspace then stays under a quarter of the bytes of q, k, v and g. */
     SHORTEST_INVARIANT = 1024,
-    /* Chunks of a sequence that the mixed schedule treats as long. A shorter one takes longer cut than whole. */
+    /* Chunks of a sequence that the mixed schedule treats as long. A shorter one takes longer cut than
+     * whole. */
     SHORTEST_LONG_CHUNKS = 72,
     /* Long sequences of a mixed launch, at most: the lanes of the warp that finds them. */
     MOST_LONG = 32,
@@ -38,7 +42,7 @@ enum {
 
 /* How sequences may be cut. */
 typedef struct cut {
-    int64_t shortest; /* tokens of a segment, at least; 0: sequences stay whole */
+    int64_t shortest; /* as in fkda_hopper_plan; 0: sequences stay whole */
     int64_t clocks;   /* estimate, where one was needed */
     int64_t slots;    /* of a mixed launch */
     fkda_mixed mixed; /* .pairs is 0 unless a mixed launch finds the sequences to be cut */
@@ -75,8 +79,9 @@ static cut cut_as_equal(const fkda_shape *s, int sms)
                  .clocks = equal ? clocks : fkda_clocks_passes(heads, chunks, segments, sms)};
 }
 
-/* A mixed launch that cuts sequences of at least `least_chunks` chunks. A sequence counts as long only if it takes half as
- * long again as an equal share of all the work, so that there are CTA pairs enough for each head of all long ones. */
+/* A mixed launch that cuts sequences of at least `least_chunks` chunks. A sequence counts as long only if it
+ * takes half as long again as an equal share of all the work, so that there are CTA pairs enough for each
+ * head of all long ones. */
 static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t cutting_clocks)
 {
     const int64_t chunks = s->tokens / CHUNK, pairs = fkda_hopper_pairs(sms);
@@ -100,7 +105,8 @@ static cut cut_mixed_if_worth_it(const fkda_shape *s, int sms, const fkda_hopper
     return 100 * c.clocks < FKDA_PERCENT_WORTH_CUTTING * (int64_t)whole->clocks ? c : WHOLE;
 }
 
-/* Passes for the longest sequence, if they are faster than the mixed launch or, without one, than whole sequences. */
+/* Passes for the longest sequence, if they are faster than the mixed launch or, without one, than whole
+ * sequences. */
 static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_hopper_whole *whole)
 {
     int64_t ignored;
@@ -113,8 +119,8 @@ static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_ho
     return fkda_clocks_passes_of_longest(s, segments, sms) < to_beat ? passes : mixed;
 }
 
-/* Passes for the case that one sequence has all tokens. Sequences of equal length must stay whole: segments are longer than
- * half of such a sequence. */
+/* Passes for the case that one sequence has all tokens. Sequences of equal length must stay whole: segments
+ * are longer than half of such a sequence. */
 static cut cut_unknown(const fkda_shape *s, int sms)
 {
     int64_t ignored;
@@ -127,8 +133,8 @@ static cut cut_unknown(const fkda_shape *s, int sms)
     return (cut){.shortest = (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
 }
 
-/* As short as gives every CTA pair one head of a segment, if all tokens are of one sequence; or shorter, if pairs can share
- * segments in a relay. */
+/* As short as gives every CTA pair one head of a segment, if all tokens are of one sequence; or shorter, if
+ * pairs can share segments in a relay. */
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;
@@ -158,8 +164,8 @@ static cut choose_cut(const fkda_shape *s, int sms, const fkda_hopper_whole *who
     return cut_unknown(s, sms);
 }
 
-/* Solo CTAs or CTA pairs. As many heads as pairs, or fewer, have a pair each. Results that must not depend on the batch
- * always come from pairs, and no head is divided. */
+/* Solo CTAs or CTA pairs. As many heads as pairs, or fewer, have a pair each. Results that must not depend on
+ * the batch always come from pairs, and no head is divided. */
 static fkda_hopper_whole share_out_whole(const fkda_shape *s, int sms)
 {
     const int64_t pairs = fkda_hopper_pairs(sms);

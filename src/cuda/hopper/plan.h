@@ -8,7 +8,8 @@
  *   relay    one launch for all segments, whose CTA pairs wait for each other
  *   mixed    one launch that finds out on the device which sequences are long, and cuts these
  *
- * plan.c chooses among them by the estimates of costs.c. Everything here depends on the shape and the number of SMs alone.
+ * plan.c chooses among them by the estimates of costs.c. Everything here depends on the shape and the number
+ * of SMs alone.
  */
 #ifndef FKDA_HOPPER_PLAN_H
 #define FKDA_HOPPER_PLAN_H
@@ -57,10 +58,12 @@ typedef struct fkda_hopper_plan {
     /* For the strategy whole, and for a mixed launch that the driver refuses. */
     fkda_hopper_whole whole;
     /* For the other strategies. */
-    int64_t shortest; /* tokens of a segment, at least; of a long sequence for the strategy mixed */
-    int64_t slots;    /* segments of cut sequences, at most */
-    int64_t groups;   /* of maps, at most */
-    int relay_pairs;  /* CTA pairs of the relay */
+    /* A sequence of n tokens is cut into n / shortest segments, if that is two or more. Segments end where
+     * chunks end. For the strategy mixed: the tokens from which on a sequence is long. */
+    int64_t shortest;
+    int64_t slots;   /* segments of cut sequences, at most */
+    int64_t groups;  /* of maps, at most */
+    int relay_pairs; /* CTA pairs of the relay */
     fkda_relay relay;
     fkda_mixed mixed;
     fkda_hopper_memory memory;

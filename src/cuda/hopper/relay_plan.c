@@ -1,14 +1,14 @@
 /*
  * How the relay cuts sequences.
  *
- * All CTA pairs of a relay run at the same time, so a head can have at most pairs / heads of them. There are two ways to
- * use what is left over of that division:
+ * All CTA pairs of a relay run at the same time, so a head can have at most pairs / heads of them. There are
+ * two ways to use what is left over of that division:
  *
- *   even    All segments have the same length. The pairs that are left over ("spare" pairs) compute the outputs of first
- *           segments, one after the other, while the other pairs are in the map phase.
- *   shared  The pair of a first segment computes its outputs itself. One or two more inner segments of each head are
- *           shared: one pair has that segment of two, three or four heads, one after the other. Such a segment is shorter
- *           by as much, so that the pair is ready when the others are.
+ *   even    All segments have the same length. The pairs that are left over ("spare" pairs) compute the
+ *           outputs of first segments, one after the other, while the other pairs are in the map phase.
+ *   shared  The pair of a first segment computes its outputs itself. One or two more inner segments of
+ *           each head are shared: one pair has that segment of two, three or four heads, one after the
+ *           other. Such a segment is shorter by as much, so that the pair is ready when the others are.
  */
 #include "relay_plan.h"
 
@@ -38,8 +38,8 @@ static fkda_relay_plan cut_evenly(int64_t heads, int64_t chunks, int64_t segment
 }
 
 /*
- * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. All pairs finish the
- * map phase together if, with x the clocks of an inner segment that is not shared,
+ * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. All
+ * pairs finish the map phase together if, with x the clocks of an inner segment that is not shared,
  *
  *     first segment    x - FIRST_LATE
  *     inner segments   x each

@@ -16,8 +16,9 @@ static fkda_module module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* The log2 of the CTAs that a head is divided among. CTAs that share a head each prepare all of its chunks, so a head is
- * divided only among SMs that would be idle. Rows of V do not depend on each other, so results do not change. */
+/* The log2 of the CTAs that a head is divided among. CTAs that share a head each prepare all of its chunks,
+ * so a head is divided only among SMs that would be idle. Rows of V do not depend on each other, so results
+ * do not change. */
 static int choose_split(int64_t heads, int sms)
 {
     return 4 * heads <= sms ? 2 : 2 * heads <= sms ? 1 : 0;
