@@ -1,4 +1,4 @@
-/* Which instruction set the forward pass uses: a question to the CPU, asked at run time. */
+/* Chooses the instruction set of the forward pass by asking the CPU at run time. */
 #include <string.h>
 
 #include "cpu.h"
@@ -10,7 +10,7 @@ static bool always(void)
 }
 
 #if defined(__x86_64__)
-/* These builtins also ask whether the system saves the wider registers. */
+/* The compiler's builtins also check that the operating system saves the wider registers. */
 static bool has_avx2(void)
 {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

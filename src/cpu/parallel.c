@@ -1,5 +1,5 @@
-/* A parallel loop on plain threads that end before it returns. Nothing outlives a call, so there is no
- * pool to shut down, to share between callers, or to lose in a fork. */
+/* A parallel loop on plain threads that end before the loop returns. Nothing outlives a call, so there is no
+ * pool of threads to shut down, to share between callers, or to lose in a fork. */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include <sched.h>
@@ -13,7 +13,7 @@
 int fkda_cpu_count(void)
 {
 #if defined(__linux__)
-    /* What the process may use, which in a container is often less than the machine has. */
+    /* In a container a process may often use fewer CPUs than the machine has. */
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
 #endif
@@ -59,7 +59,7 @@ void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, i
     for (; started < threads; started++) {
         worker *w = &workers[started];
         *w = (worker){.loop = &l, .number = started};
-        /* If the system gives no more threads, those there are do the work. */
+        /* If the system gives no more threads, the threads that were started do all the work. */
         if (pthread_create(&w->thread, NULL, work, w) != 0) break;
     }
     work(&workers[0]);

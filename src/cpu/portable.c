@@ -1,5 +1,5 @@
-/* What every CPU of its family has: NEON on aarch64, SSE2 on x86-64, and whatever the compiler makes of
- * vectors of four floats elsewhere. */
+/* The instruction set that every CPU of a family has: NEON on aarch64 and SSE2 on x86-64. On other CPUs the
+ * compiler translates vectors of four floats as it can. */
 #define FKDA_LANES 4
 #define FKDA_VARIANT fkda_cpu_portable
 #define FKDA_KERNEL "cpu-portable"
@@ -7,7 +7,7 @@
 #define FKDA_ROWS 8 /* 32 vector registers */
 #define FKDA_ARCH "aarch64 neon"
 #elif defined(__x86_64__)
-#define FKDA_ROWS 4 /* 16 */
+#define FKDA_ROWS 4 /* 16 vector registers */
 #define FKDA_ARCH "x86-64"
 #else
 #define FKDA_ROWS 4

@@ -1,5 +1,5 @@
 /* Vectors of FKDA_LANES floats through the compiler's vector extensions, so that one source serves every
- * instruction set. The including file sets FKDA_LANES to what its compile flags offer. */
+ * instruction set. The including file defines FKDA_LANES as its compile flags allow. */
 #ifndef FKDA_SIMD_H
 #define FKDA_SIMD_H
 
@@ -7,7 +7,7 @@
 
 enum { LANES = FKDA_LANES };
 
-/* may_alias: the scratch and the tensors are declared as plain arrays. */
+/* Vectors may alias floats, because the scratch and the tensors are declared as plain arrays. */
 typedef float vec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
 typedef float vec_unaligned __attribute__((vector_size(4 * FKDA_LANES), may_alias, aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
@@ -31,7 +31,7 @@ static inline vec *vec_at(float *x)
     return (vec *)x;
 }
 
-/* From the scratch, which is aligned; load_f32 and load_bf16 read tensors. */
+/* load() reads the scratch, which is aligned. load_f32() and load_bf16() read tensors, which may not be. */
 static inline vec load(const float *x)
 {
     return *(const vec *)x;
@@ -53,13 +53,13 @@ static inline vec load_bf16(const uint16_t *x)
     return (vec)(__builtin_convertvector(bits, uvec) << 16);
 }
 
-/* yes where mask is all ones, no where it is 0. */
+/* Lanes of `yes` where `mask` is all ones, and lanes of `no` where it is 0. */
 static inline vec choose(ivec mask, vec yes, vec no)
 {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-/* Rounds to the nearest bf16, ties to even; NaN stays NaN. */
+/* Rounds to the nearest bf16, ties to even. NaN stays NaN. */
 static inline void store_bf16(uint16_t *to, vec x)
 {
     uvec bits = (uvec)x;
@@ -69,10 +69,10 @@ static inline void store_bf16(uint16_t *to, vec x)
     *(bf16vec_unaligned *)to = __builtin_convertvector(rounded, bf16vec);
 }
 
-/* For |x| <= 125 and 2^x = power * (1 + fraction), the fraction in [-0.3, 0.42]. */
+/* Splits 2^x into power * (1 + fraction) for |x| <= 125, and returns the fraction, in [-0.3, 0.42]. */
 static inline vec exp2_fraction(vec x, vec *power)
 {
-    /* Adding 1.5 * 2^23 + 127 leaves the nearest integer, biased as an exponent, in the low bits. */
+    /* Adding 1.5 * 2^23 + 127 leaves the nearest integer in the low bits, biased as an exponent. */
     const float magic = 12582912.0f + 127.0f;
     vec shifted = x + magic;
     vec f = x - (shifted - magic);
@@ -85,21 +85,21 @@ static inline vec exp2_fraction(vec x, vec *power)
     return p * f;
 }
 
-/* 2^x for |x| <= 125; NaN for NaN. Error below 1e-7 of the value, and exactly 1 at 0. */
+/* 2^x for |x| <= 125, and NaN for NaN. The relative error is below 1e-7, and 2^0 is exactly 1. */
 static inline vec exp2_near(vec x)
 {
     vec power, fraction = exp2_fraction(x, &power);
     return (fraction + 1.0f) * power;
 }
 
-/* 2^x - 1 for |x| <= 125, with a small relative error also near 0. */
+/* 2^x - 1 for |x| <= 125. The relative error is small near 0 too. */
 static inline vec exp2_minus_1(vec x)
 {
     vec power, fraction = exp2_fraction(x, &power);
     return fraction * power + (power - 1.0f);
 }
 
-/* 1 / (1 + 2^x) for any x; where 2^|x| leaves the range of exp2_near the result is below 2^-124 or 1. */
+/* 1 / (1 + 2^x) for any x. Where |x| is beyond exp2_near()'s range, the result is below 2^-124 or is 1. */
 static inline vec sigmoid_exp2(vec x)
 {
     x = choose(x < -125.0f, splat(-125.0f), x);
@@ -107,7 +107,7 @@ static inline vec sigmoid_exp2(vec x)
     return 1.0f / (1.0f + exp2_near(x));
 }
 
-/* index(a, b, 0), index(a, b, 1), ... for every lane of a vector. */
+/* Expands to index(a, b, 0), index(a, b, 1), ... for every lane of a vector. */
 #if FKDA_LANES == 16
 #define EACH_LANE(index, a, b)                                                                               \
     index(a, b, 0), index(a, b, 1), index(a, b, 2), index(a, b, 3), index(a, b, 4), index(a, b, 5),          \
@@ -126,8 +126,9 @@ static inline vec sigmoid_exp2(vec x)
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
-/* Sums of many vectors at once: FOLD(g) halves two vectors by adding neighbouring groups of g lanes, and
- * keeps their order; log2(LANES) folds leave one vector with the sum of x[i] in lane i. */
+/* Sums of LANES vectors together. FOLD(g, a, b) halves two vectors by adding neighbouring groups of g lanes,
+ * and keeps the order of the groups. After log2(LANES) rounds of folds, lane i of one vector has the sum of
+ * x[i]. */
 #define GROUP_LANE(g, odd, i) ((i) / (g)*2 * (g) + (i) % (g) + (odd) * (g))
 #define FOLD(g, a, b)                                                                                        \
     (SHUFFLE(a, b, EACH_LANE(GROUP_LANE, g, 0)) + SHUFFLE(a, b, EACH_LANE(GROUP_LANE, g, 1)))
@@ -147,8 +148,8 @@ static inline vec lane_sums(vec x[LANES])
     return FOLD(1, x[0], x[1]);
 }
 
-/* Rows become columns: log2(LANES) times, each of the first half of the rows is interleaved with its
- * partner in the second. */
+/* Makes columns of rows: log2(LANES) times, each row of the first half is interleaved with its partner in the
+ * second half. */
 #define MIXED_LANE(first, unused, i) ((first) + (i) / 2 + (i) % 2 * FKDA_LANES)
 static inline void transpose(vec x[LANES])
 {

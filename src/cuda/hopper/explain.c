@@ -44,15 +44,14 @@ static void explain_relay(const fkda_shape *s, const fkda_hopper_plan *plan, cha
 static void explain_passes(const fkda_shape *s, const fkda_hopper_plan *plan, char *text, size_t size)
 {
     const long long shortest = plan->shortest;
-    snprintf(
-        text, size,
-        "Passes: sequences of %lld tokens or more are cut into segments of %lld or more%s, %lld segments "
-        "at most. The first pass computes the outputs of first segments and, beside them, the maps of "
-        "the others, on %lld CTA pairs. The join computes the states that segments start from%s. The "
-        "last pass computes all other outputs.",
-        2 * shortest, shortest, s->batch_invariant ? " whatever the batch" : "", (long long)plan->slots,
-        (long long)fkda_hopper_pairs(plan->sms),
-        plan->slots > FKDA_MAPS_CHAINED + 2 ? ", in groups of maps where a sequence has many" : "");
+    snprintf(text, size,
+             "Passes: sequences of %lld tokens or more are cut into segments of about %lld%s, %lld segments "
+             "at most. The first pass computes the outputs of first segments and, beside them, the maps of "
+             "the others, on %lld CTA pairs. The join computes the states that segments start from%s. The "
+             "last pass computes all other outputs.",
+             2 * shortest, shortest, s->batch_invariant ? " whatever the batch" : "", (long long)plan->slots,
+             (long long)fkda_hopper_pairs(plan->sms),
+             plan->slots > FKDA_MAPS_CHAINED + 2 ? ", in groups of maps where a sequence has many" : "");
 }
 
 static void explain_mixed(const fkda_hopper_plan *plan, char *text, size_t size)
