@@ -1,20 +1,22 @@
 /*
- * Host time of flash_kda_fwd(): what the library itself takes to check the arguments, plan, encode TMA descriptors
- * and launch, without a GPU. The pretended driver (tests/pretend_driver) returns from every function at once.
+ * Host time of flash_kda_fwd(): what the library itself takes to check the arguments, plan, encode TMA
+ * descriptors and launch, without a GPU. The pretended driver (tests/pretend_driver) returns from every
+ * function at once.
  *
  *     make host-time
  *     LD_LIBRARY_PATH=build/tests/pretend_driver build/benchmarks/host_time [REPEATS]
  *
  * A line of the table is one shape:
  *
- *   first us     A call with a shape that the process has not called before, so that the plan is made anew. It is the
- *                median of one call in each of some child processes. The library is warm: its kernels are loaded.
+ *   first us     A call with a shape that the process has not called before, so that the plan is made anew:
+ *                the median of one call in each of 25 child processes. The library's kernels are loaded.
  *   again us     A repeated call with the same shape: the median of REPEATS calls (4000 by default).
  *   launches     Kernel launches of a repeated call.
  *   driver       Calls of the driver that a repeated call makes, launches among them.
  *
- * A first call should take at most 60 us, and a repeated one 2 us if it launches one kernel: "within" or "above"
- * stands beside each time. The program never fails for a time, since other work on the machine makes calls slower.
+ * A first call should take at most 60 us, and a repeated one 2 us if it launches one kernel: "within" or
+ * "above" stands beside each time. The program never fails for a time, since other work on the machine makes
+ * calls slower.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <dlfcn.h>
@@ -73,7 +75,7 @@ static flash_kda_fwd_params params_of(shape s)
         .scale = 0.088F,
         .lower_bound = -5,
         .workspace = address(10),
-        /* Not asked for with flash_kda_fwd_workspace_size(), which would make the plan before the first call. */
+        /* flash_kda_fwd_workspace_size() would make the plan before the first call, so it is not asked. */
         .workspace_size = (size_t)1 << 40,
         .max_seqlen = s.longest,
     };
@@ -90,7 +92,8 @@ static double call_us(const flash_kda_fwd_params *p)
     return 1e6 * (end - start);
 }
 
-/* A first call in a process of its own, after a call of a neighbour, which brings code and memory into this process. */
+/* A first call in a process of its own, after a call of a neighbour, which brings code and memory into this
+ * process. */
 static double first_call_us(shape s)
 {
     double us;

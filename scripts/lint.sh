@@ -24,6 +24,7 @@ tidy() {
 
 step "clang-format (C, CUDA C, C++)" format_c
 step "clang-tidy (C)" tidy
+step "lines of 110 columns (all)" python3 scripts/check_lines.py
 step "ruff check (Python)" ruff check --quiet .
 step "ruff format (Python)" ruff format --quiet --check .
 step "mypy (Python)" mypy

@@ -1,8 +1,9 @@
 /*
- * What a forward pass asks of the driver, as functions that succeed and return at once: contexts, modules, launches,
- * memset and TMA descriptors. No kernel runs and no memory is touched, so the time of a forward call is the library's
- * own host time (benchmarks/host_time.c). Memory, copies and events stay failing stubs (stubs.c): a program that
- * wants results stops at its first allocation instead of printing numbers that no GPU computed.
+ * What a forward pass asks of the driver, as functions that succeed and return at once: contexts, modules,
+ * launches, memset and TMA descriptors. No kernel runs and no memory is touched, so the time of a forward
+ * call is the library's own host time (benchmarks/host_time.c). Memory, copies and events stay failing stubs
+ * (stubs.c): a program that wants results stops at its first allocation instead of printing numbers that no
+ * GPU computed.
  */
 #include "../../src/cuda/driver.h"
 #include "counts.h"

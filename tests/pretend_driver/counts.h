@@ -7,7 +7,8 @@ typedef struct pretended_counts {
     unsigned long launches; /* of cuLaunchKernel and cuLaunchKernelEx; also counted as calls */
 } pretended_counts;
 
-/* Each thread has counts of its own, so counting needs no lock and one call of the library is counted exactly. */
+/* Each thread has counts of its own, so counting needs no lock and one call of the library is counted
+ * exactly. */
 pretended_counts *pretended_counts_of_thread(void);
 
 #endif

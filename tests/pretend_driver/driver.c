@@ -1,7 +1,7 @@
 /*
- * The GPU that a libcuda.so.1 for machines without a GPU describes. The environment variable PRETEND_GPU gives its
- * compute capability and its number of SMs: "90:132" is compute capability 9.0 with 132 SMs. The pretended driver
- * (calls.c) and the emulator (../emulator) share this description.
+ * The GPU that a libcuda.so.1 for machines without a GPU describes. The environment variable PRETEND_GPU
+ * gives its compute capability and its number of SMs: "90:132" is compute capability 9.0 with 132 SMs. The
+ * pretended driver (calls.c) and the emulator (../emulator) share this description.
  */
 #include <stdio.h>
 #include <stdlib.h>
