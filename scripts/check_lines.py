@@ -1,8 +1,9 @@
 """Holds lines to 110 columns: check_lines.py [FILE...]
 
-Without arguments it reads every file that git knows (and does not ignore) and that people write: code, comments and
-documents. Data, pictures and JSON are not read. Prints FILE:LINE: COLUMNS for each longer line, and exits 1 if
-there is one. .clang-format and ruff wrap code to the same width, but leave comments, strings and documents alone.
+Without arguments it reads every file that git knows (and does not ignore) and that people write: code,
+comments and documents. Data, pictures and JSON are not read. Prints FILE:LINE: COLUMNS for each longer line,
+and exits 1 if there is one. .clang-format and ruff wrap code to the same width, but leave comments, strings
+and documents alone.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 #!/bin/sh
-# host_time.sh PROGRAM: the benchmark of host time runs every shape and prints a line for each. Times are not judged.
+# host_time.sh PROGRAM: the benchmark of host time runs every shape and prints a line for each. Times are not
+# judged.
 set -eu
 out=$(mktemp)
 trap 'rm -f "$out"' EXIT

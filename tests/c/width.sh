@@ -1,5 +1,6 @@
 #!/bin/sh
-# width.sh FLASH_KDA: no line of the command's help or of `info` is longer than 100 columns, with the pretended driver.
+# width.sh FLASH_KDA: no line of the command's help or of `info` is longer than 100 columns, with the
+# pretended driver.
 set -eu
 failed=0
 
