@@ -12,7 +12,7 @@ bin := $(CURDIR)/.venv/bin
 export PATH := $(bin):$(PATH)
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 run: build ## Build, then compute recorded activations on the best device: result, error, time
 	$(BUILD)/flash-kda run $(ACTIVATIONS)
@@ -45,6 +45,9 @@ kernels: build ## Check registers, spills and machine code of the kernels agains
 bench: build ## Time a few shapes on the best device
 	$(BUILD)/flash-kda bench
 
+host-time: build ## Time what a call costs the host, on a pretended GPU
+	LD_LIBRARY_PATH=$(BUILD)/tests/pretend_driver $(BUILD)/benchmarks/host_time
+
 wheel: ## Build the Python package into dist/
 	@$(environment) build
 	$(bin)/python -m pip wheel --no-deps --wheel-dir dist .
@@ -53,4 +56,4 @@ clean: ## Remove what was built; .venv stays
 	rm -rf $(BUILD) build-sanitize dist
 
 .DEFAULT_GOAL := help
-.PHONY: help run test build lint format sanitize kernels bench wheel clean
+.PHONY: help run test build lint format sanitize kernels bench host-time wheel clean

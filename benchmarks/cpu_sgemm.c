@@ -1,10 +1,12 @@
 /*
  * The forward pass on the CPU beside OpenBLAS: multiply-adds a second of sgemm on a 1024 cube and of
- * flash_kda_fwd() at T = 8192, H = 8, counting 3 * 128 * 128 a token and head, on the same threads.
+ * flash_kda_fwd() at T = 8192, H = 8, on the same threads. A token of a head counts as 3 * 128 * 128
+ * multiply-adds, which are those of the three large products.
  *
- *     cpu_sgemm [kernel]        kernel: cpu (the default), cpu-avx512, cpu-avx2, cpu-portable
+ *     cpu_sgemm [KERNEL]        cpu (the default), cpu-avx512, cpu-avx2 or cpu-portable
+ *     cpu_sgemm KERNEL quick    small sizes, whose times mean nothing: for a test of the program itself
  *
- * OpenBLAS is opened at run time, so nothing needs it to build.
+ * OpenBLAS is opened at run time, so the build does not need it.
  */
 #include <dlfcn.h>
 #include <stdio.h>
@@ -16,7 +18,10 @@
 #include "call.h"
 #include "cases.h"
 
-enum { CUBE = 1024, TOKENS = 8192, HEADS = 8, REPEATS = 7 };
+/* What is timed: the edge of the cube, the shape of the forward pass, and how often each is repeated. */
+static struct {
+    int cube, tokens, heads, repeats;
+} sizes = {.cube = 1024, .tokens = 8192, .heads = 8, .repeats = 7};
 
 typedef struct openblas {
     void (*sgemm)(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
@@ -48,10 +53,12 @@ static openblas open_openblas(void)
     return blas;
 }
 
-/* Multiply-adds a second, in units of 1e9, of the fastest run: the one that was disturbed least. */
+/* Multiply-adds a second, in units of 1e9, of the fastest run, which other work on the machine disturbed
+ * least. */
 static double sgemm_rate(const openblas *blas, int threads)
 {
-    size_t count = (size_t)CUBE * CUBE;
+    const int cube = sizes.cube;
+    const size_t count = (size_t)cube * (size_t)cube;
     float *a = allocate(count, sizeof *a), *b = allocate(count, sizeof *b), *c = allocate(count, sizeof *c);
     rng random = rng_seed(1);
     for (size_t i = 0; i < count; i++) {
@@ -61,16 +68,16 @@ static double sgemm_rate(const openblas *blas, int threads)
     const int row_major = 101, plain = 111;
     blas->set_num_threads(threads);
     double best = 1e9;
-    for (int i = 0; i < 3 * REPEATS; i++) {
+    for (int i = 0; i < 3 * sizes.repeats; i++) {
         double start = now_seconds();
-        blas->sgemm(row_major, plain, plain, CUBE, CUBE, CUBE, 1.0f, a, CUBE, b, CUBE, 0.0f, c, CUBE);
+        blas->sgemm(row_major, plain, plain, cube, cube, cube, 1.0f, a, cube, b, cube, 0.0f, c, cube);
         double seconds = now_seconds() - start;
         if (seconds < best) best = seconds;
     }
     free(a);
     free(b);
     free(c);
-    return (double)CUBE * CUBE * CUBE / best * 1e-9;
+    return (double)cube * cube * cube / best * 1e-9;
 }
 
 typedef struct sgemm_result {
@@ -78,8 +85,8 @@ typedef struct sgemm_result {
     char core[32], config[160];
 } sgemm_result;
 
-/* One kernel of OpenBLAS, in a process of its own: the choice is made when the library is loaded, and
- * one that this CPU can't run ends that process alone. */
+/* The rate of one kernel of OpenBLAS, in a process of its own: OpenBLAS chooses its kernel when it is loaded,
+ * and a kernel that this CPU can't run ends that process alone. */
 static sgemm_result try_sgemm(const char *core, int threads)
 {
     sgemm_result result = {0};
@@ -105,12 +112,12 @@ static sgemm_result try_sgemm(const char *core, int threads)
     close(ends[0]);
     int status;
     if (waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) != 0)
-        exit(WEXITSTATUS(status)); /* it has said why: no OpenBLAS */
+        exit(WEXITSTATUS(status)); /* the child has said why: there is no OpenBLAS */
     return result;
 }
 
-/* The fastest kernel that OpenBLAS has for this CPU. A release older than the CPU may not know it and
- * take its slowest, so others are tried by name. */
+/* The fastest kernel that OpenBLAS has for this CPU. A release that is older than the CPU may not know the
+ * CPU and take its slowest kernel, so others are tried by name. */
 static sgemm_result best_sgemm(int threads)
 {
     static const char *const cores[] = {NULL, "SkylakeX", "Haswell"};
@@ -128,7 +135,7 @@ static double kda_rate(const problem *p, const char *kernel, int threads, state_
     call_options options = {.kernel = kernel, .threads = threads, .mode = mode, .bf16_state = bf16_state};
     must(call_open(&c, p, options));
     double best = 1e9;
-    for (int i = 0; i < REPEATS; i++) {
+    for (int i = 0; i < sizes.repeats; i++) {
         call_poison(&c);
         double start = now_seconds();
         must(flash_kda_fwd(&c.params));
@@ -136,19 +143,21 @@ static double kda_rate(const problem *p, const char *kernel, int threads, state_
         if (seconds < best) best = seconds;
     }
     call_close(&c);
-    return 3.0 * DIM * DIM * TOKENS * HEADS / best * 1e-9;
+    return 3.0 * DIM * DIM * sizes.tokens * sizes.heads / best * 1e-9;
 }
 
 int main(int argc, char **argv)
 {
     const char *kernel = argc > 1 ? argv[1] : "cpu";
+    if (argc > 3 || (argc == 3 && strcmp(argv[2], "quick") != 0)) die("usage: cpu_sgemm [KERNEL [quick]]");
+    if (argc == 3) sizes.cube = 32, sizes.tokens = 64, sizes.heads = 1, sizes.repeats = 1;
     flash_kda_device_info cpu = {.struct_size = sizeof cpu};
     int32_t devices;
     must(flash_kda_list_devices(&cpu, 1, &devices, NULL));
     printf("CPU: %s (%s), %d threads\n", cpu.name, cpu.arch, cpu.units);
-    printf("flash_kda: kernel \"%s\", T = %d, H = %d\n\n", kernel, TOKENS, HEADS);
+    printf("flash_kda: kernel \"%s\", T = %d, H = %d\n\n", kernel, sizes.tokens, sizes.heads);
 
-    problem *p = problem_create(1, TOKENS, HEADS);
+    problem *p = problem_create(1, sizes.tokens, sizes.heads);
     fill_case(p, find_case("random"), 1);
     printf("threads  state                  sgemm GMAC/s  flash_kda GMAC/s  ratio\n");
     for (int threads = 1; threads <= cpu.units; threads++) {

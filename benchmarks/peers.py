@@ -1,12 +1,16 @@
 """Times flash_kda beside flash-linear-attention and other implementations, in one run on one GPU.
 
-    python benchmarks/peers.py --fla-shapes none --json ours.json
+    python benchmarks/peers.py --publish
+    python benchmarks/peers.py --fla-shapes none --kernel hopper --kernel hopper:never --json ours.json
     python benchmarks/peers.py --shapes 96:8192 8:4096 --peer before=../flash_kda/build/python
-    python benchmarks/peers.py --from-json ours.json fla.json --markdown BENCHMARK.md --picture docs/benchmark.svg
+    python benchmarks/peers.py --from-json ours.json fla.json --publish
 
-A shape is HEADS:LENGTHS: 96:8192, 96:1300,547 or 12:2048x4. Per shape: device time of a call by CUDA-graph replay
-over rotating inputs, the median of rounds in which all take turns; its ratio to the time in which its bytes could
-be copied; and the time of a plain call. A competitor whose time is not there is named, with the reason.
+A shape is HEADS:LENGTHS: 96:8192, 96:1300,547 or 12:2048x4. For each shape the table has the device time of a
+call by CUDA-graph replay over rotating inputs, as the median of rounds in which all competitors take turns;
+the ratio of this time to the time in which the bytes of the call could be copied; and the time of a plain
+call. A competitor that has no time in a row is named below the table, with the reason.
+
+--publish names its files after the GPU: BENCHMARK_H200.md, docs/benchmark_h200.json, docs/benchmark_h200.svg.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from peer_timing.race import Competitor, Race, RaceError
 from peer_timing.shapes import KNOWN, STATE_BYTES, parse
 
 OURS, FLA = "flash_kda", "FLA"
+CUTS = ("auto", "never", "always", "mixed")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -52,6 +57,15 @@ def peer(text: str) -> tuple[str, str]:
     if not os.path.isdir(path) and not (os.path.isfile(path) and path.endswith(".py")):
         raise argparse.ArgumentTypeError(f"{path} is neither a folder nor a .py file")
     return name, path
+
+
+def kernel(text: str) -> str:
+    name, colon, cut = text.partition(":")
+    if not name or (colon and cut not in CUTS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KERNEL or KERNEL:CUT, where CUT is one of {', '.join(CUTS)}"
+        )
+    return text
 
 
 def positive(text: str) -> int:
@@ -83,9 +97,11 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
     add(
         "--kernel",
         action="append",
+        type=kernel,
         default=[],
-        metavar="NAME",
-        help="of this library, instead of the one it chooses; given again, another one beside it",
+        metavar="KERNEL[:CUT]",
+        help="a kernel of this library instead of the one that it chooses, and how sequences are cut "
+        f"({', '.join(CUTS)}); given again, another kernel beside the first",
     )
     add("--rounds", type=positive, default=15, help="default: 15")
     add(
@@ -101,7 +117,8 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
         nargs="+",
         type=fla_shape,
         metavar="SHAPE",
-        help="the shapes that FLA runs, all or none; default: all if it is installed. Its tuning takes minutes",
+        help="the shapes that FLA runs, or all or none; default: all if it is installed. "
+        "Its tuning takes minutes",
     )
     add(
         "--fla-tunes-once",
@@ -113,45 +130,71 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
         type=positive,
         default=1200,
         metavar="SECONDS",
-        help="FLA begins or tunes nothing more after so long; default: 1200",
+        help="FLA begins and tunes nothing more after this time; default: 1200",
     )
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: plain calls only")
     add("--commit", help="of the library, where there is no git to ask")
     add("--json", metavar="FILE", help="every round's time; written anew after each shape")
     add("--markdown", metavar="FILE")
-    add("--picture", metavar="FILE", help=".svg, .png or what else matplotlib writes")
+    add("--picture", metavar="FILE", help="time over the floor, as .svg, .png or what else matplotlib writes")
+    add(
+        "--publish",
+        nargs="?",
+        const=str(ROOT),
+        metavar="FOLDER",
+        help="writes the page, the picture and the JSON under names that say the GPU, below FOLDER; "
+        "default: the root of the project",
+    )
     add("--curve", metavar="FILE", help="a picture of time against length, for shapes of one sequence")
-    add("--from-json", nargs="+", metavar="FILE", help="time nothing; put these results together")
+    add("--from-json", nargs="+", metavar="FILE", help="times nothing, and puts these results together")
     options = parser.parse_args(argv)
     names = [name for name, _ in options.peer]
     if len(set(names)) < len(names):
         parser.error("argument --peer: two peers have the same name")
-    for name in ("picture", "curve"):
+    for name in ("picture", "curve", "publish"):
         if getattr(options, name) and importlib.util.find_spec("matplotlib") is None:
             parser.error(f"argument --{name}: matplotlib is not installed")
     if len(set(options.kernel)) < len(options.kernel):
         parser.error("argument --kernel: the same one twice")
+    for name in names:
+        if name in options.kernel:
+            parser.error(f"argument --peer: the name {name} is a kernel's")
+    if options.publish and (options.json or options.markdown or options.picture):
+        parser.error("argument --publish: it names the files of --json, --markdown and --picture itself")
+    if options.publish and not os.path.isdir(os.path.join(options.publish, "docs")):
+        parser.error(f"argument --publish: there is no folder {os.path.join(options.publish, 'docs')}")
     for path in filter(None, (options.json, options.markdown, options.picture, options.curve)):
         if not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"there is no folder for {path}")
     return parser, options
 
 
+def name_published(options: argparse.Namespace, device: str) -> None:
+    """The files that --publish writes, once the device is known."""
+    if options.publish:
+        name = report.short_name(device)
+        in_docs = os.path.join(options.publish, "docs", f"benchmark_{name.lower()}")
+        options.markdown = os.path.join(options.publish, f"BENCHMARK_{name}.md")
+        options.json, options.picture = f"{in_docs}.json", f"{in_docs}.svg"
+
+
 def ours_importable() -> None:
-    """As the tests do: an installed package first, then what `make` built."""
+    """Finds the package as the tests do: an installed package first, then what `make` built."""
     if importlib.util.find_spec("flash_kda") is None:
         built = str(ROOT / os.environ.get("BUILD", "build") / "python")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (built, os.environ.get("PYTHONPATH"))))
 
 
 def competitors(options: argparse.Namespace) -> list[Competitor]:
-    """Ours first: the table's ratios are its."""
+    """This library comes first, since the table's ratios are its own."""
     ours_importable()
     common = {"device": options.device}
     ours = common | {"kind": "flash_kda"}
-    first, *others = options.kernel or [None]
-    found = [Competitor(OURS, ours | {"kernel": first})]
-    found += [Competitor(f"{OURS} {kernel}", ours | {"kernel": kernel}) for kernel in others]
+    kernels = options.kernel or [""]
+    found = []
+    for i, text in enumerate(kernels):
+        name, _, cut = text.partition(":")
+        found.append(Competitor(text if i else OURS, ours | {"kernel": name or None, "cut": cut or None}))
     wanted = options.fla_shapes or ["all"]
     if options.device == "cuda" and "none" not in wanted:
         if importlib.util.find_spec("fla") is not None:
@@ -190,7 +233,7 @@ def commit() -> str | None:
 
 
 class Progress:
-    """One line that changes on a terminal; elsewhere a line every half minute."""
+    """One line that changes on a terminal, or a line every half minute elsewhere."""
 
     def __init__(self) -> None:
         self.shown, self.last = sys.stderr.isatty(), 0.0
@@ -224,6 +267,7 @@ def measure(options: argparse.Namespace, argv: list[str]) -> report.Result:
         run |= {"date": datetime.date.today().isoformat(), "commit": options.commit or commit()}
         run |= {"gates": options.gates, "states": options.states, "rounds": options.rounds, **race.start()}
         result: report.Result = {"runs": [run], "rows": []}
+        name_published(options, run["device"])
         say(report.environment(run))
         for name in dict.fromkeys(options.shapes):
             row = race.shape(name, run["copy_bytes_per_second"])
@@ -241,6 +285,7 @@ def main(argv: list[str]) -> int:
     parser, options = arguments(argv)
     try:
         result = report.load(options.from_json) if options.from_json else measure(options, argv)
+        name_published(options, result["runs"][0]["device"])
     except (RaceError, ValueError) as error:
         parser.error(str(error))
     print(report.text(result))

@@ -1,5 +1,5 @@
 #!/bin/sh
-# build.sh FOLDER [CMAKE OPTION...]: configures and builds. cmake and ninja are the first on PATH.
+# build.sh FOLDER [CMAKE OPTION...]: configures and builds. cmake and ninja are those on PATH.
 set -eu
 folder=$1
 shift

@@ -1,8 +1,8 @@
 """Holds every compiled kernel to scripts/kernel_plan.toml: check_kernels.py [BUILD/kernels]
 
-Reads ptxas' report of each kernel file (registers, spills, stack, static shared memory, for each
-architecture; and what it warns of: wgmma that it had to serialise, setmaxnreg that it ignored) and, where
-cuobjdump is to be had, the machine code. Exits 1 if any kernel breaks its plan.
+Reads ptxas' report of each kernel file: registers, spills, stack and static shared memory for each
+architecture, and warnings of wgmma that ptxas serialised and of setmaxnreg that it ignored. Reads the machine
+code too where cuobjdump and nvdisasm are installed. Exits 1 if any kernel breaks its plan.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse_report(text: str) -> list[Usage]:
         elif match := re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
         ):
-            # Functions that were not inlined are reported too; the worst one counts.
+            # Functions that were not inlined are reported too. The largest number counts.
             found[-1].stack = max(found[-1].stack, int(match[1]))
             found[-1].spills = max(found[-1].spills, int(match[2]) + int(match[3]))
         elif match := re.search(r"Used (\d+) registers", line):
@@ -65,7 +65,8 @@ def parse_losses(text: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for line in text.splitlines():
         if not re.search(
-            r"Potential Performance Loss|\(C75(08|10)\)|wgmma\.mma_async instructions are serialized|setmaxnreg\W* ignored",
+            r"Potential Performance Loss|\(C75(08|10)\)|wgmma\.mma_async instructions are serialized"
+            r"|setmaxnreg\W* ignored",
             line,
         ):
             continue
@@ -156,7 +157,7 @@ def judge(text: str, code: Code | None, plans: list[dict[str, Any]]) -> list[tup
     verdicts = []
     for usage in sorted(parse_report(text), key=lambda u: (u.kernel, int(re.sub(r"\D", "", u.arch)), u.arch)):
         plan = plan_for(plans, usage.kernel, usage.arch)
-        # A loss without a name may be any kernel's of the file, so it is everyone's.
+        # A loss that names no kernel may be of any kernel of the file, so it fails all of them.
         broken = [said for kernel, said in losses if kernel in ("", usage.kernel)]
         if plan is None:
             broken.append(f"has no plan in {PLAN.name}")
@@ -187,7 +188,8 @@ def main() -> int:
         for usage, broken in verdicts:
             print(
                 f"{usage.kernel:32} {usage.arch:8} {usage.registers:4} registers {usage.spills:5} B spilled "
-                f"{usage.stack:5} B stack {usage.static_shared:6} B static shared   {'; '.join(broken) or 'ok'}"
+                f"{usage.stack:5} B stack {usage.static_shared:6} B static shared   "
+                f"{'; '.join(broken) or 'ok'}"
             )
             checked += 1
             failed += bool(broken)

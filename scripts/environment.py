@@ -1,8 +1,8 @@
 """Keeps the project's virtual environment, .venv: python3 scripts/environment.py GROUP...
 
-A group is a requirements file (see GROUPS). A group that is satisfied already costs no network: neither on the
-second run, nor on a machine whose own python3 has the packages (GPU machines with PyTorch, say).
-Only the standard library is used, and only what Python 3.9 has.
+A group is a requirements file (see GROUPS). A group that is satisfied already needs no network: neither on
+the second run, nor on a machine whose own python3 has the packages, as GPU machines often have PyTorch. The
+script uses the standard library alone, and only what Python 3.9 has.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def make_venv() -> None:
         stop("python3 cannot make a virtual environment. On Debian: apt-get install python3-venv")
     if succeeds(sys.executable, "-c", "import torch"):
         say("python3 has PyTorch, so .venv uses the packages that it has")
-        # Not --system-site-packages: python3 may itself be of a virtual environment, which that would skip.
+        # python3 may itself be of a virtual environment, which --system-site-packages would skip.
         (packages,) = VENV.glob("lib/python3*/site-packages")
         folders = [*site.getsitepackages(), site.getusersitepackages()]
         (packages / "of_python3.pth").write_text("".join(f"{folder}\n" for folder in folders))
@@ -115,20 +115,22 @@ def ensure(group: str) -> None:
     if stamp.exists() and stamp.read_text() == digest:
         return
     pip = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(path)]
-    if not succeeds(*pip, "--no-index"):  # succeeds without looking anywhere when all of it is there
+    if not succeeds(*pip, "--no-index"):  # succeeds without a look at any index if all packages are there
         say(NOTES.get(group, f"installing {group} packages ({GROUPS[group]})"))
         if subprocess.run([*pip, "--retries", "2"]).returncode != 0:
             if group == "build" and system_build_tools():
                 return
             if group == "torch" and succeeds(VENV_PYTHON, "-c", "import torch"):
-                say(f"not all of {GROUPS[group]} is there; tests that need the rest will be skipped")
+                say(
+                    f"not all of {GROUPS[group]} could be installed; tests that need the rest will be skipped"
+                )
                 return
             stop(f"could not install {GROUPS[group]} into .venv: the network is needed once")
     stamp.write_text(digest)
 
 
 def system_build_tools() -> bool:
-    """The fallback for a machine that reaches no package index: its own cmake and ninja."""
+    """Falls back on the machine's own cmake and ninja, for machines that reach no package index."""
     for tool in ("cmake", "ninja"):
         found = shutil.which(tool)
         if not found:

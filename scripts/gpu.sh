@@ -1,18 +1,23 @@
 #!/bin/sh
-# gpu.sh [STEP...]: what needs a GPU, from a clean tree, with nvcc and a python3 that has PyTorch: build, check, tests,
-# sanitizers, bench. Without arguments all of them; each runs whatever the others do, and the end says which failed.
+# gpu.sh [STEP...]: everything that needs a GPU. Without arguments the steps build, check, tests, sanitizers
+# and bench run; the step pictures, which overwrites figures of the documents, runs on request. Each step runs
+# even if an earlier one failed, and the end says which steps failed. Needs nvcc, compute-sanitizer, and a
+# python3 with PyTorch (and matplotlib for the pictures).
 set -u
 cd "$(dirname "$0")/.."
 BUILD=${BUILD:-build-gpu}
 PYTHON=${PYTHON:-python3}
 export BUILD
 
-# build_into FOLDER [CMAKE OPTION...]
+# build_into FOLDER [CMAKE OPTION...]: builds for the architecture of GPU 0 alone, which is quicker.
 build_into() {
     folder=$1
     shift
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d .)
-    sh scripts/build.sh "$folder" "-DFLASH_KDA_CUDA_ARCHS=$arch" "$@" >"$folder.log" 2>&1 || { cat "$folder.log"; return 1; }
+    if ! sh scripts/build.sh "$folder" "-DFLASH_KDA_CUDA_ARCHS=$arch" "$@" >"$folder.log" 2>&1; then
+        cat "$folder.log"
+        return 1
+    fi
 }
 
 build() { build_into "$BUILD"; }
@@ -24,21 +29,27 @@ tests() {
         "$PYTHON" -m pytest tests/python -q -rs
 }
 
-# Small problems: these tools slow a kernel down a hundredfold. Four at a time, since they wait for each other little.
-# racecheck does not see all of the order that there is: kernels are compiled for it with what it sees (kernels/hopper/sm90.cuh).
+# sanitize_with TOOL FOLDER: runs small problems under a tool of compute-sanitizer, which makes kernels a
+# hundred times slower.
+sanitize_with() {
+    check="compute-sanitizer --tool $1 --error-exitcode 1"
+    bench="$2/flash-kda bench --device cuda:0 --kernel hopper"
+    $check "$2/tests/test_forward" --device cuda:0 --quick batches ragged many empty recorded &&
+        $check "$2/tests/test_segments" --device cuda:0 --quick --kernel hopper --cut always levels &&
+        $check $bench --cut always --heads 24 --lengths 1111 &&
+        $check $bench --cut mixed --heads 4 --lengths 1111,30x40
+}
+
+# The four tools run side by side, since a tool keeps neither the GPU nor a core busy. racecheck does not see
+# every order that mbarriers guarantee, so its kernels are compiled with FKDA_FOR_RACECHECK (kernels/hopper),
+# which orders accesses by means that it does see.
 sanitizers() {
     status=0
     build_into "$BUILD-racecheck" -DFLASH_KDA_NVCC_FLAGS=-DFKDA_FOR_RACECHECK || return 1
     for tool in memcheck racecheck synccheck initcheck; do
-        where=$BUILD
-        [ $tool = racecheck ] && where=$BUILD-racecheck
-        (
-            check="compute-sanitizer --tool $tool --error-exitcode 1"
-            $check "$where/tests/test_forward" --device cuda:0 --quick batches ragged many empty recorded &&
-                $check "$where/tests/test_segments" --device cuda:0 --quick --kernel hopper --cut always levels &&
-                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper --cut always --heads 24 --lengths 1111 &&
-                $check "$where/flash-kda" bench --device cuda:0 --kernel hopper --cut mixed --heads 4 --lengths 1111,30x40
-        ) >"$BUILD/$tool.log" 2>&1 &
+        folder=$BUILD
+        [ $tool = racecheck ] && folder=$BUILD-racecheck
+        sanitize_with $tool "$folder" >"$BUILD/$tool.log" 2>&1 &
         eval "$tool=$!"
     done
     for tool in memcheck racecheck synccheck initcheck; do
@@ -49,10 +60,16 @@ sanitizers() {
 }
 
 bench() {
-    "$BUILD/flash-kda" bench --device cuda:0 && PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/python_overhead.py &&
-        PYTHONPATH="$BUILD/python" "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json" \
-            --kernel hopper --kernel hopper --cut never --kernel portable
+    PYTHONPATH="$BUILD/python${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH
+    "$BUILD/flash-kda" bench --device cuda:0 &&
+        "$PYTHON" benchmarks/python_overhead.py &&
+        "$PYTHON" benchmarks/peers.py --fla-shapes none --json "$BUILD/peers.json" \
+            --kernel hopper --kernel hopper:never --kernel portable
 }
+
+# The picture of accuracy, and the README's table of it on standard output.
+pictures() { "$PYTHON" scripts/plot_accuracy.py docs/accuracy.png --command "$BUILD/flash-kda"; }
 
 failed=""
 for step in ${@:-build check tests sanitizers bench}; do

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The C tests under AddressSanitizer and UndefinedBehaviorSanitizer, without kernels: they run on the host.
+# Runs the C tests under AddressSanitizer and UndefinedBehaviorSanitizer. Kernels are left out: the tests run
+# on the host.
 set -eu
 sh scripts/build.sh build-sanitize -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
     -DFLASH_KDA_SANITIZE=address,undefined

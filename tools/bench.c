@@ -9,21 +9,26 @@
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda bench [--device cpu|cuda:N] [--kernel NAME] [--batch-invariant] [--heads H --lengths "
-    "LENGTHS]\n\n"
-    "Times the forward pass with fp32 states in and out. LENGTHS are the tokens of each sequence: 8192, or\n"
-    "1300,547,2048, or 1024x8 for eight of 1024. Without --lengths, a few shapes that suit the device. "
-    "--device is\n"
-    "CUDA device 0 if it can be used, else the CPU. --batch-invariant asks for results that don't depend on "
-    "the\n"
-    "batch.\n\n"
-    "  ms       the median of the time on the device (events around one call) or on the clock (CPU)\n"
-    "  GB/s     what must cross memory once, q, k, v, g, beta, out and both states, over that time\n"
-    "  floor    the time those bytes take at the speed of a large copy, measured in the same run\n"
-    "  x floor  ms over floor\n\n"
-    "Inputs have gates as trained models do: slow channels beside fast ones in every head. Where the tensors "
-    "of\n"
-    "one call would stay in the GPU's cache, calls take turns with several sets of them.\n";
+    "flash-kda bench [OPTION...]\n"
+    "Times the forward pass with fp32 states in and out.\n"
+    "\n"
+    "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or 1024x8 for eight\n"
+    "                       sequences of 1024 tokens; without it a few shapes that suit the device\n"
+    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the CPU\n"
+    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used, else the CPU\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the device\n" CUT_HELP
+    "  --batch-invariant    asks for results that don't depend on what else is in the batch\n"
+    "\n"
+    "The columns of the table:\n"
+    "\n"
+    "  ms       the median time of a call: on a GPU by events around it, on the CPU by the clock\n"
+    "  GB/s     the bytes of q, k, v, g, beta, out and both states, each counted once, over ms\n"
+    "  floor    the time in which the same bytes cross memory at the speed of a large copy, which is\n"
+    "           measured in the same run\n"
+    "  x floor  ms over floor\n"
+    "\n"
+    "Gates are as in trained models: every head has slow channels beside fast ones. If the tensors of\n"
+    "one call could stay in the GPU's cache, calls take turns with several sets of tensors.\n";
 
 enum { MAX_SETS = 16, MAX_REPEATS = 200 };
 
@@ -51,7 +56,8 @@ static problem *create_problem(shape s)
     return p;
 }
 
-/* Fills a few tokens and repeats them: the time does not depend on it, and random numbers are slow to make. */
+/* Fills a few tokens and repeats them. The time of a call does not depend on it, and random numbers are slow.
+ * */
 static void fill_repeating(problem *p)
 {
     const int64_t period = p->tokens < 256 ? p->tokens : 256;
@@ -66,14 +72,14 @@ static void fill_repeating(problem *p)
     }
 }
 
-/* What must cross memory once. */
+/* The bytes that must cross memory once: q, k, v, g, beta and out in bf16, and both states in fp32. */
 static double bytes_of(const problem *p)
 {
     double rows = (double)problem_rows(p), states = (double)problem_states(p);
     return rows * (5 * DIM * 2 + 2) + 2 * states * DIM * DIM * 4;
 }
 
-/* Bytes per second, read and written, of a copy within the device. */
+/* Bytes that a large copy within the device reads and writes in a second. */
 static double copy_speed(flash_kda_device device)
 {
     const size_t bytes = (size_t)1 << (device.type == FLASH_KDA_CPU ? 28 : 30);
@@ -107,7 +113,7 @@ static double time_problem(const problem *p, call_options how)
     if (count > MAX_SETS) count = MAX_SETS;
     for (int i = 0; i < count; i++) {
         must(call_open(&sets[i], p, how));
-        must(flash_kda_time_fwd(&sets[i].params, 1, &ms)); /* loads kernels, warms up */
+        must(flash_kda_time_fwd(&sets[i].params, 1, &ms)); /* loads kernels and warms caches up */
     }
     while (done < MAX_REPEATS && (done < 5 || spent < 1000)) {
         must(flash_kda_time_fwd(&sets[done % count].params, 1, &ms));
@@ -131,13 +137,20 @@ static void bench_shape(shape s, call_options how, double speed)
     problem_free(p);
 }
 
+static const char *const cut_words[] = {
+    [FLASH_KDA_CUT_AUTO] = "",
+    [FLASH_KDA_CUT_NEVER] = ", cut never",
+    [FLASH_KDA_CUT_ALWAYS] = ", cut always",
+    [FLASH_KDA_CUT_MIXED] = ", cut mixed",
+};
+
 static int bench(const flash_kda_device_info *info, call_options how, const shape *shapes, int count)
 {
     bool cpu = info->device.type == FLASH_KDA_CPU;
     printf("%s", bold());
     print_device(info);
-    printf(", kernel %s%s%s\n", how.kernel ? how.kernel : info->kernel,
-           how.batch_invariant ? ", whatever the batch" : "", plain());
+    printf(", kernel %s%s%s%s\n", how.kernel ? how.kernel : info->kernel, cut_words[how.cut],
+           how.batch_invariant ? ", batch invariant" : "", plain());
     progress("measuring a copy");
     double speed = copy_speed(info->device);
     progress_done();
@@ -181,7 +194,7 @@ int command_bench(int argc, char **argv)
     how.device = info.device;
     if (own.lengths) {
         int64_t *lengths;
-        lengths_option(own.lengths, &lengths); /* refuse before anything takes time */
+        lengths_option(own.lengths, &lengths); /* refuses wrong lengths before anything takes time */
         free(lengths);
         if (!own.heads) own.heads = default_heads(info.device);
         return bench(&info, how, &own, 1);

@@ -6,15 +6,19 @@
 #include "cases.h"
 #include "command.h"
 #include "compare.h"
+#include "recorded.h"
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda check [--device cpu|cuda:N] [--kernel NAME]\n\n"
-    "Runs the forward pass on inputs of every kind, ordinary and hard, and compares output and final state "
-    "with\n"
-    "the recurrence in fp64: relative RMS error, next to the most that is allowed. Without --device, on "
-    "every\n"
-    "device that can be used. The exit status is 0 if every line is good, 1 if one is not.\n";
+    "flash-kda check [OPTION...]\n"
+    "Runs the forward pass on ordinary and on hard inputs, and on recorded activations where the files\n"
+    "of data/ are at hand. Prints the relative RMS error of output and final state against the\n"
+    "recurrence in fp64, and beside each error the most that is allowed. The exit status is 0 if every\n"
+    "line is good, and 1 if one is not.\n"
+    "\n"
+    "  --device cpu|cuda:N  the device; given again, another device; without it every device that can\n"
+    "                       be used\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the device\n";
 
 enum { MAX_DEVICES = 64 };
 
@@ -59,25 +63,57 @@ static bool print_row(const test_case *c, const measurement *m, flash_kda_device
     return passed;
 }
 
-/* A long sequence, an empty one, and tails of a chunk. */
-static problem *case_problem(const test_case *c)
+/* What is checked: a case of made-up inputs, or recorded activations. */
+typedef struct subject {
+    const test_case *c;
+    const char *file; /* of data/; NULL: made up */
+} subject;
+
+/* Made-up inputs are a long sequence, an empty one, and sequences shorter than two chunks. NULL: the file is
+ * not at hand. */
+static problem *create_problem(const subject *s)
 {
     static const int64_t lengths[] = {1000, 0, 17, 7};
+    char path[1024], why[256];
+    if (s->file) {
+        if (!recorded_find(s->file, path)) return NULL;
+        problem *p = recorded_load(path, why);
+        if (!p) die("%s", why);
+        return p;
+    }
     problem *p = problem_create_ragged(lengths, 4, 2);
-    fill_case(p, c, 1);
+    fill_case(p, s->c, 1);
     return p;
 }
 
-static int check_devices(const flash_kda_device_info *infos, int count, const char *kernel)
+/* All cases, then the recorded ones. */
+static int list_subjects(subject *subjects)
 {
-    measurement *all = allocate((size_t)count * (size_t)test_case_count, sizeof *all);
-    int failed = 0;
-    for (int i = 0; i < test_case_count; i++) {
-        problem *p = case_problem(&test_cases[i]);
-        progress("%d of %d: %s", i + 1, test_case_count, test_cases[i].name);
+    int count = 0;
+    for (int i = 0; i < test_case_count; i++) subjects[count++] = (subject){.c = &test_cases[i]};
+    for (int i = 0; i < RECORDED_CASES; i++)
+        subjects[count++] = (subject){.c = &recorded_cases[i], .file = recorded_files[i]};
+    return count;
+}
+
+typedef struct outcome {
+    int checked, failed;
+} outcome;
+
+static outcome check_devices(const flash_kda_device_info *infos, int count, const char *kernel)
+{
+    subject *subjects = allocate((size_t)(test_case_count + RECORDED_CASES), sizeof *subjects);
+    const int most = list_subjects(subjects);
+    measurement *all = allocate((size_t)(count * most), sizeof *all);
+    outcome o = {0};
+    int found = 0; /* those at hand move to the front */
+    for (int i = 0; i < most; i++) {
+        problem *p = create_problem(&subjects[i]);
+        if (!p) continue;
+        progress("%d of %d: %s", i + 1, most, subjects[i].c->name);
         answer truth = problem_solve(p, true);
-        for (int d = 0; d < count; d++)
-            all[d * test_case_count + i] = measure(p, &truth, infos[d].device, kernel);
+        for (int d = 0; d < count; d++) all[d * most + found] = measure(p, &truth, infos[d].device, kernel);
+        subjects[found++] = subjects[i];
         answer_free(&truth);
         problem_free(p);
     }
@@ -87,12 +123,15 @@ static int check_devices(const flash_kda_device_info *infos, int count, const ch
         print_device(&infos[d]);
         printf(", kernel %s%s\n", kernel ? kernel : infos[d].kernel, plain());
         printf("  %-28s  %9s %9s  %9s %9s\n", "relative RMS error", "output", "at most", "state", "at most");
-        for (int i = 0; i < test_case_count; i++)
-            failed += !print_row(&test_cases[i], &all[d * test_case_count + i], infos[d].device);
+        for (int i = 0; i < found; i++) {
+            o.checked++;
+            o.failed += !print_row(subjects[i].c, &all[d * most + i], infos[d].device);
+        }
         putchar('\n');
     }
     free(all);
-    return failed;
+    free(subjects);
+    return o;
 }
 
 int command_check(int argc, char **argv)
@@ -121,11 +160,11 @@ int command_check(int argc, char **argv)
         free(all);
     }
     for (int i = 0; i < count; i++) require_kernel(chosen[i].device, kernel);
-    int failed = check_devices(chosen, count, kernel);
+    const outcome o = check_devices(chosen, count, kernel);
     if (every && *no_cuda) printf("No CUDA device was checked: %s\n", no_cuda);
-    if (failed)
-        printf("%s%d of %d checks failed.%s\n", bad(), failed, count * test_case_count, plain());
+    if (o.failed)
+        printf("%s%d of %d checks failed.%s\n", bad(), o.failed, o.checked, plain());
     else
-        printf("%sAll %d checks passed.%s\n", good(), count * test_case_count, plain());
-    return failed ? 1 : 0;
+        printf("%sAll %d checks passed.%s\n", good(), o.checked, plain());
+    return o.failed ? 1 : 0;
 }

@@ -1,4 +1,4 @@
-/* The `flash-kda` command: picks the subcommand. */
+/* The `flash-kda` command: finds the subcommand. */
 #include <stdio.h>
 #include <string.h>
 
@@ -8,10 +8,10 @@ static const struct {
     const char *name, *what;
     int (*run)(int, char **);
 } commands[] = {
-    {"info", "what the library found: devices, kernels, and why a device can't be used", command_info},
-    {"check", "a self-test on this machine against the recurrence in fp64", command_check},
+    {"info", "prints devices and kernels, and says what would run for a shape", command_info},
+    {"check", "tests this machine against the recurrence in fp64", command_check},
     {"bench", "times a few shapes, and compares them with what memory allows", command_bench},
-    {"run", "runs the forward pass on recorded activations and shows what it did", command_run},
+    {"run", "runs the forward pass on recorded activations and shows what it computed", command_run},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
@@ -20,7 +20,9 @@ static void help(FILE *to)
     fputs("flash-kda: Kimi Delta Attention, forward pass, on CPUs and NVIDIA GPUs\n\n", to);
     for (int i = 0; i < COMMANDS; i++)
         fprintf(to, "  flash-kda %-6s %s\n", commands[i].name, commands[i].what);
-    fputs("\nflash-kda COMMAND --help tells more; flash-kda --version is the library's version.\n", to);
+    fputs(
+        "\nflash-kda COMMAND --help explains a command. flash-kda --version prints the library's version.\n",
+        to);
 }
 
 int main(int argc, char **argv)
@@ -38,7 +40,7 @@ int main(int argc, char **argv)
         printf("flash-kda %s\n", flash_kda_version());
         return 0;
     }
-    opterr = 0; /* the commands say it themselves */
+    opterr = 0; /* the subcommands refuse wrong options with a sentence of their own */
     for (int i = 0; i < COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
     die("'%s' is not a command; there are info, check, bench and run (flash-kda --help)", name);

@@ -1,23 +1,37 @@
 /* flash-kda info */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "command.h"
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda info [--lengths LENGTHS [--heads H] [--device cpu|cuda:N] [--kernel NAME] "
-    "[--batch-invariant] [--longest-unknown]]\n\n"
-    "Prints the version, every device with the kernel that would run there (or why none can), and all "
-    "kernels of\n"
-    "this build. A kernel's name may be given to --kernel.\n\n"
-    "With --lengths, the tokens of each sequence (8192, or 1300,547,2048, or 1024x8 for eight of 1024): "
-    "which\n"
-    "kernel runs for that shape, why, and how it lays the work out. Nothing is computed. --device is CUDA "
-    "device 0\n"
-    "if it can be used, else the CPU; --batch-invariant asks for results that don't depend on the batch, "
-    "and\n"
-    "--longest-unknown for what runs if the caller doesn't say how long the longest sequence is.\n";
+    "flash-kda info\n"
+    "Prints the version, every device with the kernel that would run there (or the reason why none\n"
+    "can), and all kernels of this build.\n"
+    "\n"
+    "flash-kda info --lengths LENGTHS [OPTION...]\n"
+    "Says which kernel would run for a shape, why, and how it would lay the work out. Nothing is\n"
+    "computed.\n"
+    "\n"
+    "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or 1024x8 for eight\n"
+    "                       sequences of 1024 tokens\n"
+    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the CPU\n"
+    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used, else the CPU\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the device\n" CUT_HELP
+    "  --batch-invariant    asks for results that don't depend on what else is in the batch\n"
+    "  --longest-unknown    says what runs if the caller does not give the longest sequence's length\n";
+
+/* Why a device can't be used, after `where`. */
+static void print_reason(const char *where, const char *reason)
+{
+    char text[512];
+    snprintf(text, sizeof text, ": %s", reason);
+    printf("%s%scan't be used%s", where, bad(), plain());
+    print_wrapped(text, (int)(strlen(where) + strlen("can't be used")), 4);
+    putchar('\n');
+}
 
 static void print_devices(void)
 {
@@ -31,9 +45,9 @@ static void print_devices(void)
         if (infos[i].kernel[0])
             printf("\n    runs kernel %s%s%s\n", good(), infos[i].kernel, plain());
         else
-            printf("\n    %scan't be used%s: %s\n", bad(), plain(), infos[i].reason);
+            print_reason("\n    ", infos[i].reason);
     }
-    if (*no_cuda) printf("  cuda: can't be used: %s\n", no_cuda);
+    if (*no_cuda) print_reason("  cuda: ", no_cuda);
     free(infos);
 }
 
@@ -48,31 +62,58 @@ static void print_kernels(void)
     bool cuda = false;
     for (int i = 0; i < count; i++) {
         cuda = cuda || infos[i].device_type == FLASH_KDA_CUDA;
-        printf("  %-15s %-5s %s: %s\n", infos[i].name,
-               infos[i].device_type == FLASH_KDA_CUDA ? "cuda" : "cpu", infos[i].archs, infos[i].description);
+        char text[512];
+        const int indent =
+            printf("  %-15s %-5s ", infos[i].name, infos[i].device_type == FLASH_KDA_CUDA ? "cuda" : "cpu");
+        snprintf(text, sizeof text, "%s: %s\n", infos[i].archs, infos[i].description);
+        print_wrapped(text, indent, indent);
     }
     if (!cuda) printf("  This build has no CUDA kernels: nvcc did not work, or FLASH_KDA_CUDA was off.\n");
     free(infos);
 }
 
-static void explain(const flash_kda_device_info *info, const char *kernel, flash_kda_cut cut,
-                    bool batch_invariant, bool longest_unknown, const char *text, int64_t heads)
+/* What the options of `info` ask for. */
+typedef struct question {
+    flash_kda_device_info device; /* struct_size 0: not given */
+    const char *lengths, *kernel; /* NULL: not given */
+    int64_t heads;                /* 0: not given */
+    flash_kda_cut cut;
+    bool cut_given, batch_invariant, longest_unknown;
+} question;
+
+static void explain(const question *asked)
 {
     char words[1200];
-    int64_t *lengths, count = lengths_option(text, &lengths);
+    int64_t *lengths, count = lengths_option(asked->lengths, &lengths);
+    const flash_kda_device_info device = asked->device.struct_size ? asked->device : best_device();
+    const int64_t heads = asked->heads ? asked->heads : default_heads(device.device);
     flash_kda_fwd_params params = shape_params(lengths, count, heads);
-    if (longest_unknown) params.max_seqlen = 0;
     free(lengths);
-    params.device = info->device;
-    params.kernel = kernel;
-    params.cut = cut;
-    params.batch_invariant = batch_invariant;
+    if (asked->longest_unknown) params.max_seqlen = 0;
+    params.device = device.device;
+    params.kernel = asked->kernel;
+    params.cut = asked->cut;
+    params.batch_invariant = asked->batch_invariant;
     must(flash_kda_explain(&params, words, sizeof words));
     printf("%s", bold());
-    print_device(info);
-    printf("%s\n%lld %s, %lld tokens in all, %lld %s\n\n%s", plain(), (long long)count,
+    print_device(&device);
+    printf("%s\n%lld %s, %lld tokens in all, %lld %s\n\n", plain(), (long long)count,
            count == 1 ? "sequence" : "sequences", (long long)params.q.shape[1], (long long)heads,
-           heads == 1 ? "head" : "heads", words);
+           heads == 1 ? "head" : "heads");
+    print_wrapped(words, 0, 0);
+}
+
+/* Refuses the options that only say more about a shape, if there is no shape. */
+static void refuse_without_lengths(const question *asked)
+{
+    const char *given = asked->heads                ? "--heads"
+                        : asked->kernel             ? "--kernel"
+                        : asked->cut_given          ? "--cut"
+                        : asked->batch_invariant    ? "--batch-invariant"
+                        : asked->longest_unknown    ? "--longest-unknown"
+                        : asked->device.struct_size ? "--device"
+                                                    : NULL;
+    if (given) die("%s needs --lengths, for example --lengths 8192", given);
 }
 
 int command_info(int argc, char **argv)
@@ -88,41 +129,29 @@ int command_info(int argc, char **argv)
         HELP_OPTION,
         {0},
     };
-    flash_kda_device_info info = {0};
-    const char *kernel = NULL, *lengths = NULL;
-    int64_t heads = 0;
-    flash_kda_cut cut = FLASH_KDA_CUT_AUTO;
-    bool batch_invariant = false, longest_unknown = false, cut_given = false;
+    question asked = {.cut = FLASH_KDA_CUT_AUTO};
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
-        case 'd': info = find_device(device_option(optarg)); break;
-        case 'k': kernel = optarg; break;
+        case 'd': asked.device = find_device(device_option(optarg)); break;
+        case 'k': asked.kernel = optarg; break;
         case 'c':
-            cut = cut_option(optarg);
-            cut_given = true;
+            asked.cut = cut_option(optarg);
+            asked.cut_given = true;
             break;
-        case 'i': batch_invariant = true; break;
-        case 'u': longest_unknown = true; break;
-        case 'H': heads = heads_option(optarg); break;
-        case 'l': lengths = optarg; break;
+        case 'i': asked.batch_invariant = true; break;
+        case 'u': asked.longest_unknown = true; break;
+        case 'H': asked.heads = heads_option(optarg); break;
+        case 'l': asked.lengths = optarg; break;
         default: refuse_option("info", argv);
         }
     }
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
-    if (lengths) {
-        if (!info.struct_size) info = best_device();
-        explain(&info, kernel, cut, batch_invariant, longest_unknown, lengths,
-                heads ? heads : default_heads(info.device));
+    if (asked.lengths) {
+        explain(&asked);
         return 0;
     }
-    if (heads || kernel || cut_given || batch_invariant || longest_unknown || info.struct_size)
-        die("%s needs --lengths, for example --lengths 8192", heads             ? "--heads"
-                                                              : kernel          ? "--kernel"
-                                                              : cut_given       ? "--cut"
-                                                              : batch_invariant ? "--batch-invariant"
-                                                              : longest_unknown ? "--longest-unknown"
-                                                                                : "--device");
+    refuse_without_lengths(&asked);
     printf("flash_kda %s\n", flash_kda_version());
     print_devices();
     print_kernels();

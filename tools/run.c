@@ -1,10 +1,8 @@
 /* flash-kda run */
-#define _POSIX_C_SOURCE 200809L
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "call.h"
 #include "cases.h"
@@ -14,39 +12,21 @@
 #include "terminal.h"
 
 static const char help[] =
-    "flash-kda run [FILE.safetensors] [--device cpu|cuda:N] [--kernel NAME]\n\n"
-    "Runs the forward pass on the activations in FILE (q, k, v, g, beta, A_log, dt_bias as one layer of a "
-    "model\n"
-    "hands them over) and shows what it computed, its error against the recurrence in fp64, its time, and "
-    "how\n"
-    "long each head remembers. Without FILE: the recorded last layer of a small model, or made-up "
-    "activations if\n"
-    "that file is not there. --device is CUDA device 0 if it can be used, else the CPU.\n";
+    "flash-kda run [FILE] [OPTION...]\n"
+    "Runs the forward pass on the activations in FILE, and shows its error against the recurrence in\n"
+    "fp64, its time, how long each head remembers, and the size of the output. FILE is a safetensors\n"
+    "file with q, k, v, g, beta, A_log and dt_bias as a layer of a model hands them over. Without FILE\n"
+    "the recorded last layer of a small model is used, or made-up activations if it is not at hand.\n"
+    "\n"
+    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used, else the CPU\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the device\n";
 
 enum { COLUMNS = 64, SHOWN_HEADS = 16, REPEATS = 50 };
-
-/* The recorded layer: here, beside the folder of the program, or where it is installed. */
-static bool find_recorded(char path[1024])
-{
-    static const char *const places[] = {"/data", "/../data", "/../share/flash_kda"};
-    char folder[900] = "";
-    snprintf(path, 1024, "data/kda_layer3.safetensors");
-    if (access(path, R_OK) == 0) return true;
-    ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
-    if (length <= 0) return false;
-    folder[length] = 0;
-    *strrchr(folder, '/') = 0;
-    for (int i = 0; i < 3; i++) {
-        snprintf(path, 1024, "%s%s/kda_layer3.safetensors", folder, places[i]);
-        if (access(path, R_OK) == 0) return true;
-    }
-    return false;
-}
 
 static problem *load(const char *given)
 {
     char path[1024], why[256];
-    if (given || find_recorded(path)) {
+    if (given || recorded_find(recorded_files[RECORDED_CASES - 1], path)) {
         problem *p = recorded_load(given ? given : path, why);
         if (!p) die("%s", why);
         printf("%s%s%s\n", bold(), given ? given : path, plain());
@@ -60,7 +40,8 @@ static problem *load(const char *given)
 
 /* ---- What the gates are ---- */
 
-/* Mean log decay of every channel of a head in nats a token, positive; ascending, so the slowest comes first. */
+/* The mean decay of every channel of a head in nats a token, as positive numbers in ascending order: the
+ * slowest channel comes first. */
 static void decay_rates(const problem *p, int64_t h, double rates[DIM])
 {
     int64_t tokens = p->batch * p->tokens;
@@ -76,7 +57,7 @@ static void decay_rates(const problem *p, int64_t h, double rates[DIM])
     median(rates, DIM); /* sorts */
 }
 
-/* "0.18", "34", "12,800" tokens until half is forgotten. */
+/* Tokens until half is forgotten, as a reader wants them: "0.18", "34", "12,800". */
 static const char *half_life(double rate, char words[24])
 {
     double tokens = log(2.0) / rate;
@@ -97,21 +78,21 @@ static void print_levels(const double levels[COLUMNS])
     end_levels();
 }
 
-/* Half-lives from 0.1 to 10,000 tokens, on a log scale. */
+/* A row of half-lives for each head. */
 static void print_memory(const problem *p, int64_t heads)
 {
     char slow[24], middle[24], fast[24];
-    printf("\n%sMemory of the channels%s, slowest to fastest; height: tokens until half is forgotten, 0.1 to "
-           "10,000 "
-           "(log)\n  %-6s  %-*s %9s %9s %9s\n",
-           bold(), plain(), "", COLUMNS, "", "slowest", "median", "fastest");
+    printf(
+        "\n%sMemory of the channels%s, from the slowest to the fastest. The height is the number of tokens\n"
+        "until half is forgotten, from 0.1 to 10,000 on a logarithmic scale.\n  %-6s  %-*s %9s %9s %9s\n",
+        bold(), plain(), "", COLUMNS, "", "slowest", "median", "fastest");
     for (int64_t h = 0; h < heads; h++) {
         double rates[DIM], levels[COLUMNS];
         decay_rates(p, h, rates);
         for (int i = 0; i < COLUMNS; i++) {
             double rate = 0.5 * (rates[2 * i] + rates[2 * i + 1]);
             levels[i] = (log10(log(2.0) / rate) + 1) / 5;
-            if (levels[i] < 0.125) levels[i] = 0.125; /* a channel that forgets at once is still there */
+            if (levels[i] < 0.125) levels[i] = 0.125; /* a channel that forgets within a token is shown too */
         }
         printf("  head %-2lld ", (long long)h);
         print_levels(levels);
@@ -125,9 +106,10 @@ static void print_memory(const problem *p, int64_t heads)
 static void print_output(const problem *p, const uint16_t *out, int64_t heads)
 {
     int64_t tokens = p->batch * p->tokens;
-    printf("\n%sSize of the output%s over time; height: relative to the head's largest; RMS over all on the "
-           "right\n",
-           bold(), plain());
+    printf(
+        "\n%sSize of the output%s over time. The height is relative to the head's largest; the RMS over all\n"
+        "tokens stands on the right.\n",
+        bold(), plain());
     for (int64_t h = 0; h < heads; h++) {
         double levels[COLUMNS] = {0}, largest = 0, total = 0;
         for (int column = 0; column < COLUMNS; column++) {
@@ -203,7 +185,7 @@ static int run(const char *file, const flash_kda_device_info *info, const char *
         print_memory(p, heads);
         print_output(p, out, heads);
     }
-    if (heads < p->heads) printf("  and %lld heads more\n", (long long)(p->heads - heads));
+    if (heads < p->heads) printf("  and %lld more heads\n", (long long)(p->heads - heads));
     answer_free(&truth);
     free(out);
     free(state);

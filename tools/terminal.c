@@ -22,11 +22,11 @@ static bool knows_unicode(void)
     return isatty(STDOUT_FILENO) && strcmp(nl_langinfo(CODESET), "UTF-8") == 0;
 }
 
-static int colour_now = -1; /* of a run of levels */
+static int colour_now = -1; /* the colour of the last print_level() of a run; -1: none */
 
 void print_level(double level)
 {
-    static const char *const blocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+    static const char *const bars[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
     static const char ramp[] = " .:-=+*#@";
     static const int colours[] = {24, 24, 31, 38, 44, 43, 79, 150, 229}; /* deep blue to pale yellow */
     int step = level > 0 ? (int)(level * 8 + 0.5) : 0;
@@ -34,9 +34,35 @@ void print_level(double level)
     if (terminal_has_colour() && colours[step] != colour_now) printf("\033[38;5;%dm", colours[step]);
     colour_now = colours[step];
     if (knows_unicode())
-        fputs(blocks[step], stdout);
+        fputs(bars[step], stdout);
     else
         putchar(ramp[step]);
+}
+
+int print_wrapped(const char *text, int column, int indent)
+{
+    bool at_start = true; /* of a line, where no space comes before a word */
+    while (*text) {
+        const int word = (int)strcspn(text, " \n");
+        if (!at_start && column + 1 + word > LINE_COLUMNS) {
+            printf("\n%*s", indent, "");
+            column = indent;
+            at_start = true;
+        }
+        if (word) {
+            printf("%s%.*s", at_start ? "" : " ", word, text);
+            column += word + !at_start;
+            at_start = false;
+        }
+        text += word;
+        if (*text == '\n') {
+            printf("\n%*s", text[1] ? indent : 0, "");
+            column = text[1] ? indent : 0;
+            at_start = true;
+        }
+        if (*text) text++;
+    }
+    return column;
 }
 
 void end_levels(void)

@@ -4,24 +4,31 @@
 
 #include <stdbool.h>
 
-/* Colours: standard output is a terminal, and NO_COLOR is not set. */
+/* Whether colours are shown: standard output is a terminal, and NO_COLOR is not set. */
 bool terminal_has_colour(void);
 
-/* The size of a number in [0, 1] as one cell: a block where standard output is a terminal that knows Unicode,
- * else a character. */
+/* Prints a number in [0, 1] as one cell: a bar of its height where standard output is a terminal that shows
+ * Unicode, else a character. */
 void print_level(double level);
 
-/* Ends a run of print_level(): back to the terminal's own colours. */
+/* Prints a text whose lines are broken between words, so that no line is longer than LINE_COLUMNS unless one
+ * word is. The first line begins at `column`, where the cursor is; others begin with `indent` spaces. Returns
+ * the column where the text ends. */
+enum { LINE_COLUMNS = 100 };
+int print_wrapped(const char *text, int column, int indent);
+
+/* Ends a run of print_level(), and goes back to the terminal's own colours. */
 void end_levels(void);
 
-/* "" or escape sequences. */
+/* Escape sequences, or "" where no colours are shown. */
 const char *bold(void);
 const char *good(void);
 const char *bad(void);
 const char *faint(void);
 const char *plain(void);
 
-/* A line on standard error that the next one replaces; nothing if that is no terminal. */
+/* Prints a line on standard error that the next such line replaces, or nothing if standard error is no
+ * terminal. */
 void progress(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void progress_done(void);
 

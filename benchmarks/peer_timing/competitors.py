@@ -1,4 +1,7 @@
-"""What is timed. A competitor turns one set of arguments into a call that returns (out, final state or None)."""
+"""What is timed. A competitor turns one set of arguments into a call.
+
+The call returns (out, final state or None).
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,20 @@ Competitor = Callable[[dict], Call]
 
 
 def load(spec: dict[str, Any]) -> tuple[Competitor, str]:
-    """The competitor and its version. spec: {"kind": "flash_kda", "fla" or "path", "path": of a peer, "kernel": of ours, or
-    None, "tunes_once": of FLA}."""
+    """The competitor that a spec describes, and its version.
+
+    The spec has "kind" ("flash_kda", "fla" or "path"), the "path" of a peer, "kernel" and "cut" of this
+    library (None: its own choice), and "tunes_once" of FLA.
+    """
     if spec["kind"] == "fla":
         return _load_fla(spec.get("tunes_once", False))
     module = importlib.import_module("flash_kda") if spec["kind"] == "flash_kda" else _load_peer(spec["path"])
     if not callable(getattr(module, "fwd", None)):
         raise ImportError(f"{spec.get('path', 'flash_kda')} defines no fwd")
     version = getattr(module, "__version__", None)
-    fwd = functools.partial(module.fwd, kernel=spec["kernel"]) if spec.get("kernel") else module.fwd
-    return _writes_into(fwd), str(version or "of unknown version")
+    # Only what was asked for is passed on, so that a build that lacks an argument can be timed without it.
+    asked = {name: spec[name] for name in ("kernel", "cut") if spec.get(name)}
+    return _writes_into(functools.partial(module.fwd, **asked)), str(version or "of unknown version")
 
 
 def _load_peer(path: str) -> Any:
@@ -53,7 +60,7 @@ def _writes_into(fwd: Callable[..., Any]) -> Competitor:
         final = torch.empty_like(x["initial_state"]) if "initial_state" in x else None
         more = {}
         if "cu_seqlens" in x and "max_seqlen" in inspect.signature(fwd).parameters:
-            more["max_seqlen"] = int(x["cu_seqlens"].diff().max())  # as whoever serves knows it
+            more["max_seqlen"] = int(x["cu_seqlens"].diff().max())  # a server knows it
 
         def call() -> tuple:
             fwd(**x, **more, out=out, final_state=final)
@@ -65,7 +72,7 @@ def _writes_into(fwd: Callable[..., Any]) -> Competitor:
 
 
 def _tune_once() -> None:
-    """What a Triton kernel was found to be fastest with, it keeps for all other shapes."""
+    """Makes each Triton kernel keep the configuration that was fastest in its first run."""
     from triton.runtime.autotuner import Autotuner
 
     tune_and_run = Autotuner.run
@@ -80,7 +87,7 @@ def _tune_once() -> None:
 
 
 def _load_fla(tunes_once: bool) -> tuple[Competitor, str]:
-    # Before its import: its own Triton kernels, not ours or another's through its dispatcher.
+    # Set before FLA is imported, so that it runs its own Triton kernels and dispatches to no other package.
     os.environ["FLA_FLASH_KDA"] = "0"
     os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
     if tunes_once:
@@ -95,7 +102,7 @@ def _load_fla(tunes_once: bool) -> tuple[Competitor, str]:
         "safe_gate": True,
         "state_v_first": True,
     }
-    last: list[Any] = [None, None]  # cu_seqlens and its copy on the host: FLA caches by identity
+    last: list[Any] = [None, None]  # cu_seqlens and its copy on the host, since FLA caches by identity
 
     def competitor(x: dict) -> Call:
         arguments = x | flags | {"output_final_state": "initial_state" in x}

@@ -13,23 +13,23 @@ L2_BYTES = 50 << 20
 MOST_SETS = 32
 # Bias of the gate from a head's first channel to its last. With g ~ N(0, 1) and the bound at -5 nats a token:
 GATES = {
-    "mixed": (
-        -10.0,
-        2.0,
-    ),  # 3e-4 to 4.2 nats, median 0.02 to 0.2: the span within every head of a trained model
-    "slow": (-12.0, -6.0),  # every channel remembers hundreds of tokens at least
-    "fast": (1.0, 3.0),  # all is forgotten within a few tokens; no trained model is like this
+    # 3e-4 to 4.2 nats a token, with a median of 0.02 to 0.2: the span within every head of a trained model.
+    "mixed": (-10.0, 2.0),
+    # Every channel remembers at least hundreds of tokens.
+    "slow": (-12.0, -6.0),
+    # Every channel forgets within a few tokens. No trained model is like this.
+    "fast": (1.0, 3.0),
 }
 
 
 def make_sets(shape: str, gates: str, states: str, device: str) -> list[dict[str, Any]]:
-    """So many sets of arguments that none is in the L2 cache when its turn comes again."""
+    """As many sets of arguments as it takes for none to be in the L2 cache when its turn comes again."""
     size = bytes_once(shape, states)
-    # Twice the cache between two uses of a set; one set that is far larger pushes itself out.
+    # Between two uses of a set, twice the cache is read. A set that is far larger pushes itself out.
     count = 1 if size > 40 * L2_BYTES or device == "cpu" else min(MOST_SETS, 2 + 2 * L2_BYTES // size)
     _, lengths = parse(shape)
     shared = {}
-    if len(lengths) > 1:  # one tensor for all: FLA keeps what it derives from it by identity
+    if len(lengths) > 1:  # one tensor for all sets, since FLA caches what it derives by identity
         shared["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
     return [make(shape, gates, states, device, seed) | shared for seed in range(count)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import report
-from .shapes import label, parse
+from .shapes import parse
 
 
 def draw(result: report.Result, path: str) -> None:
@@ -24,10 +24,10 @@ def draw(result: report.Result, path: str) -> None:
     points = [(y, ms / floor) for y, floor, ms in marks if ms]
     if points:
         axes.plot([p[1] for p in points], [p[0] for p in points], "k.", label="FlashKDA, measured earlier")
-    varied = [key for key in ("gates", "states") if len({row[key] for row in rows}) > 1]
+    varied = report.varied(rows)
     axes.set_yticks(
         [y + 0.4 - height / 2 for y in range(len(rows))],
-        [", H ".join(label(row["shape"])) + "".join(f", {row[key]}" for key in varied) for row in rows],
+        [report.title(row) + "".join(f", {row[key]}" for key in varied) for row in rows],
         fontsize=8,
     )
     axes.set(
@@ -45,7 +45,10 @@ def draw(result: report.Result, path: str) -> None:
 
 
 def curve(result: report.Result, path: str) -> None:
-    """A line for each competitor and number of heads, and one for the floor; shapes of several sequences are left out."""
+    """A line for each competitor and number of heads, and one for the floor.
+
+    Shapes of several sequences are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

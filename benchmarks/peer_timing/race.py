@@ -18,7 +18,7 @@ from .shapes import bytes_once
 WARM_ROUNDS = 2
 OVERDUE = "the time limit came first"
 BENCHMARKS = Path(__file__).resolve().parents[1]
-Tick = Callable[[float], None]  # is told, while a worker is busy, for how many seconds it has been
+Tick = Callable[[float], None]  # called while a worker is busy, with the seconds since its request
 
 
 class RaceError(Exception):
@@ -108,15 +108,15 @@ class Race:
     gates: str
     states: str
     rounds: int
-    say: Callable[[str], None]  # something happened that the reader must know
+    say: Callable[[str], None]  # for what the reader must know
     progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
 
     def start(self) -> dict[str, Any]:
-        """Who races, on what, and how fast its memory is."""
-        for competitor in self.competitors:  # all at once: the import of PyTorch takes seconds
+        """Which competitors race, on which device, and how fast its memory is."""
+        for competitor in self.competitors:  # side by side, since the import of PyTorch takes seconds
             competitor.begin()
         about: dict[str, dict[str, Any]] = {}
         for competitor in self.competitors:
@@ -142,7 +142,7 @@ class Race:
         for turn in range(WARM_ROUNDS + self.rounds):
             self.progress(f"{shape}: round {turn + 1} of {WARM_ROUNDS + self.rounds}")
             first = turn % max(1, len(racers))
-            for competitor in racers[first:] + racers[:first]:  # each in turn begins
+            for competitor in racers[first:] + racers[:first]:  # another one begins in every round
                 times = self._attempt(competitor, row, {"do": "round"})
                 if times is None:
                     racers = [c for c in racers if c is not competitor]
@@ -174,7 +174,10 @@ class Race:
         request: dict[str, Any],
         deadline: float | None = None,
     ) -> dict[str, Any] | None:
-        """The answer; or None, the competitor left out of the row and its process ended, whose state nobody knows."""
+        """The answer, or None if there is none.
+
+        Then the competitor is left out of the row, and its process, whose state is unknown, is ended.
+        """
 
         def tick(seconds: float) -> None:
             self.progress(f"{row['shape']}: {competitor.name}, {request['do']}, {seconds:.0f} s")

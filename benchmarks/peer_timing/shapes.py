@@ -1,6 +1,7 @@
-"""The shapes, and what is asked and known of them.
+"""The shapes, and the figures that are known and asked for them.
 
-A shape is HEADS:LENGTHS, as in `flash-kda bench`: 96:8192, 96:1300,547 or 12:2048x4 (four sequences of 2048 tokens).
+A shape is HEADS:LENGTHS, as in `flash-kda bench`: 96:8192, 96:1300,547 or 12:2048x4 (four sequences of 2048
+tokens).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ KNOWN = {
     "8:30000,100x50": Known(None, None),
     "16:12000,400x11": Known(None, None),
 }
-# Few heads, as on one of eight GPUs that serve a model: their geometric mean is the figure that others publish.
+# Shapes of few heads, as one of eight GPUs has them that serve a model. Other implementations publish the
+# geometric mean over these shapes.
 SERVING = list(KNOWN)[6:16]
 
 _SHAPE = re.compile(r"([1-9]\d*):([1-9]\d*(?:x[1-9]\d*)?(?:,[1-9]\d*(?:x[1-9]\d*)?)*)")

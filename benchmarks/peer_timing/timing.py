@@ -25,7 +25,7 @@ class Timed:
         self.first = calls[0]()
         if not self.on_gpu:
             return
-        for call in calls:  # what is tuned or cached by input is so before the capture
+        for call in calls:  # whatever is tuned or cached for an input happens before the capture
             call()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -39,7 +39,10 @@ class Timed:
         self.replay_ms = self._replay(1)
 
     def _replay(self, times: int, warm: int = 1) -> float:
-        """Milliseconds of one replay. All is queued before the GPU gets there, so the host's speed does not count."""
+        """Milliseconds of one replay.
+
+        All replays are queued before the GPU gets to them, so the host's speed does not count.
+        """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(warm):
             self.graph.replay()
@@ -69,7 +72,10 @@ class Timed:
         return {"graph_ms": graph_ms, "plain_ms": self._plain(max(LEAST_CALLS, repeats(TIMED_MS, graph_ms)))}
 
     def rms(self) -> list[float]:
-        """Of out and of the final state of the first call: competitors that disagree do not do the same work."""
+        """The RMS of out and of the final state of the first call.
+
+        Competitors of which these numbers differ do not do the same work.
+        """
         norms = [
             (torch.linalg.vector_norm(x, dtype=torch.float32), x.numel()) for x in self.first if x is not None
         ]

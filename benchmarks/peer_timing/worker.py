@@ -1,11 +1,12 @@
 """One competitor in a process of its own: python -m peer_timing.worker SPEC
 
-SPEC is a JSON object: {"kind", "path", "device"}. The worker says once who it is, then answers one request a line:
+SPEC is a JSON object: {"kind", "path", "device", "kernel", "cut", "tunes_once"}, as competitors.py reads it.
+The worker says once which competitor it is, then answers one request a line:
 
     {"do": "copy_rate"}                                      {"copy_bytes_per_second"}
     {"do": "prepare", "shape", "gates", "states"}            {"rms"}: inputs made, warmed up, captured
     {"do": "round"}                                          {"graph_ms", "plain_ms"} of one call
-    {"do": "release"}                                        {}: memory is free for the others
+    {"do": "release"}                                        {}: its memory is free for other workers
 
 Any answer may be {"error": sentence} instead. The end of its input ends it.
 """

@@ -135,14 +135,13 @@ static void cases(void)
 
 static void recorded(void)
 {
-    static const char *const files[] = {"kda_layer0.safetensors", "kda_layer3.safetensors"};
-    for (int i = 0; i < (test.quick ? 1 : 2); i++) {
+    for (int i = 0; i < (test.quick ? 1 : RECORDED_CASES); i++) {
         char path[512], why[256];
-        snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, files[i]);
+        snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, recorded_files[i]);
         problem *p = recorded_load(path, why);
         if (!CHECK(p, "%s", why)) continue;
         if (test.quick) p->tokens = 200;
-        trying("%s", files[i]);
+        trying("%s", recorded_files[i]);
         answer truth = problem_solve(p, false);
         result r = run_and_check(p, &truth, case_bars(&recorded_cases[i], test.device),
                                  options_of(STATE_OUT, false));

@@ -95,12 +95,11 @@ static uint16_t *repeat(uint16_t *from, int64_t count, int times)
 /* The window that was recorded, over and over: real slow channels through many segments. */
 static void recorded(void)
 {
-    static const char *const files[] = {"kda_layer0.safetensors", "kda_layer3.safetensors"};
     const int times = test.quick ? 1 : 8;
     if (!kernel_cuts()) return;
     for (int i = 0; i < 2; i++) {
         char path[512], why[256];
-        snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, files[i]);
+        snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, recorded_files[i]);
         problem *p = recorded_load(path, why);
         if (!CHECK(p, "%s", why)) continue;
         const int64_t tokens = problem_rows(p);
@@ -108,7 +107,7 @@ static void recorded(void)
         for (int t = 0; t < 4; t++) *tensors[t] = repeat(*tensors[t], tokens * DIM, times);
         p->beta = repeat(p->beta, tokens, times);
         p->tokens *= times;
-        trying("%s, %d times", files[i], times);
+        trying("%s, %d times", recorded_files[i], times);
         check_cutting(p, case_bars(&recorded_cases[i], test.device));
         problem_free(p);
     }

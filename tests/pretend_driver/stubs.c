@@ -1,4 +1,5 @@
-/* Every entry of the driver that driver.c leaves out: it fails. */
+/* Every entry of the driver that no other file of this library defines: it fails with
+ * CUDA_ERROR_NOT_SUPPORTED. */
 #include "../../src/cuda/driver.h"
 
 #pragma GCC diagnostic ignored "-Wunused-parameter"

@@ -1,5 +1,6 @@
-"""The benchmark beside other implementations: benchmarks/peers.py. All of it but graphs runs without a GPU."""
+"""benchmarks/peers.py, the benchmark beside other implementations: all of it but graphs runs without a GPU."""
 
+import inspect
 import json
 import math
 import re
@@ -10,6 +11,8 @@ import types
 from pathlib import Path
 
 import pytest
+
+import flash_kda
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -110,54 +113,62 @@ def cells(line):
 
 def test_table(result):
     head, rule, first, second = report.table(result).splitlines()
-    names = [
-        "lengths",
-        "H",
-        "floor ms",
-        "flash_kda ms",
-        "x floor",
-        "spread",
-        "at most ms",
-        "FLA ms",
-        "FlashKDA ms*",
-    ]
-    assert cells(head) == [*names, "flash_kda plain ms", "FLA plain ms"]
-    assert cells(rule) == ["---"] * 11
-    assert cells(first) == [
-        "8192",
-        "96",
-        "0.340",
-        "0.510",
-        "1.50",
-        "21.6%",
-        "0.550",
-        "3.200",
-        "1.486",
-        "1.510",
-        "4.200",
-    ]
-    assert cells(second) == [
-        "2048",
-        "12",
-        "0.0110",
-        "0.0600",
-        "5.45",
-        "0.7%",
-        "0.0550",
-        "",
-        "0.236",
-        "1.060",
-        "",
-    ]
+    names = "lengths, H, floor, flash_kda, x floor, spread, at most, FLA, FlashKDA*"
+    assert cells(head) == names.split(", ")
+    assert cells(rule) == ["---"] * 9
+    assert cells(first) == ["8192", "96", "0.340", "0.510", "1.50", "21.6%", "0.550", "3.200", "1.486"]
+    assert cells(second) == ["2048", "12", "0.0110", "0.0600", "5.45", "0.7%", "0.0550", "", "0.236"]
+
+
+def test_table_of_plain_calls(result):
+    head, rule, first, second = report.plain_table(result).splitlines()
+    assert cells(head) == ["lengths", "H", "flash_kda", "FLA"]
+    assert cells(rule) == ["---"] * 4
+    assert cells(first) == ["8192", "96", "1.510", "4.200"]
+    assert cells(second) == ["2048", "12", "1.060", ""]
+    for row in result["rows"]:
+        for times in row["times"].values():
+            del times["graph_ms"]
+    assert report.plain_table(result) == "", "the first table has these times already"
 
 
 def test_remarks(result):
     said = " ".join(report.remarks(result))
     assert "flash_kda is within `at most` in 1 of 2 rows, over it in: 2048, H 12 (1.09 of it)." in said
     assert "FLA is left out of 2048, H 12: the time limit came first (600 s)." in said
-    assert "of all competitors: 21.6%" in said
+    assert "of any competitor, (slowest - fastest round) / median, is 21.6%" in said
+    assert "at the rate of a large copy in the same run: 3.000 TB/s" in said
+    assert "flash_kda takes 0.159 of the time of FLA in the geometric mean of 1 rows" in said
+    assert "while all other figures" not in said
     assert "Geometric mean" not in said
     assert "do not agree" not in said
+
+
+def test_another_gpu_is_named_beside_the_figures_of_an_h100(result):
+    result["runs"][0]["device"] = "NVIDIA H200"
+    said = " ".join(report.remarks(result))
+    assert "hold for an H100 SXM and fp32 states, while all other figures are of the NVIDIA H200." in said
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GeForce RTX 4090", "4090")],
+)
+def test_short_name(device, name):
+    assert report.short_name(device) == name
+
+
+def test_a_build_beside_an_older_one():
+    rows = [
+        made_up_row("96:8192", flash_kda=[0.5], before=[0.5]),
+        made_up_row("12:2048", flash_kda=[0.06], before=[0.05]),
+        made_up_row("8:4096", flash_kda=[0.06]),
+    ]
+    made_up = {"runs": [made_up_run(competitors={"flash_kda": "1", "before": "1"})], "rows": rows}
+    assert (
+        "flash_kda takes 1.095 of the time of before in the geometric mean of 2 rows, "
+        "from 1.000 (8192, H 96) to 1.200 (2048, H 12)."
+    ) in " ".join(report.remarks(made_up))
 
 
 def test_bars_are_for_fp32_states_on_a_gpu(result):
@@ -218,13 +229,40 @@ def test_from_json(result, tmp_path, capsys):
     text = Path(page).read_text()
     assert text.startswith("# flash_kda on NVIDIA H100\n")
     assert report.table(result) in text
-    assert "    python benchmarks/peers.py\n" in text
+    assert report.plain_table(result) in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 110
+    text = " ".join(text.split("\n"))
+    assert "    python benchmarks/peers.py  " in text
     assert (
         "driver 580.1, CUDA 13.0, PyTorch 2.11.0, Python 3.12.0, flash_kda 0.1.0, FLA 0.6.0, commit abc"
         in text
     )
-    assert "copy 3.000 TB/s" in text
+    assert "copy rate 3.000 TB/s" in text
     assert "![" not in text
+
+
+def test_publish(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    one = str(tmp_path / "one.json")
+    result["runs"][0]["device"] = "NVIDIA H200"
+    report.write(result, one)
+    (tmp_path / "docs").mkdir()
+    assert peers.main(["--from-json", one, "--publish", str(tmp_path)]) == 0
+    page = (tmp_path / "BENCHMARK_H200.md").read_text()
+    assert page.startswith("# flash_kda on NVIDIA H200\n")
+    assert "](docs/benchmark_h200.svg)" in page
+    assert "<svg" in (tmp_path / "docs" / "benchmark_h200.svg").read_text()
+    assert json.loads((tmp_path / "docs" / "benchmark_h200.json").read_text()) == result
+
+
+def test_a_long_command_is_continued():
+    run = made_up_run(command="python benchmarks/peers.py --shapes " + " ".join(shapes.KNOWN))
+    page = report.markdown({"runs": [run], "rows": [made_up_row(flash_kda=[1.0])]}, None, "")
+    lines = page[page.index("    python") :].split("\n\n")[0].splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 110
+    assert [line.endswith(" \\") for line in lines] == [True] * (len(lines) - 1) + [False]
+    assert "".join(lines).replace("\\", "").split() == run["command"].split()
 
 
 def test_picture(result, tmp_path):
@@ -250,6 +288,11 @@ def test_curve(tmp_path):
     ("argv", "sentence"),
     [
         (["--kernel", "a", "--kernel", "a"], "argument --kernel: the same one twice"),
+        (["--kernel", "hopper:some"], "argument --kernel: 'hopper:some' is not KERNEL or KERNEL:CUT"),
+        (["--kernel", ":never"], "argument --kernel: ':never' is not KERNEL or KERNEL:CUT"),
+        (["--kernel", "a", "--peer", "a=."], "argument --peer: the name a is a kernel's"),
+        (["--publish", "no/such"], "argument --publish: "),
+        (["--publish", "--json", "a.json"], "argument --publish: "),
         (["--shapes", "8192"], "argument --shapes: shape '8192': it must be HEADS:LENGTHS"),
         (["--fla-shapes", "some"], "argument --fla-shapes: shape 'some': it must be HEADS:LENGTHS"),
         (["--gates", "none"], "argument --gates: invalid choice"),
@@ -300,12 +343,37 @@ def run(*argv):
 def test_kernels_beside_each_other(tmp_path):
     pytest.importorskip("torch")
     file = str(tmp_path / "result.json")
-    kernels = ["--kernel", "cpu", "--kernel", "cpu-portable", "--kernel", "none"]
+    kernels = ["--kernel", "cpu", "--kernel", "cpu-portable", "--kernel", "none", "--kernel", "cpu:always"]
     done = run("--device", "cpu", "--shapes", "1:16", *kernels, "--rounds", "2", "--json", file)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(Path(file).read_text())["rows"]
-    assert row["times"].keys() == {"flash_kda", "flash_kda cpu-portable"}
-    assert "none" in row["left_out"]["flash_kda none"]
+    named = {"flash_kda", "cpu-portable"}
+    if "cut" in inspect.signature(flash_kda.fwd).parameters:
+        named.add("cpu:always")
+    assert row["times"].keys() == named
+    assert "none" in row["left_out"]["none"]
+
+
+def test_kernel_and_cut_reach_the_call(monkeypatch):
+    """An argument that was not asked for is not passed, so that a build without it can be timed."""
+    pytest.importorskip("torch")
+    passed = []
+    package = types.SimpleNamespace(fwd=lambda **given: passed.append(given), __version__="1")
+    monkeypatch.setattr(competitors, "_load_peer", lambda path: package)
+    for asked in ({}, {"kernel": "hopper", "cut": None}, {"kernel": "hopper", "cut": "never"}):
+        competitor, _ = competitors.load({"kind": "path", "path": "x", **asked})
+        competitor({"v": torch_zeros()})()
+    assert [{k: v for k, v in given.items() if k in ("kernel", "cut")} for given in passed] == [
+        {},
+        {"kernel": "hopper"},
+        {"kernel": "hopper", "cut": "never"},
+    ]
+
+
+def torch_zeros():
+    import torch
+
+    return torch.zeros(1)
 
 
 def test_a_run_on_the_cpu(peer_file, tmp_path):

@@ -1,14 +1,17 @@
-/* The shapes that options give. */
+/* What the values of options mean, and the sentences about wrong ones. */
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "command.h"
 #include "problem.h"
 
-enum { MAX_SEQUENCES = 65536, MAX_HEADS = 4096 };
+enum { MAX_SEQUENCES = 65536, MAX_HEADS = 4096, MAX_TOKENS = 1 << 24 };
 
-int64_t heads_option(const char *text)
+flash_kda_device device_option(const char *text)
 {
-    return number_option("--heads", text, MAX_HEADS);
+    flash_kda_device device;
+    if (!parse_device(text, &device)) die("--device is '%s'; it must be cpu or cuda:N", text);
+    return device;
 }
 
 flash_kda_cut cut_option(const char *text)
@@ -18,6 +21,20 @@ flash_kda_cut cut_option(const char *text)
     return cut;
 }
 
+int64_t number_option(const char *option, const char *text, int64_t max)
+{
+    char *end;
+    long long number = strtoll(text, &end, 10);
+    if (end == text || *end || number < 1 || number > max)
+        die("%s is '%s'; it must be a whole number from 1 to %lld", option, text, (long long)max);
+    return number;
+}
+
+int64_t heads_option(const char *text)
+{
+    return number_option("--heads", text, MAX_HEADS);
+}
+
 int64_t default_heads(flash_kda_device device)
 {
     return device.type == FLASH_KDA_CPU ? 8 : 96;
@@ -25,25 +42,31 @@ int64_t default_heads(flash_kda_device device)
 
 int64_t lengths_option(const char *text, int64_t **lengths)
 {
-    int64_t count = 0, *out = allocate(MAX_SEQUENCES, sizeof *out);
+    int64_t count = 0, *found = allocate(MAX_SEQUENCES, sizeof *found);
     const char *at = text;
     for (;;) {
         char *end;
         long long tokens = strtoll(at, &end, 10), times = 1;
-        if (end == at || tokens < 0 || tokens > 1 << 24) break;
+        if (end == at || tokens < 0 || tokens > MAX_TOKENS) break;
         if (*end == 'x') {
             at = end + 1;
             times = strtoll(at, &end, 10);
             if (end == at || times < 1) break;
         }
         if (times > MAX_SEQUENCES - count) die("--lengths has more than %d sequences", MAX_SEQUENCES);
-        while (times-- > 0) out[count++] = tokens;
-        *lengths = out;
+        while (times-- > 0) found[count++] = tokens;
+        *lengths = found;
         if (*end == 0) return count;
         if (*end != ',') break;
         at = end + 1;
     }
     die("--lengths is '%s'; it must be like 8192, or 1300,547, or 1024x8", text);
+}
+
+void refuse_option(const char *command, char **argv)
+{
+    const char *option = optind > 0 && argv[optind - 1] ? argv[optind - 1] : "";
+    die("'%s' is not an option here, or lacks its value; flash-kda %s --help lists them", option, command);
 }
 
 flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t heads)
@@ -61,14 +84,4 @@ flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t
     p.dt_bias = tensor_of(NULL, FLASH_KDA_F32, 2, bias);
     if (count > 1) p.cu_seqlens = tensor_of(NULL, FLASH_KDA_I64, 1, &borders);
     return p;
-}
-
-void require_kernel(flash_kda_device device, const char *kernel)
-{
-    const int64_t one = 1;
-    size_t bytes;
-    flash_kda_fwd_params p = shape_params(&one, 1, 1);
-    p.device = device;
-    p.kernel = kernel;
-    must(flash_kda_fwd_workspace_size(&p, &bytes));
 }

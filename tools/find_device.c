@@ -1,29 +1,8 @@
+/* Which devices there are, and the one that a command uses. */
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "command.h"
-
-flash_kda_device device_option(const char *text)
-{
-    flash_kda_device device;
-    if (!parse_device(text, &device)) die("--device is '%s'; it must be cpu or cuda:N", text);
-    return device;
-}
-
-int64_t number_option(const char *option, const char *text, int64_t max)
-{
-    char *end;
-    long long number = strtoll(text, &end, 10);
-    if (end == text || *end || number < 1 || number > max)
-        die("%s is '%s'; it must be a whole number from 1 to %lld", option, text, (long long)max);
-    return number;
-}
-
-void refuse_option(const char *command, char **argv)
-{
-    const char *option = optind > 0 && argv[optind - 1] ? argv[optind - 1] : "";
-    die("'%s' is not an option here, or lacks its value; flash-kda %s --help lists them", option, command);
-}
 
 flash_kda_device_info *list_devices(int *count, const char **no_cuda)
 {
@@ -66,5 +45,15 @@ void print_device(const flash_kda_device_info *info)
 {
     char name[16];
     printf("%s: %s, %s, %d %s, %.0f GB", device_text(info->device, name), info->name, info->arch, info->units,
-           info->device.type == FLASH_KDA_CPU ? "threads" : "multiprocessors", 1e-9 * (double)info->memory);
+           info->device.type == FLASH_KDA_CPU ? "threads" : "SMs", 1e-9 * (double)info->memory);
+}
+
+void require_kernel(flash_kda_device device, const char *kernel)
+{
+    const int64_t one_token = 1;
+    size_t bytes;
+    flash_kda_fwd_params p = shape_params(&one_token, 1, 1);
+    p.device = device;
+    p.kernel = kernel;
+    must(flash_kda_fwd_workspace_size(&p, &bytes));
 }

@@ -1,0 +1,94 @@
+/*
+ * What a forward pass asks of the driver, as functions that succeed and return at once: contexts, modules,
+ * launches, memset and TMA descriptors. No kernel runs and no memory is touched, so the time of a forward
+ * call is the library's own host time (benchmarks/host_time.c). Memory, copies and events stay failing stubs
+ * (stubs.c): a program that wants results stops at its first allocation instead of printing numbers that no
+ * GPU computed.
+ */
+#include "../../src/cuda/driver.h"
+#include "counts.h"
+
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+
+#define DECLARE(name, symbol, arguments) CUresult name arguments __asm__(symbol);
+FKDA_DRIVER_FUNCTIONS(DECLARE)
+FKDA_NEW_DRIVER_FUNCTIONS(DECLARE)
+
+/* Handles point here: the library only keeps them and hands them back. */
+static char handle;
+
+static CUresult called(void)
+{
+    pretended_counts_of_thread()->calls++;
+    return 0;
+}
+
+static CUresult launched(void)
+{
+    pretended_counts_of_thread()->launches++;
+    return called();
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
+{
+    *context = (CUcontext)&handle;
+    return called();
+}
+
+CUresult cuCtxPushCurrent(CUcontext context)
+{
+    return called();
+}
+
+CUresult cuCtxPopCurrent(CUcontext *context)
+{
+    *context = (CUcontext)&handle;
+    return called();
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *image)
+{
+    *module = (CUmodule)&handle;
+    return called();
+}
+
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name)
+{
+    *function = (CUfunction)&handle;
+    return called();
+}
+
+CUresult cuFuncSetAttribute(CUfunction function, int attribute, int value)
+{
+    return called();
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, CUstream stream)
+{
+    return called();
+}
+
+CUresult cuStreamSynchronize(CUstream stream)
+{
+    return called();
+}
+
+CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes,
+                                const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
+                                int interleave, int swizzle, int promotion, int fill)
+{
+    return called();
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                        unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                        CUstream stream, void **arguments, void **extra)
+{
+    return launched();
+}
+
+CUresult cuLaunchKernelEx(const fkda_launch_config *config, CUfunction function, void **arguments,
+                          void **extra)
+{
+    return launched();
+}

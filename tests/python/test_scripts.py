@@ -1,0 +1,423 @@
+"""Starts every script, so that none can break unseen. Tools that need a GPU, a network or minutes are stubs.
+
+A stub is a program on PATH that notes its name and arguments and succeeds, or fails if its name is in
+STUBS_THAT_FAIL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Every script and program of scripts/, benchmarks/, examples/ and .ci/, with the test that starts it: a
+# function of tests/python, or a test of CTest.
+STARTED_BY = {
+    ".ci/run": "test_ci_runs_every_section",
+    "benchmarks/cpu_sgemm.c": "cpu_sgemm",
+    "benchmarks/host_time.c": "host_time",
+    "benchmarks/peers.py": "test_a_run_on_the_cpu",
+    "benchmarks/python_overhead.py": "test_python_overhead",
+    "examples/forward.c": "example_forward",
+    "examples/quickstart.py": "test_quickstart_runs_as_it_stands",
+    "scripts/build.sh": "test_build",
+    "scripts/check_kernels.py": "test_check_kernels_of_a_folder",
+    "scripts/check_lines.py": "test_long_lines_are_found",
+    "scripts/environment.py": "test_environment",
+    "scripts/gpu.sh": "test_gpu",
+    "scripts/lint.sh": "test_lint",
+    "scripts/plot_accuracy.py": "test_plot_accuracy",
+    "scripts/sanitize.sh": "test_sanitize",
+    "scripts/test.sh": "test_test",
+}
+
+
+def test_every_script_is_started():
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in ("scripts", "benchmarks", "examples", ".ci")
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in (".py", ".sh", ".c") or path.name == "run"
+    }
+    assert found == set(STARTED_BY), "STARTED_BY in test_scripts.py must name every script and its test"
+    python = "".join(path.read_text() for path in (ROOT / "tests" / "python").glob("test_*.py"))
+    cmake = "".join((ROOT / path).read_text() for path in ("tests/CMakeLists.txt", "examples/CMakeLists.txt"))
+    for script, test in STARTED_BY.items():
+        if test.startswith("test_"):
+            assert f"def {test}(" in python, f"{script}: no Python test is called {test}"
+        else:
+            assert f"add_test(NAME {test} " in cmake, f"{script}: CTest has no test called {test}"
+
+
+STUB = """\
+#!/bin/sh
+echo "$(basename "$0") $*" >>"$STUB_LOG"
+case " $STUBS_THAT_FAIL " in *" $(basename "$0") "*) exit 1 ;; esac
+[ "$(basename "$0")" = nvidia-smi ] && echo 9.0
+exit 0
+"""
+
+
+class Sandbox:
+    """A folder that looks like the project, and a PATH that begins with stubs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.stubs = folder, folder / "calls.log", folder / "stubs"
+        for name in ("scripts", ".ci"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.stubs.mkdir()
+
+    def stub(self, *names: str, into: Path | None = None) -> None:
+        for name in names:
+            path = (into or self.stubs) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(STUB)
+            path.chmod(0o755)
+
+    def run(self, *command: str, fail: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        environment = os.environ | variables | {"STUB_LOG": str(self.log), "STUBS_THAT_FAIL": fail}
+        environment["PATH"] = f"{self.stubs}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+def load(path: str):
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build(sandbox):
+    sandbox.stub("cmake", "ninja")
+    done = sandbox.run("sh", "scripts/build.sh", "build", "-DSOME=ON")
+    assert done.returncode == 0, done.stderr
+    ninja = sandbox.stubs / "ninja"
+    assert sandbox.calls() == [
+        f"cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM={ninja} -DSOME=ON",
+        "cmake --build build",
+    ]
+    assert sandbox.run("sh", "scripts/build.sh", "build", fail="cmake").returncode == 1
+
+
+def test_test(sandbox):
+    sandbox.stub("ctest", "pretended-python")
+    settings = {"BUILD": "build", "PYTHON": "pretended-python"}
+    assert sandbox.run("sh", "scripts/test.sh", **settings).returncode == 0
+    calls = ["ctest --test-dir build --output-on-failure --no-tests=error"]
+    calls += ["pretended-python -m pytest tests/python -q -rs"]
+    assert sandbox.calls() == calls
+    assert sandbox.run("sh", "scripts/test.sh", fail="ctest", **settings).returncode == 1
+    assert sandbox.calls() == calls, "the Python tests run even if a C test fails"
+
+
+def test_sanitize(sandbox):
+    sandbox.stub("cmake", "ninja", "ctest")
+    done = sandbox.run("sh", "scripts/sanitize.sh")
+    assert done.returncode == 0, done.stderr
+    configure, build, test = sandbox.calls()
+    assert "-B build-sanitize" in configure
+    assert configure.endswith(
+        "-DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_KDA_SANITIZE=address,undefined"
+    )
+    assert build == "cmake --build build-sanitize"
+    assert test == "ctest --test-dir build-sanitize --output-on-failure --no-tests=error"
+    assert sandbox.run("sh", "scripts/sanitize.sh", fail="ctest").returncode == 1
+
+
+def test_lint(sandbox):
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    sandbox.stub("clang-format", "clang-tidy", "ruff", "mypy")
+    (sandbox.folder / "a.c").write_text("int a;\n")
+    (sandbox.folder / "b.cu").write_text("int b;\n")
+    (sandbox.folder / "build").mkdir()
+    (sandbox.folder / "build" / "compile_commands.json").write_text(f'"file": "{sandbox.folder}/a.c"\n')
+    (sandbox.folder / ".gitignore").write_text("/build/\n/stubs/\n/scripts/\n/.ci/\n*.log\n")
+    subprocess.run(["git", "init", "-q"], cwd=sandbox.folder, check=True)
+    done = sandbox.run("sh", "scripts/lint.sh", BUILD="build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 6
+    assert sandbox.calls() == [
+        "clang-format --dry-run -Werror a.c b.cu",
+        "clang-tidy -p build --quiet a.c",
+        "ruff check --quiet .",
+        "ruff format --quiet --check .",
+        "mypy ",
+    ]
+    for tool in ("clang-format", "clang-tidy", "ruff", "mypy"):
+        done = sandbox.run("sh", "scripts/lint.sh", fail=tool, BUILD="build")
+        assert done.returncode == 1
+        assert "FAILED" in done.stdout
+        said = [line.split()[0] for line in done.stdout.splitlines() if line]
+        failures = 2 if tool == "ruff" else 1  # ruff checks and formats
+        assert sorted(said) == ["FAILED"] * failures + ["ok"] * (6 - failures), "the other linters run too"
+    (sandbox.folder / "a.c").write_text(f"/* {'long ' * 30} */\n")
+    done = sandbox.run("sh", "scripts/lint.sh", BUILD="build")
+    assert done.returncode == 1
+    assert "a.c:1: 157 columns, at most 110" in done.stdout
+
+
+def test_gpu(sandbox):
+    sandbox.stub("nvidia-smi", "cmake", "ninja", "ctest", "compute-sanitizer", "pretended-python")
+    sandbox.stub("flash-kda", into=sandbox.folder / "build-gpu")
+    done = sandbox.run("sh", "scripts/gpu.sh", PYTHON="pretended-python")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall("^== (.*)$", done.stdout, re.MULTILINE) == [
+        "build",
+        "check",
+        "tests",
+        "sanitizers",
+        "bench",
+    ]
+    assert done.stdout.endswith("\nall passed\n")
+    calls = sandbox.calls()
+    configured = [call for call in calls if call.startswith("cmake -S")]
+    assert ["-DFLASH_KDA_CUDA_ARCHS=90" in call for call in configured] == [True, True]
+    assert "-DFKDA_FOR_RACECHECK" in configured[1]
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        folder = "build-gpu-racecheck" if tool == "racecheck" else "build-gpu"
+        mine = [call for call in calls if call.startswith(f"compute-sanitizer --tool {tool} ")]
+        assert [call.split()[5] for call in mine] == [
+            f"{folder}/tests/test_forward",
+            f"{folder}/tests/test_segments",
+            f"{folder}/flash-kda",
+            f"{folder}/flash-kda",
+        ]
+
+
+def test_gpu_names_what_there_is(sandbox):
+    """The groups, scripts and options that gpu.sh gives to other programs are theirs."""
+    sandbox.stub("nvidia-smi", "cmake", "ninja", "ctest", "compute-sanitizer", "pretended-python")
+    sandbox.stub("flash-kda", into=sandbox.folder / "build-gpu")
+    done = sandbox.run("sh", "scripts/gpu.sh", "sanitizers", "bench", "pictures", PYTHON="pretended-python")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for call in sandbox.calls():
+        words = call.split()
+        for program in ("test_forward", "test_segments"):
+            if any(word.endswith(f"tests/{program}") for word in words):
+                source = (ROOT / "tests" / "c" / f"{program}.c").read_text()
+                names = words[words.index("--quick") + 1 :]
+                values = [i + 1 for i, word in enumerate(names) if word in ("--kernel", "--cut")]
+                groups = [n for i, n in enumerate(names) if not n.startswith("--") and i not in values]
+                assert groups
+                assert all(f'{{"{group}", ' in source for group in groups)
+        if words[0] == "pretended-python":
+            assert (ROOT / words[1]).exists()
+        if words[1].endswith("peers.py"):
+            sys.path.insert(0, str(ROOT / "benchmarks"))
+            with mock.patch("os.path.isdir", return_value=True):
+                load("benchmarks/peers.py").arguments(words[2:])
+
+
+def test_gpu_says_which_step_failed(sandbox):
+    sandbox.stub("ctest", "pretended-python")
+    done = sandbox.run("sh", "scripts/gpu.sh", "check", "tests", PYTHON="pretended-python")
+    assert done.returncode == 1
+    assert done.stdout.endswith("\nfailed: check\n"), "there is no flash-kda, but the tests run"
+    assert sandbox.calls()[-1] == "pretended-python -m pytest tests/python -q -rs"
+    done = sandbox.run("sh", "scripts/gpu.sh", "tests", fail="ctest", PYTHON="pretended-python")
+    assert done.stdout.endswith("\nfailed: tests\n")
+
+
+def test_ci_runs_every_section(sandbox):
+    if not shutil.which("bash"):
+        pytest.skip("bash is not installed")
+    sandbox.stub("make")
+    sandbox.stub("python", into=sandbox.folder / ".venv" / "bin")
+    sandbox.stub("python", "flash-kda", into=sandbox.folder / "build-wheel-test" / "bin")
+    # The section of the wheel removes its folder and makes it anew, which the stub of venv does not do.
+    done = sandbox.run("bash", ".ci/run")
+    assert done.returncode == 1
+    assert "sections: 5 passed, 1 failed" in done.stdout
+    makes = [call.split()[1] for call in sandbox.calls() if call.startswith("make ")]
+    assert makes == ["run", "test", "kernels", "sanitize", "lint", "wheel"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in makes)
+    assert "sections: 0 passed, 6 failed" in sandbox.run("bash", ".ci/run", fail="make").stdout
+
+
+def test_make_knows_its_targets():
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
+        assert target == "help" or f"make {target} " in listed
+
+
+def test_environment(sandbox):
+    if not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("there is no C compiler")
+    sandbox.stub("python", into=sandbox.folder / ".venv" / "bin")
+    script = [sys.executable, "scripts/environment.py"]
+    assert "usage: " in sandbox.run(*script).stderr
+    assert "usage: " in sandbox.run(*script, "nonsense").stderr
+    done = sandbox.run(*script, "build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any("pip install" in call and "--no-index" in call for call in sandbox.calls())
+    assert (sandbox.folder / ".venv" / "installed-build").exists()
+    assert sandbox.run(*script, "build").returncode == 0
+    assert sandbox.calls() == ["python -m pip --version"], "a satisfied group costs nothing"
+    groups = load("scripts/environment.py").GROUPS
+    assert all((ROOT / path).exists() for path in groups.values())
+
+
+def test_environment_without_a_network(sandbox):
+    """pip fails: the machine's own cmake and ninja serve if they are new enough."""
+    if not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("there is no C compiler")
+    sandbox.stub("ninja")
+    python = sandbox.folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$3" = --version ]\n')
+    python.chmod(0o755)
+    cmake = sandbox.stubs / "cmake"
+    script = [sys.executable, "scripts/environment.py", "build"]
+    for version, status in (("3.19.9", 1), ("3.20.0", 0)):
+        cmake.write_text(f"#!/bin/sh\necho cmake version {version}\n")
+        cmake.chmod(0o755)
+        done = sandbox.run(*script)
+        assert done.returncode == status, done.stdout + done.stderr
+    assert (sandbox.folder / ".venv" / "bin" / "cmake").resolve() == cmake.resolve()
+
+
+def test_long_lines_are_found(tmp_path):
+    script = load("scripts/check_lines.py")
+    url = f"https://example.org/{'x' * 120}"
+    fits, long = "x" * 110, "x " * 56
+    assert script.long_lines("a.c", f"{fits}\n{long}\n\t{'x' * 103}\n") == [(2, 112), (3, 111)]
+    for line in (url, f" * {url}", f"# {url}", f"- <{url}>", f"url: {url}"):
+        assert script.long_lines("a.md", line) == [], "a URL has no place to break"
+    assert script.long_lines("a.md", f"long words before {url}") != []
+    row = f"| {long} |"
+    assert script.long_lines("README.md", row) != []
+    assert script.long_lines("BENCHMARK_H200.md", row) == []
+    assert script.long_lines("BENCHMARK_H200.md", long) != []
+    for path in ("a.c", "kernels/x.cuh", "CMakeLists.txt", "tests/CMakeLists.txt", "docs/a.md", ".ci/run"):
+        assert script.is_written(path)
+    for path in ("data/x.safetensors", "docs/a.svg", "docs/a.json", "docs/a.png"):
+        assert not script.is_written(path)
+    file = tmp_path / "a.c"
+    file.write_text(f"{long}\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "check_lines.py", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stdout == f"{file}:1: 112 columns, at most 110\n"
+
+
+CHECKED = """\
+cpu: Some CPU, x86-64 avx512, 2 threads, 25 GB, kernel cpu
+  relative RMS error               output   at most      state   at most
+  random                         1.67e-03  2.20e-03   1.90e-08  1.00e-05  ok
+  zero queries                   0.00e+00  2.20e-03   1.17e-07  1.00e-05  ok
+  recorded, first layer          1.70e-03  2.20e-03   2.11e-07  1.00e-05  ok
+  recorded, last layer           1.68e-03  2.20e-03   5.66e-07  1.00e-05  ok
+
+cuda:0: NVIDIA H200, sm_90, 132 SMs, 150 GB, kernel hopper
+  relative RMS error               output   at most      state   at most
+  random                         9.67e-03  4.30e-03   8.60e-05  3.00e-03  FAILED
+  zero queries                   0.00e+00  5.60e-03   1.17e-05  4.80e-03  ok
+
+1 of 6 checks failed.
+"""
+
+
+@pytest.fixture
+def pyplot(monkeypatch):
+    """Matplotlib where it is installed, else a stand-in that takes every call."""
+    if importlib.util.find_spec("matplotlib"):
+        return
+    package = mock.MagicMock()
+    package.pyplot.subplots.return_value = (mock.MagicMock(), [mock.MagicMock(), mock.MagicMock()])
+    package.pyplot.subplots.return_value[0].savefig = lambda path, dpi: Path(path).write_text("drawn")
+    for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, package if name == "matplotlib" else mock.MagicMock())
+
+
+def test_plot_accuracy(pyplot, tmp_path, capsys):
+    script = load("scripts/plot_accuracy.py")
+    printed, picture = tmp_path / "check.txt", tmp_path / "accuracy.png"
+    printed.write_text(CHECKED)
+    script.main([str(picture), "--from", str(printed)])
+    assert picture.stat().st_size > 0
+    head, _, random, *_, recorded = capsys.readouterr().out.splitlines()
+    assert head == "| inputs | H200 | at most on a GPU | CPU | at most on a CPU |"
+    assert random == "| random | 9.7e-3 / 8.6e-5 | 4.3e-3 / 3e-3 | 1.7e-3 / 1.9e-8 | 2.2e-3 / 1e-5 |"
+    assert recorded.endswith("two layers) |  /  |  /  | 1.7e-3 / 5.7e-7 | 2.2e-3 / 1e-5 |")
+    assert [d.line.split(":")[0] for d in script.parse(CHECKED)] == ["cpu", "cuda"]
+    script.main([str(picture), "--from", str(printed), "--device", "cpu"])
+    assert "H200" not in capsys.readouterr().out
+    for argv in (
+        ["--from", str(printed), "--device", "cuda:1"],
+        ["--from", str(ROOT / "README.md")],
+        ["--kernel", "cpu"],
+    ):
+        with pytest.raises(SystemExit):
+            script.main([str(picture), *argv])
+
+
+def test_plot_accuracy_asks_the_command(pyplot, tmp_path):
+    script = load("scripts/plot_accuracy.py")
+    command, printed = tmp_path / "flash-kda", tmp_path / "check.txt"
+    printed.write_text(CHECKED)
+    command.write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/asked\ncat {printed}\nexit 1\n')
+    command.chmod(0o755)
+    picture = [str(tmp_path / "a.png"), "--command", str(command)]
+    script.main([*picture, "--device", "cuda:0", "--kernel", "portable"])
+    assert (tmp_path / "asked").read_text() == "check --device cuda:0 --kernel portable\n"
+    script.main(picture)
+    assert (tmp_path / "asked").read_text() == "check\n"
+    command.write_text("#!/bin/sh\nexit 2\n")
+    with pytest.raises(SystemExit, match="failed with status 2"):
+        script.main(picture)
+
+
+def test_python_overhead(monkeypatch, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    script = load("benchmarks/python_overhead.py")
+    monkeypatch.setattr(script, "ROUNDS", 1)
+    monkeypatch.setattr(script, "CALLS", 1)
+    script.main()
+    assert "overhead" in capsys.readouterr().out
+
+
+def test_check_kernels_of_a_folder(tmp_path):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    script = [sys.executable, ROOT / "scripts" / "check_kernels.py", tmp_path]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "there is nothing to check" in done.stdout
+    (tmp_path / "a.report").write_text("no kernel\n")
+    # Without a disassembler on PATH, the report alone is judged.
+    environment = os.environ | {"PATH": "/nonexistent", "CUDA_HOME": "/nonexistent"}
+    code = "import sys; sys.prefix = '/nonexistent'; sys.argv = sys.argv[1:]; import runpy; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *script[1:]], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "the machine code was not looked at" in done.stdout
+    assert "a.report: no kernel in it" in done.stdout
