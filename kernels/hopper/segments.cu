@@ -4,37 +4,40 @@
  * place of all of these (at_once.cuh).
  * segments.h says what they share, docs/segments.md how it works.
  */
-#include "block.cuh"
-#include "join.cuh"
-#include "plan.cuh"
+#include "block/roles.cuh"
+#include "join/join.cuh"
+#include "schedule/list.cuh"
 
 extern "C" __global__ void __launch_bounds__(FKDA_LIST_THREADS, 1)
     fkda_hopper_list(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     using namespace fkda;
-    Plan(args.fwd, args.cut).run(reinterpret_cast<long long *>(block_memory()));
+    SegmentLister(args.fwd, args.cut).run(reinterpret_cast<long long *>(cta_memory()));
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block<fkda::Maps>(args, threadIdx.x);
+    fkda::run_one_phase<fkda::Block<fkda::MapCta, fkda::EvenShares>>(args, threadIdx.x);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_relay(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_relay(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block_at_once(args);
+    fkda::run_relay(args);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
 {
-    fkda::run_block_of_mixture(args);
+    fkda::run_mixed(args);
 }
 
 #define FKDA_DEFINE_JOIN(step, which)                                                                        \
-    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)                                         \
+    extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)                                   \
         fkda_hopper_join_##step(const __grid_constant__ fkda_hopper_fwd_args args)                           \
     {                                                                                                        \
         fkda::join<fkda::which>(args.fwd, args.cut);                                                         \

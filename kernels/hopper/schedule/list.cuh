@@ -1,19 +1,19 @@
 /* Cuts sequences into segments and lists what the passes walk through, in one block. */
-#ifndef FKDA_HOPPER_PLAN_CUH
-#define FKDA_HOPPER_PLAN_CUH
+#ifndef FKDA_HOPPER_LIST_CUH
+#define FKDA_HOPPER_LIST_CUH
 
+#include "../fwd_shape.h"
 #include "cut.cuh"
-#include "fwd_shape.h"
 
 namespace fkda
 {
 
-struct Plan {
+struct SegmentLister {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     Cut rules;
 
-    __device__ Plan(const fkda_fwd_args &a, const fkda_cut &c) : args(a), cut(c), rules{a, c}
+    __device__ SegmentLister(const fkda_fwd_args &a, const fkda_cut &c) : args(a), cut(c), rules{a, c}
     {
     }
 

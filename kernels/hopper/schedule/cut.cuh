@@ -2,8 +2,8 @@
 #ifndef FKDA_HOPPER_CUT_CUH
 #define FKDA_HOPPER_CUT_CUH
 
-#include "fwd_args.h"
-#include "walk.cuh"
+#include "../block/cursor.cuh"
+#include "../fwd_args.h"
 
 namespace fkda
 {

@@ -2,8 +2,8 @@
 #ifndef FKDA_HOPPER_MAP_CUH
 #define FKDA_HOPPER_MAP_CUH
 
-#include "../common/elements.cuh"
-#include "../common/task.cuh"
+#include "../../common/elements.cuh"
+#include "../../common/task.cuh"
 
 namespace fkda
 {
@@ -11,7 +11,7 @@ namespace fkda
 /* Sixteen rows of a map [128][128], each element the sum of what fp16 keeps of it, and of what that keeps of the rest, which leaves out
  * 2^-25: the halves of the columns, rows of 128 bytes whose units of 16 bytes are swizzled, unit u of row r at u ^ r % 8. wgmma
  * reads it as B, and ldmatrix meets no bank conflicts. */
-struct MapBlock {
+struct MapRowGroup {
     static constexpr int ROWS = 16, ROW_BYTES = 128;
     enum { HIGH, LOW };
     unsigned char part[2][DIM / 64][ROWS * ROW_BYTES];
@@ -30,13 +30,13 @@ struct MapBlock {
 };
 
 struct MapImage {
-    MapBlock block[DIM / MapBlock::ROWS];
+    MapRowGroup row_group[DIM / MapRowGroup::ROWS];
 
     /* Two neighbours in a row, the first column even. */
     __device__ __forceinline__ uint32_t *pair(int which, int row, int column)
     {
         return reinterpret_cast<uint32_t *>(
-                   block[row / MapBlock::ROWS].unit(which, row % MapBlock::ROWS, column / 8)) +
+                   row_group[row / MapRowGroup::ROWS].unit(which, row % MapRowGroup::ROWS, column / 8)) +
                column % 8 / 2;
     }
 };

@@ -7,30 +7,30 @@
  * Pairs are given out one for each head of the sequence that would take longest, again and again, until the rest would take
  * longer than that.
  */
-#ifndef FKDA_HOPPER_MIXTURE_CUH
-#define FKDA_HOPPER_MIXTURE_CUH
+#ifndef FKDA_HOPPER_MIXED_CUH
+#define FKDA_HOPPER_MIXED_CUH
 
-#include "at_once.cuh"
-#include "costs.h"
-#include "deal.cuh"
-#include "shared.cuh"
+#include "../block/shared.cuh"
+#include "../costs.h"
+#include "even_shares.cuh"
+#include "relay.cuh"
 
 namespace fkda
 {
 
-using Part = PartOfMixture<true>;
+using MixedAssignment = Assignment<true>;
 
-/* Where the block has its part once it is found, out of the way of all that it does later. */
-template <class Kind> static __device__ Part &part_of_mixture()
+/* Where the block has its assignment once it is found, out of the assignment of all that it does later. */
+template <class Block> static __device__ MixedAssignment &assignment_of()
 {
-    return reinterpret_cast<Shared<Kind> *>(block_memory())->part;
+    return reinterpret_cast<Shared<Block> *>(cta_memory())->assignment;
 }
 
 /* How a warp finds it: each lane has one of the long sequences. */
-class Mixture
+class MixedScheduler
 {
     const Cut cut;
-    const fkda_mixed &mixture;
+    const fkda_mixed &mixed;
     const int heads, lane;
     int sequence = 0, chunks = 0, pairs = 0; /* of the lane's; pairs: of each head, none without a sequence */
     int long_ones = 0, last_long = -1;
@@ -40,8 +40,8 @@ class Mixture
     static constexpr int UNCOUNTED = 1 << 25; /* chunks, of lengths that are not to be believed */
 
   public:
-    __device__ Mixture(const fkda_hopper_fwd_args &all, const fkda_mixed &how, int of_warp)
-        : cut{all.fwd, all.cut}, mixture(how), heads(all.fwd.heads), lane(of_warp), left(how.pairs)
+    __device__ MixedScheduler(const fkda_hopper_fwd_args &all, const fkda_mixed &how, int of_warp)
+        : cut{all.fwd, all.cut}, mixed(how), heads(all.fwd.heads), lane(of_warp), left(how.pairs)
     {
         measure();
         give_out();
@@ -56,20 +56,21 @@ class Mixture
                    i);
     }
 
-    /* The part of a pair, by the lane that knows it. */
-    __device__ void tell(int pair, Part &part) const
+    /* The assignment of a pair, by the lane that knows it. */
+    __device__ void tell(int pair, MixedAssignment &assignment) const
     {
         const int number = pair - before(pairs * heads), first_slot = before(pairs > 1 ? pairs + 1 : 0);
         if (number >= 0 && number < pairs * heads) {
-            part.is = Part::LONG;
-            part.sequence = sequence, part.pairs = pairs, part.first_slot = first_slot;
-            part.head = number / pairs, part.segment = number % pairs;
+            assignment.is = MixedAssignment::LONG;
+            assignment.sequence = sequence, assignment.pairs = pairs, assignment.first_slot = first_slot;
+            assignment.head = number / pairs, assignment.segment = number % pairs;
         }
-        const int rest_number = pair - (mixture.pairs - left);
+        const int rest_number = pair - (mixed.pairs - left);
         if (lane == 0 && rest_number >= 0) {
-            part.is = rest_alone() ? Part::REST_ALONE : Part::REST;
-            part.rest_pairs = left, part.rest_number = rest_number, part.last_long = last_long;
-            part.pairs = 0;
+            assignment.is = rest_is_solo() ? MixedAssignment::REST_SOLO : MixedAssignment::REST;
+            assignment.rest_pairs = left, assignment.rest_number = rest_number,
+            assignment.last_long = last_long;
+            assignment.pairs = 0;
         }
         __syncwarp();
     }
@@ -94,7 +95,7 @@ class Mixture
             const int own = (length + CUT_CHUNK - 1) / CUT_CHUNK;
             bool in_rest = there;
             for (unsigned who = __ballot_sync(~0u, there && length >= cut.cut.shortest);
-                 who && long_ones < mixture.most_long; who &= who - 1) {
+                 who && long_ones < mixed.most_long; who &= who - 1) {
                 const int from = __ffs(static_cast<int>(who)) - 1;
                 const int its = __shfl_sync(~0u, own, from);
                 if (lane == long_ones) sequence = first + from, chunks = its, pairs = 1;
@@ -112,7 +113,7 @@ class Mixture
 
     /* Whether blocks of their own would be through with the rest before pairs. They take as long for half a chunk as pairs for all
      * of it. */
-    __device__ bool rest_alone() const
+    __device__ bool rest_is_solo() const
     {
         const float each = static_cast<float>(rest) * static_cast<float>(heads) / static_cast<float>(left),
                     longest = static_cast<float>(longest_of_rest);
@@ -122,9 +123,7 @@ class Mixture
     /* In chunks, with so many pairs to a head. A step of the join is one. */
     __device__ int time(int with) const
     {
-        return with == 0   ? 0
-               : with == 1 ? chunks
-                           : 2 * chunks / (with + 1) + mixture.cutting_chunks + with - 1;
+        return with == 0 ? 0 : with == 1 ? chunks : 2 * chunks / (with + 1) + mixed.cutting_chunks + with - 1;
     }
 
     __device__ void give_out()
@@ -146,26 +145,26 @@ class Mixture
     }
 };
 
-/* What the pair of a long sequence has to do, as AtOnce says it elsewhere. */
-struct LongOfMixture {
+/* What the pair of a long sequence has to do, as RelayAssignment says it elsewhere. */
+struct LongAssignment {
     Cut cut;
-    const Part &part;
-    int segments, unit, units, segment, spare;
+    const MixedAssignment &assignment;
+    int segments, head_index, heads, segment, spare;
 
-    __device__ explicit LongOfMixture(const fkda_hopper_fwd_args &all)
-        : cut{all.fwd, all.cut}, part(part_of_mixture<PairedOfMixture>()),
-          segments(part.pairs > 1 ? part.pairs + 1 : 1), unit(0), units(1), segment(part.segment),
-          spare(part.is == Part::LONG ? -1 : 0)
+    __device__ explicit LongAssignment(const fkda_hopper_fwd_args &all)
+        : cut{all.fwd, all.cut}, assignment(assignment_of<Block<PairCta, Mixed>>()),
+          segments(assignment.pairs > 1 ? assignment.pairs + 1 : 1), head_index(0), heads(1),
+          segment(assignment.segment), spare(assignment.is == MixedAssignment::LONG ? -1 : 0)
     {
     }
 
     __device__ int of_head() const
     {
-        return part.pairs;
+        return assignment.pairs;
     }
     __device__ int head(int) const
     {
-        return part.head;
+        return assignment.head;
     }
     __device__ int maps() const
     {
@@ -173,84 +172,84 @@ struct LongOfMixture {
     }
     __device__ fkda_cut_sequence sequence(int) const
     {
-        return {part.sequence, segments, part.first_slot, 0};
+        return {assignment.sequence, segments, assignment.first_slot, 0};
     }
 
     __device__ fkda_segment segment_of(const fkda_cut_sequence &c, int i) const
     {
         if (segments == 1) return cut.whole(c.sequence);
         const Task task = cut.sequence(c.sequence);
-        const int from = Mixture::begin_of(i, segments, task.chunks) * CUT_CHUNK,
-                  to = Mixture::begin_of(i + 1, segments, task.chunks) * CUT_CHUNK;
+        const int from = MixedScheduler::begin_of(i, segments, task.chunks) * CUT_CHUNK,
+                  to = MixedScheduler::begin_of(i + 1, segments, task.chunks) * CUT_CHUNK;
         return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }
 
     /* First segments are walked through by their own pairs. */
-    static __device__ bool spared()
+    static __device__ bool spares_compute_first()
     {
         return false;
     }
-    static __device__ int spares()
+    static __device__ int spare_pairs()
     {
         return 1;
     }
-    static __device__ int heads()
+    static __device__ int all_heads()
     {
         return 1;
     }
 };
 
 /* The rest, among the pairs that have it, or their blocks. */
-template <class Kind> struct RestOfMixture {
-    const Part &part;
+template <class Block> struct RestWorkers {
+    const MixedAssignment &assignment;
     const int long_from; /* tokens */
 
-    __device__ explicit RestOfMixture(const fkda_hopper_fwd_args &all)
-        : part(part_of_mixture<Kind>()), long_from(all.cut.shortest)
+    __device__ explicit RestWorkers(const fkda_hopper_fwd_args &all)
+        : assignment(assignment_of<Block>()), long_from(all.cut.shortest)
     {
     }
-    __device__ int workers() const
+    __device__ int count() const
     {
-        return part.rest_pairs * (FKDA_HOPPER_PAIR_CTAS / Kind::SHARERS);
+        return assignment.rest_pairs * (FKDA_HOPPER_PAIR_CTAS / Block::CTAS);
     }
-    __device__ int worker() const
+    __device__ int index() const
     {
-        return Kind::SHARERS == 1 ? FKDA_HOPPER_PAIR_CTAS * part.rest_number + cluster_rank()
-                                  : part.rest_number;
+        return Block::CTAS == 1 ? FKDA_HOPPER_PAIR_CTAS * assignment.rest_number + cluster_rank()
+                                : assignment.rest_number;
     }
-    __device__ bool leaves_out(const fkda_segment &s) const
+    __device__ bool skips(const fkda_segment &s) const
     {
-        return s.sequence <= part.last_long && s.length >= long_from;
+        return s.sequence <= assignment.last_long && s.length >= long_from;
     }
-    __device__ bool one_each(int pieces) const
+    __device__ bool one_each(int items) const
     {
-        return part.is == Part::LONG || (part.last_long < 0 && pieces <= workers());
+        return assignment.is == MixedAssignment::LONG || (assignment.last_long < 0 && items <= count());
     }
 };
 
-/* A block that has a part of the rest, in one part of what blocks do. */
-template <class Kind> struct MixtureDealer : Dealer<Kind, RestOfMixture<Kind>> {
-    using Dealer<Kind, RestOfMixture<Kind>>::Dealer;
+/* A block that has a assignment of the rest, in one assignment of what blocks do. */
+template <class Block> struct MixedSource : EvenSharesSource<Block, RestWorkers<Block>> {
+    using EvenSharesSource<Block, RestWorkers<Block>>::EvenSharesSource;
 };
 /* One that may have either. */
-template <> struct MixtureDealer<PairedOfMixture> {
-    using Kind = PairedOfMixture;
-    AtOnceDealer<Kind, LongOfMixture> of_long;
-    Dealer<Kind, RestOfMixture<Kind>> of_rest;
+template <> struct MixedSource<Block<PairCta, Mixed>> {
+    using OwnBlock = Block<PairCta, Mixed>;
+    RelaySource<OwnBlock, LongAssignment> of_long;
+    EvenSharesSource<OwnBlock, RestWorkers<OwnBlock>> of_rest;
 
-    __device__ MixtureDealer(const fkda_hopper_fwd_args &all, int block_rank, int lane)
-        : of_long(all, block_rank, lane), of_rest(all, block_rank, lane)
+    __device__ MixedSource(const fkda_hopper_fwd_args &all, int rank_in_pair, int lane)
+        : of_long(all, rank_in_pair, lane), of_rest(all, rank_in_pair, lane)
     {
     }
-    __device__ Piece deal()
+    __device__ WorkItem next()
     {
-        return of_long.way.spare < 0 ? of_long.deal() : of_rest.deal();
+        return of_long.assignment.spare < 0 ? of_long.next() : of_rest.next();
     }
 };
 /* Maps are of long ones. */
-template <> struct MixtureDealer<MapsOfMixture> : AtOnceDealer<MapsOfMixture, LongOfMixture> {
-    using AtOnceDealer<MapsOfMixture, LongOfMixture>::AtOnceDealer;
+template <> struct MixedSource<Block<MapCta, Mixed>> : RelaySource<Block<MapCta, Mixed>, LongAssignment> {
+    using RelaySource<Block<MapCta, Mixed>, LongAssignment>::RelaySource;
 };
 
 } // namespace fkda

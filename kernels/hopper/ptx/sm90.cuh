@@ -1,9 +1,9 @@
 /* Hopper's own instructions, as named functions: mbarriers, wgmma, register reallocation. */
-#ifndef FKDA_HOPPER_SM90_CUH
-#define FKDA_HOPPER_SM90_CUH
+#ifndef FKDA_HOPPER_PTX_SM90_CUH
+#define FKDA_HOPPER_PTX_SM90_CUH
 
-#include "../common/ptx.cuh"
-#include "fwd_args.h"
+#include "../../common/ptx.cuh"
+#include "../fwd_args.h"
 
 namespace fkda
 {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void keep(int &x)
 }
 
 /* Of two pairs of unsigned 16-bit integers, the larger ones. */
-__device__ __forceinline__ uint32_t largest_of_pairs(uint32_t x, uint32_t y)
+__device__ __forceinline__ uint32_t max_of_pairs(uint32_t x, uint32_t y)
 {
     uint32_t most;
     asm("max.u16x2 %0, %1, %2;" : "=r"(most) : "r"(x), "r"(y));
@@ -115,7 +115,7 @@ __device__ __forceinline__ void let_next_kernel_start()
     asm volatile("griddepcontrol.launch_dependents;");
 }
 
-__device__ __forceinline__ void wait_for_kernel_before()
+__device__ __forceinline__ void wait_for_previous_kernel()
 {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
@@ -141,28 +141,28 @@ __device__ __forceinline__ void cluster_sync_relaxed()
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ uint32_t in_other_block(uint32_t address)
+__device__ __forceinline__ uint32_t in_other_cta(uint32_t address)
 {
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(cluster_rank() ^ 1));
     return there;
 }
 
-__device__ __forceinline__ void mbarrier_arrive_warp_there(uint64_t *barrier)
+__device__ __forceinline__ void mbarrier_arrive_warp_in_other_cta(uint64_t *barrier)
 {
     __syncwarp();
     if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0)
         asm volatile(
-            "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_other_block(shared_address(barrier)))
+            "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_other_cta(shared_address(barrier)))
             : "memory");
 }
 
-__device__ __forceinline__ void copy_to_other_block(void *to, const void *from, int bytes, uint64_t *barrier)
+__device__ __forceinline__ void copy_to_other_cta(void *to, const void *from, int bytes, uint64_t *barrier)
 {
     asm volatile(
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            in_other_block(shared_address(to))),
-        "r"(shared_address(from)), "r"(bytes), "r"(in_other_block(shared_address(barrier)))
+            in_other_cta(shared_address(to))),
+        "r"(shared_address(from)), "r"(bytes), "r"(in_other_cta(shared_address(barrier)))
         : "memory");
 }
 
@@ -203,8 +203,8 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t *barrier, int
 }
 
 /* Copies a box of a tensor to shared memory; `barrier` counts its bytes. Coordinates as in fkda_hopper_fwd_args. */
-__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *map, int token, int half, int head,
-                                         uint64_t *barrier)
+__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *map, int token, int half,
+                                         int head, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
@@ -213,7 +213,7 @@ __device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *ma
 }
 
 /* Fetches a map, for a copy that needs it soon. */
-__device__ __forceinline__ void prefetch_map(const fkda_tma_descriptor *map)
+__device__ __forceinline__ void prefetch_descriptor(const fkda_tma_descriptor *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -229,7 +229,7 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes,
 }
 
 /* The same to the same place in both blocks of the pair, where a barrier each in the same place counts them. */
-__device__ __forceinline__ void copy_bulk_to_both(void *to, const void *from, int bytes, uint64_t *barrier)
+__device__ __forceinline__ void copy_bulk_to_pair(void *to, const void *from, int bytes, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                  "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
