@@ -13,6 +13,14 @@ enum {
     FKDA_LATER_SEGMENTS, /* all but the first segment, and the sequences that are not cut */
 };
 
+/* What the kernel fkda_hopper_join does, in `work` (join/join.cuh). A sequence without map groups needs CHAIN alone;
+ * otherwise the three steps are launched in this order. */
+enum {
+    FKDA_JOIN_COMPOSE, /* the maps of each map group to one map and one state */
+    FKDA_JOIN_CHAIN,   /* states from map to map, or from map group to map group */
+    FKDA_JOIN_EXPAND,  /* states through the maps of each map group */
+};
+
 /* Workspace of the even-share schedule, for work items that two workers share (a worker is a solo CTA or a CTA pair): the
  * first worker leaves the state here, the second one waits for the flag. Of `states` only flagged rows are read. */
 typedef struct fkda_handoff {
@@ -38,7 +46,7 @@ typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance
     fkda_tma_descriptor q, k, g, v;
     fkda_cut cut;
     fkda_handoff handoff;
-    int work; /* FKDA_SEQUENCES, ... */
+    int work; /* FKDA_SEQUENCES, ...; of fkda_hopper_join FKDA_JOIN_COMPOSE, ... */
 } fkda_hopper_fwd_args;
 
 /* The mixed schedule has both chunk sizes in one launch: boxes of `pair` are chunks of a CTA pair, boxes of `solo` are

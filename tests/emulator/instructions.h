@@ -6,7 +6,12 @@
 #define FKDA_EMULATOR_INSTRUCTIONS_H
 
 #define FKDA_PTX_CUH
-#define FKDA_HOPPER_PTX_SM90_CUH
+#define FKDA_HOPPER_PTX_MBARRIER_CUH
+#define FKDA_HOPPER_PTX_CLUSTER_CUH
+#define FKDA_HOPPER_PTX_COPIES_CUH
+#define FKDA_HOPPER_PTX_MEMORY_CUH
+#define FKDA_HOPPER_PTX_CONTROL_CUH
+#define FKDA_HOPPER_PTX_WGMMA_CUH
 
 #include "../../kernels/hopper/fwd_args.h"
 #include "language.h"
@@ -322,7 +327,7 @@ inline int uniform(int x)
     if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be the same in all lanes is not");
     return x;
 }
-inline void keep(int &)
+inline void keep_in_register(int &)
 {
 }
 inline uint32_t max_of_pairs(uint32_t x, uint32_t y)

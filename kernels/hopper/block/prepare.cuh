@@ -27,7 +27,7 @@ template <class Block> struct Preparation {
     Shared<Block> &shared;
     int team, warp, lane, g, t;
     unsigned meetings; /* so far, for racecheck alone */
-    Gate gate_here;
+    HeadGate gate_here;
 
     /* A warp's part of the products over its channels: by block with itself, as tiles of 8 x 8 (0, 0), (1, 0), (1, 1) with K~
      * above Q~ or, for maps, (0, 0) above (1, 0) and what (1, 1) is in the lower half of; of the second block with the
@@ -63,7 +63,7 @@ template <class Block> struct Preparation {
             mbarrier_arrive_warp(&shared.meeting[team]);
             mbarrier_wait(&shared.meeting[team], meetings++ % 2);
         } else
-            barrier_sync<1, 32 * WARPS>(team);
+            barrier_sync<TEAM_BARRIER, 32 * WARPS>(team);
     }
 
     __device__ void load_gate_parameters(int head)
@@ -72,14 +72,12 @@ template <class Block> struct Preparation {
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
-        const float exponent = __ldg(&args.A_log[head]) * LOG2_E;
-        const float gate_factor =
-            fminf(ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E, -1e-30f); /* finite */
+        const float slope = hopper_sigmoid_gate_slope(__ldg(&args.A_log[head]));
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
-            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = bias[i] * gate_factor;
-        gate_here = {gate_factor, 1.0f / (fminf(args.lower_bound, -1e-30f) * LOG2_E), head};
+            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = sigmoid_gate_offset(bias[i], slope);
+        gate_here = {slope, hopper_sigmoid_gate_inverse_bound(args.lower_bound), head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
     }
@@ -109,7 +107,7 @@ template <class Block> struct Preparation {
      * `at`: this lane's row of the block's gates; `offset`: of the first of the channels. */
     __device__ void accumulate_gates(uint32_t at, const float *offset, float (&sum)[2][4]) const
     {
-        const Gate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
+        const HeadGate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
         const uint32_t triangle = (2 * t <= g ? ONE : 0) | (2 * t + 1 <= g ? ONE << 16 : 0);
         uint32_t raw[4];
         load_matrices_transposed(raw, at);
@@ -120,8 +118,7 @@ template <class Block> struct Preparation {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
-                const float e = ex2(__fmaf_rn(gate, gate_of_head.factor, shift));
-                x[i] = rcp(__fmaf_rn(e, gate_of_head.inverse_bound, gate_of_head.inverse_bound));
+                x[i] = hopper_sigmoid_gate(gate, gate_of_head, shift);
                 sum[b][i] = 0.0f;
             }
             uint32_t high[2], low[2];

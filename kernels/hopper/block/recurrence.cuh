@@ -8,7 +8,7 @@
 #define FKDA_HOPPER_RECURRENCE_CUH
 
 #include "../join/map.cuh"
-#include "../schedule/relay.cuh"
+#include "../join/relay_join.cuh"
 #include "shared.cuh"
 
 namespace fkda
@@ -39,7 +39,7 @@ template <class Block> struct Recurrence {
         const int half = (warp_row >> 6) * Block::HALF_TOKENS, first = (warp_row & 63) >> 3;
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
-        keep(output_place), keep(value_place);
+        keep_in_register(output_place), keep_in_register(value_place);
     }
 
     /* The warp's first row of V, of the item's. */
@@ -124,7 +124,7 @@ template <class Block> struct Recurrence {
     {
         const Slot<Block::OWN_SLOTS> last = after.last_own();
         mbarrier_wait(&shared.chunk_ring.empty[last.index], last.parity);
-        barrier_sync<8, 32 * Block::RECURRENCE_WARPS>(0);
+        barrier_sync<RECURRENCE_BARRIER, 32 * Block::RECURRENCE_WARPS>(0);
         MapRowGroup &here = reinterpret_cast<MapRowGroup *>(shared.tokens)[warp_row() >> 4];
 #pragma unroll
         for (int s = 0; s < DIM / 8; s += 2) {

@@ -1,41 +1,59 @@
 /*
- * Joins segments: from what the first pass left in the workspace to the states that they start from. With S_i^T the state that
- * segment i of a sequence starts from, as rows of V, M_i its map and B_i what it makes of zeros,
+ * The join: from the maps and states that the first pass left in the workspace to the states that segments start from.
+ *
+ * With S_i^T the state before segment i of a sequence, as rows of V, M_i the segment's map and B_i the state that the
+ * segment makes of zeros,
  *
  *     S_(i+1)^T = S_i^T M_i + B_i
  *
- * S_1 is there, the state after the first segment, and B_i is where S_(i+1) goes. Rows are independent: a row_group carries
- * FKDA_JOIN_ROWS of them through all maps, close to fp32's precision. Of many maps, groups are composed first, in parallel,
- * to one map and one state each; then states are carried from group to group, then through each group, in parallel again.
+ * The slot of segment i + 1 holds B_i before the join and S_(i+1) after it. S_1, the state after the first segment, is
+ * there from the start.
+ *
+ * Algorithm. Rows of a state are independent, so a CTA carries FKDA_JOIN_ROWS rows through all maps of a sequence, one map
+ * after the other (step CHAIN). If a sequence has more than FKDA_MAPS_CHAINED maps, it is done in three steps, each of
+ * which is a launch: COMPOSE multiplies the maps of each group of FKDA_GROUP_MAPS to one map and one state, all groups in
+ * parallel; CHAIN carries states from group to group; and EXPAND carries them through the maps of each group, again in
+ * parallel.
+ *
+ * Precision. Products are made on the tensor core in fp16, close to the precision of fp32: rows are divided by a power of
+ * two above their largest number, and each number is the sum of what fp16 keeps of it and of its remainder (map.cuh). Of
+ * the four products of such sums three are made; leaving out the fourth one leaves out 2^-22 of the product.
+ *
+ * Optimizations. One warp does nothing but fetch maps, in quarters, ahead of the four warps that multiply. These meet twice
+ * a step. The code is kept small, because each launch has to fetch it from memory first.
  */
 #ifndef FKDA_HOPPER_JOIN_CUH
 #define FKDA_HOPPER_JOIN_CUH
 
 #include "../../common/elements.cuh"
-#include "../fwd_shape.h"
-#include "../ptx/sm90.cuh"
+#include "../block/block.cuh"
+#include "../block/ring.cuh"
+#include "../ptx/control.cuh"
+#include "../ptx/copies.cuh"
+#include "../ptx/memory.cuh"
 #include "../schedule/cut.cuh"
 #include "map.cuh"
 
 namespace fkda
 {
 
-enum JoinStep { COMPOSE, CHAIN, EXPAND };
+/* ---- Shared memory ------------------------------------------------------------------------------------------------ */
 
-/* A quarter of a map's rows. */
+/* A quarter of a map's rows, the unit in which maps are fetched. */
 struct MapQuarter {
     static constexpr int ROW_GROUPS = 2;
     MapRowGroup row_group[ROW_GROUPS];
 };
 
-/* The rows that a row_group carries, in shared memory. */
+/* The rows that a CTA carries, between two products. */
 struct JoinRows {
-    /* As operands: high, low; unit u of 16 bytes of row r at u ^ r % 8. */
+    /* HIGH and LOW of the rows, as A operands: unit u of 16 bytes of row r is at u ^ r % 8. */
     __align__(16) unsigned char rows[2][FKDA_JOIN_ROWS * DIM * 2];
-    __align__(16) float largest[FKDA_JOIN_ROWS][4]; /* in a warp's columns of a row */
+    __align__(16) float largest[FKDA_JOIN_ROWS][4]; /* in each warp's columns of a row */
 };
 
-/* Where a row_group has maps on their path, and its rows; here all of its memory, elsewhere what others leave (at_once.cuh). */
+/* Where the kernel fkda_hopper_join has maps and rows: in all of its shared memory. A relay has another such struct
+ * (relay_join.cuh). */
 struct JoinMemory {
     static constexpr int QUARTERS = 8;
     struct Shared {
@@ -43,7 +61,7 @@ struct JoinMemory {
         JoinRows rows;
         Ring<QUARTERS> ring;
     };
-    static_assert(sizeof(Shared) <= FKDA_HOPPER_SHARED_BYTES, "what a row_group can have");
+    static_assert(sizeof(Shared) <= FKDA_HOPPER_SHARED_BYTES, "an SM has no more shared memory");
     Shared &shared;
 
     __device__ MapQuarter &quarter(int i) const
@@ -59,54 +77,53 @@ struct JoinMemory {
         return shared.ring;
     }
 
-    /* Brings a map's quarter, for which `barrier` already expects as many bytes. All have it read, as far as this warp goes. */
-    static __device__ void bring(MapQuarter *to, const MapQuarter *from, int, uint64_t *barrier)
+    /* Copies a quarter, whose bytes are already announced to `barrier`. */
+    static __device__ void fetch(MapQuarter *to, const MapQuarter *from, int, uint64_t *barrier)
     {
         copy_bulk(to, from, sizeof *to, barrier);
     }
+    /* This warp has read the quarter. */
     static __device__ void release(uint64_t *barrier)
     {
         mbarrier_arrive_warp(barrier);
     }
 };
 
+/* ---- One CTA's work ----------------------------------------------------------------------------------------------- */
+
 /*
- * The work of a row_group, by four warps that compute, and one that brings the maps.
- *
- * Products on the tensor core in fp16: rows are divided by a power of two above them, and a number is the sum of what fp16 keeps of it and
- * of the rest (map.cuh); of the four products of such sums three are taken, which leaves 2^-22 of a product out. A warp has the
- * row_group's rows and 32 columns; lane (g, t) = (lane / 4, lane % 4) of that rows g and g + 8 and, of tile c of eight
- * columns, columns 2 t and 2 t + 1. The code is kept small: each launch has to fetch it.
+ * Each of the four computing warps has all rows of the CTA and 32 of the columns; lane (g, t) = (lane / 4, lane % 4) has
+ * rows g and g + 8 and, of tile c of eight columns, columns 2 t and 2 t + 1.
  */
 template <class Memory> struct Join {
     static constexpr int MATRIX = DIM * DIM;
     static constexpr int WARPS = FKDA_JOIN_THREADS / 32; /* that compute */
-    static_assert(WARPS == 4 && FKDA_JOIN_ROWS == 16, "32 columns and all rows to a warp");
-    using Rows = float[4][4]; /* by tile */
+    static_assert(WARPS == 4 && FKDA_JOIN_ROWS == 16, "a warp has 32 columns and all rows");
+    using Rows = float[4][4]; /* tile, number of the lane */
     const fkda_fwd_args &args;
     const fkda_cut &cut;
     Memory memory;
     Slot<Memory::QUARTERS> slot; /* of the next quarter */
-    int head, row;               /* of V or of a map: the first of the row_group's */
+    int head;
+    int row; /* of V or of a map: the first one of this CTA */
 
     __device__ Join(const fkda_fwd_args &a, const fkda_cut &c, Memory m)
         : args(a), cut(c), memory(m), slot(0), head(0), row(0)
     {
     }
 
-    /* A head's matrix in a slot. */
+    /* The matrix of this CTA's head in a slot. */
     __device__ float *place(float *matrices, int at) const
     {
         return matrices + (static_cast<long long>(at) * args.heads + head) * MATRIX;
     }
 
-    /* What a row_group carries its rows through: maps first_map, first_map + 1, ... and, with `add`, to the product with the i-th
-     * the rows in a slot; which then get the sum, if it is to be kept. */
+    /* What rows are carried through. After the product with map i, `add` adds the rows of the state in slot(i), and `keep`
+     * stores the sum there. */
     struct Path {
         float *maps;
         int first_map, count;
-        int first_slot, slot_step,
-            last_slot; /* of what is added: after i steps first_slot + i slot_step, at largest last_slot */
+        int first_slot, slot_step, last_slot;
         bool add, keep;
 
         __device__ int slot(int i) const
@@ -115,14 +132,29 @@ template <class Memory> struct Join {
         }
     };
 
-    /* All threads that compute. */
-    static __device__ void sync()
+    /* Through `count` maps, from state to state. */
+    __device__ Path path_through(int first_map, int count) const
     {
-        barrier_sync<8, FKDA_JOIN_THREADS>(0);
+        return {cut.maps, first_map, count, first_map + 1, 1, first_map + count, true, true};
     }
 
-    /* The maps, by the warp that brings them; each once `await(its slot)` is over. */
-    template <class Await> __device__ void bring(const Path &path, Await await)
+    static __device__ void sync() /* all warps that compute */
+    {
+        barrier_sync<RECURRENCE_BARRIER, FKDA_JOIN_THREADS>(0);
+    }
+    static __device__ int lane()
+    {
+        return static_cast<int>(threadIdx.x) & 31;
+    }
+    static __device__ int column_group() /* the warp's 32 columns */
+    {
+        return static_cast<int>(threadIdx.x) >> 5 & 3;
+    }
+
+    /* ---- The warp that fetches maps ---- */
+
+    /* Fetches the maps of a path, each once await(its slot) has returned. */
+    template <class Await> __device__ void fetch(const Path &path, Await await)
     {
 #pragma unroll 1
         for (int i = 0; i < path.count; i++) {
@@ -134,7 +166,7 @@ template <class Memory> struct Join {
                 mbarrier_wait(&memory.ring().empty[slot.index], slot.parity ^ 1);
                 if (elect_lane()) {
                     mbarrier_arrive_expecting(full, sizeof *map);
-                    Memory::bring(&memory.quarter(slot.index), map + q, q, full);
+                    Memory::fetch(&memory.quarter(slot.index), map + q, q, full);
                 }
                 __syncwarp();
                 slot.advance(1);
@@ -142,16 +174,8 @@ template <class Memory> struct Join {
         }
     }
 
-    static __device__ int lane()
-    {
-        return static_cast<int>(threadIdx.x) & 31;
-    }
-    static __device__ int column_group() /* the warp's, of columns */
-    {
-        return static_cast<int>(threadIdx.x) >> 5 & 3;
-    }
+    /* ---- Rows from and to the workspace ---- */
 
-    /* To and from a state. */
     __device__ float4 *tiles(float *matrix) const
     {
         return &reinterpret_cast<StateImage *>(matrix)->tile[row / 16][4 * column_group()][lane()];
@@ -172,7 +196,7 @@ template <class Memory> struct Join {
         }
     }
 
-    /* act(words of a map: high, low; two numbers of x that are there) */
+    /* Calls act(HIGH, LOW, a, b) for each pair of neighbouring numbers of x and its words in a map. */
     template <class Act> __device__ void for_each_pair(float *matrix, Rows &x, Act act) const
     {
         MapImage &map = *reinterpret_cast<MapImage *>(matrix);
@@ -185,7 +209,6 @@ template <class Memory> struct Join {
         }
     }
 
-    /* To and from rows of a map. */
     __device__ void store_map(float *matrix, Rows &x) const
     {
         for_each_pair(matrix, x, [](uint32_t &high, uint32_t &low, float a, float b) {
@@ -200,7 +223,9 @@ template <class Memory> struct Join {
         });
     }
 
-    /* Rows x through the maps; without `add` they are of a map themselves. */
+    /* ---- Rows through maps ---- */
+
+    /* Carries x along the path. */
     __device__ void carry(Rows &x, const Path &path)
     {
 #pragma unroll 1
@@ -210,7 +235,7 @@ template <class Memory> struct Join {
             float scale[2];
             if (path.add) load(sum, state);
             store_largest(x);
-            sync(); /* the product before is over too */
+            sync(); /* the product before is over too, so its rows may be overwritten */
             store_rows(x, scale);
             sync();
             multiply(x);
@@ -222,7 +247,15 @@ template <class Memory> struct Join {
         }
     }
 
-    /* The largest number of each row in the warp's columns. */
+    /* Carries the rows of the state in a slot along the path. */
+    __device__ void carry_from(int first_slot, const Path &path)
+    {
+        Rows x;
+        load(x, place(cut.states, first_slot));
+        carry(x, path);
+    }
+
+    /* Leaves the largest number of each row in the warp's columns. */
     __device__ void store_largest(const Rows &x) const
     {
 #pragma unroll
@@ -237,14 +270,14 @@ template <class Memory> struct Join {
         }
     }
 
-    /* This lane's row for ldmatrix of the 16 rows x 16 columns from this one on. */
+    /* The row that this lane names to ldmatrix for 16 rows x 16 columns from `column` on. */
     __device__ uint4 *row_unit(int which, int column) const
     {
         const int r = lane() & 15, u = column / 8 + (lane() >> 4);
         return reinterpret_cast<uint4 *>(&memory.rows().rows[which][r * DIM * 2 + (u ^ (r & 7)) * 16]);
     }
 
-    /* The rows as an operand, divided by their scales. */
+    /* Leaves the rows as an operand, divided by their scales. */
     __device__ void store_rows(const Rows &x, float (&scale)[2]) const
     {
         uint32_t high[4][2], low[4][2]; /* tile, row */
@@ -268,10 +301,10 @@ template <class Memory> struct Join {
         }
     }
 
-    /* With the next map. */
+    /* The product of the stored rows with the next map. */
     __device__ void multiply(Rows &product)
     {
-        Rows high_low = {}, low_high = {}, high_high = {}; /* sums that need not wait for each other */
+        Rows high_low = {}, low_high = {}, high_high = {}; /* three sums, which need not wait for each other */
 #pragma unroll 1
         for (int q = 0; q < 4; q++) {
             MapQuarter &map = memory.quarter(slot.index);
@@ -305,14 +338,17 @@ template <class Memory> struct Join {
             product[i / 4][i % 4] = high_low[i / 4][i % 4] + low_high[i / 4][i % 4] + high_high[i / 4][i % 4];
     }
 
-    /* The maps of a group, from the first to the last. */
+    /* ---- The three steps ---- */
+
+    /* The first and the last map of a map group. */
     __device__ void find_map_group(const fkda_cut_sequence &c, int map_group, int &first, int &last) const
     {
         first = c.first_slot + 1 + map_group * FKDA_GROUP_MAPS;
         last = min(first + FKDA_GROUP_MAPS, c.first_slot + c.segments - 1) - 1;
     }
 
-    /* A group's maps one after the other, from rows of the first map; and its states, from those after the first map. */
+    /* COMPOSE: through the maps of a group but the first one, from rows of the first map or, for the group's state, from
+     * the state after the first map. */
     __device__ Path path_of_composing(const fkda_cut_sequence &c, int map_group, bool state) const
     {
         int first, last;
@@ -320,27 +356,7 @@ template <class Memory> struct Join {
         return {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false};
     }
 
-    __device__ void compose(const fkda_cut_sequence &c, int map_group, bool state, const Path &path)
-    {
-        Rows x;
-        if (state)
-            load(x, place(cut.states, path.first_map));
-        else
-            load_map(x, place(cut.maps, path.first_map - 1));
-        carry(x, path);
-        if (state)
-            store(place(cut.states, path.last_slot), x);
-        else
-            store_map(place(cut.composed, c.first_group + map_group), x);
-    }
-
-    /* Through so many maps, from state to state. */
-    __device__ Path path_through(int first_map, int count) const
-    {
-        return {cut.maps, first_map, count, first_map + 1, 1, first_map + count, true, true};
-    }
-
-    /* From state to state of all segments, or where the maps are many of all groups. */
+    /* CHAIN: through all maps of a sequence or, if there are `groups` map groups, through their composed maps. */
     __device__ Path path_of_chain(const fkda_cut_sequence &c, int groups) const
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
@@ -349,32 +365,30 @@ template <class Memory> struct Join {
                       : Path{cut.maps, c.first_slot + 1, maps, c.first_slot + 2, 1, last, true, true};
     }
 
-    /* Through a group, up to the segment whose state is there already. */
+    /* EXPAND: through the maps of a group but the last one; the state after the group is there already. */
     __device__ Path path_of_expanding(const fkda_cut_sequence &c, int map_group) const
     {
         int first, last;
         find_map_group(c, map_group, first, last);
         return path_through(first, last - first);
     }
-
-    /* From the state in a slot on. */
-    __device__ void carry_from(int first_slot, const Path &path)
-    {
-        Rows x;
-        load(x, place(cut.states, first_slot));
-        carry(x, path);
-    }
 };
 
-/* A step for all cut sequences: every gridDim.x-th item of work. */
-template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, const fkda_cut &cut)
+/* ---- The kernel --------------------------------------------------------------------------------------------------- */
+
+/* One step (FKDA_JOIN_COMPOSE, ...) for all cut sequences. A work item is 16 rows of one head's state or map; CTA i has
+ * the work items i, i + gridDim.x, ... */
+static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkda_cut &cut, int step)
 {
-    constexpr unsigned ROW_GROUPS =
-        DIM / FKDA_JOIN_ROWS * (step == COMPOSE ? 2 : 1); /* of rows, to a matrix or to two */
     JoinMemory::Shared &shared = *reinterpret_cast<JoinMemory::Shared *>(cta_memory());
     Join<JoinMemory> work(args, cut, JoinMemory{shared});
     const Cut rules = {args, cut};
-    const bool brings = threadIdx.x >= FKDA_JOIN_THREADS;
+    const bool fetches = threadIdx.x >= FKDA_JOIN_THREADS;
+    const bool composes = step == FKDA_JOIN_COMPOSE, chains = step == FKDA_JOIN_CHAIN;
+    constexpr unsigned ROW_GROUPS = DIM / FKDA_JOIN_ROWS;
+    const unsigned row_groups = composes ? 2 * ROW_GROUPS : ROW_GROUPS; /* of a map and a state, or of a state */
+
+    /* ---- Barriers ---- */
     let_next_kernel_start();
     if (threadIdx.x == 0) {
         for (uint64_t &barrier : shared.ring.full) mbarrier_init(&barrier, 1);
@@ -383,28 +397,36 @@ template <JoinStep step> static __device__ void join(const fkda_fwd_args &args, 
     }
     __syncthreads();
     wait_for_previous_kernel();
+
+    /* ---- Work items ---- */
     const int count = rules.cut_sequences();
     const unsigned heads = static_cast<unsigned>(args.heads);
-    unsigned before = 0; /* items of the sequences before c */
+    unsigned before = 0; /* work items of the sequences before c */
     for (unsigned c = 0, item = blockIdx.x; c < static_cast<unsigned>(count); c++) {
         const fkda_cut_sequence sequence = rules.cut_sequence(static_cast<int>(c));
         const int groups = Cut::groups_of(sequence.segments);
-        const unsigned items = static_cast<unsigned>(step == CHAIN ? 1 : groups) * heads * ROW_GROUPS;
+        const unsigned items = static_cast<unsigned>(chains ? 1 : groups) * heads * row_groups;
         for (; item < before + items; item += gridDim.x) {
-            const unsigned within = item - before, row_group = within % ROW_GROUPS;
-            const int map_group = static_cast<int>(within / ROW_GROUPS / heads);
-            const bool state = row_group >= DIM / FKDA_JOIN_ROWS; /* of COMPOSE */
-            work.head = static_cast<int>(within / ROW_GROUPS) - map_group * args.heads;
-            work.row = static_cast<int>(row_group % (DIM / FKDA_JOIN_ROWS)) * FKDA_JOIN_ROWS;
-            const auto path = step == COMPOSE ? work.path_of_composing(sequence, map_group, state)
-                              : step == CHAIN ? work.path_of_chain(sequence, groups)
-                                              : work.path_of_expanding(sequence, map_group);
-            if (brings)
-                work.bring(path, [](int) {});
-            else if (step == COMPOSE)
-                work.compose(sequence, map_group, state, path);
+            const unsigned within = item - before, row_group = within % row_groups;
+            const int map_group = static_cast<int>(within / row_groups / heads);
+            const bool state = row_group >= ROW_GROUPS; /* COMPOSE: of the group's state, not of its map */
+            work.head = static_cast<int>(within / row_groups) - map_group * args.heads;
+            work.row = static_cast<int>(row_group % ROW_GROUPS) * FKDA_JOIN_ROWS;
+            const auto path = composes ? work.path_of_composing(sequence, map_group, state)
+                              : chains ? work.path_of_chain(sequence, groups)
+                                       : work.path_of_expanding(sequence, map_group);
+            if (fetches) {
+                work.fetch(path, [](int) {});
+                continue;
+            }
+            Join<JoinMemory>::Rows x;
+            if (composes && !state)
+                work.load_map(x, work.place(cut.maps, path.first_map - 1));
             else
-                work.carry_from(step == CHAIN ? sequence.first_slot + 1 : path.first_map, path);
+                work.load(x, work.place(cut.states, chains ? sequence.first_slot + 1 : path.first_map));
+            work.carry(x, path);
+            if (composes && state) work.store(work.place(cut.states, path.last_slot), x);
+            if (composes && !state) work.store_map(work.place(cut.composed, sequence.first_group + map_group), x);
         }
         before += items;
     }

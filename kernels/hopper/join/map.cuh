@@ -1,4 +1,4 @@
-/* How a segment's map and state are kept in the workspace, and maps in shared memory: as those who use them have them. */
+/* The layouts of segments' maps and states in the workspace, which are the layouts that their users need. */
 #ifndef FKDA_HOPPER_MAP_CUH
 #define FKDA_HOPPER_MAP_CUH
 
@@ -8,9 +8,13 @@
 namespace fkda
 {
 
-/* Sixteen rows of a map [128][128], each element the sum of what fp16 keeps of it, and of what that keeps of the rest, which leaves out
- * 2^-25: the halves of the columns, rows of 128 bytes whose units of 16 bytes are swizzled, unit u of row r at u ^ r % 8. wgmma
- * reads it as B, and ldmatrix meets no bank conflicts. */
+/*
+ * 16 rows of a map [128][128]. Each element is split in two: HIGH is what fp16 keeps of it, and LOW what fp16 keeps of the
+ * remainder. The split leaves out 2^-25 of one, and takes as many bytes as fp32.
+ *
+ * A row is kept in two halves of 128 bytes, whose units of 16 bytes are swizzled: unit u of row r is at u ^ r % 8. Bulk
+ * copies bring it to shared memory as it is, and ldmatrix meets no bank conflicts there.
+ */
 struct MapRowGroup {
     static constexpr int ROWS = 16, ROW_BYTES = 128;
     enum { HIGH, LOW };
@@ -29,10 +33,11 @@ struct MapRowGroup {
     }
 };
 
+/* A whole map. */
 struct MapImage {
     MapRowGroup row_group[DIM / MapRowGroup::ROWS];
 
-    /* Two neighbours in a row, the first column even. */
+    /* Two neighbouring elements of a row; the first column is even. */
     __device__ __forceinline__ uint32_t *pair(int which, int row, int column)
     {
         return reinterpret_cast<uint32_t *>(
@@ -40,9 +45,10 @@ struct MapImage {
                column % 8 / 2;
     }
 };
-static_assert(sizeof(MapImage) == DIM * DIM * sizeof(float), "in slots of matrices in fp32");
+static_assert(sizeof(MapImage) == DIM * DIM * sizeof(float), "a slot has room for a matrix of fp32");
 
-/* A state [V, K] in fp32: of 16 rows and 8 columns what each lane has in accumulators. */
+/* A state [V, K] in fp32: for each 16 rows and 8 columns the four numbers that each lane has in accumulators, so that a
+ * lane loads or stores them with one access. */
 struct StateImage {
     float4 tile[DIM / 16][DIM / 8][32]; /* rows, columns, lane */
 };

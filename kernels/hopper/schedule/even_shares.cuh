@@ -1,73 +1,31 @@
-/* Which items of work a block, or a pair of blocks that share, gets, and in which order. */
+/*
+ * Even shares: the schedule that gives each worker (a solo CTA or a CTA pair) an equal share of all work items.
+ *
+ * Algorithm. All work items, of each sequence or segment every head, are laid end to end on a line, measured in chunks,
+ * and the line is divided into equal shares. Where a border falls inside a work item, the item is divided: the worker whose
+ * share begins at the border computes the item's first chunks, before anything else, and hands the state over in the
+ * workspace. The worker whose share ends at the border computes the item's other chunks, after everything else, once the
+ * state is there (flag of a warp's rows).
+ *
+ * Why. A share is at least as long as the longest work item, so the first chunks are over before the other chunks are due
+ * (McNaughton's rule for jobs that may be interrupted). Workers have shares from the line's end on: each waits only for a
+ * worker with a lower index, which was started before it; otherwise a worker could wait for one that never starts.
+ *
+ * Exceptions. Without handoffs work items are not divided, and a worker has all items of which more than half lies in
+ * its share. If there are no more work items than workers, each worker has one item at most. Items without outputs
+ * (segments' maps) all have about one length and are given out in turn.
+ */
 #ifndef FKDA_HOPPER_EVEN_SHARES_CUH
 #define FKDA_HOPPER_EVEN_SHARES_CUH
 
-#include "../block/shared.cuh"
+#include "../block/block.cuh"
 #include "../costs.h"
-#include "../fwd_args.h"
-#include "cut.cuh"
+#include "work_item.cuh"
 
 namespace fkda
 {
 
-/* What items are, whoever deals them. */
-template <class Block> struct WorkItemMaker {
-    const fkda_fwd_args &args;
-    Cut cut;
-    int rank; /* of the block workers those that share */
-
-    __device__ WorkItemMaker(const fkda_hopper_fwd_args &all, int rank_in_pair)
-        : args(all.fwd), cut{all.fwd, all.cut}, rank(rank_in_pair)
-    {
-    }
-
-    static __device__ WorkItem none()
-    {
-        return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr};
-    }
-
-    /* A head of a sequence or of a segment: from the caller's state, or what the workspace has for the segment, to the caller's or the
-     * next segment's. SolverScratch have the halves of its rows or, for maps, a segment's map and its state. */
-    __device__ WorkItem item_of(const fkda_segment &s, int h) const
-    {
-        const long long task = static_cast<long long>(s.sequence) * args.heads + h;
-        const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
-        const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
-        if (!Block::OUTPUTS) {
-            float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr};
-            if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, task);
-            return item;
-        }
-        WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr};
-        if (s.position & FKDA_SEGMENT_FIRST)
-            take_initial(item, task);
-        else
-            item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
-        if (!(s.position & FKDA_SEGMENT_LAST)) { /* the states after later ones have come from the join */
-            if (s.position & FKDA_SEGMENT_FIRST)
-                item.final = cut.cut.states + next_slot, item.attributes |= FINAL_IMAGE;
-        } else if (args.final_state) {
-            item.final = user_state(args.final_state, task);
-            if (args.state_is_bf16) item.attributes |= FINAL_BF16;
-        }
-        return item;
-    }
-
-    __device__ void take_initial(WorkItem &item, long long task) const
-    {
-        if (!args.initial_state) return;
-        item.initial = user_state(const_cast<void *>(args.initial_state), task);
-        if (args.state_is_bf16) item.attributes |= INITIAL_BF16;
-    }
-
-    __device__ void *user_state(void *states, long long task) const
-    {
-        return static_cast<char *>(states) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
-    }
-};
-
-/* Workers whom a source deals out what there is: here all of it, workers all workers of the grid. */
+/* The workers that have shares: here all workers of the grid. */
 template <class Block> struct AllWorkers {
     __device__ explicit AllWorkers(const fkda_hopper_fwd_args &)
     {
@@ -80,39 +38,31 @@ template <class Block> struct AllWorkers {
     {
         return static_cast<int>(blockIdx.x) / Block::CTAS;
     }
+    /* Whether the segment is no work of these workers. */
     static __device__ bool skips(const fkda_segment &)
     {
         return false;
     }
+    /* Whether each worker has one of `items` work items, or none. */
     static __device__ bool one_each(int items)
     {
         return items <= count();
     }
 };
 
-/*
- * All items, of each sequence or segment every head, are laid end to end, and each worker (a block, or a pair of them) gets an equal
- * share of the line. Where a border falls within a item, the worker that ends there leaves the item's first chunks to the one that
- * begins there, takes the state from it when all else is done, and goes on to the item's end. A share is no shorter than the longest
- * item, so the first chunks are over before the others are due (McNaughton's rule for jobs that can be interrupted). Workers get
- * shares from the line's end on, so that each waits for one that was started before it.
- *
- * Without room for states at the borders items are not divided: who has more than half of one gets all of it. As many workers as
- * items have one each, and segments' maps, which are as long as each other, are published out in turn.
- *
- * Called by all lanes of the loading warps; blocks that share meet the same items.
- */
+/* Gives out the work items of one worker. All lanes of the loader call it; the loaders of a pair's CTAs get the same heads
+ * and tokens. */
 template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Block> {
     using WorkItemMaker<Block>::args, WorkItemMaker<Block>::cut, WorkItemMaker<Block>::rank;
     static constexpr int CHUNK = Block::CHUNK;
     const fkda_handoff &handoff;
     const Workers workers;
-    int work, entries;
-    int share_number; /* from the line's beginning on */
-    int entry, head;  /* the next item */
-    int at;           /* where it begins on the line, in chunks */
-    int begin, end;   /* of the share */
-    int most;         /* of the line that a item takes */
+    int work, entries; /* the list that the launch works through, and its length */
+    int share_number;  /* from the line's beginning on */
+    int entry, head;   /* the next work item */
+    int at;            /* where the next work item begins on the line, in chunks */
+    int begin, end;    /* of the share */
+    int most;          /* chunks of the line that a work item takes, at most */
     bool one_each;
 
     __device__ EvenSharesSource(const fkda_hopper_fwd_args &a, int rank_in_pair, int lane)
@@ -127,18 +77,21 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
             find_share(lane);
     }
 
+    /* Work items are given out in turn, and there are no shares. */
     __device__ bool in_turn() const
     {
         return !Block::OUTPUTS || one_each;
     }
+
+    /* ---- The share ---- */
 
     static __device__ int chunks_of(const fkda_segment &s)
     {
         return (s.length + CHUNK - 1) / CHUNK;
     }
 
-    /* Part of the line that a item takes. Sequences that overlap, which they should not, could make it longer than an int can tell; then
-     * they count for less. */
+    /* Chunks of the line that a work item takes. Sequences that overlap, by a wrong cu_seqlens, could make the line longer
+     * than an int holds; `most` then makes items count for less. */
     __device__ int weight_of(const fkda_segment &s) const
     {
         if (workers.skips(s)) return 0;
@@ -150,11 +103,13 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return e < entries ? weight_of(cut.entry(work, e)) : 0;
     }
 
+    /* Finds the share and its first work item. Each lane adds up some neighbouring entries; the lane in whose entries the
+     * share begins is known from the sums, and its entries are then looked through 32 at a time. */
     __device__ void find_share(int lane)
     {
         most = 0x7fff0000 / max(entries * args.heads, 1);
-        const int each = (entries + 31) / 32; /* entries of a lane, one after the other */
-        int own = 0;                          /* their first of the line */
+        const int each = (entries + 31) / 32; /* entries of a lane */
+        int own = 0;                          /* the weight of the lane's entries */
         int longest = 0;
 #pragma unroll 1
         for (int i = 0; i < each; i++) {
@@ -167,11 +122,10 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         const int all = __shfl_sync(~0u, up_to, 31);
         const int share = max((all + workers.count() - 1) / workers.count(), longest);
         begin = share_number * share, end = begin + share;
-        entry = entries; /* nothing, if the line ends before */
+        entry = entries; /* the share has no work item if the line ends before it */
         unsigned beyond = __ballot_sync(~0u, up_to > begin);
         if (!beyond) return;
-        const int lane_there =
-            __ffs(static_cast<int>(beyond)) - 1; /* who has the entry in which the share begins */
+        const int lane_there = __ffs(static_cast<int>(beyond)) - 1; /* the share begins in this lane's entries */
         at = __shfl_sync(~0u, up_to - own, lane_there);
 #pragma unroll 1
         for (int e = lane_there * each;; e += 32) {
@@ -190,7 +144,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         }
     }
 
-    /* The sum of x of all lanes up to this one. */
+    /* The sum of x over all lanes up to this one. */
     static __device__ int sum_up_to(int x, int lane)
     {
         for (int by = 1; by < 32; by *= 2) {
@@ -200,14 +154,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return x;
     }
 
-    /* How many chunks of a item are done by the worker in whose share it ends, which has so much of its weight. */
-    __device__ int first_chunks(int chunks, int beyond) const
-    {
-        if (!handoff.states) return 2 * beyond > chunks + FKDA_CHUNKS_PER_SWITCH ? chunks : 0;
-        return beyond < FKDA_LEAST_CHUNKS_DIVIDED            ? 0
-               : beyond > chunks - FKDA_LEAST_CHUNKS_DIVIDED ? chunks
-                                                             : beyond;
-    }
+    /* ---- Its work items ---- */
 
     __device__ WorkItem next()
     {
@@ -238,7 +185,17 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return WorkItemMaker<Block>::none();
     }
 
-    /* Only the first so many tokens; the state goes to the border where the share begins. */
+    /* How many of the item's chunks belong to the worker whose share begins inside it, if `beyond` chunks of the item lie
+     * beyond the border. */
+    __device__ int first_chunks(int chunks, int beyond) const
+    {
+        if (!handoff.states) return 2 * beyond > chunks + FKDA_CHUNKS_PER_SWITCH ? chunks : 0;
+        return beyond < FKDA_LEAST_CHUNKS_DIVIDED            ? 0
+               : beyond > chunks - FKDA_LEAST_CHUNKS_DIVIDED ? chunks
+                                                             : beyond;
+    }
+
+    /* Leaves the item its first `tokens` tokens; the state goes to the border where the share begins. */
     __device__ void end_at_border(WorkItem &item, int tokens) const
     {
         item.length = tokens;
@@ -247,7 +204,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         item.attributes = (item.attributes & ~FINAL_BF16) | FINAL_IMAGE | SIGNALS_FINAL;
     }
 
-    /* Without so many tokens; the state comes from the border where the share ends. */
+    /* Takes the first `tokens` tokens from the item; the state comes from the border where the share ends. */
     __device__ void begin_at_border(WorkItem &item, int tokens) const
     {
         item.begin += tokens, item.length -= tokens;

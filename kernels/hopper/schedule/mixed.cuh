@@ -1,16 +1,23 @@
 /*
- * Sequences of different lengths in one launch, say one of 30,000 tokens and fifty of 100. Nobody knows them before it: each block finds
- * them, and from them what all pairs of blocks are there for. A long sequence has some pairs to each head, and is cut into one segment
- * more than these if they are two or more; they do what at_once.cuh says. The pairs that are left deal the rest out as any kernel does its
- * sequences, as pairs or, where heads are many, in blocks of their own.
+ * Mixed: the schedule for long sequences among short ones in one launch, say one of 30,000 tokens and fifty of 100.
  *
- * Pairs are given out one for each head of the sequence that would take longest, again and again, until the rest would take
- * longer than that.
+ * Algorithm. The lengths are on the device, and the host does not know them. So each CTA begins with one warp that reads
+ * all lengths and finds what every CTA pair is for; all CTAs find one and the same answer.
+ *
+ *   1. Sequences of at least `shortest` tokens are long, up to a number of them. Each head of a long sequence gets a CTA
+ *      pair. All other sequences are the rest.
+ *   2. The long sequence that would take longest gets one more pair for each head, again and again, until the rest would
+ *      take longer than it, or more pairs would not help.
+ *   3. A long sequence with two or more pairs for each head is cut into one segment more than it has pairs for a head. Its
+ *      pairs run a relay (relay.cuh) without spare pairs and without shared segments.
+ *   4. The remaining pairs share the rest in even shares (even_shares.cuh), as CTA pairs or, where heads are many, as
+ *      solo CTAs.
+ *
+ * What a CTA pair does depends on the lengths alone, so results are equal to the bit from run to run.
  */
 #ifndef FKDA_HOPPER_MIXED_CUH
 #define FKDA_HOPPER_MIXED_CUH
 
-#include "../block/shared.cuh"
 #include "../costs.h"
 #include "even_shares.cuh"
 #include "relay.cuh"
@@ -18,36 +25,37 @@
 namespace fkda
 {
 
-using MixedAssignment = Assignment<true>;
-
-/* Where the block has its assignment once it is found, out of the assignment of all that it does later. */
-template <class Block> static __device__ MixedAssignment &assignment_of()
+/* Where a CTA keeps its assignment: outside of everything that its roles write. */
+template <class Block> static __device__ MixedAssignment &mixed_assignment()
 {
     return reinterpret_cast<Shared<Block> *>(cta_memory())->assignment;
 }
 
-/* How a warp finds it: each lane has one of the long sequences. */
+/* Finds the assignments of all CTA pairs, by one warp. Each lane has at most one long sequence. */
 class MixedScheduler
 {
     const Cut cut;
     const fkda_mixed &mixed;
     const int heads, lane;
-    int sequence = 0, chunks = 0, pairs = 0; /* of the lane's; pairs: of each head, none without a sequence */
-    int long_ones = 0, last_long = -1;
-    int rest = 0, longest_of_rest = 0; /* chunks of the others */
-    int left;                          /* pairs, for the rest */
+    /* This lane's long sequence; pairs: for each of its heads. Without a sequence both are 0. */
+    int sequence = 0, chunks = 0, pairs = 0;
+    int long_sequences = 0, last_long = -1;
+    int rest = 0, longest_of_rest = 0; /* chunks of all sequences of the rest, and of the longest one */
+    int left;                          /* CTA pairs that are left for the rest */
 
-    static constexpr int UNCOUNTED = 1 << 25; /* chunks, of lengths that are not to be believed */
+    /* The rest counts for no more chunks than this, so that wrong lengths do not overflow. */
+    static constexpr int MOST_CHUNKS = 1 << 25;
 
   public:
-    __device__ MixedScheduler(const fkda_hopper_fwd_args &all, const fkda_mixed &how, int of_warp)
-        : cut{all.fwd, all.cut}, mixed(how), heads(all.fwd.heads), lane(of_warp), left(how.pairs)
+    __device__ MixedScheduler(const fkda_hopper_fwd_args &all, const fkda_mixed &how, int lane_of_warp)
+        : cut{all.fwd, all.cut}, mixed(how), heads(all.fwd.heads), lane(lane_of_warp), left(how.pairs)
     {
         measure();
-        give_out();
+        give_out_pairs();
     }
 
-    /* The first chunk of segment i of so many, of a sequence of so many chunks. */
+    /* The first chunk of segment i of a sequence that has `segments` segments and `chunks` chunks. First and last segments
+     * are shorter than others by the chunks that their pair begins late. */
     static __device__ int begin_of(int i, int segments, int chunks)
     {
         if (i == 0 || i == segments) return i == 0 ? 0 : chunks;
@@ -56,10 +64,10 @@ class MixedScheduler
                    i);
     }
 
-    /* The assignment of a pair, by the lane that knows it. */
-    __device__ void tell(int pair, MixedAssignment &assignment) const
+    /* Writes the assignment of a pair, by the lane that knows it. */
+    __device__ void assign(int pair, MixedAssignment &assignment) const
     {
-        const int number = pair - before(pairs * heads), first_slot = before(pairs > 1 ? pairs + 1 : 0);
+        const int number = pair - sum_before(pairs * heads), first_slot = sum_before(pairs > 1 ? pairs + 1 : 0);
         if (number >= 0 && number < pairs * heads) {
             assignment.is = MixedAssignment::LONG;
             assignment.sequence = sequence, assignment.pairs = pairs, assignment.first_slot = first_slot;
@@ -76,8 +84,8 @@ class MixedScheduler
     }
 
   private:
-    /* The sum of x of the lanes before this one. */
-    __device__ int before(int x) const
+    /* The sum of x over the lanes before this one. */
+    __device__ int sum_before(int x) const
     {
         int sum = x;
         for (int by = 1; by < 32; by *= 2) {
@@ -87,48 +95,42 @@ class MixedScheduler
         return sum - x;
     }
 
+    /* Step 1: reads all lengths. */
     __device__ void measure()
     {
         for (int first = 0; first < cut.sequences(); first += 32) {
-            const bool there = first + lane < cut.sequences();
-            const int length = there ? cut.sequence(first + lane).length : 0;
+            const bool exists = first + lane < cut.sequences();
+            const int length = exists ? cut.sequence(first + lane).length : 0;
             const int own = (length + CUT_CHUNK - 1) / CUT_CHUNK;
-            bool in_rest = there;
-            for (unsigned who = __ballot_sync(~0u, there && length >= cut.cut.shortest);
-                 who && long_ones < mixed.most_long; who &= who - 1) {
+            bool in_rest = exists;
+            for (unsigned who = __ballot_sync(~0u, exists && length >= cut.cut.shortest);
+                 who && long_sequences < mixed.most_long; who &= who - 1) {
                 const int from = __ffs(static_cast<int>(who)) - 1;
                 const int its = __shfl_sync(~0u, own, from);
-                if (lane == long_ones) sequence = first + from, chunks = its, pairs = 1;
+                if (lane == long_sequences) sequence = first + from, chunks = its, pairs = 1;
                 if (lane == from) in_rest = false;
                 last_long = first + from;
-                long_ones++;
+                long_sequences++;
             }
             if (!in_rest) continue;
-            rest = min(rest + own + FKDA_CHUNKS_PER_SWITCH, UNCOUNTED);
+            rest = min(rest + own + FKDA_CHUNKS_PER_SWITCH, MOST_CHUNKS);
             longest_of_rest = max(longest_of_rest, own);
         }
         longest_of_rest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest_of_rest)));
-        rest = __shfl_sync(~0u, before(rest) + rest, 31);
+        rest = __shfl_sync(~0u, sum_before(rest) + rest, 31);
     }
 
-    /* Whether blocks of their own would be through with the rest before pairs. They take as long for half a chunk as pairs for all
-     * of it. */
-    __device__ bool rest_is_solo() const
-    {
-        const float each = static_cast<float>(rest) * static_cast<float>(heads) / static_cast<float>(left),
-                    longest = static_cast<float>(longest_of_rest);
-        return FKDA_CLOCKS_SOLO_CHUNK * max(each, 2 * longest) < FKDA_CLOCKS_PAIR_CHUNK * max(each, longest);
-    }
-
-    /* In chunks, with so many pairs to a head. A step of the join is one. */
+    /* The chunks that this lane's sequence would take with this many pairs for each head. A step of the join counts as
+     * one chunk. */
     __device__ int time(int with) const
     {
         return with == 0 ? 0 : with == 1 ? chunks : 2 * chunks / (with + 1) + mixed.cutting_chunks + with - 1;
     }
 
-    __device__ void give_out()
+    /* Step 2. */
+    __device__ void give_out_pairs()
     {
-        left -= long_ones * heads;
+        left -= long_sequences * heads;
         for (;;) {
             const int now = time(pairs);
             const int longest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(now)));
@@ -143,22 +145,32 @@ class MixedScheduler
             left = after;
         }
     }
+
+    /* Step 4: whether solo CTAs would finish the rest before CTA pairs. A solo CTA's chunk has half the tokens of a
+     * pair's, and a pair counts as two solo CTAs, so equal work is equally many chunks; only the longest sequence has
+     * twice as many. */
+    __device__ bool rest_is_solo() const
+    {
+        const float each = static_cast<float>(rest) * static_cast<float>(heads) / static_cast<float>(left),
+                    longest = static_cast<float>(longest_of_rest);
+        return FKDA_CLOCKS_SOLO_CHUNK * max(each, 2 * longest) < FKDA_CLOCKS_PAIR_CHUNK * max(each, longest);
+    }
 };
 
-/* What the pair of a long sequence has to do, as RelayAssignment says it elsewhere. */
+/* What the pair of a long sequence is for, in the form of RelayAssignment. The pair has one head, number 0. */
 struct LongAssignment {
     Cut cut;
     const MixedAssignment &assignment;
     int segments, head_index, heads, segment, spare;
 
     __device__ explicit LongAssignment(const fkda_hopper_fwd_args &all)
-        : cut{all.fwd, all.cut}, assignment(assignment_of<Block<PairCta, Mixed>>()),
+        : cut{all.fwd, all.cut}, assignment(mixed_assignment<Block<PairCta, Mixed>>()),
           segments(assignment.pairs > 1 ? assignment.pairs + 1 : 1), head_index(0), heads(1),
           segment(assignment.segment), spare(assignment.is == MixedAssignment::LONG ? -1 : 0)
     {
     }
 
-    __device__ int of_head() const
+    __device__ int pairs_of_head() const
     {
         return assignment.pairs;
     }
@@ -185,7 +197,7 @@ struct LongAssignment {
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }
 
-    /* First segments are walked through by their own pairs. */
+    /* There are no spare pairs. */
     static __device__ bool spares_compute_first()
     {
         return false;
@@ -200,13 +212,13 @@ struct LongAssignment {
     }
 };
 
-/* The rest, among the pairs that have it, or their blocks. */
+/* The workers that have even shares of the rest: some CTA pairs of the grid, or the CTAs of these pairs by themselves. */
 template <class Block> struct RestWorkers {
     const MixedAssignment &assignment;
     const int long_from; /* tokens */
 
     __device__ explicit RestWorkers(const fkda_hopper_fwd_args &all)
-        : assignment(assignment_of<Block>()), long_from(all.cut.shortest)
+        : assignment(mixed_assignment<Block>()), long_from(all.cut.shortest)
     {
     }
     __device__ int count() const
@@ -228,15 +240,22 @@ template <class Block> struct RestWorkers {
     }
 };
 
-/* A block that has a assignment of the rest, in one assignment of what blocks do. */
+/* Solo CTAs have work items of the rest alone. */
 template <class Block> struct MixedSource : EvenSharesSource<Block, RestWorkers<Block>> {
     using EvenSharesSource<Block, RestWorkers<Block>>::EvenSharesSource;
 };
-/* One that may have either. */
+
+/* The map phase has work items of long sequences alone. */
+template <>
+struct MixedSource<Block<MapCta, Mixed>> : RelaySource<Block<MapCta, Mixed>, LongAssignment> {
+    using RelaySource<Block<MapCta, Mixed>, LongAssignment>::RelaySource;
+};
+
+/* A CTA pair that computes outputs has either. */
 template <> struct MixedSource<Block<PairCta, Mixed>> {
-    using OwnBlock = Block<PairCta, Mixed>;
-    RelaySource<OwnBlock, LongAssignment> of_long;
-    EvenSharesSource<OwnBlock, RestWorkers<OwnBlock>> of_rest;
+    using PairBlock = Block<PairCta, Mixed>;
+    RelaySource<PairBlock, LongAssignment> of_long;
+    EvenSharesSource<PairBlock, RestWorkers<PairBlock>> of_rest;
 
     __device__ MixedSource(const fkda_hopper_fwd_args &all, int rank_in_pair, int lane)
         : of_long(all, rank_in_pair, lane), of_rest(all, rank_in_pair, lane)
@@ -246,10 +265,6 @@ template <> struct MixedSource<Block<PairCta, Mixed>> {
     {
         return of_long.assignment.spare < 0 ? of_long.next() : of_rest.next();
     }
-};
-/* Maps are of long ones. */
-template <> struct MixedSource<Block<MapCta, Mixed>> : RelaySource<Block<MapCta, Mixed>, LongAssignment> {
-    using RelaySource<Block<MapCta, Mixed>, LongAssignment>::RelaySource;
 };
 
 } // namespace fkda

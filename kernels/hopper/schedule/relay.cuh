@@ -1,45 +1,48 @@
 /*
- * All segments in one launch, where every head of a segment but the last has a pair of blocks and all of them run at the same time:
- * blocks then wait for each other where else one launch would wait for the one before. A pair
+ * Relay: the schedule that computes all segments of long sequences in one launch. Each segment has a CTA pair, and pairs
+ * wait for each other at flags where the passes would wait for a whole launch.
  *
- *   finds its segment's map and what that makes of zeros, or of a first segment the state after it;
- *   carries some rows of the head through all maps, from the state after the first segment to those that others start from (join.cuh); and
- *   walks through its segment. The pair of a first segment does so for the last one.
+ * Algorithm. A CTA pair runs three phases, one after the other:
  *
- * First segments' outputs are the work of pairs that are more than that, from the start. If there are none, the pair of a first segment
- * walks through that from the start, to its outputs and the state after it; it has no map to find, and begins with its second part.
+ *   map phase     computes its segment's M and B or, of a first segment, the state after it;
+ *   join phase    carries some rows of the head's state through all maps, from the state after the first segment to the
+ *                 states that the later segments start from (join/relay_join.cuh);
+ *   output phase  computes the outputs of its segment. The pair of a first segment computes the last segment's.
  *
- * Where so many pairs are left that heads could have half of one more each, say, a segment more is shared: a pair has it of two heads, finds
- * one's map and then the other's, and later walks through one and then the other. It is shorter than the others.
+ * The outputs of first segments are computed by spare pairs, from the start of the launch on. If there are no spare pairs,
+ * the pair of a first segment has no map phase: it computes the first segment's outputs and the state after it at once, and
+ * then the last segment's outputs.
  *
- * Each goes on where the flags of what it needs are set (fkda_cut), which are zeros before the launch.
+ * Shared segments. If fewer CTA pairs than heads are left over, one extra, shorter segment is shared: a pair handles it
+ * for two to four heads in turn, first all their maps, then all their outputs.
+ *
+ * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch must be
+ * cooperative, because every pair that is waited for must run. All flags are zeros before the launch.
  */
 #ifndef FKDA_HOPPER_RELAY_CUH
 #define FKDA_HOPPER_RELAY_CUH
 
 #include "../block/shared.cuh"
-#include "../join/join.cuh"
-#include "even_shares.cuh"
 
 namespace fkda
 {
 
-/* What the pair that asks is there for. */
+/* What this CTA pair is for. Heads are counted over all sequences here: head_index = sequence * heads + head. */
 struct RelayAssignment {
     Cut cut;
     const fkda_relay &plan;
     int segments;   /* of each sequence */
-    int head_index; /* the pair's first head, counted over all sequences; */
-    int heads;      /* how many it has; */
-    int segment;    /* and the segment of theirs that it finds the maps of */
-    int spare;      /* or, if this is not negative, its number among those that are more than are needed */
+    int head_index; /* the first head of the pair */
+    int heads;      /* how many heads the pair has */
+    int segment;    /* the pair computes the maps of this segment of its heads */
+    int spare;      /* the number of a spare pair among all spare pairs; negative for other pairs */
 
     static __device__ int pair()
     {
         return static_cast<int>(blockIdx.x) / FKDA_HOPPER_PAIR_CTAS;
     }
 
-    /* Of small numbers. */
+    /* x / y for small numbers, faster than an integer division. */
     static __device__ int quotient(int x, int y)
     {
         return static_cast<int>((static_cast<float>(x) + 0.5f) * rcp(static_cast<float>(y)));
@@ -50,16 +53,15 @@ struct RelayAssignment {
     {
         const Task first = cut.sequence(0);
         if (first.chunks != plan.chunks) segments = min(cut.segments_of(first.length), plan.inner + 2);
-        int rest = pair() - all_heads() * of_head();
+        int rest = pair() - all_heads() * pairs_of_head();
         if (rest < 0) {
-            head_index = quotient(pair(), of_head()), segment = pair() - head_index * of_head();
+            head_index = quotient(pair(), pairs_of_head()), segment = pair() - head_index * pairs_of_head();
             return;
         }
         for (int i = 0; i < FKDA_RELAY_SHARED; i++) {
             const int each = plan.shared[i].heads;
             if (rest < plan.shared[i].pairs) {
-                head_index = rest * each, heads = min(each, all_heads() - head_index),
-                segment = of_head() + i;
+                head_index = rest * each, heads = min(each, all_heads() - head_index), segment = pairs_of_head() + i;
                 return;
             }
             rest -= plan.shared[i].pairs;
@@ -67,8 +69,8 @@ struct RelayAssignment {
         head_index = spare = rest, segment = 0;
     }
 
-    /* Whether the pair may have something to do before states are joined. */
-    static __device__ bool finds_maps(const fkda_hopper_fwd_args &all)
+    /* Whether the pair has a map phase. */
+    static __device__ bool has_map_phase(const fkda_hopper_fwd_args &all)
     {
         const fkda_relay &plan = all.cut.relay;
         const int of_head = plan.inner + 1, own = all.fwd.sequences * all.fwd.heads * of_head;
@@ -76,11 +78,12 @@ struct RelayAssignment {
         return pair() != quotient(pair(), of_head) * of_head;
     }
 
-    __device__ int of_head() const /* pairs that have one head, for each head */
+    /* Pairs that one head has for itself. */
+    __device__ int pairs_of_head() const
     {
         return plan.inner + 1;
     }
-    __device__ int all_heads() const /* of all sequences */
+    __device__ int all_heads() const
     {
         return cut.args.sequences * cut.args.heads;
     }
@@ -98,13 +101,14 @@ struct RelayAssignment {
         return {n, segments, n * segments, 0};
     }
 
-    /* Whether the pair of a first segment leaves its outputs to another one. */
+    /* Spare pairs compute the outputs of first segments. */
     __device__ bool spares_compute_first() const
     {
         return plan.spare_pairs > 0 && segments > 1;
     }
 
-    __device__ int maps() const /* of a head */
+    /* Maps of each head. */
+    __device__ int maps() const
     {
         return max(segments - 2, 0);
     }
@@ -120,40 +124,18 @@ struct RelayAssignment {
     }
 };
 
-/* The rows of a head are carried in JOIN_ROW_GROUPS, by a block each: those of the pairs that have this head alone in turn, without the one that has
- * the first segment, and is late, where there are enough others. Called ahead, since what is computed first takes time. */
-constexpr int JOIN_ROW_GROUPS = DIM / FKDA_JOIN_ROWS;
-template <class Assignment>
-static __device__ void assign_join_rows(const Assignment &assignment, JoinPhase<true> &join, int rank)
-{
-    const int left_out = FKDA_HOPPER_PAIR_CTAS * (assignment.of_head() - 1) >= JOIN_ROW_GROUPS;
-    const int part = FKDA_HOPPER_PAIR_CTAS * (assignment.segment - left_out) + rank;
-    const bool none = assignment.maps() == 0 || assignment.spare >= 0 ||
-                      assignment.segment >= assignment.of_head() || part < 0 || part >= JOIN_ROW_GROUPS;
-    join.begins = none ? JoinPhase<true>::NEVER
-                  : assignment.spares_compute_first() || assignment.segment > 0
-                      ? JoinPhase<true>::BEFORE_FIRST_ITEM
-                      : JoinPhase<true>::AFTER_FIRST_ITEM;
-    if (none) return;
-    join.head = assignment.head(assignment.head_index),
-    join.first_slot = assignment.sequence(assignment.head_index).first_slot + 1,
-    join.maps = assignment.maps();
-    join.part = part, join.step = FKDA_HOPPER_PAIR_CTAS * (assignment.of_head() - left_out);
-}
-
+/* Gives out the work items of one phase, by what the pair is for. */
 template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Block> {
     Assignment assignment;
-    int head_index,
-        next_segment; /* the next_segment item: a head, and which of its segments; past the last: none */
-    bool joins;
+    int head_index, next_segment; /* of the next work item; past the last segment: there is none */
+    bool joins;                   /* the CTA takes part in the join phase */
 
     __device__ RelaySource(const fkda_hopper_fwd_args &all, int rank_in_pair, int)
-        : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index),
-          joins(false)
+        : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index), joins(false)
     {
         if constexpr (Block::JOINS)
             joins =
-                reinterpret_cast<const Shared<Block> *>(cta_memory())->join.begins != JoinPhase<true>::NEVER;
+                reinterpret_cast<const Shared<Block> *>(cta_memory())->join.begins != JoinPhase::NEVER;
         next_segment = first_segment();
     }
 
@@ -161,17 +143,16 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     {
         const int none = assignment.segments;
         if (assignment.spare >= 0)
-            return Block::OUTPUTS && assignment.spares_compute_first() && head_index < assignment.all_heads()
-                       ? 0
-                       : none;
+            return Block::OUTPUTS && assignment.spares_compute_first() && head_index < assignment.all_heads() ? 0
+                                                                                                              : none;
         if (assignment.segment > 0)
             return assignment.segment < assignment.segments - 1 ? assignment.segment : none;
         if (Block::OUTPUTS) return assignment.spares_compute_first() ? assignment.segments - 1 : 0;
         return assignment.spares_compute_first() ? 0 : none;
     }
 
-    /* A first segment's walk is followed by another such one, or by the last segment's. A segment that is shared is followed by the same
-     * one of the next_segment head. */
+    /* The outputs of a first segment are followed by another first segment's (spare pair) or by the last segment's. A
+     * shared segment is followed by the one of the pair's next head. */
     __device__ void advance()
     {
         const bool first = next_segment == 0;
@@ -200,8 +181,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         }
         if (i == 0) {
             if (assignment.segments == 1) return item;
-            if (assignment
-                    .spares_compute_first()) { /* the state after it comes from the first part of the pair of the segment */
+            if (assignment.spares_compute_first()) { /* the state after it comes from a map phase */
                 item.final = nullptr;
                 return item;
             }
@@ -214,106 +194,6 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         item.attributes |= AWAITS_INITIAL;
         if (this->joins) item.attributes |= AFTER_JOIN;
         return item;
-    }
-};
-
-/* For the join: all of the block's own slots but the first, and the last slot. */
-template <class Block> struct RelayJoinMemory {
-    static constexpr int QUARTERS = MAP_QUARTERS_AHEAD, IN_FRONT = QUARTERS - 1;
-    struct Front {
-        MapQuarter quarter[IN_FRONT];
-    };
-    struct Back {
-        MapQuarter quarter;
-        JoinRows rows;
-    };
-    static_assert(sizeof(Front) <= (Block::OWN_SLOTS - 1) * sizeof(Tokens<Block>) &&
-                      sizeof(Back) <= sizeof(Tokens<Block>),
-                  "that is where they are");
-    Shared<Block> &shared;
-
-    __device__ Back &back() const
-    {
-        return *reinterpret_cast<Back *>(&shared.tokens[Block::SLOTS - 1]);
-    }
-    __device__ MapQuarter &quarter(int i) const
-    {
-        return i < IN_FRONT ? reinterpret_cast<Front *>(&shared.tokens[1])->quarter[i] : back().quarter;
-    }
-    __device__ JoinRows &rows() const
-    {
-        return back().rows;
-    }
-    __device__ Ring<QUARTERS> &ring() const
-    {
-        return shared.join.ring;
-    }
-
-    /* The blocks of a pair need the same maps: each brings every other quarter, to both. */
-    static __device__ void bring(MapQuarter *to, const MapQuarter *from, int q, uint64_t *barrier)
-    {
-        if (q % FKDA_HOPPER_PAIR_CTAS == cluster_rank()) copy_bulk_to_pair(to, from, sizeof *to, barrier);
-    }
-    static __device__ void release(uint64_t *barrier)
-    {
-        arrive_in_both(barrier);
-    }
-    static __device__ void arrive_in_both(uint64_t *barrier)
-    {
-        mbarrier_arrive_warp(barrier);
-        mbarrier_arrive_warp_in_other_cta(barrier);
-    }
-};
-
-/* A block's part in the join. */
-template <class Block> struct RelayJoin {
-    using Memory = RelayJoinMemory<Block>;
-    Shared<Block> &shared;
-    Join<Memory> join;
-    int first_slot, maps;
-
-    __device__ RelayJoin(const fkda_hopper_fwd_args &all, Shared<Block> &s)
-        : shared(s), join(all.fwd, all.cut, Memory{s}), first_slot(s.join.first_slot), maps(s.join.maps)
-    {
-        join.head = s.join.head;
-    }
-
-    __device__ int *flags(int slot, int kind) const
-    {
-        return Cut{join.args, join.cut}.flags(join.head, slot, kind);
-    }
-
-    /* By one warp. */
-    __device__ void bring_maps()
-    {
-        if (shared.join.begins == JoinPhase<true>::NEVER) return;
-        mbarrier_wait(&shared.join.room_for_maps, 0);
-#pragma unroll 1
-        for (int part = shared.join.part; part < JOIN_ROW_GROUPS; part += shared.join.step)
-            join.bring(join.path_through(first_slot, maps), [&](int slot) {
-                await_flag(flags(slot, FKDA_FLAG_MAP) + threadIdx.x % (DIM / 16));
-                fence_async_proxy_of_all_memory();
-            });
-    }
-
-    /* By the recurrence's. */
-    __device__ void carry_rows()
-    {
-        const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-        static_assert(FKDA_MAPS_CHAINED < 32, "a lane for each state");
-        Memory::arrive_in_both(&shared.join.room_for_maps);
-        join.sync(); /* rows go where the last chunk of a item before may be */
-#pragma unroll 1
-        for (int part = shared.join.part; part < JOIN_ROW_GROUPS; part += shared.join.step) {
-            join.row = part * FKDA_JOIN_ROWS;
-            await_flag(flags(first_slot + min(lane, maps), FKDA_FLAG_STATE) + part);
-            join.carry_from(first_slot, join.path_through(first_slot, maps));
-            join.sync(); /* all rows are there */
-            for (int i = warp; i < maps; i += join.WARPS)
-                set_flag(flags(first_slot + 1 + i, FKDA_FLAG_JOINED) + part);
-        }
-        fence_async_proxy(); /* later copies overwrite the rows */
-        Memory::arrive_in_both(&shared.join.room_for_tokens);
     }
 };
 
