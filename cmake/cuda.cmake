@@ -52,7 +52,7 @@ function(flash_kda_add_kernel name source)
   set(folder ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   set(fatbin ${folder}/${name}.fatbin)
   set(embed ${folder}/${name}.c)
-  file(GLOB headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*/*.cuh ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*/*.h)
+  file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.cuh ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.h)
   file(MAKE_DIRECTORY ${folder})
   add_custom_command(
     OUTPUT ${fatbin}

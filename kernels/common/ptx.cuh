@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 }
 
 /* The block's dynamic shared memory. */
-__device__ __forceinline__ unsigned char *block_memory()
+__device__ __forceinline__ unsigned char *cta_memory()
 {
     extern __shared__ __align__(1024) unsigned char memory[];
     return memory;

@@ -1,46 +1,47 @@
 /*
- * The kernels of sequences that are cut into segments, in the order in which they run: a plan of the segments, the first pass,
- * and the join. The second pass is the ordinary forward pass (fwd.cu), over segments. Where all segments fit on the device at once, one kernel is in the
- * place of all of these (at_once.cuh).
- * segments.h says what they share, docs/segments.md how it works.
+ * The kernels for sequences that are cut into segments:
+ *
+ *   fkda_hopper_list    lists all segments, if sequences have different lengths            (schedule/list.cuh)
+ *   fkda_hopper_maps    the first pass: maps of all inner segments, beside which fwd.cu computes the first segments
+ *   fkda_hopper_join    joins them; the pass after it computes the later segments with fwd.cu     (join/join.cuh)
+ *   fkda_hopper_relay   all of this in one launch, if all segments fit on the device at once (schedule/relay.cuh)
+ *   fkda_hopper_mixed   a relay for long sequences, beside short ones that are not cut       (schedule/mixed.cuh)
+ *
+ * docs/segments.md explains the algorithm, segments.h what the kernels and the host share.
  */
-#include "block.cuh"
-#include "join.cuh"
-#include "plan.cuh"
+#include "block/run.cuh"
+#include "join/join.cuh"
+#include "schedule/list.cuh"
 
 extern "C" __global__ void __launch_bounds__(FKDA_LIST_THREADS, 1)
     fkda_hopper_list(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    using namespace fkda;
-    Plan(args.fwd, args.cut).run(reinterpret_cast<long long *>(block_memory()));
+    fkda::SegmentLister(args.fwd, args.cut).run(reinterpret_cast<long long *>(fkda::cta_memory()));
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_maps(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block<fkda::Maps>(args, threadIdx.x);
+    fkda::run_block<fkda::Block<fkda::MapCta, fkda::EvenShares>>(args, threadIdx.x);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_relay(const __grid_constant__ fkda_hopper_fwd_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_relay(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block_at_once(args);
+    fkda::run_relay(args);
 }
 
-extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
-    fkda_hopper_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
 {
-    fkda::run_block_of_mixture(args);
+    fkda::run_mixed(args);
 }
 
 extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)
     fkda_hopper_join(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    using namespace fkda;
-    if (args.work == FKDA_JOIN_COMPOSE)
-        join<COMPOSE>(args.fwd, args.cut);
-    else if (args.work == FKDA_JOIN_CHAIN)
-        join<CHAIN>(args.fwd, args.cut);
-    else
-        join<EXPAND>(args.fwd, args.cut);
+    fkda::join(args.fwd, args.cut, args.work);
 }

@@ -16,7 +16,7 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
 {
     using namespace fkda;
     constexpr int blocks_per_head = DIM / rows;
-    Shared &shared = *reinterpret_cast<Shared *>(block_memory());
+    Shared &shared = *reinterpret_cast<Shared *>(cta_memory());
     const int index = blockIdx.x / blocks_per_head;
     const Task task = find_task(args, index / args.heads, index % args.heads, CHUNK);
     const int thread = threadIdx.x, first_row = blockIdx.x % blocks_per_head * rows;

@@ -6,7 +6,12 @@
 #define FKDA_EMULATOR_INSTRUCTIONS_H
 
 #define FKDA_PTX_CUH
-#define FKDA_HOPPER_SM90_CUH
+#define FKDA_HOPPER_PTX_MBARRIER_CUH
+#define FKDA_HOPPER_PTX_CLUSTER_CUH
+#define FKDA_HOPPER_PTX_COPIES_CUH
+#define FKDA_HOPPER_PTX_MEMORY_CUH
+#define FKDA_HOPPER_PTX_CONTROL_CUH
+#define FKDA_HOPPER_PTX_WGMMA_CUH
 
 #include "../../kernels/hopper/fwd_args.h"
 #include "language.h"
@@ -28,7 +33,7 @@ inline unsigned char *shared_memory(uint32_t address)
 }
 
 /* The block's, from its start on. */
-inline unsigned char *block_memory()
+inline unsigned char *cta_memory()
 {
     return emulator::thread().shared;
 }
@@ -322,10 +327,10 @@ inline int uniform(int x)
     if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be the same in all lanes is not");
     return x;
 }
-inline void keep(int &)
+inline void keep_in_register(int &)
 {
 }
-inline uint32_t largest_of_pairs(uint32_t x, uint32_t y)
+inline uint32_t max_of_pairs(uint32_t x, uint32_t y)
 {
     const uint32_t high = (x >> 16 > y >> 16 ? x : y) & 0xffff0000, low = (x & 0xffff) > (y & 0xffff) ? x : y;
     return high | (low & 0xffff);
@@ -341,9 +346,9 @@ inline void fence_mbarrier_init()
 inline void let_next_kernel_start() /* it has started already, if it may start early */
 {
 }
-inline void wait_for_kernel_before()
+inline void wait_for_previous_kernel()
 {
-    emulator::wait_for_kernel_before();
+    emulator::wait_for_previous_kernel();
 }
 
 /* Clusters of two blocks. */
@@ -359,22 +364,22 @@ inline void cluster_sync()
 {
     emulator::cluster_sync();
 }
-template <class T> T *in_other_block(T *pointer)
+template <class T> T *in_other_cta(T *pointer)
 {
-    emulator::check_other_block();
+    emulator::check_other_cta();
     return reinterpret_cast<T *>(reinterpret_cast<unsigned char *>(pointer) + emulator::thread().to_other);
 }
-inline void mbarrier_arrive_warp_there(uint64_t *barrier)
+inline void mbarrier_arrive_warp_in_other_cta(uint64_t *barrier)
 {
-    mbarrier_arrive_warp(in_other_block(barrier));
+    mbarrier_arrive_warp(in_other_cta(barrier));
 }
-inline void copy_to_other_block(void *where, const void *from, int bytes, uint64_t *barrier)
+inline void copy_to_other_cta(void *where, const void *from, int bytes, uint64_t *barrier)
 {
     const auto *source = static_cast<const unsigned char *>(from);
-    unsigned char *to = in_other_block(static_cast<unsigned char *>(where));
-    uint64_t *counts = in_other_block(barrier);
+    unsigned char *to = in_other_cta(static_cast<unsigned char *>(where));
+    uint64_t *counts = in_other_cta(barrier);
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
-        emulator::fail("copy_to_other_block of %d bytes at shared memory + %u", bytes, shared_address(from));
+        emulator::fail("copy_to_other_cta of %d bytes at shared memory + %u", bytes, shared_address(from));
     emulator::later([=] {
         for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to the other block");
         memcpy(to, source, static_cast<size_t>(bytes));
@@ -427,7 +432,7 @@ inline void copy_box(void *to, const fkda_tma_descriptor *map, int token, int ha
         emulator::mbarrier_complete_bytes(barrier, emulator::copy_box(tensor, first, shared, at));
     });
 }
-inline void prefetch_map(const fkda_tma_descriptor *)
+inline void prefetch_descriptor(const fkda_tma_descriptor *)
 {
 }
 inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
@@ -446,10 +451,10 @@ inline void copy_bulk_to_global(void *to, const void *from, int bytes)
     for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to global memory");
     memcpy(to, from, static_cast<size_t>(bytes));
 }
-inline void copy_bulk_to_both(void *to, const void *from, int bytes, uint64_t *barrier)
+inline void copy_bulk_to_pair(void *to, const void *from, int bytes, uint64_t *barrier)
 {
     copy_bulk(to, from, bytes, barrier);
-    copy_bulk(in_other_block(static_cast<unsigned char *>(to)), from, bytes, in_other_block(barrier));
+    copy_bulk(in_other_cta(static_cast<unsigned char *>(to)), from, bytes, in_other_cta(barrier));
 }
 
 template <int registers> void take_registers()

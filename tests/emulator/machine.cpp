@@ -414,7 +414,7 @@ bool mbarrier_test(const uint64_t *barrier, int parity)
     return done;
 }
 
-void check_other_block()
+void check_other_cta()
 {
     const size_t half = block->warps.size() / 2, first = lane->view.rank ? 0 : half;
     for (size_t i = first; i < first + half; i++)
@@ -483,7 +483,7 @@ void yield_to_blocks()
     suspend(Wait::BLOCKS, nullptr, 0);
 }
 
-void wait_for_kernel_before()
+void wait_for_previous_kernel()
 {
     if (block->before) suspend(Wait::KERNEL, block->before, 0);
 }

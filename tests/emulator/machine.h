@@ -60,7 +60,7 @@ void cluster_sync();
 void set_registers(int registers, bool more);
 
 /* Ends the program if the other block of the cluster has ended: its memory is no longer there. */
-void check_other_block();
+void check_other_cta();
 
 /* mbarriers, in 64 bits of shared memory. */
 void mbarrier_init(uint64_t *barrier, int count);
@@ -90,7 +90,7 @@ void yield_to_blocks();
  * launched early: `before` is set once that is over. */
 void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, int cluster, size_t shared_bytes,
             int multiprocessors, uint64_t seed, const std::atomic<bool> *before = nullptr);
-void wait_for_kernel_before();
+void wait_for_previous_kernel();
 
 } // namespace emulator
 

@@ -282,7 +282,7 @@ template <bool wait_for_copy, bool wait_for_answer> static void send()
     __syncthreads();
     fkda::cluster_sync();
     if (rank == 0) {
-        if (lane == 0) fkda::copy_to_other_block(memory().word, memory().word, 128, &memory().barrier);
+        if (lane == 0) fkda::copy_to_other_cta(memory().word, memory().word, 128, &memory().barrier);
         if (wait_for_answer) fkda::mbarrier_wait(answered, 0);
         memory().word[lane] = 6;
     } else {
@@ -290,7 +290,7 @@ template <bool wait_for_copy, bool wait_for_answer> static void send()
         if (wait_for_copy) fkda::mbarrier_wait(&memory().barrier, 0);
         wrong += memory().word[lane] != 5;
         fkda::mbarrier_wait(&memory().barrier, 0);
-        fkda::mbarrier_arrive_warp_there(answered);
+        fkda::mbarrier_arrive_warp_in_other_cta(answered);
     }
     __syncwarp();
     fkda::cluster_sync();
@@ -305,7 +305,7 @@ template <bool wait> static void answer()
     fkda::cluster_sync();
     if (fkda::cluster_rank()) {
         for (int i = 0; i < 100; i++) __syncwarp();
-        fkda::mbarrier_arrive_warp_there(answered);
+        fkda::mbarrier_arrive_warp_in_other_cta(answered);
     }
     if (wait) fkda::cluster_sync();
 }
@@ -332,7 +332,7 @@ static bool passes_on()
 /* Two kernels, the second launched early: it reads what the first leaves once it has slept. */
 template <bool wait> static void reads_what_the_kernel_before_left()
 {
-    if (wait) fkda::wait_for_kernel_before();
+    if (wait) fkda::wait_for_previous_kernel();
     wrong += number != 9;
 }
 static bool waits_for_kernel_before(void second())
@@ -373,7 +373,7 @@ static void differ()
 /* Products of pairs of fp16, each rounded on its own; the larger ones of pairs of integers. */
 static void pairs()
 {
-    check(fkda::largest_of_pairs(0x00018000, 0x00027fff) == 0x00028000, "the larger of pairs");
+    check(fkda::max_of_pairs(0x00018000, 0x00027fff) == 0x00028000, "the larger of pairs");
     const uint32_t x = fkda::pack_half(1.5f, -0.25f), y = fkda::pack_half(3.0f, 0x1p-14f);
     check(fkda::multiply_halves(x, y) == fkda::pack_half(4.5f, -0x1p-16f), "products of pairs of fp16");
 }

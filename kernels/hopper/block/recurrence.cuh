@@ -7,22 +7,22 @@
 #ifndef FKDA_HOPPER_RECURRENCE_CUH
 #define FKDA_HOPPER_RECURRENCE_CUH
 
-#include "at_once.cuh"
-#include "map.cuh"
+#include "../join/map.cuh"
+#include "../join/relay_join.cuh"
 #include "shared.cuh"
 
 namespace fkda
 {
 
-template <class Kind> struct Recurrence {
-    static constexpr int CHUNK = Kind::CHUNK, BLOCKS = Kind::BLOCKS;
+template <class Block> struct Recurrence {
+    static constexpr int CHUNK = Block::CHUNK, SUBCHUNKS = Block::SUBCHUNKS;
     static constexpr int TILES = CHUNK / 8; /* of eight tokens, */
     static constexpr int READ =
-        Kind::OUTPUTS ? 2 * TILES : TILES; /* in what is read from the state: K~ S, and Q~ S for outputs */
-    using Stage = fkda::Stage<Kind>;
+        Block::OUTPUTS ? 2 * TILES : TILES; /* in what is read from the state: K~ S, and Q~ S for outputs */
+    using Stage = fkda::Stage<Block>;
     const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
-    Shared<Kind> &shared;
+    Shared<Block> &shared;
     int lane;
     int value_place, output_place; /* this lane's in the rows of v: for matrices of 8 x 8, for an output */
     /* state[s]: rows g, g, g + 8, g + 8 and channels 8 s + 2 t, + 1, + 0, + 1 */
@@ -30,28 +30,28 @@ template <class Kind> struct Recurrence {
     float scale[2]; /* of the two rows, powers of two: state, V and U are kept divided by them; of maps one */
     bool look_again; /* the scales have just changed */
     bool faint;      /* since they were chosen a chunk had a strength below one */
-    bool unit;       /* the piece is one of a map: values are zeros */
+    bool is_map;     /* the item is one of a map: values are zeros */
 
-    __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Kind> &s, int thread)
+    __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread)
         : all(a), args(a.fwd), shared(s), lane(thread & 31)
     {
         const int warp_row = thread >> 5 << 4;
-        const int half = (warp_row >> 6) * Kind::HALF_TOKENS, first = (warp_row & 63) >> 3;
+        const int half = (warp_row >> 6) * Block::HALF_TOKENS, first = (warp_row & 63) >> 3;
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
-        keep(output_place), keep(value_place);
+        keep_in_register(output_place), keep_in_register(value_place);
     }
 
-    /* The warp's first row of V, of the piece's. */
+    /* The warp's first row of V, of the item's. */
     static __device__ int warp_row()
     {
         return static_cast<int>(threadIdx.x) >> 5 << 4;
     }
 
-    /* Where this lane's part of a piece's state begins, in elements of the head's. */
-    __device__ int state_begin(const Piece &piece) const
+    /* Where this lane's part of a item's state begins, in elements of the head's. */
+    __device__ int state_begin(const WorkItem &item) const
     {
-        return (piece.first_row + warp_row() + (lane >> 2)) * DIM + 2 * (lane & 3);
+        return (item.first_row + warp_row() + (lane >> 2)) * DIM + 2 * (lane & 3);
     }
 
     /* Tiles s, s + 1, ... of the state as they are in memory, if it is fp32, or if it is bf16. */
@@ -80,85 +80,86 @@ template <class Kind> struct Recurrence {
     }
 
     /* The warp's rows among the head's in units of 16. */
-    static __device__ int row_group(const Piece &piece)
+    static __device__ int row_group(const WorkItem &item)
     {
-        return (piece.first_row + warp_row()) / 16;
+        return (item.first_row + warp_row()) / 16;
     }
 
     /* All loads are under way before the first is waited for, which one to the same register would do, whether it loads or not: so those
-     * of one type come first. Nothing branches: ptxas would put wgmma in order. Maps start from zeros or a unit, where they are all that
+     * of one type come first. Nothing branches: ptxas would put wgmma in order. Maps start from zeros or a is_map, where they are all that
      * blocks find. */
-    __device__ void load_state(const Piece &piece)
+    __device__ void load_state(const WorkItem &item)
     {
-        const bool is_bf16 = piece.initial && piece.kind & INITIAL_BF16,
-                   is_kept = piece.initial && piece.kind & INITIAL_KEPT,
-                   is_fp32 = piece.initial && !is_bf16 && !is_kept;
-        const int begin = state_begin(piece);
-        const char *from = static_cast<const char *>(global_memory(piece.initial));
+        const bool is_bf16 = item.initial && item.attributes & INITIAL_BF16,
+                   is_kept = item.initial && item.attributes & INITIAL_IMAGE,
+                   is_fp32 = item.initial && !is_bf16 && !is_kept;
+        const int begin = state_begin(item);
+        const char *from = static_cast<const char *>(global_memory(item.initial));
         float raw[DIM / 8][4] = {};
-        if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32);
-        if constexpr (Kind::OUTPUTS)
-            load_tiles_kept<0>(raw, from + row_group(piece) * sizeof(StateImage::tile[0]) + 16 * lane,
+        if constexpr (Block::OUTPUTS || Block::RELAYS) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32);
+        if constexpr (Block::OUTPUTS)
+            load_tiles_kept<0>(raw, from + row_group(item) * sizeof(StateImage::tile[0]) + 16 * lane,
                                is_kept);
-        if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16);
-        const int diagonal = warp_row() + (lane >> 2) - 2 * (lane & 3); /* for a unit: row less column */
+        if constexpr (Block::OUTPUTS || Block::RELAYS) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16);
+        const int diagonal = warp_row() + (lane >> 2) - 2 * (lane & 3); /* for a is_map: row less column */
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float x = raw[s][2 * r], y = raw[s][2 * r + 1];
-                if constexpr (Kind::OUTPUTS || Kind::AT_ONCE) {
+                if constexpr (Block::OUTPUTS || Block::RELAYS) {
                     y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
                     x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
                 }
-                if constexpr (!Kind::OUTPUTS) {
-                    x = unit && diagonal == 8 * (s - r) ? 1.0f : x;
-                    y = unit && diagonal == 8 * (s - r) + 1 ? 1.0f : y;
+                if constexpr (!Block::OUTPUTS) {
+                    x = is_map && diagonal == 8 * (s - r) ? 1.0f : x;
+                    y = is_map && diagonal == 8 * (s - r) + 1 ? 1.0f : y;
                 }
                 state[s][2 * r] = x, state[s][2 * r + 1] = y;
             }
     }
 
     /* Where nothing more comes into the place of tokens, nor goes from there to the other block, by a bulk copy. */
-    __device__ void store_map_at_once(MapBlock &to, const Places<Kind> &after) const
+    __device__ void store_map_by_copy(MapRowGroup &to, const SlotCursor<Block> &after) const
     {
-        const Slot<Kind::OWN> last = after.last_here();
-        mbarrier_wait(&shared.chunks.empty[last.index], last.parity);
-        barrier_sync<8, 32 * Kind::RECURRENCE_WARPS>(0);
-        MapBlock &here = reinterpret_cast<MapBlock *>(shared.tokens)[warp_row() >> 4];
+        const Slot<Block::OWN_SLOTS> last = after.last_own();
+        mbarrier_wait(&shared.chunk_ring.empty[last.index], last.parity);
+        barrier_sync<RECURRENCE_BARRIER, 32 * Block::RECURRENCE_WARPS>(0);
+        MapRowGroup &here = reinterpret_cast<MapRowGroup *>(shared.tokens)[warp_row() >> 4];
 #pragma unroll
         for (int s = 0; s < DIM / 8; s += 2) {
             uint32_t high[4], low[4]; /* of two tiles, rows g and g + 8 */
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                MapBlock::split(high[i], low[i], state[s + i / 2][i % 2 * 2],
-                                state[s + i / 2][i % 2 * 2 + 1]);
-            store_matrices(shared_address(here.unit(MapBlock::HIGH, lane & 15, s + (lane >> 4))), high);
-            store_matrices(shared_address(here.unit(MapBlock::LOW, lane & 15, s + (lane >> 4))), low);
+                MapRowGroup::split(high[i], low[i], state[s + i / 2][i % 2 * 2],
+                                   state[s + i / 2][i % 2 * 2 + 1]);
+            store_matrices(shared_address(here.unit(MapRowGroup::HIGH, lane & 15, s + (lane >> 4))), high);
+            store_matrices(shared_address(here.unit(MapRowGroup::LOW, lane & 15, s + (lane >> 4))), low);
         }
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) copy_bulk_to_global(&to, &here, sizeof here);
     }
 
-    /* Where another piece's chunks come into the place of tokens. Word by word: registers are dear. */
-    __device__ void store_map_by_words(MapBlock &to) const
+    /* Where another item's chunks come into the place of tokens. Word by word: registers are dear. */
+    __device__ void store_map_by_words(MapRowGroup &to) const
     {
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 uint32_t high, low;
-                MapBlock::split(high, low, state[s][2 * r], state[s][2 * r + 1]);
-                uint32_t *at = reinterpret_cast<uint32_t *>(to.unit(MapBlock::HIGH, (lane >> 2) + 8 * r, s)) +
-                               (lane & 3);
+                MapRowGroup::split(high, low, state[s][2 * r], state[s][2 * r + 1]);
+                uint32_t *at =
+                    reinterpret_cast<uint32_t *>(to.unit(MapRowGroup::HIGH, (lane >> 2) + 8 * r, s)) +
+                    (lane & 3);
                 at[0] = high;
                 at[sizeof to.part[0] / 4] = low;
             }
     }
 
     /* A lane then has tile 4 j + t of its rows: eight neighbours. */
-    __device__ void store_map(MapBlock &to) const
+    __device__ void store_map(MapRowGroup &to) const
     {
 #pragma unroll
         for (int r = 0; r < 2; r++)
@@ -167,12 +168,12 @@ template <class Kind> struct Recurrence {
                 uint32_t high[4], low[4];
 #pragma unroll
                 for (int n = 0; n < 4; n++)
-                    MapBlock::split(high[n], low[n], state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
+                    MapRowGroup::split(high[n], low[n], state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
                 transpose_in_quad(high, lane);
                 transpose_in_quad(low, lane);
                 const int row = (lane >> 2) + 8 * r, u = 4 * j + (lane & 3);
-                *to.unit(MapBlock::HIGH, row, u) = make_uint4(high[0], high[1], high[2], high[3]);
-                *to.unit(MapBlock::LOW, row, u) = make_uint4(low[0], low[1], low[2], low[3]);
+                *to.unit(MapRowGroup::HIGH, row, u) = make_uint4(high[0], high[1], high[2], high[3]);
+                *to.unit(MapRowGroup::LOW, row, u) = make_uint4(low[0], low[1], low[2], low[3]);
             }
     }
 
@@ -184,24 +185,24 @@ template <class Kind> struct Recurrence {
                                       state[s][3] * scale[1]);
     }
 
-    __device__ void store_state(const Piece &piece, const Places<Kind> &after) const
+    __device__ void store_state(const WorkItem &item, const SlotCursor<Block> &after) const
     {
-        void *to = global_memory(piece.final);
-        if constexpr (!Kind::OUTPUTS)
-            if (unit) {
-                MapBlock &block = static_cast<MapImage *>(to)->block[row_group(piece)];
-                if constexpr (!Kind::AT_ONCE)
-                    store_map(block);
-                else if (!Kind::MIXTURE && piece.kind & MORE) /* pairs of a mixture have one */
-                    store_map_by_words(block);
+        void *to = global_memory(item.final);
+        if constexpr (!Block::OUTPUTS)
+            if (is_map) {
+                MapRowGroup &rows = static_cast<MapImage *>(to)->row_group[row_group(item)];
+                if constexpr (!Block::RELAYS)
+                    store_map(rows);
+                else if (!Block::MIXED && item.attributes & NOT_LAST) /* pairs of a mixture have one */
+                    store_map_by_words(rows);
                 else
-                    store_map_at_once(block, after);
+                    store_map_by_copy(rows, after);
                 return;
             }
-        if (!Kind::OUTPUTS || piece.kind & FINAL_KEPT)
-            return store_kept(static_cast<StateImage *>(to)->tile[row_group(piece)]);
-        const bool is_bf16 = piece.kind & FINAL_BF16;
-        const int begin = state_begin(piece);
+        if (!Block::OUTPUTS || item.attributes & FINAL_IMAGE)
+            return store_kept(static_cast<StateImage *>(to)->tile[row_group(item)]);
+        const bool is_bf16 = item.attributes & FINAL_BF16;
+        const int begin = state_begin(item);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
@@ -217,15 +218,15 @@ template <class Kind> struct Recurrence {
 
     /* v^T as it comes: of rows g and g + 8 in turn, pairs of tokens. */
     struct Raw {
-        uint32_t pair[BLOCKS][4];
+        uint32_t pair[SUBCHUNKS][4];
     };
-    __device__ Raw load_raw(const Tokens<Kind> &tokens) const
+    __device__ Raw load_raw(const Tokens<Block> &tokens) const
     {
         Raw x = {};
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++)
-            if (Kind::OUTPUTS || !unit)
-                load_matrices_transposed(x.pair[block], tokens.v[0] + value_place + block * BLOCK_BYTES);
+        for (int sub = 0; sub < SUBCHUNKS; sub++)
+            if (Block::OUTPUTS || !is_map)
+                load_matrices_transposed(x.pair[sub], tokens.v[0] + value_place + sub * SUBCHUNK_BYTES);
         return x;
     }
 
@@ -233,7 +234,7 @@ template <class Kind> struct Recurrence {
     static __device__ void unpack_values(float (&v)[TILES][4], const Raw &x)
     {
 #pragma unroll
-        for (int i = 0; i < 4 * BLOCKS; i++) {
+        for (int i = 0; i < 4 * SUBCHUNKS; i++) {
             v[i / 2][i % 2 * 2] = bf16_low(x.pair[i / 4][i % 4]);
             v[i / 2][i % 2 * 2 + 1] = bf16_high(x.pair[i / 4][i % 4]);
         }
@@ -244,8 +245,8 @@ template <class Kind> struct Recurrence {
     {
         uint32_t most = 0;
 #pragma unroll
-        for (int i = r; i < 4 * BLOCKS; i += 2)
-            most = largest_of_pairs(most, x.pair[i / 4][i % 4] & 0x7fff7fff);
+        for (int i = r; i < 4 * SUBCHUNKS; i += 2)
+            most = max_of_pairs(most, x.pair[i / 4][i % 4] & 0x7fff7fff);
         return fmaxf(bf16_low(most), bf16_high(most));
     }
 
@@ -314,11 +315,11 @@ template <class Kind> struct Recurrence {
             for (int r = 0; r < 4; r++) v[i][r] = 8 * i + 2 * (lane & 3) + r % 2 < left ? v[i][r] : 0.0f;
     }
 
-    /* Scales for a piece's state and its first chunk, once that is ready. */
-    __device__ void choose_scales(int left, const Places<Kind> &place)
+    /* Scales for a item's state and its first chunk, once that is ready. */
+    __device__ void choose_first_scales(int left, const SlotCursor<Block> &place)
     {
         float v[TILES][4], nothing[READ][4] = {};
-        mbarrier_wait(&shared.chunks.ready[place.index()], place.parity());
+        mbarrier_wait(&shared.chunk_ring.ready[place.index()], place.parity());
         unpack_values(v, load_raw(shared.tokens[place.index()]));
         clear_past_end(v, left);
         const float strength = shared.stage[place.index()].strength;
@@ -359,33 +360,33 @@ template <class Kind> struct Recurrence {
     /* A chunk's outputs turn through shared memory, of which tile i of the sum has tokens 8 i to 8 i + 7. With room of their
      * own they are stored while the next chunk's product with T is on its way; else they go where the warp's v was, and
      * at once. */
-    static constexpr bool LATER = Kind::ROOM_FOR_OUTPUTS;
+    static constexpr bool STORED_LATER = Block::ROOM_FOR_OUTPUTS;
 
     __device__ unsigned char *output_tile(int index) const
     {
-        if constexpr (LATER)
+        if constexpr (STORED_LATER)
             return shared.outputs;
         else
             return shared.tokens[index].v[0];
     }
 
-    __device__ void leave_output(int index, const float (&x)[TILES][4], const float (*y)[4]) const
+    __device__ void put_output(int index, const float (&x)[TILES][4], const float (*y)[4]) const
     {
         const float top = args.scale * scale[0], low = args.scale * scale[1];
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++) {
+        for (int sub = 0; sub < SUBCHUNKS; sub++) {
             uint32_t pairs[4];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int tile = 2 * block + i;
+                const int tile = 2 * sub + i;
                 pairs[2 * i] = pack_bf16((x[tile][0] + y[tile][0]) * top, (x[tile][1] + y[tile][1]) * top);
                 pairs[2 * i + 1] =
                     pack_bf16((x[tile][2] + y[tile][2]) * low, (x[tile][3] + y[tile][3]) * low);
             }
-            store_matrices_transposed(shared_address(output_tile(index) + value_place + block * BLOCK_BYTES),
+            store_matrices_transposed(shared_address(output_tile(index) + value_place + sub * SUBCHUNK_BYTES),
                                       pairs);
         }
-        if (!LATER) fence_async_proxy(); /* later copies overwrite this */
+        if (!STORED_LATER) fence_async_proxy(); /* later copies overwrite this */
     }
 
     /* Of so many tokens: lane 2 i + h takes rows 8 h to 8 h + 7 of token i of each block, which go to `to`. */
@@ -393,10 +394,10 @@ template <class Kind> struct Recurrence {
     {
         __syncwarp();
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++) {
+        for (int sub = 0; sub < SUBCHUNKS; sub++) {
             const uint4 row =
-                *reinterpret_cast<const uint4 *>(output_tile(index) + output_place + block * BLOCK_BYTES);
-            store_16_if(to + block * args.chunk_bytes, row, lane / 2 + block * BLOCK < tokens);
+                *reinterpret_cast<const uint4 *>(output_tile(index) + output_place + sub * SUBCHUNK_BYTES);
+            store_16_if(to + sub * args.chunk_bytes, row, lane / 2 + sub * SUBCHUNK < tokens);
         }
     }
 
@@ -432,17 +433,17 @@ template <class Kind> struct Recurrence {
         return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, attend) / 16, i);
     }
 
-    /* One chunk, with `left` tokens of the piece from its first on. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in
+    /* One chunk, with `left` tokens of the item from its first on. Leaves the update of the state in flight and, for outputs, (Q~ S)^T in
      * the last tiles of `read` and, in flight too, what the chunk's own tokens add to it in `own`. On the way `store_before` stores
      * the outputs of the chunk before. */
     template <class Store>
     __device__ void step(int index, int left, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (left & (128 - CHUNK)) == 0 && (Kind::OUTPUTS || !unit), whole = left >= CHUNK;
+        const bool look = (left & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map), whole = left >= CHUNK;
         const Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
-            descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<Kind>) / 16);
+            descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
         const uint32_t stage_place =
             descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
         float v[TILES][4], u[TILES][4]; /* u: R^T = (V - K~ S)^T, then U^T */
@@ -452,10 +453,10 @@ template <class Kind> struct Recurrence {
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
-        wgmma<false, false>(read, a[0], Tokens<Kind>::decayed(tokens_place, 0));
+        wgmma<false, false>(read, a[0], Tokens<Block>::decayed(tokens_place, 0));
 #pragma unroll
         for (int s = 1; s < DIM / 16; s++)
-            wgmma<true, false>(read, a[s], Tokens<Kind>::decayed(tokens_place, s));
+            wgmma<true, false>(read, a[s], Tokens<Block>::decayed(tokens_place, s));
         wgmma_commit();
         const float high = largest(raw, 0), low = largest(raw, 1);
         const bool act = large(high, low) | ((look | look_again) & small(high, low));
@@ -474,92 +475,93 @@ template <class Kind> struct Recurrence {
             for (int r = 0; r < 4; r++)
                 u[i][r] = __fmaf_rn(v[i][r], inverse_power(scale[r / 2]), -read[i][r]);
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) pack_operand(a[i], u[2 * i], u[2 * i + 1]);
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[i], u[2 * i], u[2 * i + 1]);
         float4 gamma_minus_1[DIM / 16];
         load_gamma(gamma_minus_1, stage); /* there when it is needed */
         wgmma_fence();
         wgmma<false, true>(u, a[0], solve_operand(stage_place, 0));
 #pragma unroll
-        for (int i = 1; i < BLOCKS; i++) wgmma<true, true>(u, a[i], solve_operand(stage_place, i));
+        for (int i = 1; i < SUBCHUNKS; i++) wgmma<true, true>(u, a[i], solve_operand(stage_place, i));
         wgmma_commit();
         store_before();
         decay(gamma_minus_1);
         wgmma_wait<0>();
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) pack_operand(a[BLOCKS + i], u[2 * i], u[2 * i + 1]);
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[SUBCHUNKS + i], u[2 * i], u[2 * i + 1]);
         wgmma_fence();
-        if constexpr (Kind::OUTPUTS) {
-            wgmma<false, false>(own, a[BLOCKS], attend_operand(stage_place, 0));
+        if constexpr (Block::OUTPUTS) {
+            wgmma<false, false>(own, a[SUBCHUNKS], attend_operand(stage_place, 0));
 #pragma unroll
-            for (int i = 1; i < BLOCKS; i++)
-                wgmma<true, false>(own, a[BLOCKS + i], attend_operand(stage_place, i));
+            for (int i = 1; i < SUBCHUNKS; i++)
+                wgmma<true, false>(own, a[SUBCHUNKS + i], attend_operand(stage_place, i));
             wgmma_commit();
         }
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++)
-            wgmma<true, true>(state, a[BLOCKS + i], Tokens<Kind>::k_rest(tokens_place, i));
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens<Block>::k_rest(tokens_place, i));
         wgmma_commit();
     }
 
-    __device__ void walk_through(const Piece &piece, Places<Kind> &place)
+    __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
     {
         char *to =
-            static_cast<char *>(args.out) + 2 * (((piece.begin + lane / 2) * args.heads + piece.head) * DIM +
-                                                 piece.first_row + warp_row() + lane % 2 * 8);
+            static_cast<char *>(args.out) + 2 * (((item.begin + lane / 2) * args.heads + item.head) * DIM +
+                                                 item.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
-        unit = piece.kind & UNIT;
-        if (piece.kind & AWAIT) await_flag(&piece.flags[warp_row() >> 4]);
-        load_state(piece);
+        is_map = item.attributes & IS_MAP;
+        if (item.attributes & AWAITS_INITIAL) await_flag(&item.flags[warp_row() >> 4]);
+        load_state(item);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
-        bool ready = piece.length > 0 && (Kind::OUTPUTS || !unit);
-        if (ready) choose_scales(piece.length, place);
-        const long long stride = BLOCKS * args.chunk_bytes;
-        for (int left = piece.length; left > 0; left -= CHUNK) {
+        bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
+        if (ready) choose_first_scales(item.length, place);
+        const long long stride = SUBCHUNKS * args.chunk_bytes;
+        for (int left = item.length; left > 0; left -= CHUNK) {
             const int slot = uniform(place.index());
-            if (!ready) mbarrier_wait(&shared.chunks.ready[slot], place.parity());
+            if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
             step(slot, left, read, own, [&] {
-                if constexpr (LATER) store_output(0, to - stride, left == piece.length ? 0 : CHUNK);
+                if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
             });
-            Places<Kind> next = place;
+            SlotCursor<Block> next = place;
             next.advance();
-            ready = mbarrier_test(&shared.chunks.ready[next.index()], next.parity());
-            if constexpr (Kind::OUTPUTS) {
+            ready = mbarrier_test(&shared.chunk_ring.ready[next.index()], next.parity());
+            if constexpr (Block::OUTPUTS) {
                 wgmma_wait<1>();
-                leave_output(slot, own, &read[TILES]);
-                if constexpr (!LATER) store_output(slot, to, left);
+                put_output(slot, own, &read[TILES]);
+                if constexpr (!STORED_LATER) store_output(slot, to, left);
                 to += stride;
             }
             wgmma_wait<0>();
             release(place);
             place = next;
         }
-        if (LATER && piece.length > 0) store_output(0, to - stride, (piece.length - 1) % CHUNK + 1);
-        if (piece.final) store_state(piece, place);
-        if (piece.kind & SIGNAL) set_flag(&piece.flags[warp_row() >> 4]);
+        if (STORED_LATER && item.length > 0) store_output(0, to - stride, (item.length - 1) % CHUNK + 1);
+        if (item.final) store_state(item, place);
+        if (item.attributes & SIGNALS_FINAL) set_flag(&item.flags[warp_row() >> 4]);
     }
 
     /* The warp has read all it needs of a chunk. */
-    __device__ void release(const Places<Kind> &place) const
+    __device__ void release(const SlotCursor<Block> &place) const
     {
-        mbarrier_arrive_warp(&shared.chunks.empty[place.index()]);
-        if (Kind::SHARERS == 2 && !place.here())
-            mbarrier_arrive_warp_there(&shared.chunks.empty[place.own.index]);
+        mbarrier_arrive_warp(&shared.chunk_ring.empty[place.index()]);
+        if (Block::CTAS == 2 && !place.is_own())
+            mbarrier_arrive_warp_in_other_cta(&shared.chunk_ring.empty[place.own.index]);
     }
 
     __device__ void run()
     {
-        Places<Kind> place(sharer_rank<Kind>());
-        Walk walk(shared.pieces);
-        if (Kind::OUTPUTS) wait_for_kernel_before(); /* for states that it left: nothing else of it is read */
-        int joins = 0;                               /* before the first piece, or after it */
-        if constexpr (Kind::JOINS) joins = shared.join.when;
-        for (;; walk.leave()) {
-            if constexpr (Kind::JOINS)
-                if (joins-- == 1) AtOnceJoin<Kind>(all, shared).carry_rows();
-            const Piece &piece = walk.look(); /* read again where it is needed: registers are dear */
-            if (piece.kind & NO_PIECE) break;
-            walk_through(piece, place);
+        SlotCursor<Block> place(pair_rank<Block>());
+        WorkCursor walk(shared.work);
+        if (Block::OUTPUTS)
+            wait_for_previous_kernel(); /* for states that it left: nothing else of it is read */
+        int joins = 0;                  /* before the first item, or after it */
+        if constexpr (Block::JOINS) joins = shared.join.begins;
+        for (;; walk.finish()) {
+            if constexpr (Block::JOINS)
+                if (joins-- == 1) RelayJoin<Block>(all, shared).carry_rows();
+            const WorkItem &item = walk.current(); /* read again where it is needed: registers are dear */
+            if (item.attributes & NO_WORK) break;
+            compute_item(item, place);
         }
     }
 };

@@ -17,40 +17,40 @@
 namespace fkda
 {
 
-template <class Kind> struct Preparation {
-    static constexpr int WARPS = Kind::TEAM_WARPS, BLOCKS = Kind::BLOCKS;
+template <class Block> struct Preparation {
+    static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
     static constexpr int SHARE = DIM / WARPS; /* channels of a warp */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "in one half of the channels, 16 at a time");
-    static_assert(BLOCKS <= 2, "the other block is one, if there is one");
+    static_assert(SUBCHUNKS <= 2, "the other block is one, if there is one");
     static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
     const fkda_fwd_args &args;
-    Shared<Kind> &shared;
+    Shared<Block> &shared;
     int team, warp, lane, g, t;
     unsigned meetings; /* so far, for racecheck alone */
-    Gate gate_here;
+    HeadGate gate_here;
 
     /* A warp's part of the products over its channels: by block with itself, as tiles of 8 x 8 (0, 0), (1, 0), (1, 1) with K~
      * above Q~ or, for maps, (0, 0) above (1, 0) and what (1, 1) is in the lower half of; of the second block with the
      * first, by K~ and Q~ and by columns. */
     struct Sums {
-        float within[BLOCKS][3][4], across[2][2][4];
+        float within[SUBCHUNKS][3][4], across[2][2][4];
     };
 
-    __device__ Preparation(const fkda_fwd_args &a, Shared<Kind> &s) : args(a), shared(s), meetings(0)
+    __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : args(a), shared(s), meetings(0)
     {
         find_place();
     }
 
     /* Where registers are short, for two blocks at a time, threads read their place anew for each chunk, and the gate's parameters for
      * each use: what is made from them need not be kept in between. */
-    static constexpr bool SAVES_REGISTERS = BLOCKS == 2;
+    static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2;
 
     __device__ void find_place()
     {
-        int block, thread;
-        read_indices(block, thread);
+        int cta, thread;
+        read_indices(cta, thread);
         const unsigned id =
-            static_cast<unsigned>(thread) / 32 - Kind::RECURRENCE_WARPS; /* shifts and masks */
+            static_cast<unsigned>(thread) / 32 - Block::RECURRENCE_WARPS; /* shifts and masks */
         team = static_cast<int>(id / WARPS), warp = static_cast<int>(id % WARPS);
         lane = thread & 31, g = lane >> 2, t = lane & 3;
     }
@@ -63,7 +63,7 @@ template <class Kind> struct Preparation {
             mbarrier_arrive_warp(&shared.meeting[team]);
             mbarrier_wait(&shared.meeting[team], meetings++ % 2);
         } else
-            barrier_sync<1, 32 * WARPS>(team);
+            barrier_sync<TEAM_BARRIER, 32 * WARPS>(team);
     }
 
     __device__ void load_gate_parameters(int head)
@@ -72,14 +72,12 @@ template <class Kind> struct Preparation {
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
-        const float exponent = __ldg(&args.A_log[head]) * LOG2_E;
-        const float gate_factor =
-            fminf(ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E, -1e-30f); /* finite */
+        const float slope = hopper_sigmoid_gate_slope(__ldg(&args.A_log[head]));
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
-            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = bias[i] * gate_factor;
-        gate_here = {gate_factor, 1.0f / (fminf(args.lower_bound, -1e-30f) * LOG2_E), head};
+            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = sigmoid_gate_offset(bias[i], slope);
+        gate_here = {slope, hopper_sigmoid_gate_inverse_bound(args.lower_bound), head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
     }
@@ -88,15 +86,16 @@ template <class Kind> struct Preparation {
      * zero. */
     __device__ void clear_past_end(int slot, int left)
     {
-        Tokens<Kind> &tokens = shared.tokens[slot];
-        if (Kind::LOADER_NORMS && warp == 0 && lane >= left) shared.inverse_norm[slot][0][0][lane] = 0.0f;
+        Tokens<Block> &tokens = shared.tokens[slot];
+        if (Block::LOADER_FINDS_NORMS && warp == 0 && lane >= left)
+            shared.inverse_norm[slot][0][0][lane] = 0.0f;
         constexpr uint32_t none = 0xff80ff80;
-        for (int i = 32 * warp + lane; i < (Kind::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
+        for (int i = 32 * warp + lane; i < (Block::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
             const int at = (left + i / (2 * ROW / 16)) * ROW + i % (ROW / 16) * 16;
             *reinterpret_cast<uint4 *>(&half.tile[G][at]) = make_uint4(none, none, none, none);
             *reinterpret_cast<uint4 *>(&half.tile[K][at]) = make_uint4(0, 0, 0, 0);
-            if constexpr (Kind::OUTPUTS)
+            if constexpr (Block::OUTPUTS)
                 *reinterpret_cast<uint4 *>(&half.tile[Q][at]) = make_uint4(0, 0, 0, 0);
         }
         meet();
@@ -108,7 +107,7 @@ template <class Kind> struct Preparation {
      * `at`: this lane's row of the block's gates; `offset`: of the first of the channels. */
     __device__ void accumulate_gates(uint32_t at, const float *offset, float (&sum)[2][4]) const
     {
-        const Gate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
+        const HeadGate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
         const uint32_t triangle = (2 * t <= g ? ONE : 0) | (2 * t + 1 <= g ? ONE << 16 : 0);
         uint32_t raw[4];
         load_matrices_transposed(raw, at);
@@ -119,8 +118,7 @@ template <class Kind> struct Preparation {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
-                const float e = ex2(__fmaf_rn(gate, gate_of_head.factor, shift));
-                x[i] = rcp(__fmaf_rn(e, gate_of_head.inverse_bound, gate_of_head.inverse_bound));
+                x[i] = hopper_sigmoid_gate(gate, gate_of_head, shift);
                 sum[b][i] = 0.0f;
             }
             uint32_t high[2], low[2];
@@ -138,16 +136,16 @@ template <class Kind> struct Preparation {
      * the second block: the decay over the first goes into K~ and Q~, but not into the products with the first, which take Kr
      * as that has left it; then the decay over the second goes into it. `at`: this lane's row of their gates; of factors, the lane's
      * tokens; `gamma`: the channels' sums over all tokens so far. */
-    __device__ void prepare_slice(int block, uint32_t at, const float *offset, const float *factor,
+    __device__ void prepare_slice(int sub, uint32_t at, const float *offset, const float *factor,
                                   float *gamma, Sums &sums) const
     {
-        const bool second = BLOCKS == 2 && block == 1;
-        float sum[2][4], over[2][2]; /* over: the decay over this block */
+        const bool second = SUBCHUNKS == 2 && sub == 1;
+        float sum[2][4], over[2][2];                                      /* over: the decay over this sub */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
         accumulate_gates(at, offset, sum);
-        load_matrices(raw_k, at + K * Kind::HALF_TOKENS);
-        if (Kind::OUTPUTS) load_matrices(raw_q, at + Q * Kind::HALF_TOKENS);
-        float(&within)[3][4] = sums.within[BLOCKS - 1];
+        load_matrices(raw_k, at + K * Block::HALF_TOKENS);
+        if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
+        float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
@@ -159,15 +157,15 @@ template <class Kind> struct Preparation {
                     const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
                     const float up = ex2(sum[b][2 * e + i]);
                     k_up[e][i] = k * up;
-                    if (Kind::OUTPUTS) {
+                    if (Block::OUTPUTS) {
                         const uint32_t pair_q = raw_q[2 * b + e];
                         q_up[e][i] =
-                            (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Kind::CHUNK + 8 * e] * up;
+                            (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Block::CHUNK + 8 * e] * up;
                     }
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
-            if constexpr (Kind::OUTPUTS) {
+            if constexpr (Block::OUTPUTS) {
                 mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
                          k_down[0][1]);
                 mma_tf32(within[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
@@ -183,19 +181,19 @@ template <class Kind> struct Preparation {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
-                if (Kind::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
+                if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
                 rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
             }
         }
         store_matrices(at, rest);
         if (second) {
             uint32_t k_rest[4];
-            load_matrices(k_rest, at - BLOCK_BYTES);
+            load_matrices(k_rest, at - SUBCHUNK_BYTES);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
                          k_rest[2 + n]);
-                if (Kind::OUTPUTS)
+                if (Block::OUTPUTS)
                     mma_half(sums.across[1][n], q_decayed[0], q_decayed[1], q_decayed[2], q_decayed[3],
                              k_rest[n], k_rest[2 + n]);
             }
@@ -210,14 +208,14 @@ template <class Kind> struct Preparation {
                     const int i = 2 * b + e;
                     k_rest[i] = multiply_halves(k_rest[i], over_second);
                     k_decayed[i] = multiply_halves(k_decayed[i], over_first);
-                    if (Kind::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
+                    if (Block::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
                 }
                 sum[b][2] += first.x, sum[b][3] += first.y;
             }
-            store_matrices(at - BLOCK_BYTES, k_rest);
+            store_matrices(at - SUBCHUNK_BYTES, k_rest);
         }
-        store_matrices(at + K * Kind::HALF_TOKENS, k_decayed);
-        if (Kind::OUTPUTS) store_matrices(at + Q * Kind::HALF_TOKENS, q_decayed);
+        store_matrices(at + K * Block::HALF_TOKENS, k_decayed);
+        if (Block::OUTPUTS) store_matrices(at + Q * Block::HALF_TOKENS, q_decayed);
         __syncwarp(); /* before others read these sums, and after they have */
         if (g == 7)
 #pragma unroll
@@ -239,14 +237,14 @@ template <class Kind> struct Preparation {
     }
 
     /* visit(0: of K~, 1: of Q~; tile; two numbers of row g, from column 2 t on) for all sums. */
-    template <class Visit> __device__ void for_each(const Sums &sums, Visit visit) const
+    template <class Visit> __device__ void for_each_tile(const Sums &sums, Visit visit) const
     {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++) {
-            const float(&x)[3][4] = sums.within[block];
-            const int diagonal = Products<Kind>::ON_DIAGONAL + 2 * block,
-                      below = Products<Kind>::BELOW_IT + block;
-            if constexpr (Kind::OUTPUTS) {
+        for (int sub = 0; sub < SUBCHUNKS; sub++) {
+            const float(&x)[3][4] = sums.within[sub];
+            const int diagonal = Products<Block>::ON_DIAGONAL + 2 * sub,
+                      below = Products<Block>::BELOW_IT + sub;
+            if constexpr (Block::OUTPUTS) {
 #pragma unroll
                 for (int which = 0; which < 2; which++) {
                     visit(which, diagonal, x[0][2 * which], x[0][2 * which + 1]);
@@ -259,13 +257,13 @@ template <class Kind> struct Preparation {
                 visit(0, diagonal + 1, x[1][2], x[1][3]);
             }
         }
-        if constexpr (BLOCKS == 2) {
+        if constexpr (SUBCHUNKS == 2) {
 #pragma unroll
-            for (int which = 0; which < (Kind::OUTPUTS ? 2 : 1); which++)
+            for (int which = 0; which < (Block::OUTPUTS ? 2 : 1); which++)
 #pragma unroll
                 for (int n = 0; n < 4; n++) {
                     const float(&x)[4] = sums.across[which][n % 2];
-                    visit(which, Products<Kind>::ACROSS + n, x[n / 2 * 2], x[n / 2 * 2 + 1]);
+                    visit(which, Products<Block>::ACROSS + n, x[n / 2 * 2], x[n / 2 * 2 + 1]);
                 }
         }
     }
@@ -273,19 +271,20 @@ template <class Kind> struct Preparation {
     /* Two warps leave their sums; if there are more, the others add theirs. */
     __device__ void store_sums(const Sums &sums)
     {
-        constexpr int PARTS = Kind::PARTS;
-        static_assert(WARPS == PARTS || WARPS == 2 * PARTS, "one or two warps to a part");
-        auto &to = shared.products[team].part[warp % PARTS];
+        constexpr int PARTIALS = Block::PARTIALS;
+        static_assert(WARPS == PARTIALS || WARPS == 2 * PARTIALS, "one or two warps to a part");
+        auto &to = shared.products[team].partial[warp % PARTIALS];
         float *const place = &to[0][0][g][2 * t];
         const auto at = [=](int which, int tile) {
-            return place + 64 * (Products<Kind>::TILES * which + tile);
+            return place + 64 * (Products<Block>::TILES * which + tile);
         };
-        if (warp < PARTS)
-            for_each(sums, [=](int which, int tile, float x, float y) { store_two(at(which, tile), x, y); });
-        if (WARPS == PARTS) return;
+        if (warp < PARTIALS)
+            for_each_tile(sums,
+                          [=](int which, int tile, float x, float y) { store_two(at(which, tile), x, y); });
+        if (WARPS == PARTIALS) return;
         meet();
-        if (warp >= PARTS)
-            for_each(sums, [=](int which, int tile, float x, float y) {
+        if (warp >= PARTIALS)
+            for_each_tile(sums, [=](int which, int tile, float x, float y) {
                 const float2 other = *reinterpret_cast<const float2 *>(at(which, tile));
                 store_two(at(which, tile), x + other.x, y + other.y);
             });
@@ -294,33 +293,34 @@ template <class Kind> struct Preparation {
     /* A chunk whose inputs have come, and norms too unless it finds them, up to its products over channels. */
     __device__ void prepare(int slot, int round, bool finds_norms)
     {
-        Tokens<Kind> &tokens = shared.tokens[slot];
+        Tokens<Block> &tokens = shared.tokens[slot];
         float *gamma = shared.stage[slot].gamma_minus_1;
         Sums sums = {};
-        const int place = Kind::LOADER_NORMS ? slot : team, norms = WARPS == Kind::PARTS ? round : 0;
+        const int place = Block::LOADER_FINDS_NORMS ? slot : team,
+                  norms = WARPS == Block::PARTIALS ? round : 0;
         if (finds_norms) {
-            store_norms<Kind, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
+            store_norms<Block, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
             meet();
         }
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
         const float *factor = &shared.inverse_norm[place][norms][0][g];
-        /* Blocks and channels in loops that stay loops: what all roles do has to fit in the instruction cache. */
+        /* SolverScratch and channels in loops that stay loops: what all roles do has to fit in the instruction cache. */
 #pragma unroll 1
-        for (int block = 0; block < BLOCKS; block++) {
-            if (block == 1) {
+        for (int sub = 0; sub < SUBCHUNKS; sub++) {
+            if (sub == 1) {
                 __syncwarp();
 #pragma unroll
                 for (int i = 0; i < 12; i++) {
-                    sums.within[0][i / 4][i % 4] = sums.within[BLOCKS - 1][i / 4][i % 4];
-                    sums.within[BLOCKS - 1][i / 4][i % 4] = 0.0f;
+                    sums.within[0][i / 4][i % 4] = sums.within[SUBCHUNKS - 1][i / 4][i % 4];
+                    sums.within[SUBCHUNKS - 1][i / 4][i % 4] = 0.0f;
                 }
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16)
-                prepare_slice(block, (half ^ 2 * (first % 64 + c)) + block * BLOCK_BYTES,
-                              &shared.gate_offset[team][first + c], factor + block * BLOCK, gamma + first + c,
-                              sums);
+                prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                              &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
+                              gamma + first + c, sums);
         }
         if (SAVES_REGISTERS) find_place();
         finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
@@ -331,28 +331,28 @@ template <class Kind> struct Preparation {
 
     __device__ void run()
     {
-        constexpr int RING = Kind::OWN;
+        constexpr int RING = Block::OWN_SLOTS;
         Slot<RING> slot(team);
-        constexpr bool TOLD_BY_SLOT = RING % (2 * Kind::TEAMS) == 0;
+        constexpr bool TOLD_BY_SLOT = RING % (2 * Block::TEAMS) == 0;
         int count =
             0; /* of the team's chunks; its parity is that of the team's round in the ring of products */
         if (lane == 0) shared.gate[team][warp].head = -1;
         __syncwarp();
-        for (Position<Kind> at(shared.pieces, Kind::SHARERS * team + sharer_rank<Kind>()); !at.done();
-             at.advance(Kind::SHARERS * Kind::TEAMS)) {
+        for (ChunkCursor<Block> at(shared.work, Block::CTAS * team + pair_rank<Block>()); !at.done();
+             at.advance(Block::CTAS * Block::TEAMS)) {
             if (SAVES_REGISTERS) find_place();
             if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
             /* Where another team had the slot before, its inputs might not even have come: then parities would deceive. */
-            static_assert(RING >= Kind::TEAMS, "so that it was asked for before this team's last chunk");
-            if (RING % Kind::TEAMS) mbarrier_wait(&shared.chunks.empty[slot.index], slot.parity ^ 1);
-            const bool finds_norms = !Kind::LOADER_NORMS || count == 0;
-            if (finds_norms) mbarrier_wait(&shared.chunks.loaded[slot.index], slot.parity);
-            if (Kind::LOADER_NORMS) mbarrier_wait(&shared.chunks.normed[slot.index], slot.parity);
-            if (at.left < Kind::CHUNK) clear_past_end(slot.index, at.left);
-            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Kind::TEAMS : count) % 2, finds_norms);
+            static_assert(RING >= Block::TEAMS, "so that it was asked for before this team's last chunk");
+            if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
+            const bool finds_norms = !Block::LOADER_FINDS_NORMS || count == 0;
+            if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
+            if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
+            if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
+            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Block::TEAMS : count) % 2, finds_norms);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
-            mbarrier_arrive_warp(&shared.chunks.ready[slot.index]);
-            slot.advance(Kind::TEAMS);
+            mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);
+            slot.advance(Block::TEAMS);
             count++;
         }
     }

@@ -7,9 +7,9 @@
 namespace fkda
 {
 
-/* 1 / |x| of a block's tokens, x: their q or k in half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of
+/* 1 / |x| of a sub's tokens, x: their q or k in half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of
  * the accumulators has tokens g and g + 8. */
-template <class Kind>
+template <class Block>
 __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned char *x, int lane)
 {
     const uint32_t rows_at = shared_address(x) + matrix_row(lane),
@@ -18,7 +18,7 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
     float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
 #pragma unroll
     for (int c = 0; c < DIM / 16; c++) {
-        const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Kind>::Half)), unit = c % 4 * 32;
+        const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Block>::Half)), unit = c % 4 * 32;
         uint32_t a[4], b[4]; /* the same numbers, in the orders of both operands */
         load_matrices(a, (rows_at ^ unit) + half);
         load_matrices(b, (columns_at ^ unit) + half);
@@ -31,16 +31,16 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
     }
 }
 
-/* Of each block's keys and, for outputs, queries, by `warps` warps in turn. */
-template <class Kind, int warps>
-__device__ __forceinline__ void store_norms(float (&to)[Kind::OUTPUTS ? 2 : 1][Kind::CHUNK],
-                                            const Tokens<Kind> &tokens, int warp, int lane)
+/* Of each sub's keys and, for outputs, queries, by `warps` warps in turn. */
+template <class Block, int warps>
+__device__ __forceinline__ void store_norms(float (&to)[Block::OUTPUTS ? 2 : 1][Block::CHUNK],
+                                            const Tokens<Block> &tokens, int warp, int lane)
 {
 #pragma unroll(warps == 1 ? 1 : 4)
-    for (int i = 0; i < (Kind::OUTPUTS ? 2 : 1) * Kind::BLOCKS; i += warps) {
-        const int which = (i + warp) / Kind::BLOCKS, block = (i + warp) % Kind::BLOCKS;
-        store_inverse_norms<Kind>(&to[which][block * BLOCK],
-                                  tokens.half[0].tile[which ? Q : K] + block * BLOCK_BYTES, lane);
+    for (int i = 0; i < (Block::OUTPUTS ? 2 : 1) * Block::SUBCHUNKS; i += warps) {
+        const int which = (i + warp) / Block::SUBCHUNKS, sub = (i + warp) % Block::SUBCHUNKS;
+        store_inverse_norms<Block>(&to[which][sub * SUBCHUNK],
+                                   tokens.half[0].tile[which ? Q : K] + sub * SUBCHUNK_BYTES, lane);
     }
 }
 

@@ -1,18 +1,26 @@
-/* How sequences are cut into segments: what the plan wrote or, where all sequences are as long, the same from that length. */
+/*
+ * How sequences are cut into segments, and the lists that a launch works through.
+ *
+ * If all sequences have one length, every CTA computes for itself how they are cut, and no lists are needed. Otherwise the
+ * kernel fkda_hopper_list (list.cuh) has written lists into the workspace before.
+ */
 #ifndef FKDA_HOPPER_CUT_CUH
 #define FKDA_HOPPER_CUT_CUH
 
-#include "fwd_args.h"
-#include "walk.cuh"
+#include "../../common/task.cuh"
+#include "../fwd_args.h"
+#include "../fwd_shape.h"
 
 namespace fkda
 {
 
-constexpr int CUT_CHUNK = FKDA_HOPPER_CHUNK_PAIR; /* segments end where chunks do */
+constexpr int CUT_CHUNK = FKDA_HOPPER_CHUNK_PAIR; /* tokens: segments begin and end where chunks of a CTA pair do */
 
 struct Cut {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
+
+    /* ---- Sequences and segments ---- */
 
     __device__ Task sequence(int n) const
     {
@@ -24,20 +32,21 @@ struct Cut {
         return args.sequences;
     }
 
-    /* Into how many segments a sequence is cut: as many of at least `shortest` tokens as there is room for. Depends on its
-     * length alone. */
+    /* A sequence is cut into as many segments of at least `shortest` tokens as it has room for. The number depends on the
+     * length alone, so that results do not depend on the batch. */
     __device__ int segments_of(int length) const
     {
         return length >= 2 * cut.shortest ? length / cut.shortest : 1;
     }
 
+    /* Groups that the maps of a sequence are composed in; 0 if they are joined one after the other. */
     static __device__ int groups_of(int segments)
     {
         const int maps = segments - 2;
         return maps > FKDA_MAPS_CHAINED ? (maps + FKDA_GROUP_MAPS - 1) / FKDA_GROUP_MAPS : 0;
     }
 
-    /* The first chunk of segment i, of so many chunks of the sequence. */
+    /* The first chunk of segment i of a sequence of `chunks` chunks. */
     __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
     {
         if (chunks == cut.relay.chunks) return cut.relay.first_chunk[i];
@@ -61,15 +70,15 @@ struct Cut {
         return {task.begin, task.length, n, -1, FKDA_SEGMENT_FIRST | FKDA_SEGMENT_LAST};
     }
 
-    /* Of a head in a slot: the first of its eight flags of this kind. */
+    /* The first of the eight flags of one kind (FKDA_FLAG_MAP, ...) of a head in a slot. */
     __device__ int *flags(int head, int slot, int kind) const
     {
         return cut.flags + (slot * args.heads + head) * FKDA_SLOT_FLAGS + kind;
     }
 
-    /* The rest is for when the plan is there. */
+    /* ---- Lists: only once fkda_hopper_list is over, unless all lengths are equal ---- */
 
-    /* Of each sequence, if they are alike. */
+    /* Segments of each sequence, if all lengths are equal. */
     __device__ int segments_of_each() const
     {
         return cut.segments ? cut.segments : segments_of(sequence(0).length);
@@ -88,7 +97,7 @@ struct Cut {
         return {c, segments, c * segments, c * groups_of(segments)};
     }
 
-    /* What a launch works through, for every head. */
+    /* How many segments or whole sequences the list `work` (FKDA_SEQUENCES, ...) has. */
     __device__ int entries(int work) const
     {
         if (work == FKDA_SEQUENCES) return sequences();
@@ -97,7 +106,7 @@ struct Cut {
             return work == FKDA_INNER_SEGMENTS ? cut.counts->inner_segments : cut.counts->later_segments;
         const int segments = segments_of_each();
         return segments == 1 ? (work == FKDA_LATER_SEGMENTS) * sequences()
-                             : sequences() * each(work, segments);
+                             : sequences() * entries_of_each(work, segments);
     }
 
     __device__ fkda_segment entry(int work, int e) const
@@ -107,11 +116,12 @@ struct Cut {
         if (!cut.equal_lengths) return (work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e];
         const int segments = segments_of_each();
         if (segments == 1) return whole(e);
-        return segment(cut_sequence(e / each(work, segments)), e % each(work, segments) + 1);
+        return segment(cut_sequence(e / entries_of_each(work, segments)),
+                       e % entries_of_each(work, segments) + 1);
     }
 
-    /* Inner or later segments of a sequence of so many. */
-    static __device__ int each(int work, int segments)
+    /* Inner or later segments of a sequence with `segments` segments. */
+    static __device__ int entries_of_each(int work, int segments)
     {
         return work == FKDA_INNER_SEGMENTS ? segments - 2 : segments - 1;
     }

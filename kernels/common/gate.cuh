@@ -1,0 +1,87 @@
+/*
+ * The gate: how a head's parameters A_log, dt_bias and lower_bound become constants, and how a raw gate g of a channel
+ * becomes the log2 of its decay.
+ *
+ * There is one gate so far, the bounded sigmoid:
+ *
+ *     ln decay = lower_bound sigmoid(exp(A_log) (g + dt_bias))         lower_bound < 0
+ *
+ * All functions here work with the log2 of the decay, because ex2 is an instruction and exp is not. With
+ *
+ *     slope  = -exp(A_log) log2(e)      for each head
+ *     offset = dt_bias slope            for each channel
+ *     bound  = lower_bound log2(e)
+ *
+ * it is log2 decay = bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes activated) needs
+ * its own functions for the constants of a head and for the log2 decay, and nothing else in the kernels.
+ *
+ * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
+ */
+#ifndef FKDA_GATE_CUH
+#define FKDA_GATE_CUH
+
+#include "elements.cuh"
+
+namespace fkda
+{
+
+/* The exponent is held below 100, so that the slope is finite even for an A_log that nobody should have. */
+__device__ __forceinline__ float sigmoid_gate_slope(float a_log)
+{
+    const float exponent = a_log * LOG2_E;
+    return ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E;
+}
+
+__device__ __forceinline__ float sigmoid_gate_offset(float dt_bias, float slope)
+{
+    return dt_bias * slope;
+}
+
+/* ---- Portable: the operations of the formula, one after the other --------------------------------------------------
+ * tests/torch_ref.py does these operations in PyTorch, and the portable kernel must be equal to it to the bit. */
+
+__device__ __forceinline__ float sigmoid_gate_bound(float lower_bound)
+{
+    return lower_bound * LOG2_E;
+}
+
+__device__ __forceinline__ float sigmoid_gate(float g, float slope, float offset, float bound)
+{
+    return rcp(1.0f + ex2(__fmaf_rn(g, slope, offset))) * bound;
+}
+
+/* ---- Hopper: the bound inside the reciprocal -----------------------------------------------------------------------
+ * 1 / (e / bound + 1 / bound) takes one multiplication less for each element than bound / (1 + e).
+ *
+ * Tokens past the end of a sequence have the gate -inf and must decay by exactly nothing. So slope and bound are kept
+ * away from zero: with a slope of zero, -inf times the slope would be NaN. */
+
+/* What a preparation warp keeps of the gate of the head that it is working on. */
+struct __align__(16) HeadGate
+{
+    float slope;         /* never zero */
+    float inverse_bound; /* 1 / bound */
+    int head;
+};
+
+constexpr float NEAREST_TO_ZERO = -1e-30f;
+
+__device__ __forceinline__ float hopper_sigmoid_gate_slope(float a_log)
+{
+    return fminf(sigmoid_gate_slope(a_log), NEAREST_TO_ZERO);
+}
+
+__device__ __forceinline__ float hopper_sigmoid_gate_inverse_bound(float lower_bound)
+{
+    return 1.0f / (fminf(lower_bound, NEAREST_TO_ZERO) * LOG2_E);
+}
+
+__device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &gate, float offset)
+{
+    const float e = ex2(__fmaf_rn(g, gate.slope, offset));
+    return rcp(__fmaf_rn(e, gate.inverse_bound, gate.inverse_bound));
+}
+
+} // namespace fkda
+
+#endif

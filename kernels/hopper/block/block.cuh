@@ -1,0 +1,47 @@
+/*
+ * A block: one CTA shape under one schedule. All roles are templates over a block, and the kernels differ only in it:
+ *
+ *   fkda_hopper_solo    Block<SoloCta, EvenShares>
+ *   fkda_hopper_pair    Block<PairCta, EvenShares>
+ *   fkda_hopper_maps    Block<MapCta, EvenShares>
+ *   fkda_hopper_relay   Block<MapCta, Relay>, then Block<PairCta, Relay>
+ *   fkda_hopper_mixed   Block<MapCta, Mixed>, then Block<PairCta, Mixed>; or Block<SoloCta, Mixed>
+ */
+#ifndef FKDA_HOPPER_BLOCK_CUH
+#define FKDA_HOPPER_BLOCK_CUH
+
+#include "../schedule/schedule.cuh"
+
+namespace fkda
+{
+
+constexpr int SUBCHUNK = 16; /* tokens: the rows of one tensor core product */
+constexpr int ROW = 128;     /* bytes of a swizzled row: 64 channels of one token, or 64 rows of V */
+
+/* The first named barriers of their sorts; block/shared.cuh says who meets there. */
+constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
+
+template <class Cta, class SomeSchedule> struct Block : SomeSchedule::template Phase<Cta> {
+    using Schedule = SomeSchedule;
+    using Phase = typename Schedule::template Phase<Cta>;
+    static constexpr bool MIXED = Schedule::MIXED;
+    static constexpr Registers REGISTERS = Phase::REGISTERS;
+    static constexpr int SLOTS = Cta::OWN_SLOTS + Cta::RECEIVED_SLOTS;
+    static constexpr int SUBCHUNKS = Cta::CHUNK / SUBCHUNK;
+    static constexpr int RECURRENCE_WARPS = Cta::ROWS / 16;
+    static constexpr int PREPARE_WARPS = Cta::TEAM_WARPS * Cta::TEAMS;
+    static constexpr int AHEAD_WARPS = PREPARE_WARPS + 2; /* the preparation, the loader and the solver */
+    static constexpr int HALF_TOKENS = Cta::CHUNK * ROW;  /* bytes: a chunk's tokens in 64 channels */
+    /* Outputs have room of their own in shared memory if some is left; otherwise they go where v was. */
+    static constexpr bool ROOM_FOR_OUTPUTS = Cta::OUTPUTS && Cta::ROWS == 64;
+
+    static_assert(RECURRENCE_WARPS + AHEAD_WARPS <= FKDA_HOPPER_THREADS / 32, "all roles have their warps");
+    static_assert(RECURRENCE_WARPS / 4 * REGISTERS.recurrence +
+                          (3 - RECURRENCE_WARPS / 4) * REGISTERS.preparation + REGISTERS.last_warpgroup <=
+                      512,
+                  "in a quarter of an SM");
+};
+
+} // namespace fkda
+
+#endif

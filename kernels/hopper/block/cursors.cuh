@@ -1,0 +1,139 @@
+/*
+ * Cursors, with which each warp follows the work of its CTA by itself:
+ *
+ *   WorkCursor   from work item to work item
+ *   ChunkCursor  from chunk to chunk, over the borders of work items
+ *   SlotCursor   from slot to slot of the chunk ring, own and received chunks in turn
+ */
+#ifndef FKDA_HOPPER_CURSORS_CUH
+#define FKDA_HOPPER_CURSORS_CUH
+
+#include "../schedule/work_item.cuh"
+#include "block.cuh"
+#include "ring.cuh"
+
+namespace fkda
+{
+
+/* Work items that the loader may be ahead of the recurrence. A CTA may have many short sequences; with fewer slots the
+ * loader would wait for the recurrence between them. */
+constexpr int ITEMS_AHEAD = 16;
+
+/* Work items on their way from the loader to all other roles. */
+struct WorkRing {
+    WorkItem item[ITEMS_AHEAD];
+    Ring<ITEMS_AHEAD> ring;
+};
+
+struct WorkCursor {
+    WorkRing &work;
+    Slot<ITEMS_AHEAD> slot;
+
+    __device__ explicit WorkCursor(WorkRing &w) : work(w), slot(0)
+    {
+    }
+
+    /* Waits for the current work item, which stays there until finish(). */
+    __device__ const WorkItem &current() const
+    {
+        mbarrier_wait(&work.ring.full[slot.index], slot.parity);
+        return work.item[slot.index];
+    }
+
+    /* The warp no longer reads the current work item. */
+    __device__ void finish()
+    {
+        mbarrier_arrive_warp(&work.ring.empty[slot.index]);
+        slot.advance(1);
+    }
+
+    /* A copy of the current work item, and on to the next one. */
+    __device__ WorkItem take()
+    {
+        const WorkItem item = current();
+        finish();
+        return item;
+    }
+};
+
+template <class Block> struct ChunkCursor {
+    static constexpr int CHUNK = Block::CHUNK;
+    WorkCursor items;
+    int head;
+    int left;        /* tokens of the work item from this chunk's first one on; none after the last chunk of all */
+    long long token; /* the chunk's first one, counted over the whole tensor */
+
+    /* At the chunk that `chunks` chunks precede. */
+    __device__ ChunkCursor(WorkRing &work, int chunks) : items(work), head(0), left(0), token(0)
+    {
+        skip(chunks * CHUNK);
+    }
+
+    __device__ bool done() const
+    {
+        return left <= 0;
+    }
+
+    __device__ void advance(int chunks)
+    {
+        left -= chunks * CHUNK;
+        token += chunks * CHUNK;
+        if (left <= 0) skip(-left / CHUNK * CHUNK);
+    }
+
+  private:
+    /* From the end of a work item, over `tokens` tokens of the work items after it. */
+    __device__ void skip(int tokens)
+    {
+        for (left = -tokens; left <= 0;) {
+            const int over = -left / CHUNK * CHUNK;
+            const WorkItem item = items.take();
+            if (item.attributes & NO_WORK) {
+                left = 0;
+                return;
+            }
+            head = item.head, left = item.length - over, token = item.begin + over;
+        }
+    }
+};
+
+/* The CTAs of a pair prepare chunks in turn, so two neighbouring chunks have the same number in the chunk rings of the CTAs
+ * that prepare them. */
+template <class Block> struct SlotCursor {
+    Slot<Block::OWN_SLOTS> own; /* of this chunk in the CTA that prepares it */
+    unsigned chunk, rank;
+
+    __device__ explicit SlotCursor(unsigned rank_in_pair) : own(0), chunk(0), rank(rank_in_pair)
+    {
+    }
+    __device__ bool is_own() const /* this CTA prepares the chunk */
+    {
+        return Block::CTAS == 1 || chunk % 2 == rank;
+    }
+    __device__ int index() const
+    {
+        if constexpr (Block::CTAS == 2)
+            if (!is_own()) return Block::OWN_SLOTS + static_cast<int>(chunk / 2 % Block::RECEIVED_SLOTS);
+        return own.index;
+    }
+    __device__ int parity() const
+    {
+        if constexpr (Block::CTAS == 2)
+            if (!is_own()) return static_cast<int>(chunk / (2 * Block::RECEIVED_SLOTS) % 2);
+        return own.parity;
+    }
+    __device__ void advance()
+    {
+        if (++chunk % Block::CTAS == 0) own.advance(1);
+    }
+
+    /* In a pair: the slot of the last chunk before this one that this CTA prepared. */
+    __device__ Slot<Block::OWN_SLOTS> last_own() const
+    {
+        return Slot<Block::OWN_SLOTS>(static_cast<int>((chunk + 1 - rank) / 2 - 1));
+    }
+};
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,154 @@
+/* Initialises the barriers of a block, and gives each warp its registers and its role. */
+#ifndef FKDA_HOPPER_ROLES_CUH
+#define FKDA_HOPPER_ROLES_CUH
+
+#include "../join/relay_join.cuh"
+#include "load.cuh"
+#include "prepare.cuh"
+#include "recurrence.cuh"
+#include "solve.cuh"
+
+namespace fkda
+{
+
+/* ---- Barriers ----------------------------------------------------------------------------------------------------- */
+
+/* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts are. One
+ * thread of each warp but the loader's calls it: one thread alone would take a microsecond for all of them. */
+template <class Block> static __device__ void initialise_barriers(Shared<Block> &shared, int number)
+{
+    constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
+#pragma unroll 1
+    for (int i = number; i < ITEMS_AHEAD; i += WORKERS) {
+        mbarrier_init(&shared.work.ring.full[i], 1);
+        mbarrier_init_for_warps(&shared.work.ring.empty[i], /* all but the loader */
+                                Block::RECURRENCE_WARPS + Block::AHEAD_WARPS - 1);
+        if (i < Block::OWN_SLOTS) {
+            mbarrier_init(&shared.chunk_ring.loaded[i], 1);
+            if (Block::LOADER_FINDS_NORMS) mbarrier_init_for_warps(&shared.chunk_ring.normed[i], 1);
+            mbarrier_init_for_warps(&shared.chunk_ring.ready[i], Block::TEAM_WARPS + 1); /* and the solver */
+            mbarrier_init_for_warps(&shared.chunk_ring.empty[i], Block::CTAS * Block::RECURRENCE_WARPS);
+        } else if (i < Block::SLOTS) {
+            mbarrier_init(&shared.chunk_ring.ready[i], 1); /* the loader, and the bytes of copies */
+            mbarrier_init_for_warps(&shared.chunk_ring.empty[i], Block::RECURRENCE_WARPS);
+        }
+        if (i < Block::TEAMS) {
+            mbarrier_init_for_warps(&shared.product_ring.full[i], Block::TEAM_WARPS);
+            mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
+            if (FOR_RACECHECK) mbarrier_init_for_warps(&shared.meeting[i], Block::TEAM_WARPS);
+        }
+        if constexpr (Block::JOINS) {
+            constexpr int ALL_WARPS = Block::CTAS * Block::RECURRENCE_WARPS;
+            if (i < MAP_QUARTERS_AHEAD) {
+                mbarrier_init(&shared.join.ring.full[i], 1);
+                mbarrier_init_for_warps(&shared.join.ring.empty[i], ALL_WARPS);
+            } else if (i == MAP_QUARTERS_AHEAD) {
+                mbarrier_init_for_warps(&shared.join.room_for_maps, ALL_WARPS);
+                mbarrier_init_for_warps(&shared.join.room_for_tokens, ALL_WARPS);
+            }
+        }
+    }
+    static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD, "the loop reaches all barriers");
+    fence_mbarrier_init();
+}
+
+/* Waits until all barriers are there, also those of the other CTA. A solo CTA is a cluster of one and uses the cluster's
+ * barrier too: each role waits at a place of its own, which synccheck takes for divergence at __syncthreads. */
+static __device__ void wait_for_barriers()
+{
+    cluster_sync_relaxed();
+}
+
+/* ---- Registers ---------------------------------------------------------------------------------------------------- */
+
+/* Registers of the first phase: all warps start with the number that the kernel was launched with. */
+template <class Block> struct FirstRegisters {
+    static __device__ void recurrence()
+    {
+        take_registers<Block::REGISTERS.recurrence>();
+    }
+    static __device__ void prepare(int)
+    {
+        give_registers<Block::REGISTERS.preparation>();
+    }
+    static __device__ void other()
+    {
+        give_registers<Block::REGISTERS.last_warpgroup>();
+    }
+};
+
+/* Registers of the second phase: if there was a first one, warps start with the numbers that its block `Before` gave
+ * them, and warps that were in its recurrence have more than others. */
+template <class Before, class Block> struct NextRegisters {
+    bool had_first_phase;
+
+    static __device__ void recurrence()
+    {
+        take_registers<Block::REGISTERS.recurrence>();
+    }
+    __device__ void prepare(int warp) const /* of the CTA */
+    {
+        if (had_first_phase && warp >= Before::RECURRENCE_WARPS)
+            take_registers<Block::REGISTERS.preparation>();
+        else
+            give_registers<Block::REGISTERS.preparation>();
+    }
+    static __device__ void other()
+    {
+        give_registers<Block::REGISTERS.last_warpgroup>();
+    }
+};
+
+/* ---- Roles -------------------------------------------------------------------------------------------------------- */
+
+/* The index of the thread. A kernel with three sets of roles reads it again for each role: otherwise the compiler would
+ * keep it in local memory. */
+template <class Block> static __device__ __forceinline__ int thread_index(int known)
+{
+    int cta;
+    if constexpr (Block::MIXED) read_indices(cta, known);
+    return known;
+}
+
+/*
+ * Runs the role of this thread's warp. `wait` waits until all barriers are there. The loader prefetches, and finds its first
+ * work item, before it waits: short problems take little more than the way of their first chunk through all roles.
+ *
+ * The compiler leaves the code of the roles in the order in which they are here. Their loops share an instruction cache,
+ * and with the loops of the recurrence, the solver and the preparation side by side a kernel takes up to a tenth less
+ * time than in other orders.
+ */
+template <class ForRegisters, class Block, class Wait>
+static __device__ __forceinline__ void run_role(const fkda_hopper_fwd_args &all, Shared<Block> &shared,
+                                                int thread, ForRegisters registers, Wait wait)
+{
+    const int warp = thread / 32 - Block::RECURRENCE_WARPS;
+    if (warp < 0) {
+        registers.recurrence();
+        wait();
+        Recurrence<Block>(all, shared, thread_index<Block>(thread)).run();
+    } else if (warp == Block::PREPARE_WARPS + 1) {
+        registers.other();
+        wait();
+        solve<Block>(all.fwd, shared, thread_index<Block>(thread) & 31);
+    } else if (static_cast<unsigned>(warp) < Block::PREPARE_WARPS) {
+        registers.prepare(thread_index<Block>(thread) / 32);
+        wait();
+        Preparation<Block>(all.fwd, shared).run();
+    } else if (warp == Block::PREPARE_WARPS) {
+        registers.other();
+        const int lane = thread_index<Block>(thread) & 31;
+        Loader<Block>::prefetch_descriptors(all, lane);
+        Loader<Block>(all, shared, lane).run(wait);
+    } else { /* warps without a role; in the join phase of a relay one of them fetches maps */
+        registers.other();
+        wait();
+        if constexpr (Block::JOINS)
+            if (warp == Block::PREPARE_WARPS + 2) RelayJoin<Block>(all, shared).fetch_maps();
+    }
+    __syncwarp();
+}
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,101 @@
+/* What a CTA does from its start to its end, under each schedule. */
+#ifndef FKDA_HOPPER_RUN_CUH
+#define FKDA_HOPPER_RUN_CUH
+
+#include "../schedule/mixed.cuh"
+#include "roles.cuh"
+
+namespace fkda
+{
+
+/* ---- One block from start to end: even shares ---------------------------------------------------------------------- */
+
+template <class Block>
+static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all, int thread)
+{
+    Shared<Block> &shared = *reinterpret_cast<Shared<Block> *>(cta_memory());
+    const int warp = thread / 32 - Block::RECURRENCE_WARPS;
+    let_next_kernel_start();
+    if (thread % 32 == 0 && warp != Block::PREPARE_WARPS)
+        initialise_barriers(shared, thread / 32 - (warp > Block::PREPARE_WARPS));
+    __syncwarp();
+    run_role(all, shared, thread, FirstRegisters<Block>(), wait_for_barriers);
+    if (Block::CTAS == 2) cluster_sync(); /* the other CTA sends nothing more */
+    /* The kernel of maps needs nothing of the previous kernel, but must be over after it: what waits for this kernel then
+     * finds the previous one over too. */
+    if (!Block::OUTPUTS) wait_for_previous_kernel();
+}
+
+/* ---- A relay: the map phase, then the join phase and the output phase ---------------------------------------------- */
+
+/*
+ * The barriers of both phases are initialised at the start, in different places. Between the phases a CTA changes its
+ * roles, its registers and what its shared memory holds; one barrier of the cluster suffices for that, since no role of
+ * the first phase leaves anything behind for the second one.
+ *
+ * has_first_phase() says whether the first phase has any work. If not, the CTA begins with the second one.
+ */
+template <class First, class Second, class Assignment, class HasFirstPhase>
+static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args &all,
+                                                      HasFirstPhase has_first_phase)
+{
+    static_assert(offsetof(Shared<Second>, work) >= offsetof(Shared<First>, apart) &&
+                      offsetof(Shared<First>, work) >= sizeof(Shared<Second>),
+                  "a phase has no data where the other phase has barriers");
+    Shared<First> &first = *reinterpret_cast<Shared<First> *>(cta_memory());
+    Shared<Second> &second = *reinterpret_cast<Shared<Second> *>(cta_memory());
+    int cta, thread = threadIdx.x;
+    constexpr int LOADER = First::RECURRENCE_WARPS + First::PREPARE_WARPS;
+    if (thread % 32 == 0 && thread / 32 != LOADER) {
+        const int number = thread / 32 - (thread / 32 > LOADER);
+        initialise_barriers(first, number);
+        initialise_barriers(second, number);
+    }
+    __syncwarp();
+    /* The index is read again here and below: otherwise the compiler would keep it in local memory. */
+    read_indices(cta, thread);
+    const bool has_first = has_first_phase();
+    if (has_first) run_role(all, first, thread, FirstRegisters<First>(), wait_for_barriers);
+    /* The loader of the second phase needs to know first which rows the CTA carries, and its warp is done with the first
+     * phase before the recurrence is. */
+    if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
+        if (thread % 32 == 0) assign_join_rows(Assignment(all), second.join, cluster_rank());
+        __syncwarp();
+    }
+    read_indices(cta, thread);
+    run_role(all, second, thread, NextRegisters<First, Second>{First::MIXED ? has_first_phase() : has_first},
+             cluster_sync);
+    cluster_sync(); /* the other CTA sends nothing more */
+}
+
+static __device__ void run_relay(const fkda_hopper_fwd_args &all)
+{
+    run_two_phases<Block<MapCta, Relay>, Block<PairCta, Relay>, RelayAssignment>(
+        all, [&] { return RelayAssignment::has_map_phase(all); });
+}
+
+/* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------------------ */
+
+static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
+{
+    MixedAssignment &assignment = mixed_assignment<Block<PairCta, Mixed>>();
+    if (threadIdx.x < 32)
+        MixedScheduler(all.pair, all.mixed, threadIdx.x).assign(RelayAssignment::pair(), assignment);
+    __syncthreads();
+    if (assignment.is != MixedAssignment::REST_SOLO) {
+        run_two_phases<Block<MapCta, Mixed>, Block<PairCta, Mixed>, LongAssignment>(
+            all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
+        return;
+    }
+    const MixedAssignment own = assignment;
+    __syncthreads(); /* all threads have read the assignment, where a solo CTA will have chunks */
+    if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed>>() = own;
+    __syncthreads();
+    int cta, thread;
+    read_indices(cta, thread);
+    run_block<Block<SoloCta, Mixed>>(all.solo, thread);
+}
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,100 @@
+/*
+ * Work items, and how one is made of a segment and a head.
+ *
+ * A work item is some rows of the state of one head, through one sequence, segment or part of a segment. The loader of a
+ * CTA takes work items from the schedule and hands them to all other roles, which therefore meet them in one order. Both
+ * CTAs of a pair meet the same heads and tokens in the same order, without talking about it.
+ */
+#ifndef FKDA_HOPPER_WORK_ITEM_CUH
+#define FKDA_HOPPER_WORK_ITEM_CUH
+
+#include "cut.cuh"
+
+namespace fkda
+{
+
+struct WorkItem {
+    long long begin;     /* first token, counted over the whole tensor */
+    int head, length;    /* length: tokens */
+    int first_row;       /* of the state's 128 */
+    int attributes;      /* bits, see below */
+    const void *initial; /* the head's state [V, K] before the item; null: zeros */
+    void *final;         /* where the head's state after the item goes; null: nowhere */
+    int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
+};
+
+/* Bits of WorkItem::attributes. */
+enum {
+    NO_WORK = 1,         /* there are no more work items */
+    INITIAL_BF16 = 2,    /* `initial` is bf16; otherwise it is fp32 */
+    FINAL_BF16 = 4,      /* `final` is bf16; otherwise it is fp32 */
+    IS_MAP = 8,          /* computes M: the state starts as the identity, and all values are zeros */
+    AWAITS_INITIAL = 16, /* `initial` is there once the warp's flag is set */
+    SIGNALS_FINAL = 32,  /* another CTA waits for `final`: the warp sets its flag */
+    INITIAL_IMAGE = 64,  /* `initial` is in the workspace, as a StateImage (join/map.cuh) */
+    FINAL_IMAGE = 128,   /* `final` is in the workspace, as a StateImage */
+    AFTER_JOIN = 256,    /* the CTA takes part in the join phase before this item */
+    NOT_LAST = 512,      /* another work item follows in this phase */
+};
+
+/* Makes work items of segments; the base of every schedule's source. */
+template <class Block> struct WorkItemMaker {
+    const fkda_fwd_args &args;
+    Cut cut;
+    int rank; /* of the CTA in its pair */
+
+    __device__ WorkItemMaker(const fkda_hopper_fwd_args &all, int rank_in_pair)
+        : args(all.fwd), cut{all.fwd, all.cut}, rank(rank_in_pair)
+    {
+    }
+
+    static __device__ WorkItem none()
+    {
+        return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr};
+    }
+
+    /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each. Without
+     * outputs the pair's first CTA computes M and the second one B or, of a first segment, the state after it. */
+    __device__ WorkItem item_of(const fkda_segment &s, int h) const
+    {
+        const long long task = static_cast<long long>(s.sequence) * args.heads + h;
+        const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
+        const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
+        if (!Block::OUTPUTS) {
+            float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
+            WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr};
+            if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, task);
+            return item;
+        }
+        WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr};
+        if (s.position & FKDA_SEGMENT_FIRST)
+            take_initial(item, task);
+        else
+            item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
+        if (!(s.position & FKDA_SEGMENT_LAST)) { /* states after later segments have come from the join */
+            if (s.position & FKDA_SEGMENT_FIRST)
+                item.final = cut.cut.states + next_slot, item.attributes |= FINAL_IMAGE;
+        } else if (args.final_state) {
+            item.final = user_state(args.final_state, task);
+            if (args.state_is_bf16) item.attributes |= FINAL_BF16;
+        }
+        return item;
+    }
+
+    /* The caller's initial state, if there is one. */
+    __device__ void take_initial(WorkItem &item, long long task) const
+    {
+        if (!args.initial_state) return;
+        item.initial = user_state(const_cast<void *>(args.initial_state), task);
+        if (args.state_is_bf16) item.attributes |= INITIAL_BF16;
+    }
+
+    __device__ void *user_state(void *states, long long task) const
+    {
+        return static_cast<char *>(states) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
+    }
+};
+
+} // namespace fkda
+
+#endif
