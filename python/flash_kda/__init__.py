@@ -13,7 +13,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays, _later, _lib, _plan
+from . import _arrays, _later, _lib, _reference
+from ._options import Options, known_options
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Device", "devices", "explain", "fwd", "get_workspace_size", "kernels", "reference"]
 __version__ = _lib.version()
 
-_torch_layer: Any = None  # flash_kda._torch, once PyTorch is there
+_torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
 
 
 def fwd(
@@ -51,6 +52,7 @@ def fwd(
     threads: int = 0,
     batch_invariant: bool = False,
     max_seqlen: int = 0,
+    cut: str = "auto",
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -75,38 +77,44 @@ def fwd(
         scale: finite; multiplies the output, usually K ** -0.5.
         out: bf16 [B, T, H, V], written.
         A_log: fp32 [H].
-        dt_bias: fp32 [H, K]. PyTorch tensors in 16 bits are converted, these two alone: layers that were
-            cast as a whole hold them so.
-        lower_bound: in [-5, 0], of one token's log decay, in nats.
+        dt_bias: fp32 [H, K]. A_log and dt_bias may be PyTorch tensors in 16 bits, as layers hold them that were
+            cast as a whole. The call converts these two, and no other array.
+        lower_bound: lower bound of one token's log decay, in nats, in [-5, 0].
         initial_state: bf16 or fp32 [N, H, V, K] (V first), or None: zeros.
-        final_state: the same, written, or None. Of the dtype of initial_state if both are given; it may be
+        final_state: the same, written, or None. It has the dtype of initial_state if both are given; it may be
             the same array, which is then updated in place.
         cu_seqlens: int64 or int32 [N + 1] on the device, or None. Sequence n is tokens cu_seqlens[n] to
-            cu_seqlens[n + 1] - 1 of the one batch row (B must be 1); first 0, last T, never decreasing.
-            None: each batch row is a sequence, N = B. The values are checked on the CPU; on a GPU they are
-            clamped into [0, T], as the call does not wait to look at them.
+            cu_seqlens[n + 1] - 1 of the one batch row (B must be 1); the first value is 0, the last one is T,
+            and values never decrease. None: each batch row is a sequence, N = B. The values are checked on the
+            CPU. On a GPU they are clamped into [0, T] instead, as the call does not wait to look at them.
         kernel: the name of one of `kernels()`; None picks the best for the device.
-        threads: of the CPU; 0 means as many as the process may run on. The result does not depend on it.
+        threads: number of CPU threads; 0 means as many as the process may run on. The result does not depend on
+            it.
         batch_invariant: True promises that a sequence's output and final state have the same bits whatever else
-            is in the batch, and wherever the sequence is in it. Where that needs no other way to compute it
-            costs nothing: all kernels but those called "hopper" are so anyway.
-        max_seqlen: the tokens of the longest sequence, in [0, T], where the caller knows it; 0: not known. With
-            cu_seqlens on a GPU it tells whether a long sequence is worth cutting, which can be several times as
-            fast. A wrong one costs time, not correctness; without cu_seqlens it changes nothing.
+            is in the batch, and wherever the sequence is in the batch. The promise can cost time with the kernel
+            "hopper", which then computes batches differently. All other kernels always keep it.
+        max_seqlen: number of tokens of the longest sequence, in [0, T], if the caller knows it; 0: not known.
+            With cu_seqlens on a GPU the number decides whether a long sequence is worth cutting, which can be
+            several times as fast. A wrong number costs time, not correctness. Without cu_seqlens it changes
+            nothing.
+        cut: how the kernel "hopper" may cut sequences into segments that are computed in parallel: "auto" where
+            it pays, "never", "always" wherever a sequence is long enough, "mixed" only by the schedule for
+            sequences of different lengths. Meant for tests and benchmarks. Results differ within the error
+            budget. Other kernels take every value and cut nothing.
 
-    All arrays are contiguous, on one device, and aligned to 16 bytes; what is written shares memory with
-    nothing else. T may be 0, and so may a sequence's length.
+    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta and cu_seqlens: to an element);
+    what is written shares memory with nothing else. T may be 0, and so may a sequence's length.
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
-    CuPy arrays. For arrays of other libraries (JAX, say) it uses the legacy default stream and waits until
-    the result is there, since they cannot know about it.
+    CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the call
+    uses the legacy default stream and waits until the result is there.
 
     Raises:
         ValueError: an argument has a wrong shape, value, device or memory.
         TypeError: an argument has a wrong dtype or is of a wrong type.
-        RuntimeError: there is no such device or kernel, the driver failed, or gradients were asked for:
-            there is no backward pass yet.
-    Nothing was written in any of these cases, and the message names the argument.
+        RuntimeError: there is no such device or kernel, the driver failed, or gradients were asked for, as there
+            is no backward pass yet.
+    After a ValueError or a TypeError nothing was written, and the message names the argument.
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
@@ -117,42 +125,45 @@ def fwd(
         arrays.append(final_state)
     if cu_seqlens is not None:
         arrays.append(cu_seqlens)
-    options = (
-        initial_state is not None,
-        final_state is not None,
-        cu_seqlens is not None,
-        kernel,
-        threads,
-        type(threads),
-        batch_invariant,
-        type(batch_invariant),
-        max_seqlen,
-        type(max_seqlen),
+    given = (initial_state is not None, final_state is not None, cu_seqlens is not None)
+    is_tensor = _torch_layer is not None and isinstance(q, _torch_layer.Tensor)
+    is_traced = is_tensor and _torch_layer.is_compiling()
+    # A compiler traces the constructor, since it cannot trace a cache.
+    options = (Options if is_traced else known_options)(
+        given, kernel, threads, batch_invariant, max_seqlen, cut
     )
-    if _torch_layer is not None and isinstance(q, _torch_layer.Tensor):
+    if is_traced:
+        _torch_layer.fwd_traced(arrays, options, scale, lower_bound)
+    elif is_tensor:
         _torch_layer.fwd(arrays, options, scale, lower_bound)
     else:
         _arrays.fwd(arrays, options, scale, lower_bound)
 
 
 def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
-    """The bytes of scratch memory that a call may need: the largest over the devices of this machine and
-    their kernels, for T_total tokens in all, H heads and N sequences. `fwd` gets it by itself.
+    """The bytes of workspace that a call with T_total tokens in all, H heads and N sequences may need.
+
+    It is the largest over the devices of this machine, their kernels, and the values of batch_invariant and
+    max_seqlen. It is for cut="auto": the other values of cut, which are meant for tests and benchmarks, may need
+    more, and `explain` says how much. `fwd` allocates its workspace by itself.
 
     Raises:
         TypeError: an argument is no int.
         ValueError: a size is out of range.
     """
     _check_sizes(T_total, H, N)
-    largest = 0
+    asked = [Options(), Options(max_seqlen=T_total), Options(batch_invariant=True)]
+    sizes = [0]
     for info in _lib.device_infos():
         for kernel in _lib.kernel_infos():
-            if kernel.device_type == info.device.type and info.kernel:
-                params = _shape_params(T_total, H, N, True, info.device, kernel.name)
-                for params.batch_invariant, params.max_seqlen in ((False, 0), (False, T_total), (True, 0)):
-                    with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
-                        largest = max(largest, _lib.workspace_size(params))
-    return largest
+            if kernel.device_type != info.device.type or not info.kernel:
+                continue
+            for options in asked:
+                params = _shape_params(T_total, H, N, True, info.device, options)
+                params.kernel = kernel.name
+                with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
+                    sizes.append(_lib.workspace_size(params))
+    return max(sizes)
 
 
 def explain(
@@ -163,22 +174,24 @@ def explain(
     kernel: str | None = None,
     batch_invariant: bool = False,
     max_seqlen: int = 0,
+    cut: str = "auto",
 ) -> str:
-    """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, and how it would lay
-    the work out: a few lines to be read, whose wording may change.
+    """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, how it would lay the
+    work out, and how much workspace it would use: a few lines to be read, whose wording may change.
 
     Args:
-        device: "cpu" or "cuda:1"; None is the first CUDA device if it can be used, else the CPU.
-        kernel, batch_invariant, max_seqlen: as for `fwd`.
+        device: "cpu" or "cuda:1", say; None is the first CUDA device if it can be used, else the CPU.
+        kernel, batch_invariant, max_seqlen, cut: as for `fwd`.
 
     Raises:
         TypeError: an argument is of a wrong type.
-        ValueError: a size is out of range, or there is no such device or kernel.
+        ValueError: an argument is out of range, or there is no such device or kernel.
         RuntimeError: the kernel does not run on the device.
     """
     _check_sizes(T_total, H, N)
-    if kernel is not None and not isinstance(kernel, str):
-        raise TypeError(f"kernel is of type {type(kernel).__name__}; it must be a string or None")
+    options = Options(
+        kernel=kernel, batch_invariant=batch_invariant, max_seqlen=max_seqlen, cut=cut
+    ).checked()
     infos = _lib.device_infos()
     if device is None:
         chosen = infos[1 if len(infos) > 1 and infos[1].kernel else 0]
@@ -187,10 +200,7 @@ def explain(
         if device not in named:
             raise ValueError(f"device is {device!r}; it must be None or one of {', '.join(named)}")
         chosen = named[device]
-    params = _shape_params(T_total, H, N, N > 1, chosen.device, _plan.kernel_name(kernel))
-    params.batch_invariant = _plan.checked_flag("batch_invariant", batch_invariant)
-    params.max_seqlen = _plan.checked_max_seqlen(max_seqlen)
-    return _lib.explain(params)
+    return _lib.explain(_shape_params(T_total, H, N, N > 1, chosen.device, options))
 
 
 def _device_name(info: _lib.DeviceInfo) -> str:
@@ -206,12 +216,12 @@ def _check_sizes(T_total: int, H: int, N: int) -> None:
 
 
 def _shape_params(
-    T: int, H: int, N: int, with_seqlens: bool, device: _lib.Device, kernel: bytes | None
+    T: int, H: int, N: int, with_seqlens: bool, device: _lib.Device, options: Options
 ) -> _lib.FwdParams:
-    """A call of that shape, without its memory."""
+    """The struct of a call of that shape, without the memory of its arrays."""
     params = _lib.new_params()
     params.device = device
-    params.kernel = kernel
+    options.apply_to(params)
     for name in ("q", "k", "v", "g", "out"):
         _lib.set_shape(getattr(params, name), _lib.BF16, (1, T, H, 128))
     _lib.set_shape(params.beta, _lib.BF16, (1, T, H))
@@ -232,7 +242,7 @@ class Device:
     arch: str  #: "sm_90", "x86-64 avx512"
     kernel: str  #: what runs there by default; "" if nothing can
     reason: str  #: why nothing can run there, else ""
-    units: int  #: multiprocessors, or CPU threads
+    units: int  #: SMs of a GPU, threads of the CPU
     memory: int  #: bytes
 
 
@@ -284,9 +294,9 @@ def reference(
     Raises:
         ValueError, TypeError: as `fwd`.
     """
-    from ._reference import reference as run
-
-    return run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+    return _reference.reference(
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
+    )
 
 
 _loading = threading.Lock()

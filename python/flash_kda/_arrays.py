@@ -1,9 +1,13 @@
-"""Arrays of any library: NumPy's own interface, and DLPack for all others."""
+"""Arrays of any library: NumPy's own interface, and DLPack for all others.
+
+NumPy's own arrays take one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then `_run`,
+then `PreparedCall.run`, which calls C. If one array is of another library, `_read_and_run` reads all of them, and its
+prepared call is used once: DLPack has no way to ask what an array looks like without exporting it.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 from ctypes import (
     POINTER,
@@ -20,23 +24,11 @@ from ctypes import (
     py_object,
 )
 from operator import attrgetter
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from . import _lib
-from ._plan import OUT, Options, Plan, Plans, check_devices, check_numbers, check_options, names
-
-_WRITTEN = ("out", "final_state")
-
-
-class Array(NamedTuple):
-    """Where an array is and what it looks like."""
-
-    pointer: int
-    dtype: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None  # in elements; None if contiguous
-    device: tuple[int, int]
-    owner: Any  # keeps the memory alive
+from ._call import PreparedCall, PreparedCalls, View, check_devices
+from ._options import WRITTEN_ARRAYS, Options
 
 
 class _DLTensor(ctypes.Structure):
@@ -124,48 +116,27 @@ def is_numpy(x: Any) -> bool:
     return numpy is not None and isinstance(x, numpy.ndarray)
 
 
-_plans = Plans()  # of NumPy's own arrays, without subclasses
+_calls = PreparedCalls()  # of NumPy's own arrays, without subclasses
 _describe = attrgetter("__class__", "shape", "strides", "dtype")
 
 
-def fwd(arrays: list, options: Options, scale, lower_bound) -> None:
-    """arrays: those that are given, in the order of TENSOR_FIELDS."""
-    plan = _plans.fitting(arrays, options)
-    if plan is None:
-        check_numbers(scale, lower_bound)
-        check_options(options)
-        numpy = sys.modules.get("numpy")
-        if numpy is None or not all(type(x) is numpy.ndarray for x in arrays):
-            _fwd_once(arrays, options, scale, lower_bound)
-            return
-        plan = _find_plan(arrays, options)
-    plan.busy = True
-    try:
-        if not arrays[OUT].flags.writeable:
-            raise _read_only("out")
-        if options[1] and not arrays[8 + options[0]].flags.writeable:
-            raise _read_only("final_state")
-        # A capsule must outlive the reading of its struct.
-        pointers = [_interface(capsule, None)[_DATA] for capsule in map(_array_struct, arrays)]
-        plan.run(pointers, scale, lower_bound)
-    finally:
-        plan.busy = False
+def fwd(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
+    """arrays: the arrays of the call, of any libraries."""
+    call = _calls.latest
+    if call is not None and call.options is options and not call.busy and call.fits(*arrays):
+        _run(call, arrays, scale, lower_bound)
+        return
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and all(type(x) is numpy.ndarray for x in arrays):
+        _prepare_and_run(arrays, options, scale, lower_bound)
+    else:
+        _read_and_run(arrays, options, scale, lower_bound)
 
 
-def _find_plan(arrays: list, options: Options) -> Plan:
-    looks = [*map(_describe, arrays)]
-    key = (options, *looks)
-    plan = _plans.find(key)
-    if plan is None:
-        views = [(name, _read_numpy(name, x)) for name, x in zip(names(options), arrays)]
-        plan = Plan((_lib.CPU, 0), [(name, *a[:4]) for name, a in views], options)
-        plan.fits = _matcher(looks)
-    _plans.keep(key, plan)
-    return plan
+def _matcher(looks: list) -> Callable[..., bool]:
+    """A function that says whether arrays look like that."""
 
-
-def _matcher(looks: list) -> Callable[[list], bool]:
-    def fits(arrays: list) -> bool:
+    def fits(*arrays: Any) -> bool:
         try:
             return [*map(_describe, arrays)] == looks
         except AttributeError:  # what has no shape is no array
@@ -174,40 +145,52 @@ def _matcher(looks: list) -> Callable[[list], bool]:
     return fits
 
 
-def _fwd_once(arrays: list, options: Options, scale, lower_bound) -> None:
-    """Of any libraries: what it reads is not kept."""
-    named = dict(zip(names(options), arrays))
-    devices = {name: device_of(name, x) for name, x in named.items()}
-    check_devices([(name, _device_text(device)) for name, device in devices.items()])
-    device = devices["q"]
+def _prepare_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
+    """A call on NumPy arrays that the latest prepared call does not fit: finds the one that fits, or prepares it."""
+    looks = [*map(_describe, arrays)]
+    key = (options, *looks)
+    call = _calls.find(key)
+    if call is None:
+        views = [_read_numpy(name, x) for name, x in zip(options.names, arrays)]
+        call = PreparedCall(options, (_lib.CPU, 0), views)
+        call.fits = _matcher(looks)
+    _calls.keep(key, call)
+    _run(call, arrays, scale, lower_bound)
+
+
+def _run(call: PreparedCall, arrays: list, scale: Any, lower_bound: Any) -> None:
+    for i in call.written:
+        if not arrays[i].flags.writeable:
+            raise _read_only(call.options.names[i])
+    # A capsule must outlive the reading of its struct.
+    pointers = [_interface(capsule, None)[_DATA] for capsule in map(_array_struct, arrays)]
+    call.run(pointers, scale, lower_bound)
+
+
+def _read_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
+    """A call on arrays of any libraries."""
+    devices = [(name, device_of(name, x)) for name, x in zip(options.names, arrays)]
+    check_devices([(name, _device_text(device)) for name, device in devices])
+    device = devices[0][1]
     on_gpu = device[0] == _lib.CUDA
     stream, ordered = _stream(arrays, device[1]) if on_gpu else (None, True)
-    views = {name: read(name, x, stream) for name, x in named.items()}
-    fields = [(name, a.pointer, a.dtype, a.shape, a.stride) for name, a in views.items()]
-    plan = Plan(device, fields, options)
-    run = functools.partial(plan.run, [a.pointer for a in views.values()], scale, lower_bound)
-    if not on_gpu:
-        run()
-        return
-    plan.stream.value = stream
-    if plan.workspace_size:
-        _run_with_workspace(plan, run, _lib.Device(*device), stream)
-    else:
-        run()
-    if not ordered:
-        _lib.check(_lib.lib.flash_kda_synchronize(_lib.Device(*device), stream))
-
-
-def _run_with_workspace(plan: Plan, run: Callable[[], None], device: _lib.Device, stream: int | None) -> None:
-    """Without a framework's allocator the memory can go back only after the device is done with it."""
-    memory = c_void_p()
-    _lib.check(_lib.lib.flash_kda_malloc(device, plan.workspace_size, ctypes.byref(memory)))
+    # Each owner keeps the memory of its view alive until this function returns.
+    views, _owners = zip(*(read(name, x, stream) for name, x in zip(options.names, arrays)))
+    call = PreparedCall(options, device, views)
+    pointers = [view.pointer for view in views]
+    workspace = c_void_p()
+    if on_gpu and call.workspace_size:
+        _lib.check(
+            _lib.lib.flash_kda_malloc(_lib.Device(*device), call.workspace_size, ctypes.byref(workspace))
+        )
     try:
-        plan.workspace.value = memory.value
-        run()
-        _lib.check(_lib.lib.flash_kda_synchronize(device, stream))
+        call.run(pointers, scale, lower_bound, stream, workspace.value)
+        # Without a framework's allocator the workspace can go back only after the device is done with it.
+        if workspace or not ordered:
+            _lib.check(_lib.lib.flash_kda_synchronize(_lib.Device(*device), stream))
     finally:
-        _lib.lib.flash_kda_free(device, memory)
+        if workspace:
+            _lib.lib.flash_kda_free(_lib.Device(*device), workspace)
 
 
 def device_of(name: str, x: Any) -> tuple[int, int]:
@@ -247,16 +230,18 @@ def _stream(arrays, index: int) -> tuple[int, bool]:
     return _LEGACY_STREAM, False
 
 
-def read(name: str, x: Any, stream: int | None) -> Array:
-    return _read_numpy(name, x) if is_numpy(x) else _read_dlpack(name, x, stream)
+def read(name: str, x: Any, stream: int | None) -> tuple[View, Any]:
+    """The view of an array on the CPU or, once the stream may use it, on a GPU, and the object that keeps its memory
+    alive."""
+    return (_read_numpy(name, x), x) if is_numpy(x) else _read_dlpack(name, x, stream)
 
 
 def _read_only(name: str) -> ValueError:
     return ValueError(f"{name} is read-only; it must be writable, as the call writes to it")
 
 
-def _read_numpy(name: str, x: Any) -> Array:
-    if name in _WRITTEN and not x.flags.writeable:
+def _read_numpy(name: str, x: Any) -> View:
+    if name in WRITTEN_ARRAYS and not x.flags.writeable:
         raise _read_only(name)
     stride = None
     if not x.flags.c_contiguous:
@@ -265,15 +250,15 @@ def _read_numpy(name: str, x: Any) -> Array:
                 f"{name} has strides of {x.strides} bytes; they must be multiples of its {x.itemsize}"
             )
         stride = tuple(step // x.itemsize for step in x.strides)
-    # Another byte order is another type.
+    # An array in another byte order counts as one of another dtype.
     dtype = _NUMPY_DTYPES.get(x.dtype.name, _lib.OTHER) if x.dtype.isnative else _lib.OTHER
-    return Array(x.__array_interface__["data"][0], dtype, x.shape, stride, (_lib.CPU, 0), x)
+    return View(x.__array_interface__["data"][0], dtype, x.shape, stride)
 
 
 def _export(name: str, x: Any, stream: int | None) -> Any:
     """x.__dlpack__(), with as much of the protocol as its library knows."""
     stream_arg = {} if stream is None else {"stream": stream}
-    copy_arg = {"copy": False} if name in _WRITTEN else {}
+    copy_arg = {"copy": False} if name in WRITTEN_ARRAYS else {}
     for more in ({"max_version": (1, 0), **copy_arg}, {"max_version": (1, 0)}, {}):
         try:
             return x.__dlpack__(**stream_arg, **more)
@@ -285,16 +270,16 @@ def _export(name: str, x: Any, stream: int | None) -> Any:
     raise AssertionError
 
 
-def _read_dlpack(name: str, x: Any, stream: int | None) -> Array:
+def _read_dlpack(name: str, x: Any, stream: int | None) -> tuple[View, Any]:
     capsule = _export(name, x, stream)
     if _is_capsule(capsule, b"dltensor_versioned"):
         versioned = _Versioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if versioned.major != 1:
             raise ValueError(f"{name} came as DLPack {versioned.major}; it must be version 1 or older")
         tensor = versioned.tensor
-        if name in _WRITTEN and versioned.flags & _READ_ONLY:
+        if name in WRITTEN_ARRAYS and versioned.flags & _READ_ONLY:
             raise _read_only(name)
-        if name in _WRITTEN and versioned.flags & _IS_COPIED:
+        if name in WRITTEN_ARRAYS and versioned.flags & _IS_COPIED:
             raise ValueError(
                 f"{name} came as a copy through DLPack; it must share its memory, as the call writes to it"
             )
@@ -305,8 +290,7 @@ def _read_dlpack(name: str, x: Any, stream: int | None) -> Array:
     ndim = tensor.ndim
     shape = tuple(tensor.shape[:ndim]) if ndim else ()
     stride = tuple(tensor.strides[:ndim]) if ndim and tensor.strides else None
-    kind = _lib.CPU if tensor.device_type in _CPU_TYPES else _lib.CUDA
     dtype = _DLPACK_DTYPES.get((tensor.code, tensor.bits), _lib.OTHER) if tensor.lanes == 1 else _lib.OTHER
     pointer = (tensor.data or 0) + tensor.byte_offset
     # Left as it is, the capsule returns the memory to its library when it goes.
-    return Array(pointer, dtype, shape, stride, (kind, tensor.device_id if kind else 0), capsule)
+    return View(pointer, dtype, shape, stride), capsule

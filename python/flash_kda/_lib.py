@@ -1,8 +1,9 @@
-"""libflashkda through ctypes: the structs of include/flash_kda.h, loading, and errors."""
+"""libflashkda through ctypes: the constants and structs of include/flash_kda.h, its functions, and its errors."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from ctypes import c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 
@@ -27,28 +28,22 @@ class Tensor(ctypes.Structure):
     ]
 
 
-# In the order in which flash_kda_fwd_params has them.
-TENSOR_FIELDS = (
-    "q",
-    "k",
-    "v",
-    "g",
-    "beta",
-    "out",
-    "A_log",
-    "dt_bias",
-    "initial_state",
-    "final_state",
-    "cu_seqlens",
-)
-
-
 class FwdParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("device", Device),
         ("stream", c_void_p),
-        *((name, Tensor) for name in TENSOR_FIELDS),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("g", Tensor),
+        ("beta", Tensor),
+        ("out", Tensor),
+        ("A_log", Tensor),
+        ("dt_bias", Tensor),
+        ("initial_state", Tensor),
+        ("final_state", Tensor),
+        ("cu_seqlens", Tensor),
         ("scale", c_float),
         ("lower_bound", c_float),
         ("workspace", c_void_p),
@@ -87,9 +82,8 @@ class KernelInfo(ctypes.Structure):
 
 def beside_package(name: str) -> str | None:
     """The path of a built file in the package's folder, or None. An editable install has two folders."""
-    from . import __path__ as folders
-
-    for folder in folders:
+    package = importlib.util.find_spec(__name__.rpartition(".")[0])
+    for folder in (package and package.submodule_search_locations) or ():
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return path
@@ -136,7 +130,8 @@ lib = _load()
 def last_error(status: int) -> Exception:
     """The exception for a status of the C library, with its sentence."""
     kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
-    return kind(lib.flash_kda_last_error().decode())
+    sentence = lib.flash_kda_last_error().decode()
+    return kind(sentence.replace("it must be NULL or", "it must be None or"))  # as Python calls it
 
 
 def check(status: int) -> None:

@@ -9,7 +9,7 @@ from problems import make, to_torch
 
 BIG = 2**31
 
-# (what to change, exception, the sentence). A value that is callable gets the arguments.
+# What to change in right arguments, the exception, and its sentence. A change that is callable is given the arguments.
 WRONG = {
     "q of another dtype": ({"q": lambda a: cast(a["q"], "float32")}, TypeError, "q has dtype float32; it must be bfloat16"),
     "k in fp16": ({"k": lambda a: cast(a["k"], "float16")}, TypeError, "k has dtype float16; it must be bfloat16"),
@@ -74,8 +74,9 @@ WRONG = {
     "out over q": ({"out": lambda a: a["q"]}, ValueError, "out overlaps q; it must have memory of its own"),
     "out over v": ({"out": lambda a: a["v"]}, ValueError, "out overlaps v; it must have memory of its own"),
     "an unknown kernel": ({"kernel": "fastest"}, ValueError, "fastest"),
-    "a kernel's name with more after its end": ({"kernel": "cpu\0"}, ValueError, 'kernel is "cpu?"; it must be NULL or'),
-    "a kernel's name that is no text": ({"kernel": "\ud800"}, ValueError, 'kernel is "?"; it must be NULL or'),
+    "a kernel's name with more after its end": ({"kernel": "cpu\0"}, ValueError, 'kernel is "cpu?"; it must be None or'),
+    "a kernel's name that is no text": ({"kernel": "\ud800"}, ValueError, 'kernel is "?"; it must be None or'),
+    "kernel as a list": ({"kernel": ["cpu"]}, TypeError, "kernel is of type list; it must be a string or None"),
     "kernel as a number": ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
     "threads negative": ({"threads": -1}, ValueError, "threads is -1; it must be 0 (all) or more"),
     "threads as a float": ({"threads": 2.0}, TypeError, "threads is of type float; it must be an int"),
@@ -84,10 +85,13 @@ WRONG = {
     "max_seqlen negative": ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; it must be 0 (not known) or more"),
     "max_seqlen as a float": ({"max_seqlen": 2.0}, TypeError, "max_seqlen is of type float; it must be an int"),
     "max_seqlen beyond all": ({"max_seqlen": BIG}, ValueError, f"max_seqlen is {BIG}; it must be in [0, T] = [0, "),
+    "cut unknown": ({"cut": "often"}, ValueError, "cut is 'often'; it must be \"auto\", \"never\", \"always\" or \"mixed\""),
+    "cut as a number": ({"cut": 1}, TypeError, "cut is of type int; it must be \"auto\", \"never\", \"always\" or \"mixed\""),
+    "cut missing": ({"cut": None}, TypeError, "cut is of type NoneType; it must be \"auto\", \"never\", \"always\" or \"mixed\""),
     "too many threads": ({"threads": BIG}, ValueError, f"threads is {BIG}; it must be 0 (all) or more, and fit 32 bits"),
 }  # fmt: skip
 
-# Values of cu_seqlens, which the CPU looks at.
+# Wrong values of cu_seqlens, which are checked on the CPU alone.
 WRONG_SEQUENCES = {
     "starts late": ([1, 3, 8], "cu_seqlens[0] is 1; it must be 0"),
     "decreases": ([0, 9, 8], "cu_seqlens[2] is 8 after 9; it must not decrease"),
@@ -112,7 +116,7 @@ def first_channels(x):
 
 
 def every_other(x):
-    """Of the same shape, out of memory twice as long."""
+    """An array of the shape of x that skips every other token of memory twice as long."""
     if isinstance(x, np.ndarray):
         return np.concatenate([x, x], axis=1)[:, ::2]
     import torch
@@ -120,9 +124,10 @@ def every_other(x):
     return torch.cat([x, x], dim=1)[:, ::2]
 
 
-@pytest.fixture(params=["numpy", "torch cpu", "torch cpu without guards", "torch cuda"])
+@pytest.fixture(params=["numpy", "torch cpu", "torch cpu with guards in Python", "torch cuda"])
 def arguments(request, monkeypatch):
-    """Two sequences of 8 tokens in all, and both states. Guards: what tells a kept plan fits, if PyTorch has them."""
+    """Two sequences of 8 tokens in all, and both states. Guards tell whether a prepared call fits: PyTorch's own, or
+    this package's where PyTorch has none that can be used."""
     a = make(lengths=[3, 5], initial=np.float32)
     if request.param == "numpy":
         return a
@@ -130,11 +135,11 @@ def arguments(request, monkeypatch):
     device = request.param.split()[1]
     if device == "cuda":
         request.getfixturevalue("cuda")
-    if "without guards" in request.param:
-        from flash_kda import _plan, _torch
+    if "guards in Python" in request.param:
+        from flash_kda import _call, _torch
 
-        monkeypatch.setattr(_torch, "_TensorGuards", None)
-        monkeypatch.setattr(_torch, "_plans", _plan.Plans())
+        monkeypatch.setattr(_torch, "_Guards", _torch._PythonGuards)
+        monkeypatch.setattr(_torch, "_calls", _call.PreparedCalls())
     with torch.no_grad():
         return to_torch(a, device)
 
@@ -158,15 +163,24 @@ def test_wrong_argument(arguments, case):
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument_after_a_right_call(arguments, case):
-    """Now a plan of the right shapes is kept, and must not hide what is wrong."""
+    """The right call leaves a prepared call of the right shapes, which must not hide what is wrong with the next."""
     flash_kda.fwd(**{**arguments, **{name: copy(arguments[name]) for name in ("out", "final_state")}})
     refused(arguments, *WRONG[case])
 
 
-def test_threads_of_another_type_after_a_right_call(arguments):
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "sentence"),
+    [
+        ("threads", 2, 2.0, "threads is of type float; it must be an int"),
+        ("max_seqlen", 5, 5.0, "max_seqlen is of type float; it must be an int"),
+        ("batch_invariant", True, 1, "batch_invariant is of type int; it must be True or False"),
+    ],
+)
+def test_an_equal_value_of_another_type_after_a_right_call(arguments, name, right, wrong, sentence):
+    """In Python 2 == 2.0 and True == 1, but the options of a call are told apart by their types as well."""
     fresh = {name: copy(arguments[name]) for name in ("out", "final_state")}
-    flash_kda.fwd(**{**arguments, **fresh}, threads=2)
-    refused(arguments, {"threads": 2.0}, TypeError, "threads is of type float; it must be an int")
+    flash_kda.fwd(**{**arguments, **fresh}, **{name: right})
+    refused(arguments, {name: wrong}, TypeError, sentence)
 
 
 def copy(x):
@@ -177,7 +191,7 @@ def copy(x):
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
 def test_values_of_cu_seqlens(arguments, case, dtype):
     if not isinstance(arguments["q"], np.ndarray) and arguments["q"].is_cuda:
-        pytest.skip("a GPU clamps these values instead of looking at them")
+        pytest.skip("on a GPU the values are clamped instead of checked")
     values, sentence = WRONG_SEQUENCES[case]
     change = {"cu_seqlens": lambda a: cast(like(a["q"], values), dtype)}
     refused(arguments, change, ValueError, sentence)
@@ -285,13 +299,15 @@ def test_wrong_sizes_of_a_shape(call, sizes, exception, sentence):
         ({"device": "gpu"}, ValueError, "device is 'gpu'; it must be None or one of cpu"),
         ({"device": 0}, ValueError, "device is 0; it must be None or one of cpu"),
         ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant is of type int; it must be True or False"),
+        ({"cut": "often"}, ValueError, 'cut is \'often\'; it must be "auto", "never", "always" or "mixed"'),
         ({"max_seqlen": 1.5}, TypeError, "max_seqlen is of type float; it must be an int"),
         ({"max_seqlen": 101}, ValueError, "max_seqlen is 101; it must be in [0, T] = [0, 100]"),
-        ({"device": "cpu", "kernel": "zz"}, ValueError, 'kernel is "zz"; it must be NULL or one of cpu, '),
+        ({"device": "cpu", "kernel": "zz"}, ValueError, 'kernel is "zz"; it must be None or one of cpu, '),
         (
             {"device": "cpu", "kernel": "cpu\0"},
             ValueError,
-            'kernel is "cpu?"; it must be NULL or one of cpu, ',
+            'kernel is "cpu?"; it must be None or one of cpu, ',
         ),
     ],
 )

@@ -12,7 +12,8 @@ from problems import ARGUMENTS, BARS, error, hold_to, make, truth
 
 
 def recurrence(a, b, h, begin, end, state):
-    """The definition for one head of one sequence, written a second time. state: [V, K]"""
+    """The definition for head h of the sequence at tokens begin to end - 1 of batch row b, written a second time.
+    state: [V, K]"""
     S = state.astype(np.float64).T.copy()
     outs = []
     for t in range(begin, end):
@@ -38,7 +39,7 @@ def test_reference_is_the_recurrence():
         begin, end = a["cu_seqlens"][n : n + 2]
         for h in range(2):
             want_out, want_state = recurrence(a, 0, h, begin, end, a["initial_state"][n, h])
-            # scale and lower_bound are floats in C
+            # The tolerance is fp32's, since scale and lower_bound are floats in C.
             np.testing.assert_allclose(out[0, begin:end, h], want_out, rtol=1e-6, atol=1e-9)
             np.testing.assert_allclose(state[n, h], want_state, rtol=1e-6, atol=1e-9)
 
@@ -88,7 +89,7 @@ def test_sequences(cu_dtype):
 
 
 def test_a_repeated_call_sees_new_memory_and_scalars():
-    """The second call of one shape takes the kept plan; everything that may differ must be set anew."""
+    """The second call of one shape reuses the first one's struct, in which all that may differ must be set anew."""
     for seed, scale, bound in ((1, 0.1, -5.0), (2, 2.0, -0.5), (3, -1.0, 0.0)):
         a = {**make(seed=seed, initial=np.float32), "scale": scale, "lower_bound": bound}
         flash_kda.fwd(**a)
@@ -123,7 +124,8 @@ def locked(x):
 
 
 EVERY = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state")
-# In place: the array stays the same object.
+# For each change: the arrays it is made to, the function that makes it, and what the call then raises. The array stays
+# the object that it was.
 CHANGES = {
     "shape": (EVERY, reshaped, ValueError, "has . dimensions; it must have"),
     "stride": (EVERY, turned, ValueError, "stride|contiguous"),
@@ -135,7 +137,7 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("change", "name"), [(change, name) for change in CHANGES for name in CHANGES[change][0]]
 )
-def test_no_change_slips_past_a_kept_plan(change, name):
+def test_no_change_slips_past_a_prepared_call(change, name):
     a = make(T=6, B=2, initial=np.float32)
     flash_kda.fwd(**a)
     for written in ("out", "final_state"):
@@ -146,8 +148,8 @@ def test_no_change_slips_past_a_kept_plan(change, name):
     assert all(np.isnan(a[n].astype(np.float32)).all() for n in ("out", "final_state") if n != name)
 
 
-def test_a_kept_plan_follows_memory_that_moved():
-    """ndarray.resize gives the same object other memory."""
+def test_a_prepared_call_follows_memory_that_moved():
+    """ndarray.resize moves an array to other memory, and the array stays the object that it was."""
     a = make(T=6, B=2, initial=np.float32)
     flash_kda.fwd(**a)
     other = make(T=6, B=2, initial=np.float32, seed=5)
@@ -166,8 +168,8 @@ def test_a_kept_plan_follows_memory_that_moved():
     hold_to({**a, **moved}, truth(other), "cpu")
 
 
-def test_a_kept_plan_is_for_numpy_arrays():
-    """Of another library's array that looks the same only DLPack may be used."""
+def test_a_prepared_call_is_for_numpy_arrays():
+    """An array of another library may look like NumPy's, but may be read through DLPack alone."""
 
     class Lookalike:
         def __init__(self, x):
@@ -216,13 +218,24 @@ def test_threads_change_nothing(threads):
     np.testing.assert_array_equal(a["final_state"], b["final_state"])
 
 
-@pytest.mark.parametrize("longest", [1, 200, 300])
-def test_longest_sequence_changes_nothing(longest):
-    """On a CPU, whether it is right or wrong."""
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_seqlen": 1},
+        {"max_seqlen": 200},
+        {"max_seqlen": 300},
+        {"cut": "never"},
+        {"cut": "always"},
+        {"cut": "mixed"},
+    ],
+    ids=str,
+)
+def test_options_for_gpus_change_nothing(option):
+    """On a CPU neither max_seqlen, right or wrong, nor cut changes a bit of the result."""
     a = make(lengths=[200, 0, 100])
     b = {**a, "out": a["out"].copy(), "final_state": a["final_state"].copy()}
     flash_kda.fwd(**a)
-    flash_kda.fwd(**b, max_seqlen=longest)
+    flash_kda.fwd(**b, **option)
     np.testing.assert_array_equal(a["out"], b["out"])
     np.testing.assert_array_equal(a["final_state"], b["final_state"])
 
@@ -235,7 +248,7 @@ def test_kernel_by_name():
             a["out"].fill(np.nan)
             try:
                 flash_kda.fwd(**a, kernel=kernel)
-            except RuntimeError as unavailable:  # an instruction set that this CPU lacks
+            except RuntimeError as unavailable:  # the kernel needs instructions that this CPU lacks
                 assert kernel in str(unavailable)  # noqa: PT017
             else:
                 hold_to(a, expected, "cpu")

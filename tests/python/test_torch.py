@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 
 def check(a, device, call=flash_kda.fwd):
-    """Runs call on the problem, and holds what it wrote to the truth."""
+    """Calls `call` on the problem's arguments as tensors, and holds what it wrote to the truth."""
     expected = truth(a)
     tensors = to_torch(a, device)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_inference_mode(device):
 
 
 def test_parameters_of_a_layer_cast_as_a_whole(device):
-    """A_log and dt_bias in 16 bits are taken as what they hold."""
+    """A_log and dt_bias may have 16 bits: the call converts them to fp32."""
     a = make()
     for name in ("A_log", "dt_bias"):
         a[name] = a[name].astype(bfloat16).astype(np.float32)
@@ -142,35 +142,37 @@ def test_autograd_notices_what_was_written(device):
             loss.backward()
 
 
-@pytest.fixture(params=["guards", "no guards"])
-def kept(request, device, monkeypatch):
-    """Tensors whose plan is kept by a call that was right; what it wrote is poisoned again."""
-    from flash_kda import _plan, _torch
+@pytest.fixture(params=["PyTorch's guards", "guards in Python"])
+def prepared(request, device, monkeypatch):
+    """Tensors for which a right call has left a prepared call. What the right call wrote is NaN again. Guards tell
+    whether a prepared call fits."""
+    from flash_kda import _call, _torch
 
-    if request.param == "no guards":
-        monkeypatch.setattr(_torch, "_TensorGuards", None)
-    elif _torch._TensorGuards is None:
+    if request.param == "guards in Python":
+        monkeypatch.setattr(_torch, "_Guards", _torch._PythonGuards)
+    elif _torch._Guards is _torch._PythonGuards:
         pytest.skip("this PyTorch has no guards that can be used")
-    monkeypatch.setattr(_torch, "_plans", _plan.Plans())
+    monkeypatch.setattr(_torch, "_calls", _call.PreparedCalls())
     tensors = to_torch(make(T=6, B=2, initial=np.float32), device)
     flash_kda.fwd(**tensors)
-    plan = _torch._plans.latest
+    call = _torch._calls.latest
     flash_kda.fwd(**tensors)
-    assert plan is _torch._plans.latest
-    assert plan.fits([tensors[name] for name in EVERY])
+    assert call is _torch._calls.latest
+    assert call.fits(*(tensors[name] for name in EVERY))
     for name in ("out", "final_state"):
         tensors[name].fill_(float("nan"))
     return tensors
 
 
 def replaced(x, data):
-    """The same tensor object, with another one's memory, shape, strides and dtype."""
+    """x, still the object that it was, with the memory, shape, strides and dtype of `data`."""
     x.data = data
     return x
 
 
 EVERY = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state")
-# In place where PyTorch can: the tensor stays the same object.
+# For each change: the function that makes it, and what the call then raises. Where PyTorch can change a tensor in
+# place, the tensor stays the object that it was.
 CHANGES = {
     "shape": (lambda x: x.unsqueeze_(0), ValueError, "has . dimensions; it must have"),
     "shape of the same rank": (lambda x: replaced(x, x[..., :-1].clone()), ValueError, "has (shape|K|V|H|N) .*must"),
@@ -184,44 +186,45 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("change", CHANGES)
-def test_no_change_slips_past_a_kept_plan(kept, name, change):
+def test_no_change_slips_past_a_prepared_call(prepared, name, change):
     changed, exception, sentence = CHANGES[change]
-    tensors = {**kept, name: changed(kept[name])}
+    tensors = {**prepared, name: changed(prepared[name])}
     with pytest.raises(exception, match=sentence):
         flash_kda.fwd(**tensors)
-    written = [kept[n] for n in ("out", "final_state") if n != name]
+    written = [prepared[n] for n in ("out", "final_state") if n != name]
     assert all(x.isnan().all() for x in written)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_kept_plan_follows_pointers(kept, name):
-    """Other values in other memory of the same tensor objects."""
+def test_a_prepared_call_follows_pointers(prepared, name):
+    """All tensors get other values, and the tensor called `name` gets other memory, while it stays the object that it
+    was."""
     a = make(T=6, B=2, initial=np.float32, seed=5)
-    expected, device = truth(a), kept["q"].device.type
+    expected, device = truth(a), prepared["q"].device.type
     for n, x in to_torch(a, device).items():
         if isinstance(x, torch.Tensor):
-            kept[n].data = x if n == name else kept[n].data.copy_(x)
-    flash_kda.fwd(**kept)
-    hold_to(to_numpy(kept), expected, device)
+            prepared[n].data = x if n == name else prepared[n].data.copy_(x)
+    flash_kda.fwd(**prepared)
+    hold_to(to_numpy(prepared), expected, device)
 
 
-def test_a_kept_plan_is_for_plain_tensors(kept):
-    """Fake tensors look the same, but have no memory to be read."""
+def test_a_prepared_call_is_for_plain_tensors(prepared):
+    """Fake tensors look like the tensors they stand for, but have no memory to be read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in kept.items()}
+    fakes = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in prepared.items()}
     for outside in (True, False):
         with torch.no_grad(), contextlib.nullcontext() if outside else mode:
             assert flash_kda.fwd(**fakes) is None
     with mode:
-        flash_kda.fwd(**kept)  # a mode sees plain tensors, too
-    assert kept["out"].isnan().all()
+        flash_kda.fwd(**prepared)  # a mode sees plain tensors, too
+    assert prepared["out"].isnan().all()
 
 
-def test_kept_plans_take_turns(kept):
-    """Shapes, dtypes and modes alternate; each call finds what it needs."""
-    device = kept["q"].device.type
+def test_prepared_calls_take_turns(prepared):
+    """Shapes, dtypes and modes alternate, and each call finds the prepared call that fits it."""
+    device = prepared["q"].device.type
     problems = [
         make(T=6, B=2, initial=np.float32),
         make(T=7),
@@ -256,7 +259,7 @@ def test_tensors_without_memory():
 
 
 def test_current_stream(cuda):
-    """The work lands on the stream that is current, behind what is queued there."""
+    """The call queues its work on the current stream, behind what is queued there already."""
     a = make(T=64)
     expected = truth(a)
     late = to_torch(a, cuda)
@@ -276,8 +279,8 @@ def test_current_stream(cuda):
 
 
 def test_streams_side_by_side(cuda):
-    """Calls under way at the same time don't disturb each other: each may need all of the GPU at once, and has blocks
-    that wait for each other."""
+    """Calls on several streams do not disturb each other, though each may fill the whole GPU with CTAs that wait for
+    one another."""
     shapes = [
         {"T": 2048, "H": 12},
         {"T": 8192, "H": 4},
@@ -371,6 +374,36 @@ def test_operator(device):
     check(make(final=None), device, torch.ops.flash_kda.fwd)
 
 
+def test_schema_of_the_operator():
+    """The optional arrays and the options follow from flash_kda._options. Exported programs hold their names."""
+    assert str(torch.ops.flash_kda.fwd.default._schema) == (
+        "flash_kda::fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
+        "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
+        "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, bool batch_invariant=False, "
+        'SymInt max_seqlen=0, str cut="auto") -> ()'
+    )
+
+
+def test_options_of_the_operator(device):
+    a = make(lengths=[20, 3])
+    options = {
+        "kernel_name": device if device == "cpu" else "portable",
+        "threads": 1,
+        "batch_invariant": True,
+    }
+    options |= {"max_seqlen": 20, "cut": "never"}
+    check(a, device, lambda **t: torch.ops.flash_kda.fwd(**t, **options))
+    tensors = to_torch(a, device)
+    for wrong, sentence in (
+        ({"cut": "often"}, "cut is 'often'; it must be"),
+        ({"threads": -1}, "threads is -1; it must be"),
+        ({"kernel_name": "fastest"}, 'kernel is "fastest"; it must be None or one of'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            torch.ops.flash_kda.fwd(**tensors, **wrong)
+    assert tensors["out"].isnan().all()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -395,7 +428,7 @@ def test_operator_refuses_gradients(device):
 
 
 def with_allocation(q, k, v, g, beta, A_log, dt_bias, initial_state=None, cu_seqlens=None):
-    """As a model uses it: buffers made inside, arithmetic around."""
+    """fwd as a model uses it: with buffers allocated for the call, and arithmetic before and after it."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty_like(v)
     state = torch.empty(N, q.shape[2], v.shape[3], q.shape[3], dtype=torch.float32, device=q.device)
@@ -429,11 +462,20 @@ def test_compile_writes_arguments(device, backend):
     torch.compiler.reset()
     a = make(T=20, initial=np.float32)
     check(a, device, torch.compile(lambda **t: flash_kda.fwd(**t), fullgraph=True, backend=backend))
-    invariant = torch.compile(
-        lambda **t: flash_kda.fwd(**t, batch_invariant=True, max_seqlen=1), fullgraph=True, backend=backend
+    with_options = torch.compile(
+        lambda **t: flash_kda.fwd(
+            **t,
+            kernel="cpu" if device == "cpu" else None,
+            threads=2,
+            batch_invariant=True,
+            max_seqlen=1,
+            cut="never",
+        ),
+        fullgraph=True,
+        backend=backend,
     )
-    check(a, device, invariant)
-    # In place: one tensor is both states.
+    check(a, device, with_options)
+    # The state is updated in place: one tensor is both states.
     tensors = to_torch(a, device)
     state = tensors["initial_state"].clone()
     step = torch.compile(
@@ -449,13 +491,20 @@ def test_compile_writes_arguments(device, backend):
 
 @pytest.mark.parametrize("longest", [0, 1, 2500])
 def test_longest_sequence(device, longest):
-    """A hint, right or wrong: with it a GPU may cut sequences."""
+    """max_seqlen is a hint, right or wrong, with which a GPU may cut sequences."""
     a = make(lengths=[3, 2500, 0, 40], H=2, initial=np.float32)
     check(a, device, lambda **t: flash_kda.fwd(**t, max_seqlen=longest))
 
 
+@pytest.mark.parametrize("cut", ["never", "always", "mixed"])
+def test_cut(device, cut):
+    """However sequences are cut, the result is within the bars."""
+    a = make(lengths=[3, 2500, 0, 40], H=2, initial=np.float32)
+    check(a, device, lambda **t: flash_kda.fwd(**t, cut=cut))
+
+
 def test_compile_with_many_longest_sequences(device):
-    """Not once for each: torch.compile gives up after eight times."""
+    """Values of max_seqlen share one compilation: torch.compile would give up after eight of them."""
     torch.compiler.reset()
     tensors = to_torch(make(lengths=[3, 20, 0]), device)
     step = torch.compile(

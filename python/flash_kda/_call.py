@@ -1,0 +1,177 @@
+"""Prepared calls: the C library's argument struct, filled in once and reused.
+
+Checking shapes and filling a struct from Python takes longer than the rest of a call. A prepared call therefore
+keeps the filled flash_kda_fwd_params of one combination of options, shapes, dtypes and device. A call of the same
+combination only sets what may differ: pointers, scale, lower_bound, stream and workspace. The C library checks all
+of the struct every time. Whether a prepared call fits is decided by what the arrays look like at the time of the
+call, never by which objects they are, since an array may be resized, moved or retyped in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable
+from ctypes import c_float, c_void_p
+from typing import Any, Callable, NamedTuple
+
+from . import _lib
+from ._options import OPTIONAL_ARRAYS, Options
+
+# C takes an optional tensor with a null pointer for an absent one. An optional array that is present but empty is
+# an error, so it must not look absent: it gets this address, which is never read.
+_EMPTY_BUT_PRESENT = 64
+
+
+class View(NamedTuple):
+    """An array as C sees it."""
+
+    pointer: int
+    dtype: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None  # in elements; None: contiguous
+
+
+class Scratch(threading.local):
+    """The CPU workspace that a thread keeps for its next call."""
+
+    size_bytes = 0
+    block: tuple[Any, int | None] = (None, None)  # who keeps the memory alive, and where the workspace starts
+
+    def grow(self, size_bytes: int) -> None:
+        memory = ctypes.create_string_buffer(size_bytes + 63)
+        self.block = memory, (ctypes.addressof(memory) + 63) & ~63
+        self.size_bytes = size_bytes
+
+
+_scratch = Scratch()
+_fwd = _lib.lib.flash_kda_fwd
+
+
+class PreparedCall:
+    """A filled struct. It holds the pointers of one call at a time, so each thread prepares its own."""
+
+    __slots__ = (
+        "busy",
+        "device_index",
+        "fits",
+        "lower_bound",
+        "on_gpu",
+        "options",
+        "params",
+        "pointers",
+        "reference",
+        "scale",
+        "stream",
+        "workspace",
+        "workspace_size",
+        "written",
+    )
+
+    def __init__(self, options: Options, device: tuple[int, int], views: Iterable[View]):
+        """views: of the arrays of the call, in their order."""
+        params = _lib.new_params()
+        params.device.type, params.device.index = device
+        options.apply_to(params)
+        self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
+        self.options = options
+        self.written = options.written
+        self.busy = False  # whether run() is under way
+        # Whether arrays, passed one by one, look like the ones the call was prepared for.
+        self.fits: Callable[..., bool] = lambda *arrays: False
+        self.params = params
+        self.reference = ctypes.byref(params)
+        self.pointers = []
+        for name, view in zip(options.names, views):
+            tensor = getattr(params, name)
+            _lib.set_shape(tensor, view.dtype, view.shape, view.stride)
+            tensor.data = view.pointer
+            if not view.pointer and name in OPTIONAL_ARRAYS:
+                tensor.data = _EMPTY_BUT_PRESENT
+            self.pointers.append(self._field(c_void_p, name))
+        self.scale = self._field(c_float, "scale")
+        self.lower_bound = self._field(c_float, "lower_bound")
+        self.stream = self._field(c_void_p, "stream")
+        self.workspace = self._field(c_void_p, "workspace")
+        self.workspace_size = _lib.workspace_size(params)
+        params.workspace_size = self.workspace_size
+
+    def _field(self, kind: Any, name: str) -> Any:
+        """One field of the struct as an object of its own, which takes half the time to set. A tensor's first field
+        is its pointer."""
+        return kind.from_buffer(self.params, getattr(_lib.FwdParams, name).offset)
+
+    def run(
+        self,
+        pointers: Iterable[int],
+        scale: Any,
+        lower_bound: Any,
+        stream: int | None = None,
+        workspace: int | None = None,
+    ) -> None:
+        """Calls C with these pointers to the call's arrays. stream and workspace are for GPUs: the CPU's workspace is
+        the thread's own."""
+        self.busy = (
+            True  # a finalizer or signal handler that runs meanwhile and calls fwd must not take this struct
+        )
+        try:
+            for field, pointer in zip(self.pointers, pointers):
+                field.value = pointer
+            try:
+                self.scale.value = scale
+                self.lower_bound.value = lower_bound
+            except (TypeError, ValueError, OverflowError):
+                check_numbers(scale, lower_bound)
+                raise
+            if self.on_gpu:
+                self.stream.value, self.workspace.value = stream, workspace
+            elif self.workspace_size:
+                if _scratch.size_bytes < self.workspace_size:
+                    _scratch.grow(self.workspace_size)
+                # The local name keeps the memory alive until C returns, even if a finalizer grows the scratch.
+                _memory, self.workspace.value = _scratch.block
+            status = _fwd(self.reference)
+        finally:
+            self.busy = False
+        if status:
+            raise _lib.last_error(status)
+
+
+class PreparedCalls(threading.local):
+    """The calls that a thread has prepared."""
+
+    latest: PreparedCall | None = None
+    _MOST = 256
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], PreparedCall] = {}
+
+    def find(self, key: tuple[Any, ...]) -> PreparedCall | None:
+        call = self._known.get(key)
+        return None if call is None or call.busy else call
+
+    def keep(self, key: tuple[Any, ...], call: PreparedCall) -> None:
+        if len(self._known) >= self._MOST:
+            self._known.clear()
+        self._known[key] = self.latest = call
+
+
+def check_numbers(scale: Any, lower_bound: Any) -> None:
+    """Whether C can take them as floats. Their values are for C to check."""
+    for name, value in (("scale", scale), ("lower_bound", lower_bound)):
+        try:
+            c_float(value)
+        except (TypeError, ValueError):  # ValueError: a tensor of several numbers
+            raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number") from None
+        except OverflowError:
+            raise ValueError(f"{name} is an int too large for a float; it must be finite") from None
+
+
+def check_devices(devices: Iterable[tuple[str, str]]) -> None:
+    """devices: each array's name and its device as text, in the order of the call."""
+    (first_name, first), *others = devices
+    for name, device in others:
+        if device != first:
+            raise ValueError(
+                f"{name} is on {device} and {first_name} on {first}; all tensors must be on one device"
+            )
