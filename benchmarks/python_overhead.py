@@ -1,13 +1,16 @@
-"""What a call costs in Python, on top of the C library: python benchmarks/python_overhead.py
+"""What a call costs in Python on top of the C library: python benchmarks/python_overhead.py [--rounds N] [--calls N]
 
-Host time of flash_kda.fwd minus host time of the C function alone, called through ctypes with the very same
-struct filled in advance. One token of one head, so that the work itself is small. Of many short rounds, each
-kind of call in turn, the fastest counts: whatever else runs on the machine only adds. On a GPU neither call
-waits for the device: each round starts with an empty queue and fits into it.
+The overhead is the host time of flash_kda.fwd minus the host time of the C function alone. The C function is called
+through ctypes with a copy of the struct that flash_kda.fwd has filled in. The work is one token of one head, so that
+it takes little of either time. Rounds of the two kinds of call alternate, and the fastest round of each kind counts,
+because whatever else runs on the machine can only slow a round down. On a GPU neither call waits for the device: each
+round starts with an empty queue, and its calls fit into the queue.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import time
 from typing import Any, Callable
 
@@ -16,87 +19,98 @@ import torch
 import flash_kda
 from flash_kda import _lib, _torch
 
-ROUNDS, CALLS = 200, 50
 STATES = ("initial_state", "final_state")
 
 
 def torch_arguments(device: str, optional: tuple[str, ...]) -> dict[str, Any]:
     bf16 = {"dtype": torch.bfloat16, "device": device}
     f32 = {"dtype": torch.float32, "device": device}
-    arguments = {name: torch.randn(1, 1, 1, 128, **bf16) for name in ("q", "k", "v", "g", "out")}
+    arguments: dict[str, Any] = {
+        name: torch.randn(1, 1, 1, 128, **bf16) for name in ("q", "k", "v", "g", "out")
+    }
     arguments["beta"] = torch.randn(1, 1, 1, **bf16)
-    arguments |= {"A_log": torch.zeros(1, **f32), "dt_bias": torch.zeros(1, 128, **f32)}
-    arguments |= {"scale": 128**-0.5, "lower_bound": -5.0}
+    arguments["A_log"], arguments["dt_bias"] = torch.zeros(1, **f32), torch.zeros(1, 128, **f32)
+    arguments["scale"], arguments["lower_bound"] = 128**-0.5, -5.0
     for name in optional:
-        shape = (1, 1, 128, 128)
-        arguments[name] = (
-            torch.tensor([0, 1], device=device) if name == "cu_seqlens" else torch.zeros(shape, **f32)
-        )
+        if name == "cu_seqlens":
+            arguments[name] = torch.tensor([0, 1], device=device)
+        else:
+            arguments[name] = torch.zeros(1, 1, 128, 128, **f32)
     return arguments
 
 
-def raw_call(arguments: dict[str, Any]) -> Callable[[], None]:
-    """The C function with the struct that flash_kda.fwd would fill."""
-    tensors = [arguments[name] for name in _lib.TENSOR_FIELDS if name in arguments]
-    options = (*(name in arguments for name in _lib.TENSOR_FIELDS[8:]), None, 0, int)
-    plan = _torch._new_plan(tensors, options)
-    plan.scale.value, plan.bound.value = arguments["scale"], arguments["lower_bound"]
-    if tensors[0].is_cuda:
-        plan.stream.value = torch.cuda.current_stream().cuda_stream
-    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=tensors[0].device)
-    plan.workspace.value = workspace.data_ptr()
-    call = _lib.lib.flash_kda_fwd
-
-    def run(call=call, plan=plan, keep=(tensors, workspace)) -> None:
-        if call(plan.ref):
-            raise _lib.last_error(_lib.INVALID_VALUE)
-
-    return run
-
-
-def microseconds(call: Callable[[], None], on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return (time.perf_counter() - start) / CALLS * 1e6
-
-
-def compare(title: str, whole: Callable[[], None], raw: Callable[[], None], on_gpu: bool) -> None:
-    for call in (whole, raw):
-        microseconds(call, on_gpu)
-    rounds = [(microseconds(whole, on_gpu), microseconds(raw, on_gpu)) for _ in range(ROUNDS)]
-    total, alone = (min(column) for column in zip(*rounds))
-    print(f"{title:52} {total:8.2f} us  C alone {alone:8.2f} us  overhead {total - alone:6.2f} us")
-
-
 def numpy_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same memory as NumPy arrays."""
     import ml_dtypes
 
     def convert(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return (
-            x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
-        )
+        if x.dtype == torch.bfloat16:
+            return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return x.numpy()
 
     return {name: convert(x) for name, x in arguments.items()}
 
 
+def c_call(arguments: dict[str, Any]) -> Callable[[], None]:
+    """The C function with the struct that flash_kda.fwd fills in for these tensors."""
+    flash_kda.fwd(**arguments)
+    prepared = _torch._calls.latest
+    assert prepared is not None
+    params = _lib.FwdParams.from_buffer_copy(prepared.params)
+    # The workspace of that call went back to its owner.
+    bytes_with_room = prepared.workspace_size + 63
+    workspace = torch.empty(bytes_with_room, dtype=torch.uint8, device=arguments["q"].device)
+    params.workspace = (workspace.data_ptr() + 63) & ~63
+    call, reference = _lib.lib.flash_kda_fwd, ctypes.byref(params)
+
+    def run(keep: Any = (arguments, workspace)) -> None:
+        status = call(reference)
+        if status:
+            raise _lib.last_error(status)
+
+    return run
+
+
+def microseconds(call: Callable[[], None], calls: int, on_gpu: bool) -> float:
+    """The mean host time of a call in one round."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls * 1e6
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200, help="rounds of each kind of call (200)")
+    parser.add_argument("--calls", type=int, default=50, help="calls in a round (50)")
+    given = parser.parse_args()
+
+    def compare(title: str, fwd: Callable[[], None], c: Callable[[], None], on_gpu: bool) -> None:
+        for call in (fwd, c):
+            microseconds(call, given.calls, on_gpu)
+        rounds = [
+            (microseconds(fwd, given.calls, on_gpu), microseconds(c, given.calls, on_gpu))
+            for _ in range(given.rounds)
+        ]
+        total, alone = (min(column) for column in zip(*rounds))
+        print(f"{title:64} {total:8.2f} us  C alone {alone:8.2f} us  overhead {total - alone:6.2f} us")
+
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for optional in ((), STATES, (*STATES, "cu_seqlens")):
             arguments = torch_arguments(device, optional)
-            raw = raw_call(arguments)
+            c = c_call(arguments)
             what = ", ".join(optional) or "no state"
             for mode in (torch.inference_mode, torch.enable_grad):
                 with mode():
-                    whole = lambda a=arguments: flash_kda.fwd(**a)  # noqa: E731
-                    compare(f"torch {device}, {what}, {mode.__name__}", whole, raw, device == "cuda")
+                    title = f"torch {device}, {what}, {mode.__name__}"
+                    compare(title, lambda a=arguments: flash_kda.fwd(**a), c, device == "cuda")
             if device == "cpu":
                 arrays = numpy_arguments(arguments)
-                compare(f"numpy, {what}", lambda a=arrays: flash_kda.fwd(**a), raw, False)
+                compare(f"numpy, {what}", lambda a=arrays: flash_kda.fwd(**a), c, False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""How the package is built: which module may import which, the way of an array to C, and what an option touches."""
+
+import ast
+import inspect
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import flash_kda
+from flash_kda import _call, _options
+from problems import make, to_torch
+
+PACKAGE = Path(flash_kda.__file__).parent
+# From the bottom to the top: a module imports modules below it alone.
+LEVELS = [
+    {"_lib", "_later"},
+    {"_options"},
+    {"_call"},
+    {"_arrays"},
+    {"_torch", "_reference"},
+    {"__init__", "__main__"},
+]
+MOST_FUNCTIONS = 5  # of the package, before C has the call
+
+
+def imports_of(module):
+    """The modules of the package that a module imports, wherever in the module."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("flash_kda") for alias in node.names)
+
+
+def test_modules_import_what_is_below_them():
+    assert set.union(*LEVELS) == {path.stem for path in PACKAGE.glob("*.py")}
+    for level, modules in enumerate(LEVELS):
+        below = set().union(*LEVELS[:level])
+        for module in modules:
+            assert set(imports_of(module)) <= below, module
+
+
+def holds(value, array):
+    """Whether a local variable is the array, or a list or tuple that has it."""
+    return value is array or (isinstance(value, (list, tuple)) and any(x is array for x in value))
+
+
+def events_of(array, call):
+    """What happens to the array until C has the call: ("call", function) and ("return", function) for every function of
+    the package that holds the array, and for the last one, which holds its pointer. A comprehension is part of its
+    function."""
+    events = []
+
+    def watch(frame, event, _):
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if event in ("call", "return") and path.parent.resolve() == PACKAGE.resolve() and name[0] != "<":
+            function = f"{path.stem}.{name}"
+            if function == "_call.run" or any(holds(x, array) for x in frame.f_locals.values()):
+                events.append((event, function))
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return events[: events.index(("call", "_call.run")) + 1]
+
+
+# These functions look at an array and return what they saw: a view, or whether a prepared call fits.
+LOOK = ("_arrays._read_numpy", "_arrays.fits")
+
+
+@pytest.mark.parametrize("module", ["_arrays", "_torch"])
+@pytest.mark.parametrize("name", ["q", "out", "cu_seqlens"])
+def test_way_of_an_array_to_c(module, name, monkeypatch):
+    """An array passes few functions, and each hands it on to the next: none returns before C has the call."""
+    a = make(lengths=[3, 5])
+    if module == "_torch":
+        pytest.importorskip("torch")
+        a = to_torch(a, "cpu")
+    monkeypatch.setattr(getattr(flash_kda, module), "_calls", _call.PreparedCalls())
+    first = ["__init__.fwd", f"{module}.fwd", f"{module}._prepare_and_run", f"{module}._run", "_call.run"]
+    second = ["__init__.fwd", f"{module}.fwd", f"{module}._run", "_call.run"]
+    for functions in (first, second):
+        assert len(functions) <= MOST_FUNCTIONS
+        events = events_of(a[name], lambda: flash_kda.fwd(**a))
+        assert [event for event in events if event[1] not in LOOK] == [("call", f) for f in functions]
+
+
+def test_options_are_parameters_of_fwd():
+    """In the order of the fields, in which fwd passes them, and with the fields' defaults."""
+    parameters = inspect.signature(flash_kda.fwd).parameters.values()
+    keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert keywords == [(f.name, f.default) for f in fields(_options.Options) if f.name != "given"]
+
+
+def test_equal_options_are_one_object():
+    given = (True, False, True)
+    options = _options.known_options(given, "cpu", 2, True, 5000, "never")
+    assert options is _options.known_options(given, "cpu", 2, True, int("5000"), "never")
+    assert options is not _options.known_options(given, "cpu", 2, True, 5001, "never")
+    assert options.names == (*_options.REQUIRED_ARRAYS, "initial_state", "cu_seqlens")
+    assert [options.names[i] for i in options.written] == ["out"]
