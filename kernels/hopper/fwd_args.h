@@ -13,16 +13,17 @@ enum {
     FKDA_LATER_SEGMENTS, /* all but the first segment, and the sequences that are not cut */
 };
 
-/* What the kernel fkda_hopper_join does, in `work` (join/join.cuh). A sequence without map groups needs CHAIN alone;
- * otherwise the three steps are launched in this order. */
+/* What the kernel fkda_hopper_join does, in `work` (join/join.cuh). A sequence without map groups needs CHAIN
+ * alone; otherwise the three steps are launched in this order. */
 enum {
     FKDA_JOIN_COMPOSE, /* the maps of each map group to one map and one state */
     FKDA_JOIN_CHAIN,   /* states from map to map, or from map group to map group */
     FKDA_JOIN_EXPAND,  /* states through the maps of each map group */
 };
 
-/* Workspace of the even-share schedule, for work items that two workers share (a worker is a solo CTA or a CTA pair): the
- * first worker leaves the state here, the second one waits for the flag. Of `states` only flagged rows are read. */
+/* Workspace of the even-share schedule, for work items that two workers share (a worker is a solo CTA or a
+ * CTA pair): the first worker leaves the state here, the second one waits for the flag. Of `states` only
+ * flagged rows are read. */
 typedef struct fkda_handoff {
     float *states; /* [worker][128][128]; null: work items are not divided */
     int *flags;    /* [worker][FKDA_HANDOFF_FLAGS], zeros before the launch: one flag for 16 rows */
@@ -39,8 +40,9 @@ typedef struct fkda_tma_descriptor {
         unsigned long long opaque[16];
 } fkda_tma_descriptor;
 
-/* TMA descriptors are of the tensors [tokens, heads, 2, 64], in boxes of one chunk of tokens by 64 channels, with
- * coordinates in the order channel, token, half, head, and rows of 128 bytes swizzled in shared memory. */
+/* TMA descriptors are of the tensors [tokens, heads, 2, 64], in boxes of one chunk of tokens by 64 channels,
+ * with coordinates in the order channel, token, half, head, and rows of 128 bytes swizzled in shared
+ * memory. */
 typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance.Padding): one a launch */
     fkda_fwd_args fwd;
     fkda_tma_descriptor q, k, g, v;
@@ -49,8 +51,8 @@ typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance
     int work; /* FKDA_SEQUENCES, ...; of fkda_hopper_join FKDA_JOIN_COMPOSE, ... */
 } fkda_hopper_fwd_args;
 
-/* The mixed schedule has both chunk sizes in one launch: boxes of `pair` are chunks of a CTA pair, boxes of `solo` are
- * chunks of a solo CTA. */
+/* The mixed schedule has both chunk sizes in one launch: boxes of `pair` are chunks of a CTA pair, boxes of
+ * `solo` are chunks of a solo CTA. */
 typedef struct fkda_hopper_mixed_args { /* NOLINT(clang-analyzer-optin.performance.Padding) */
     fkda_hopper_fwd_args pair, solo;
     fkda_mixed mixed;

@@ -1,12 +1,13 @@
 /*
- * Long sequences cut into segments that are computed in parallel: the structs that the host and the kernels share.
- * docs/segments.md explains the algorithm.
+ * Long sequences cut into segments that are computed in parallel: the structs that the host and the kernels
+ * share. docs/segments.md explains the algorithm.
  *
- * A segment is a run of chunks of one sequence. A segment maps the state before it to the state after it affinely:
- * S_after = M S_before + B. M is the segment's map [K, K]; B is the state that the segment makes of zeros.
+ * A segment is a run of chunks of one sequence. A segment maps the state before it to the state after it
+ * affinely: S_after = M S_before + B. M is the segment's map [K, K]; B is the state that the segment makes of
+ * zeros.
  *
- * Each segment of a cut sequence has a slot in the workspace for one state and one map. The slot of segment i holds the
- * state before segment i (slot 0 of a sequence stays unused) and the map of segment i.
+ * Each segment of a cut sequence has a slot in the workspace for one state and one map. The slot of segment i
+ * holds the state before segment i (slot 0 of a sequence stays unused) and the map of segment i.
  */
 #ifndef FKDA_HOPPER_SEGMENTS_H
 #define FKDA_HOPPER_SEGMENTS_H
@@ -44,21 +45,23 @@ typedef struct fkda_list_counts {
     int cut_sequences;
 } fkda_list_counts;
 
-/* Flags in the workspace with which CTAs of one launch wait for each other, one flag for 16 rows: FKDA_FLAG_MAP + r says
- * that rows 16 r of a segment's map are written, FKDA_FLAG_STATE + r that the map phase has written those rows of the slot's
- * state, FKDA_FLAG_JOINED + r that the join phase has. */
+/* Flags in the workspace with which CTAs of one launch wait for each other, one flag for 16 rows:
+ * FKDA_FLAG_MAP + r says that rows 16 r of a segment's map are written, FKDA_FLAG_STATE + r that the map
+ * phase has written those rows of the slot's state, FKDA_FLAG_JOINED + r that the join phase has. */
 enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
 
 enum { FKDA_RELAY_SHARED = 2 }; /* inner segments of a head that CTA pairs may share, at most */
 
-/* The relay schedule (schedule/relay.cuh): how sequences of `chunks` chunks are cut, and what each CTA pair is for. A
- * sequence that turns out on the device to have another length is cut into equal segments, at most inner + 2 of them. */
+/* The relay schedule (schedule/relay.cuh): how sequences of `chunks` chunks are cut, and what each CTA pair
+ * is for. A sequence that turns out on the device to have another length is cut into equal segments, at most
+ * inner + 2 of them. */
 typedef struct fkda_relay {
     int chunks; /* of 32 tokens, of each sequence */
     int segments;
-    /* CTA pairs are numbered in this order: for each head one pair for the first segment and `inner` pairs for one inner
-     * segment each; then for each shared[i], if its `heads` is not 0, `pairs` pairs that have the same inner segment of up
-     * to `heads` heads each; then the spare pairs, which compute outputs of first segments. */
+    /* CTA pairs are numbered in this order: for each head one pair for the first segment and `inner` pairs
+     * for one inner segment each; then for each shared[i], if its `heads` is not 0, `pairs` pairs that have
+     * the same inner segment of up to `heads` heads each; then the spare pairs, which compute outputs of
+     * first segments. */
     int inner;
     struct {
         int heads, pairs;
@@ -87,8 +90,9 @@ typedef struct fkda_cut {
 
 /* The mixed schedule (schedule/mixed.cuh): sequences of different lengths in one launch. */
 typedef struct fkda_mixed {
-    int pairs;     /* CTA pairs of the launch; 0: another schedule runs */
-    int most_long; /* sequences of `shortest` tokens or more that are treated as long, at most: the first ones */
+    int pairs; /* CTA pairs of the launch; 0: another schedule runs */
+    /* Of the sequences with `shortest` tokens or more, only the first `most_long` are treated as long. */
+    int most_long;
     int cutting_chunks; /* chunks that cutting a sequence costs besides its map phase and output phase */
 } fkda_mixed;
 
