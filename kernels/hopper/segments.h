@@ -81,7 +81,7 @@ typedef struct fkda_cut {
     float *maps;       /* [slot][head][128][128], in the layout MapImage of join/map.cuh */
     float *composed;   /* [group][head][128][128], a MapImage: the product of a group's maps */
     int *flags;        /* [slot][head][FKDA_SLOT_FLAGS]; only the relay and the mixed schedule have them */
-    int shortest;      /* a sequence of n tokens is cut into n / shortest segments */
+    int shortest;      /* tokens of a segment, at least */
     int slots;         /* of the workspace */
     int equal_lengths; /* all sequences have one length, or there is one: no lists are needed */
     int segments;      /* of each sequence if equal_lengths and the host knows the length; else 0 */
@@ -90,8 +90,9 @@ typedef struct fkda_cut {
 
 /* The mixed schedule (schedule/mixed.cuh): sequences of different lengths in one launch. */
 typedef struct fkda_mixed {
-    int pairs;          /* CTA pairs of the launch; 0: another schedule runs */
-    int most_long;      /* of the sequences of `shortest` tokens or more, the first ones so many are long */
+    int pairs; /* CTA pairs of the launch; 0: another schedule runs */
+    /* Of the sequences with `shortest` tokens or more, only the first `most_long` are treated as long. */
+    int most_long;
     int cutting_chunks; /* chunks that cutting a sequence costs besides its map phase and output phase */
 } fkda_mixed;
 
