@@ -14,8 +14,9 @@ typedef struct settings {
 } settings;
 extern settings test;
 
-/* --device cpu|cuda:N, --kernel NAME, --cut auto|never|always|mixed, --quick (or FLASH_KDA_TEST_QUICK=1); the rest are names of groups. Ends the
- * program with status 77, which CTest counts as skipped, if the device is not there. */
+/* --device cpu|cuda:N, --kernel NAME, --cut auto|never|always|mixed, --quick (or FLASH_KDA_TEST_QUICK=1); the
+ * rest are names of groups. Ends the program with status 77, which CTest counts as skipped, if the device is
+ * not there. */
 void harness_start(int argc, char **argv);
 
 typedef struct group {
@@ -51,8 +52,8 @@ void result_free(result *r);
 result run_and_check(const problem *p, const answer *truth, bars limits, call_options options);
 call_options options_of(state_mode mode, bool bf16_state);
 
-/* Every state mode and dtype against the reference; and calls that differ only in where the state comes from or
- * goes to must give the same bits. */
+/* Every state mode and dtype against the reference; and calls that differ only in where the state comes from
+ * or goes to must give the same bits. */
 void check_state_modes(const problem *p, bars limits);
 
 #endif

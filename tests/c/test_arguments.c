@@ -341,7 +341,8 @@ static void devices(void)
     }
 }
 
-/* A program built with a header that had no kernel and no cpu_threads yet: what is in memory there is not its own. */
+/* A program built with a header that had no kernel and no cpu_threads yet: what is in memory there is not its
+ * own. */
 static void older_struct(void)
 {
     struct {

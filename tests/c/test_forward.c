@@ -89,8 +89,8 @@ static void ragged(void)
     }
 }
 
-/* Far more heads of sequences than multiprocessors, nearly all of them without a token: blocks that stay must pass on many
- * states in a row, between and after those that have work. */
+/* Far more heads of sequences than multiprocessors, nearly all of them without a token: blocks that stay must
+ * pass on many states in a row, between and after those that have work. */
 static void many(void)
 {
     const bool large = test.device.type == FLASH_KDA_CUDA && !test.quick;
@@ -173,8 +173,8 @@ static void scalars(void)
 }
 
 /*
- * With k = 0 the state only decays, by a closed formula: over 8192 tokens of a slow gate, a small relative error
- * in the gate that always has the same sign would add up, and a state in bf16 could not shrink at all.
+ * With k = 0 the state only decays, by a closed formula: over 8192 tokens of a slow gate, a small relative
+ * error in the gate that always has the same sign would add up, and a state in bf16 could not shrink at all.
  */
 static void slow_channels(void)
 {
@@ -249,7 +249,8 @@ static void fill_nan(uint16_t *at, int64_t count)
     for (int64_t i = 0; i < count; i++) at[i] = 0x7fc0;
 }
 
-/* Whatever stands beside a sequence, in the same chunk of 16 tokens too, is nothing to it: here nothing but NaN. */
+/* Whatever stands beside a sequence, in the same chunk of 16 tokens too, is nothing to it: here nothing but
+ * NaN. */
 static void neighbours(void)
 {
     static const int64_t sizes[] = {13, 20, 7};
@@ -279,8 +280,8 @@ static void neighbours(void)
     problem_free(p);
 }
 
-/* A GPU can't refuse the values in cu_seqlens; whatever they are, no other memory may be touched. (A CPU refuses
- * them: test_arguments.) */
+/* A GPU can't refuse the values in cu_seqlens; whatever they are, no other memory may be touched. (A CPU
+ * refuses them: test_arguments.) */
 static void wild_seqlens(void)
 {
     static const int64_t wild[][4] = {

@@ -49,8 +49,8 @@ static void one_token(void)
     problem_free(p);
 }
 
-/* Nothing is forgotten, b = 1, and both tokens have one key: the second value replaces the first, but for what the
- * epsilon in the norm leaves. */
+/* Nothing is forgotten, b = 1, and both tokens have one key: the second value replaces the first, but for
+ * what the epsilon in the norm leaves. */
 static void overwriting(void)
 {
     problem *p = problem_create(1, 2, 1);

@@ -1,5 +1,5 @@
-/* The tests' own tools: a comparison that lets NaN pass or a guard band that sees nothing would make every other
- * test worthless. */
+/* The tests' own tools: a comparison that lets NaN pass or a guard band that sees nothing would make every
+ * other test worthless. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
