@@ -150,7 +150,7 @@ int main(int argc, char **argv)
     printf("Host time of a call on a pretended GPU (%s), microseconds\n", getenv("PRETEND_GPU"));
     printf("within: at most %.0f us for a first call, %.0f us for a repeated call of one launch\n\n",
            MOST_FIRST_US, MOST_AGAIN_US);
-    printf("%-15s %5s %-10s %9s %-6s %9s %-6s %8s %6s\n", "lengths", "heads", "borders", "first us", "",
+    printf("%-15s %5s %-10s %9s %-6s %9s %-6s %8s %6s\n", "lengths", "heads", "with", "first us", "",
            "again us", "", "launches", "driver");
     for (int i = 0; i < count; i++) time_shape(shapes[i], (int)repeats, counts);
     return 0;

@@ -72,7 +72,7 @@ static pretended_shape random_shape(rng *r)
         s.longest = (s.tokens + s.sequences - 1) / s.sequences;
         s.longest += (int64_t)(rng_bits(r) % (uint64_t)(s.tokens - s.longest + 1));
         break;
-    case 2: s.sequences = (int64_t)(rng_bits(r) % 60) + 1; break;
+    default: s.sequences = (int64_t)(rng_bits(r) % 60) + 1; break;
     }
     return s;
 }
