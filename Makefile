@@ -1,5 +1,5 @@
-# The project's front door. Each target says what it does; the work is in CMakeLists.txt, cmake/ and scripts/.
-# A fresh Debian machine needs git, gcc, make and python3; the rest goes into .venv the first time.
+# Where to begin. `make` lists the targets; the work is in CMakeLists.txt, cmake/ and scripts/. A fresh Debian
+# machine needs git, gcc, make and python3; everything else is installed into .venv the first time.
 
 PYTHON ?= python3
 BUILD ?= build
@@ -25,7 +25,7 @@ build: ## Build the library, its kernels if nvcc works, and the flash-kda comman
 	@$(environment) build
 	@sh scripts/build.sh $(BUILD) $(CMAKE_OPTIONS)
 
-lint: build ## Formatting, static analysis and types of C, CUDA C and Python
+lint: build ## Formatting, line lengths, static analysis and types of C, CUDA C and Python
 	@$(environment) lint
 	@BUILD=$(BUILD) sh scripts/lint.sh
 

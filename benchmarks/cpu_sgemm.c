@@ -1,7 +1,7 @@
 /*
  * The forward pass on the CPU beside OpenBLAS: multiply-adds a second of sgemm on a 1024 cube and of
  * flash_kda_fwd() at T = 8192, H = 8, on the same threads. A token of a head counts as 3 * 128 * 128
- * multiply-adds, which are those of the three large products.
+ * multiply-adds, the multiply-adds of the three large products.
  *
  *     cpu_sgemm [KERNEL]        cpu (the default), cpu-avx512, cpu-avx2 or cpu-portable
  *     cpu_sgemm KERNEL quick    small sizes, whose times mean nothing: for a test of the program itself

@@ -146,7 +146,7 @@ def arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
         "default: the root of the project",
     )
     add("--curve", metavar="FILE", help="a picture of time against length, for shapes of one sequence")
-    add("--from-json", nargs="+", metavar="FILE", help="times nothing, and puts these results together")
+    add("--from-json", nargs="+", metavar="FILE", help="times nothing; puts earlier results together")
     options = parser.parse_args(argv)
     names = [name for name, _ in options.peer]
     if len(set(names)) < len(names):

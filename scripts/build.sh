@@ -1,5 +1,5 @@
 #!/bin/sh
-# build.sh FOLDER [CMAKE OPTION...]: configures and builds. cmake and ninja are those on PATH.
+# build.sh FOLDER [CMAKE OPTION...]: configures and builds. Takes cmake and ninja from PATH.
 set -eu
 folder=$1
 shift

@@ -3,14 +3,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Under AddressSanitizer its own red zones watch every byte on either side, reads included. */
+/* AddressSanitizer has red zones of its own on either side, which reads must not touch either. */
 #if defined(__SANITIZE_ADDRESS__)
 enum { BAND = 0 };
 #else
 enum { BAND = 4096 };
 #endif
 
-/* Repeated, these bytes are a NaN in bf16 and in f32: 0xffff... */
+/* A byte that is a NaN in bf16 and in f32 when it is repeated (0xffff...), and the byte in the bands of
+ * outputs. */
 enum { NAN_BYTE = 0xff, OUTPUT_BAND_BYTE = 0xa5 };
 
 static const flash_kda_device cpu = {FLASH_KDA_CPU, 0};
@@ -42,7 +43,7 @@ static void *buffer_read(const buffer *b)
     return contents;
 }
 
-/* What lies around an input is NaN, so that reading it as data shows. */
+/* The bands around an input are NaN, so that a result shows if a kernel read them as data. */
 static buffer buffer_create(flash_kda_device device, size_t bytes, const void *contents, unsigned char band)
 {
     buffer b = {.device = device, .bytes = bytes, .band = band};
@@ -94,7 +95,7 @@ static size_t state_bytes(const call *c)
     return (size_t)c->states * DIM * DIM * (c->options.bf16_state ? 2 : 4);
 }
 
-/* The initial state in the type of the call. */
+/* The initial state in the dtype of the call. */
 static void *state_image(const call *c)
 {
     size_t count = (size_t)c->states * DIM * DIM;

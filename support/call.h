@@ -1,4 +1,5 @@
-/* A problem on a device, ready to run: buffers with guard bands, poisoned outputs, read back and checked. */
+/* A problem on a device, ready to run: buffers have guard bands, outputs are poisoned, and results are read
+ * back and checked. */
 #ifndef SUPPORT_CALL_H
 #define SUPPORT_CALL_H
 
@@ -8,7 +9,7 @@
 typedef struct buffer {
     flash_kda_device device;
     unsigned char *base;
-    size_t bytes;       /* of the interior; 0 and base NULL: no buffer */
+    size_t bytes;       /* between the bands; 0 with base NULL: there is no buffer */
     unsigned char band; /* the byte that the bands hold */
 } buffer;
 
@@ -34,7 +35,7 @@ typedef struct call_options {
     bool bf16_state;
     bool i32_seqlens;
     bool batch_invariant;
-    bool tells_longest; /* max_seqlen is set */
+    bool tells_longest; /* sets max_seqlen */
     flash_kda_cut cut;
 } call_options;
 
@@ -46,25 +47,26 @@ typedef struct call {
     buffer q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial, final, out, workspace;
 } call;
 
-/* Puts everything in place; ends the program if there is no memory. The status is that of
- * flash_kda_fwd_workspace_size(), and on anything but FLASH_KDA_OK there is nothing to close. */
+/* Puts everything in place, and ends the program if there is no memory. Returns the status of
+ * flash_kda_fwd_workspace_size(). On anything but FLASH_KDA_OK there is nothing to close. */
 flash_kda_status call_open(call *c, const problem *p, call_options options);
 void call_close(call *c);
 
 /* Fills out, the final state and the workspace with NaN, and an in-place state with the initial one. */
 void call_poison(call *c);
 
-/* flash_kda_fwd() on what call_poison() left, and waits for it. */
+/* Calls flash_kda_fwd() on what call_poison() left, and waits until it is done. */
 flash_kda_status call_run(call *c);
 
-/* Bits of bf16 [B, T, H, DIM] and bf16 or f32 [N, H, DIM, DIM], to be freed by the caller. */
+/* The bits of out, bf16 [B, T, H, DIM], and of the final state, bf16 or f32 [N, H, DIM, DIM]. The caller
+ * frees them. */
 uint16_t *call_read_out(const call *c);
 void *call_read_state(const call *c);
 
-/* The name of the first buffer whose band was written to, or whose input changed; NULL if none. */
+/* The name of the first buffer of which a band was written to or an input changed; NULL if there is none. */
 const char *call_damage(const call *c, const problem *p);
 
-/* True if out and the final state are still as call_poison() left them. */
+/* Whether out and the final state are still as call_poison() left them. */
 bool call_untouched(const call *c);
 
 #endif

@@ -1,4 +1,4 @@
-/* One problem for the forward pass, in CPU memory, and its answer in fp64. */
+/* A problem for the forward pass in CPU memory, and its answer in fp64. */
 #ifndef SUPPORT_PROBLEM_H
 #define SUPPORT_PROBLEM_H
 
@@ -18,7 +18,7 @@ typedef struct problem {
 /* Zeros everywhere; scale = DIM^-0.5, lower_bound = -5. */
 problem *problem_create(int64_t batch, int64_t tokens, int64_t heads);
 
-/* One row that holds `count` sequences of these lengths. */
+/* A batch row that holds `count` sequences of the given lengths. */
 problem *problem_create_ragged(const int64_t *lengths, int64_t count, int64_t heads);
 
 void problem_free(problem *p);
@@ -29,7 +29,7 @@ int64_t problem_states(const problem *p); /* N * H */
 /* The tensors of the problem in CPU memory as arguments; out and final_state are absent. */
 flash_kda_fwd_params problem_params(const problem *p, bool with_initial_state);
 
-/* A contiguous tensor. */
+/* A contiguous tensor of that shape. */
 flash_kda_tensor tensor_of(void *data, flash_kda_dtype dtype, int ndim, const int64_t *shape);
 
 typedef struct answer {
@@ -37,7 +37,7 @@ typedef struct answer {
     double *state; /* [N, H, DIM, DIM] */
 } answer;
 
-/* By flash_kda_reference(). */
+/* The answer that flash_kda_reference() gives. */
 answer problem_solve(const problem *p, bool with_initial_state);
 void answer_free(answer *a);
 

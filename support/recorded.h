@@ -4,7 +4,7 @@
 
 #include "problem.h"
 
-/* NULL, with a sentence in `why`, if the file does not hold q, k, v, g, beta, A_log and dt_bias. */
+/* Returns NULL, with a sentence in `why`, if the file does not hold q, k, v, g, beta, A_log and dt_bias. */
 problem *recorded_load(const char *path, char why[256]);
 
 /* Finds a file of data/ by its name: below the working folder, beside the folder of the program, or where it

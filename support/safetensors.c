@@ -10,7 +10,7 @@ struct safetensors {
     size_t data_size;
 };
 
-static bool read_parts(FILE *stream, safetensors *file)
+static bool read_file(FILE *stream, safetensors *file)
 {
     unsigned char length[8];
     uint64_t header_size = 0;
@@ -36,7 +36,7 @@ safetensors *safetensors_open(const char *path, char why[256])
         return NULL;
     }
     safetensors *file = allocate(1, sizeof *file);
-    bool good = read_parts(stream, file) && file->header[0] == '{';
+    bool good = read_file(stream, file) && file->header[0] == '{';
     fclose(stream);
     if (good) return file;
     snprintf(why, 256, "%s is not a safetensors file, or a part of one", path);

@@ -1,4 +1,4 @@
-/* Small things that the tests and the command share. */
+/* Small functions that the tests, the command and the benchmarks share. */
 #ifndef SUPPORT_UTIL_H
 #define SUPPORT_UTIL_H
 
@@ -10,16 +10,16 @@
 
 enum { DIM = 128 }; /* K and V */
 
-/* Prints "program: sentence" to stderr and ends the process with status 2. */
+/* Prints "error: sentence" to stderr, and ends the process with status 2. */
 void die(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 
-/* For calls that the program can't go on without. */
+/* Ends the process with the library's sentence unless the status is FLASH_KDA_OK. */
 void must(flash_kda_status status);
 
 /* calloc() that does not fail. */
 void *allocate(size_t count, size_t size);
 
-/* To the nearest, ties to even; NaN stays NaN. */
+/* Rounds to the nearest bf16, ties to even. NaN stays NaN. */
 uint16_t bf16_from_float(float value);
 float float_from_bf16(uint16_t bits);
 
@@ -38,11 +38,13 @@ double rng_normal(rng *r);
 double now_seconds(void);
 double median(double *values, int count); /* reorders values */
 
-/* "cpu", "cuda" or "cuda:N". */
+/* Reads "cpu", "cuda" or "cuda:N". False for any other text. */
 bool parse_device(const char *text, flash_kda_device *device);
-/* "auto", "never", "always" or "mixed"; false for any other text. */
+
+/* Reads "auto", "never", "always" or "mixed". False for any other text. */
 bool parse_cut(const char *text, flash_kda_cut *cut);
 
+/* Writes "cpu" or "cuda:N", and returns text. */
 const char *device_text(flash_kda_device device, char text[16]);
 
 #endif

@@ -102,11 +102,11 @@ typedef struct outcome {
 
 static outcome check_devices(const flash_kda_device_info *infos, int count, const char *kernel)
 {
-    subject *subjects = allocate((size_t)(test_case_count + RECORDED_CASES), sizeof *subjects);
+    subject *subjects = allocate((size_t)test_case_count + RECORDED_CASES, sizeof *subjects);
     const int most = list_subjects(subjects);
-    measurement *all = allocate((size_t)(count * most), sizeof *all);
+    measurement *all = allocate((size_t)count * (size_t)most, sizeof *all);
     outcome o = {0};
-    int found = 0; /* those at hand move to the front */
+    int found = 0; /* subjects whose inputs are at hand; they move to the front */
     for (int i = 0; i < most; i++) {
         problem *p = create_problem(&subjects[i]);
         if (!p) continue;

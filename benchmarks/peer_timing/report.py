@@ -25,7 +25,7 @@ COLUMNS = 110
 
 
 def merge(results: list[Result]) -> Result:
-    """One result of several. Where two have the same figure, the later one's counts."""
+    """One result of several. If two results have the same figure, the later result's counts."""
     devices = sorted({run["device"] for result in results for run in result["runs"]})
     if len(devices) > 1:
         raise ValueError(f"the figures are of different devices: {', '.join(devices)}")

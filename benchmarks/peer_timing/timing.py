@@ -74,7 +74,7 @@ class Timed:
     def rms(self) -> list[float]:
         """The RMS of out and of the final state of the first call.
 
-        Competitors of which these numbers differ do not do the same work.
+        Competitors whose numbers differ do not do the same work.
         """
         norms = [
             (torch.linalg.vector_norm(x, dtype=torch.float32), x.numel()) for x in self.first if x is not None

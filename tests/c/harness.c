@@ -22,7 +22,7 @@ typedef struct worst {
     char where[200];
 } worst;
 
-/* Of the group that runs. */
+/* What the running group has found so far. */
 static struct {
     pthread_mutex_t lock;
     long checks, failures;
@@ -136,7 +136,7 @@ static long run_group(const group *g)
     context[0] = 0;
     double start = now_seconds();
     g->run();
-    printf("  %-14s %7ld checks %5.1f s", g->name, tally.checks, now_seconds() - start);
+    printf("  %-15s %7ld checks %5.1f s", g->name, tally.checks, now_seconds() - start);
     print_worst("out", &tally.out);
     print_worst("state", &tally.state);
     print_worst("bf16 state", &tally.bf16_state);
@@ -149,7 +149,7 @@ static long run_group(const group *g)
     return tally.failures;
 }
 
-/* A kernel for another instruction set or architecture is no failure. */
+/* Whether the device can run a kernel. A kernel for another instruction set or architecture is no failure. */
 static bool runs_here(const char *kernel)
 {
     problem *p = problem_create(1, 1, 1);
@@ -166,6 +166,15 @@ static bool runs_here(const char *kernel)
     return false;
 }
 
+static void refuse_unknown_groups(const group *groups, int count)
+{
+    for (int i = 0; i < asked_count; i++) {
+        bool known = false;
+        for (int g = 0; g < count; g++) known = known || strcmp(asked_groups[i], groups[g].name) == 0;
+        if (!known) die("'%s' is no group of this program", asked_groups[i]);
+    }
+}
+
 int harness_run(const group *groups, int count)
 {
     flash_kda_kernel_info kernels[MAX_KERNELS];
@@ -174,6 +183,7 @@ int harness_run(const group *groups, int count)
     long failures = 0, runs = 0, elsewhere = 0;
     char name[16];
     for (int k = 0; k < MAX_KERNELS; k++) kernels[k].struct_size = sizeof kernels[k];
+    refuse_unknown_groups(groups, count);
     must(flash_kda_list_kernels(kernels, MAX_KERNELS, &kernel_count));
     for (int k = 0; k < kernel_count && k < MAX_KERNELS; k++) {
         if (kernels[k].device_type != test.device.type) continue;
@@ -192,7 +202,7 @@ int harness_run(const group *groups, int count)
         }
     }
     if (runs == 0 && elsewhere) return SKIPPED;
-    if (runs == 0) die("no group of these names, or no such kernel for %s", device_text(test.device, name));
+    if (runs == 0) die("%s has no kernel called '%s'", device_text(test.device, name), only ? only : "");
     return failures ? 1 : 0;
 }
 
@@ -239,7 +249,8 @@ result run_and_check(const problem *p, const answer *truth, bars limits, call_op
     return r;
 }
 
-/* The bits of f32 states rounded to bf16 and of bf16 states. */
+/* The index of the first f32 state that does not have the bits of the bf16 state when it is rounded to bf16;
+ * -1 if there is none. */
 static int64_t first_rounding_difference(const float *exact, const uint16_t *rounded, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)

@@ -10,12 +10,13 @@ typedef struct settings {
     flash_kda_device device;
     const char *kernel; /* NULL: the default */
     flash_kda_cut cut;
-    bool quick; /* a thinner grid, for sanitizers */
+    bool quick; /* fewer and smaller problems, for sanitizers and the emulator */
 } settings;
 extern settings test;
 
-/* --device cpu|cuda:N, --kernel NAME, --cut auto|never|always|mixed, --quick (or FLASH_KDA_TEST_QUICK=1); the rest are names of groups. Ends the
- * program with status 77, which CTest counts as skipped, if the device is not there. */
+/* Reads the command line: --device cpu|cuda:N, --kernel NAME, --cut auto|never|always|mixed, --quick (or the
+ * environment variable FLASH_KDA_TEST_QUICK=1), and names of groups. Ends the program with status 77, which
+ * CTest counts as skipped, if the device is not there. */
 void harness_start(int argc, char **argv);
 
 typedef struct group {
@@ -23,11 +24,11 @@ typedef struct group {
     void (*run)(void);
 } group;
 
-/* Runs the groups that were asked for (all if none was) with every kernel of the device, and returns the exit
- * status. */
+/* Runs the groups that the command line names (all if it names none) with every kernel of the device, or with
+ * the kernel that the command line names. Returns the exit status. */
 int harness_run(const group *groups, int count);
 
-/* What is being tried; goes into the message of a check that fails. Per thread. */
+/* Says what is being tried. The message of a check that fails has it. Each thread has its own. */
 void trying(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Counts a check, and reports it if it fails. Returns `good`. */
@@ -35,11 +36,11 @@ bool check_that(bool good, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 #define CHECK(good, ...) check_that(good, __FILE__, __LINE__, __VA_ARGS__)
 
-/* Checks error <= bar, and remembers the worst of the group. `what` is "out", "state" or
- * "bf16 state". */
+/* Checks error <= bar, and remembers the error of the group that comes closest to its bar. `what` is "out",
+ * "state" or "bf16 state". */
 void check_error(const char *what, double error, double bar);
 
-/* What one call gave. */
+/* The outputs of one call. */
 typedef struct result {
     uint16_t *out; /* bf16 [B, T, H, DIM] */
     void *state;   /* [N, H, DIM, DIM] of the type of the call, or NULL */
@@ -47,12 +48,12 @@ typedef struct result {
 void result_free(result *r);
 
 /* Runs the problem once on the device under test, checks that only outputs were written, and holds the result
- * to the answer. A NULL answer compares nothing. */
+ * to the answer unless the answer is NULL. */
 result run_and_check(const problem *p, const answer *truth, bars limits, call_options options);
 call_options options_of(state_mode mode, bool bf16_state);
 
-/* Every state mode and dtype against the reference; and calls that differ only in where the state comes from or
- * goes to must give the same bits. */
+/* Holds every state mode and dtype to the reference. Calls that differ only in where the state comes from or
+ * goes to must give equal bits. */
 void check_state_modes(const problem *p, bars limits);
 
 #endif

@@ -44,7 +44,7 @@ static void expect(const call *c, const flash_kda_fwd_params *params, flash_kda_
 #define DTYPE(sentence, ...) REFUSED(fixed, INVALID_DTYPE, sentence, __VA_ARGS__)
 #define SEQLENS(sentence, ...) REFUSED(with_seqlens, INVALID_VALUE, sentence, __VA_ARGS__)
 
-/* The least struct_size: everything before the workspace. */
+/* The least struct_size, of the oldest header: everything before the workspace. */
 static const size_t OLDEST = offsetof(flash_kda_fwd_params, workspace);
 
 static void structs(void)
@@ -187,7 +187,7 @@ static void strides(void)
             p.cu_seqlens.stride[0] = 2);
 }
 
-/* Moves a tensor by some bytes and expects the sentence about alignment. */
+/* Moves a tensor by some bytes, and expects the sentence about alignment. */
 static void misaligned(const call *c, size_t tensor_offset, const char *name, size_t by, size_t alignment)
 {
     flash_kda_fwd_params p = c->params;
@@ -277,7 +277,7 @@ static void sequences(void)
             p.cu_seqlens = with_seqlens.params.cu_seqlens);
 }
 
-/* The values, which a GPU does not look at. */
+/* The values in cu_seqlens, which only the CPU looks at. */
 static void sequence_values(void)
 {
     static const struct {
@@ -341,7 +341,8 @@ static void devices(void)
     }
 }
 
-/* A program built with a header that had no kernel and no cpu_threads yet: what is in memory there is not its own. */
+/* A program that was built with a header without kernel and cpu_threads: the memory behind its smaller struct
+ * is not the struct's. */
 static void older_struct(void)
 {
     struct {
@@ -369,7 +370,7 @@ static void older_struct(void)
     call_poison(&fixed);
 }
 
-/* Absent tensors' other fields are ignored, as are strides of dimensions of size 1. */
+/* The fields of an absent tensor are ignored, and so are strides of dimensions of size 1. */
 static void legal(void)
 {
     call c = with_seqlens;
@@ -382,7 +383,7 @@ static void legal(void)
     call_poison(&c);
 }
 
-/* What would run, for shapes alone. */
+/* flash_kda_explain(), which needs shapes alone. */
 static void explanations(void)
 {
     char words[1200], few[12];
@@ -410,7 +411,7 @@ static void explanations(void)
     CHECK(flash_kda_explain(&p, words, sizeof words) == FLASH_KDA_INVALID_VALUE, "no refusal");
 }
 
-/* Calls that are not about a forward pass. */
+/* Calls other than flash_kda_fwd(). */
 static void others(void)
 {
     void *memory;

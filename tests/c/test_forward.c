@@ -1,4 +1,4 @@
-/* The forward pass against the fp64 recurrence, on one device. The same tests for CPUs and GPUs. */
+/* The forward pass against the fp64 recurrence, with the same tests for CPUs and GPUs. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,11 +49,11 @@ static void heads(void)
     for (int i = 0; i < 5; i++) check_shape(1, test.quick ? 17 : 41, counts[i]);
 }
 
-/* Both types of cu_seqlens must give the same bits. */
-static void check_ragged(const int64_t *lengths_, int64_t count, int64_t head_count, uint64_t seed)
+/* Both types of cu_seqlens must give equal bits. */
+static void check_ragged(const int64_t *sizes, int64_t count, int64_t head_count, uint64_t seed)
 {
     const test_case *c = ordinary_case((int64_t)seed);
-    problem *p = problem_create_ragged(lengths_, count, head_count);
+    problem *p = problem_create_ragged(sizes, count, head_count);
     fill_case(p, c, seed);
     trying("%lld sequences, T = %lld, H = %lld, %s, seed %lld", (long long)count, (long long)p->tokens,
            (long long)head_count, c->name, (long long)seed);
@@ -89,8 +89,8 @@ static void ragged(void)
     }
 }
 
-/* Far more heads of sequences than multiprocessors, nearly all of them without a token: blocks that stay must pass on many
- * states in a row, between and after those that have work. */
+/* Far more heads of sequences than SMs, nearly all of them without a token: a persistent CTA must pass on the
+ * states of many empty sequences in a row, between and after sequences with tokens. */
 static void many(void)
 {
     const bool large = test.device.type == FLASH_KDA_CUDA && !test.quick;
@@ -103,14 +103,14 @@ static void many(void)
     problem_free(p);
 }
 
-/* No token at all: the final state is the initial one, bit for bit, or zeros. */
+/* No token at all: the final state is the initial state, bit for bit, or zeros. */
 static void empty(void)
 {
     static const int64_t none[3] = {0, 0, 0};
-    for (int kind = 0; kind < 2; kind++) {
-        problem *p = kind ? problem_create_ragged(none, 3, 2) : problem_create(2, 0, 3);
+    for (int with_seqlens = 0; with_seqlens < 2; with_seqlens++) {
+        problem *p = with_seqlens ? problem_create_ragged(none, 3, 2) : problem_create(2, 0, 3);
         fill_case(p, find_case("random"), 5);
-        trying("T = 0, %s", kind ? "cu_seqlens of zeros" : "fixed length");
+        trying("T = 0, %s", with_seqlens ? "cu_seqlens of zeros" : "without cu_seqlens");
         check_state_modes(p, (bars){0, 0});
         result kept = run_and_check(p, NULL, (bars){0, 0}, options_of(STATE_BOTH, false));
         if (kept.state)
@@ -173,8 +173,9 @@ static void scalars(void)
 }
 
 /*
- * With k = 0 the state only decays, by a closed formula: over 8192 tokens of a slow gate, a small relative error
- * in the gate that always has the same sign would add up, and a state in bf16 could not shrink at all.
+ * With k = 0 the state only decays, and a closed formula gives the truth. Over 8192 tokens of a slow gate, a
+ * small relative error of the gate would add up if its sign were always equal, and a state in bf16 could not
+ * shrink at all.
  */
 static void slow_channels(void)
 {
@@ -212,7 +213,7 @@ static void check_large(int64_t batch, int64_t tokens, int64_t head_count)
     problem_free(p);
 }
 
-/* The largest of each size that is promised for a GPU; less where the tests should stay short. */
+/* The largest sizes that are promised for a GPU, and smaller ones where the tests should stay short. */
 static void large(void)
 {
     bool gpu = test.device.type == FLASH_KDA_CUDA && !test.quick;
@@ -221,7 +222,7 @@ static void large(void)
     check_large(64, 5, gpu ? 256 : 3);
 }
 
-/* The same bits from every run, and on a CPU with any number of threads. */
+/* Every run gives equal bits, on a CPU with any number of threads. */
 static void determinism(void)
 {
     static const int64_t sizes[] = {130, 0, 64, 33, 200};
@@ -249,7 +250,8 @@ static void fill_nan(uint16_t *at, int64_t count)
     for (int64_t i = 0; i < count; i++) at[i] = 0x7fc0;
 }
 
-/* Whatever stands beside a sequence, in the same chunk of 16 tokens too, is nothing to it: here nothing but NaN. */
+/* The result of a sequence does not depend on the sequences beside it. Here they hold nothing but NaN, and
+ * share a run of 16 tokens of the batch row with it. */
 static void neighbours(void)
 {
     static const int64_t sizes[] = {13, 20, 7};
@@ -279,8 +281,8 @@ static void neighbours(void)
     problem_free(p);
 }
 
-/* A GPU can't refuse the values in cu_seqlens; whatever they are, no other memory may be touched. (A CPU refuses
- * them: test_arguments.) */
+/* Wrong values in cu_seqlens, which a GPU does not refuse: no memory outside the tensors may be touched. A
+ * CPU refuses wrong values (test_arguments). */
 static void wild_seqlens(void)
 {
     static const int64_t wild[][4] = {

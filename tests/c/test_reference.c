@@ -49,8 +49,8 @@ static void one_token(void)
     problem_free(p);
 }
 
-/* Nothing is forgotten, b = 1, and both tokens have one key: the second value replaces the first, but for what the
- * epsilon in the norm leaves. */
+/* Nothing is forgotten, b = 1, and both tokens have one key, so the second value replaces the first. The
+ * epsilon in the norm leaves a trace of the first. */
 static void overwriting(void)
 {
     problem *p = problem_create(1, 2, 1);
@@ -70,7 +70,7 @@ static void overwriting(void)
     problem_free(p);
 }
 
-/* Without keys every key channel of the state decays by its own gates, and queries read what is left. */
+/* Without keys every channel of the state decays by its own gates, and queries read what is left. */
 static void forgetting(void)
 {
     const int tokens = 5;
@@ -98,8 +98,8 @@ static void forgetting(void)
     problem_free(p);
 }
 
-/* A view of one sequence and one head of a problem, copied out. */
-static problem *alone(const problem *p, int64_t begin, int64_t end, int64_t n, int64_t h)
+/* A problem that is one sequence and one head of another problem. */
+static problem *one_head(const problem *p, int64_t begin, int64_t end, int64_t n, int64_t h)
 {
     problem *one = problem_create(1, end - begin, 1);
     for (int64_t t = begin; t < end; t++) {
@@ -116,38 +116,38 @@ static problem *alone(const problem *p, int64_t begin, int64_t end, int64_t n, i
     return one;
 }
 
-/* Every sequence and head of a problem gives exactly what it gives alone. */
-static void check_parts(const problem *p)
+/* Every sequence and head of a problem gives exactly what it gives by itself. */
+static void check_heads(const problem *p)
 {
     answer whole = problem_solve(p, true);
     for (int64_t n = 0; n < p->sequences; n++) {
         int64_t begin = p->cu_seqlens ? p->cu_seqlens[n] : n * p->tokens;
         int64_t end = p->cu_seqlens ? p->cu_seqlens[n + 1] : begin + p->tokens;
         for (int64_t h = 0; h < p->heads; h++) {
-            problem *one = alone(p, begin, end, n, h);
-            answer part = problem_solve(one, true);
+            problem *one = one_head(p, begin, end, n, h);
+            answer single = problem_solve(one, true);
             for (int64_t t = begin; t < end; t++)
-                CHECK(memcmp(whole.out + (t * p->heads + h) * DIM, part.out + (t - begin) * DIM,
+                CHECK(memcmp(whole.out + (t * p->heads + h) * DIM, single.out + (t - begin) * DIM,
                              DIM * sizeof(double)) == 0,
                       "sequence %lld, head %lld: out differs", (long long)n, (long long)h);
-            CHECK(memcmp(whole.state + (n * p->heads + h) * DIM * DIM, part.state,
+            CHECK(memcmp(whole.state + (n * p->heads + h) * DIM * DIM, single.state,
                          sizeof(double) * DIM * DIM) == 0,
                   "sequence %lld, head %lld: state differs", (long long)n, (long long)h);
-            answer_free(&part);
+            answer_free(&single);
             problem_free(one);
         }
     }
     answer_free(&whole);
 }
 
-static void parts(void)
+static void heads_by_themselves(void)
 {
     static const int64_t lengths[] = {3, 0, 17, 1};
     problem *ragged = problem_create_ragged(lengths, 4, 3), *batch = problem_create(3, 9, 2);
     fill_case(ragged, find_case("random"), 4);
     fill_case(batch, find_case("channels from fast to slow"), 5);
-    check_parts(ragged);
-    check_parts(batch);
+    check_heads(ragged);
+    check_heads(batch);
     problem_free(ragged);
     problem_free(batch);
 }
@@ -158,7 +158,7 @@ int main(int argc, char **argv)
         {"one-token", one_token},
         {"overwriting", overwriting},
         {"forgetting", forgetting},
-        {"parts", parts},
+        {"heads-by-themselves", heads_by_themselves},
     };
     harness_start(argc, argv);
     if (test.device.type == FLASH_KDA_CPU) test.kernel = "cpu"; /* the reference has no kernels */

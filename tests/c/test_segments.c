@@ -1,5 +1,5 @@
-/* Long sequences, which a kernel may cut into segments: that cutting adds no error, and that results do not depend on the batch
- * where that is asked for. */
+/* Long sequences, which a kernel may cut into segments: cutting adds no error, and results do not depend on
+ * the batch where that is asked for. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,18 +8,17 @@
 #include "harness.h"
 #include "recorded.h"
 
-/* How much larger the error may be of a result for which sequences were cut; and the error of a state below which that is not asked: fp32's
- * own rounding, which is all there is where a state does little but decay. */
-static const double MOST_ADDED = 1.02, ROUNDING = 1e-6;
+/* The most by which the error of a result may be larger if sequences were cut. */
+static const double MOST_ADDED = 1.02;
 
-static bool kernel_can_cut(void)
-{
-    return strcmp(test.kernel, "hopper") == 0;
-}
+/* The rounding of fp32. A state with a smaller error is not compared: where a state does little but decay,
+ * fp32's rounding is all the error there is. */
+static const double ROUNDING = 1e-6;
 
-static bool kernel_cuts(void)
+/* Whether the kernel and the cut under test are hopper and this cut. */
+static bool testing_cut(flash_kda_cut cut)
 {
-    return kernel_can_cut() && test.cut == FLASH_KDA_CUT_ALWAYS;
+    return strcmp(test.kernel, "hopper") == 0 && test.cut == cut;
 }
 
 typedef struct errors {
@@ -37,8 +36,9 @@ static errors errors_of(const problem *p, const answer *truth, flash_kda_cut cut
     return e;
 }
 
-/* Nothing is written and less than fp32's rounding of the initial state is left of it, in a few channels, whose errors by chance are up to 14%
- * less or more if cut: such a state is held to its bars alone. */
+/* Whether nothing was written and less than fp32's rounding is left of the initial state. What is left is in
+ * a few channels, whose errors are by chance up to 14% smaller or larger if the sequence is cut. Such a state
+ * is held to its bars alone. */
 static bool has_faded(const problem *p, const answer *truth)
 {
     double left = 0.0, began = 0.0;
@@ -49,18 +49,14 @@ static bool has_faded(const problem *p, const answer *truth)
     return left < ROUNDING * ROUNDING * began;
 }
 
-static bool kernel_mixes(void)
-{
-    return kernel_can_cut() && test.cut == FLASH_KDA_CUT_MIXED;
-}
-
-/* Holds the result to its bars, and to the error of the kernel that does not cut. With many heads that has chunks of 16 tokens, in which states
- * come out up to a tenth more exact than in those of 32 that pairs of blocks have: of a mixture, where some heads have the ones and some the others,
- * it is made to have the latter. */
+/* Holds the result to its bars, and to the error of the same kernel without cuts. With many heads the kernel
+ * without cuts uses solo CTAs, whose chunks of 16 tokens make states up to a tenth more exact than the chunks
+ * of 32 tokens of CTA pairs. The mixed schedule uses both for different heads, so it is compared with CTA
+ * pairs, which batch_invariant asks for. */
 static void check_cutting(const problem *p, bars limits)
 {
     answer truth = problem_solve(p, true);
-    errors whole = errors_of(p, &truth, FLASH_KDA_CUT_NEVER, kernel_mixes()),
+    errors whole = errors_of(p, &truth, FLASH_KDA_CUT_NEVER, testing_cut(FLASH_KDA_CUT_MIXED)),
            cut = errors_of(p, &truth, test.cut, false);
     check_error("out", cut.out, limits.out);
     check_error("state", cut.state, limits.state);
@@ -73,7 +69,7 @@ static void check_cutting(const problem *p, bars limits)
 
 static void cases(void)
 {
-    if (!kernel_cuts()) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (int i = 0; i < test_case_count; i++) {
         const test_case *c = &test_cases[i];
         problem *p = problem_create(1, test.quick ? 1024 : 8192, test.quick ? 2 : 4);
@@ -92,11 +88,11 @@ static uint16_t *repeat(uint16_t *from, int64_t count, int times)
     return to;
 }
 
-/* The window that was recorded, over and over: real slow channels through many segments. */
+/* The recorded window, repeated: slow channels of a trained model through many segments. */
 static void recorded(void)
 {
     const int times = test.quick ? 1 : 8;
-    if (!kernel_cuts()) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (int i = 0; i < 2; i++) {
         char path[512], why[256];
         snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, recorded_files[i]);
@@ -113,12 +109,13 @@ static void recorded(void)
     }
 }
 
-/* Numbers of segments around those at which maps are joined in one group, two, three; and lengths that leave a rest. */
-static void levels(void)
+/* Numbers of segments near those at which the join has one group more, and lengths that are no multiple of a
+ * segment. */
+static void join_groups(void)
 {
     static const int64_t segments[] = {2, 3, 4, 25, 26, 27, 28, 38, 39, 51, 64};
     const test_case *c = find_case("slow gates");
-    if (!kernel_cuts()) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (size_t i = 0; i < sizeof segments / sizeof *segments; i += test.quick ? 2 : 1) {
         problem *p = problem_create(1, 64 * segments[i] + (int64_t)i * 5 % 64, 1);
         fill_case(p, c, 80 + i);
@@ -128,15 +125,21 @@ static void levels(void)
     }
 }
 
-/* More heads than can be under way at once, which then are divided: against the recurrence, and undivided ones. On 9
- * multiprocessors, as in an emulated GPU, or 132. */
-static void divided(void)
+/* More heads than workers, so that share borders divide heads: on a GPU with 132 SMs, or emulated with 9. */
+static void even_shares(void)
 {
-    static const int64_t shapes[][3] = {{1, 2405, 6}, {3, 1200, 5}, {1, 8192, 96}, {2, 3000, 100}};
+    static const struct {
+        int64_t batch, tokens, heads;
+    } shapes[] = {
+        {.batch = 1, .tokens = 2405, .heads = 6},
+        {.batch = 3, .tokens = 1200, .heads = 5},
+        {.batch = 1, .tokens = 8192, .heads = 96},
+        {.batch = 2, .tokens = 3000, .heads = 100},
+    };
     const test_case *c = find_case("channels from fast to slow");
-    if (!kernel_can_cut() || test.cut != FLASH_KDA_CUT_NEVER) return;
+    if (!testing_cut(FLASH_KDA_CUT_NEVER)) return;
     for (int i = 0; i < (test.quick ? 2 : 4); i++) {
-        problem *p = problem_create(shapes[i][0], shapes[i][1], shapes[i][2]);
+        problem *p = problem_create(shapes[i].batch, shapes[i].tokens, shapes[i].heads);
         fill_case(p, c, 120 + (uint64_t)i);
         trying("B = %lld, T = %lld, H = %lld", (long long)p->batch, (long long)p->tokens,
                (long long)p->heads);
@@ -151,13 +154,13 @@ static void divided(void)
     }
 }
 
-/* In one launch, so many heads for the pairs that there are that these share segments, of which heads have one, two or none, in
- * twos, threes and fours: for 22 multiprocessors, as in an emulated GPU, or 132. */
-static void shared(void)
+/* Relays in which a CTA pair has a segment of two, three or four heads, and a head has no, one or two
+ * segments that are shared so: on a GPU with 132 SMs, or emulated with 22. */
+static void shared_segments(void)
 {
     static const int64_t heads[] = {4, 2, 3, 6, 7, 8};
     const test_case *c = find_case("channels from fast to slow");
-    if (!kernel_cuts()) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
         problem *p = problem_create(1, 2411, test.quick ? heads[i] : 6 * heads[i]);
         fill_case(p, c, 140 + i);
@@ -173,8 +176,8 @@ static void shared(void)
     problem_free(rows);
 }
 
-/* Long and short sequences in one batch, so many heads that a few are cut and none, and sequences without tokens. */
-static void mixtures(void)
+/* Batches in which some sequences are cut and others are not, and some have no tokens. */
+static void lengths_differ(void)
 {
     static const int64_t lengths[][8] = {
         {1500, 0, 17, 100, 64, 1, 130, 0},
@@ -183,11 +186,11 @@ static void mixtures(void)
         {200, 200, 200, 200, 200, 200, 200, 200},
     };
     const test_case *c = find_case("channels from fast to slow");
-    if (!kernel_cuts()) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
         problem *p = problem_create_ragged(lengths[i], 8, 1 + (int64_t)i % 3);
         fill_case(p, c, 90 + i);
-        trying("mixture %zu, T = %lld, H = %lld", i, (long long)p->tokens, (long long)p->heads);
+        trying("batch %zu, T = %lld, H = %lld", i, (long long)p->tokens, (long long)p->heads);
         check_state_modes(p, case_bars(c, test.device));
         if (!test.quick) check_cutting(p, case_bars(c, test.device));
         problem_free(p);
@@ -199,35 +202,54 @@ static void mixtures(void)
     problem_free(rows);
 }
 
-/* The launch that finds out which sequences are long, for 22 multiprocessors, as in an emulated GPU, or 132: one or a few that are cut or have
- * pairs of their own, with a rest that pairs share out or blocks of their own, that is divided or not, or with none; and none that is long. */
-static void unlike(void)
+/* A batch for the mixed schedule: up to four long sequences, and short ones around them. */
+enum { MOST_LONG = 4, MOST_SHORT = 60 };
+typedef struct mixed_batch {
+    int64_t long_tokens[MOST_LONG];
+    int64_t short_count, short_tokens; /* about as many tokens each */
+    int64_t heads;
+} mixed_batch;
+
+/* Writes the lengths of the sequences, in their order in the batch, and returns how many there are. A long
+ * sequence stands after every third short one while there are both. */
+static int64_t mixed_lengths(const mixed_batch *b, int64_t lengths[MOST_LONG + MOST_SHORT])
 {
-    enum { MANY = 60 };
-    static const struct {
-        int64_t longer[4], count, shorter, heads; /* so many shorter ones, of about so many tokens */
-    } mixes[] = {
-        {{1500}, 7, 60, 1},     {{1500}, 7, 60, 2},
-        {{1400}, 3, 90, 3},     {{700, 90, 800, 600}, 4, 40, 1},
-        {{900, 1000}, 0, 0, 2}, {{1500}, MANY, 30, 2},
-        {{300}, MANY, 40, 5},   {{0}, 9, 200, 2},
-        {{0}, 4, 200, 2},       {{2300, 0, 2300}, 1, 0, 2},
+    int64_t count = 0, used = 0;
+    for (int64_t n = 0; n < b->short_count; n++) {
+        if (n % 3 == 1 && used < MOST_LONG) lengths[count++] = b->long_tokens[used++];
+        lengths[count++] = b->short_tokens + n * 7 % 5 * (b->short_tokens > 0);
+    }
+    while (used < MOST_LONG) lengths[count++] = b->long_tokens[used++];
+    return count;
+}
+
+/* The mixed schedule: one or a few long sequences, cut or with CTA pairs of their own; short ones in even
+ * shares of CTA pairs or of solo CTAs, divided or not, or no short ones; and batches without a long one. On a
+ * GPU with 132 SMs, or emulated with 22. */
+static void mixed(void)
+{
+    static const mixed_batch batches[] = {
+        {.long_tokens = {1500}, .short_count = 7, .short_tokens = 60, .heads = 1},
+        {.long_tokens = {1500}, .short_count = 7, .short_tokens = 60, .heads = 2},
+        {.long_tokens = {1400}, .short_count = 3, .short_tokens = 90, .heads = 3},
+        {.long_tokens = {700, 90, 800, 600}, .short_count = 4, .short_tokens = 40, .heads = 1},
+        {.long_tokens = {900, 1000}, .heads = 2},
+        {.long_tokens = {1500}, .short_count = MOST_SHORT, .short_tokens = 30, .heads = 2},
+        {.long_tokens = {300}, .short_count = MOST_SHORT, .short_tokens = 40, .heads = 5},
+        {.short_count = 9, .short_tokens = 200, .heads = 2},
+        {.short_count = 4, .short_tokens = 200, .heads = 2},
+        {.long_tokens = {2300, 0, 2300}, .short_count = 1, .short_tokens = 0, .heads = 2},
     };
     const test_case *c = find_case("channels from fast to slow");
-    if (!kernel_mixes()) return;
-    for (size_t i = 0; i < sizeof mixes / sizeof *mixes; i++) {
-        int64_t lengths[MANY + 4], count = 0;
-        for (int64_t n = 0; n < mixes[i].count; n++) {
-            if (n % 3 == 1 && n / 3 < 4) lengths[count++] = mixes[i].longer[n / 3];
-            lengths[count++] = mixes[i].shorter + n * 7 % 5 * (mixes[i].shorter > 0);
-        }
-        for (int64_t n = (mixes[i].count + 1) / 3; n < 4; n++) lengths[count++] = mixes[i].longer[n];
+    if (!testing_cut(FLASH_KDA_CUT_MIXED)) return;
+    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
+        int64_t lengths[MOST_LONG + MOST_SHORT], count = mixed_lengths(&batches[i], lengths);
         const int64_t times = test.quick ? 1 : 6;
         for (int64_t n = 0; n < count; n++)
             if (lengths[n] > 250) lengths[n] *= times;
-        problem *p = problem_create_ragged(lengths, count, times * mixes[i].heads);
+        problem *p = problem_create_ragged(lengths, count, times * batches[i].heads);
         fill_case(p, c, 170 + i);
-        trying("mixture %zu, T = %lld, N = %lld, H = %lld", i, (long long)p->tokens, (long long)count,
+        trying("batch %zu, T = %lld, N = %lld, H = %lld", i, (long long)p->tokens, (long long)count,
                (long long)p->heads);
         if (i % 4 == 0) check_state_modes(p, case_bars(c, test.device));
         check_cutting(p, case_bars(c, test.device));
@@ -235,14 +257,14 @@ static void unlike(void)
     }
 }
 
-/* The part of a problem's tensor that belongs to some tokens. */
+/* Copies the rows of a tensor that belong to some tokens. */
 static void copy_tokens(uint16_t *to, const uint16_t *from, int64_t first, int64_t count, int64_t width)
 {
     memcpy(to, from + first * width, (size_t)(count * width) * sizeof *to);
 }
 
-/* Sequence n of a problem by itself. */
-static problem *alone(const problem *p, int64_t n)
+/* A problem that is sequence n of another problem by itself. */
+static problem *one_sequence(const problem *p, int64_t n)
 {
     const int64_t first = p->cu_seqlens[n], count = p->cu_seqlens[n + 1] - first,
                   states = p->heads * DIM * DIM;
@@ -258,19 +280,19 @@ static problem *alone(const problem *p, int64_t n)
     return one;
 }
 
-/* A sequence that is shorter on the device than the tensors, for which the cut was planned. */
+/* A sequence that is shorter on the device than the tensors for which its cut was planned. */
 static void shorter(void)
 {
     static const int64_t tokens[] = {2380, 1900, 1000, 300, 1}, heads[] = {4, 2, 7};
     const test_case *c = find_case("channels from fast to slow");
-    if (!kernel_cuts()) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
         const int64_t all = 2411;
         problem *p = problem_create_ragged(&all, 1, heads[i % 3]);
         fill_case(p, c, 150 + i);
         p->cu_seqlens[1] = tokens[i];
         trying("%lld of %lld tokens, H = %lld", (long long)tokens[i], (long long)all, (long long)p->heads);
-        problem *one = alone(p, 0);
+        problem *one = one_sequence(p, 0);
         answer truth = problem_solve(one, true);
         result r = run_and_check(p, NULL, (bars){0, 0}, options_of(STATE_BOTH, false));
         if (r.out) {
@@ -287,7 +309,7 @@ static void shorter(void)
     }
 }
 
-/* With batch_invariant a sequence has the same bits in a batch as alone, where a row without cu_seqlens is its batch. */
+/* With batch_invariant a sequence has the same bits in a batch as by itself, in a row without cu_seqlens. */
 static void invariance(void)
 {
     static const int64_t lengths[][5] = {{2100, 3, 0, 5000, 700}, {40, 2048, 2047, 16, 1}};
@@ -299,7 +321,7 @@ static void invariance(void)
         trying("batch %zu", i);
         result all = run_and_check(p, NULL, (bars){0, 0}, options);
         for (int64_t n = 0; all.out && n < 5; n++) {
-            problem *one = alone(p, n);
+            problem *one = one_sequence(p, n);
             trying("sequence %lld of batch %zu", (long long)n, i);
             result single = run_and_check(one, NULL, (bars){0, 0}, options);
             const int64_t values = p->heads * DIM, states = p->heads * DIM * DIM;
@@ -318,50 +340,72 @@ static void invariance(void)
     }
 }
 
-/* What is promised of the workspace where T x H is above a million: under a quarter of the bytes of q, k, v and g. */
+/* The bytes of q, k, v and g. */
+static size_t input_bytes(const flash_kda_fwd_params *p)
+{
+    return (size_t)(p->q.shape[1] * p->q.shape[2]) * DIM * 4 * 2;
+}
+
+/* Holds the workspace to `share` of the bytes of q, k, v and g, and `more` bytes. */
+static void check_workspace(const flash_kda_fwd_params *p, double share, double more)
+{
+    size_t bytes;
+    trying("T = %lld, H = %lld, N of cu_seqlens = %lld, longest %lld, batch_invariant = %d",
+           (long long)p->q.shape[1], (long long)p->q.shape[2],
+           p->cu_seqlens.ndim ? (long long)p->cu_seqlens.shape[0] - 1 : 0, (long long)p->max_seqlen,
+           p->batch_invariant);
+    flash_kda_status status = flash_kda_fwd_workspace_size(p, &bytes);
+    if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) return;
+    CHECK((double)bytes <= share * (double)input_bytes(p) + more, "%zu bytes of workspace for %zu of inputs",
+          bytes, input_bytes(p));
+}
+
+/* The promises about the workspace. Where T x H is above a million it is at most a quarter of the bytes of q,
+ * k, v and g. With batch_invariant a segment has at least 1024 tokens, and each segment of a head has a map
+ * and a state of 64 KiB and a sixth of a map for groups; what lists and even shares need is below 16 MB. */
 static void workspace(void)
 {
-    static const int64_t shapes[][2] = {{1048576, 1}, {1048576, 96}, {65536, 17},
-                                        {16384, 65},  {8192, 129},   {10923, 97}};
-    static const int64_t longest[] = {8192, 19619, 100000, 1000000};
-    for (size_t i = 0; test.device.type == FLASH_KDA_CUDA && i < sizeof shapes / sizeof *shapes; i++) {
-        const int64_t tokens = shapes[i][0], head_count = shapes[i][1], rows[] = {1, tokens, head_count, DIM};
-        const int64_t bias[] = {head_count, DIM};
+    static const struct {
+        int64_t tokens, heads;
+    } shapes[] = {
+        {.tokens = 1048576, .heads = 1}, {.tokens = 1048576, .heads = 96}, {.tokens = 65536, .heads = 17},
+        {.tokens = 16384, .heads = 65},  {.tokens = 8192, .heads = 129},   {.tokens = 10923, .heads = 97},
+    };
+    static const int64_t longest[] = {8192, 19619, 100000, 1000000}, borders = 54;
+    const double batch_invariant_share = (2 + 1.0 / 6) * 65536 / (1024 * 4 * 2 * DIM);
+    if (test.device.type != FLASH_KDA_CUDA) return;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const int64_t rows[] = {1, shapes[i].tokens, shapes[i].heads, DIM}, bias[] = {shapes[i].heads, DIM};
         flash_kda_fwd_params p = {
-            .struct_size = sizeof p, .device = test.device, .kernel = test.kernel, .cut = test.cut};
+            .struct_size = sizeof p,
+            .device = test.device,
+            .kernel = test.kernel,
+            .cut = test.cut,
+            .beta = tensor_of(NULL, FLASH_KDA_BF16, 3, rows),
+            .A_log = tensor_of(NULL, FLASH_KDA_F32, 1, bias),
+            .dt_bias = tensor_of(NULL, FLASH_KDA_F32, 2, bias),
+        };
         p.q = p.k = p.v = p.g = p.out = tensor_of(NULL, FLASH_KDA_BF16, 4, rows);
-        p.beta = tensor_of(NULL, FLASH_KDA_BF16, 3, rows);
-        p.A_log = tensor_of(NULL, FLASH_KDA_F32, 1, bias);
-        p.dt_bias = tensor_of(NULL, FLASH_KDA_F32, 2, bias);
-        for (p.batch_invariant = 0; p.batch_invariant < 2; p.batch_invariant++) {
-            size_t bytes, inputs = (size_t)(tokens * head_count) * DIM * 4 * 2;
-            trying("T = %lld, H = %lld, batch_invariant = %d", (long long)tokens, (long long)head_count,
-                   p.batch_invariant);
-            flash_kda_status status = flash_kda_fwd_workspace_size(&p, &bytes);
-            if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) continue;
-            CHECK(bytes < inputs / 4, "%zu bytes of workspace for %zu of inputs", bytes, inputs);
-        }
-        const int64_t borders = 54;
+        check_workspace(&p, 0.25, 0);
+        p.batch_invariant = 1;
+        check_workspace(&p, 0.25, 0);
+        check_workspace(&p, batch_invariant_share, 16e6);
         p.cu_seqlens = tensor_of(NULL, FLASH_KDA_I64, 1, &borders);
+        check_workspace(&p, batch_invariant_share, 16e6);
         p.batch_invariant = 0;
-        for (size_t n = 0; n < sizeof longest / sizeof *longest && longest[n] <= tokens; n++) {
-            size_t bytes, inputs = (size_t)(tokens * head_count) * DIM * 4 * 2;
+        for (size_t n = 0; n < sizeof longest / sizeof *longest && longest[n] <= shapes[i].tokens; n++) {
             p.max_seqlen = longest[n];
-            trying("T = %lld, H = %lld, the longest of %lld sequences has %lld", (long long)tokens,
-                   (long long)head_count, (long long)borders - 1, (long long)longest[n]);
-            flash_kda_status status = flash_kda_fwd_workspace_size(&p, &bytes);
-            if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) continue;
-            CHECK(bytes < inputs / 4, "%zu bytes of workspace for %zu of inputs", bytes, inputs);
+            check_workspace(&p, 0.25, 0);
         }
     }
 }
 
-/* Far longer sequences, against the fp64 recurrence; also the error of what is cut must not grow with the length. */
-static void lengths(void)
+/* Far longer sequences: the error of a sequence that is cut does not grow with its length. */
+static void long_sequences(void)
 {
     static const int64_t tokens[] = {16384, 65536, 262144};
     const test_case *c = find_case("channels from fast to slow");
-    if (!kernel_cuts() || test.quick) return;
+    if (!testing_cut(FLASH_KDA_CUT_ALWAYS) || test.quick) return;
     for (int i = 0; i < 3; i++) {
         problem *p = problem_create(1, tokens[i], 1);
         fill_case(p, c, 110);
@@ -374,9 +418,17 @@ static void lengths(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"cases", cases},   {"recorded", recorded},   {"levels", levels},   {"divided", divided},
-        {"shared", shared}, {"mixtures", mixtures},   {"shorter", shorter}, {"invariance", invariance},
-        {"unlike", unlike}, {"workspace", workspace}, {"lengths", lengths},
+        {"cases", cases},
+        {"recorded", recorded},
+        {"join-groups", join_groups},
+        {"even-shares", even_shares},
+        {"shared-segments", shared_segments},
+        {"lengths-differ", lengths_differ},
+        {"shorter", shorter},
+        {"invariance", invariance},
+        {"mixed", mixed},
+        {"workspace", workspace},
+        {"long", long_sequences},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

@@ -1,5 +1,5 @@
-/* The tests' own tools: a comparison that lets NaN pass or a guard band that sees nothing would make every other
- * test worthless. */
+/* The tests' own tools. A comparison that lets NaN pass, or a guard band that sees nothing, would make every
+ * other test worthless. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,7 +43,7 @@ static void rounding(void)
             CHECK(false, "bf16 %04x changes", bits);
 }
 
-/* A write just outside of a buffer must be found, for each written buffer and either side. */
+/* A write just outside a buffer must be found, on either side of each written buffer. */
 static void guards(void)
 {
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,4 +1,5 @@
-/* Several threads in the library at once: each gets what it gets alone, and its own error sentence. */
+/* Several threads call the library at the same time. Each gets the result that it gets by itself, and its own
+ * error sentence. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -12,7 +13,7 @@ enum { THREADS = 6 };
 typedef struct worker {
     int index;
     problem *p;
-    result alone;
+    result by_itself;
     pthread_barrier_t *start;
 } worker;
 
@@ -28,8 +29,8 @@ static void *run_again(void *argument)
         flash_kda_status status = call_run(&c);
         if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) break;
         result now = {call_read_out(&c), call_read_state(&c)};
-        CHECK(first_difference(w->alone.out, now.out, 2, problem_rows(w->p) * DIM) < 0, "out differs");
-        CHECK(first_difference(w->alone.state, now.state, 4, problem_states(w->p) * DIM * DIM) < 0,
+        CHECK(first_difference(w->by_itself.out, now.out, 2, problem_rows(w->p) * DIM) < 0, "out differs");
+        CHECK(first_difference(w->by_itself.state, now.state, 4, problem_states(w->p) * DIM * DIM) < 0,
               "final_state differs");
         result_free(&now);
     }
@@ -57,13 +58,13 @@ static void problems(void)
         const int64_t lengths[] = {20 * i, 7, 0, 64 + i};
         problem *p = problem_create_ragged(lengths, 4, 1 + i % 3);
         fill_case(p, &test_cases[i % 3], (uint64_t)i);
-        trying("thread %d's problem alone", i);
+        trying("thread %d's problem by itself", i);
         workers[i] = (worker){.index = i, .p = p};
-        workers[i].alone = run_and_check(p, NULL, (bars){0, 0}, options_of(STATE_BOTH, false));
+        workers[i].by_itself = run_and_check(p, NULL, (bars){0, 0}, options_of(STATE_BOTH, false));
     }
     run_all(workers, run_again);
     for (int i = 0; i < THREADS; i++) {
-        result_free(&workers[i].alone);
+        result_free(&workers[i].by_itself);
         problem_free(workers[i].p);
     }
 }

@@ -23,9 +23,10 @@ static CUresult called(void)
     return 0;
 }
 
-static CUresult launched(void)
+static CUresult launched(pretended_launch launch)
 {
-    pretended_counts_of_thread()->launches++;
+    pretended_counts *counts = pretended_counts_of_thread();
+    counts->launch[counts->launches++ % PRETENDED_LAUNCHES] = launch;
     return called();
 }
 
@@ -65,6 +66,7 @@ CUresult cuFuncSetAttribute(CUfunction function, int attribute, int value)
 
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, CUstream stream)
 {
+    pretended_counts_of_thread()->memset_words += count;
     return called();
 }
 
@@ -84,11 +86,27 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                         CUstream stream, void **arguments, void **extra)
 {
-    return launched();
+    return launched((pretended_launch){
+        .ctas = grid_x * grid_y * grid_z,
+        .threads = block_x * block_y * block_z,
+        .shared_bytes = shared_bytes,
+    });
 }
 
 CUresult cuLaunchKernelEx(const fkda_launch_config *config, CUfunction function, void **arguments,
                           void **extra)
 {
-    return launched();
+    pretended_launch launch = {
+        .ctas = config->grid_x * config->grid_y * config->grid_z,
+        .threads = config->block_x * config->block_y * config->block_z,
+        .shared_bytes = config->shared_bytes,
+    };
+    for (unsigned i = 0; i < config->attribute_count; i++) {
+        const fkda_launch_attribute *attribute = &config->attributes[i];
+        if (attribute->id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
+            launch.cooperative = attribute->value.cooperative;
+        if (attribute->id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+            launch.early = attribute->value.programmatic_stream_serialization_allowed;
+    }
+    return launched(launch);
 }

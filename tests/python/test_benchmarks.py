@@ -1,4 +1,4 @@
-"""benchmarks/peers.py, the benchmark beside other implementations: all of it but graphs runs without a GPU."""
+"""benchmarks/peers.py, the benchmark beside other implementations. All but its graphs runs without a GPU."""
 
 import inspect
 import json

@@ -23,7 +23,10 @@ IGNORED = (
     "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register "
     "count at entry."
 )
-HARMLESS = "ptxas info    : (C7519) warpgroup.arrive is injected in around line 63 by compiler in function 'fkda_wide_a'"
+HARMLESS = (
+    "ptxas info    : (C7519) warpgroup.arrive is injected in around line 63 by compiler in function "
+    "'fkda_wide_a'"
+)
 
 
 @pytest.fixture(scope="module")
