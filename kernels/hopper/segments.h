@@ -81,7 +81,7 @@ typedef struct fkda_cut {
     float *maps;       /* [slot][head][128][128], in the layout MapImage of join/map.cuh */
     float *composed;   /* [group][head][128][128], a MapImage: the product of a group's maps */
     int *flags;        /* [slot][head][FKDA_SLOT_FLAGS]; only the relay and the mixed schedule have them */
-    int shortest;      /* tokens of a segment, at least */
+    int shortest;      /* a sequence of n tokens is cut into n / shortest segments */
     int slots;         /* of the workspace */
     int equal_lengths; /* all sequences have one length, or there is one: no lists are needed */
     int segments;      /* of each sequence if equal_lengths and the host knows the length; else 0 */
