@@ -35,6 +35,8 @@ sanitize_with() {
     check="compute-sanitizer --tool $1 --error-exitcode 1"
     bench="$2/flash-kda bench --device cuda:0 --kernel hopper"
     $check "$2/tests/test_forward" --device cuda:0 --quick batches ragged many empty recorded &&
+        $check "$2/tests/test_forward" --device cuda:0 --quick --kernel hopper --cut always ragged many &&
+        $check "$2/tests/test_forward" --device cuda:0 --quick --kernel hopper --cut mixed ragged many &&
         $check "$2/tests/test_segments" --device cuda:0 --quick --kernel hopper --cut always join-groups &&
         $check $bench --cut always --heads 24 --lengths 1111 &&
         $check $bench --cut mixed --heads 4 --lengths 1111,30x40
