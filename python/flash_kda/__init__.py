@@ -1,7 +1,8 @@
 """Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
 
-`fwd` runs it, for PyTorch tensors, NumPy arrays and whatever else speaks DLPack. `reference` is the slow
-fp64 definition. `devices` lists what it can run on, `explain` says how. The formula is in the docstring of `fwd`.
+`fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
+docstring has the formula. `reference` is the slow fp64 definition. `devices` and `kernels` list what a call
+can run on, and `explain` says how it would run.
 """
 
 from __future__ import annotations
@@ -77,44 +78,44 @@ def fwd(
         scale: finite; multiplies the output, usually K ** -0.5.
         out: bf16 [B, T, H, V], written.
         A_log: fp32 [H].
-        dt_bias: fp32 [H, K]. A_log and dt_bias may be PyTorch tensors in 16 bits, as layers hold them that were
-            cast as a whole. The call converts these two, and no other array.
+        dt_bias: fp32 [H, K]. A_log and dt_bias may be PyTorch tensors in 16 bits, as layers hold them that
+            were cast as a whole. The call converts these two, and no other array.
         lower_bound: lower bound of one token's log decay, in nats, in [-5, 0].
         initial_state: bf16 or fp32 [N, H, V, K] (V first), or None: zeros.
-        final_state: the same, written, or None. It has the dtype of initial_state if both are given; it may be
-            the same array, which is then updated in place.
+        final_state: the same, written, or None. It has the dtype of initial_state if both are given; it may
+            be the same array, which is then updated in place.
         cu_seqlens: int64 or int32 [N + 1] on the device, or None. Sequence n is tokens cu_seqlens[n] to
             cu_seqlens[n + 1] - 1 of the one batch row (B must be 1); the first value is 0, the last one is T,
-            and values never decrease. None: each batch row is a sequence, N = B. The values are checked on the
-            CPU. On a GPU they are clamped into [0, T] instead, as the call does not wait to look at them.
+            and values never decrease. None: each batch row is a sequence, N = B. The values are checked on
+            the CPU. On a GPU they are clamped into [0, T] instead, as the call does not wait to look at them.
         kernel: the name of one of `kernels()`; None picks the best for the device.
-        threads: number of CPU threads; 0 means as many as the process may run on. The result does not depend on
-            it.
-        batch_invariant: True promises that a sequence's output and final state have the same bits whatever else
-            is in the batch, and wherever the sequence is in the batch. The promise can cost time with the kernel
-            "hopper", which then computes batches differently. All other kernels always keep it.
+        threads: number of CPU threads; 0 means as many as the process may run on. The result does not depend
+            on it.
+        batch_invariant: True promises that a sequence's output and final state have the same bits whatever
+            else is in the batch, and wherever the sequence is in the batch. The promise can cost time with
+            the kernel "hopper", which then computes batches differently. All other kernels always keep it.
         max_seqlen: number of tokens of the longest sequence, in [0, T], if the caller knows it; 0: not known.
             With cu_seqlens on a GPU the number decides whether a long sequence is worth cutting, which can be
             several times as fast. A wrong number costs time, not correctness. Without cu_seqlens it changes
             nothing.
-        cut: how the kernel "hopper" may cut sequences into segments that are computed in parallel: "auto" where
-            it pays, "never", "always" wherever a sequence is long enough, "mixed" only by the schedule for
-            sequences of different lengths. Meant for tests and benchmarks. Results differ within the error
-            budget. Other kernels take every value and cut nothing.
+        cut: how the kernel "hopper" may cut sequences into segments that are computed in parallel: "auto"
+            where it pays, "never", "always" wherever a sequence is long enough, "mixed" only by the schedule
+            for sequences of different lengths. Meant for tests and benchmarks. Results differ within the
+            error budget. Other kernels take every value and cut nothing.
 
-    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta and cu_seqlens: to an element);
-    what is written shares memory with nothing else. T may be 0, and so may a sequence's length.
+    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta and cu_seqlens: to an
+    element); what is written shares memory with nothing else. T may be 0, and so may a sequence's length.
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
-    CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the call
-    uses the legacy default stream and waits until the result is there.
+    CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
+    call uses the legacy default stream and waits until the result is there.
 
     Raises:
         ValueError: an argument has a wrong shape, value, device or memory.
         TypeError: an argument has a wrong dtype or is of a wrong type.
-        RuntimeError: there is no such device or kernel, the driver failed, or gradients were asked for, as there
-            is no backward pass yet.
-    After a ValueError or a TypeError nothing was written, and the message names the argument.
+        RuntimeError: there is no such device or kernel, the driver failed, or gradients were asked for, as
+            there is no backward pass yet.
+    In each of these cases nothing was written. The message of a ValueError or TypeError names the argument.
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
@@ -144,8 +145,8 @@ def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
     """The bytes of workspace that a call with T_total tokens in all, H heads and N sequences may need.
 
     It is the largest over the devices of this machine, their kernels, and the values of batch_invariant and
-    max_seqlen. It is for cut="auto": the other values of cut, which are meant for tests and benchmarks, may need
-    more, and `explain` says how much. `fwd` allocates its workspace by itself.
+    max_seqlen. It is for cut="auto": the other values of cut, which are meant for tests and benchmarks, may
+    need more, and `explain` says how much. `fwd` allocates its workspace by itself.
 
     Raises:
         TypeError: an argument is no int.
@@ -176,8 +177,8 @@ def explain(
     max_seqlen: int = 0,
     cut: str = "auto",
 ) -> str:
-    """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, how it would lay the
-    work out, and how much workspace it would use: a few lines to be read, whose wording may change.
+    """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, how it would lay
+    the work out, and how much workspace it would use: a few lines to be read, whose wording may change.
 
     Args:
         device: "cpu" or "cuda:1", say; None is the first CUDA device if it can be used, else the CPU.
@@ -234,7 +235,7 @@ def _shape_params(
 
 @dataclass(frozen=True)
 class Device:
-    """A device of this machine."""
+    """One device of this machine."""
 
     type: str  #: "cpu" or "cuda"
     index: int  #: the CUDA ordinal; 0 for the CPU
@@ -255,9 +256,8 @@ def _describe(info: _lib.DeviceInfo) -> Device:
     def text(field: bytes) -> str:
         return field.decode(errors="replace")
 
-    kind = "cuda" if info.device.type == _lib.CUDA else "cpu"
     return Device(
-        kind,
+        "cuda" if info.device.type == _lib.CUDA else "cpu",
         info.device.index,
         text(info.name),
         text(info.arch),
@@ -303,7 +303,7 @@ _loading = threading.Lock()
 
 
 def _load_torch_layer() -> None:
-    """Also registers the operator."""
+    """Imports flash_kda._torch, which also registers the operator. May run in several threads."""
     global _torch_layer
     with _loading:
         if _torch_layer is None:
@@ -311,7 +311,7 @@ def _load_torch_layer() -> None:
 
 
 def _find_torch() -> None:
-    """PyTorch is used only if the caller imported it, and only once that is complete."""
+    """PyTorch is used only if the caller imported it, and only once the import is complete."""
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     if spec is not None and not getattr(spec, "_initializing", False):
         _load_torch_layer()

@@ -1,8 +1,9 @@
 """Arrays of any library: NumPy's own interface, and DLPack for all others.
 
-NumPy's own arrays take one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then `_run`,
-then `PreparedCall.run`, which calls C. If one array is of another library, `_read_and_run` reads all of them, and its
-prepared call is used once: DLPack has no way to ask what an array looks like without exporting it.
+NumPy's own arrays take one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then
+`_run`, then `PreparedCall.run`, which calls C. If one array is of another library, `_read_and_run` reads all
+of them, and its prepared call is used once: DLPack has no way to ask what an array looks like without
+exporting it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class _ArrayInterface(ctypes.Structure):
     )
 
 
-# An _ArrayInterface as a row of pointers, of which one is read: half the time of reading a field.
+# PyCapsule_GetPointer for an _ArrayInterface as a C array of pointers. Reading an element takes half the time
+# of reading the field of a struct.
 _interface = ctypes.pythonapi["PyCapsule_GetPointer"]
 _interface.argtypes = [py_object, c_void_p]
 _interface.restype = POINTER(c_void_p)
@@ -146,7 +148,7 @@ def _matcher(looks: list) -> Callable[..., bool]:
 
 
 def _prepare_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
-    """A call on NumPy arrays that the latest prepared call does not fit: finds the one that fits, or prepares it."""
+    """A call on NumPy arrays that the latest prepared call does not fit: finds or prepares one that fits."""
     looks = [*map(_describe, arrays)]
     key = (options, *looks)
     call = _calls.find(key)
@@ -162,7 +164,7 @@ def _run(call: PreparedCall, arrays: list, scale: Any, lower_bound: Any) -> None
     for i in call.written:
         if not arrays[i].flags.writeable:
             raise _read_only(call.options.names[i])
-    # A capsule must outlive the reading of its struct.
+    # Each capsule is alive while its struct is read.
     pointers = [_interface(capsule, None)[_DATA] for capsule in map(_array_struct, arrays)]
     call.run(pointers, scale, lower_bound)
 
@@ -194,12 +196,13 @@ def _read_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) 
 
 
 def device_of(name: str, x: Any) -> tuple[int, int]:
+    """The device of an array, as the library numbers devices. Refuses what is no array."""
     if is_numpy(x):
         return _lib.CPU, 0
     if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
         raise TypeError(
-            f"{name} is of type {type(x).__module__}.{type(x).__name__}; it must be a PyTorch tensor, a NumPy array, "
-            "or an array that has __dlpack__"
+            f"{name} is of type {type(x).__module__}.{type(x).__name__}; it must be a PyTorch tensor, "
+            "a NumPy array, or an array that has __dlpack__"
         )
     kind, index = x.__dlpack_device__()
     if int(kind) in _CPU_TYPES:
@@ -216,7 +219,8 @@ def _device_text(device: tuple[int, int]) -> str:
 
 
 def _stream(arrays, index: int) -> tuple[int, bool]:
-    """The stream to work on, and whether the arrays' libraries order their own later work after it."""
+    """The stream to work on, and whether the libraries of all arrays order their later work after this
+    stream's."""
     modules = {type(x).__module__.partition(".")[0] for x in arrays}
     if "torch" in modules:
         import torch
@@ -231,8 +235,8 @@ def _stream(arrays, index: int) -> tuple[int, bool]:
 
 
 def read(name: str, x: Any, stream: int | None) -> tuple[View, Any]:
-    """The view of an array on the CPU or, once the stream may use it, on a GPU, and the object that keeps its memory
-    alive."""
+    """The view of an array on the CPU or, once the stream may use it, on a GPU, and the object that keeps its
+    memory alive."""
     return (_read_numpy(name, x), x) if is_numpy(x) else _read_dlpack(name, x, stream)
 
 
@@ -292,5 +296,5 @@ def _read_dlpack(name: str, x: Any, stream: int | None) -> tuple[View, Any]:
     stride = tuple(tensor.strides[:ndim]) if ndim and tensor.strides else None
     dtype = _DLPACK_DTYPES.get((tensor.code, tensor.bits), _lib.OTHER) if tensor.lanes == 1 else _lib.OTHER
     pointer = (tensor.data or 0) + tensor.byte_offset
-    # Left as it is, the capsule returns the memory to its library when it goes.
+    # The capsule stays unused, so that its destructor returns the memory to its library.
     return View(pointer, dtype, shape, stride), capsule

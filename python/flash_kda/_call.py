@@ -1,10 +1,11 @@
 """Prepared calls: the C library's argument struct, filled in once and reused.
 
-Checking shapes and filling a struct from Python takes longer than the rest of a call. A prepared call therefore
-keeps the filled flash_kda_fwd_params of one combination of options, shapes, dtypes and device. A call of the same
-combination only sets what may differ: pointers, scale, lower_bound, stream and workspace. The C library checks all
-of the struct every time. Whether a prepared call fits is decided by what the arrays look like at the time of the
-call, never by which objects they are, since an array may be resized, moved or retyped in place.
+Checking shapes and filling a struct from Python takes longer than the rest of a call. A prepared call
+therefore keeps the filled flash_kda_fwd_params of one combination of options, shapes, dtypes and device. A
+call of the same combination only sets what may differ: pointers, scale, lower_bound, stream and workspace.
+The C library checks all of the struct every time. Whether a prepared call fits is decided by what the arrays
+look like at the time of the call, never by which objects they are, since an array may be resized, moved or
+retyped in place.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any, Callable, NamedTuple
 from . import _lib
 from ._options import OPTIONAL_ARRAYS, Options
 
-# C takes an optional tensor with a null pointer for an absent one. An optional array that is present but empty is
-# an error, so it must not look absent: it gets this address, which is never read.
+# C takes an optional tensor with a null pointer for an absent one. An optional array that is present but
+# empty is an error, so it must not look absent: it gets this address, which is never read.
 _EMPTY_BUT_PRESENT = 64
 
 
@@ -49,7 +50,7 @@ _fwd = _lib.lib.flash_kda_fwd
 
 
 class PreparedCall:
-    """A filled struct. It holds the pointers of one call at a time, so each thread prepares its own."""
+    """A filled struct. It holds the pointers of one call at a time, so each thread prepares its own calls."""
 
     __slots__ = (
         "busy",
@@ -76,7 +77,7 @@ class PreparedCall:
         self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
         self.options = options
         self.written = options.written
-        self.busy = False  # whether run() is under way
+        self.busy = False  # True while run() runs
         # Whether arrays, passed one by one, look like the ones the call was prepared for.
         self.fits: Callable[..., bool] = lambda *arrays: False
         self.params = params
@@ -97,8 +98,8 @@ class PreparedCall:
         params.workspace_size = self.workspace_size
 
     def _field(self, kind: Any, name: str) -> Any:
-        """One field of the struct as an object of its own, which takes half the time to set. A tensor's first field
-        is its pointer."""
+        """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
+        field is its pointer."""
         return kind.from_buffer(self.params, getattr(_lib.FwdParams, name).offset)
 
     def run(
@@ -109,11 +110,10 @@ class PreparedCall:
         stream: int | None = None,
         workspace: int | None = None,
     ) -> None:
-        """Calls C with these pointers to the call's arrays. stream and workspace are for GPUs: the CPU's workspace is
-        the thread's own."""
-        self.busy = (
-            True  # a finalizer or signal handler that runs meanwhile and calls fwd must not take this struct
-        )
+        """Calls C with these pointers to the call's arrays. stream and workspace are for GPUs: the CPU's
+        workspace is the thread's own."""
+        # A finalizer or signal handler may run meanwhile and call fwd, which then must not use this struct.
+        self.busy = True
         try:
             for field, pointer in zip(self.pointers, pointers):
                 field.value = pointer
@@ -128,7 +128,7 @@ class PreparedCall:
             elif self.workspace_size:
                 if _scratch.size_bytes < self.workspace_size:
                     _scratch.grow(self.workspace_size)
-                # The local name keeps the memory alive until C returns, even if a finalizer grows the scratch.
+                # The local name keeps the memory alive until C returns, even if the scratch grows meanwhile.
                 _memory, self.workspace.value = _scratch.block
             status = _fwd(self.reference)
         finally:

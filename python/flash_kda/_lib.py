@@ -1,4 +1,4 @@
-"""libflashkda through ctypes: the constants and structs of include/flash_kda.h, its functions, and its errors."""
+"""libflashkda through ctypes: what include/flash_kda.h declares, and the exceptions for its errors."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _load() -> ctypes.CDLL:
     path = beside_package(LIBRARY)
     if path is None:
         raise ImportError(
-            f"flash_kda: {LIBRARY} is not beside the package; install it with `pip install .`, or build it with "
-            "CMake and put <build folder>/python on PYTHONPATH"
+            f"flash_kda: {LIBRARY} is not beside the package; install it with `pip install .`, or build it "
+            "with CMake and put <build folder>/python on PYTHONPATH"
         )
     lib = ctypes.CDLL(path)
     params = ctypes.POINTER(FwdParams)

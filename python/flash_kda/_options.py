@@ -1,11 +1,12 @@
 """The options of a call: what it asks for apart from the contents of its arrays, scale and lower_bound.
 
-`Options` holds all of them in one frozen object. `known_options` returns the same object for the same values, and
-it has checked the values of every object that it returns. Hence two calls that ask for the same are told by `is`.
+`Options` holds all of them in one frozen object. `known_options` returns the same object for the same values,
+and it has checked the values of every object that it returns. Hence two calls that ask for the same are told
+by `is`.
 
-An option is one field of `Options`. The field says which values the option takes, and from the field follow the
-check and its sentence, what goes into C's struct, the argument of the operator torch.ops.flash_kda.fwd, and
-whether an earlier call's struct can be reused. To add an option, change
+An option is one field of `Options`. The field says which values the option takes, and from the field follow
+the check and its sentence, what goes into C's struct, the argument of the operator torch.ops.flash_kda.fwd,
+and whether an earlier call's struct can be reused. To add an option, change
 
 1. _options.py: one field of `Options`;
 2. _lib.py: the struct's field in `FwdParams`, as include/flash_kda.h has it;
@@ -16,11 +17,13 @@ To add an optional array, change
 
 1. _options.py: its name in `OPTIONAL_ARRAYS`, and in `WRITTEN_ARRAYS` if the call writes it;
 2. _lib.py: the struct's field in `FwdParams`;
-3. __init__.py, `fwd`: the parameter, its lines in the docstring, the two lines that append it to the arrays, and
-   its entry in `given`.
+3. __init__.py, `fwd`: the parameter, its lines in the docstring, the two lines that append it to the arrays,
+   and its entry in `given`.
 
-Order counts in two places: `fwd` passes values to `known_options` in the order of the fields, and appends arrays
-in the order of `OPTIONAL_ARRAYS`.
+Order counts in two places: `fwd` passes values to `known_options` in the order of the fields, and appends
+arrays in the order of `OPTIONAL_ARRAYS`. tests/python/test_structure.py and test_errors.py notice a wrong
+order. In the operator all options follow all arrays, so a new array moves the options' positions. It does not
+change their names.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def _kernel_name(kernel: str | None) -> bytes | None:
 
 
 def _option(default: Any, takes: _Takes, c_name: str = "", operator_name: str = "") -> Any:
-    """A field of Options. c_name and operator_name: where C's struct and the operator have another name for it."""
+    """A field of Options. c_name and operator_name are its other names in C's struct and in the operator."""
     names = {"c_name": c_name, "operator_name": operator_name}
     return field(default=default, metadata={"takes": takes, **names})
 
@@ -88,7 +91,8 @@ class Options:
 
     #: for each of OPTIONAL_ARRAYS whether the call has it
     given: tuple[bool, ...] = (False,) * len(OPTIONAL_ARRAYS)
-    # Inductor passes an operator's arguments by name beside a `kernel` of its own, so the operator has another name.
+    # Inductor passes an operator's arguments by name beside a `kernel` of its own, so the operator has
+    # another name.
     kernel: str | None = _option(
         None,
         _Takes((str, type(None)), "a string or None", "str?", to_c=_kernel_name),
@@ -131,8 +135,8 @@ _OPTION_NAMES = tuple(option.name for option in _OPTION_FIELDS)
 OPTION_DEFAULTS = tuple(option.default for option in _OPTION_FIELDS)
 
 
-# Typed: 2 and 2.0 are different values, and so are True and 1, so that a wrong type never finds a right value's
-# options. An error is not kept, so wrong values are checked, and refused, at every call.
+# Typed: 2 and 2.0 are different values, and so are True and 1, so that a wrong type never finds a right
+# value's options. An error is not kept, so wrong values are checked, and refused, at every call.
 @lru_cache(maxsize=1024, typed=True)
 def _known(*values: Any) -> Options:
     return Options(*values).checked()
@@ -146,8 +150,10 @@ def known_options(*values: Any) -> Options:
     """
     try:
         return _known(*values)
-    except TypeError:  # also of a value without a hash, such as a list, which has its own sentence
-        return Options(*values).checked()
+    except TypeError:
+        pass
+    # A value has a wrong type, of which some have no hash for the cache. The check says what is wrong.
+    return Options(*values).checked()
 
 
 def operator_schema() -> str:

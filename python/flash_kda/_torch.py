@@ -2,9 +2,10 @@
 
 This module is imported only once PyTorch itself is there.
 
-An eager call takes one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then `_run`, then
-`PreparedCall.run`, which calls C. Tensors that are not plain ones (fake tensors, DTensor, ...), and all tensors
-under a dispatch mode, go to the operator instead, and through PyTorch's dispatcher to `_operator`.
+An eager call takes one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then
+`_run`, then `PreparedCall.run`, which calls C. Tensors that are not plain ones (fake tensors, DTensor, ...),
+and all tensors under a dispatch mode, go to the operator instead, and through PyTorch's dispatcher to
+`_operator`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _current_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
-# What torch.cuda.current_stream() itself calls, without building an object; absent in CPU-only builds.
+# torch.cuda.current_stream() calls this function, and wraps the result in an object. CPU-only builds lack it.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
@@ -75,9 +76,9 @@ class _PythonGuards:
 
 
 def _usable_guards() -> Any:
-    """What torch.compile checks its inputs with: type, dtype, device, shape and strides in C++, in a tenth of the
-    time of _PythonGuards. It is internal to PyTorch, so it is used only if it is there and tells apart what must be
-    told apart."""
+    """What torch.compile checks its inputs with: type, dtype, device, shape and strides in C++, in a tenth of
+    the time of _PythonGuards. It is internal to PyTorch, so it is used only if it is there and tells apart
+    what must be told apart."""
     try:
         guards: Any = torch._C._dynamo.guards.TensorGuards  # type: ignore[attr-defined]
         x, y = torch.empty(1, 2, 3, dtype=torch.bfloat16), torch.empty(4)
@@ -126,7 +127,7 @@ def fwd(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
 
 
 def fwd_traced(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
-    """A call that a compiler traces. It sees the operator alone."""
+    """A call that a compiler traces. The compiler sees the operator alone."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise _no_backward_pass()
     _call_operator(tensors, options, scale, lower_bound)
@@ -143,11 +144,11 @@ def _call_operator(tensors: list, options: Options, scale: Any, lower_bound: Any
 
 
 def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
-    """A call that the latest prepared call does not fit: finds the one that fits, or prepares it."""
+    """A call that the latest prepared call does not fit: finds or prepares one that fits."""
     for i in _CONVERTED:
         if tensors[i].dtype in _16_BITS:
             tensors = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
-    # Only contiguous tensors are told by their looks. C refuses all others, so their call is not kept.
+    # The key has no strides, so a call is kept for contiguous tensors alone. C refuses all others.
     kept = all(t.layout is torch.strided and t.is_contiguous() for t in tensors)
     key = (options, *map(_describe, tensors))
     call = _calls.find(key) if kept else None
@@ -188,7 +189,8 @@ def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> Non
     else:
         workspace, address = None, None
         if call.workspace_size:
-            # Freed when this function returns: the allocator gives it only to later work of the stream.
+            # The allocator gets the workspace back when this function returns, and gives it only to work
+            # that is queued later on the stream.
             workspace = torch.empty(call.workspace_size, dtype=torch.uint8, device=tensors[0].device)
             address = workspace.data_ptr()
         stream = _current_stream(call.device_index)
@@ -204,12 +206,13 @@ def _no_backward_pass() -> RuntimeError:
     )
 
 
-# torch.library.custom_op would do all of what follows, but it fails on a written tensor that is left at its default.
+# torch.library.custom_op would do all of what follows, but it fails on a written tensor that is left at its
+# default.
 torch.library.define(
     "flash_kda::fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
     f"Tensor dt_bias, float lower_bound, {operator_schema()}) -> ()",
-    # The strides that tracing saw are those that the call gets: it takes contiguous tensors.
+    # The operator takes contiguous tensors, so compilers must keep the strides that tracing saw.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _DEFAULTS = (*(None for _ in OPTIONAL_ARRAYS), *OPTION_DEFAULTS)
@@ -217,8 +220,8 @@ _DEFAULTS = (*(None for _ in OPTIONAL_ARRAYS), *OPTION_DEFAULTS)
 
 @torch.library.impl("flash_kda::fwd", ("cpu", "cuda"))
 def _operator(
-    q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, out: Any, A_log: Any, dt_bias: Any, lower_bound: Any,
-    *rest: Any,
+    q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, out: Any, A_log: Any, dt_bias: Any,
+    lower_bound: Any, *rest: Any,
 ) -> None:  # fmt: skip
     rest += _DEFAULTS[len(rest) :]  # PyTorch leaves out the last arguments if they have their defaults
     optional, values = rest[: len(OPTIONAL_ARRAYS)], rest[len(OPTIONAL_ARRAYS) :]
@@ -242,4 +245,4 @@ def _operator_autograd(*args: Any, **kwargs: Any) -> None:
 
 @torch.library.register_fake("flash_kda::fwd")
 def _operator_fake(*args: Any, **kwargs: Any) -> None:
-    """Nothing is returned; what is written has its shape already."""
+    """The operator returns nothing, and what it writes has its shape before."""

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # problems.py
 if importlib.util.find_spec("flash_kda") is None:
     built = ROOT / os.environ.get("BUILD", "build") / "python"
     sys.path.insert(0, str(built))
-    # Subprocesses of the tests find the same package.
+    # Processes that tests start find the package that is tested.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(built), os.environ.get("PYTHONPATH"))))
 
 import flash_kda  # noqa: E402
@@ -36,7 +36,7 @@ def _cuda_missing():
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    """Each test that takes it runs on every device there is."""
+    """A test that takes this fixture runs on every device there is."""
     reason = _cuda_missing() if request.param == "cuda" else None
     if reason:
         pytest.skip(reason)

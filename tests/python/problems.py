@@ -1,13 +1,13 @@
-"""Inputs, the truth about them, and error measures, in NumPy alone."""
+"""Problems for tests: arguments of fwd, the right results for them, and error measures, in NumPy alone."""
 
 import numpy as np
 from ml_dtypes import bfloat16
 
 import flash_kda
 
-# Relative RMS error against the fp64 recurrence, out and fp32 state.
+# The largest relative RMS error of out and of an fp32 state that is allowed, against the fp64 recurrence.
 BARS = {"cpu": (2.2e-3, 1e-5), "cuda": (5.6e-3, 4.8e-3)}
-# Of fwd, in the order that callers know, and of reference.
+# The arguments of fwd, in the order that callers know.
 ARGUMENTS = (
     "q",
     "k",
@@ -27,8 +27,8 @@ REFERENCE_ARGUMENTS = tuple(name for name in ARGUMENTS if name not in ("out", "f
 
 
 def make(T=70, H=2, B=1, lengths=None, initial=None, final=np.float32, cu_dtype=np.int64, seed=0):
-    """The arguments of fwd. lengths: of the sequences (then B = 1 and T is their sum). initial and final: dtypes of
-    the states, or None. What is to be written holds NaN."""
+    """The arguments of fwd. lengths: tokens of each sequence, with B = 1 and T as their sum; None: each batch
+    row is a sequence. initial and final: dtypes of the states, or None. What fwd will write holds NaN."""
     rng = np.random.default_rng(seed)
     N = B
     if lengths is not None:
@@ -54,12 +54,12 @@ def make(T=70, H=2, B=1, lengths=None, initial=None, final=np.float32, cu_dtype=
 
 
 def truth(arguments):
-    """Out and final state in fp64."""
+    """The right out and final state, in fp64."""
     return flash_kda.reference(**{n: arguments[n] for n in REFERENCE_ARGUMENTS if n in arguments})
 
 
 def error(got, want):
-    """Relative RMS."""
+    """The relative RMS error."""
     got, want = np.asarray(got).astype(np.float64), np.asarray(want)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
@@ -67,7 +67,7 @@ def error(got, want):
 
 
 def hold_to(arguments, expected, device):
-    """out, and final_state if it is fp32, within the bars."""
+    """Asserts that out, and final_state if it is fp32, are within the bars."""
     out_bar, state_bar = BARS[device]
     assert error(arguments["out"], expected[0]) <= out_bar
     if arguments.get("final_state") is not None and arguments["final_state"].dtype == np.float32:
@@ -75,7 +75,7 @@ def hold_to(arguments, expected, device):
 
 
 def to_torch(arguments, device):
-    """The same arguments as tensors."""
+    """The arguments as tensors with memory of their own."""
     import torch
 
     def convert(x):
@@ -89,7 +89,7 @@ def to_torch(arguments, device):
 
 
 def to_numpy(arguments):
-    """Tensors back to arrays."""
+    """The arguments as NumPy arrays."""
 
     def convert(x):
         if not hasattr(x, "detach"):

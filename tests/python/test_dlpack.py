@@ -1,4 +1,4 @@
-"""Arrays of other libraries, through DLPack."""
+"""Arrays of other libraries, which are read through DLPack."""
 
 import ctypes
 import sys
@@ -70,7 +70,7 @@ def test_any_library(options):
     foreign = wrap(a, **options)
     flash_kda.fwd(**foreign)
     hold_to(a, expected, "cpu")
-    assert "stream" not in foreign["q"].asked  # on the CPU there is none
+    assert "stream" not in foreign["q"].asked  # a CPU has no streams
     if foreign["q"].versioned:
         assert foreign["out"].asked["copy"] is False
 
@@ -89,7 +89,7 @@ def test_what_is_written_must_be_writable(name):
         flash_kda.fwd(**{**a, name: Foreign(a[name], flags=1)})
     with pytest.raises(ValueError, match=f"{name} came as a copy through DLPack; it must share its memory"):
         flash_kda.fwd(**{**a, name: Foreign(a[name], flags=2)})
-    flash_kda.fwd(**{**a, "q": Foreign(a["q"], flags=3)})  # an input may be both
+    flash_kda.fwd(**{**a, "q": Foreign(a["q"], flags=3)})  # an input may be a read-only copy
 
 
 def test_refusals():
@@ -130,7 +130,7 @@ def test_capsules_are_returned():
 
 
 class Veiled:
-    """A PyTorch tensor of which only DLPack shows."""
+    """A PyTorch tensor that offers DLPack and nothing else."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -180,7 +180,7 @@ def test_jax_inputs():
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     a = make(T=40)
     expected = truth(a)
-    # JAX arrays cannot be written, so what is written is NumPy's.
+    # JAX arrays cannot be written, so NumPy's arrays take the results.
     with jax.default_device(jax.devices("cpu")[0]):
         inputs = {n: jax.numpy.asarray(a[n]) for n in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")}
     flash_kda.fwd(**{**a, **inputs})
@@ -196,7 +196,7 @@ def test_cupy(cuda):
     stream = cupy.cuda.Stream(non_blocking=True)
     torch.cuda.synchronize()
     with stream:
-        # CuPy has no bf16 of its own everywhere: those stay tensors of its stream.
+        # Not every CuPy has bf16, so bf16 tensors stay PyTorch's, and are used on CuPy's stream.
         arrays = {
             n: cupy.from_dlpack(x) if isinstance(x, torch.Tensor) and x.dtype != torch.bfloat16 else x
             for n, x in tensors.items()

@@ -9,13 +9,34 @@ from problems import make, to_torch
 
 BIG = 2**31
 
-# What to change in right arguments, the exception, and its sentence. A change that is callable is given the arguments.
+# What to change in right arguments, the exception, and its sentence. A change that is callable is given the
+# arguments.
 WRONG = {
-    "q of another dtype": ({"q": lambda a: cast(a["q"], "float32")}, TypeError, "q has dtype float32; it must be bfloat16"),
-    "k in fp16": ({"k": lambda a: cast(a["k"], "float16")}, TypeError, "k has dtype float16; it must be bfloat16"),
-    "A_log in fp64": ({"A_log": lambda a: cast(a["A_log"], "float64")}, TypeError, "A_log has dtype float64; it must be float32"),
-    "A_log of integers": ({"A_log": lambda a: cast(a["A_log"], "int64")}, TypeError, "A_log has dtype int64; it must be float32"),
-    "out in fp32": ({"out": lambda a: cast(a["out"], "float32")}, TypeError, "out has dtype float32; it must be bfloat16"),
+    "q of another dtype": (
+        {"q": lambda a: cast(a["q"], "float32")},
+        TypeError,
+        "q has dtype float32; it must be bfloat16",
+    ),
+    "k in fp16": (
+        {"k": lambda a: cast(a["k"], "float16")},
+        TypeError,
+        "k has dtype float16; it must be bfloat16",
+    ),
+    "A_log in fp64": (
+        {"A_log": lambda a: cast(a["A_log"], "float64")},
+        TypeError,
+        "A_log has dtype float64; it must be float32",
+    ),
+    "A_log of integers": (
+        {"A_log": lambda a: cast(a["A_log"], "int64")},
+        TypeError,
+        "A_log has dtype int64; it must be float32",
+    ),
+    "out in fp32": (
+        {"out": lambda a: cast(a["out"], "float32")},
+        TypeError,
+        "out has dtype float32; it must be bfloat16",
+    ),
     "a state of fp64": (
         {"initial_state": lambda a: cast(a["initial_state"], "float64")},
         TypeError,
@@ -31,18 +52,47 @@ WRONG = {
         TypeError,
         "cu_seqlens has dtype float32; it must be int64 or int32",
     ),
-    "k of another length": ({"k": lambda a: a["k"][:, :7]}, ValueError, "k has shape [1, 7, 2, 128]; it must be [B, T, H, K] = [1, 8, 2, 128]"),
-    "K other than 128": ({"q": lambda a: first_channels(a["q"])}, ValueError, "q has K = 64; the head size K must be 128"),
-    "V other than 128": ({"v": lambda a: first_channels(a["v"])}, ValueError, "v has V = 64; the head size V must be 128"),
-    "q of rank 3": ({"q": lambda a: a["q"][0]}, ValueError, "q has 3 dimensions; it must have 4: [B, T, H, K]"),
-    "q of rank 5": ({"q": lambda a: a["q"][None]}, ValueError, "q has 5 dimensions; it must have 4: [B, T, H, K]"),
-    "beta of rank 4": ({"beta": lambda a: a["beta"][..., None]}, ValueError, "beta has 4 dimensions; it must have 3: [B, T, H]"),
-    "dt_bias flat": ({"dt_bias": lambda a: a["dt_bias"].reshape(-1)}, ValueError, "dt_bias has 1 dimensions; it must have 2: [H, K]"),
+    "k of another length": (
+        {"k": lambda a: a["k"][:, :7]},
+        ValueError,
+        "k has shape [1, 7, 2, 128]; it must be [B, T, H, K] = [1, 8, 2, 128]",
+    ),
+    "K other than 128": (
+        {"q": lambda a: first_channels(a["q"])},
+        ValueError,
+        "q has K = 64; the head size K must be 128",
+    ),
+    "V other than 128": (
+        {"v": lambda a: first_channels(a["v"])},
+        ValueError,
+        "v has V = 64; the head size V must be 128",
+    ),
+    "q of rank 3": (
+        {"q": lambda a: a["q"][0]},
+        ValueError,
+        "q has 3 dimensions; it must have 4: [B, T, H, K]",
+    ),
+    "q of rank 5": (
+        {"q": lambda a: a["q"][None]},
+        ValueError,
+        "q has 5 dimensions; it must have 4: [B, T, H, K]",
+    ),
+    "beta of rank 4": (
+        {"beta": lambda a: a["beta"][..., None]},
+        ValueError,
+        "beta has 4 dimensions; it must have 3: [B, T, H]",
+    ),
+    "dt_bias flat": (
+        {"dt_bias": lambda a: a["dt_bias"].reshape(-1)},
+        ValueError,
+        "dt_bias has 1 dimensions; it must have 2: [H, K]",
+    ),
     "no heads": ({"q": lambda a: a["q"][:, :, :0]}, ValueError, "q has H = 0; there must be at least 1 head"),
     "states for another N": (
         {"initial_state": lambda a: a["initial_state"][:1]},
         ValueError,
-        "initial_state has shape [1, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128], with N from the 3 entries of cu_seqlens",
+        "initial_state has shape [1, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128], with N from "
+        "the 3 entries of cu_seqlens",
     ),
     "an empty state is not an absent one": (
         {"initial_state": lambda a: a["initial_state"][:0]},
@@ -54,42 +104,122 @@ WRONG = {
         ValueError,
         "final_state has shape [0, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
     ),
-    "cu_seqlens empty": ({"cu_seqlens": lambda a: a["cu_seqlens"][:0]}, ValueError, "cu_seqlens has 0 entries; it must have N + 1 for N >= 1 sequences"),
-    "cu_seqlens without a sequence": ({"cu_seqlens": lambda a: a["cu_seqlens"][:1]}, ValueError, "cu_seqlens has 1 entries; it must have N + 1 for N >= 1 sequences"),
-    "k not contiguous": ({"k": lambda a: every_other(a["k"])}, ValueError, "k has strides [4096, 512, 128, 1]; it must be contiguous, with strides [2048, 256, 128, 1]"),
+    "cu_seqlens empty": (
+        {"cu_seqlens": lambda a: a["cu_seqlens"][:0]},
+        ValueError,
+        "cu_seqlens has 0 entries; it must have N + 1 for N >= 1 sequences",
+    ),
+    "cu_seqlens without a sequence": (
+        {"cu_seqlens": lambda a: a["cu_seqlens"][:1]},
+        ValueError,
+        "cu_seqlens has 1 entries; it must have N + 1 for N >= 1 sequences",
+    ),
+    "k not contiguous": (
+        {"k": lambda a: every_other(a["k"])},
+        ValueError,
+        "k has strides [4096, 512, 128, 1]; it must be contiguous, with strides [2048, 256, 128, 1]",
+    ),
     "scale not finite": ({"scale": float("nan")}, ValueError, "scale is nan; it must be finite"),
     "scale infinite": ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
     "scale missing": ({"scale": None}, TypeError, "scale is of type NoneType; it must be a number"),
     "scale as text": ({"scale": "1"}, TypeError, "scale is of type str; it must be a number"),
-    "scale too large": ({"scale": 10**400}, ValueError, "scale is an int too large for a float; it must be finite"),
+    "scale too large": (
+        {"scale": 10**400},
+        ValueError,
+        "scale is an int too large for a float; it must be finite",
+    ),
     "scale as an array": ({"scale": lambda a: a["A_log"]}, TypeError, "; it must be a number"),
     "lower_bound too low": ({"lower_bound": -6}, ValueError, "lower_bound is -6; it must be in [-5, 0]"),
     "lower_bound positive": ({"lower_bound": 0.5}, ValueError, "lower_bound is 0.5; it must be in [-5, 0]"),
-    "lower_bound not finite": ({"lower_bound": float("nan")}, ValueError, "lower_bound is nan; it must be in [-5, 0]"),
-    "lower_bound missing": ({"lower_bound": None}, TypeError, "lower_bound is of type NoneType; it must be a number"),
+    "lower_bound not finite": (
+        {"lower_bound": float("nan")},
+        ValueError,
+        "lower_bound is nan; it must be in [-5, 0]",
+    ),
+    "lower_bound missing": (
+        {"lower_bound": None},
+        TypeError,
+        "lower_bound is of type NoneType; it must be a number",
+    ),
     "q missing": ({"q": None}, TypeError, "q is of type builtins.NoneType; it must be a PyTorch tensor"),
     "v as a list": ({"v": [1.0]}, TypeError, "v is of type builtins.list; it must be a PyTorch tensor"),
-    "out missing": ({"out": None}, TypeError, "out is of type builtins.NoneType; it must be a PyTorch tensor"),
-    "cu_seqlens as a list": ({"cu_seqlens": [0, 3, 8]}, TypeError, "cu_seqlens is of type builtins.list; it must be a PyTorch tensor"),
+    "out missing": (
+        {"out": None},
+        TypeError,
+        "out is of type builtins.NoneType; it must be a PyTorch tensor",
+    ),
+    "cu_seqlens as a list": (
+        {"cu_seqlens": [0, 3, 8]},
+        TypeError,
+        "cu_seqlens is of type builtins.list; it must be a PyTorch tensor",
+    ),
     "out over q": ({"out": lambda a: a["q"]}, ValueError, "out overlaps q; it must have memory of its own"),
     "out over v": ({"out": lambda a: a["v"]}, ValueError, "out overlaps v; it must have memory of its own"),
     "an unknown kernel": ({"kernel": "fastest"}, ValueError, "fastest"),
-    "a kernel's name with more after its end": ({"kernel": "cpu\0"}, ValueError, 'kernel is "cpu?"; it must be None or'),
-    "a kernel's name that is no text": ({"kernel": "\ud800"}, ValueError, 'kernel is "?"; it must be None or'),
-    "kernel as a list": ({"kernel": ["cpu"]}, TypeError, "kernel is of type list; it must be a string or None"),
+    "a kernel's name with more after its end": (
+        {"kernel": "cpu\0"},
+        ValueError,
+        'kernel is "cpu?"; it must be None or',
+    ),
+    "a kernel's name that is no text": (
+        {"kernel": "\ud800"},
+        ValueError,
+        'kernel is "?"; it must be None or',
+    ),
+    "kernel as a list": (
+        {"kernel": ["cpu"]},
+        TypeError,
+        "kernel is of type list; it must be a string or None",
+    ),
     "kernel as a number": ({"kernel": 3}, TypeError, "kernel is of type int; it must be a string or None"),
     "threads negative": ({"threads": -1}, ValueError, "threads is -1; it must be 0 (all) or more"),
     "threads as a float": ({"threads": 2.0}, TypeError, "threads is of type float; it must be an int"),
-    "batch_invariant as a number": ({"batch_invariant": 1}, TypeError, "batch_invariant is of type int; it must be True or False"),
-    "batch_invariant missing": ({"batch_invariant": None}, TypeError, "batch_invariant is of type NoneType; it must be True or False"),
-    "max_seqlen negative": ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; it must be 0 (not known) or more"),
-    "max_seqlen as a float": ({"max_seqlen": 2.0}, TypeError, "max_seqlen is of type float; it must be an int"),
-    "max_seqlen beyond all": ({"max_seqlen": BIG}, ValueError, f"max_seqlen is {BIG}; it must be in [0, T] = [0, "),
-    "cut unknown": ({"cut": "often"}, ValueError, "cut is 'often'; it must be \"auto\", \"never\", \"always\" or \"mixed\""),
-    "cut as a number": ({"cut": 1}, TypeError, "cut is of type int; it must be \"auto\", \"never\", \"always\" or \"mixed\""),
-    "cut missing": ({"cut": None}, TypeError, "cut is of type NoneType; it must be \"auto\", \"never\", \"always\" or \"mixed\""),
-    "too many threads": ({"threads": BIG}, ValueError, f"threads is {BIG}; it must be 0 (all) or more, and fit 32 bits"),
-}  # fmt: skip
+    "batch_invariant as a number": (
+        {"batch_invariant": 1},
+        TypeError,
+        "batch_invariant is of type int; it must be True or False",
+    ),
+    "batch_invariant missing": (
+        {"batch_invariant": None},
+        TypeError,
+        "batch_invariant is of type NoneType; it must be True or False",
+    ),
+    "max_seqlen negative": (
+        {"max_seqlen": -1},
+        ValueError,
+        "max_seqlen is -1; it must be 0 (not known) or more",
+    ),
+    "max_seqlen as a float": (
+        {"max_seqlen": 2.0},
+        TypeError,
+        "max_seqlen is of type float; it must be an int",
+    ),
+    "max_seqlen beyond all": (
+        {"max_seqlen": BIG},
+        ValueError,
+        f"max_seqlen is {BIG}; it must be in [0, T] = [0, ",
+    ),
+    "cut unknown": (
+        {"cut": "often"},
+        ValueError,
+        'cut is \'often\'; it must be "auto", "never", "always" or "mixed"',
+    ),
+    "cut as a number": (
+        {"cut": 1},
+        TypeError,
+        'cut is of type int; it must be "auto", "never", "always" or "mixed"',
+    ),
+    "cut missing": (
+        {"cut": None},
+        TypeError,
+        'cut is of type NoneType; it must be "auto", "never", "always" or "mixed"',
+    ),
+    "too many threads": (
+        {"threads": BIG},
+        ValueError,
+        f"threads is {BIG}; it must be 0 (all) or more, and fit 32 bits",
+    ),
+}
 
 # Wrong values of cu_seqlens, which are checked on the CPU alone.
 WRONG_SEQUENCES = {
@@ -126,8 +256,8 @@ def every_other(x):
 
 @pytest.fixture(params=["numpy", "torch cpu", "torch cpu with guards in Python", "torch cuda"])
 def arguments(request, monkeypatch):
-    """Two sequences of 8 tokens in all, and both states. Guards tell whether a prepared call fits: PyTorch's own, or
-    this package's where PyTorch has none that can be used."""
+    """Two sequences of 8 tokens in all, and both states. Guards tell whether a prepared call fits: PyTorch's
+    own, or this package's where PyTorch has none that can be used."""
     a = make(lengths=[3, 5], initial=np.float32)
     if request.param == "numpy":
         return a
@@ -163,7 +293,7 @@ def test_wrong_argument(arguments, case):
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument_after_a_right_call(arguments, case):
-    """The right call leaves a prepared call of the right shapes, which must not hide what is wrong with the next."""
+    """The right call leaves a prepared call, which must not hide what is wrong with the next call."""
     flash_kda.fwd(**{**arguments, **{name: copy(arguments[name]) for name in ("out", "final_state")}})
     refused(arguments, *WRONG[case])
 

@@ -28,7 +28,8 @@ FLAGS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of flash_kda.fwd, which still run. Nothing is configured."""
+    """The keyword arguments of every call of flash_kda.fwd, which still runs. FLA's settings are its
+    defaults."""
     for name in ("FLA_FLASH_KDA", "FLA_DISABLE_BACKEND_DISPATCH"):
         monkeypatch.delenv(name, raising=False)
     seen, fwd = [], flash_kda.fwd
@@ -42,7 +43,7 @@ def calls(monkeypatch):
 
 
 def through_fla(tensors, **options):
-    """chunk_kda with the arguments of fwd. dt_bias is flat, as FLA's layers hold it."""
+    """Calls chunk_kda with the arguments of fwd. dt_bias is flat, as FLA's layers hold it."""
     names = ("q", "k", "v", "g", "beta", "scale", "lower_bound", "A_log", "initial_state", "cu_seqlens")
     arguments = {n: tensors[n] for n in names if n in tensors}
     return chunk_kda(
@@ -75,7 +76,7 @@ def test_dispatch(device, calls, options, mode):
 
 
 def test_agrees_with_fla_s_plain_recurrence(device, calls):
-    """An implementation that is not ours: FLA's own token by token in PyTorch, in fp32."""
+    """FLA has an implementation of its own, which computes token by token in PyTorch, in fp32."""
     from fla.ops.kda.gate import naive_kda_lowerbound_gate
     from fla.ops.kda.naive import naive_recurrent_kda
 
@@ -135,7 +136,7 @@ def layer_of(device, **options):
 
 
 def keep_in_fp32(layer):
-    """As checkpoints hold the gate's parameters."""
+    """Converts the gate's parameters to fp32, as checkpoints hold them."""
     layer.A_log.data, layer.dt_bias.data = layer.A_log.data.float(), layer.dt_bias.data.float()
     return layer
 
@@ -169,14 +170,15 @@ def test_layer(cuda, calls, monkeypatch, gate):
     theirs = run()
     assert len(calls) == 4
     for got, want in zip(ours, theirs):
-        # Both round at many places on the way: a projection of 256, a norm and a gate follow the attention.
+        # Both results were rounded many times, as a projection of 256, a norm and a gate follow the
+        # attention.
         assert relative(got, want) <= 1.5e-2
-    assert relative(ours[2], ours[0]) <= 1.5e-2  # cut in two
+    assert relative(ours[2], ours[0]) <= 1.5e-2  # two calls with a cache equal one call
 
 
 @pytest.mark.parametrize("gate", ["fp32", "cast with the layer"])
 def test_layer_without_its_triton_parts(calls, gate):
-    """On the CPU the layer's convolution and norm cannot run; the rest of it is unmodified."""
+    """On the CPU the layer's convolution and norm cannot run. All else of the layer is unmodified."""
     layer = layer_of("cpu", use_short_conv=False)
     if gate == "fp32":
         keep_in_fp32(layer)

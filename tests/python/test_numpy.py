@@ -12,7 +12,7 @@ from problems import ARGUMENTS, BARS, error, hold_to, make, truth
 
 
 def recurrence(a, b, h, begin, end, state):
-    """The definition for head h of the sequence at tokens begin to end - 1 of batch row b, written a second time.
+    """The definition, written a second time: head h of a sequence, tokens begin to end - 1 of batch row b.
     state: [V, K]"""
     S = state.astype(np.float64).T.copy()
     outs = []
@@ -89,7 +89,7 @@ def test_sequences(cu_dtype):
 
 
 def test_a_repeated_call_sees_new_memory_and_scalars():
-    """The second call of one shape reuses the first one's struct, in which all that may differ must be set anew."""
+    """The second call of one shape reuses the first one's struct, and must set anew all that may differ."""
     for seed, scale, bound in ((1, 0.1, -5.0), (2, 2.0, -0.5), (3, -1.0, 0.0)):
         a = {**make(seed=seed, initial=np.float32), "scale": scale, "lower_bound": bound}
         flash_kda.fwd(**a)
@@ -124,8 +124,8 @@ def locked(x):
 
 
 EVERY = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state")
-# For each change: the arrays it is made to, the function that makes it, and what the call then raises. The array stays
-# the object that it was.
+# For each change: the arrays it is made to, the function that makes it, and what the call then raises. The
+# array stays the object that it was.
 CHANGES = {
     "shape": (EVERY, reshaped, ValueError, "has . dimensions; it must have"),
     "stride": (EVERY, turned, ValueError, "stride|contiguous"),

@@ -72,7 +72,8 @@ def test_typed():
 def test_imports_nothing_but_the_standard_library():
     loaded = python(
         "import sys; before = set(sys.modules); import flash_kda; "
-        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+        "loaded = {m.partition('.')[0] for m in set(sys.modules) - before}; "
+        "print(*sorted(loaded - set(sys.stdlib_module_names)))"
         if sys.version_info >= (3, 10)
         else "import sys, flash_kda; print(*({'flash_kda'} | {'torch', 'numpy'} & set(sys.modules)))"
     )
@@ -106,7 +107,7 @@ def test_operator_is_there_in_any_order_of_imports(order):
 
 
 def test_compiled_use_before_any_eager_one():
-    """flash_kda first, then torch, then straight into torch.compile."""
+    """flash_kda is imported first, then torch, and the first call is a compiled one."""
     pytest.importorskip("torch")
     python(
         """
@@ -121,10 +122,13 @@ with torch.no_grad():
 
 
 def test_torch_looks_untouched():
-    """Waiting for PyTorch's import leaves no trace on it."""
+    """Once PyTorch is imported, nothing is left of what waited for its import."""
     pytest.importorskip("torch")
-    assert python("import flash_kda, sys; n = len(sys.meta_path); import torch; "
-                  "print(n - len(sys.meta_path), 'exec_module' in vars(torch.__spec__.loader))") == "1 False"  # fmt: skip
+    printed = python(
+        "import flash_kda, sys; n = len(sys.meta_path); import torch; "
+        "print(n - len(sys.meta_path), 'exec_module' in vars(torch.__spec__.loader))"
+    )
+    assert printed == "1 False"
 
 
 def test_a_missing_import_of_torch_stays_a_clean_error():
@@ -169,9 +173,10 @@ def test_quickstart_runs_as_it_stands():
 
 
 def test_environment_changes_nothing():
-    """The bits are the same under variables that steer other libraries' threads and kernels."""
+    """Variables that steer other libraries' threads and kernels change no bit of the result."""
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from problems import make; import flash_kda\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from problems import make; import flash_kda\n"
         "a = make(T=100, H=3); flash_kda.fwd(**a); sys.stdout.buffer.write(a['out'].tobytes())"
     )
     here = make(T=100, H=3)

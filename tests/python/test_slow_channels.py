@@ -21,7 +21,7 @@ def test_a_million_tokens(device, bias):
 
 @pytest.mark.parametrize("bias", BIASES)
 def test_a_million_tokens_portable(cuda, bias):
-    """The default may be another kernel."""
+    """The kernel "portable" need not be the device's default, which the other test runs."""
     hold_decay(cuda, bias, "portable")
 
 

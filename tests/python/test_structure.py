@@ -1,4 +1,4 @@
-"""How the package is built: which module may import which, the way of an array to C, and what an option touches."""
+"""How the package is built: which module may import which, an array's path to C, and a call's options."""
 
 import ast
 import inspect
@@ -49,9 +49,9 @@ def holds(value, array):
 
 
 def events_of(array, call):
-    """What happens to the array until C has the call: ("call", function) and ("return", function) for every function of
-    the package that holds the array, and for the last one, which holds its pointer. A comprehension is part of its
-    function."""
+    """What happens to the array until C has the call: ("call", function) and ("return", function) for every
+    function of the package that holds the array, and for the last one, which holds its pointer. A
+    comprehension is part of its function."""
     events = []
 
     def watch(frame, event, _):
@@ -75,8 +75,8 @@ LOOK = ("_arrays._read_numpy", "_arrays.fits")
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])
 @pytest.mark.parametrize("name", ["q", "out", "cu_seqlens"])
-def test_way_of_an_array_to_c(module, name, monkeypatch):
-    """An array passes few functions, and each hands it on to the next: none returns before C has the call."""
+def test_path_of_an_array_to_c(module, name, monkeypatch):
+    """An array passes few functions. Each hands it on to the next, and none returns before C has the call."""
     a = make(lengths=[3, 5])
     if module == "_torch":
         pytest.importorskip("torch")

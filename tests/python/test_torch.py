@@ -144,8 +144,8 @@ def test_autograd_notices_what_was_written(device):
 
 @pytest.fixture(params=["PyTorch's guards", "guards in Python"])
 def prepared(request, device, monkeypatch):
-    """Tensors for which a right call has left a prepared call. What the right call wrote is NaN again. Guards tell
-    whether a prepared call fits."""
+    """Tensors for which a right call has left a prepared call. What the right call wrote is NaN again. Guards
+    tell whether a prepared call fits."""
     from flash_kda import _call, _torch
 
     if request.param == "guards in Python":
@@ -171,15 +171,19 @@ def replaced(x, data):
 
 
 EVERY = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state")
-# For each change: the function that makes it, and what the call then raises. Where PyTorch can change a tensor in
-# place, the tensor stays the object that it was.
+# For each change: the function that makes it, and what the call then raises. Where PyTorch can change a
+# tensor in place, the tensor stays the object that it was.
 CHANGES = {
     "shape": (lambda x: x.unsqueeze_(0), ValueError, "has . dimensions; it must have"),
-    "shape of the same rank": (lambda x: replaced(x, x[..., :-1].clone()), ValueError, "has (shape|K|V|H|N) .*must"),
+    "shape of the same rank": (
+        lambda x: replaced(x, x[..., :-1].clone()), ValueError, "has (shape|K|V|H|N) .*must",
+    ),
     "stride": (lambda x: replaced(x, torch.stack([x, x], -1)[..., 0]), ValueError, "stride|contiguous"),
     "dtype": (lambda x: replaced(x, x.double()), TypeError, "has dtype float64; it must be"),
     "device": (lambda x: x.to("meta"), ValueError, "is on meta"),
-    "layout": (lambda x: x.to_sparse(), ValueError, "has the layout torch.sparse_coo; it must be a dense tensor"),
+    "layout": (
+        lambda x: x.to_sparse(), ValueError, "has the layout torch.sparse_coo; it must be a dense tensor",
+    ),
     "requires_grad": (lambda x: x.requires_grad_(), RuntimeError, "no backward pass yet"),
 }  # fmt: skip
 
@@ -197,7 +201,7 @@ def test_no_change_slips_past_a_prepared_call(prepared, name, change):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_prepared_call_follows_pointers(prepared, name):
-    """All tensors get other values, and the tensor called `name` gets other memory, while it stays the object that it
+    """All tensors get other values. The tensor called `name` gets other memory too, and stays the object it
     was."""
     a = make(T=6, B=2, initial=np.float32, seed=5)
     expected, device = truth(a), prepared["q"].device.type
@@ -279,8 +283,8 @@ def test_current_stream(cuda):
 
 
 def test_streams_side_by_side(cuda):
-    """Calls on several streams do not disturb each other, though each may fill the whole GPU with CTAs that wait for
-    one another."""
+    """Calls on several streams do not disturb each other, though each may fill the whole GPU with CTAs that
+    wait for one another."""
     shapes = [
         {"T": 2048, "H": 12},
         {"T": 8192, "H": 4},
@@ -375,11 +379,12 @@ def test_operator(device):
 
 
 def test_schema_of_the_operator():
-    """The optional arrays and the options follow from flash_kda._options. Exported programs hold their names."""
+    """The schema follows from flash_kda._options. Exported programs hold its names."""
     assert str(torch.ops.flash_kda.fwd.default._schema) == (
-        "flash_kda::fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
-        "Tensor dt_bias, float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, "
-        "Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, bool batch_invariant=False, "
+        "flash_kda::fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, "
+        "Tensor A_log, Tensor dt_bias, float lower_bound, Tensor? initial_state=None, "
+        "Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, "
+        "bool batch_invariant=False, "
         'SymInt max_seqlen=0, str cut="auto") -> ()'
     )
 

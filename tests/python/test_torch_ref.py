@@ -1,7 +1,8 @@
-"""The portable CUDA kernel against tests/torch_ref.py, bit for bit: the strictest test against wrong indices and races.
+"""The portable CUDA kernel against tests/torch_ref.py, bit for bit: the strictest test against wrong indices
+and races.
 
-Without a GPU the same algorithm, with PyTorch's own functions for the probed instructions, is held to the fp64
-recurrence, so that what the kernel must equal is itself known to be right.
+Without a GPU the same algorithm, with PyTorch's own functions for the probed instructions, is held to the
+fp64 recurrence, so that what the kernel must equal is itself known to be right.
 """
 
 import itertools
@@ -29,7 +30,8 @@ def ops(tmp_path_factory):
 
 
 def inputs(B, T, H, *, lengths=None, initial=None, seed=0):
-    """Arguments of fwd on the GPU, with slow and fast channels, made there: the large ones take seconds elsewhere."""
+    """Arguments of fwd on the GPU, with slow and fast channels. The GPU makes them, as a CPU would take
+    seconds for the large ones."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape):
@@ -69,9 +71,8 @@ STATES = [(i, f) for i, f in STATES if i is None or f is None or i == f]
 
 
 @pytest.mark.parametrize(("initial", "final"), STATES)
-@pytest.mark.parametrize(
-    "H", [1, 40, 80, 133]
-)  # a head over 4, 2 and 1 blocks, and more heads than multiprocessors
+# A head's rows on 4, 2 and 1 CTAs, and more heads than SMs.
+@pytest.mark.parametrize("H", [1, 40, 80, 133])
 def test_states(ops, H, initial, final):
     equals_reference(ops, inputs(2, 53, H, initial=initial), final)
 
@@ -94,6 +95,6 @@ def test_algorithm(options):
     x = to_torch({name: a[name] for name in REFERENCE_ARGUMENTS if name in a}, "cpu")
     out, state = torch_ref.forward(torch_ref.CpuOps(), **x)
     want, want_state = truth(a)
-    # As on a GPU: tf32 products, here with the same truncation.
+    # Products are tf32 as on a GPU, and CpuOps truncates to tf32 as a GPU does.
     assert error(out.double().numpy(), want) <= BARS["cuda"][0] / 2
     assert error(state.double().numpy(), want_state) <= BARS["cuda"][1] / 2

@@ -1,4 +1,4 @@
-"""Calls for a GPU on machines without one: an emulated GPU computes, and a pretended GPU only says what it would do."""
+"""Calls for a GPU on machines without one. An emulated GPU computes, a pretended GPU only tells its plans."""
 
 import os
 import subprocess
@@ -30,7 +30,8 @@ import re
 import flash_kda
 
 def workspace(*shape, **options):
-    return int(re.search(r"Workspace: (\\d+) bytes", flash_kda.explain(*shape, device="cuda:0", **options))[1])
+    text = flash_kda.explain(*shape, device="cuda:0", **options)
+    return int(re.search(r"Workspace: (\\d+) bytes", text)[1])
 
 for shape in ((0, 1), (8192, 96), (262144, 1), (300000, 1, 3), (65536, 8, 7)):
     enough = flash_kda.get_workspace_size(*shape)
