@@ -1,6 +1,12 @@
 /*
- * The loading role, a warp: deals out the pieces of work to the block's other warps, and brings the inputs of chunk after
- * chunk into shared memory.
+ * The loader: one warp that gets the CTA's work items from the schedule, hands them to all other roles, and brings the
+ * inputs of chunk after chunk into shared memory.
+ *
+ * Algorithm. For each chunk that this CTA prepares, the loader waits for a free own slot and asks TMA for g, k, q and v, in
+ * boxes of 64 channels. For each chunk that the other CTA of a pair prepares, it asks for v alone, as soon as a received
+ * slot is free, and announces the bytes that the other CTA will send. Received slots become free at other times than own
+ * ones, so the loader looks after them whenever it waits for something else; in strict order one ring would hold up the
+ * other. In its waits it also finds norms, where LOADER_FINDS_NORMS says so.
  */
 #ifndef FKDA_HOPPER_LOAD_CUH
 #define FKDA_HOPPER_LOAD_CUH
@@ -17,17 +23,17 @@ template <class Block> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<Block> &shared;
     typename Block::Schedule::template Source<Block> source;
-    Slot<ITEMS_AHEAD> published;
-    WorkItem item; /* the last one published */
-    /* The next chunk's slot, of those that this block prepares, and of those that the other block does. */
+    Slot<ITEMS_AHEAD> published; /* where the next work item goes in the ring of work items */
+    WorkItem item;               /* the last one that the schedule gave out */
+    /* The slots of the next chunk that this CTA prepares, and of the next one that the other CTA does. */
     Slot<Block::OWN_SLOTS> own;
     Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> received;
-    unsigned turn, rank, expected,
-        asked_for; /* chunks of the other block: met so far, and values asked for */
-    /* The next chunk to find norms of; how many are on their way, or there, without norms; and how many are still to be loaded of those that
-     * teams find norms of. */
-    Slot<Block::OWN_SLOTS> to_norm;
-    unsigned without_norms, left_out;
+    unsigned turn, rank;          /* the CTA with rank `turn` prepares the next chunk */
+    unsigned expected, asked_for; /* chunks of the other CTA: met so far, and those whose values are asked for */
+    /* Norms, if the loader finds them: */
+    Slot<Block::OWN_SLOTS> to_norm; /* the next chunk to find norms of */
+    unsigned without_norms;         /* chunks that are loaded, or on their way, and have no norms yet */
+    unsigned left_out;              /* chunks still to be loaded of those whose norms their teams find */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Block> &s, int lane)
         : args(a), shared(s), source(a, pair_rank<Block>(), lane), published(0), item{}, own(0), received(0),
@@ -45,7 +51,9 @@ template <class Block> struct Loader {
         if (Block::OUTPUTS) prefetch_descriptor(&args.q);
     }
 
-    /* Of the next chunk, if its inputs have come. */
+    /* ---- Waiting ---- */
+
+    /* Finds the norms of the next chunk, if its inputs have come. */
     __device__ bool find_norms()
     {
         if (!Block::LOADER_FINDS_NORMS || without_norms == 0 ||
@@ -59,7 +67,7 @@ template <class Block> struct Loader {
         return true;
     }
 
-    /* While waiting, asks for what there is room for of the other block's chunks, whose slots come free on their own, and finds norms. */
+    /* Waits for a barrier, and meanwhile asks for values of received chunks and finds norms. */
     __device__ void wait(uint64_t *barrier, int parity)
     {
         if constexpr (Block::CTAS == 1)
@@ -71,7 +79,9 @@ template <class Block> struct Loader {
             }
     }
 
-    /* Hands the item out, for which all must have met the one ITEMS_AHEAD before. */
+    /* ---- Work items ---- */
+
+    /* Hands the work item to all other roles, once they have all finished the item ITEMS_AHEAD before it. */
     __device__ void publish()
     {
         wait(&shared.work.ring.empty[published.index], published.parity ^ 1);
@@ -83,24 +93,25 @@ template <class Block> struct Loader {
         published.advance(1);
     }
 
-    /* Copies of 64 rows of V of a chunk. */
+    /* ---- Chunks ---- */
+
     __device__ void copy_values(int slot, const ValueBoxes &of, uint64_t *barrier) const
     {
-        /* A loop up to `boxes` the compiler would unroll sixteen times. */
+        /* The compiler would unroll a loop up to `boxes` sixteen times. */
 #pragma unroll
         for (int i = 0; i < Block::ROWS / 64; i++)
             if (i < of.boxes)
                 copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
     }
 
-    /* A chunk that this block prepares. Past the end of the sequence this brings the next one's tokens, past the end of the tensor
-     * zeros. */
+    /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next sequence, and past
+     * the end of the tensor zeros; the preparation clears both. */
     __device__ void load(const ValueBoxes &values)
     {
         Tokens<Block> &to = shared.tokens[own.index];
         uint64_t *barrier = &shared.chunk_ring.loaded[own.index];
         wait(&shared.chunk_ring.empty[own.index], own.parity ^ 1);
-        /* At once, since teams find these. */
+        /* A chunk whose norms its team finds counts as normed at once. */
         if (Block::LOADER_FINDS_NORMS && left_out) mbarrier_arrive_warp(&shared.chunk_ring.normed[own.index]);
         if constexpr (Block::JOINS)
             if (values.after_maps) wait(&shared.join.room_for_tokens, 0);
@@ -125,7 +136,8 @@ template <class Block> struct Loader {
             without_norms++;
     }
 
-    /* The first of the other block's chunks that wait for it: its values, and room for what will be sent, once its slot is free. */
+    /* For the first expected chunk of the other CTA: asks for its values and announces what the other CTA will send, if the
+     * chunk's slot is free. */
     __device__ void ask_for_values()
     {
         const int slot = Block::OWN_SLOTS + received.index;
@@ -147,6 +159,7 @@ template <class Block> struct Loader {
         received.advance(1);
     }
 
+    /* Notes a chunk that the other CTA prepares. */
     __device__ void expect(const ValueBoxes &values)
     {
         while (expected - asked_for == MOST_EXPECTED) {
@@ -158,20 +171,23 @@ template <class Block> struct Loader {
         expected++;
     }
 
-    /* The next item is published once a item's first chunk is on its way; the first one before wait_for_barriers(). In one loop, since what is
-     * inlined twice takes its place in the instruction cache twice. */
+    /* ---- The role ---- */
+
+    /* Asks the schedule for the next work item once the first chunk of a work item is on its way, so that the schedule's
+     * arithmetic delays no first chunk; and for the first work item before it waits for the barriers. All this is one loop,
+     * because code that is inlined twice takes room in the instruction cache twice. */
     template <class Wait> __device__ void run(Wait wait_for_barriers)
     {
         bool begun = false;
         int chunks = 0; /* so far */
         do {
-            const WorkItem now = item; /* at first an empty one */
+            const WorkItem now = item; /* an empty one at first */
             ValueBoxes values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
                                  !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64, false};
             bool first = true;
             for (int left = now.length; left > 0 || first; left -= Block::CHUNK, first = false) {
                 if (left > 0) {
-                    /* The first chunk of each block goes where maps do not. */
+                    /* The join phase leaves the slots of the CTAs' first chunks free. */
                     if constexpr (Block::JOINS) {
                         values.after_maps = now.attributes & AFTER_JOIN && chunks >= Block::CTAS;
                         chunks++;

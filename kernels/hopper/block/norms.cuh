@@ -1,4 +1,7 @@
-/* Norms of a chunk's keys and queries: found by the teams that prepare it or, where these are what blocks wait for, by the loading warp. */
+/*
+ * The norms of a chunk's keys and queries. The team that prepares the chunk finds them or, in blocks whose speed the
+ * preparation limits, the loader.
+ */
 #ifndef FKDA_HOPPER_NORMS_CUH
 #define FKDA_HOPPER_NORMS_CUH
 
@@ -7,8 +10,12 @@
 namespace fkda
 {
 
-/* 1 / |x| of a sub's tokens, x: their q or k in half 0. Sums of squares are the diagonal of x x^T: lane (g, t = g / 2) of
- * the accumulators has tokens g and g + 8. */
+/*
+ * Stores 1 / |x| of a subchunk's tokens. x is the subchunk's q or k in the first half of the channels.
+ *
+ * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer instructions
+ * than two for each element and a reduction by shuffles. Lane (g, t = g / 2) of the accumulators has tokens g and g + 8.
+ */
 template <class Block>
 __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned char *x, int lane)
 {
@@ -19,7 +26,7 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
 #pragma unroll
     for (int c = 0; c < DIM / 16; c++) {
         const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Block>::Half)), unit = c % 4 * 32;
-        uint32_t a[4], b[4]; /* the same numbers, in the orders of both operands */
+        uint32_t a[4], b[4]; /* the same elements, in the orders of the two operands */
         load_matrices(a, (rows_at ^ unit) + half);
         load_matrices(b, (columns_at ^ unit) + half);
         mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
@@ -31,7 +38,7 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
     }
 }
 
-/* Of each sub's keys and, for outputs, queries, by `warps` warps in turn. */
+/* The norms of all subchunks' keys and, if there are outputs, queries. The subchunks are split among `warps` warps. */
 template <class Block, int warps>
 __device__ __forceinline__ void store_norms(float (&to)[Block::OUTPUTS ? 2 : 1][Block::CHUNK],
                                             const Tokens<Block> &tokens, int warp, int lane)

@@ -1,62 +1,43 @@
 /*
- * The preparation role: what a chunk's tokens and channels go through one by one, ahead of the recurrence. Teams of
- * warps take turns with the chunks; a warp has all tokens of a chunk in its share of the channels, 16 of them at a time, and a block of
- * 16 tokens at a time. Lane (g, t) = (lane / 4, lane % 4) then owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and
- * 2 t + 9: the layout of the tensor core's fragments, so that elements go from ldmatrix through the products to
- * stmatrix without changing lanes.
+ * The preparation: everything of a chunk's tokens and channels that does not depend on the state, ahead of the recurrence.
  *
- * Decays are counted from a block's start, where exp(-G) stays in fp32's range (16 gates of -5), and what a tile needs besides,
- * the decay over the other block, is a factor at its end.
+ * Algorithm. Teams of two or four warps take the CTA's own chunks in turn. A warp has all tokens of a chunk in its share of
+ * the channels, and works on 16 channels of a subchunk at a time (prepare_slice.cuh): norms and gates, running sums of the
+ * log decay, the decayed tiles K~, Q~ and Kr, which it writes over k, q and g, and products over channels. The team then
+ * leaves the products to the solver, and the state's decay over the chunk to the recurrence.
+ *
+ * Why. Decays are counted from a subchunk's start, where exp(-G) stays in the range of fp32 even if all 16 gates are at
+ * the bound of -5. Products over channels are tf32 for that range: k exp(-G) reaches e^80. What meets the state is at most
+ * one in size, and is fp16.
+ *
+ * Optimizations. Loops over subchunks and channels stay loops: the code of all roles together has to fit in the
+ * instruction cache.
  */
 #ifndef FKDA_HOPPER_PREPARE_CUH
 #define FKDA_HOPPER_PREPARE_CUH
 
 #include "norms.cuh"
-#include "shared.cuh"
+#include "prepare_slice.cuh"
 
 namespace fkda
 {
 
-template <class Block> struct Preparation {
-    static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
+template <class Block> struct Preparation : SlicePreparation<Block> {
+    using Base = SlicePreparation<Block>;
+    using Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
+    using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
+    using Sums = typename Base::Sums;
     static constexpr int SHARE = DIM / WARPS; /* channels of a warp */
-    static_assert(SHARE <= 64 && SHARE % 16 == 0, "in one half of the channels, 16 at a time");
-    static_assert(SUBCHUNKS <= 2, "the other block is one, if there is one");
-    static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
+    static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
     const fkda_fwd_args &args;
-    Shared<Block> &shared;
-    int team, warp, lane, g, t;
-    unsigned meetings; /* so far, for racecheck alone */
-    HeadGate gate_here;
+    unsigned meetings; /* of the team so far; for racecheck alone */
 
-    /* A warp's part of the products over its channels: by block with itself, as tiles of 8 x 8 (0, 0), (1, 0), (1, 1) with K~
-     * above Q~ or, for maps, (0, 0) above (1, 0) and what (1, 1) is in the lower half of; of the second block with the
-     * first, by K~ and Q~ and by columns. */
-    struct Sums {
-        float within[SUBCHUNKS][3][4], across[2][2][4];
-    };
-
-    __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : args(a), shared(s), meetings(0)
+    __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : Base(s), args(a), meetings(0)
     {
-        find_place();
     }
 
-    /* Where registers are short, for two blocks at a time, threads read their place anew for each chunk, and the gate's parameters for
-     * each use: what is made from them need not be kept in between. */
-    static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2;
-
-    __device__ void find_place()
-    {
-        int cta, thread;
-        read_indices(cta, thread);
-        const unsigned id =
-            static_cast<unsigned>(thread) / 32 - Block::RECURRENCE_WARPS; /* shifts and masks */
-        team = static_cast<int>(id / WARPS), warp = static_cast<int>(id % WARPS);
-        lane = thread & 31, g = lane >> 2, t = lane & 3;
-    }
-
-    /* The team's warps wait for each other. racecheck does not see the order of a named barrier between warps that met at different ones
-     * before, as in the other part of a block that does it all (at_once.cuh). */
+    /* The team's warps wait for each other. racecheck does not see the order that a named barrier makes between warps which
+     * met at other named barriers before, as in the first phase of a relay; for it they meet at an mbarrier. */
     __device__ void meet()
     {
         if constexpr (FOR_RACECHECK) {
@@ -66,9 +47,11 @@ template <class Block> struct Preparation {
             barrier_sync<TEAM_BARRIER, 32 * WARPS>(team);
     }
 
+    /* ---- Once for each head ---- */
+
     __device__ void load_gate_parameters(int head)
     {
-        float bias[SHARE / 32]; /* under way while the other is waited for */
+        float bias[SHARE / 32]; /* on their way while A_log is waited for */
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
@@ -82,14 +65,16 @@ template <class Block> struct Preparation {
         __syncwarp();
     }
 
-    /* Tokens from `left` on: keys and queries of zeros, norms that leave them so, and gates that do not decay: -inf makes them exactly
-     * zero. */
+    /* ---- Once for each chunk ---- */
+
+    /* Makes the tokens from `left` on, which lie past the end of the sequence, have no effect: keys and queries of zeros,
+     * norms that leave them zeros, and gates of -inf, which decay by exactly nothing. */
     __device__ void clear_past_end(int slot, int left)
     {
         Tokens<Block> &tokens = shared.tokens[slot];
         if (Block::LOADER_FINDS_NORMS && warp == 0 && lane >= left)
             shared.inverse_norm[slot][0][0][lane] = 0.0f;
-        constexpr uint32_t none = 0xff80ff80;
+        constexpr uint32_t none = 0xff80ff80; /* two bf16 of -inf */
         for (int i = 32 * warp + lane; i < (Block::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
             const int at = (left + i / (2 * ROW / 16)) * ROW + i % (ROW / 16) * 16;
@@ -101,131 +86,8 @@ template <class Block> struct Preparation {
         meet();
     }
 
-    /* sum[b]: the running sums of the log2 decay of a block's tokens g, g, g + 8, g + 8 and channels c + 8 b + 2 t, + 1, + 0, + 1. Gates
-     * are evaluated transposed, four tokens of one channel to a lane, and added up by the tensor core, which
-     * transposes back, as sums of two bf16: what is left out is 2^-18 of a gate, and as often too much as too little.
-     * `at`: this lane's row of the block's gates; `offset`: of the first of the channels. */
-    __device__ void accumulate_gates(uint32_t at, const float *offset, float (&sum)[2][4]) const
-    {
-        const HeadGate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
-        const uint32_t triangle = (2 * t <= g ? ONE : 0) | (2 * t + 1 <= g ? ONE << 16 : 0);
-        uint32_t raw[4];
-        load_matrices_transposed(raw, at);
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-            const float shift = offset[8 * b + g];
-            float x[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
-                x[i] = hopper_sigmoid_gate(gate, gate_of_head, shift);
-                sum[b][i] = 0.0f;
-            }
-            uint32_t high[2], low[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-                low[i] = pack_bf16(x[2 * i] - bf16_low(high[i]), x[2 * i + 1] - bf16_high(high[i]));
-            }
-            mma_bf16(sum[b], triangle, ONE << 16 | ONE, 0, triangle, low[0], low[1]);
-            mma_bf16(sum[b], triangle, ONE << 16 | ONE, 0, triangle, high[0], high[1]);
-        }
-    }
-
-    /* 16 channels of a block of tokens: their decayed tiles, and the products over these channels, which go to the last of `within`. Of
-     * the second block: the decay over the first goes into K~ and Q~, but not into the products with the first, which take Kr
-     * as that has left it; then the decay over the second goes into it. `at`: this lane's row of their gates; of factors, the lane's
-     * tokens; `gamma`: the channels' sums over all tokens so far. */
-    __device__ void prepare_slice(int sub, uint32_t at, const float *offset, const float *factor,
-                                  float *gamma, Sums &sums) const
-    {
-        const bool second = SUBCHUNKS == 2 && sub == 1;
-        float sum[2][4], over[2][2];                                      /* over: the decay over this sub */
-        uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
-        accumulate_gates(at, offset, sum);
-        load_matrices(raw_k, at + K * Block::HALF_TOKENS);
-        if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
-        float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-            float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t pair_k = raw_k[2 * b + e];
-                    const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
-                    const float up = ex2(sum[b][2 * e + i]);
-                    k_up[e][i] = k * up;
-                    if (Block::OUTPUTS) {
-                        const uint32_t pair_q = raw_q[2 * b + e];
-                        q_up[e][i] =
-                            (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Block::CHUNK + 8 * e] * up;
-                    }
-                    k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
-                    if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
-                }
-            if constexpr (Block::OUTPUTS) {
-                mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
-                         k_down[0][1]);
-                mma_tf32(within[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
-                         k_down[0][1]);
-                mma_tf32(within[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0],
-                         k_down[1][1]);
-            } else {
-                mma_tf32(within[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0],
-                         k_down[0][1]);
-                mma_tf32(within[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
-                         k_down[1][1]);
-            }
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
-                if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
-                rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
-            }
-        }
-        store_matrices(at, rest);
-        if (second) {
-            uint32_t k_rest[4];
-            load_matrices(k_rest, at - SUBCHUNK_BYTES);
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
-                         k_rest[2 + n]);
-                if (Block::OUTPUTS)
-                    mma_half(sums.across[1][n], q_decayed[0], q_decayed[1], q_decayed[2], q_decayed[3],
-                             k_rest[n], k_rest[2 + n]);
-            }
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                float2 &all = *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
-                const float2 first = all;
-                const uint32_t over_first = pack_half(ex2(first.x), ex2(first.y)),
-                               over_second = pack_half(over[b][0], over[b][1]);
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int i = 2 * b + e;
-                    k_rest[i] = multiply_halves(k_rest[i], over_second);
-                    k_decayed[i] = multiply_halves(k_decayed[i], over_first);
-                    if (Block::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
-                }
-                sum[b][2] += first.x, sum[b][3] += first.y;
-            }
-            store_matrices(at - SUBCHUNK_BYTES, k_rest);
-        }
-        store_matrices(at + K * Block::HALF_TOKENS, k_decayed);
-        if (Block::OUTPUTS) store_matrices(at + Q * Block::HALF_TOKENS, q_decayed);
-        __syncwarp(); /* before others read these sums, and after they have */
-        if (g == 7)
-#pragma unroll
-            for (int b = 0; b < 2; b++)
-                *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]) =
-                    make_float2(sum[b][2], sum[b][3]);
-    }
-
-    /* Turns the sums over all tokens into the state's decay over the chunk, less one: rounded to fp32 itself, the decay
-     * of a slow channel would be off by the same amount chunk after chunk. */
+    /* Turns the sums over all tokens into the state's decay over the chunk, less one. The decay of a slow channel, rounded
+     * to fp32 itself, would be off by one amount chunk after chunk. */
     __device__ void finish_gamma(float *gamma) const
     {
         __syncwarp();
@@ -236,7 +98,8 @@ template <class Block> struct Preparation {
         }
     }
 
-    /* visit(0: of K~, 1: of Q~; tile; two numbers of row g, from column 2 t on) for all sums. */
+    /* Calls visit(w, tile, a, b) for all sums: w is 0 for K~ and 1 for Q~, a and b are in row g and columns 2 t and
+     * 2 t + 1 of the tile. */
     template <class Visit> __device__ void for_each_tile(const Sums &sums, Visit visit) const
     {
 #pragma unroll
@@ -268,11 +131,11 @@ template <class Block> struct Preparation {
         }
     }
 
-    /* Two warps leave their sums; if there are more, the others add theirs. */
+    /* The first PARTIALS warps leave their sums. If there are more warps, the other ones then add theirs. */
     __device__ void store_sums(const Sums &sums)
     {
         constexpr int PARTIALS = Block::PARTIALS;
-        static_assert(WARPS == PARTIALS || WARPS == 2 * PARTIALS, "one or two warps to a part");
+        static_assert(WARPS == PARTIALS || WARPS == 2 * PARTIALS, "one or two warps to a partial sum");
         auto &to = shared.products[team].partial[warp % PARTIALS];
         float *const place = &to[0][0][g][2 * t];
         const auto at = [=](int which, int tile) {
@@ -290,25 +153,27 @@ template <class Block> struct Preparation {
             });
     }
 
-    /* A chunk whose inputs have come, and norms too unless it finds them, up to its products over channels. */
+    /* Prepares the chunk in an own slot. `round` is the parity of the team's round in the ring of products. */
     __device__ void prepare(int slot, int round, bool finds_norms)
     {
         Tokens<Block> &tokens = shared.tokens[slot];
         float *gamma = shared.stage[slot].gamma_minus_1;
         Sums sums = {};
-        const int place = Block::LOADER_FINDS_NORMS ? slot : team,
-                  norms = WARPS == Block::PARTIALS ? round : 0;
+
+        /* ---- Norms ---- */
+        const int place = Block::LOADER_FINDS_NORMS ? slot : team, norms = WARPS == Block::PARTIALS ? round : 0;
         if (finds_norms) {
             store_norms<Block, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
             meet();
         }
+
+        /* ---- All slices of this warp ---- */
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
         const float *factor = &shared.inverse_norm[place][norms][0][g];
-        /* SolverScratch and channels in loops that stay loops: what all roles do has to fit in the instruction cache. */
 #pragma unroll 1
         for (int sub = 0; sub < SUBCHUNKS; sub++) {
-            if (sub == 1) {
+            if (sub == 1) { /* slices add to the last of `within`: the first subchunk's sums make room */
                 __syncwarp();
 #pragma unroll
                 for (int i = 0; i < 12; i++) {
@@ -318,38 +183,43 @@ template <class Block> struct Preparation {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16)
-                prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
-                              &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
-                              gamma + first + c, sums);
+                this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                                    &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
+                                    gamma + first + c, sums);
         }
-        if (SAVES_REGISTERS) find_place();
+
+        /* ---- What the recurrence and the solver get ---- */
+        if (SAVES_REGISTERS) this->find_place();
         finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
         fence_async_proxy();
         mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
         store_sums(sums);
     }
 
+    /* ---- The role ---- */
+
     __device__ void run()
     {
         constexpr int RING = Block::OWN_SLOTS;
         Slot<RING> slot(team);
-        constexpr bool TOLD_BY_SLOT = RING % (2 * Block::TEAMS) == 0;
-        int count =
-            0; /* of the team's chunks; its parity is that of the team's round in the ring of products */
+        /* The parity of a team's chunk follows from its slot, if the ring is an even number of rounds of the teams. */
+        constexpr bool PARITY_BY_SLOT = RING % (2 * Block::TEAMS) == 0;
+        int count = 0; /* of the team's chunks so far */
         if (lane == 0) shared.gate[team][warp].head = -1;
         __syncwarp();
         for (ChunkCursor<Block> at(shared.work, Block::CTAS * team + pair_rank<Block>()); !at.done();
              at.advance(Block::CTAS * Block::TEAMS)) {
-            if (SAVES_REGISTERS) find_place();
+            if (SAVES_REGISTERS) this->find_place();
             if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
-            /* Where another team had the slot before, its inputs might not even have come: then parities would deceive. */
-            static_assert(RING >= Block::TEAMS, "so that it was asked for before this team's last chunk");
+            /* If another team had the slot in the round before, this team does not know whether that round is over, and the
+             * parity of `loaded` could deceive it. `empty` says that it is over. */
+            static_assert(RING >= Block::TEAMS, "the slot was asked for before this team's last chunk");
             if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
             const bool finds_norms = !Block::LOADER_FINDS_NORMS || count == 0;
             if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
             if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
             if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
-            prepare(slot.index, (TOLD_BY_SLOT ? slot.index / Block::TEAMS : count) % 2, finds_norms);
+            prepare(slot.index, (PARITY_BY_SLOT ? slot.index / Block::TEAMS : count) % 2, finds_norms);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);
             slot.advance(Block::TEAMS);

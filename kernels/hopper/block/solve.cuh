@@ -1,13 +1,27 @@
-/* The solving role, a warp: adds up a team's products and turns them into the small matrices of a chunk. */
+/*
+ * The solver: one warp that turns the products over channels of each own chunk into the chunk's small matrices,
+ *
+ *     T = (I + L)^-1 diag(b)   with L = tril(diag(b) K~ K^^T, -1)         P = tril(Q~ K^^T)
+ *
+ * Algorithm. L is cut into tiles of 8 x 8 tokens. The tiles on the diagonal are inverted by forward substitution in fp32,
+ * one column to a lane. Everything below them is made of products on the tensor core with fp16 operands, first inside each
+ * subchunk and then of the second subchunk with the first one. T itself is rounded to fp16, so these operands lose nothing
+ * more.
+ *
+ * In a CTA pair the solver also sends the chunk to the other CTA (send.cuh).
+ */
 #ifndef FKDA_HOPPER_SOLVE_CUH
 #define FKDA_HOPPER_SOLVE_CUH
 
+#include "send.cuh"
 #include "shared.cuh"
 
 namespace fkda
 {
 
-/* A row of a tile of products. */
+/* ---- L and P from the products over channels ----------------------------------------------------------------------- */
+
+/* A row of a tile of products: the sum of the partial sums that a team has left. */
 template <class Block>
 __device__ __forceinline__ void sum_partials(float (&x)[8], const Products<Block> &products, int which,
                                              int tile, int row)
@@ -30,9 +44,14 @@ __device__ __forceinline__ uint4 pack_eight(const float (&x)[8], float factor)
                       pack_half(x[4] * factor, x[5] * factor), pack_half(x[6] * factor, x[7] * factor));
 }
 
-/* L = tril(diag(b) K~ K^^T, -1) in tiles of 8 x 8, across scratch without b; for outputs tril(Q~ K^^T). b: of token lane % CHUNK. In
- * turn the lanes have rows of tiles on the diagonal, below it in a block, and across scratch: lane 8 n + r row r of the n-th, those of L
- * first and then those for outputs if there are no more than four. */
+/*
+ * Stores L in the scratch, in tiles across subchunks without the factor b, and P in the stage. b is the write strength of
+ * token lane % CHUNK.
+ *
+ * Lane 8 n + r has row r of the n-th tile, in turn of the tiles on the diagonal, of those below it inside a subchunk, and
+ * of those across subchunks. If there are no more than four tiles of L and P together, they are done at once, those of L
+ * first.
+ */
 template <class Block>
 __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stage<Block> &stage,
                                              const Products<Block> &products, float b, int lane)
@@ -41,6 +60,8 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
     constexpr float UNITS = UNTRUNCATE; /* of products in tf32 */
     const int n = lane / 8, r = lane % 8;
     float x[8];
+
+    /* ---- On the diagonal ---- */
 #pragma unroll
     for (int which = 0; which < (Block::OUTPUTS && SUBCHUNKS == 2 ? 2 : 1); which++) {
         const bool outputs = SUBCHUNKS == 2 ? which : n / 2;
@@ -56,6 +77,8 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
             *stage.attend.at(8 * tile + r, 8 * tile) = pack_eight(x, UNITS);
         }
     }
+
+    /* ---- Below the diagonal, inside a subchunk ---- */
     const int sub = n % SUBCHUNKS;
     const float b_below = __shfl_sync(~0u, b, 8 + SUBCHUNK * sub + r);
     if (n < (Block::OUTPUTS ? 2 : 1) * SUBCHUNKS) {
@@ -64,6 +87,8 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
                         : stage.attend.at(8 + SUBCHUNK * sub + r, SUBCHUNK * sub)) =
             pack_eight(x, n < SUBCHUNKS ? UNITS * b_below : UNITS);
     }
+
+    /* ---- The second subchunk with the first one ---- */
     if constexpr (SUBCHUNKS == 2) {
         sum_partials(x, products, 0, Products<Block>::ACROSS + n, r);
         *reinterpret_cast<uint4 *>(&scratch.across[n / 2 * 8 + r][n % 2 * 8]) = pack_eight(x, 1.0f);
@@ -74,7 +99,9 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
     }
 }
 
-/* The last of these. */
+/* ---- T ------------------------------------------------------------------------------------------------------------- */
+
+/* The part of T across subchunks: - T_1 across T_0, where T_i is T of subchunk i alone. */
 template <class Block>
 __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stage<Block> &stage,
                                              float strength, int lane)
@@ -104,16 +131,20 @@ __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stag
     }
 }
 
-/* T = (I + L)^-1 diag(b) / strength; own_b: of column lane % CHUNK, divided by the strength. Tiles on the diagonal by forward
- * substitution in fp32, a column to a lane. What is below is made of products on the tensor core, of transposes, so that rows of the
- * one's accumulators are the next one's operand:
- *   in a block, with tiles A and C on the diagonal   - C^-1 lower A^-1 diag(b), for both scratch in one product
- *   of the second block with the first               - T_1 across T_0, with T of each block for itself */
+/*
+ * T / strength. own_b is b of column lane % CHUNK, divided by the strength.
+ *
+ * With A and C the tiles of I + L on a subchunk's diagonal, T below the diagonal is - C^-1 lower A^-1 diag(b), for both
+ * subchunks in one product. All products are made of transposes, so that rows of one product's accumulators are the next
+ * product's operand.
+ */
 template <class Block>
-__device__ __forceinline__ void solve_blocks(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,
-                                             float strength, int lane)
+__device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,
+                                            float strength, int lane)
 {
     constexpr int SUBCHUNKS = Block::SUBCHUNKS;
+
+    /* ---- Tiles on the diagonal: forward substitution, one column to a lane ---- */
     const int j = lane % 8, tile = lane / 8 % (2 * SUBCHUNKS), column = lane % Block::CHUNK;
     float x[8];
 #pragma unroll
@@ -132,6 +163,8 @@ __device__ __forceinline__ void solve_blocks(SolverScratch<Block> &scratch, Stag
     if (lane == column) *stage.solve.at(8 * tile, column) = pack_eight(x, own_b);
     if (tile % 2) *reinterpret_cast<uint4 *>(scratch.inverse[tile / 2][j]) = pack_eight(x, 1.0f);
     __syncwarp();
+
+    /* ---- Below the diagonal, inside each subchunk ---- */
     const int matrix = lane / 8, sub = matrix % SUBCHUNKS;
     uint32_t first[4], second[4];
     load_matrices(first, matrix < 2
@@ -147,77 +180,34 @@ __device__ __forceinline__ void solve_blocks(SolverScratch<Block> &scratch, Stag
     for (int n = 0; n < SUBCHUNKS; n++)
         reinterpret_cast<uint32_t *>(stage.solve.at(SUBCHUNK * n + 8, SUBCHUNK * n + g))[t] =
             pack_half(below[2 * n], below[2 * n + 1]);
+
+    /* ---- The second subchunk with the first one ---- */
     if constexpr (SUBCHUNKS == 2) solve_across(scratch, stage, strength, lane);
 }
 
-/* The logit of b of token lane % CHUNK, zero past the end. */
+/* ---- Write strengths ------------------------------------------------------------------------------------------------ */
+
+/* The logit of the write strength of token lane % CHUNK; zero past the end of the sequence. */
 template <class Block>
-__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const ChunkCursor<Block> &at,
-                                              int lane)
+__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const ChunkCursor<Block> &at, int lane)
 {
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
     return token < at.left ? __ldg(beta + (at.token + token) * args.heads + at.head) : 0;
 }
 
-/* 1, or if all of the warp's b are below 2^-6 a power of two above them: what keeps small ones in fp16's range. */
+/* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or a power of two
+ * above all b of the warp if these are below 2^-6. */
 __device__ __forceinline__ float strength_above(float b)
 {
-    const uint32_t most = __reduce_max_sync(~0u, __float_as_uint(b)); /* as integers: none is negative */
+    const uint32_t most = __reduce_max_sync(~0u, __float_as_uint(b)); /* b >= 0, so bits compare as numbers do */
     const float above = power_above(__uint_as_float(most));
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
-/* Sends chunk after chunk to the other block, which has fewer slots for that than chunks are under way. */
-template <class Block> struct Sender {
-    Shared<Block> &shared;
-    Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> to;
-    Slot<Block::OWN_SLOTS> last; /* the chunk that was sent to that slot before */
-    bool used;                   /* there is such a chunk */
+/* ---- The role ------------------------------------------------------------------------------------------------------ */
 
-    __device__ explicit Sender(Shared<Block> &s) : shared(s), to(0), last(0), used(false)
-    {
-    }
-
-    __device__ uint64_t *released() const /* by the recurrences of both scratch */
-    {
-        return &shared.chunk_ring.empty[last.index];
-    }
-
-    __device__ bool has_room() const
-    {
-        return !used || mbarrier_test(released(), last.parity);
-    }
-
-    __device__ void wait_for_room() const
-    {
-        mbarrier_wait(released(), last.parity);
-    }
-
-    /* What is prepared, and what is solved, which ends the chunk. */
-    __device__ void send_tokens(int from) const
-    {
-        Tokens<Block> &there = shared.tokens[Block::OWN_SLOTS + to.index];
-        if (elect_lane())
-            copy_to_other_cta(there.half, shared.tokens[from].half, sizeof there.half,
-                              &shared.chunk_ring.ready[Block::OWN_SLOTS + to.index]);
-        __syncwarp();
-    }
-
-    __device__ void send_stage(int from)
-    {
-        const int slot = Block::OWN_SLOTS + to.index;
-        if (elect_lane())
-            copy_to_other_cta(&shared.stage[slot], &shared.stage[from], sizeof(Stage<Block>),
-                              &shared.chunk_ring.ready[slot]);
-        __syncwarp();
-        if (used) last.advance(1);
-        to.advance(1);
-        used |= to.index == 0;
-    }
-};
-
-/* What is above diagonals stays zero. Received stages come whole. */
+/* Clears the stages of own slots: what is above the diagonals of T and P then stays zero. Received stages come whole. */
 template <class Block> __device__ __forceinline__ void clear_stages(Shared<Block> &shared, int lane)
 {
     constexpr int UNITS = offsetof(Stage<Block>, gamma_minus_1) / 16;
@@ -241,26 +231,34 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
     Sender<Block> sender(shared);
     uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
+        /* ---- Write strengths ---- */
         Stage<Block> &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         const float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        /* The next logit is loaded ahead within a item. The next item may be published out only after this chunk is solved. */
+        /* The next chunk's logit is loaded ahead if the chunk belongs to this work item. The loader may publish the next
+         * work item only after this chunk is solved. */
         const bool ahead = at.left > Block::CTAS * Block::CHUNK;
         if (ahead) {
             at.advance(Block::CTAS);
             logit = load_beta(args, at, lane);
         }
+
+        /* ---- Products, and the prepared tokens to the other CTA if it has room now ---- */
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
-        const bool sends = Block::CTAS == 2, at_once = sends && sender.has_room();
-        if (at_once) sender.send_tokens(slot.index);
+        const bool sends = Block::CTAS == 2, sends_now = sends && sender.has_room();
+        if (sends_now) sender.send_tokens(slot.index);
         add_products<Block>(shared.scratch, stage, shared.products[in.index], b, lane);
-        mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* all of `scratch` is there too */
+        mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* this also orders the scratch in the warp */
+
+        /* ---- T ---- */
         const float strength = strength_above(b);
         if (lane == 0) stage.strength = strength;
-        solve_blocks(shared.scratch, stage, b * inverse_power(strength), strength, lane);
+        solve_chunk(shared.scratch, stage, b * inverse_power(strength), strength, lane);
         fence_async_proxy();
         mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);
-        if (sends && !at_once) {
+
+        /* ---- To the other CTA ---- */
+        if (sends && !sends_now) {
             sender.wait_for_room();
             sender.send_tokens(slot.index);
         }

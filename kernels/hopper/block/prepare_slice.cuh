@@ -1,0 +1,200 @@
+/*
+ * The arithmetic of the preparation: 16 channels of a subchunk, which a warp takes through it from raw inputs to decayed
+ * tiles and products over channels.
+ *
+ * Lane (g, t) = (lane / 4, lane % 4) owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. This is the
+ * layout of the tensor core's fragments, so elements go from ldmatrix through the products to stmatrix without changing
+ * lanes.
+ */
+#ifndef FKDA_HOPPER_PREPARE_SLICE_CUH
+#define FKDA_HOPPER_PREPARE_SLICE_CUH
+
+#include "shared.cuh"
+
+namespace fkda
+{
+
+template <class Block> struct SlicePreparation {
+    static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
+    static_assert(SUBCHUNKS <= 2, "a subchunk has at most one other subchunk");
+    static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
+    /* With two subchunks registers are short. Threads then find their place anew for each chunk, and read the gate's
+     * constants from shared memory for each use, so that what is made from them need not be kept in between. */
+    static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2;
+    Shared<Block> &shared;
+    int team, warp, lane, g, t; /* warp: of the team */
+    HeadGate gate_here;
+
+    __device__ explicit SlicePreparation(Shared<Block> &s) : shared(s)
+    {
+        find_place();
+    }
+
+    __device__ void find_place()
+    {
+        int cta, thread;
+        read_indices(cta, thread);
+        const unsigned id =
+            static_cast<unsigned>(thread) / 32 - Block::RECURRENCE_WARPS; /* unsigned: division by shifts */
+        team = static_cast<int>(id / WARPS), warp = static_cast<int>(id % WARPS);
+        lane = thread & 31, g = lane >> 2, t = lane & 3;
+    }
+
+    /*
+     * A warp's part of the products over its channels, in tiles of 8 x 8 tokens.
+     *
+     * within[i]: subchunk i with itself. With outputs the three products are tiles (0, 0), (1, 0) and (1, 1), with the rows
+     * of K~ above those of Q~. Without outputs the first product is (0, 0) above (1, 0), and the lower half of the second
+     * one is (1, 1). Nobody needs tile (0, 1).
+     * across[w][n]: the second subchunk with the first one; w is 0 for K~ and 1 for Q~, n numbers eight columns.
+     */
+    struct Sums {
+        float within[SUBCHUNKS][3][4], across[2][2][4];
+    };
+
+    /*
+     * sum[b] = the running sums of the log2 decay, for a subchunk's tokens g, g, g + 8, g + 8 and channels
+     * c + 8 b + 2 t, + 1, + 0, + 1.
+     *
+     * The gates are loaded transposed (ldmatrix.trans), so that a lane has four tokens of one channel and needs one offset
+     * for them. The tensor core adds them up: a triangle of ones times the gates, which also transposes back. Each gate is
+     * the sum of two bf16; what this leaves out is 2^-18 of the gate, upwards as often as downwards.
+     *
+     * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels.
+     */
+    __device__ void accumulate_gates(uint32_t at, const float *offset, float (&sum)[2][4]) const
+    {
+        const HeadGate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
+        const uint32_t triangle = (2 * t <= g ? ONE : 0) | (2 * t + 1 <= g ? ONE << 16 : 0);
+        uint32_t raw[4];
+        load_matrices_transposed(raw, at);
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const float shift = offset[8 * b + g];
+            float x[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
+                x[i] = hopper_sigmoid_gate(gate, gate_of_head, shift);
+                sum[b][i] = 0.0f;
+            }
+            uint32_t high[2], low[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+                low[i] = pack_bf16(x[2 * i] - bf16_low(high[i]), x[2 * i + 1] - bf16_high(high[i]));
+            }
+            mma_bf16(sum[b], triangle, ONE << 16 | ONE, 0, triangle, low[0], low[1]);
+            mma_bf16(sum[b], triangle, ONE << 16 | ONE, 0, triangle, high[0], high[1]);
+        }
+    }
+
+    /*
+     * Prepares 16 channels of subchunk `sub`: writes the decayed tiles K~, Q~ and Kr over k, q and g, and adds the products
+     * over these channels to `sums`, those of the subchunk with itself to the last element of `within`.
+     *
+     * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are multiplied by
+     * the decay over the first subchunk, and the first one's Kr by the decay over the second. The products of the second
+     * subchunk with the first one are taken before, while both are still counted from the border between the subchunks.
+     *
+     * `at` is this lane's row of the slice's gates; `offset` is the gate offset of its first channel, `factor` the inverse
+     * norm of this lane's first token, and `gamma` has the channels' sums over all tokens so far.
+     */
+    __device__ void prepare_slice(int sub, uint32_t at, const float *offset, const float *factor, float *gamma,
+                                  Sums &sums) const
+    {
+        const bool second = SUBCHUNKS == 2 && sub == 1;
+        float sum[2][4], over[2][2]; /* over: the decay over this subchunk */
+        uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
+        accumulate_gates(at, offset, sum);
+        load_matrices(raw_k, at + K * Block::HALF_TOKENS);
+        if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
+
+        /* ---- Elements, and products of the subchunk with itself ---- */
+        float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t pair_k = raw_k[2 * b + e];
+                    const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
+                    const float up = ex2(sum[b][2 * e + i]);
+                    k_up[e][i] = k * up;
+                    if (Block::OUTPUTS) {
+                        const uint32_t pair_q = raw_q[2 * b + e];
+                        q_up[e][i] =
+                            (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Block::CHUNK + 8 * e] * up;
+                    }
+                    k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
+                    if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
+                }
+            if constexpr (Block::OUTPUTS) {
+                mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
+                         k_down[0][1]);
+                mma_tf32(within[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
+                         k_down[0][1]);
+                mma_tf32(within[2], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[1][0],
+                         k_down[1][1]);
+            } else {
+                mma_tf32(within[0], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[0][0],
+                         k_down[0][1]);
+                mma_tf32(within[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
+                         k_down[1][1]);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
+                if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
+                rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
+            }
+        }
+        store_matrices(at, rest);
+
+        /* ---- The second subchunk with the first one ---- */
+        if (second) {
+            uint32_t k_rest[4];
+            load_matrices(k_rest, at - SUBCHUNK_BYTES);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
+                         k_rest[2 + n]);
+                if (Block::OUTPUTS)
+                    mma_half(sums.across[1][n], q_decayed[0], q_decayed[1], q_decayed[2], q_decayed[3],
+                             k_rest[n], k_rest[2 + n]);
+            }
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                float2 &all = *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
+                const float2 first = all;
+                const uint32_t over_first = pack_half(ex2(first.x), ex2(first.y)),
+                               over_second = pack_half(over[b][0], over[b][1]);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int i = 2 * b + e;
+                    k_rest[i] = multiply_halves(k_rest[i], over_second);
+                    k_decayed[i] = multiply_halves(k_decayed[i], over_first);
+                    if (Block::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
+                }
+                sum[b][2] += first.x, sum[b][3] += first.y;
+            }
+            store_matrices(at - SUBCHUNK_BYTES, k_rest);
+        }
+
+        /* ---- Tiles and sums to shared memory ---- */
+        store_matrices(at + K * Block::HALF_TOKENS, k_decayed);
+        if (Block::OUTPUTS) store_matrices(at + Q * Block::HALF_TOKENS, q_decayed);
+        __syncwarp(); /* all lanes have read the sums of the first subchunk */
+        if (g == 7)
+#pragma unroll
+            for (int b = 0; b < 2; b++)
+                *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]) =
+                    make_float2(sum[b][2], sum[b][3]);
+    }
+};
+
+} // namespace fkda
+
+#endif
