@@ -1,4 +1,4 @@
-/* Numbers and how they are moved: constants, loads and stores that the kernels share. */
+/* Numbers: constants, conversions, and loads and stores of several elements, for all kernels. */
 #ifndef FKDA_ELEMENTS_CUH
 #define FKDA_ELEMENTS_CUH
 
@@ -7,15 +7,16 @@
 namespace fkda
 {
 
-/* The tensor core drops the 13 low bits of an fp32 operand, which makes it smaller by 0.72 * 2^-11 of itself on
- * average (over mantissas spread evenly in the logarithm). A factor for a product of two operands takes the
- * average back out, folded into multiplications that are made anyway; what is left is as random and as
- * large as the error of rounding. */
+/* The tensor core drops the 13 low bits of an fp32 operand. This makes the operand smaller by 0.72 * 2^-11 of
+ * itself on average, if mantissas are spread evenly in the logarithm. UNTRUNCATE makes up for the average of
+ * a product of two operands; kernels fold it into multiplications that they make anyway. The error that
+ * remains is as random and as large as that of rounding. */
 constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-/* 2^x - 1 for x <= 0, with a small relative error also near 0: the Taylor series in y = x ln 2 down to 2^-0.25. */
+/* 2^x - 1 for x <= 0, with a small relative error also near 0: the Taylor series in y = x ln 2 where x >
+ * -0.25. */
 __device__ __forceinline__ float ex2_minus_1(float x)
 {
     float y = x * 0.6931471805599453f;
@@ -26,7 +27,7 @@ __device__ __forceinline__ float ex2_minus_1(float x)
     return x > -0.25f ? series : ex2(x) - 1.0f;
 }
 
-/* The two bf16 in one register. */
+/* The two bf16 of a register, as fp32. */
 __device__ __forceinline__ float bf16_low(uint32_t pair)
 {
     return __uint_as_float(pair << 16);
@@ -37,7 +38,7 @@ __device__ __forceinline__ float bf16_high(uint32_t pair)
     return __uint_as_float(pair & 0xffff0000u);
 }
 
-/* Eight bf16 as they come from memory. */
+/* Eight neighbouring bf16, as they are in memory. */
 struct Eight {
     uint32_t pair[4];
 
@@ -63,19 +64,19 @@ __device__ __forceinline__ void store_two(float *to, float a, float b)
     *reinterpret_cast<float2 *>(to) = make_float2(a, b);
 }
 
-/* 1 / x for a power of two within 2^-126 and 2^126. */
+/* 1 / x for a power of two from 2^-126 to 2^126. */
 __device__ __forceinline__ float inverse_power(float x)
 {
     return __uint_as_float(0x7f000000u - __float_as_uint(x));
 }
 
-/* The power of two above x, at least 0: at most two times x if that is a normal number. */
+/* A power of two above x >= 0; at most 2 x if x is a normal number. */
 __device__ __forceinline__ float power_above(float x)
 {
     return __uint_as_float((__float_as_uint(x) & 0x7f800000u) + 0x00800000u);
 }
 
-/* Lane t of a quad of lanes gets the t-th of each of them. */
+/* Transposes 4 x 4 words among the four lanes of a quad: lane t gets word t of each lane. */
 __device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4], int t)
 {
 #pragma unroll

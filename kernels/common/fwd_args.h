@@ -1,16 +1,16 @@
-/* What the host passes to the forward kernels: one struct by value, the same in C and CUDA C. */
+/* The struct that the host passes by value to the forward kernels, the same in C and in CUDA C. */
 #ifndef FKDA_FWD_ARGS_H
 #define FKDA_FWD_ARGS_H
 
 typedef struct fkda_fwd_args {
-    const void *q, *k, *v, *g, *beta; /* bf16, see flash_kda.h for the shapes */
+    const void *q, *k, *v, *g, *beta; /* bf16; flash_kda.h has the shapes */
     void *out;
     const float *A_log, *dt_bias;
     const void *initial_state; /* or null */
     void *final_state;         /* or null */
     const void *cu_seqlens;    /* or null */
     long long tokens;          /* of one batch row */
-    long long chunk_bytes;     /* from a token of v to the one 16 later */
+    long long chunk_bytes;     /* bytes from a token of v to the token 16 later */
     int heads;
     int sequences;
     float scale, lower_bound;

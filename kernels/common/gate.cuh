@@ -1,6 +1,6 @@
 /*
- * The gate: how a head's parameters A_log, dt_bias and lower_bound become constants, and how a raw gate g of a channel
- * becomes the log2 of its decay.
+ * The gate: how a head's parameters A_log, dt_bias and lower_bound become constants, and how a raw gate g of
+ * a channel becomes the log2 of its decay.
  *
  * There is one gate so far, the bounded sigmoid:
  *
@@ -12,8 +12,9 @@
  *     offset = dt_bias slope            for each channel
  *     bound  = lower_bound log2(e)
  *
- * it is log2 decay = bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes activated) needs
- * its own functions for the constants of a head and for the log2 decay, and nothing else in the kernels.
+ * it is log2 decay = bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes
+ * activated) needs its own functions for the constants of a head and for the log2 decay, and nothing else in
+ * the kernels.
  *
  * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
  */
@@ -37,8 +38,10 @@ __device__ __forceinline__ float sigmoid_gate_offset(float dt_bias, float slope)
     return dt_bias * slope;
 }
 
-/* ---- Portable: the operations of the formula, one after the other --------------------------------------------------
- * tests/torch_ref.py does these operations in PyTorch, and the portable kernel must be equal to it to the bit. */
+/* ---- Portable ---- */
+
+/* The portable kernel does the operations of the formula one after the other. tests/torch_ref.py does these
+ * operations in PyTorch, and the portable kernel must be equal to it to the bit. */
 
 __device__ __forceinline__ float sigmoid_gate_bound(float lower_bound)
 {
@@ -50,11 +53,13 @@ __device__ __forceinline__ float sigmoid_gate(float g, float slope, float offset
     return rcp(1.0f + ex2(__fmaf_rn(g, slope, offset))) * bound;
 }
 
-/* ---- Hopper: the bound inside the reciprocal -----------------------------------------------------------------------
- * 1 / (e / bound + 1 / bound) takes one multiplication less for each element than bound / (1 + e).
+/* ---- Hopper ---- */
+
+/* The Hopper kernels take the bound into the reciprocal: 1 / (e / bound + 1 / bound) takes one multiplication
+ * less for each element than bound / (1 + e).
  *
- * Tokens past the end of a sequence have the gate -inf and must decay by exactly nothing. So slope and bound are kept
- * away from zero: with a slope of zero, -inf times the slope would be NaN. */
+ * Tokens past the end of a sequence have the gate -inf and must decay by exactly nothing. So slope and bound
+ * are kept away from zero: with a slope of zero, -inf times the slope would be NaN. */
 
 /* What a preparation warp keeps of the gate of the head that it is working on. */
 struct __align__(16) HeadGate

@@ -1,4 +1,4 @@
-/* The PTX instructions that the kernels use, as named functions. */
+/* PTX instructions that every architecture from sm_80 on has, as named functions. */
 #ifndef FKDA_PTX_CUH
 #define FKDA_PTX_CUH
 
@@ -14,27 +14,28 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer)
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/* The block's dynamic shared memory. */
+/* The dynamic shared memory of the CTA. */
 __device__ __forceinline__ unsigned char *cta_memory()
 {
     extern __shared__ __align__(1024) unsigned char memory[];
     return memory;
 }
 
-/* Lets the compiler take a pointer for what it is where it cannot see that. */
+/* Tells the compiler that a pointer points to global memory, where it cannot see this for itself. */
 template <class T> __device__ __forceinline__ T *global_memory(T *pointer)
 {
     __builtin_assume(__isGlobal(pointer));
     return pointer;
 }
 
-/* The indices of the block and of the thread in it, read again at each call rather than kept in registers. */
-__device__ __forceinline__ void read_indices(int &block, int &thread)
+/* The indices of the CTA and of the thread in it. They are read again at each call, so the compiler need not
+ * keep them, or what is made from them, in registers. */
+__device__ __forceinline__ void read_indices(int &cta, int &thread)
 {
-    asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%tid.x;" : "=r"(block), "=r"(thread));
+    asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%tid.x;" : "=r"(cta), "=r"(thread));
 }
 
-/* Special functions: relative error near 1e-7, flushing denormals. */
+/* Special functions. Their relative error is near 1e-7, and they flush denormals to zero. */
 __device__ __forceinline__ float ex2(float x)
 {
     float y;
@@ -56,11 +57,11 @@ __device__ __forceinline__ float rsqrt_approx(float x)
     return y;
 }
 
-/* d += a * b on 16 x 8 += (16 x 8) (8 x 8) tiles of tf32. With g = lane / 4 and t = lane % 4:
- *   d: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1
- *   a: rows g, g + 8, g, g + 8, depths t, t, t + 4, t + 4
- *   b: column g, depths t, t + 4
- * The tensor core ignores the 13 low bits of a and b: an fp32 value counts as truncated to tf32. */
+/* d += a b on 16 x 8 += (16 x 8) (8 x 8) tiles of tf32. Lane (g, t) = (lane / 4, lane % 4) has
+ *   of d: rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1, 2 t, 2 t + 1
+ *   of a: rows g, g + 8, g, g + 8 and depths t, t, t + 4, t + 4
+ *   of b: column g and depths t, t + 4
+ * The tensor core ignores the 13 low bits of a and b: fp32 is truncated to tf32. */
 __device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
                                          float b1)
 {
@@ -71,8 +72,9 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, floa
           "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
-/* d += a * b on 16 x 8 += (16 x 16) (16 x 8) tiles of bf16, two neighbouring depths to a register: d and the columns of
- * b as in mma_tf32, a0 to a3 with depths 2t, 2t, 2t + 8, 2t + 8 and b0, b1 with depths 2t, 2t + 8. */
+/* d += a b on 16 x 8 += (16 x 16) (16 x 8) tiles of bf16, with two neighbouring depths in a register. Rows
+ * and columns are as in mma_tf32; a0 to a3 begin with depths 2 t, 2 t, 2 t + 8, 2 t + 8, and b0 and b1 with
+ * depths 2 t, 2 t + 8. */
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                          uint32_t b0, uint32_t b1)
 {
@@ -82,7 +84,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* The same for fp16. */
+/* As mma_bf16, for fp16. */
 __device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                          uint32_t b0, uint32_t b1)
 {
@@ -92,8 +94,8 @@ __device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* Four 8 x 8 tiles of 16-bit elements. Lane i gives the address of row i % 8 of tile i / 8; register m of lane (g, t) is
- * columns 2t and 2t + 1 of row g of tile m. */
+/* Loads four 8 x 8 matrices of 16-bit elements. Lane i names the address of row i % 8 of matrix i / 8.
+ * Register m of lane (g, t) gets columns 2 t and 2 t + 1 of row g of matrix m. */
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -107,8 +109,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row)
     load_matrices(r, shared_address(row));
 }
 
-/* Four 8 x 8 tiles of 16-bit elements, each transposed on the way. Lane i gives the address of row i % 8
- * of tile i / 8; register m of lane (g, t) gets rows 2t and 2t + 1 of column g of tile m. */
+/* As load_matrices, but transposes each matrix on the way: register m of lane (g, t) gets rows 2 t and 2 t +
+ * 1 of column g of matrix m. */
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -122,8 +124,8 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
     load_matrices_transposed(r, shared_address(row));
 }
 
-/* Transposes one 8 x 8 tile of 16-bit elements held by a warp, two to a lane. Volatile, so that it is not moved to
- * where some lanes don't come. */
+/* Transposes one 8 x 8 matrix of 16-bit elements in registers, two elements to a lane. It is volatile so that
+ * the compiler does not move it to where only some lanes of the warp come. */
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
 {
     uint32_t y;
@@ -131,7 +133,7 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
     return y;
 }
 
-/* Stores nothing if !valid; without a branch. */
+/* Stores 16 bytes to global memory without a branch, or nothing if !valid. */
 __device__ __forceinline__ void store_16_if(void *to, uint4 x, bool valid)
 {
     asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %5, 0;\n"
@@ -140,7 +142,7 @@ __device__ __forceinline__ void store_16_if(void *to, uint4 x, bool valid)
                  : "memory");
 }
 
-/* Copies 16 bytes from global to shared memory in the background; writes zeros if !valid. */
+/* Copies 16 bytes from global to shared memory in the background, or writes zeros if !valid. */
 __device__ __forceinline__ void copy_async_16(void *to, const void *from, bool valid)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -153,14 +155,15 @@ __device__ __forceinline__ void copy_async_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-/* Waits until at most `pending` of this thread's committed groups are in flight. */
+/* Waits until at most `pending` of the groups that this thread has committed are in flight. */
 template <int pending> __device__ __forceinline__ void copy_async_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-/* Named barriers, here first + index: `threads` of the block take part, some waiting, some only arriving. The sum is
- * left to the assembler, which has registers to spare for it where the compiler would keep it across loops. */
+/* Named barriers, number first + index: `threads` threads of the CTA take part, some that wait and some that
+ * only arrive. The sum is made in the instruction's own assembly, because the compiler would keep it in a
+ * register across loops. */
 template <int first, int threads> __device__ __forceinline__ void barrier_sync(int index)
 {
     asm volatile("{ .reg .u32 id; add.u32 id, %0, %1; bar.sync id, %2; }" ::"r"(index), "n"(first),
@@ -187,7 +190,7 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high)
     return *reinterpret_cast<uint32_t *>(&pair);
 }
 
-/* The two fp16 in one register. */
+/* The two fp16 of a register, as fp32. */
 __device__ __forceinline__ float half_low(uint32_t pair)
 {
     float x;
@@ -200,7 +203,7 @@ __device__ __forceinline__ float half_high(uint32_t pair)
     return half_low(pair >> 16);
 }
 
-/* Products of pairs of fp16. */
+/* The products of two pairs of fp16. */
 __device__ __forceinline__ uint32_t multiply_halves(uint32_t x, uint32_t y)
 {
     uint32_t product;

@@ -1,4 +1,4 @@
-/* What every kernel shares about the problem: the size of a head, and which tokens a task covers. */
+/* The size of a head, and which tokens a head of a sequence covers, for all kernels. */
 #ifndef FKDA_TASK_CUH
 #define FKDA_TASK_CUH
 
@@ -9,7 +9,7 @@
 namespace fkda
 {
 
-constexpr int DIM = 128; /* K and V */
+constexpr int DIM = 128; /* channels of K and rows of V */
 
 /* One head of one sequence. */
 struct Task {
@@ -19,6 +19,7 @@ struct Task {
     int chunks;
 };
 
+/* Where sequence n begins. Borders outside of the tensor, from a wrong cu_seqlens, are moved to its ends. */
 __device__ inline long long sequence_border(const fkda_fwd_args &args, long long n)
 {
     long long border = args.cu_seqlens_is_i32 ? static_cast<const int *>(args.cu_seqlens)[n]
@@ -26,7 +27,7 @@ __device__ inline long long sequence_border(const fkda_fwd_args &args, long long
     return min(max(border, 0LL), args.tokens);
 }
 
-/* A head of a sequence; `chunk`: tokens of a chunk. */
+/* A head of a sequence, in chunks of `chunk` tokens. */
 __device__ inline Task find_task(const fkda_fwd_args &args, int sequence, int head, int chunk)
 {
     Task task;

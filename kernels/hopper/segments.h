@@ -90,8 +90,9 @@ typedef struct fkda_cut {
 
 /* The mixed schedule (schedule/mixed.cuh): sequences of different lengths in one launch. */
 typedef struct fkda_mixed {
-    int pairs;          /* CTA pairs of the launch; 0: another schedule runs */
-    int most_long;      /* of the sequences of `shortest` tokens or more, the first ones so many are long */
+    int pairs; /* CTA pairs of the launch; 0: another schedule runs */
+    /* Of the sequences with `shortest` tokens or more, only the first `most_long` are treated as long. */
+    int most_long;
     int cutting_chunks; /* chunks that cutting a sequence costs besides its map phase and output phase */
 } fkda_mixed;
 

@@ -1,25 +1,28 @@
 /*
- * The KDA forward pass for sm_80 and newer, in one launch and one pass over memory. A block runs one head of one
- * sequence, chunk by chunk of 16 tokens, in two roles that meet at stages in shared memory: eight warps
- * prepare chunks (prepare.cuh), the others carry the state through them (recurrence.cuh).
+ * The KDA forward pass for compute capability 8.0 and newer: one launch and one pass over memory.
  *
- * The chunk form is in docs/architecture.md, the layout in docs/portable-kernel.md. Products run on tensor cores in
- * tf32 with fp32 sums, everything else in fp32; tests/torch_ref.py does the same in PyTorch, bit for bit, which is
- * why multiplications and additions are not contracted here (-fmad=false).
+ * Algorithm. A CTA computes one head of one sequence, in chunks of 16 tokens, with two roles that meet at
+ * stages in shared memory: eight warps prepare chunks (prepare.cuh), and the other warps carry the state
+ * through them (recurrence.cuh).
+ *
+ * Products run on tensor cores in tf32 with fp32 sums, and everything else is fp32. tests/torch_ref.py does
+ * the same operations in PyTorch and is equal to the bit. For this reason multiplications and additions are
+ * not contracted here (-fmad=false). docs/architecture.md has the chunk form, docs/portable-kernel.md the
+ * layout.
  */
 #include "prepare.cuh"
 #include "recurrence.cuh"
 
-/* A block for `rows` rows of V of one head: all 128, or fewer where there are too few heads to fill the GPU and it
- * pays that blocks prepare the same chunks. */
+/* A CTA carries `rows` rows of V of one head: all 128, or fewer if there are too few heads to fill the GPU.
+ * CTAs that share a head all prepare the same chunks. */
 template <int rows> static __device__ void forward(const fkda_fwd_args &args)
 {
     using namespace fkda;
-    constexpr int blocks_per_head = DIM / rows;
+    constexpr int ctas_per_head = DIM / rows;
     Shared &shared = *reinterpret_cast<Shared *>(cta_memory());
-    const int index = blockIdx.x / blocks_per_head;
+    const int index = blockIdx.x / ctas_per_head;
     const Task task = find_task(args, index / args.heads, index % args.heads, CHUNK);
-    const int thread = threadIdx.x, first_row = blockIdx.x % blocks_per_head * rows;
+    const int thread = threadIdx.x, first_row = blockIdx.x % ctas_per_head * rows;
     if (thread < FKDA_PORTABLE_PREPARE_THREADS)
         Preparation<rows>(args, task, shared, thread).run();
     else

@@ -1,8 +1,13 @@
 /*
- * The preparation role: everything of a chunk that does not depend on the state, ahead of the recurrence. Each
- * stage has a group of four warps that prepares every STAGES-th chunk. Warp w of a group owns channels 32 w to
- * 32 w + 31; lane 4 p + t of it owns tokens 2 p and 2 p + 1 of channels 32 w + 8 t to + 7. That is at
- * once 16-byte loads, the A and B fragments of the products over channels, and 16-byte stores of the tiles.
+ * The preparation: everything of a chunk that does not depend on the state, ahead of the recurrence.
+ *
+ * Algorithm. Each stage has a team of four warps, which prepares every STAGES-th chunk: gates and their
+ * running sums, norms, the decayed tiles and the products over channels of each warp, then L and P from the
+ * sum of these products, and last T = (I + L)^-1 diag(b) by forward substitution, in one warp.
+ *
+ * Layout. Warp w of a team owns channels 32 w to 32 w + 31. Lane 4 p + t of it owns tokens 2 p and 2 p + 1 of
+ * channels 32 w + 8 t to 32 w + 8 t + 7. With this layout loads and stores have 16 bytes, and elements are
+ * fragments of both operands of the products over channels without changing lanes.
  */
 #ifndef FKDA_PORTABLE_PREPARE_CUH
 #define FKDA_PORTABLE_PREPARE_CUH
@@ -12,45 +17,49 @@
 namespace fkda
 {
 
-/* For a recurrence that carries `rows` rows of V. */
+/* `rows`: rows of V that the recurrence of the CTA carries. */
 template <int rows> struct Preparation {
     const fkda_fwd_args &args;
     const Task &task;
     Shared &shared;
     Scratch &scratch;
     Stage &stage;
-    int group, thread, warp, pair, t; /* pair: tokens 2 pair and 2 pair + 1; thread: within the group */
-    int channel;                      /* the first of eight */
-    float bound;                      /* lower_bound log2(e): decays are powers of two here */
-    long long base;                   /* this lane's first channel at the task's first token, in elements */
-    int step;                         /* from a token to the next */
+    int team, thread, warp, pair,
+        t;          /* thread: of the team; pair: the lane has tokens 2 pair and 2 pair + 1 */
+    int channel;    /* the first of eight */
+    float bound;    /* of the gate */
+    long long base; /* this lane's first channel at the task's first token, in elements of the tensor */
+    int step;       /* elements from a token to the next one */
 
     __device__ Preparation(const fkda_fwd_args &a, const Task &k, Shared &s, int id)
-        : args(a), task(k), shared(s), scratch(s.scratch[id / GROUP_THREADS]),
-          stage(s.stage[id / GROUP_THREADS]), group(id / GROUP_THREADS), thread(id % GROUP_THREADS),
+        : args(a), task(k), shared(s), scratch(s.scratch[id / TEAM_THREADS]),
+          stage(s.stage[id / TEAM_THREADS]), team(id / TEAM_THREADS), thread(id % TEAM_THREADS),
           warp(thread / 32), pair(thread % 32 / 4), t(thread % 4), channel(32 * warp + 8 * t),
-          bound(a.lower_bound * LOG2_E), base((k.begin * a.heads + k.head) * DIM + channel),
+          bound(sigmoid_gate_bound(a.lower_bound)), base((k.begin * a.heads + k.head) * DIM + channel),
           step(a.heads * DIM)
     {
-        const float exponent = a.A_log[k.head] * LOG2_E;
-        const float gate_factor = ex2(exponent > 100.0f ? 100.0f : exponent) * -LOG2_E; /* finite */
-        if (thread % 32 == 0) scratch.gate_factor[warp] = gate_factor;
-        scratch.gate_offset[channel + pair] = a.dt_bias[k.head * DIM + channel + pair] * gate_factor;
-        __syncwarp(); /* a warp reads what its own lanes wrote */
+        const float slope = sigmoid_gate_slope(a.A_log[k.head]);
+        if (thread % 32 == 0) scratch.gate_slope[warp] = slope;
+        scratch.gate_offset[channel + pair] =
+            sigmoid_gate_offset(a.dt_bias[k.head * DIM + channel + pair], slope);
+        __syncwarp(); /* a warp reads only what its own lanes have written */
     }
 
+    /* The team's warps wait for each other. */
     __device__ void sync() const
     {
-        barrier_sync<GROUP, GROUP_THREADS>(group);
+        barrier_sync<TEAM, TEAM_THREADS>(team);
     }
 
-    /* Where this lane's channels of a token are, in elements. */
+    /* ---- Loading ---- */
+
+    /* Where this lane's channels of a token are, in elements of the tensor. */
     __device__ long long at(int token) const
     {
         return base + static_cast<long long>(token) * step;
     }
 
-    /* This lane's two tokens of q, k or g; zeros past the end. */
+    /* Loads this lane's two tokens of q, k or g; zeros past the end of the sequence. */
     __device__ void load(Eight (&x)[2], const void *tensor, int chunk) const
     {
 #pragma unroll
@@ -60,7 +69,8 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* Starts the copy of a chunk's values; a group of copies is committed even if there is no such chunk. */
+    /* Starts the copies of a chunk's values. A group of copies is committed even if there is no such chunk,
+     * so that copy_async_wait counts chunks. */
     __device__ void load_values(int chunk) const
     {
         const uint16_t *from = static_cast<const uint16_t *>(args.v);
@@ -77,7 +87,8 @@ template <int rows> struct Preparation {
         copy_async_commit();
     }
 
-    /* The logits of tokens thread / 16 and thread / 16 + 8: they are needed late, so not loaded ahead. */
+    /* Loads the logits of the write strengths of tokens thread / 16 and thread / 16 + 8. They are needed late
+     * in the chunk, so they are not loaded a chunk ahead. */
     __device__ void load_beta(uint16_t (&logit)[2], int chunk) const
     {
 #pragma unroll
@@ -89,10 +100,12 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* The running sums of the log2 decay of this lane's two tokens. */
+    /* ---- Elements ---- */
+
+    /* The running sums of the log2 decay up to this lane's two tokens. */
     __device__ void accumulate_gates(const Eight (&g)[2], int chunk, float (&sum)[2][8]) const
     {
-        const float gate_factor = scratch.gate_factor[warp];
+        const float slope = scratch.gate_slope[warp];
         const float4 offsets[2] = {*reinterpret_cast<const float4 *>(&scratch.gate_offset[channel]),
                                    *reinterpret_cast<const float4 *>(&scratch.gate_offset[channel + 4])};
         const float offset[8] = {offsets[0].x, offsets[0].y, offsets[0].z, offsets[0].w,
@@ -102,8 +115,8 @@ template <int rows> struct Preparation {
             bool valid = chunk * CHUNK + 2 * pair + e < task.length;
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                float sigmoid = rcp(1.0f + ex2(__fmaf_rn(g[e][c], gate_factor, offset[c])));
-                sum[e][c] = valid ? sigmoid * bound : 0.0f;
+                float log2_decay = sigmoid_gate(g[e][c], slope, offset[c], bound);
+                sum[e][c] = valid ? log2_decay : 0.0f;
             }
         }
 #pragma unroll
@@ -120,7 +133,7 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* Leaves the sums of squares over this warp's channels in shared memory. */
+    /* Leaves the sums of squares of q and k over this warp's channels. */
     __device__ void store_squares(const Eight (&q)[2], const Eight (&k)[2]) const
     {
         float s[4];
@@ -141,7 +154,7 @@ template <int rows> struct Preparation {
     {
         float4 s = scratch.squares[0][pair];
 #pragma unroll
-        for (int w = 1; w < GROUP_WARPS; w++) {
+        for (int w = 1; w < TEAM_WARPS; w++) {
             float4 part = scratch.squares[w][pair];
             s.x += part.x, s.y += part.y, s.z += part.z, s.w += part.w;
         }
@@ -149,9 +162,9 @@ template <int rows> struct Preparation {
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
     }
 
-    /* Writes the state's decay over the chunk, less one: rounded to fp32 itself, the decay of a slow channel would be
-     * off by the same amount chunk after chunk. The lanes with the last tokens know the sums; each of the eight
-     * lanes with the same channels takes one. */
+    /* Writes the state's decay over the chunk, less one. The decay of a slow channel, rounded to fp32 itself,
+     * would be off by one amount chunk after chunk. The lane with the last tokens knows the sums of eight
+     * channels; each of the eight lanes that own these channels computes one. */
     __device__ void store_gamma(const float (&sum)[2][8]) const
     {
         float *gamma = &stage.gamma_minus_1[channel];
@@ -163,15 +176,15 @@ template <int rows> struct Preparation {
         gamma[pair] = ex2_minus_1(gamma[pair]);
     }
 
-    /* Writes the decayed tiles of this lane's elements, and its warp's part of the two products over channels.
-     * Exponents are taken relative to token 7: 16 tokens at the bound of -5 nats span e^80, and neither
+    /* Writes the decayed tiles of this lane's elements, and the two products over this warp's channels.
+     * Exponents are counted from token 7: the gates of 16 tokens at the bound of -5 span e^80, and neither
      * e^35 nor e^-40 leaves fp32. */
     __device__ void decay(const Eight (&raw_q)[2], const Eight (&raw_k)[2], const float (&sum)[2][8]) const
     {
         float q_factor[2], k_factor[2], products[2][2][4] = {};
         find_norms(q_factor, k_factor);
 #pragma unroll
-        for (int first = 0; first < 8; first += 2) { /* two channels at a time: it must fit in registers */
+        for (int first = 0; first < 8; first += 2) { /* two channels at a time, for lack of registers */
             float q_up[2][2], k_up[2][2], k_down[2][2], from_start[2], to_last[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
@@ -213,8 +226,8 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* product += x . y^T over two channels of each lane. Row g of the tiles is token 2 g and row g + 8
-     * token 2 g + 1; product[0] has the even tokens of y as columns and product[1] the odd ones. */
+    /* product += x y^T over two channels of each lane. Row g of the tiles is token 2 g, and row g + 8 is
+     * token 2 g + 1. product[0] has the even tokens of y as columns, and product[1] the odd ones. */
     __device__ static void multiply_channels(float (&product)[2][4], const float (&x)[2][2],
                                              const float (&y)[2][2])
     {
@@ -223,7 +236,10 @@ template <int rows> struct Preparation {
             mma_tf32(product[e], x[0][0], x[1][0], x[0][1], x[1][1], y[e][0], y[e][1]);
     }
 
-    /* Adds the warps' parts: L = tril(diag(b) K~ K^^T, -1) to the scratch, tril(Q~ K^^T) to the stage. */
+    /* ---- The small matrices ---- */
+
+    /* Adds up the warps' products: L = tril(diag(b) K~ K^^T, -1) goes to the scratch, and P = tril(Q~ K^^T)
+     * to the stage. */
     __device__ void add_products(const uint16_t (&beta)[2], int chunk) const
     {
         const int j = thread % CHUNK;
@@ -235,7 +251,7 @@ template <int rows> struct Preparation {
             for (int which = 0; which < 2; which++) {
                 sums[which] = scratch.products[0][which][product_row(i)][j];
 #pragma unroll
-                for (int w = 1; w < GROUP_WARPS; w++)
+                for (int w = 1; w < TEAM_WARPS; w++)
                     sums[which] += scratch.products[w][which][product_row(i)][j];
             }
             float logit = __uint_as_float(static_cast<uint32_t>(beta[e]) << 16);
@@ -246,7 +262,7 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* (I + L)^-1 diag(b) by forward substitution in fp32, a column to a lane; run by one warp. */
+    /* T = (I + L)^-1 diag(b) by forward substitution in fp32, one column to a lane. One warp runs it. */
     __device__ void solve() const
     {
         const int j = thread % CHUNK;
@@ -269,23 +285,25 @@ template <int rows> struct Preparation {
             for (int i = 0; i < CHUNK; i++) stage.solve[i][j] = x[i];
     }
 
+    /* ---- The role ---- */
+
     __device__ void run() const
     {
         Eight q[2], k[2], g[2];
-        if (group >= task.chunks) return;
-        load_values(group);
-        load(g, args.g, group);
-        load(q, args.q, group);
-        load(k, args.k, group);
-        for (int chunk = group; chunk < task.chunks; chunk += STAGES) {
-            const int next = chunk + STAGES; /* loaded as soon as this chunk's registers are free */
+        if (team >= task.chunks) return;
+        load_values(team);
+        load(g, args.g, team);
+        load(q, args.q, team);
+        load(k, args.k, team);
+        for (int chunk = team; chunk < task.chunks; chunk += STAGES) {
+            const int next = chunk + STAGES; /* loaded as soon as registers of this chunk are free */
             float sum[2][8];
             uint16_t beta[2];
             load_beta(beta, chunk);
             accumulate_gates(g, chunk, sum);
             store_squares(q, k);
             sync();
-            if (chunk >= STAGES) barrier_sync<EMPTY, STAGE_THREADS<rows>>(group);
+            if (chunk >= STAGES) barrier_sync<EMPTY, STAGE_THREADS<rows>>(team);
             load_values(next);
             decay(q, k, sum);
             store_gamma(sum);
@@ -296,9 +314,9 @@ template <int rows> struct Preparation {
             add_products(beta, chunk);
             sync();
             if (warp == 0) solve();
-            sync(); /* not needed for what arriving orders, but compute-sanitizer's racecheck does not see that */
-            copy_async_wait<1>(); /* this chunk's values have landed; the next ones may be in flight */
-            barrier_arrive<FULL, STAGE_THREADS<rows>>(group);
+            sync(); /* for racecheck, which does not see that arriving at FULL orders what solve() wrote */
+            copy_async_wait<1>(); /* this chunk's values have come; the next chunk's may be in flight */
+            barrier_arrive<FULL, STAGE_THREADS<rows>>(team);
         }
         copy_async_wait<0>();
     }

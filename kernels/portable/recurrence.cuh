@@ -1,8 +1,13 @@
 /*
- * The recurrence role: the state through a sequence's chunks, in order. Warp w owns rows 16 w to 16 w + 15 of
- * V and all of K, as the transposed state S^T [V, K] in fp32 accumulators, and needs nothing of the
- * other warps. Accumulators serve as A fragments as they are: depth t of a product is the even and depth
- * t + 4 the odd one of the two columns that lane t of four holds.
+ * The recurrence: carries the state through a sequence's chunks, in order.
+ *
+ * Algorithm. For each chunk, with the matrices of its stage (shared.cuh) and S the state:
+ *
+ *     R = V - K~ S      U = T R      O = Q~ S + P U      S = diag(gamma) S + Kr^T U
+ *
+ * Layout. Warp w owns rows 16 w to 16 w + 15 of V and all of K, as the transposed state S^T [V, K] in fp32
+ * accumulators, and needs nothing of other warps. Accumulators are A fragments as they are: depth t of a
+ * product is the even one, and depth t + 4 the odd one, of the two columns that lane t of a quad holds.
  */
 #ifndef FKDA_PORTABLE_RECURRENCE_CUH
 #define FKDA_PORTABLE_RECURRENCE_CUH
@@ -12,21 +17,21 @@
 namespace fkda
 {
 
-/* An accumulator tile as the A operand: d += tile * (b0, b1). */
+/* d += tile (b0, b1), with an accumulator tile as the A operand. */
 __device__ __forceinline__ void multiply(float (&d)[4], const float (&tile)[4], float b0, float b1)
 {
     mma_tf32(d, tile[0], tile[2], tile[1], tile[3], b0, b1);
 }
 
-/* Of `rows` rows of V from `row` on. */
+/* The recurrence of a CTA that carries `rows` rows of V. */
 template <int rows> struct Recurrence {
     const fkda_fwd_args &args;
     const Task &task;
     Shared &shared;
     int lane, g, t;
-    int first_row;       /* of V */
+    int first_row;       /* of V, of this warp */
     long long out_begin; /* where this lane's rows of the first token's output are, in elements */
-    /* state[j][h]: rows g and g + 8, channels 16 j + 4 t + 2 h and + 1: {g, g, g + 8, g + 8} */
+    /* state[j][h]: rows g, g, g + 8, g + 8 and channels 16 j + 4 t + 2 h, + 1, + 0, + 1 */
     float state[DIM / 16][2][4];
 
     __device__ Recurrence(const fkda_fwd_args &a, const Task &k, Shared &s, int thread, int row)
@@ -36,14 +41,16 @@ template <int rows> struct Recurrence {
     {
     }
 
-    /* Where this lane's part of this head's state begins, in elements. The indices are read anew, so that the
-     * address does not occupy registers from the first chunk to the last. */
+    /* ---- The state from and to memory ---- */
+
+    /* Where this lane's part of the head's state begins, in elements. The indices are read again here, so
+     * that the address does not occupy registers from the first chunk to the last one. */
     __device__ long long state_begin() const
     {
-        int block, id;
-        read_indices(block, id);
-        int row = block % (DIM / rows) * rows + (id - FKDA_PORTABLE_PREPARE_THREADS) / 32 * 16 + id % 32 / 4;
-        return static_cast<long long>(block / (DIM / rows)) * (DIM * DIM) + (row * DIM + id % 4 * 4);
+        int cta, id;
+        read_indices(cta, id);
+        int row = cta % (DIM / rows) * rows + (id - FKDA_PORTABLE_PREPARE_THREADS) / 32 * 16 + id % 32 / 4;
+        return static_cast<long long>(cta / (DIM / rows)) * (DIM * DIM) + (row * DIM + id % 4 * 4);
     }
 
     __device__ void load_state()
@@ -86,7 +93,9 @@ template <int rows> struct Recurrence {
             }
     }
 
-    /* u = V^T of this warp's rows; tile i holds tokens 8 i to 8 i + 7. */
+    /* ---- One chunk ---- */
+
+    /* u = V^T of this warp's rows; tile i has tokens 8 i to 8 i + 7. */
     __device__ void load_values(int chunk, float (&u)[2][4]) const
     {
         uint32_t v[4];
@@ -101,7 +110,7 @@ template <int rows> struct Recurrence {
             }
     }
 
-    /* d += u M^T for a lower triangular M of 16 x 16: of its 8 x 8 blocks the upper right one is zero. */
+    /* d += u M^T for a lower triangular M of 16 x 16, whose upper right tile of 8 x 8 is zero. */
     __device__ void multiply_lower(float (&d)[2][4], const float (&u)[2][4],
                                    const float (&m)[CHUNK][CHUNK + 8]) const
     {
@@ -113,7 +122,7 @@ template <int rows> struct Recurrence {
         multiply(d[1], u[1], right.x, right.y);
     }
 
-    /* x * gamma, given gamma - 1. */
+    /* x = x gamma, given gamma - 1. */
     __device__ static void decay(float &x, float gamma_minus_1)
     {
         x = __fmaf_rn(x, gamma_minus_1, x);
@@ -141,7 +150,8 @@ template <int rows> struct Recurrence {
         }
     }
 
-    /* The transposes make two neighbouring rows of V of one token out of two tokens of one row. */
+    /* Stores the outputs of a chunk. A lane has two tokens of one row of V; the transposes make two
+     * neighbouring rows of one token of them. */
     __device__ void store_output(int chunk, const float (&o)[2][4]) const
     {
 #pragma unroll
@@ -157,6 +167,8 @@ template <int rows> struct Recurrence {
         }
     }
 
+    /* ---- The role ---- */
+
     __device__ void run()
     {
         load_state();
@@ -166,7 +178,7 @@ template <int rows> struct Recurrence {
             barrier_sync<FULL, STAGE_THREADS<rows>>(slot<STAGES>(chunk));
             load_values(chunk, r);
 #pragma unroll
-            for (int j = 0; j < DIM / 16; j++) { /* r = V - K~ S, o = Q~ S */
+            for (int j = 0; j < DIM / 16; j++) { /* r = (V - K~ S)^T, o = (Q~ S)^T */
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int row = 8 * i + g, column = 16 * j + decayed_column(g, 4 * t);

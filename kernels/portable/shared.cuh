@@ -1,8 +1,20 @@
-/* What the two roles of the portable kernel share: the task, the tiles in shared memory, the barriers. */
+/*
+ * The shared memory of the portable kernel, and the barriers at which its two roles meet.
+ *
+ * Named barriers, for stage s in 0 .. STAGES - 1:
+ *
+ *   barrier    arrives                waits                  what may happen then
+ *   ---------  ---------------------  ---------------------  ----------------------------------------------
+ *   0          nobody                 nobody                 (__syncthreads, which this kernel does not use)
+ *   TEAM + s   team s                 team s                 the team goes on to its next step
+ *   FULL + s   team s                 recurrence             stage s and its values are read
+ *   EMPTY + s  recurrence             team s                 stage s and its values are overwritten
+ */
 #ifndef FKDA_PORTABLE_SHARED_CUH
 #define FKDA_PORTABLE_SHARED_CUH
 
 #include "../common/elements.cuh"
+#include "../common/gate.cuh"
 #include "../common/task.cuh"
 #include "fwd_shape.h"
 
@@ -10,20 +22,25 @@ namespace fkda
 {
 
 constexpr int CHUNK = 16; /* tokens */
-constexpr int STAGES = 2; /* prepared chunks, each with a group of warps that prepares it */
-constexpr int GROUP_WARPS = FKDA_PORTABLE_PREPARE_THREADS / 32 / STAGES;
-constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
-constexpr int V_STAGES = 2 * STAGES; /* value tiles, loaded ahead by a turn of the stages */
+constexpr int STAGES = 2; /* prepared chunks; each stage has a team of warps that fills it */
+constexpr int TEAM_WARPS = FKDA_PORTABLE_PREPARE_THREADS / 32 / STAGES;
+constexpr int TEAM_THREADS = 32 * TEAM_WARPS;
+constexpr int V_STAGES = 2 * STAGES; /* tiles of values, which are loaded one round of the stages ahead */
 
-/* A prepared chunk in fp32. With G the running sum of the log decay, rows i, j:
+/*
+ * A prepared chunk in fp32. With G the running sum of the log decay, and tokens i, j:
+ *
  *   minus_k_decayed[i] = -k_i exp(G_i)           q_decayed[i] = q_i exp(G_i)
- *   k_rest: k_j exp(G_last - G_j), as the state update's B fragments: element [j / 2][9 * group + n] holds
- *           tokens j, j + 1 of channel c(n), then tokens j, j + 1 of channel c(n) + 2, where
- *           c(n) = 16 * group + 4 * (n / 2) + n % 2
- *   solve  = (I + L)^-1 diag(b)                  attend = tril(q_i k_j exp(G_i - G_j))
- *   gamma_minus_1 = exp(G_last) - 1
- * All but the last carry UNTRUNCATE. Row paddings and the column functions below make both the stores of the
- * preparation and the fragment loads of the recurrence free of bank conflicts. */
+ *   k_rest             = k_j exp(G_last - G_j), in the order of the state update's B fragments: element [j /
+ *                        2][9 s + n] holds tokens j and j + 1 of channel c(n), then tokens j and j + 1 of
+ *                        channel c(n) + 2, where c(n) = 16 s + 4 * (n / 2) + n % 2
+ *   solve              = T = (I + L)^-1 diag(b)
+ *   attend             = P = tril(q_i k_j exp(G_i - G_j))
+ *   gamma_minus_1      = exp(G_last) - 1
+ *
+ * All but gamma_minus_1 carry the factor UNTRUNCATE. The padding of rows and the three functions below keep
+ * both the stores of the preparation and the loads of the recurrence free of bank conflicts.
+ */
 struct Stage {
     float minus_k_decayed[CHUNK][DIM + 16];
     float q_decayed[CHUNK][DIM + 16];
@@ -33,29 +50,29 @@ struct Stage {
     float gamma_minus_1[DIM];
 };
 
-/* Scratch of a group of preparing warps. */
+/* The scratch of a team. */
 struct Scratch {
-    float products[GROUP_WARPS][2][CHUNK][CHUNK]; /* K~ K^^T and Q~ K^^T over one warp's channels */
-    float4 squares[GROUP_WARPS][CHUNK / 2];       /* of q, k of an even token, then of the odd one after */
-    float l_columns[CHUNK][CHUNK + 4];            /* L transposed */
+    float products[TEAM_WARPS][2][CHUNK][CHUNK]; /* K~ K^^T and Q~ K^^T over each warp's channels */
+    float4 squares[TEAM_WARPS][CHUNK / 2]; /* sums: q, k of an even token, q, k of the odd token after it */
+    float l_columns[CHUNK][CHUNK + 4];     /* L, transposed */
     float beta[CHUNK];
-    float gate_factor[GROUP_WARPS]; /* -exp(A_log) log2(e), to each warp its own */
-    float gate_offset[DIM];         /* that times dt_bias */
+    float gate_slope[TEAM_WARPS]; /* each warp has its own */
+    float gate_offset[DIM];
 };
 
-/* Where four channels of a row are in minus_k_decayed and q_decayed. */
+/* The column of four channels of a row in minus_k_decayed and q_decayed. */
 __device__ __forceinline__ int decayed_column(int row, int channel)
 {
     return channel ^ ((row & 6) << 1);
 }
 
-/* Where eight rows of V of a token are in v. */
+/* The column of eight rows of V of a token in v. */
 __device__ __forceinline__ int value_column(int token, int row)
 {
     return row ^ ((token & 7) << 3);
 }
 
-/* Where a row of a product over channels is. */
+/* The row of a token in products. */
 __device__ __forceinline__ int product_row(int row)
 {
     return row ^ (row >> 1 & 1);
@@ -68,12 +85,12 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in step");
 
-/* Named barriers; 0 is __syncthreads'. A stage is full when its group and the recurrence have both reached
- * FULL + stage, and empty again when both have reached EMPTY + stage; one of them waits, the other only
- * arrives. GROUP + stage is the group's own. */
-enum Barrier { GROUP = 1, FULL = GROUP + STAGES, EMPTY = FULL + STAGES };
+/* The first named barriers of the three sorts, see the table above. */
+enum Barrier { TEAM = 1, FULL = TEAM + STAGES, EMPTY = FULL + STAGES };
+
+/* The threads that meet at FULL and EMPTY: a team and the recurrence. */
 template <int rows>
-constexpr int STAGE_THREADS = GROUP_THREADS + FKDA_PORTABLE_THREADS(rows) - FKDA_PORTABLE_PREPARE_THREADS;
+constexpr int STAGE_THREADS = TEAM_THREADS + FKDA_PORTABLE_THREADS(rows) - FKDA_PORTABLE_PREPARE_THREADS;
 
 /* Which of n slots a chunk uses. */
 template <int n> __device__ __forceinline__ int slot(int chunk)

@@ -1,5 +1,6 @@
 /*
- * A block: one CTA shape under one schedule. All roles are templates over a block, and the kernels differ only in it:
+ * A block: one CTA shape under one schedule. All roles are templates over a block, and the kernels differ
+ * only in it:
  *
  *   fkda_hopper_solo    Block<SoloCta, EvenShares>
  *   fkda_hopper_pair    Block<PairCta, EvenShares>

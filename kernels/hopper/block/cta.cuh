@@ -1,15 +1,17 @@
 /*
- * The three CTA shapes: how the 16 warps of a CTA are split among the roles, how much of a head's state the CTA carries,
- * and how many slots its rings have.
+ * The three CTA shapes: how the 16 warps of a CTA are split among the roles, how much of a head's state the
+ * CTA carries, and how many slots its rings have.
  *
- *   SoloCta  carries all 128 rows of a head's state by itself, in chunks of 16 tokens. It suits many heads: two
- *            warpgroups carry the state, and while one of them waits for its products the other one works.
- *   PairCta  carries 64 of the 128 rows, in chunks of 32 tokens; the other CTA of the pair carries the other 64 rows.
- *            It suits few heads: the chunks of one head follow each other fastest.
- *   MapCta   carries all 128 rows of a segment's map or of the state that the segment makes of zeros, in chunks of
- *            32 tokens; the pair's first CTA has the map and the second one the state. There are no queries and outputs.
+ *   SoloCta  carries all 128 rows of a head's state by itself, in chunks of 16 tokens. It suits many heads:
+ *            two warpgroups carry the state, and while one of them waits for its products the other one
+ *            works.
+ *   PairCta  carries 64 of the 128 rows, in chunks of 32 tokens; the other CTA of the pair carries the other
+ *            64 rows. It suits few heads: the chunks of one head follow each other fastest.
+ *   MapCta   carries all 128 rows of a segment's M (the first CTA of a pair) or of its B (the second one), in
+ *            chunks of 32 tokens. There are no queries and no outputs.
  *
- * The CTAs of a pair work on the same work items. Each prepares and solves every second chunk and sends it to the other.
+ * The CTAs of a pair work on the same work items. Each prepares and solves every second chunk and sends it to
+ * the other.
  */
 #ifndef FKDA_HOPPER_CTA_CUH
 #define FKDA_HOPPER_CTA_CUH
@@ -19,7 +21,8 @@
 namespace fkda
 {
 
-/* Registers of a thread, by warpgroup. The four warps in a quarter of an SM have 512 for each lane between them. */
+/* Registers of a thread, by warpgroup. The four warps in a quarter of an SM have 512 for each lane between
+ * them. */
 struct Registers {
     int recurrence, preparation;
     int last_warpgroup; /* the loader, the solver, and warps that have no role or prepare too */
@@ -31,14 +34,16 @@ struct SoloCta {
     static constexpr int CTAS = 1;                       /* that work on the same work items */
     /* A team of TEAM_WARPS warps prepares one chunk together. The teams take the CTA's own chunks in turn. */
     static constexpr int TEAM_WARPS = 2, TEAMS = 3;
-    /* A team leaves its products over channels as this many partial sums, which the solver adds up. Each partial sum is
-     * one warp's or the sum of two warps'. */
+    /* A team leaves its products over channels as this many partial sums, which the solver adds up. Each
+     * partial sum is one warp's or the sum of two warps'. */
     static constexpr int PARTIALS = 2;
-    /* Slots of the chunk ring: for chunks that this CTA prepares itself and, behind them, for chunks that the other CTA
-     * of the pair sends. Received chunks need fewer slots because they arrive prepared and are held for a shorter time. */
+    /* Slots of the chunk ring: for chunks that this CTA prepares itself and, behind them, for chunks that the
+     * other CTA of the pair sends. Received chunks need fewer slots because they arrive prepared and are held
+     * for a shorter time. */
     static constexpr int OWN_SLOTS = 12, RECEIVED_SLOTS = 0;
-    /* The loader finds the norms of keys instead of the teams, except for each team's first chunk: when a CTA starts, all
-     * SMs would fetch the loader's code for norms at the same time, and the first chunk would wait for it. */
+    /* The loader finds the norms of keys instead of the teams, except for each team's first chunk: when a CTA
+     * starts, all SMs would fetch the loader's code for norms at the same time, and the first chunk would
+     * wait for it. */
     static constexpr bool LOADER_FINDS_NORMS = false;
     static constexpr bool OUTPUTS = true; /* false: there are no queries and no outputs, only states */
     static constexpr Registers REGISTERS = {152, 104, 104};

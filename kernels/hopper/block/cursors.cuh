@@ -15,8 +15,8 @@
 namespace fkda
 {
 
-/* Work items that the loader may be ahead of the recurrence. A CTA may have many short sequences; with fewer slots the
- * loader would wait for the recurrence between them. */
+/* Work items that the loader may be ahead of the recurrence. A CTA may have many short sequences; with fewer
+ * slots the loader would wait for the recurrence between them. */
 constexpr int ITEMS_AHEAD = 16;
 
 /* Work items on their way from the loader to all other roles. */
@@ -60,7 +60,7 @@ template <class Block> struct ChunkCursor {
     static constexpr int CHUNK = Block::CHUNK;
     WorkCursor items;
     int head;
-    int left;        /* tokens of the work item from this chunk's first one on; none after the last chunk of all */
+    int left; /* tokens of the work item from this chunk's first one on; none after the last chunk of all */
     long long token; /* the chunk's first one, counted over the whole tensor */
 
     /* At the chunk that `chunks` chunks precede. */
@@ -97,8 +97,8 @@ template <class Block> struct ChunkCursor {
     }
 };
 
-/* The CTAs of a pair prepare chunks in turn, so two neighbouring chunks have the same number in the chunk rings of the CTAs
- * that prepare them. */
+/* The CTAs of a pair prepare chunks in turn, so two neighbouring chunks have the same number in the chunk
+ * rings of the CTAs that prepare them. */
 template <class Block> struct SlotCursor {
     Slot<Block::OWN_SLOTS> own; /* of this chunk in the CTA that prepares it */
     unsigned chunk, rank;

@@ -1,12 +1,13 @@
 /*
- * The loader: one warp that gets the CTA's work items from the schedule, hands them to all other roles, and brings the
- * inputs of chunk after chunk into shared memory.
+ * The loader: one warp that gets the CTA's work items from the schedule, hands them to all other roles, and
+ * brings the inputs of chunk after chunk into shared memory.
  *
- * Algorithm. For each chunk that this CTA prepares, the loader waits for a free own slot and asks TMA for g, k, q and v, in
- * boxes of 64 channels. For each chunk that the other CTA of a pair prepares, it asks for v alone, as soon as a received
- * slot is free, and announces the bytes that the other CTA will send. Received slots become free at other times than own
- * ones, so the loader looks after them whenever it waits for something else; in strict order one ring would hold up the
- * other. In its waits it also finds norms, where LOADER_FINDS_NORMS says so.
+ * Algorithm. For each chunk that this CTA prepares, the loader waits for a free own slot and asks TMA for g,
+ * k, q and v, in boxes of 64 channels. For each chunk that the other CTA of a pair prepares, it asks for v
+ * alone, as soon as a received slot is free, and announces the bytes that the other CTA will send. Received
+ * slots become free at other times than own ones, so the loader looks after them whenever it waits for
+ * something else; in strict order one ring would hold up the other. In its waits it also finds norms, where
+ * LOADER_FINDS_NORMS says so.
  */
 #ifndef FKDA_HOPPER_LOAD_CUH
 #define FKDA_HOPPER_LOAD_CUH
@@ -28,8 +29,9 @@ template <class Block> struct Loader {
     /* The slots of the next chunk that this CTA prepares, and of the next one that the other CTA does. */
     Slot<Block::OWN_SLOTS> own;
     Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> received;
-    unsigned turn, rank;          /* the CTA with rank `turn` prepares the next chunk */
-    unsigned expected, asked_for; /* chunks of the other CTA: met so far, and those whose values are asked for */
+    unsigned turn, rank; /* the CTA with rank `turn` prepares the next chunk */
+    unsigned expected,
+        asked_for; /* chunks of the other CTA: met so far, and those whose values are asked for */
     /* Norms, if the loader finds them: */
     Slot<Block::OWN_SLOTS> to_norm; /* the next chunk to find norms of */
     unsigned without_norms;         /* chunks that are loaded, or on their way, and have no norms yet */
@@ -104,8 +106,8 @@ template <class Block> struct Loader {
                 copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
     }
 
-    /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next sequence, and past
-     * the end of the tensor zeros; the preparation clears both. */
+    /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next
+     * sequence, and past the end of the tensor zeros; the preparation clears both. */
     __device__ void load(const ValueBoxes &values)
     {
         Tokens<Block> &to = shared.tokens[own.index];
@@ -136,8 +138,8 @@ template <class Block> struct Loader {
             without_norms++;
     }
 
-    /* For the first expected chunk of the other CTA: asks for its values and announces what the other CTA will send, if the
-     * chunk's slot is free. */
+    /* For the first expected chunk of the other CTA: asks for its values and announces what the other CTA
+     * will send, if the chunk's slot is free. */
     __device__ void ask_for_values()
     {
         const int slot = Block::OWN_SLOTS + received.index;
@@ -173,9 +175,10 @@ template <class Block> struct Loader {
 
     /* ---- The role ---- */
 
-    /* Asks the schedule for the next work item once the first chunk of a work item is on its way, so that the schedule's
-     * arithmetic delays no first chunk; and for the first work item before it waits for the barriers. All this is one loop,
-     * because code that is inlined twice takes room in the instruction cache twice. */
+    /* Asks the schedule for the next work item once the first chunk of a work item is on its way, so that the
+     * schedule's arithmetic delays no first chunk; and for the first work item before it waits for the
+     * barriers. All this is one loop, because code that is inlined twice takes room in the instruction cache
+     * twice. */
     template <class Wait> __device__ void run(Wait wait_for_barriers)
     {
         bool begun = false;

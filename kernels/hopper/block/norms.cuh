@@ -1,6 +1,6 @@
 /*
- * The norms of a chunk's keys and queries. The team that prepares the chunk finds them or, in blocks whose speed the
- * preparation limits, the loader.
+ * The norms of a chunk's keys and queries. The team that prepares the chunk finds them or, in blocks whose
+ * speed the preparation limits, the loader.
  */
 #ifndef FKDA_HOPPER_NORMS_CUH
 #define FKDA_HOPPER_NORMS_CUH
@@ -13,8 +13,9 @@ namespace fkda
 /*
  * Stores 1 / |x| of a subchunk's tokens. x is the subchunk's q or k in the first half of the channels.
  *
- * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer instructions
- * than two for each element and a reduction by shuffles. Lane (g, t = g / 2) of the accumulators has tokens g and g + 8.
+ * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer
+ * instructions than two for each element and a reduction by shuffles. Lane (g, t = g / 2) of the accumulators
+ * has tokens g and g + 8.
  */
 template <class Block>
 __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned char *x, int lane)
@@ -38,7 +39,8 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
     }
 }
 
-/* The norms of all subchunks' keys and, if there are outputs, queries. The subchunks are split among `warps` warps. */
+/* The norms of all subchunks' keys and, if there are outputs, queries. The subchunks are split among `warps`
+ * warps. */
 template <class Block, int warps>
 __device__ __forceinline__ void store_norms(float (&to)[Block::OUTPUTS ? 2 : 1][Block::CHUNK],
                                             const Tokens<Block> &tokens, int warp, int lane)

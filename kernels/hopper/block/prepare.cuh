@@ -1,17 +1,19 @@
 /*
- * The preparation: everything of a chunk's tokens and channels that does not depend on the state, ahead of the recurrence.
+ * The preparation: everything of a chunk's tokens and channels that does not depend on the state, ahead of
+ * the recurrence.
  *
- * Algorithm. Teams of two or four warps take the CTA's own chunks in turn. A warp has all tokens of a chunk in its share of
- * the channels, and works on 16 channels of a subchunk at a time (prepare_slice.cuh): norms and gates, running sums of the
- * log decay, the decayed tiles K~, Q~ and Kr, which it writes over k, q and g, and products over channels. The team then
- * leaves the products to the solver, and the state's decay over the chunk to the recurrence.
+ * Algorithm. Teams of two or four warps take the CTA's own chunks in turn. A warp has all tokens of a chunk
+ * in its share of the channels, and works on 16 channels of a subchunk at a time (prepare_slice.cuh): norms
+ * and gates, running sums of the log decay, the decayed tiles K~, Q~ and Kr, which it writes over k, q and g,
+ * and products over channels. The team then leaves the products to the solver, and the state's decay over the
+ * chunk to the recurrence.
  *
- * Why. Decays are counted from a subchunk's start, where exp(-G) stays in the range of fp32 even if all 16 gates are at
- * the bound of -5. Products over channels are tf32 for that range: k exp(-G) reaches e^80. What meets the state is at most
- * one in size, and is fp16.
+ * Why. Decays are counted from a subchunk's start, where exp(-G) stays in the range of fp32 even if all 16
+ * gates are at the bound of -5. Products over channels are tf32 for that range: k exp(-G) reaches e^80. What
+ * meets the state is at most one in size, and is fp16.
  *
- * Optimizations. Loops over subchunks and channels stay loops: the code of all roles together has to fit in the
- * instruction cache.
+ * Optimizations. Loops over subchunks and channels stay loops: the code of all roles together has to fit in
+ * the instruction cache.
  */
 #ifndef FKDA_HOPPER_PREPARE_CUH
 #define FKDA_HOPPER_PREPARE_CUH
@@ -24,8 +26,8 @@ namespace fkda
 
 template <class Block> struct Preparation : SlicePreparation<Block> {
     using Base = SlicePreparation<Block>;
-    using Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
+    using Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Sums = typename Base::Sums;
     static constexpr int SHARE = DIM / WARPS; /* channels of a warp */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
@@ -36,8 +38,9 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
     }
 
-    /* The team's warps wait for each other. racecheck does not see the order that a named barrier makes between warps which
-     * met at other named barriers before, as in the first phase of a relay; for it they meet at an mbarrier. */
+    /* The team's warps wait for each other. racecheck does not see the order that a named barrier makes
+     * between warps which met at other named barriers before, as in the first phase of a relay; for it they
+     * meet at an mbarrier. */
     __device__ void meet()
     {
         if constexpr (FOR_RACECHECK) {
@@ -67,8 +70,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
 
     /* ---- Once for each chunk ---- */
 
-    /* Makes the tokens from `left` on, which lie past the end of the sequence, have no effect: keys and queries of zeros,
-     * norms that leave them zeros, and gates of -inf, which decay by exactly nothing. */
+    /* Makes the tokens from `left` on, which lie past the end of the sequence, have no effect: keys and
+     * queries of zeros, norms that leave them zeros, and gates of -inf, which decay by exactly nothing. */
     __device__ void clear_past_end(int slot, int left)
     {
         Tokens<Block> &tokens = shared.tokens[slot];
@@ -86,8 +89,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         meet();
     }
 
-    /* Turns the sums over all tokens into the state's decay over the chunk, less one. The decay of a slow channel, rounded
-     * to fp32 itself, would be off by one amount chunk after chunk. */
+    /* Turns the sums over all tokens into the state's decay over the chunk, less one. The decay of a slow
+     * channel, rounded to fp32 itself, would be off by one amount chunk after chunk. */
     __device__ void finish_gamma(float *gamma) const
     {
         __syncwarp();
@@ -98,8 +101,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         }
     }
 
-    /* Calls visit(w, tile, a, b) for all sums: w is 0 for K~ and 1 for Q~, a and b are in row g and columns 2 t and
-     * 2 t + 1 of the tile. */
+    /* Calls visit(w, tile, a, b) for all sums: w is 0 for K~ and 1 for Q~, a and b are in row g and columns 2
+     * t and 2 t + 1 of the tile. */
     template <class Visit> __device__ void for_each_tile(const Sums &sums, Visit visit) const
     {
 #pragma unroll
@@ -153,7 +156,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             });
     }
 
-    /* Prepares the chunk in an own slot. `round` is the parity of the team's round in the ring of products. */
+    /* Prepares the chunk in an own slot. `round` is the parity of the team's round in the ring of
+     * products. */
     __device__ void prepare(int slot, int round, bool finds_norms)
     {
         Tokens<Block> &tokens = shared.tokens[slot];
@@ -161,7 +165,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         Sums sums = {};
 
         /* ---- Norms ---- */
-        const int place = Block::LOADER_FINDS_NORMS ? slot : team, norms = WARPS == Block::PARTIALS ? round : 0;
+        const int place = Block::LOADER_FINDS_NORMS ? slot : team,
+                  norms = WARPS == Block::PARTIALS ? round : 0;
         if (finds_norms) {
             store_norms<Block, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
             meet();
@@ -202,7 +207,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         constexpr int RING = Block::OWN_SLOTS;
         Slot<RING> slot(team);
-        /* The parity of a team's chunk follows from its slot, if the ring is an even number of rounds of the teams. */
+        /* The parity of a team's chunk follows from its slot, if the ring is an even number of rounds of the
+         * teams. */
         constexpr bool PARITY_BY_SLOT = RING % (2 * Block::TEAMS) == 0;
         int count = 0; /* of the team's chunks so far */
         if (lane == 0) shared.gate[team][warp].head = -1;
@@ -211,8 +217,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
              at.advance(Block::CTAS * Block::TEAMS)) {
             if (SAVES_REGISTERS) this->find_place();
             if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
-            /* If another team had the slot in the round before, this team does not know whether that round is over, and the
-             * parity of `loaded` could deceive it. `empty` says that it is over. */
+            /* If another team had the slot in the round before, this team does not know whether that round is
+             * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
             static_assert(RING >= Block::TEAMS, "the slot was asked for before this team's last chunk");
             if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
             const bool finds_norms = !Block::LOADER_FINDS_NORMS || count == 0;

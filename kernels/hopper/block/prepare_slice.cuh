@@ -1,10 +1,10 @@
 /*
- * The arithmetic of the preparation: 16 channels of a subchunk, which a warp takes through it from raw inputs to decayed
- * tiles and products over channels.
+ * The arithmetic of the preparation: 16 channels of a subchunk, which a warp takes through it from raw inputs
+ * to decayed tiles and products over channels.
  *
- * Lane (g, t) = (lane / 4, lane % 4) owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. This is the
- * layout of the tensor core's fragments, so elements go from ldmatrix through the products to stmatrix without changing
- * lanes.
+ * Lane (g, t) = (lane / 4, lane % 4) owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+ * This is the layout of the tensor core's fragments, so elements go from ldmatrix through the products to
+ * stmatrix without changing lanes.
  */
 #ifndef FKDA_HOPPER_PREPARE_SLICE_CUH
 #define FKDA_HOPPER_PREPARE_SLICE_CUH
@@ -18,8 +18,9 @@ template <class Block> struct SlicePreparation {
     static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
     static_assert(SUBCHUNKS <= 2, "a subchunk has at most one other subchunk");
     static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
-    /* With two subchunks registers are short. Threads then find their place anew for each chunk, and read the gate's
-     * constants from shared memory for each use, so that what is made from them need not be kept in between. */
+    /* With two subchunks registers are short. Threads then find their place anew for each chunk, and read the
+     * gate's constants from shared memory for each use, so that what is made from them need not be kept in
+     * between. */
     static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2;
     Shared<Block> &shared;
     int team, warp, lane, g, t; /* warp: of the team */
@@ -43,22 +44,23 @@ template <class Block> struct SlicePreparation {
     /*
      * A warp's part of the products over its channels, in tiles of 8 x 8 tokens.
      *
-     * within[i]: subchunk i with itself. With outputs the three products are tiles (0, 0), (1, 0) and (1, 1), with the rows
-     * of K~ above those of Q~. Without outputs the first product is (0, 0) above (1, 0), and the lower half of the second
-     * one is (1, 1). Nobody needs tile (0, 1).
-     * across[w][n]: the second subchunk with the first one; w is 0 for K~ and 1 for Q~, n numbers eight columns.
+     * within[i]: subchunk i with itself. With outputs the three products are tiles (0, 0), (1, 0) and (1, 1),
+     * with the rows of K~ above those of Q~. Without outputs the first product is (0, 0) above (1, 0), and
+     * the lower half of the second one is (1, 1). Nobody needs tile (0, 1). across[w][n]: the second subchunk
+     * with the first one; w is 0 for K~ and 1 for Q~, n numbers eight columns.
      */
     struct Sums {
         float within[SUBCHUNKS][3][4], across[2][2][4];
     };
 
     /*
-     * sum[b] = the running sums of the log2 decay, for a subchunk's tokens g, g, g + 8, g + 8 and channels
-     * c + 8 b + 2 t, + 1, + 0, + 1.
+     * sum[b] = the running sums of the log2 decay, for a subchunk's tokens g, g, g + 8, g + 8 and channels c
+     * + 8 b + 2 t, + 1, + 0, + 1.
      *
-     * The gates are loaded transposed (ldmatrix.trans), so that a lane has four tokens of one channel and needs one offset
-     * for them. The tensor core adds them up: a triangle of ones times the gates, which also transposes back. Each gate is
-     * the sum of two bf16; what this leaves out is 2^-18 of the gate, upwards as often as downwards.
+     * The gates are loaded transposed (ldmatrix.trans), so that a lane has four tokens of one channel and
+     * needs one offset for them. The tensor core adds them up: a triangle of ones times the gates, which also
+     * transposes back. Each gate is the sum of two bf16; what this leaves out is 2^-18 of the gate, upwards
+     * as often as downwards.
      *
      * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels.
      */
@@ -90,18 +92,21 @@ template <class Block> struct SlicePreparation {
     }
 
     /*
-     * Prepares 16 channels of subchunk `sub`: writes the decayed tiles K~, Q~ and Kr over k, q and g, and adds the products
-     * over these channels to `sums`, those of the subchunk with itself to the last element of `within`.
+     * Prepares 16 channels of subchunk `sub`: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
+     * adds the products over these channels to `sums`, those of the subchunk with itself to the last element
+     * of `within`.
      *
-     * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are multiplied by
-     * the decay over the first subchunk, and the first one's Kr by the decay over the second. The products of the second
-     * subchunk with the first one are taken before, while both are still counted from the border between the subchunks.
+     * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are
+     * multiplied by the decay over the first subchunk, and the first one's Kr by the decay over the second.
+     * The products of the second subchunk with the first one are taken before, while both are still counted
+     * from the border between the subchunks.
      *
-     * `at` is this lane's row of the slice's gates; `offset` is the gate offset of its first channel, `factor` the inverse
-     * norm of this lane's first token, and `gamma` has the channels' sums over all tokens so far.
+     * `at` is this lane's row of the slice's gates; `offset` is the gate offset of its first channel,
+     * `factor` the inverse norm of this lane's first token, and `gamma` has the channels' sums over all
+     * tokens so far.
      */
-    __device__ void prepare_slice(int sub, uint32_t at, const float *offset, const float *factor, float *gamma,
-                                  Sums &sums) const
+    __device__ void prepare_slice(int sub, uint32_t at, const float *offset, const float *factor,
+                                  float *gamma, Sums &sums) const
     {
         const bool second = SUBCHUNKS == 2 && sub == 1;
         float sum[2][4], over[2][2]; /* over: the decay over this subchunk */

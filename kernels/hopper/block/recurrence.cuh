@@ -9,16 +9,17 @@
  *     O^T = (Q~ S)^T + U^T P^T
  *     S^T = S^T + U^T Kr
  *
- * The state is the accumulator of the last product (state_rows.cuh). Two neighbouring accumulator tiles, packed to fp16, are
- * an A operand as they are, and R^T and U^T are too; B operands are read where the chunk was prepared. So neither the state
- * nor R and U pass through shared memory. V comes in and O goes out through shared memory, transposed on the way by ldmatrix
- * and stmatrix.
+ * The state is the accumulator of the last product (state_rows.cuh). Two neighbouring accumulator tiles,
+ * packed to fp16, are an A operand as they are, and R^T and U^T are too; B operands are read where the chunk
+ * was prepared. So neither the state nor R and U pass through shared memory. V comes in and O goes out
+ * through shared memory, transposed on the way by ldmatrix and stmatrix.
  *
  * Optimizations. What stands between two products decides the speed.
- *   - A load from shared memory that is issued behind products waits while they read their operands. So v is loaded before
- *     K~ S, and the state's decay as soon as K~ S is there.
- *   - While K~ S is on its way the warp looks whether v fits the rows' scales (scaled_rows.cuh). While T R is on its way, it
- *     decays the state and stores the outputs of the chunk before, if outputs have room of their own.
+ *   - A load from shared memory that is issued behind products waits while they read their operands. So v is
+ *     loaded before K~ S, and the state's decay as soon as K~ S is there.
+ *   - While K~ S is on its way the warp looks whether v fits the rows' scales (scaled_rows.cuh). While T R is
+ *     on its way, it decays the state and stores the outputs of the chunk before, if outputs have room of
+ *     their own.
  *   - While the state is updated it leaves this chunk's outputs and asks whether the next chunk is ready.
  *   - The slot is kept in a uniform register, so that descriptors need not be moved there.
  */
@@ -33,16 +34,18 @@ namespace fkda
 
 template <class Block> struct Recurrence : ScaledRows<Block> {
     using Base = ScaledRows<Block>;
-    using Base::all, Base::args, Base::shared, Base::lane, Base::state, Base::scale, Base::is_map, Base::warp_row;
+    using Base::all, Base::args, Base::shared, Base::lane, Base::state, Base::scale, Base::is_map,
+        Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
-    using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values, Base::largest;
-    using Base::large, Base::small, Base::adapt, Base::choose_first_scales, Base::load_state, Base::store_state;
+    using Base::large, Base::small, Base::adapt, Base::choose_first_scales, Base::load_state,
+        Base::store_state;
+    using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
+        Base::largest;
     using Raw = typename Base::Raw;
     using Stage = fkda::Stage<Block>;
     int output_place; /* this lane's place in the rows of outputs */
 
-    __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread)
-        : Base(a, s, thread)
+    __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
         const int warp_row = thread >> 5 << 4;
         const int half = (warp_row >> 6) * Block::HALF_TOKENS, first = (warp_row & 63) >> 3;
@@ -53,8 +56,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     /* ---- Outputs ---- */
 
-    /* With room of their own, outputs are stored during the next chunk. Otherwise they go where the warp's v was, and are
-     * stored at once. */
+    /* With room of their own, outputs are stored during the next chunk. Otherwise they go where the warp's v
+     * was, and are stored at once. */
     static constexpr bool STORED_LATER = Block::ROOM_FOR_OUTPUTS;
 
     __device__ unsigned char *output_tile(int index) const
@@ -85,8 +88,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         if (!STORED_LATER) fence_async_proxy(); /* copies of later chunks overwrite the outputs */
     }
 
-    /* Stores the outputs of the first `tokens` tokens. Lane 2 i + h takes rows 8 h to 8 h + 7 of token i of each subchunk,
-     * which go to `to`. */
+    /* Stores the outputs of the first `tokens` tokens. Lane 2 i + h takes rows 8 h to 8 h + 7 of token i of
+     * each subchunk, which go to `to`. */
     __device__ void store_output(int index, char *to, int tokens) const
     {
         __syncwarp();
@@ -142,8 +145,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     /*
      * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on.
      *
-     * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles of `read`, and
-     * U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.
+     * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
+     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.
      */
     template <class Store>
     __device__ void step(int index, int left, float (&read)[READ][4], float (&own)[TILES][4],
@@ -182,7 +185,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         else
             look_again = false;
 
-        /* ---- R, and U = T R ---- */
+            /* ---- R, and U = T R ---- */
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll

@@ -7,13 +7,14 @@
 namespace fkda
 {
 
-/* The mbarriers of a ring, two for each slot: full when the slot may be read, empty when it may be overwritten. */
+/* The mbarriers of a ring, two for each slot: full when the slot may be read, empty when it may be
+ * overwritten. */
 template <int slots> struct Ring {
     uint64_t full[slots], empty[slots];
 };
 
-/* A position in a ring: the slot, and the parity of the round. Who fills waits for empty[index] with parity ^ 1, who
- * empties waits for full[index] with parity. */
+/* A position in a ring: the slot, and the parity of the round. Who fills waits for empty[index] with parity ^
+ * 1, who empties waits for full[index] with parity. */
 template <int size> struct Slot {
     int index, parity;
 

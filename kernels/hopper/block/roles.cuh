@@ -11,10 +11,11 @@
 namespace fkda
 {
 
-/* ---- Barriers ----------------------------------------------------------------------------------------------------- */
+/* ---- Barriers ------------------------------------------------------------------------------------------ */
 
-/* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts are. One
- * thread of each warp but the loader's calls it: one thread alone would take a microsecond for all of them. */
+/* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts
+ * are. One thread of each warp but the loader's calls it: one thread alone would take a microsecond for all
+ * of them. */
 template <class Block> static __device__ void initialise_barriers(Shared<Block> &shared, int number)
 {
     constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
@@ -48,18 +49,20 @@ template <class Block> static __device__ void initialise_barriers(Shared<Block> 
             }
         }
     }
-    static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD, "the loop reaches all barriers");
+    static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD,
+                  "the loop reaches all barriers");
     fence_mbarrier_init();
 }
 
-/* Waits until all barriers are there, also those of the other CTA. A solo CTA is a cluster of one and uses the cluster's
- * barrier too: each role waits at a place of its own, which synccheck takes for divergence at __syncthreads. */
+/* Waits until all barriers are there, also those of the other CTA. A solo CTA is a cluster of one and uses
+ * the cluster's barrier too: each role waits at a place of its own, which synccheck takes for divergence at
+ * __syncthreads. */
 static __device__ void wait_for_barriers()
 {
     cluster_sync_relaxed();
 }
 
-/* ---- Registers ---------------------------------------------------------------------------------------------------- */
+/* ---- Registers ----------------------------------------------------------------------------------------- */
 
 /* Registers of the first phase: all warps start with the number that the kernel was launched with. */
 template <class Block> struct FirstRegisters {
@@ -77,8 +80,8 @@ template <class Block> struct FirstRegisters {
     }
 };
 
-/* Registers of the second phase: if there was a first one, warps start with the numbers that its block `Before` gave
- * them, and warps that were in its recurrence have more than others. */
+/* Registers of the second phase: if there was a first one, warps start with the numbers that its block
+ * `Before` gave them, and warps that were in its recurrence have more than others. */
 template <class Before, class Block> struct NextRegisters {
     bool had_first_phase;
 
@@ -99,10 +102,10 @@ template <class Before, class Block> struct NextRegisters {
     }
 };
 
-/* ---- Roles -------------------------------------------------------------------------------------------------------- */
+/* ---- Roles --------------------------------------------------------------------------------------------- */
 
-/* The index of the thread. A kernel with three sets of roles reads it again for each role: otherwise the compiler would
- * keep it in local memory. */
+/* The index of the thread. A kernel with three sets of roles reads it again for each role: otherwise the
+ * compiler would keep it in local memory. */
 template <class Block> static __device__ __forceinline__ int thread_index(int known)
 {
     int cta;
@@ -111,12 +114,13 @@ template <class Block> static __device__ __forceinline__ int thread_index(int kn
 }
 
 /*
- * Runs the role of this thread's warp. `wait` waits until all barriers are there. The loader prefetches, and finds its first
- * work item, before it waits: short problems take little more than the way of their first chunk through all roles.
+ * Runs the role of this thread's warp. `wait` waits until all barriers are there. The loader prefetches, and
+ * finds its first work item, before it waits: short problems take little more than the way of their first
+ * chunk through all roles.
  *
- * The compiler leaves the code of the roles in the order in which they are here. Their loops share an instruction cache,
- * and with the loops of the recurrence, the solver and the preparation side by side a kernel takes up to a tenth less
- * time than in other orders.
+ * The compiler leaves the code of the roles in the order in which they are here. Their loops share an
+ * instruction cache, and with the loops of the recurrence, the solver and the preparation side by side a
+ * kernel takes up to a tenth less time than in other orders.
  */
 template <class ForRegisters, class Block, class Wait>
 static __device__ __forceinline__ void run_role(const fkda_hopper_fwd_args &all, Shared<Block> &shared,

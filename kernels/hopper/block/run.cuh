@@ -8,7 +8,7 @@
 namespace fkda
 {
 
-/* ---- One block from start to end: even shares ---------------------------------------------------------------------- */
+/* ---- One block from start to end: even shares ---------------------------------------------------------- */
 
 template <class Block>
 static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all, int thread)
@@ -21,17 +21,17 @@ static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all
     __syncwarp();
     run_role(all, shared, thread, FirstRegisters<Block>(), wait_for_barriers);
     if (Block::CTAS == 2) cluster_sync(); /* the other CTA sends nothing more */
-    /* The kernel of maps needs nothing of the previous kernel, but must be over after it: what waits for this kernel then
-     * finds the previous one over too. */
+    /* The kernel of maps needs nothing of the previous kernel, but must be over after it: what waits for this
+     * kernel then finds the previous one over too. */
     if (!Block::OUTPUTS) wait_for_previous_kernel();
 }
 
-/* ---- A relay: the map phase, then the join phase and the output phase ---------------------------------------------- */
+/* ---- A relay: the map phase, then the join phase and the output phase ---------------------------------- */
 
 /*
- * The barriers of both phases are initialised at the start, in different places. Between the phases a CTA changes its
- * roles, its registers and what its shared memory holds; one barrier of the cluster suffices for that, since no role of
- * the first phase leaves anything behind for the second one.
+ * The barriers of both phases are initialised at the start, in different places. Between the phases a CTA
+ * changes its roles, its registers and what its shared memory holds; one barrier of the cluster suffices for
+ * that, since no role of the first phase leaves anything behind for the second one.
  *
  * has_first_phase() says whether the first phase has any work. If not, the CTA begins with the second one.
  */
@@ -56,8 +56,8 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     read_indices(cta, thread);
     const bool has_first = has_first_phase();
     if (has_first) run_role(all, first, thread, FirstRegisters<First>(), wait_for_barriers);
-    /* The loader of the second phase needs to know first which rows the CTA carries, and its warp is done with the first
-     * phase before the recurrence is. */
+    /* The loader of the second phase needs to know first which rows the CTA carries, and its warp is done
+     * with the first phase before the recurrence is. */
     if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
         if (thread % 32 == 0) assign_join_rows(Assignment(all), second.join, cluster_rank());
         __syncwarp();
@@ -74,7 +74,7 @@ static __device__ void run_relay(const fkda_hopper_fwd_args &all)
         all, [&] { return RelayAssignment::has_map_phase(all); });
 }
 
-/* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------------------ */
+/* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------ */
 
 static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {

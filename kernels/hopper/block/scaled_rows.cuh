@@ -1,17 +1,18 @@
 /*
- * Scales: each row of the state is kept divided by a power of two, and so are the row's V and U, so that all of them stay in
- * the range of fp16, in which products take them.
+ * Scales: each row of the state is kept divided by a power of two, and so are the row's V and U, so that all
+ * of them stay in the range of fp16, in which products take them.
  *
- * Why this suffices. With normalised keys and decays of at most one, a row of the state grows by at most the square root of
- * the sum of its v^2. With |v| <= 16 scales and 2^20 tokens it stays below 2^14.1, and fp16 reaches 2^16.
+ * Why this suffices. With normalised keys and decays of at most one, a row of the state grows by at most the
+ * square root of the sum of its v^2. With |v| <= 16 scales and 2^20 tokens it stays below 2^14.1, and fp16
+ * reaches 2^16.
  *
- * When scales change. Usually they do not: a warp only looks whether v fits. A row's scale is chosen anew if v exceeds 16
- * scales; every 128 tokens, and after each large change, if v is below 2^-9 scales, since the row may have faded; and every
- * 128 tokens if a chunk since the last choice had a strength below one. Such a chunk holds only v * strength to the range,
- * and the state could grow by 16 scales for each token.
+ * When scales change. Usually they do not: a warp only looks whether v fits. A row's scale is chosen anew if
+ * v exceeds 16 scales; every 128 tokens, and after each large change, if v is below 2^-9 scales, since the
+ * row may have faded; and every 128 tokens if a chunk since the last choice had a strength below one. Such a
+ * chunk holds only v * strength to the range, and the state could grow by 16 scales for each token.
  *
- * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16 there, maps leave
- * out anyway (join/map.cuh).
+ * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
+ * there, maps leave out anyway (join/map.cuh).
  */
 #ifndef FKDA_HOPPER_SCALED_ROWS_CUH
 #define FKDA_HOPPER_SCALED_ROWS_CUH
@@ -62,7 +63,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
     }
 
-    /* The largest |v| of this lane's tokens in row g + 8 r. Without their signs, bf16 compare as integers do. */
+    /* The largest |v| of this lane's tokens in row g + 8 r. Without their signs, bf16 compare as integers
+     * do. */
     static __device__ float largest(const Raw &x, int r)
     {
         uint32_t most = 0;
@@ -80,8 +82,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         return most;
     }
 
-    /* Makes the values of tokens from `left` on zeros: behind the work item's end lie values of another sequence, or
-     * anything. */
+    /* Makes the values of tokens from `left` on zeros: behind the work item's end lie values of another
+     * sequence, or anything. */
     __device__ void clear_past_end(float (&v)[TILES][4], int left) const
     {
 #pragma unroll
@@ -104,8 +106,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 
     /* ---- Choosing scales ---- */
 
-    /* Chooses the scales of both rows so that the largest number of the state and of the coming v is in [1/2, 1), and
-     * scales the state and what was read from it. */
+    /* Chooses the scales of both rows so that the largest number of the state and of the coming v is in [1/2,
+     * 1), and scales the state and what was read from it. */
     __device__ void rescale(const float (&v)[TILES][4], float (&read)[READ][4])
     {
         float factor[2];
@@ -152,9 +154,9 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         rescale(v, nothing);
     }
 
-    /* Does what an unusual chunk needs before R is computed: clears values past the end, multiplies by a strength below one
-     * and chooses scales anew where the values do not fit. `look`: this is the chunk of 128 tokens that looks for faded
-     * rows. */
+    /* Does what an unusual chunk needs before R is computed: clears values past the end, multiplies by a
+     * strength below one and chooses scales anew where the values do not fit. `look`: this is the chunk of
+     * 128 tokens that looks for faded rows. */
     __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float strength, int left, bool look)
     {
         if (left < CHUNK) clear_past_end(v, left);

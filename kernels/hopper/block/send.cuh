@@ -1,9 +1,10 @@
 /*
- * Sends the chunks that this CTA prepares to the other CTA of its pair, by bulk copies from shared memory to shared memory.
+ * Sends the chunks that this CTA prepares to the other CTA of its pair, by bulk copies from shared memory to
+ * shared memory.
  *
- * A chunk goes in two copies: its tokens once they are prepared, and its stage once it is solved. The other CTA has fewer
- * received slots than chunks are under way, so the sender waits until the recurrences of both CTAs have released the chunk
- * that was sent to the slot before.
+ * A chunk goes in two copies: its tokens once they are prepared, and its stage once it is solved. The other
+ * CTA has fewer received slots than chunks are under way, so the sender waits until the recurrences of both
+ * CTAs have released the chunk that was sent to the slot before.
  */
 #ifndef FKDA_HOPPER_SEND_CUH
 #define FKDA_HOPPER_SEND_CUH

@@ -3,37 +3,38 @@
  *
  * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
  *
- *   barrier                     arrivals of a phase                        who waits          what may happen then
- *   --------------------------  -----------------------------------------  -----------------  --------------------------
- *   work.ring.full[i]           1: loader                                  all other roles    work item i is read
- *   work.ring.empty[i]          R + P + 1: each warp that reads items      loader             work item i is overwritten
- *   chunk_ring.loaded[own]      1: loader, and the bytes of g, k, q, v     its team, loader   inputs are read
- *   chunk_ring.normed[own]      1: loader (if LOADER_FINDS_NORMS)          its team           norms are read
- *   chunk_ring.ready[own]       T + 1: the team's warps, the solver        recurrence         the chunk is computed with
- *   chunk_ring.ready[received]  1: loader, and the bytes of v, of the      recurrence         the chunk is computed with
- *                               tokens and of the stage
- *   chunk_ring.empty[own]       R; in a pair 2 R: the recurrences of both  loader, team,      inputs are loaded there; the
- *                               CTAs, since the chunk was sent to the      solver             chunk's slot in the other CTA
- *                               other one                                                     is overwritten
- *   chunk_ring.empty[received]  R: recurrence                              loader             v is loaded there
- *   product_ring.full[team]     T: the team's warps                        solver             products are read
- *   product_ring.empty[team]    1: solver                                  the team           products are overwritten
- *   meeting[team]               T: the team's warps (for racecheck alone)  the team           as at its named barrier
- *   join.ring.full[i]           1: map fetcher, and the bytes of a         recurrence         map quarter i is read
- *                               quarter, half of them fetched by each CTA
- *   join.ring.empty[i]          2 R: the recurrences of both CTAs          map fetcher        quarter i is overwritten, in
- *                                                                                             both CTAs
- *   join.room_for_maps          2 R: the recurrences of both CTAs          map fetcher        maps overwrite tokens
- *   join.room_for_tokens        2 R: the recurrences of both CTAs          loader             tokens overwrite maps
+ * barrier                     arrivals of a phase                  who waits         what may happen then
+ * --------------------------  ---------------------------------  ----------------  --------------------------
+ * work.ring.full[i]           1: loader                            all other roles   work item i is read
+ * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
+ * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team, loader  inputs are read
+ * chunk_ring.normed[own]      1: loader (LOADER_FINDS_NORMS)       its team          norms are read
+ * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
+ * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
+ *                             tokens and of the stage
+ * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader, team      inputs are loaded there
+ *                             since both read the chunk            solver            where it was sent to is
+ *                                                                                    overwritten
+ * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
+ * product_ring.full[team]     T: the team                          solver            products are read
+ * product_ring.empty[team]    1: solver                            the team          products are overwritten
+ * meeting[team]               T: the team (only for racecheck)     the team          as at TEAM_BARRIER
+ * join.ring.full[i]           1: map fetcher; bytes of a quarter,  recurrence        map quarter i is read
+ *                             which one of the CTAs fetches
+ * join.ring.empty[i]          2 R: recurrences of both CTAs        map fetcher       the quarter is overwritten
+ *                                                                                    in both CTAs
+ * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
+ * join.room_for_tokens        2 R: recurrences of both CTAs        loader            tokens overwrite maps
  *
  * Named barriers:
  *
- *   0                    __syncthreads: only the mixed schedule, before the roles begin, and the kernels without roles
+ *   0                    __syncthreads: the mixed schedule before its roles begin, and kernels without roles
  *   TEAM_BARRIER + team  the T warps of a team, between two steps of a chunk's preparation
- *   RECURRENCE_BARRIER   the R warps of the recurrence: before a map is stored over tokens, and in the join phase
+ *   RECURRENCE_BARRIER   the R warps of the recurrence, before a map is stored over tokens, and in the join
  *
- * The cluster's barrier: after mbarriers were initialised, between two phases, and at the end, so that no CTA ends while
- * the other one of its pair still sends to it. Flags in global memory are in ../segments.h and ../fwd_args.h.
+ * The cluster's barrier: after mbarriers were initialised, between two phases, and at the end, so that no CTA
+ * ends while the other one of its pair still sends to it. Flags in global memory are in ../segments.h and
+ * ../fwd_args.h.
  */
 #ifndef FKDA_HOPPER_SHARED_CUH
 #define FKDA_HOPPER_SHARED_CUH
@@ -80,23 +81,24 @@ constexpr int MAP_QUARTERS_AHEAD = 6;
 struct Nothing {
 };
 
-/* The join phase of a relay (join/relay_join.cuh): its barriers, and which rows this CTA carries through the maps. */
+/* The join phase of a relay (join/relay_join.cuh): its barriers, and which rows this CTA carries through the
+ * maps. */
 struct JoinPhase {
     Ring<MAP_QUARTERS_AHEAD> ring;
     uint64_t room_for_maps, room_for_tokens;
     /* When the CTA's recurrence runs the join phase. */
     enum { NEVER, BEFORE_FIRST_ITEM, AFTER_FIRST_ITEM } begins;
-    int head, first_slot, maps;         /* first_slot: of the segments with maps; maps: how many */
+    int head, first_slot, maps;          /* first_slot: of the segments with maps; maps: how many */
     int first_row_group, row_group_step; /* the CTA carries every row_group_step-th group of 16 rows */
 };
 
 /* The mixed schedule: what the CTA's pair is there for. */
 struct MixedAssignment {
-    /* LONG: one segment of one head of a long sequence. REST: a share of all other sequences; REST_SOLO: as REST, and the
-     * CTAs of the pair work as solo CTAs. */
+    /* LONG: one segment of one head of a long sequence. REST: a share of all other sequences; REST_SOLO: as
+     * REST, and the CTAs of the pair work as solo CTAs. */
     enum { LONG, REST, REST_SOLO } is;
     int sequence, head, segment, pairs, first_slot; /* LONG; pairs: CTA pairs of each head of the sequence */
-    int rest_pairs, rest_number;                    /* REST: all pairs that have a share, and this one's number */
+    int rest_pairs, rest_number; /* REST: all pairs that have a share, and this one's number */
     int last_long; /* all long sequences are among the sequences up to this one; negative: none is long */
 };
 
@@ -106,14 +108,15 @@ template <class Block> struct Shared {
 
     /* Chunks. */
     __align__(1024) Tokens<Block> tokens[Block::SLOTS];
-    __align__(1024) unsigned char outputs[Block::ROOM_FOR_OUTPUTS ? Block::HALF_TOKENS : 16]; /* rows as in v */
+    __align__(
+        1024) unsigned char outputs[Block::ROOM_FOR_OUTPUTS ? Block::HALF_TOKENS : 16]; /* rows as in v */
     Stage<Block> stage[Block::SLOTS];
 
     /* The preparation and the solver. */
     Products<Block> products[Block::TEAMS];
     SolverScratch<Block> scratch;
-    /* 1 / |k| and 1 / |q| of each token: for each own slot if the loader finds them, otherwise for each team. A team has
-     * two places in turn if its warps do not meet at the end of a chunk. */
+    /* 1 / |k| and 1 / |q| of each token: for each own slot if the loader finds them, otherwise for each team.
+     * A team has two places in turn if its warps do not meet at the end of a chunk. */
     float inverse_norm[Block::LOADER_FINDS_NORMS ? Block::OWN_SLOTS : Block::TEAMS]
                       [Block::PARTIALS == Block::TEAM_WARPS ? 2 : 1][Block::OUTPUTS ? 2 : 1][Block::CHUNK];
     HeadGate gate[Block::TEAMS][Block::TEAM_WARPS]; /* each warp has its own */
@@ -128,15 +131,16 @@ template <class Block> struct Shared {
     ChunkRing<Block> chunk_ring;
     Ring<Block::TEAMS> product_ring;
     std::conditional_t<Block::JOINS, JoinPhase, Nothing> join;
-    /* For racecheck alone. It ignores that most of these are never initialised, and so wants as many as the loop that
-     * initialises barriers has turns. */
+    /* For racecheck alone. It ignores that most of these are never initialised, and so wants as many as the
+     * loop that initialises barriers has turns. */
     uint64_t meeting[FOR_RACECHECK ? ITEMS_AHEAD : 1];
     std::conditional_t<Block::MIXED, MixedAssignment, Nothing> assignment;
 };
 template <class Block> constexpr bool FITS = sizeof(Shared<Block>) <= FKDA_HOPPER_SHARED_BYTES;
 static_assert(FITS<Block<SoloCta, EvenShares>> && FITS<Block<PairCta, EvenShares>> &&
-                  FITS<Block<MapCta, EvenShares>> && FITS<Block<PairCta, Relay>> && FITS<Block<MapCta, Relay>> &&
-                  FITS<Block<SoloCta, Mixed>> && FITS<Block<PairCta, Mixed>> && FITS<Block<MapCta, Mixed>>,
+                  FITS<Block<MapCta, EvenShares>> && FITS<Block<PairCta, Relay>> &&
+                  FITS<Block<MapCta, Relay>> && FITS<Block<SoloCta, Mixed>> && FITS<Block<PairCta, Mixed>> &&
+                  FITS<Block<MapCta, Mixed>>,
               "an SM has no more shared memory");
 
 } // namespace fkda

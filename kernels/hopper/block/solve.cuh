@@ -1,12 +1,13 @@
 /*
- * The solver: one warp that turns the products over channels of each own chunk into the chunk's small matrices,
+ * The solver: one warp that turns the products over channels of each own chunk into the chunk's small
+ * matrices,
  *
  *     T = (I + L)^-1 diag(b)   with L = tril(diag(b) K~ K^^T, -1)         P = tril(Q~ K^^T)
  *
- * Algorithm. L is cut into tiles of 8 x 8 tokens. The tiles on the diagonal are inverted by forward substitution in fp32,
- * one column to a lane. Everything below them is made of products on the tensor core with fp16 operands, first inside each
- * subchunk and then of the second subchunk with the first one. T itself is rounded to fp16, so these operands lose nothing
- * more.
+ * Algorithm. L is cut into tiles of 8 x 8 tokens. The tiles on the diagonal are inverted by forward
+ * substitution in fp32, one column to a lane. Everything below them is made of products on the tensor core
+ * with fp16 operands, first inside each subchunk and then of the second subchunk with the first one. T itself
+ * is rounded to fp16, so these operands lose nothing more.
  *
  * In a CTA pair the solver also sends the chunk to the other CTA (send.cuh).
  */
@@ -19,7 +20,7 @@
 namespace fkda
 {
 
-/* ---- L and P from the products over channels ----------------------------------------------------------------------- */
+/* ---- L and P from the products over channels ----------------------------------------------------------- */
 
 /* A row of a tile of products: the sum of the partial sums that a team has left. */
 template <class Block>
@@ -45,12 +46,12 @@ __device__ __forceinline__ uint4 pack_eight(const float (&x)[8], float factor)
 }
 
 /*
- * Stores L in the scratch, in tiles across subchunks without the factor b, and P in the stage. b is the write strength of
- * token lane % CHUNK.
+ * Stores L in the scratch, in tiles across subchunks without the factor b, and P in the stage. b is the write
+ * strength of token lane % CHUNK.
  *
- * Lane 8 n + r has row r of the n-th tile, in turn of the tiles on the diagonal, of those below it inside a subchunk, and
- * of those across subchunks. If there are no more than four tiles of L and P together, they are done at once, those of L
- * first.
+ * Lane 8 n + r has row r of the n-th tile, in turn of the tiles on the diagonal, of those below it inside a
+ * subchunk, and of those across subchunks. If there are no more than four tiles of L and P together, they are
+ * done at once, those of L first.
  */
 template <class Block>
 __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stage<Block> &stage,
@@ -99,7 +100,7 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
     }
 }
 
-/* ---- T ------------------------------------------------------------------------------------------------------------- */
+/* ---- T ------------------------------------------------------------------------------------------------- */
 
 /* The part of T across subchunks: - T_1 across T_0, where T_i is T of subchunk i alone. */
 template <class Block>
@@ -134,9 +135,9 @@ __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stag
 /*
  * T / strength. own_b is b of column lane % CHUNK, divided by the strength.
  *
- * With A and C the tiles of I + L on a subchunk's diagonal, T below the diagonal is - C^-1 lower A^-1 diag(b), for both
- * subchunks in one product. All products are made of transposes, so that rows of one product's accumulators are the next
- * product's operand.
+ * With A and C the tiles of I + L on a subchunk's diagonal, T below the diagonal is - C^-1 lower A^-1
+ * diag(b), for both subchunks in one product. All products are made of transposes, so that rows of one
+ * product's accumulators are the next product's operand.
  */
 template <class Block>
 __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,
@@ -185,29 +186,32 @@ __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage
     if constexpr (SUBCHUNKS == 2) solve_across(scratch, stage, strength, lane);
 }
 
-/* ---- Write strengths ------------------------------------------------------------------------------------------------ */
+/* ---- Write strengths ----------------------------------------------------------------------------------- */
 
 /* The logit of the write strength of token lane % CHUNK; zero past the end of the sequence. */
 template <class Block>
-__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const ChunkCursor<Block> &at, int lane)
+__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const ChunkCursor<Block> &at,
+                                              int lane)
 {
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
     return token < at.left ? __ldg(beta + (at.token + token) * args.heads + at.head) : 0;
 }
 
-/* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or a power of two
- * above all b of the warp if these are below 2^-6. */
+/* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or
+ * a power of two above all b of the warp if these are below 2^-6. */
 __device__ __forceinline__ float strength_above(float b)
 {
-    const uint32_t most = __reduce_max_sync(~0u, __float_as_uint(b)); /* b >= 0, so bits compare as numbers do */
+    const uint32_t most =
+        __reduce_max_sync(~0u, __float_as_uint(b)); /* b >= 0, so bits compare as numbers do */
     const float above = power_above(__uint_as_float(most));
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
 
-/* ---- The role ------------------------------------------------------------------------------------------------------ */
+/* ---- The role ------------------------------------------------------------------------------------------ */
 
-/* Clears the stages of own slots: what is above the diagonals of T and P then stays zero. Received stages come whole. */
+/* Clears the stages of own slots: what is above the diagonals of T and P then stays zero. Received stages
+ * come whole. */
 template <class Block> __device__ __forceinline__ void clear_stages(Shared<Block> &shared, int lane)
 {
     constexpr int UNITS = offsetof(Stage<Block>, gamma_minus_1) / 16;
@@ -235,8 +239,8 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         Stage<Block> &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         const float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        /* The next chunk's logit is loaded ahead if the chunk belongs to this work item. The loader may publish the next
-         * work item only after this chunk is solved. */
+        /* The next chunk's logit is loaded ahead if the chunk belongs to this work item. The loader may
+         * publish the next work item only after this chunk is solved. */
         const bool ahead = at.left > Block::CTAS * Block::CHUNK;
         if (ahead) {
             at.advance(Block::CTAS);
@@ -248,7 +252,8 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         const bool sends = Block::CTAS == 2, sends_now = sends && sender.has_room();
         if (sends_now) sender.send_tokens(slot.index);
         add_products<Block>(shared.scratch, stage, shared.products[in.index], b, lane);
-        mbarrier_arrive_warp(&shared.product_ring.empty[in.index]); /* this also orders the scratch in the warp */
+        mbarrier_arrive_warp(
+            &shared.product_ring.empty[in.index]); /* this also orders the scratch in the warp */
 
         /* ---- T ---- */
         const float strength = strength_above(b);

@@ -1,8 +1,9 @@
 /*
  * The rows of the state that a recurrence warp carries, and how they come from memory and go there.
  *
- * A warpgroup owns 64 rows of V and all of K, as the transposed state S^T [V, K] in fp32 accumulators of wgmma. Warp w of it
- * has rows 16 w to 16 w + 15; lane (g, t) = (lane / 4, lane % 4) has rows g and g + 8 of these.
+ * A warpgroup owns 64 rows of V and all of K, as the transposed state S^T [V, K] in fp32 accumulators of
+ * wgmma. Warp w of it has rows 16 w to 16 w + 15; lane (g, t) = (lane / 4, lane % 4) has rows g and g + 8 of
+ * these.
  */
 #ifndef FKDA_HOPPER_STATE_ROWS_CUH
 #define FKDA_HOPPER_STATE_ROWS_CUH
@@ -14,7 +15,8 @@ namespace fkda
 {
 
 template <class Block> struct StateRows {
-    /* A block whose work items may start from a state in memory; the others all start from zeros or the identity. */
+    /* A block whose work items may start from a state in memory; the others all start from zeros or the
+     * identity. */
     static constexpr bool STARTS_FROM_STATES = Block::OUTPUTS || Block::RELAYS;
     const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
@@ -22,8 +24,9 @@ template <class Block> struct StateRows {
     int lane;
     /* state[s]: rows g, g, g + 8, g + 8 and channels 8 s + 2 t, + 1, + 0, + 1 */
     float state[DIM / 8][4];
-    float scale[2]; /* powers of two that the state's two rows, and their V and U, are divided by; 1 for a map */
-    bool is_map;    /* the work item computes M, so its values are zeros */
+    float scale
+        [2];     /* powers of two that the state's two rows, and their V and U, are divided by; 1 for a map */
+    bool is_map; /* the work item computes M, so its values are zeros */
 
     __device__ StateRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread)
         : all(a), args(a.fwd), shared(s), lane(thread & 31)
@@ -79,9 +82,9 @@ template <class Block> struct StateRows {
     /*
      * Loads the state before a work item: from memory, or zeros or the identity.
      *
-     * Nothing here branches: behind a branch ptxas would put wgmma products one after the other. All loads of one type are
-     * issued before those of the next type, because a load waits for the load before it into the same register, whether
-     * that one loads anything or not.
+     * Nothing here branches: behind a branch ptxas would put wgmma products one after the other. All loads of
+     * one type are issued before those of the next type, because a load waits for the load before it into the
+     * same register, whether that one loads anything or not.
      */
     __device__ void load_state(const WorkItem &item)
     {
@@ -116,9 +119,9 @@ template <class Block> struct StateRows {
 
     /* ---- To memory ---- */
 
-    /* Stores rows of a map through shared memory, over the place of tokens: one bulk copy for each warp. For the last work
-     * item of a relay's map phase, after which no copy brings anything to that place, and none takes anything from there to
-     * the other CTA. */
+    /* Stores rows of a map through shared memory, over the place of tokens: one bulk copy for each warp. For
+     * the last work item of a relay's map phase, after which no copy brings anything to that place, and none
+     * takes anything from there to the other CTA. */
     __device__ void store_map_by_copy(MapRowGroup &to, const SlotCursor<Block> &after) const
     {
         const Slot<Block::OWN_SLOTS> last = after.last_own();
@@ -140,8 +143,8 @@ template <class Block> struct StateRows {
         if (lane == 0) copy_bulk_to_global(&to, &here, sizeof here);
     }
 
-    /* Stores rows of a map word by word, in few registers. For a relay's map phase while chunks of another work item come to
-     * the place of tokens. */
+    /* Stores rows of a map word by word, in few registers. For a relay's map phase while chunks of another
+     * work item come to the place of tokens. */
     __device__ void store_map_by_words(MapRowGroup &to) const
     {
 #pragma unroll
@@ -158,8 +161,8 @@ template <class Block> struct StateRows {
             }
     }
 
-    /* Stores rows of a map in units of 16 bytes: lanes of a quad exchange words, until a lane has tile 4 j + t of its rows,
-     * which is eight neighbours. */
+    /* Stores rows of a map in units of 16 bytes: lanes of a quad exchange words, until a lane has tile 4 j +
+     * t of its rows, which is eight neighbours. */
     __device__ void store_map_by_units(MapRowGroup &to) const
     {
 #pragma unroll

@@ -1,9 +1,9 @@
 /*
- * What a chunk is in shared memory: its tokens, the stage with the small matrices, and the scratch between the
- * preparation and the solver.
+ * What a chunk is in shared memory: its tokens, the stage with the small matrices, and the scratch between
+ * the preparation and the solver.
  *
- * Sizes of wgmma's operands and of ldmatrix' matrices decide all layouts here; each is chosen so that neither stores nor
- * loads of a warp meet bank conflicts.
+ * Sizes of wgmma's operands and of ldmatrix' matrices decide all layouts here; each is chosen so that neither
+ * stores nor loads of a warp meet bank conflicts.
  */
 #ifndef FKDA_HOPPER_TILES_CUH
 #define FKDA_HOPPER_TILES_CUH
@@ -16,18 +16,22 @@
 namespace fkda
 {
 
-/* ---- Tokens ------------------------------------------------------------------------------------------------------- */
+/* ---- Tokens -------------------------------------------------------------------------------------------- */
 
 constexpr int SUBCHUNK_BYTES = SUBCHUNK * ROW;
 
 /*
- * The tokens of a chunk, which are prepared where the inputs arrive. A row has 128 bytes: 64 channels of a token or, in v,
- * 64 rows of V of a token. Rows are swizzled: unit u of 16 bytes of token i is at i * ROW + (u ^ i % 8) * 16. Copies write
- * rows in this way and wgmma reads them so. With G the running sum of the log decay, the tiles hold of token i
+ * The tokens of a chunk, which are prepared where the inputs arrive. A row has 128 bytes: 64 channels of a
+ * token or, in v, 64 rows of V of a token. Rows are swizzled: unit u of 16 bytes of token i is at i * ROW +
+ * (u ^ i % 8) * 16. Copies write rows in this way and wgmma reads them so. With G the running sum of the log
+ * decay, the tiles hold of token i
  *
- *   G: g_i, then Kr = k_i exp(G_last - G_i)      K: k_i, then K~ = k_i exp(G_i)      Q: q_i, then Q~ = q_i exp(G_i)
+ *   G: g_i, then Kr = k_i exp(G_last - G_i)
+ *   K: k_i, then K~ = k_i exp(G_i)
+ *   Q: q_i, then Q~ = q_i exp(G_i)
  *
- * and v holds v_i. Inputs are bf16 and prepared tiles fp16. Tokens past the end of the sequence become zeros, except in v.
+ * and v holds v_i. Inputs are bf16 and prepared tiles fp16. Tokens past the end of the sequence become zeros,
+ * except in v.
  */
 enum { G, K, Q };
 template <class Block> struct Tokens {
@@ -51,9 +55,9 @@ template <class Block> struct Tokens {
     }
 };
 
-/* The row that a lane names to ldmatrix and stmatrix, as an offset in half of k, q or g, for the four matrices
- * (tokens 0-7, unit 0), (tokens 8-15, unit 0), (tokens 0-7, unit 1), (tokens 8-15, unit 1). For units u and u + 1 with an
- * even u the row is at this offset ^ 16 u. */
+/* The row that a lane names to ldmatrix and stmatrix, as an offset in half of k, q or g, for the four
+ * matrices (tokens 0-7, unit 0), (tokens 8-15, unit 0), (tokens 0-7, unit 1), (tokens 8-15, unit 1). For
+ * units u and u + 1 with an even u the row is at this offset ^ 16 u. */
 __device__ __forceinline__ int matrix_row(int lane)
 {
     return lane % 16 * ROW | (lane / 16 ^ lane % 8) * 16;
@@ -66,11 +70,12 @@ __device__ __forceinline__ int matrix_row_by_token(int lane)
     return (lane / 16 * 8 + lane % 8) * ROW | (lane / 8 % 2 ^ lane % 8) * 16;
 }
 
-/* ---- Stage -------------------------------------------------------------------------------------------------------- */
+/* ---- Stage --------------------------------------------------------------------------------------------- */
 
-/* A matrix of fp16 that wgmma reads as its B operand, in core matrices of 8 x 8 elements. In a core matrix the eight
- * elements of a 16-byte unit are neighbouring columns (column_major) or neighbouring depths. The next core matrix along
- * the columns is column_step bytes away, and the next one along the depth depth_step bytes. */
+/* A matrix of fp16 that wgmma reads as its B operand, in core matrices of 8 x 8 elements. In a core matrix
+ * the eight elements of a 16-byte unit are neighbouring columns (column_major) or neighbouring depths. The
+ * next core matrix along the columns is column_step bytes away, and the next one along the depth depth_step
+ * bytes. */
 template <int columns, int depth, bool column_major, int column_step, int depth_step> struct Tile {
     static constexpr int BYTES = (columns / 8 - 1) * column_step + (depth / 8 - 1) * depth_step + 128;
     __align__(16) unsigned char bytes[BYTES];
@@ -97,31 +102,33 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
  *   attend        = P = tril(q_i k_j exp(G_i - G_j)), with columns i and depths j
  *   gamma_minus_1 = exp(G_last) - 1
  *
- * Tiles of 8 x 8 above the diagonals of `solve` and `attend` are cleared once, when the CTA starts, and never written.
+ * Tiles of 8 x 8 above the diagonals of `solve` and `attend` are cleared once, when the CTA starts, and never
+ * written.
  */
 template <class Block> struct Stage {
     static constexpr int CHUNK = Block::CHUNK;
     Tile<CHUNK, CHUNK, true, 128, CHUNK / 8 * 128> solve; /* first, as clear_stages expects */
     Tile<CHUNK, CHUNK, false, CHUNK / 8 * 128, 128> attend;
     float gamma_minus_1[DIM]; /* channel c is at gamma_place(c) */
-    /* A power of two that `solve` is divided by: 1, or if all write strengths b are tiny, a power of two above them. Without
-     * it, tiny b would fall out of fp16. */
+    /* A power of two that `solve` is divided by: 1, or if all write strengths b are tiny, a power of two
+     * above them. Without it, tiny b would fall out of fp16. */
     float strength;
     float zero; /* the recurrence reads it in place of `strength` when it must leave its usual path */
 };
 
-/* Where channel c is in gamma_minus_1: lane t of a quad in the recurrence reads the four channels 16 s + 2 t, + 1, + 8 and
- * + 9 of its accumulators with one load. */
+/* Where channel c is in gamma_minus_1: lane t of a quad in the recurrence reads the four channels 16 s + 2 t,
+ * + 1, + 8 and + 9 of its accumulators with one load. */
 __device__ __forceinline__ int gamma_place(int channel)
 {
     return channel / 16 * 16 + channel % 8 / 2 * 4 + channel / 8 % 2 * 2 + channel % 2;
 }
 
-/* ---- Scratch of the preparation and the solver --------------------------------------------------------------------- */
+/* ---- Scratch of the preparation and the solver --------------------------------------------------------- */
 
-/* Products over channels of K~ (0) and Q~ (1) with K^ = k_j exp(-G_j), in tiles of 8 x 8 tokens. With tiles numbered by
- * rows and columns of eight tokens they are, in this order: the tiles on the diagonal; below it inside a subchunk, (1, 0)
- * and (3, 2); and of the second subchunk with the first one, (2, 0), (2, 1), (3, 0), (3, 1). */
+/* Products over channels of K~ (0) and Q~ (1) with K^ = k_j exp(-G_j), in tiles of 8 x 8 tokens. With tiles
+ * numbered by rows and columns of eight tokens they are, in this order: the tiles on the diagonal; below it
+ * inside a subchunk, (1, 0) and (3, 2); and of the second subchunk with the first one, (2, 0), (2, 1), (3,
+ * 0), (3, 1). */
 template <class Block> struct Products {
     /* The first tile of each sort. */
     static constexpr int ON_DIAGONAL = 0, BELOW_IT = 2 * Block::SUBCHUNKS, ACROSS = 3 * Block::SUBCHUNKS;

@@ -1,26 +1,28 @@
 /*
- * The join: from the maps and states that the first pass left in the workspace to the states that segments start from.
+ * The join: from the maps and states that the first pass left in the workspace to the states that segments
+ * start from.
  *
- * With S_i^T the state before segment i of a sequence, as rows of V, M_i the segment's map and B_i the state that the
- * segment makes of zeros,
+ * With S_i^T the state before segment i of a sequence, as rows of V, M_i the segment's map and B_i the state
+ * that the segment makes of zeros,
  *
  *     S_(i+1)^T = S_i^T M_i + B_i
  *
- * The slot of segment i + 1 holds B_i before the join and S_(i+1) after it. S_1, the state after the first segment, is
- * there from the start.
+ * The slot of segment i + 1 holds B_i before the join and S_(i+1) after it. S_1, the state after the first
+ * segment, is there from the start.
  *
- * Algorithm. Rows of a state are independent, so a CTA carries FKDA_JOIN_ROWS rows through all maps of a sequence, one map
- * after the other (step CHAIN). If a sequence has more than FKDA_MAPS_CHAINED maps, it is done in three steps, each of
- * which is a launch: COMPOSE multiplies the maps of each group of FKDA_GROUP_MAPS to one map and one state, all groups in
- * parallel; CHAIN carries states from group to group; and EXPAND carries them through the maps of each group, again in
- * parallel.
+ * Algorithm. Rows of a state are independent, so a CTA carries FKDA_JOIN_ROWS rows through all maps of a
+ * sequence, one map after the other (step CHAIN). If a sequence has more than FKDA_MAPS_CHAINED maps, it is
+ * done in three steps, each of which is a launch: COMPOSE multiplies the maps of each group of
+ * FKDA_GROUP_MAPS to one map and one state, all groups in parallel; CHAIN carries states from group to group;
+ * and EXPAND carries them through the maps of each group, again in parallel.
  *
- * Precision. Products are made on the tensor core in fp16, close to the precision of fp32: rows are divided by a power of
- * two above their largest number, and each number is the sum of what fp16 keeps of it and of its remainder (map.cuh). Of
- * the four products of such sums three are made; leaving out the fourth one leaves out 2^-22 of the product.
+ * Precision. Products are made on the tensor core in fp16, close to the precision of fp32: rows are divided
+ * by a power of two above their largest number, and each number is the sum of what fp16 keeps of it and of
+ * its remainder (map.cuh). Of the four products of such sums three are made; leaving out the fourth one
+ * leaves out 2^-22 of the product.
  *
- * Optimizations. One warp does nothing but fetch maps, in quarters, ahead of the four warps that multiply. These meet twice
- * a step. The code is kept small, because each launch has to fetch it from memory first.
+ * Optimizations. One warp does nothing but fetch maps, in quarters, ahead of the four warps that multiply.
+ * These meet twice a step. The code is kept small, because each launch has to fetch it from memory first.
  */
 #ifndef FKDA_HOPPER_JOIN_CUH
 #define FKDA_HOPPER_JOIN_CUH
@@ -37,7 +39,7 @@
 namespace fkda
 {
 
-/* ---- Shared memory ------------------------------------------------------------------------------------------------ */
+/* ---- Shared memory ------------------------------------------------------------------------------------- */
 
 /* A quarter of a map's rows, the unit in which maps are fetched. */
 struct MapQuarter {
@@ -52,8 +54,8 @@ struct JoinRows {
     __align__(16) float largest[FKDA_JOIN_ROWS][4]; /* in each warp's columns of a row */
 };
 
-/* Where the kernel fkda_hopper_join has maps and rows: in all of its shared memory. A relay has another such struct
- * (relay_join.cuh). */
+/* Where the kernel fkda_hopper_join has maps and rows: in all of its shared memory. A relay has another such
+ * struct (relay_join.cuh). */
 struct JoinMemory {
     static constexpr int QUARTERS = 8;
     struct Shared {
@@ -89,11 +91,11 @@ struct JoinMemory {
     }
 };
 
-/* ---- One CTA's work ----------------------------------------------------------------------------------------------- */
+/* ---- One CTA's work ------------------------------------------------------------------------------------ */
 
 /*
- * Each of the four computing warps has all rows of the CTA and 32 of the columns; lane (g, t) = (lane / 4, lane % 4) has
- * rows g and g + 8 and, of tile c of eight columns, columns 2 t and 2 t + 1.
+ * Each of the four computing warps has all rows of the CTA and 32 of the columns; lane (g, t) = (lane / 4,
+ * lane % 4) has rows g and g + 8 and, of tile c of eight columns, columns 2 t and 2 t + 1.
  */
 template <class Memory> struct Join {
     static constexpr int MATRIX = DIM * DIM;
@@ -118,8 +120,8 @@ template <class Memory> struct Join {
         return matrices + (static_cast<long long>(at) * args.heads + head) * MATRIX;
     }
 
-    /* What rows are carried through. After the product with map i, `add` adds the rows of the state in slot(i), and `keep`
-     * stores the sum there. */
+    /* What rows are carried through. After the product with map i, `add` adds the rows of the state in
+     * slot(i), and `keep` stores the sum there. */
     struct Path {
         float *maps;
         int first_map, count;
@@ -304,7 +306,8 @@ template <class Memory> struct Join {
     /* The product of the stored rows with the next map. */
     __device__ void multiply(Rows &product)
     {
-        Rows high_low = {}, low_high = {}, high_high = {}; /* three sums, which need not wait for each other */
+        Rows high_low = {}, low_high = {},
+             high_high = {}; /* three sums, which need not wait for each other */
 #pragma unroll 1
         for (int q = 0; q < 4; q++) {
             MapQuarter &map = memory.quarter(slot.index);
@@ -347,8 +350,8 @@ template <class Memory> struct Join {
         last = min(first + FKDA_GROUP_MAPS, c.first_slot + c.segments - 1) - 1;
     }
 
-    /* COMPOSE: through the maps of a group but the first one, from rows of the first map or, for the group's state, from
-     * the state after the first map. */
+    /* COMPOSE: through the maps of a group but the first one, from rows of the first map or, for the group's
+     * state, from the state after the first map. */
     __device__ Path path_of_composing(const fkda_cut_sequence &c, int map_group, bool state) const
     {
         int first, last;
@@ -356,7 +359,8 @@ template <class Memory> struct Join {
         return {cut.maps, first + 1, last - first, first + 2, 1, last + 1, state, false};
     }
 
-    /* CHAIN: through all maps of a sequence or, if there are `groups` map groups, through their composed maps. */
+    /* CHAIN: through all maps of a sequence or, if there are `groups` map groups, through their composed
+     * maps. */
     __device__ Path path_of_chain(const fkda_cut_sequence &c, int groups) const
     {
         const int maps = c.segments - 2, last = c.first_slot + c.segments - 1;
@@ -374,10 +378,10 @@ template <class Memory> struct Join {
     }
 };
 
-/* ---- The kernel --------------------------------------------------------------------------------------------------- */
+/* ---- The kernel ---------------------------------------------------------------------------------------- */
 
-/* One step (FKDA_JOIN_COMPOSE, ...) for all cut sequences. A work item is 16 rows of one head's state or map; CTA i has
- * the work items i, i + gridDim.x, ... */
+/* One step (FKDA_JOIN_COMPOSE, ...) for all cut sequences. A work item is 16 rows of one head's state or map;
+ * CTA i has the work items i, i + gridDim.x, ... */
 static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkda_cut &cut, int step)
 {
     JoinMemory::Shared &shared = *reinterpret_cast<JoinMemory::Shared *>(cta_memory());
@@ -386,7 +390,8 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
     const bool fetches = threadIdx.x >= FKDA_JOIN_THREADS;
     const bool composes = step == FKDA_JOIN_COMPOSE, chains = step == FKDA_JOIN_CHAIN;
     constexpr unsigned ROW_GROUPS = DIM / FKDA_JOIN_ROWS;
-    const unsigned row_groups = composes ? 2 * ROW_GROUPS : ROW_GROUPS; /* of a map and a state, or of a state */
+    const unsigned row_groups =
+        composes ? 2 * ROW_GROUPS : ROW_GROUPS; /* of a map and a state, or of a state */
 
     /* ---- Barriers ---- */
     let_next_kernel_start();
@@ -426,7 +431,8 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
                 work.load(x, work.place(cut.states, chains ? sequence.first_slot + 1 : path.first_map));
             work.carry(x, path);
             if (composes && state) work.store(work.place(cut.states, path.last_slot), x);
-            if (composes && !state) work.store_map(work.place(cut.composed, sequence.first_group + map_group), x);
+            if (composes && !state)
+                work.store_map(work.place(cut.composed, sequence.first_group + map_group), x);
         }
         before += items;
     }

@@ -9,11 +9,11 @@ namespace fkda
 {
 
 /*
- * 16 rows of a map [128][128]. Each element is split in two: HIGH is what fp16 keeps of it, and LOW what fp16 keeps of the
- * remainder. The split leaves out 2^-25 of one, and takes as many bytes as fp32.
+ * 16 rows of a map [128][128]. Each element is split in two: HIGH is what fp16 keeps of it, and LOW what fp16
+ * keeps of the remainder. The split leaves out 2^-25 of one, and takes as many bytes as fp32.
  *
- * A row is kept in two halves of 128 bytes, whose units of 16 bytes are swizzled: unit u of row r is at u ^ r % 8. Bulk
- * copies bring it to shared memory as it is, and ldmatrix meets no bank conflicts there.
+ * A row is kept in two halves of 128 bytes, whose units of 16 bytes are swizzled: unit u of row r is at u ^ r
+ * % 8. Bulk copies bring it to shared memory as it is, and ldmatrix meets no bank conflicts there.
  */
 struct MapRowGroup {
     static constexpr int ROWS = 16, ROW_BYTES = 128;
@@ -47,8 +47,8 @@ struct MapImage {
 };
 static_assert(sizeof(MapImage) == DIM * DIM * sizeof(float), "a slot has room for a matrix of fp32");
 
-/* A state [V, K] in fp32: for each 16 rows and 8 columns the four numbers that each lane has in accumulators, so that a
- * lane loads or stores them with one access. */
+/* A state [V, K] in fp32: for each 16 rows and 8 columns the four numbers that each lane has in accumulators,
+ * so that a lane loads or stores them with one access. */
 struct StateImage {
     float4 tile[DIM / 16][DIM / 8][32]; /* rows, columns, lane */
 };

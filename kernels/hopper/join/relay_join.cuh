@@ -1,12 +1,13 @@
 /*
- * The join phase of a relay: between the map phase and the output phase, CTAs carry rows of a head's state through the
- * maps of its segments, as the kernel fkda_hopper_join does between two passes.
+ * The join phase of a relay: between the map phase and the output phase, CTAs carry rows of a head's state
+ * through the maps of its segments, as the kernel fkda_hopper_join does between two passes.
  *
- * The CTAs of the pairs that a head has for itself carry 16 rows each. The recurrence warps multiply; one more warp, the
- * map fetcher, brings the maps. Both CTAs of a pair have the same head, so each fetches half of every map for both.
+ * The CTAs of the pairs that a head has for itself carry 16 rows each. The recurrence warps multiply; one
+ * more warp, the map fetcher, brings the maps. Both CTAs of a pair have the same head, so each fetches half
+ * of every map for both.
  *
- * Meanwhile the other roles prepare the first chunks of the output phase. So maps must not lie in the first slots of both
- * CTAs' chunks: they lie in the other own slots and in the last received slot.
+ * Meanwhile the other roles prepare the first chunks of the output phase. So maps must not lie in the first
+ * slots of both CTAs' chunks: they lie in the other own slots and in the last received slot.
  */
 #ifndef FKDA_HOPPER_RELAY_JOIN_CUH
 #define FKDA_HOPPER_RELAY_JOIN_CUH
@@ -20,9 +21,9 @@ namespace fkda
 /* Groups of 16 rows, each carried through all maps by one CTA. */
 constexpr int JOIN_ROW_GROUPS = DIM / FKDA_JOIN_ROWS;
 
-/* Finds which rows of which head this CTA carries, and when. The pair of the first segment starts its output phase late,
- * so it is left out if the other pairs suffice. One thread calls it, before the output phase begins: what is computed
- * there first delays the first chunk. */
+/* Finds which rows of which head this CTA carries, and when. The pair of the first segment starts its output
+ * phase late, so it is left out if the other pairs suffice. One thread calls it, before the output phase
+ * begins: what is computed there first delays the first chunk. */
 template <class Assignment>
 static __device__ void assign_join_rows(const Assignment &assignment, JoinPhase &join, int rank)
 {
@@ -31,13 +32,13 @@ static __device__ void assign_join_rows(const Assignment &assignment, JoinPhase 
     const bool none = assignment.maps() == 0 || assignment.spare >= 0 ||
                       assignment.segment >= assignment.pairs_of_head() || row_group < 0 ||
                       row_group >= JOIN_ROW_GROUPS;
-    join.begins = none ? JoinPhase::NEVER
-                  : assignment.spares_compute_first() || assignment.segment > 0
-                      ? JoinPhase::BEFORE_FIRST_ITEM
-                      : JoinPhase::AFTER_FIRST_ITEM;
+    join.begins = none                                                          ? JoinPhase::NEVER
+                  : assignment.spares_compute_first() || assignment.segment > 0 ? JoinPhase::BEFORE_FIRST_ITEM
+                                                                                : JoinPhase::AFTER_FIRST_ITEM;
     if (none) return;
     join.head = assignment.head(assignment.head_index),
-    join.first_slot = assignment.sequence(assignment.head_index).first_slot + 1, join.maps = assignment.maps();
+    join.first_slot = assignment.sequence(assignment.head_index).first_slot + 1,
+    join.maps = assignment.maps();
     join.first_row_group = row_group,
     join.row_group_step = FKDA_HOPPER_PAIR_CTAS * (assignment.pairs_of_head() - left_out);
 }

@@ -1,5 +1,6 @@
 /*
- * CTA pairs, clusters of two CTAs, as named functions: their barrier, and addresses in the shared memory of the other CTA.
+ * CTA pairs, clusters of two CTAs, as named functions: their barrier, and addresses in the shared memory of
+ * the other CTA.
  *
  * In a cluster a shared memory address holds the rank of its CTA above bit 24.
  */
@@ -24,8 +25,8 @@ __device__ __forceinline__ void cluster_sync()
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/* A barrier of all threads of the cluster that orders no memory: only mbarriers that were initialised before it and
- * followed by fence_mbarrier_init are visible after it. */
+/* A barrier of all threads of the cluster that orders no memory: only mbarriers that were initialised before
+ * it and followed by fence_mbarrier_init are visible after it. */
 __device__ __forceinline__ void cluster_sync_relaxed()
 {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -39,8 +40,8 @@ __device__ __forceinline__ uint32_t in_other_cta(uint32_t address)
     return there;
 }
 
-/* One arrival for the whole warp at the other CTA's barrier. With .release.cluster this arrival would become a fence of
- * all memory. */
+/* One arrival for the whole warp at the other CTA's barrier. With .release.cluster this arrival would become
+ * a fence of all memory. */
 __device__ __forceinline__ void mbarrier_arrive_warp_in_other_cta(uint64_t *barrier)
 {
     __syncwarp();

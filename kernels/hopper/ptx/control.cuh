@@ -7,8 +7,8 @@
 namespace fkda
 {
 
-/* All warps of a warpgroup ask for one number of registers, and meet at a barrier before they ask again. take_registers
- * waits until other warps of the SM quarter have given enough registers back. */
+/* All warps of a warpgroup ask for one number of registers, and meet at a barrier before they ask again.
+ * take_registers waits until other warps of the SM quarter have given enough registers back. */
 template <int registers> __device__ __forceinline__ void take_registers()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
@@ -27,8 +27,9 @@ __device__ __forceinline__ bool elect_lane()
     return elected != 0;
 }
 
-/* Moves a number that is equal in all lanes to a uniform register of the warp. wgmma's descriptors need uniform
- * registers: from a lane's register the compiler moves each descriptor to one, in front of each product. */
+/* Moves a number that is equal in all lanes to a uniform register of the warp. wgmma's descriptors need
+ * uniform registers: from a lane's register the compiler moves each descriptor to one, in front of each
+ * product. */
 __device__ __forceinline__ int uniform(int x)
 {
     return static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(x)));
@@ -48,13 +49,15 @@ __device__ __forceinline__ uint32_t max_of_pairs(uint32_t x, uint32_t y)
     return most;
 }
 
-/* Lets the next kernel in the stream start, if it was launched to start early (programmatic dependent launch). */
+/* Lets the next kernel in the stream start, if it was launched to start early (programmatic dependent
+ * launch). */
 __device__ __forceinline__ void let_next_kernel_start()
 {
     asm volatile("griddepcontrol.launch_dependents;");
 }
 
-/* Waits until the previous kernel in the stream is over and its writes are visible, if this kernel started early. */
+/* Waits until the previous kernel in the stream is over and its writes are visible, if this kernel started
+ * early. */
 __device__ __forceinline__ void wait_for_previous_kernel()
 {
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,9 +1,9 @@
 /*
- * Copies that run in the background (TMA and bulk copies), as named functions. A copy into shared memory reports its
- * bytes to an mbarrier, to which they must have been announced with mbarrier_arrive_expecting.
+ * Copies that run in the background (TMA and bulk copies), as named functions. A copy into shared memory
+ * reports its bytes to an mbarrier, to which they must have been announced with mbarrier_arrive_expecting.
  *
- * Copies and wgmma reach shared memory by another path, the async proxy, than loads and stores of threads do. Between a
- * thread's access and an access by that path a fence is needed.
+ * Copies and wgmma reach shared memory by another path, the async proxy, than loads and stores of threads do.
+ * Between a thread's access and an access by that path a fence is needed.
  */
 #ifndef FKDA_HOPPER_PTX_COPIES_CUH
 #define FKDA_HOPPER_PTX_COPIES_CUH
@@ -20,15 +20,16 @@ __device__ __forceinline__ void fence_async_proxy()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/* As fence_async_proxy, for all memory: also for writes of other CTAs to global memory that this thread knows of. */
+/* As fence_async_proxy, for all memory: also for writes of other CTAs to global memory that this thread knows
+ * of. */
 __device__ __forceinline__ void fence_async_proxy_of_all_memory()
 {
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 /* Copies a box of a tensor to shared memory. fkda_hopper_fwd_args says what the coordinates are. */
-__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *descriptor, int token, int half, int head,
-                                         uint64_t *barrier)
+__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *descriptor, int token, int half,
+                                         int head, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
@@ -52,8 +53,8 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes,
         : "memory");
 }
 
-/* Copies `bytes` bytes, a multiple of 16, from global memory to one place in the shared memory of both CTAs of a pair. In
- * each CTA the barrier at the place of `barrier` counts the bytes that have come there. */
+/* Copies `bytes` bytes, a multiple of 16, from global memory to one place in the shared memory of both CTAs
+ * of a pair. In each CTA the barrier at the place of `barrier` counts the bytes that have come there. */
 __device__ __forceinline__ void copy_bulk_to_pair(void *to, const void *from, int bytes, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -62,8 +63,8 @@ __device__ __forceinline__ void copy_bulk_to_pair(void *to, const void *from, in
                  : "memory");
 }
 
-/* Copies `bytes` bytes, a multiple of 16, to the place of `to` in the other CTA of the pair, where the barrier at the
- * place of `barrier` counts them. */
+/* Copies `bytes` bytes, a multiple of 16, to the place of `to` in the other CTA of the pair, where the
+ * barrier at the place of `barrier` counts them. */
 __device__ __forceinline__ void copy_to_other_cta(void *to, const void *from, int bytes, uint64_t *barrier)
 {
     asm volatile(

@@ -1,9 +1,10 @@
 /*
  * mbarriers: barriers in shared memory, as named functions.
  *
- * An mbarrier counts arrivals. When `count` arrivals have come, and all bytes of copies that were announced, its phase
- * ends and the next one begins. A thread waits for the end of a phase by the phase's parity, 0 for the first one. A parity
- * tells two neighbouring phases apart and no more: a thread that waits must know that the phase before is over.
+ * An mbarrier counts arrivals. When `count` arrivals have come, and all bytes of copies that were announced,
+ * its phase ends and the next one begins. A thread waits for the end of a phase by the phase's parity, 0 for
+ * the first one. A parity tells two neighbouring phases apart and no more: a thread that waits must know that
+ * the phase before is over.
  */
 #ifndef FKDA_HOPPER_PTX_MBARRIER_CUH
 #define FKDA_HOPPER_PTX_MBARRIER_CUH
@@ -13,16 +14,17 @@
 namespace fkda
 {
 
-/* compute-sanitizer's racecheck does not recognise every order between threads that the kernels rely on. The kernels can
- * be compiled with FKDA_FOR_RACECHECK, which replaces the orders that racecheck misses by orders that it sees. */
+/* compute-sanitizer's racecheck does not recognise every order between threads that the kernels rely on. The
+ * kernels can be compiled with FKDA_FOR_RACECHECK, which replaces the orders that racecheck misses by orders
+ * that it sees. */
 #ifdef FKDA_FOR_RACECHECK
 constexpr bool FOR_RACECHECK = true;
 #else
 constexpr bool FOR_RACECHECK = false;
 #endif
 
-/* A warp arrives through one lane, after all its lanes have met. racecheck takes an arrival to order only what the
- * arriving lane did before, so for racecheck all 32 lanes arrive. */
+/* A warp arrives through one lane, after all its lanes have met. racecheck takes an arrival to order only
+ * what the arriving lane did before, so for racecheck all 32 lanes arrive. */
 constexpr int WARP_ARRIVALS = FOR_RACECHECK ? 32 : 1;
 
 __device__ __forceinline__ void mbarrier_init(uint64_t *barrier, int count)
@@ -85,7 +87,8 @@ __device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, int parity)
     return __all_sync(~0u, done) != 0;
 }
 
-/* Between two calls of mbarrier_test, so that a warp that polls takes few issue slots from the other warps. */
+/* Between two calls of mbarrier_test, so that a warp that polls takes few issue slots from the other
+ * warps. */
 __device__ __forceinline__ void rest_for_a_while()
 {
     asm volatile("nanosleep.u32 32;");

@@ -25,8 +25,8 @@ __device__ __forceinline__ float load_shared(const float *from)
     return x;
 }
 
-/* The next three load from global memory without a branch, and change nothing if !valid. The offset from `from` is a
- * template argument, which the instruction encodes. */
+/* The next three load from global memory without a branch, and change nothing if !valid. The offset from
+ * `from` is a template argument, which the instruction encodes. */
 
 /* Two neighbouring fp32, `elements` elements after `from`. */
 template <int elements>
@@ -70,8 +70,8 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
                  : "memory");
 }
 
-/* A flag in global memory, with which a warp tells warps of other CTAs that it has written something. Who sees the flag
- * set also sees everything that this warp wrote before. */
+/* A flag in global memory, with which a warp tells warps of other CTAs that it has written something. Who
+ * sees the flag set also sees everything that this warp wrote before. */
 __device__ __forceinline__ void set_flag(int *flag)
 {
     __syncwarp();

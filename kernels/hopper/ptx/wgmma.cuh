@@ -1,6 +1,6 @@
 /*
- * wgmma, the asynchronous tensor core products of a warpgroup, and the descriptors of its operands in shared memory, as
- * named functions.
+ * wgmma, the asynchronous tensor core products of a warpgroup, and the descriptors of its operands in shared
+ * memory, as named functions.
  */
 #ifndef FKDA_HOPPER_PTX_WGMMA_CUH
 #define FKDA_HOPPER_PTX_WGMMA_CUH
@@ -10,21 +10,21 @@
 namespace fkda
 {
 
-/* ---- Descriptors -------------------------------------------------------------------------------------------------- */
+/* ---- Descriptors --------------------------------------------------------------------------------------- */
 
-/* A shared memory address in the form that descriptors have: in units of 16 bytes, and without the rank of the CTA in its
- * cluster, which addresses hold above bit 24 and which would make the descriptor invalid. */
+/* A shared memory address in the form that descriptors have: in units of 16 bytes, and without the rank of
+ * the CTA in its cluster, which addresses hold above bit 24 and which would make the descriptor invalid. */
 __device__ __forceinline__ uint32_t descriptor_address(const void *tile)
 {
     return (shared_address(tile) & 0x3ffff) / 16;
 }
 
-/* Descriptors are put together from two words, of which one is a constant and the other is a sum of few terms: this costs
- * less than 64-bit arithmetic. `place` is a descriptor_address. */
+/* Descriptors are put together from two words, of which one is a constant and the other is a sum of few
+ * terms: this costs less than 64-bit arithmetic. `place` is a descriptor_address. */
 
-/* The B operand of a product, from a tile of 16-bit elements that is not swizzled. The tile consists of core matrices of
- * 8 x 16 contiguous bytes: the next core matrix along the depth of the product is depth_step bytes away, and the next one
- * along the product's columns column_step bytes. */
+/* The B operand of a product, from a tile of 16-bit elements that is not swizzled. The tile consists of core
+ * matrices of 8 x 16 contiguous bytes: the next core matrix along the depth of the product is depth_step
+ * bytes away, and the next one along the product's columns column_step bytes. */
 template <int column_step, int depth_step> __device__ __forceinline__ uint64_t tile_descriptor(uint32_t place)
 {
     static_assert(column_step % 16 == 0 && depth_step % 16 == 0, "in units of 16 bytes");
@@ -35,9 +35,9 @@ template <int column_step, int depth_step> __device__ __forceinline__ uint64_t t
     return descriptor;
 }
 
-/* The B operand of a product, from a tile of 16-bit elements in rows of 128 bytes that are swizzled as copy_box leaves
- * them: unit u of 16 bytes of row r lies at u ^ r % 8. The next 64 elements along the rows are block_step bytes away, and
- * the next eight rows row_step bytes. */
+/* The B operand of a product, from a tile of 16-bit elements in rows of 128 bytes that are swizzled as
+ * copy_box leaves them: unit u of 16 bytes of row r lies at u ^ r % 8. The next 64 elements along the rows
+ * are block_step bytes away, and the next eight rows row_step bytes. */
 template <int block_step, int row_step>
 __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t place)
 {
@@ -49,7 +49,7 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t place)
     return descriptor;
 }
 
-/* ---- Order -------------------------------------------------------------------------------------------------------- */
+/* ---- Order --------------------------------------------------------------------------------------------- */
 
 /* A warp may touch the registers of a product only before this fence and after the wait for the product. */
 __device__ __forceinline__ void wgmma_fence()
@@ -68,11 +68,12 @@ template <int pending> __device__ __forceinline__ void wgmma_wait()
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-/* ---- Products ----------------------------------------------------------------------------------------------------- */
+/* ---- Products ------------------------------------------------------------------------------------------ */
 
-/* d (+)= a b on 64 x n (+)= (64 x 16) (16 x n) tiles of fp16, asynchronously. Each warp has 16 of the 64 rows. Registers
- * are laid out as in mma.m16n8k16, with n / 8 tiles of d side by side: two neighbouring tiles of d, packed to fp16, are an
- * A operand. In a column-major B eight columns are neighbours in memory, otherwise eight depths are. */
+/* d (+)= a b on 64 x n (+)= (64 x 16) (16 x n) tiles of fp16, asynchronously. Each warp has 16 of the 64
+ * rows. Registers are laid out as in mma.m16n8k16, with n / 8 tiles of d side by side: two neighbouring tiles
+ * of d, packed to fp16, are an A operand. In a column-major B eight columns are neighbours in memory,
+ * otherwise eight depths are. */
 #define FKDA_D4(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
 
 template <bool add, bool column_major>

@@ -1,8 +1,8 @@
 /*
  * How sequences are cut into segments, and the lists that a launch works through.
  *
- * If all sequences have one length, every CTA computes for itself how they are cut, and no lists are needed. Otherwise the
- * kernel fkda_hopper_list (list.cuh) has written lists into the workspace before.
+ * If all sequences have one length, every CTA computes for itself how they are cut, and no lists are needed.
+ * Otherwise the kernel fkda_hopper_list (list.cuh) has written lists into the workspace before.
  */
 #ifndef FKDA_HOPPER_CUT_CUH
 #define FKDA_HOPPER_CUT_CUH
@@ -14,7 +14,8 @@
 namespace fkda
 {
 
-constexpr int CUT_CHUNK = FKDA_HOPPER_CHUNK_PAIR; /* tokens: segments begin and end where chunks of a CTA pair do */
+constexpr int CUT_CHUNK =
+    FKDA_HOPPER_CHUNK_PAIR; /* tokens: segments begin and end where chunks of a CTA pair do */
 
 struct Cut {
     const fkda_fwd_args &args;
@@ -32,8 +33,8 @@ struct Cut {
         return args.sequences;
     }
 
-    /* A sequence is cut into as many segments of at least `shortest` tokens as it has room for. The number depends on the
-     * length alone, so that results do not depend on the batch. */
+    /* A sequence is cut into as many segments of at least `shortest` tokens as it has room for. The number
+     * depends on the length alone, so that results do not depend on the batch. */
     __device__ int segments_of(int length) const
     {
         return length >= 2 * cut.shortest ? length / cut.shortest : 1;

@@ -1,19 +1,21 @@
 /*
- * Even shares: the schedule that gives each worker (a solo CTA or a CTA pair) an equal share of all work items.
+ * Even shares: the schedule that gives each worker (a solo CTA or a CTA pair) an equal share of all work
+ * items.
  *
- * Algorithm. All work items, of each sequence or segment every head, are laid end to end on a line, measured in chunks,
- * and the line is divided into equal shares. Where a border falls inside a work item, the item is divided: the worker whose
- * share begins at the border computes the item's first chunks, before anything else, and hands the state over in the
- * workspace. The worker whose share ends at the border computes the item's other chunks, after everything else, once the
- * state is there (flag of a warp's rows).
+ * Algorithm. All work items, of each sequence or segment every head, are laid end to end on a line, measured
+ * in chunks, and the line is divided into equal shares. Where a border falls inside a work item, the item is
+ * divided: the worker whose share begins at the border computes the item's first chunks, before anything
+ * else, and hands the state over in the workspace. The worker whose share ends at the border computes the
+ * item's other chunks, after everything else, once the state is there (flag of a warp's rows).
  *
- * Why. A share is at least as long as the longest work item, so the first chunks are over before the other chunks are due
- * (McNaughton's rule for jobs that may be interrupted). Workers have shares from the line's end on: each waits only for a
- * worker with a lower index, which was started before it; otherwise a worker could wait for one that never starts.
+ * Why. A share is at least as long as the longest work item, so the first chunks are over before the other
+ * chunks are due (McNaughton's rule for jobs that may be interrupted). Workers have shares from the line's
+ * end on: each waits only for a worker with a lower index, which was started before it; otherwise a worker
+ * could wait for one that never starts.
  *
- * Exceptions. Without handoffs work items are not divided, and a worker has all items of which more than half lies in
- * its share. If there are no more work items than workers, each worker has one item at most. Items without outputs
- * (segments' maps) all have about one length and are given out in turn.
+ * Exceptions. Without handoffs work items are not divided, and a worker has all items of which more than half
+ * lies in its share. If there are no more work items than workers, each worker has one item at most. Items
+ * without outputs (segments' maps) all have about one length and are given out in turn.
  */
 #ifndef FKDA_HOPPER_EVEN_SHARES_CUH
 #define FKDA_HOPPER_EVEN_SHARES_CUH
@@ -50,8 +52,8 @@ template <class Block> struct AllWorkers {
     }
 };
 
-/* Gives out the work items of one worker. All lanes of the loader call it; the loaders of a pair's CTAs get the same heads
- * and tokens. */
+/* Gives out the work items of one worker. All lanes of the loader call it; the loaders of a pair's CTAs get
+ * the same heads and tokens. */
 template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Block> {
     using WorkItemMaker<Block>::args, WorkItemMaker<Block>::cut, WorkItemMaker<Block>::rank;
     static constexpr int CHUNK = Block::CHUNK;
@@ -90,8 +92,8 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return (s.length + CHUNK - 1) / CHUNK;
     }
 
-    /* Chunks of the line that a work item takes. Sequences that overlap, by a wrong cu_seqlens, could make the line longer
-     * than an int holds; `most` then makes items count for less. */
+    /* Chunks of the line that a work item takes. Sequences that overlap, by a wrong cu_seqlens, could make
+     * the line longer than an int holds; `most` then makes items count for less. */
     __device__ int weight_of(const fkda_segment &s) const
     {
         if (workers.skips(s)) return 0;
@@ -103,8 +105,9 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return e < entries ? weight_of(cut.entry(work, e)) : 0;
     }
 
-    /* Finds the share and its first work item. Each lane adds up some neighbouring entries; the lane in whose entries the
-     * share begins is known from the sums, and its entries are then looked through 32 at a time. */
+    /* Finds the share and its first work item. Each lane adds up some neighbouring entries; the lane in whose
+     * entries the share begins is known from the sums, and its entries are then looked through 32 at a
+     * time. */
     __device__ void find_share(int lane)
     {
         most = 0x7fff0000 / max(entries * args.heads, 1);
@@ -125,7 +128,8 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         entry = entries; /* the share has no work item if the line ends before it */
         unsigned beyond = __ballot_sync(~0u, up_to > begin);
         if (!beyond) return;
-        const int lane_there = __ffs(static_cast<int>(beyond)) - 1; /* the share begins in this lane's entries */
+        const int lane_there =
+            __ffs(static_cast<int>(beyond)) - 1; /* the share begins in this lane's entries */
         at = __shfl_sync(~0u, up_to - own, lane_there);
 #pragma unroll 1
         for (int e = lane_there * each;; e += 32) {
@@ -185,8 +189,8 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return WorkItemMaker<Block>::none();
     }
 
-    /* How many of the item's chunks belong to the worker whose share begins inside it, if `beyond` chunks of the item lie
-     * beyond the border. */
+    /* How many of the item's chunks belong to the worker whose share begins inside it, if `beyond` chunks of
+     * the item lie beyond the border. */
     __device__ int first_chunks(int chunks, int beyond) const
     {
         if (!handoff.states) return 2 * beyond > chunks + FKDA_CHUNKS_PER_SWITCH ? chunks : 0;

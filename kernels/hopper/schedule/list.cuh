@@ -1,10 +1,11 @@
 /*
- * The list of segments, for sequences of different lengths that are cut: one CTA decides from the lengths on the device
- * how each sequence is cut, and writes the lists that the passes after it work through (cut.cuh reads them).
+ * The list of segments, for sequences of different lengths that are cut: one CTA decides from the lengths on
+ * the device how each sequence is cut, and writes the lists that the passes after it work through (cut.cuh
+ * reads them).
  *
- * Algorithm. The number of segments of a sequence depends on its length alone. Prefix sums over all sequences give each
- * cut sequence its number, its first slot and its first map group. Each thread then finds by bisection which sequence an
- * entry of a list belongs to, and writes the entry.
+ * Algorithm. The number of segments of a sequence depends on its length alone. Prefix sums over all sequences
+ * give each cut sequence its number, its first slot and its first map group. Each thread then finds by
+ * bisection which sequence an entry of a list belongs to, and writes the entry.
  */
 #ifndef FKDA_HOPPER_LIST_CUH
 #define FKDA_HOPPER_LIST_CUH
@@ -30,8 +31,9 @@ struct SegmentLister {
     {
         const int sequences = rules.sequences(), thread = static_cast<int>(threadIdx.x);
 
-        /* ---- Do all segments fit into the workspace? ----
-         * Sequences that overlap, by a wrong cu_seqlens, could need more slots than there are. Then none is cut. */
+        /* ---- Do all segments fit into the workspace? ---- */
+        /* Sequences that overlap, by a wrong cu_seqlens, could need more slots than there are. Then none is
+         * cut. */
         long long all = 0;
         for (int n = thread; n < sequences; n += FKDA_LIST_THREADS) all += cut_into(n, sequences);
         const bool fits = sum_before(all, scratch) <= cut.slots;
@@ -64,7 +66,8 @@ struct SegmentLister {
         return wanted > 1 ? wanted : 0;
     }
 
-    /* Replaces each thread's x by the sum of x over the threads before it, and returns the sum over all threads. */
+    /* Replaces each thread's x by the sum of x over the threads before it, and returns the sum over all
+     * threads. */
     template <class Number> static __device__ Number sum_before(Number &x, Number *scratch)
     {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -85,7 +88,8 @@ struct SegmentLister {
         return all;
     }
 
-    /* Which of `count` cut sequences entry `at` of a list belongs to, if before(c) entries precede those of sequence c. */
+    /* Which of `count` cut sequences entry `at` of a list belongs to, if before(c) entries precede those of
+     * sequence c. */
     template <class Before> __device__ int find_cut(int at, int count, Before before) const
     {
         int low = 0, high = count; /* before(low) <= at < before(high) */
@@ -96,8 +100,8 @@ struct SegmentLister {
         return low;
     }
 
-    /* Lists the segments of all cut sequences in order, without the first segment of each (left_out = 1) or without its
-     * first and last one (left_out = 2). */
+    /* Lists the segments of all cut sequences in order, without the first segment of each (left_out = 1) or
+     * without its first and last one (left_out = 2). */
     __device__ void list_segments(fkda_segment *list, int cut_sequences, int slots, int left_out) const
     {
         const fkda_cut_sequence *cuts = cut.cut_sequences;

@@ -1,17 +1,18 @@
 /*
- * Mixed: the schedule for long sequences among short ones in one launch, say one of 30,000 tokens and fifty of 100.
+ * Mixed: the schedule for long sequences among short ones in one launch, say one of 30,000 tokens and fifty
+ * of 100.
  *
- * Algorithm. The lengths are on the device, and the host does not know them. So each CTA begins with one warp that reads
- * all lengths and finds what every CTA pair is for; all CTAs find one and the same answer.
+ * Algorithm. The lengths are on the device, and the host does not know them. So each CTA begins with one warp
+ * that reads all lengths and finds what every CTA pair is for; all CTAs find one and the same answer.
  *
- *   1. Sequences of at least `shortest` tokens are long, up to a number of them. Each head of a long sequence gets a CTA
- *      pair. All other sequences are the rest.
- *   2. The long sequence that would take longest gets one more pair for each head, again and again, until the rest would
- *      take longer than it, or more pairs would not help.
- *   3. A long sequence with two or more pairs for each head is cut into one segment more than it has pairs for a head. Its
- *      pairs run a relay (relay.cuh) without spare pairs and without shared segments.
- *   4. The remaining pairs share the rest in even shares (even_shares.cuh), as CTA pairs or, where heads are many, as
- *      solo CTAs.
+ *   1. Sequences of at least `shortest` tokens are long, up to a number of them. Each head of a long sequence
+ *      gets a CTA pair. All other sequences are the rest.
+ *   2. The long sequence that would take longest gets one more pair for each head, again and again, until the
+ *      rest would take longer than it, or more pairs would not help.
+ *   3. A long sequence with two or more pairs for each head is cut into one segment more than it has pairs
+ *      for a head. Its pairs run a relay (relay.cuh) without spare pairs and without shared segments.
+ *   4. The remaining pairs share the rest in even shares (even_shares.cuh), as CTA pairs or, where heads are
+ *      many, as solo CTAs.
  *
  * What a CTA pair does depends on the lengths alone, so results are equal to the bit from run to run.
  */
@@ -54,8 +55,8 @@ class MixedScheduler
         give_out_pairs();
     }
 
-    /* The first chunk of segment i of a sequence that has `segments` segments and `chunks` chunks. First and last segments
-     * are shorter than others by the chunks that their pair begins late. */
+    /* The first chunk of segment i of a sequence that has `segments` segments and `chunks` chunks. First and
+     * last segments are shorter than others by the chunks that their pair begins late. */
     static __device__ int begin_of(int i, int segments, int chunks)
     {
         if (i == 0 || i == segments) return i == 0 ? 0 : chunks;
@@ -67,7 +68,8 @@ class MixedScheduler
     /* Writes the assignment of a pair, by the lane that knows it. */
     __device__ void assign(int pair, MixedAssignment &assignment) const
     {
-        const int number = pair - sum_before(pairs * heads), first_slot = sum_before(pairs > 1 ? pairs + 1 : 0);
+        const int number = pair - sum_before(pairs * heads),
+                  first_slot = sum_before(pairs > 1 ? pairs + 1 : 0);
         if (number >= 0 && number < pairs * heads) {
             assignment.is = MixedAssignment::LONG;
             assignment.sequence = sequence, assignment.pairs = pairs, assignment.first_slot = first_slot;
@@ -120,8 +122,8 @@ class MixedScheduler
         rest = __shfl_sync(~0u, sum_before(rest) + rest, 31);
     }
 
-    /* The chunks that this lane's sequence would take with this many pairs for each head. A step of the join counts as
-     * one chunk. */
+    /* The chunks that this lane's sequence would take with this many pairs for each head. A step of the join
+     * counts as one chunk. */
     __device__ int time(int with) const
     {
         return with == 0 ? 0 : with == 1 ? chunks : 2 * chunks / (with + 1) + mixed.cutting_chunks + with - 1;
@@ -146,9 +148,9 @@ class MixedScheduler
         }
     }
 
-    /* Step 4: whether solo CTAs would finish the rest before CTA pairs. A solo CTA's chunk has half the tokens of a
-     * pair's, and a pair counts as two solo CTAs, so equal work is equally many chunks; only the longest sequence has
-     * twice as many. */
+    /* Step 4: whether solo CTAs would finish the rest before CTA pairs. A solo CTA's chunk has half the
+     * tokens of a pair's, and a pair counts as two solo CTAs, so equal work is equally many chunks; only the
+     * longest sequence has twice as many. */
     __device__ bool rest_is_solo() const
     {
         const float each = static_cast<float>(rest) * static_cast<float>(heads) / static_cast<float>(left),
@@ -157,7 +159,8 @@ class MixedScheduler
     }
 };
 
-/* What the pair of a long sequence is for, in the form of RelayAssignment. The pair has one head, number 0. */
+/* What the pair of a long sequence is for, in the form of RelayAssignment. The pair has one head, number
+ * 0. */
 struct LongAssignment {
     Cut cut;
     const MixedAssignment &assignment;
@@ -212,7 +215,8 @@ struct LongAssignment {
     }
 };
 
-/* The workers that have even shares of the rest: some CTA pairs of the grid, or the CTAs of these pairs by themselves. */
+/* The workers that have even shares of the rest: some CTA pairs of the grid, or the CTAs of these pairs by
+ * themselves. */
 template <class Block> struct RestWorkers {
     const MixedAssignment &assignment;
     const int long_from; /* tokens */
@@ -246,8 +250,7 @@ template <class Block> struct MixedSource : EvenSharesSource<Block, RestWorkers<
 };
 
 /* The map phase has work items of long sequences alone. */
-template <>
-struct MixedSource<Block<MapCta, Mixed>> : RelaySource<Block<MapCta, Mixed>, LongAssignment> {
+template <> struct MixedSource<Block<MapCta, Mixed>> : RelaySource<Block<MapCta, Mixed>, LongAssignment> {
     using RelaySource<Block<MapCta, Mixed>, LongAssignment>::RelaySource;
 };
 

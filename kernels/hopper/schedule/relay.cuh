@@ -1,23 +1,24 @@
 /*
- * Relay: the schedule that computes all segments of long sequences in one launch. Each segment has a CTA pair, and pairs
- * wait for each other at flags where the passes would wait for a whole launch.
+ * Relay: the schedule that computes all segments of long sequences in one launch. Each segment has a CTA
+ * pair, and pairs wait for each other at flags where the passes would wait for a whole launch.
  *
  * Algorithm. A CTA pair runs three phases, one after the other:
  *
  *   map phase     computes its segment's M and B or, of a first segment, the state after it;
- *   join phase    carries some rows of the head's state through all maps, from the state after the first segment to the
- *                 states that the later segments start from (join/relay_join.cuh);
- *   output phase  computes the outputs of its segment. The pair of a first segment computes the last segment's.
+ *   join phase    carries some rows of the head's state through all maps, from the state after the first
+ *                 segment to the states that the later segments start from (join/relay_join.cuh);
+ *   output phase  computes the outputs of its segment, or the last segment's if it is the pair of a first
+ *                 segment.
  *
- * The outputs of first segments are computed by spare pairs, from the start of the launch on. If there are no spare pairs,
- * the pair of a first segment has no map phase: it computes the first segment's outputs and the state after it at once, and
- * then the last segment's outputs.
+ * The outputs of first segments are computed by spare pairs, from the start of the launch on. If there are no
+ * spare pairs, the pair of a first segment has no map phase: it computes the first segment's outputs and the
+ * state after it at once, and then the last segment's outputs.
  *
- * Shared segments. If fewer CTA pairs than heads are left over, one extra, shorter segment is shared: a pair handles it
- * for two to four heads in turn, first all their maps, then all their outputs.
+ * Shared segments. If fewer CTA pairs than heads are left over, one extra, shorter segment is shared: a pair
+ * handles it for two to four heads in turn, first all their maps, then all their outputs.
  *
- * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch must be
- * cooperative, because every pair that is waited for must run. All flags are zeros before the launch.
+ * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch
+ * must be cooperative, because every pair that is waited for must run. All flags are zeros before the launch.
  */
 #ifndef FKDA_HOPPER_RELAY_CUH
 #define FKDA_HOPPER_RELAY_CUH
@@ -27,7 +28,8 @@
 namespace fkda
 {
 
-/* What this CTA pair is for. Heads are counted over all sequences here: head_index = sequence * heads + head. */
+/* What this CTA pair is for. Heads are counted over all sequences here: head_index = sequence * heads +
+ * head. */
 struct RelayAssignment {
     Cut cut;
     const fkda_relay &plan;
@@ -61,7 +63,8 @@ struct RelayAssignment {
         for (int i = 0; i < FKDA_RELAY_SHARED; i++) {
             const int each = plan.shared[i].heads;
             if (rest < plan.shared[i].pairs) {
-                head_index = rest * each, heads = min(each, all_heads() - head_index), segment = pairs_of_head() + i;
+                head_index = rest * each, heads = min(each, all_heads() - head_index),
+                segment = pairs_of_head() + i;
                 return;
             }
             rest -= plan.shared[i].pairs;
@@ -131,11 +134,11 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     bool joins;                   /* the CTA takes part in the join phase */
 
     __device__ RelaySource(const fkda_hopper_fwd_args &all, int rank_in_pair, int)
-        : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index), joins(false)
+        : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index),
+          joins(false)
     {
         if constexpr (Block::JOINS)
-            joins =
-                reinterpret_cast<const Shared<Block> *>(cta_memory())->join.begins != JoinPhase::NEVER;
+            joins = reinterpret_cast<const Shared<Block> *>(cta_memory())->join.begins != JoinPhase::NEVER;
         next_segment = first_segment();
     }
 
@@ -143,16 +146,17 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     {
         const int none = assignment.segments;
         if (assignment.spare >= 0)
-            return Block::OUTPUTS && assignment.spares_compute_first() && head_index < assignment.all_heads() ? 0
-                                                                                                              : none;
+            return Block::OUTPUTS && assignment.spares_compute_first() && head_index < assignment.all_heads()
+                       ? 0
+                       : none;
         if (assignment.segment > 0)
             return assignment.segment < assignment.segments - 1 ? assignment.segment : none;
         if (Block::OUTPUTS) return assignment.spares_compute_first() ? assignment.segments - 1 : 0;
         return assignment.spares_compute_first() ? 0 : none;
     }
 
-    /* The outputs of a first segment are followed by another first segment's (spare pair) or by the last segment's. A
-     * shared segment is followed by the one of the pair's next head. */
+    /* The outputs of a first segment are followed by another first segment's (spare pair) or by the last
+     * segment's. A shared segment is followed by the one of the pair's next head. */
     __device__ void advance()
     {
         const bool first = next_segment == 0;

@@ -1,11 +1,13 @@
 /*
- * The three schedules, as template arguments of a block (block/block.cuh): what a schedule changes about a CTA shape, and
- * the type that gives out its work items.
+ * The three schedules, as template arguments of a block (block/block.cuh): what a schedule changes about a
+ * CTA shape, and the type that gives out its work items.
  *
  * A schedule says which work items a CTA gets, and in which order:
- *   EvenShares  all work items end to end, an equal share of that line to each CTA or CTA pair   (even_shares.cuh)
- *   Relay       one segment to each CTA pair; pairs wait for each other at flags                 (relay.cuh)
- *   Mixed       long sequences as a relay, all other sequences in even shares                    (mixed.cuh)
+ *   EvenShares  all work items end to end, an equal share of that line to each worker     (even_shares.cuh)
+ *   Relay       one segment to each CTA pair; pairs wait for each other at flags          (relay.cuh)
+ *   Mixed       long sequences as a relay, all other sequences in even shares             (mixed.cuh)
+ *
+ * A worker is a solo CTA or a CTA pair.
  */
 #ifndef FKDA_HOPPER_SCHEDULE_CUH
 #define FKDA_HOPPER_SCHEDULE_CUH
@@ -28,12 +30,13 @@ template <class Cta> struct WithoutPhases : Cta {
     static constexpr int BYTES_APART = 16; /* left free in shared memory, in front of the barriers */
 };
 
-/* In a relay a CTA pair first runs the map phase as MapCta, then the join phase and the output phase as PairCta. Solo CTAs
- * take no part in a relay. */
+/* In a relay a CTA pair first runs the map phase as MapCta, then the join phase and the output phase as
+ * PairCta. Solo CTAs take no part in a relay. */
 template <class Cta> struct RelayPhase : WithoutPhases<Cta> {
 };
-/* Memory that holds an mbarrier must not become data of the next phase: single words of a tile would come out wrong. So
- * the barriers of the map phase lie behind everything that the output phase has in shared memory. */
+/* Memory that holds an mbarrier must not become data of the next phase: single words of a tile would come out
+ * wrong. So the barriers of the map phase lie behind everything that the output phase has in shared
+ * memory. */
 template <> struct RelayPhase<MapCta> : WithoutPhases<MapCta> {
     static constexpr bool RELAYS = true;
     static constexpr int BYTES_APART = 13728;

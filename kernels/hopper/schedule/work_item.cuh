@@ -1,9 +1,10 @@
 /*
  * Work items, and how one is made of a segment and a head.
  *
- * A work item is some rows of the state of one head, through one sequence, segment or part of a segment. The loader of a
- * CTA takes work items from the schedule and hands them to all other roles, which therefore meet them in one order. Both
- * CTAs of a pair meet the same heads and tokens in the same order, without talking about it.
+ * A work item is some rows of the state of one head, through one sequence, segment or part of a segment. The
+ * loader of a CTA takes work items from the schedule and hands them to all other roles, which therefore meet
+ * them in one order. Both CTAs of a pair meet the same heads and tokens in the same order, without talking
+ * about it.
  */
 #ifndef FKDA_HOPPER_WORK_ITEM_CUH
 #define FKDA_HOPPER_WORK_ITEM_CUH
@@ -53,8 +54,9 @@ template <class Block> struct WorkItemMaker {
         return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr};
     }
 
-    /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each. Without
-     * outputs the pair's first CTA computes M and the second one B or, of a first segment, the state after it. */
+    /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each.
+     * Without outputs the pair's first CTA computes M and the second one B or, of a first segment, the state
+     * after it. */
     __device__ WorkItem item_of(const fkda_segment &s, int h) const
     {
         const long long task = static_cast<long long>(s.sequence) * args.heads + h;
