@@ -1,5 +1,6 @@
-# Compiles the kernels with nvcc into fat binaries and embeds them. nvcc is used as a plain command, not as
-# a CMake language: the host code is C, and a machine without nvcc still builds the CPU backend.
+# Compiles the kernels with nvcc into fat binaries and embeds these in the library. nvcc is a plain command
+# here and not a CMake language, because the host code is C and a machine without nvcc still builds the CPU
+# backend.
 find_program(NVCC nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
 if(NOT FLASH_KDA_CUDA)
   message(STATUS "flash_kda: without kernels (FLASH_KDA_CUDA=OFF), so the library has the CPU backend alone")
@@ -13,7 +14,7 @@ set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures wit
 set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_FOR_RACECHECK")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
 
-# Having nvcc is not enough: it needs a host C++ compiler, and an older one does not know every architecture.
+# An nvcc may be unusable: it needs a host C++ compiler. And an older nvcc does not know every architecture.
 set(probe ${CMAKE_CURRENT_BINARY_DIR}/kernels/probe)
 file(WRITE ${probe}.cu "#include <cuda_bf16.h>\nextern \"C\" __global__ void probe() {}\n")
 execute_process(
@@ -37,9 +38,9 @@ endif()
 set(FLASH_KDA_CUDA_ARCHS ${archs})
 message(STATUS "flash_kda: CUDA kernels with ${NVCC} for ${archs}")
 
-# flash_kda_add_kernel(<name> <source> ARCHS <arch>... [PTX <arch>]): <source> becomes the bytes fkda_fatbin_<name>.
-# The compiler's report (registers, spills, shared memory) is kept in kernels/<name>.report for
-# scripts/check_kernels.py.
+# flash_kda_add_kernel(<name> <source> ARCHS <arch>... [PTX <arch>])
+# Makes <source> the bytes fkda_fatbin_<name>. The compiler's report of registers, spills and shared memory is
+# kept in kernels/<name>.report, which scripts/check_kernels.py reads.
 function(flash_kda_add_kernel name source)
   cmake_parse_arguments(kernel "" "PTX" "ARCHS" ${ARGN})
   set(gencode "")
@@ -52,13 +53,14 @@ function(flash_kda_add_kernel name source)
   set(folder ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   set(fatbin ${folder}/${name}.fatbin)
   set(embed ${folder}/${name}.c)
-  file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.cuh ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.h)
+  set(kernels ${CMAKE_CURRENT_SOURCE_DIR}/kernels)
+  file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${kernels}/*.cuh ${kernels}/*.h)
   file(MAKE_DIRECTORY ${folder})
   add_custom_command(
     OUTPUT ${fatbin}
     COMMAND sh -c "\"$0\" \"$@\" > ${folder}/${name}.report 2>&1 || { cat ${folder}/${name}.report; exit 1; }"
-            ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${FLASH_KDA_NVCC_FLAGS} ${gencode} -o ${fatbin}
-            ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+            ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${FLASH_KDA_NVCC_FLAGS}
+            ${gencode} -o ${fatbin} ${CMAKE_CURRENT_SOURCE_DIR}/${source}
     DEPENDS ${source} ${headers}
     COMMENT "Compiling ${source} for ${kernel_ARCHS}"
     VERBATIM)
@@ -76,12 +78,14 @@ __asm__(\".section .rodata\\n\"
   target_sources(flashkda PRIVATE ${embed})
 endfunction()
 
-flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
+flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu
+  ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 target_sources(flashkda PRIVATE src/cuda/portable/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 
-# wgmma and setmaxnreg are of compute capability 9.0 alone: no other architecture's, and not in its PTX. An nvcc can
-# know 90 but not 90a, and --list-gpu-arch shows no such variant, so it is tried.
+# The Hopper kernels are compiled for 90a, which alone has wgmma and setmaxnreg; PTX cannot carry these to
+# other architectures. An nvcc may know 90 and not 90a, and --list-gpu-arch does not show 90a, so compiling
+# for 90a is tried.
 set(hopper_failed TRUE)
 if(90 IN_LIST FLASH_KDA_CUDA_ARCHS)
   execute_process(

@@ -25,6 +25,8 @@ build() { build_into "$BUILD"; }
 check() { "$BUILD/flash-kda" info && "$BUILD/flash-kda" check --device cuda:0; }
 
 tests() {
+    PYTHONPATH="$BUILD/python${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH
     ctest --test-dir "$BUILD" -j 8 --output-on-failure --no-tests=error -R 'cuda:0' &&
         "$PYTHON" -m pytest tests/python -q -rs
 }

@@ -1,7 +1,12 @@
 /*
- * A libcuda.so.1 whose GPU is this machine's CPU: memory is the host's, streams have done their work when a call returns, kernels that may start early run beside the one before, and kernels are those
- * of kernels.h, run by machine.cpp. EMULATOR_REFUSES_TOGETHER: none may be launched so that all blocks start together. What the GPU is like is said by the environment as for ../pretend_driver; EMULATOR_SEED
- * chooses another order among all that nothing puts in order.
+ * A libcuda.so.1 whose GPU is this machine's CPU.
+ *
+ * Memory is the host's. Kernels are those of kernels.h, and machine.cpp runs them; a kernel that was launched
+ * to start early runs beside the previous kernel. All work is done when the context is popped.
+ *
+ * Environment variables say what the GPU is like, as for ../pretend_driver. Two more belong to the emulator:
+ *   EMULATOR_SEED              another seed, so another order among everything that nothing puts in order
+ *   EMULATOR_REFUSES_TOGETHER  if set, cooperative launches fail
  */
 #include <chrono>
 #include <stdio.h>
@@ -17,8 +22,8 @@
 #include <thread>
 #include <vector>
 
+#include "descriptor.h"
 #include "kernels.h"
-#include "tensor_map.h"
 
 extern "C" {
 
@@ -32,7 +37,7 @@ static std::mutex lock;
 static std::map<CUdeviceptr, size_t> mappings;
 static uint64_t launches;
 
-/* Memory ends, as near as its alignment lets it, where the process may not go. */
+/* Behind each allocation, as near as its alignment lets it be, lies a page that the process may not touch. */
 static size_t mapped_bytes(size_t bytes)
 {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -65,8 +70,8 @@ CUresult cuMemFree_v2(CUdeviceptr memory)
     return 0;
 }
 
-/* Kernels that this thread has launched, each of which may have started before the one before it was over. All are over when the context is
- * popped. */
+/* Kernels that this thread has launched. Each may have started before the previous one was over. All of them
+ * are over when the context is popped. */
 struct Launched {
     std::thread runner;
     std::shared_ptr<std::atomic<bool>> over;
@@ -138,7 +143,7 @@ CUresult cuEventElapsedTime(float *milliseconds, void *start, void *end)
     return 0;
 }
 
-/* Kernels are found by name alone. */
+/* Kernels are found by their names alone. */
 CUresult cuModuleLoadData(void **module, const void *)
 {
     *module = &lock;
@@ -170,26 +175,26 @@ static CUresult start(const void *function, const unsigned (&grid)[3], const uns
 {
     const auto *kernel = static_cast<const emulator::Kernel *>(function);
     const char *seed = getenv("EMULATOR_SEED");
-    int multiprocessors;
+    int sms;
     if (!grid[0] || grid[1] != 1 || grid[2] != 1 || !block[0] || block[0] > 1024 || block[1] != 1 ||
         block[2] != 1)
         return INVALID_VALUE;
     if (grid[0] % static_cast<unsigned>(kernel->cluster)) return INVALID_VALUE;
-    if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
+    if (cuDeviceGetAttribute(&sms, 16, 0)) return INVALID_VALUE;
     if (!early) finish();
     constexpr size_t ALIGNMENT = 64;
     const size_t bytes = (kernel->argument_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    const std::shared_ptr<void> argument(aligned_alloc(ALIGNMENT, bytes), free); /* the caller's may change */
+    const std::shared_ptr<void> argument(aligned_alloc(ALIGNMENT, bytes),
+                                         free); /* the caller may change its own */
     if (!argument) return OUT_OF_MEMORY;
     memcpy(argument.get(), arguments[0], kernel->argument_bytes);
     const auto before = under_way.empty() ? nullptr : under_way.back().over;
     const auto over = std::make_shared<std::atomic<bool>>(false);
-    const emulator::Dim3 blocks = {grid[0], 1, 1}, threads = {block[0], 1, 1};
+    const emulator::Dim3 ctas = {grid[0], 1, 1}, threads = {block[0], 1, 1};
     const uint64_t order = (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919;
     under_way.push_back({std::thread([=] {
-                             emulator::launch([=] { kernel->run(argument.get()); }, blocks, threads,
-                                              kernel->cluster, shared_bytes, multiprocessors, order,
-                                              before.get());
+                             emulator::launch([=] { kernel->run(argument.get()); }, ctas, threads,
+                                              kernel->cluster, shared_bytes, sms, order, before.get());
                              *over = true;
                          }),
                          over});
@@ -218,10 +223,10 @@ CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void
     bool early = false;
     for (unsigned i = 0; i < config->attribute_count; i++) {
         const auto &attribute = config->attributes[i];
-        int multiprocessors;
-        if (cuDeviceGetAttribute(&multiprocessors, 16, 0)) return INVALID_VALUE;
+        int sms;
+        if (cuDeviceGetAttribute(&sms, 16, 0)) return INVALID_VALUE;
         if (attribute.id == COOPERATIVE &&
-            (config->grid[0] > static_cast<unsigned>(multiprocessors) || getenv("EMULATOR_REFUSES_TOGETHER")))
+            (config->grid[0] > static_cast<unsigned>(sms) || getenv("EMULATOR_REFUSES_TOGETHER")))
             return TOO_LARGE;
         early |= attribute.id == PROGRAMMATIC && attribute.value[0];
     }
@@ -232,8 +237,8 @@ CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor
                                 const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
                                 int interleave, int swizzle, int, int fill)
 {
-    static_assert(sizeof(emulator::TensorMap) <= 128, "the size of a CUtensorMap");
-    emulator::TensorMap made = {static_cast<const unsigned char *>(tensor), {}, {}, {}};
+    static_assert(sizeof(emulator::Descriptor) <= 128, "the size of a CUtensorMap");
+    emulator::Descriptor made = {static_cast<const unsigned char *>(tensor), {}, {}, {}};
     if (type != 9 || rank != 4 || interleave || swizzle != 3 || fill || 2 * box[0] != 128)
         return INVALID_VALUE;
     if (reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(tensor) % 16)

@@ -18,8 +18,8 @@ const emulator::Kernel emulator::hopper_kernels[] = {
     {"fkda_hopper_list", run<fkda_hopper_list>, sizeof(fkda_hopper_fwd_args)},
     {"fkda_hopper_maps", run<fkda_hopper_maps>, sizeof(fkda_hopper_fwd_args), FKDA_HOPPER_PAIR_CTAS},
     {"fkda_hopper_relay", run<fkda_hopper_relay>, sizeof(fkda_hopper_fwd_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_mixed>,
-     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_mixed>, sizeof(fkda_hopper_mixed_args),
+     FKDA_HOPPER_PAIR_CTAS},
     {"fkda_hopper_join", run<fkda_hopper_join>, sizeof(fkda_hopper_fwd_args)},
     {},
 };

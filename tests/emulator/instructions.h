@@ -1,6 +1,7 @@
 /*
- * The functions of kernels/common/ptx.cuh and kernels/hopper/sm90.cuh, in C++: what each instruction does by the PTX
- * manual. Their include guards are taken, so that the kernels get these.
+ * The functions of kernels/common/ptx.cuh and kernels/hopper/ptx/ in C++: each does what the PTX manual says
+ * about its instruction. The include guards of these headers are taken here, so that the kernels get the
+ * functions below.
  */
 #ifndef FKDA_EMULATOR_INSTRUCTIONS_H
 #define FKDA_EMULATOR_INSTRUCTIONS_H
@@ -14,13 +15,13 @@
 #define FKDA_HOPPER_PTX_WGMMA_CUH
 
 #include "../../kernels/hopper/fwd_args.h"
+#include "descriptor.h"
 #include "language.h"
-#include "tensor_map.h"
 
 namespace fkda
 {
 
-/* Above its first 24 bits an address has the rank of the block in its cluster. */
+/* An address holds the rank of its CTA in the cluster above bit 24. */
 inline uint32_t shared_address(const void *pointer)
 {
     const emulator::Thread &t = emulator::thread();
@@ -32,7 +33,7 @@ inline unsigned char *shared_memory(uint32_t address)
     return emulator::thread().shared + (address & 0xffffff);
 }
 
-/* The block's, from its start on. */
+/* The shared memory of the CTA, from its start on. */
 inline unsigned char *cta_memory()
 {
     return emulator::thread().shared;
@@ -42,12 +43,13 @@ template <class T> T *global_memory(T *pointer)
 {
     return pointer;
 }
-inline void read_indices(int &block, int &thread)
+inline void read_indices(int &cta, int &thread)
 {
-    block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    cta = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
 }
 
-/* Numbers. */
+/* ---- Numbers ---- */
+
 inline float flushed(float x)
 {
     return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;
@@ -64,7 +66,7 @@ inline float rsqrt_approx(float x)
 {
     return 1.0f / sqrtf(flushed(x));
 }
-inline float tf32(float x) /* as the tensor core takes it */
+inline float tf32(float x) /* what the tensor core takes of x */
 {
     return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
 }
@@ -84,7 +86,7 @@ inline uint16_t half_from(float x)
     const float size = fabsf(x);
     if (x != x) return 0x7fff;
     if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
-    if (size < 0x1p-14f) /* in steps of 2^-24 */
+    if (size < 0x1p-14f) /* a multiple of 2^-24 */
         return static_cast<uint16_t>(sign | static_cast<uint32_t>(nearbyintf(size * 0x1p24f)));
     const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
     return static_cast<uint16_t>(sign | ((rounded >> 13) - (112 << 10)));
@@ -122,13 +124,14 @@ inline uint32_t multiply_halves(uint32_t x, uint32_t y)
     return pack_half(product(0), product(16));
 }
 
-/* Products of fragments. For the layouts see ptx.cuh: lane (g, t) of d has rows g, g, g + 8, g + 8 and columns 2 t, + 1. */
+/* ---- Products of fragments: common/ptx.cuh says which lane has what ---- */
+
 struct Fragments {
     float (*d)[4];
-    const float *a, *b; /* as numbers: those of the lane, in the order of the registers */
+    const float *a, *b; /* the lane's numbers, in the order of its registers */
 };
 
-/* d += a b for a warp; `depth` of the product, `neighbours` depths to a register. */
+/* d += a b for a warp, for products with `depth` depths, of which a register has `neighbours`. */
 inline void multiply_fragments(void *const *all, int depth, int neighbours)
 {
     float a[16][16], b[16][8];
@@ -180,13 +183,15 @@ inline void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
     mma_pairs("mma_half", from_half, d, {a0, a1, a2, a3}, {b0, b1});
 }
 
-/* Matrices of 8 x 8 elements of 16 bits. */
+/* ---- Matrices of 8 x 8 elements of 16 bits ---- */
+
 struct MatrixRows {
-    unsigned char *row; /* that this lane names */
+    unsigned char *row; /* the row that this lane names */
     uint32_t *registers;
 };
 
-/* For each register of each lane, where its two elements are: in the row of tile m that lane 8 m + row names. */
+/* Calls move(in memory, in the register) for each element of each register of each lane. Lane 8 m + row names
+ * the row of matrix m. */
 template <class Move> void move_matrices(void *const *all, bool transposed, Move move)
 {
     for (int lane = 0; lane < 32; lane++)
@@ -256,7 +261,8 @@ inline uint32_t transpose_matrix(uint32_t x)
     return x;
 }
 
-/* Memory. Copies of 16 bytes are made when they are waited for. */
+/* ---- Memory ---- */
+
 inline void store_16_if(void *to, uint4 x, bool valid)
 {
     if (valid) memcpy(to, &x, sizeof x);
@@ -283,9 +289,10 @@ template <int first, int threads> void barrier_arrive(int index)
     emulator::barrier_arrive(first + index, threads);
 }
 
+/* ---- mbarriers ---- */
+
 constexpr bool FOR_RACECHECK = false;
 
-/* Barriers in shared memory, and copies that they count. */
 inline void mbarrier_init(uint64_t *barrier, int count)
 {
     emulator::mbarrier_init(barrier, count);
@@ -324,7 +331,7 @@ inline float load_shared(const float *from)
 }
 inline int uniform(int x)
 {
-    if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be the same in all lanes is not");
+    if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be equal in all lanes is not");
     return x;
 }
 inline void keep_in_register(int &)
@@ -343,7 +350,7 @@ inline void fence_mbarrier_init()
 {
 }
 
-inline void let_next_kernel_start() /* it has started already, if it may start early */
+inline void let_next_kernel_start() /* the next kernel has started already, if it may start early */
 {
 }
 inline void wait_for_previous_kernel()
@@ -351,7 +358,8 @@ inline void wait_for_previous_kernel()
     emulator::wait_for_previous_kernel();
 }
 
-/* Clusters of two blocks. */
+/* ---- CTA pairs ---- */
+
 inline int cluster_rank()
 {
     return emulator::thread().rank;
@@ -381,7 +389,7 @@ inline void copy_to_other_cta(void *where, const void *from, int bytes, uint64_t
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
         emulator::fail("copy_to_other_cta of %d bytes at shared memory + %u", bytes, shared_address(from));
     emulator::later([=] {
-        for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to the other block");
+        for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to the other CTA");
         memcpy(to, source, static_cast<size_t>(bytes));
         emulator::mbarrier_complete_bytes(counts, bytes);
     });
@@ -393,7 +401,7 @@ inline void set_flag(int *flag)
 }
 inline void await_flag(const int *flag)
 {
-    while (!__atomic_load_n(flag, __ATOMIC_ACQUIRE)) emulator::yield_to_blocks();
+    while (!__atomic_load_n(flag, __ATOMIC_ACQUIRE)) emulator::yield_to_ctas();
     __syncwarp();
 }
 inline bool elect_lane()
@@ -422,9 +430,10 @@ inline void fence_async_proxy_of_all_memory()
 {
     emulator::fence_async_proxy();
 }
-inline void copy_box(void *to, const fkda_tma_descriptor *map, int token, int half, int head, uint64_t *barrier)
+inline void copy_box(void *to, const fkda_tma_descriptor *descriptor, int token, int half, int head,
+                     uint64_t *barrier)
 {
-    const emulator::TensorMap tensor = emulator::tensor_map(map->opaque);
+    const emulator::Descriptor tensor = emulator::descriptor_of(descriptor->opaque);
     const uint32_t at = shared_address(to) & 0xffffff;
     unsigned char *shared = emulator::thread().shared;
     emulator::later([=] {
@@ -466,27 +475,33 @@ template <int registers> void give_registers()
     emulator::set_registers(registers, false);
 }
 
-/* wgmma. Descriptors are the real ones, put together and taken apart by the PTX manual. */
+/* ---- wgmma: descriptors are the real ones, by the PTX manual ---- */
+
 inline uint32_t descriptor_address(const void *tile)
 {
     return (shared_address(tile) & 0x3ffff) / 16;
 }
-inline uint64_t descriptor(uint32_t place, uint64_t leading, uint64_t stride, uint64_t swizzle)
+inline uint64_t make_descriptor(uint32_t place, uint64_t leading, uint64_t stride, uint64_t swizzle)
 {
     return place | leading / 16 << 16 | stride / 16 << 32 | swizzle << 62;
 }
 template <int column_step, int depth_step> uint64_t tile_descriptor(uint32_t place)
 {
-    return descriptor(place, depth_step, column_step, 0);
+    return make_descriptor(place, depth_step, column_step, 0);
 }
 template <int block_step, int row_step> uint64_t swizzled_descriptor(uint32_t place)
 {
-    return descriptor(place, block_step, row_step, 1);
+    return make_descriptor(place, block_step, row_step, 1);
 }
 
-/* The element of a B operand of 16 depths. Without swizzle core matrices of 8 x 16 bytes, the leading step between them along
- * the depth and the other along the columns. With it rows of 128 bytes, units of 16 bytes in them exchanged
- * by bits 7 to 9 of their address; along the units of a column-major operand 64 columns, then the leading step. */
+/* An element of a B operand of 16 depths.
+ *
+ * An operand that is not swizzled consists of core matrices of 8 x 16 bytes. The leading step leads to the
+ * next core matrix along the depth, and the stride to the next one along the columns.
+ *
+ * A swizzled operand consists of rows of 128 bytes, whose units of 16 bytes are exchanged by bits 7 to 9 of
+ * their address. In a column-major operand a row has 64 columns, and the leading step leads to the next
+ * 64. */
 inline float operand_element(const unsigned char *shared, uint64_t b, int column, int depth,
                              bool column_major)
 {

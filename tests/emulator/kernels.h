@@ -1,4 +1,4 @@
-/* The kernels that the emulator has, by the names that they have on a GPU. */
+/* The tables of kernels that the emulator can launch, by the names that the kernels have on a GPU. */
 #ifndef FKDA_EMULATOR_KERNELS_H
 #define FKDA_EMULATOR_KERNELS_H
 
@@ -9,12 +9,12 @@ namespace emulator
 
 struct Kernel {
     const char *name;
-    void (*run)(const void *arguments); /* as one of a block's threads */
-    size_t argument_bytes;              /* of its one argument */
-    int cluster = 1;                    /* blocks */
+    void (*run)(const void *arguments); /* runs one thread of a CTA */
+    size_t argument_bytes;              /* of the kernel's one argument */
+    int cluster = 1;                    /* CTAs of a cluster */
 };
 
-extern const Kernel hopper_kernels[], portable_kernels[]; /* up to a null name */
+extern const Kernel hopper_kernels[], portable_kernels[]; /* the last entry has a null name */
 
 } // namespace emulator
 

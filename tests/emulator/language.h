@@ -1,4 +1,4 @@
-/* What CUDA C++ has and C++ has not, as far as the kernels use it. */
+/* What CUDA C++ has and C++ does not have, as far as the kernels use it. */
 #ifndef FKDA_EMULATOR_LANGUAGE_H
 #define FKDA_EMULATOR_LANGUAGE_H
 
@@ -23,7 +23,7 @@
 #define blockDim (emulator::thread().block_dim)
 #define gridDim (emulator::thread().grid_dim)
 
-using __nv_bfloat16 = uint16_t; /* only moved */
+using __nv_bfloat16 = uint16_t; /* kernels only move it */
 
 using std::max;
 using std::min;
@@ -87,7 +87,7 @@ inline int atomicAdd(int *at, int x)
 
 inline void __syncthreads()
 {
-    emulator::block_sync();
+    emulator::cta_sync();
 }
 inline void __syncwarp()
 {
@@ -121,12 +121,12 @@ template <class T> T __shfl_up_sync(unsigned mask, T mine, int by)
     return __shfl_sync(mask, mine, lane < by ? lane : lane - by);
 }
 
-/* All lanes get what `join` makes of all values. */
-template <class T, class Join> T reduce(const char *what, T mine, Join join)
+/* All lanes get what `combine` makes of the values of all lanes. */
+template <class T, class Combine> T reduce(const char *what, T mine, Combine combine)
 {
     emulator::gather(what, &mine, [&](void *const *all) {
         T sum = *static_cast<T *>(all[0]);
-        for (int i = 1; i < 32; i++) sum = join(sum, *static_cast<T *>(all[i]));
+        for (int i = 1; i < 32; i++) sum = combine(sum, *static_cast<T *>(all[i]));
         for (int i = 0; i < 32; i++) *static_cast<T *>(all[i]) = sum;
     });
     return mine;

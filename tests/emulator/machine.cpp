@@ -27,11 +27,11 @@ namespace
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
-constexpr int WARPGROUP = 4;         /* warps */
-constexpr int MOST_WARPGROUPS = 8;   /* of a block */
-constexpr int QUARTERS = 4;          /* of a multiprocessor, which warps are dealt out to in turn */
-constexpr int ALL_REGISTERS = 65536; /* of a multiprocessor, and so of a block */
-constexpr auto PATIENCE = std::chrono::seconds(60); /* with other blocks */
+constexpr int WARPGROUP = 4;                        /* warps */
+constexpr int MOST_WARPGROUPS = 8;                  /* of a CTA */
+constexpr int QUARTERS = 4;                         /* of an SM; a CTA's warps are assigned to them in turn */
+constexpr int ALL_REGISTERS = 65536;                /* of an SM, and so of a CTA */
+constexpr auto PATIENCE = std::chrono::seconds(60); /* for other CTAs */
 
 struct Lane;
 struct Barrier {
@@ -40,7 +40,7 @@ struct Barrier {
     std::unordered_set<const Lane *> arrived;
 };
 
-/* What stands for an mbarrier in its 64 bits. */
+/* The emulator's own mbarrier, in the 64 bits of a real one. */
 struct Mbarrier {
     uint16_t count, missing;
     uint32_t phase : 1;
@@ -49,7 +49,7 @@ struct Mbarrier {
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t), "as large as the real one");
 
 /* Why a thread does not run. */
-enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, BLOCKS, KERNEL, REGISTERS };
+enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, CTAS, KERNEL, REGISTERS };
 
 struct Lane {
     Thread view;
@@ -58,7 +58,7 @@ struct Lane {
     bool started, done;
     Wait wait;
     const void *on;
-    unsigned round; /* of what is waited on; the parity for an mbarrier */
+    unsigned round; /* the round of `on` that the thread waits for; for an mbarrier the parity */
 };
 
 struct Warp {
@@ -69,35 +69,35 @@ struct Warp {
         int arrived;
         unsigned round;
     } gathering;
-    std::vector<uint32_t> unfenced; /* where it wrote, in units of 16 bytes */
-    int fenced;                     /* threads, since then */
-    bool polls;                     /* has just asked for what was not there yet: others are to go on */
+    std::vector<uint32_t> unfenced; /* where the warp wrote without a fence since, in units of 16 bytes */
+    int fenced;                     /* threads that have called the fence since then */
+    bool polls;                     /* the warp has just asked in vain whether something is done */
     int registers;                  /* of a thread */
-    unsigned changes;               /* of that number, */
-    bool has_met;                   /* and whether the warp has met others since the last */
-    int slow;                       /* one turn when others have so many, on average */
+    unsigned changes;               /* how often `registers` has changed */
+    bool has_met;                   /* the warp has met other warps since the last change */
+    int slow;                       /* the warp gets one turn in this many, on average */
     std::vector<std::function<void()>> issued;
     std::deque<std::vector<std::function<void()>>> committed;
 };
 
-/* A block, or the blocks of a cluster, which take turns as a block's warps do. */
-struct Block {
+/* The one or two CTAs of a cluster. The warps of both take turns. */
+struct Cluster {
     const std::function<void()> *kernel;
-    const std::atomic<bool> *before; /* null, or whether the kernel before is over */
-    int cluster;
-    unsigned char *shared; /* of all its blocks */
+    const std::atomic<bool> *before; /* null, or whether the previous kernel is over */
+    int ctas;
+    unsigned char *shared; /* memory of all its CTAs */
     std::vector<std::unique_ptr<Warp>> warps;
-    Barrier barriers[2][NAMED_BARRIERS + 1]; /* and the one of all threads of a block */
+    Barrier barriers[2][NAMED_BARRIERS + 1]; /* the last one is __syncthreads */
     Barrier cluster_barrier;
-    int registers[2][QUARTERS];                     /* that no warp has */
-    std::vector<int> asked_for[2][MOST_WARPGROUPS]; /* by each warpgroup, one after the other */
+    int registers[2][QUARTERS];                     /* free ones of each CTA and quarter */
+    std::vector<int> asked_for[2][MOST_WARPGROUPS]; /* numbers that each warpgroup has asked for */
     std::vector<std::function<void()>> copies;
-    std::vector<uint8_t> unfenced;                            /* of each 16 bytes: by how many stores */
-    std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all that there were, as they were left */
+    std::vector<uint8_t> unfenced; /* for each 16 bytes, the stores without a fence */
+    std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all of them, as their last use left them */
     std::mt19937_64 random;
-    bool products_at_once;
+    bool products_immediate;
     jmp_buf scheduler;
-    ucontext_t first; /* where new fibers return to: never */
+    ucontext_t first; /* where a fiber would go at its end, which never happens */
 
     bool chance(int one_in)
     {
@@ -105,7 +105,7 @@ struct Block {
     }
 };
 
-thread_local Block *block;
+thread_local Cluster *cluster;
 thread_local Warp *warp;
 thread_local Lane *lane;
 
@@ -116,60 +116,62 @@ bool may_go_on(const Warp &w, const Lane &l)
     case Wait::GATHERING: return w.gathering.round != l.round;
     case Wait::BARRIER: return static_cast<const Barrier *>(l.on)->round != l.round;
     case Wait::MBARRIER: return static_cast<const Mbarrier *>(l.on)->phase != l.round;
-    case Wait::BLOCKS: return true;
+    case Wait::CTAS: return true;
     case Wait::KERNEL: return *static_cast<const std::atomic<bool> *>(l.on);
     case Wait::REGISTERS: return *static_cast<const int *>(l.on) >= static_cast<int>(l.round);
     }
     return false;
 }
 
-/* Back to the scheduler, until the condition holds. */
+/* Goes back to the scheduler until the thread may go on. */
 void suspend(Wait wait, const void *on, unsigned round)
 {
     lane->wait = wait, lane->on = on, lane->round = round;
-    if (wait != Wait::BLOCKS && may_go_on(*warp, *lane)) {
+    if (wait != Wait::CTAS && may_go_on(*warp, *lane)) {
         lane->wait = Wait::NOTHING;
         return;
     }
-    if (_setjmp(lane->place) == 0) _longjmp(block->scheduler, 1);
+    if (_setjmp(lane->place) == 0) _longjmp(cluster->scheduler, 1);
     lane->wait = Wait::NOTHING;
 }
 
 void run_kernel()
 {
-    (*block->kernel)();
+    (*cluster->kernel)();
     lane->done = true;
-    _longjmp(block->scheduler, 1);
+    _longjmp(cluster->scheduler, 1);
 }
 
 void resume(Warp &w, Lane &l)
 {
     warp = &w, lane = &l;
-    if (_setjmp(block->scheduler) != 0) return;
+    if (_setjmp(cluster->scheduler) != 0) return;
     if (l.started) _longjmp(l.place, 1);
     l.started = true;
     ucontext_t fiber;
     getcontext(&fiber);
     fiber.uc_stack.ss_sp = l.stack;
     fiber.uc_stack.ss_size = STACK_BYTES;
-    fiber.uc_link = &block->first;
+    fiber.uc_link = &cluster->first;
     makecontext(&fiber, run_kernel, 0);
     setcontext(&fiber);
 }
 
-/* Runs the warp's threads, in an order of its own each time, until none can go on. Returns whether any did. */
+/* Runs the warp's threads, each time in another order, until none can go on. Returns whether any of them has
+ * gone on. */
 bool run_warp(Warp &w)
 {
     bool any = false;
     for (bool again = true; again;) {
         again = false;
-        const int start = static_cast<int>(block->random() % LANES), step = block->chance(2) ? 1 : LANES - 1;
+        const int start = static_cast<int>(cluster->random() % LANES),
+                  step = cluster->chance(2) ? 1 : LANES - 1;
         for (int i = 0; i < LANES; i++) {
             Lane &l = w.lane[(start + i * step) % LANES];
             if (l.done || !may_go_on(w, l)) continue;
-            const bool polls = l.wait == Wait::BLOCKS;
+            const bool polls = l.wait == Wait::CTAS;
             resume(w, l);
-            if (!polls || l.wait != Wait::BLOCKS) any = again = true;
+            if (!polls || l.wait != Wait::CTAS) any = again = true;
         }
         if (w.polls) return false;
     }
@@ -182,13 +184,13 @@ bool could_run(const Warp &w)
                        [&](const Lane &l) { return !l.done && may_go_on(w, l); });
 }
 
-/* Memory that holds an mbarrier is not for anything else until it is made invalid, which no kernel here does: even if nobody waits for it
- * any more a multiprocessor may write there. */
+/* Memory that holds an mbarrier may not be used for anything else until the mbarrier is made invalid, which
+ * no kernel here does: an SM may still write there, even if nobody waits for the mbarrier any more. */
 void check_untouched(const Mbarrier &b)
 {
-    const auto known = block->mbarriers.find(&b);
-    const ptrdiff_t at = reinterpret_cast<const unsigned char *>(&b) - block->shared;
-    if (known == block->mbarriers.end()) fail("no mbarrier was initialised at shared memory + %td", at);
+    const auto known = cluster->mbarriers.find(&b);
+    const ptrdiff_t at = reinterpret_cast<const unsigned char *>(&b) - cluster->shared;
+    if (known == cluster->mbarriers.end()) fail("no mbarrier was initialised at shared memory + %td", at);
     if (memcmp(&known->second, &b, sizeof b) != 0)
         fail("the mbarrier at shared memory + %td was overwritten", at);
 }
@@ -196,11 +198,11 @@ void check_untouched(const Mbarrier &b)
 [[noreturn]] void report_deadlock()
 {
     static const char *const reasons[] = {"nothing",     "a collective", "a named barrier",
-                                          "an mbarrier", "other blocks", "the kernel before",
+                                          "an mbarrier", "other CTAs",   "the previous kernel",
                                           "registers"};
     std::string text;
-    for (size_t i = 0; i < block->warps.size(); i++) {
-        const Warp &w = *block->warps[i];
+    for (size_t i = 0; i < cluster->warps.size(); i++) {
+        const Warp &w = *cluster->warps[i];
         for (int j = 0; j < LANES; j++) {
             const Lane &l = w.lane[j];
             if (l.done || (j && l.wait == w.lane[0].wait && l.on == w.lane[0].on)) continue;
@@ -212,48 +214,49 @@ void check_untouched(const Mbarrier &b)
             text += line;
         }
     }
-    fail("block %u%s can't go on:%s", block->warps[0]->lane[0].view.block.x,
-         block->cluster == 2 ? " and the next" : "", text.c_str());
+    fail("CTA %u%s can't go on:%s", cluster->warps[0]->lane[0].view.block.x,
+         cluster->ctas == 2 ? " and the next" : "", text.c_str());
 }
 
-void run_block()
+void run_cluster()
 {
     std::vector<Warp *> order;
-    for (auto &w : block->warps) order.push_back(w.get());
+    for (auto &w : cluster->warps) order.push_back(w.get());
     auto since = std::chrono::steady_clock::now();
     for (;;) {
         bool any = false, done = true, polling = false, late = false;
-        std::shuffle(order.begin(), order.end(), block->random);
+        std::shuffle(order.begin(), order.end(), cluster->random);
         for (Warp *w : order) {
-            while (!block->copies.empty() && block->chance(4)) { /* one of them lands */
-                std::swap(block->copies[block->random() % block->copies.size()], block->copies.back());
-                const auto copy = std::move(block->copies.back());
-                block->copies.pop_back();
+            while (!cluster->copies.empty() && cluster->chance(4)) { /* a copy lands */
+                std::swap(cluster->copies[cluster->random() % cluster->copies.size()],
+                          cluster->copies.back());
+                const auto copy = std::move(cluster->copies.back());
+                cluster->copies.pop_back();
                 copy();
                 any = true;
             }
-            if (block->chance(w->slow))
+            if (cluster->chance(w->slow))
                 any |= run_warp(*w);
             else
                 late |= could_run(*w);
             polling |= w->polls;
             for (const Lane &l : w->lane)
-                done &= l.done, polling |= !l.done && (l.wait == Wait::BLOCKS || l.wait == Wait::KERNEL);
+                done &= l.done, polling |= !l.done && (l.wait == Wait::CTAS || l.wait == Wait::KERNEL);
         }
         if (done) break;
-        if (any || (block->before && !*block->before)) since = std::chrono::steady_clock::now();
-        if (any || !block->copies.empty()) continue;
+        if (any || (cluster->before && !*cluster->before)) since = std::chrono::steady_clock::now();
+        if (any || !cluster->copies.empty()) continue;
         const bool patient = std::chrono::steady_clock::now() - since <= PATIENCE;
         if (late && patient) continue;
         if (!polling || !patient) report_deadlock();
-        if (block->before && !*block->before)
+        if (cluster->before && !*cluster->before)
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         else
             std::this_thread::yield();
     }
-    if (!block->copies.empty()) fail("block ended with copies in flight");
-    for (const auto &b : block->mbarriers) check_untouched(*b.first);
-    for (auto &w : block->warps)
+    if (!cluster->copies.empty()) fail("a CTA ended with copies in flight");
+    for (const auto &b : cluster->mbarriers) check_untouched(*b.first);
+    for (auto &w : cluster->warps)
         if (!w->issued.empty() || !w->committed.empty()) fail("a warp ended with products in flight");
 }
 
@@ -280,8 +283,8 @@ void *const *come_last(const char *what, void *mine)
     auto &g = warp->gathering;
     if (g.arrived == 0) g.what = what;
     if (strcmp(g.what, what) != 0)
-        fail("threads of a warp meet at %s and at %s: thread %u of block %u", g.what, what,
-             lane->view.thread.x, lane->view.block.x);
+        fail("threads of a warp meet at %s and at %s: thread %u of CTA %u", g.what, what, lane->view.thread.x,
+             lane->view.block.x);
     g.all[lane->view.thread.x % LANES] = mine;
     if (++g.arrived == LANES) return g.all;
     suspend(Wait::GATHERING, nullptr, g.round);
@@ -297,7 +300,7 @@ void let_go()
 static Barrier &barrier(int id)
 {
     if (id < 0 || id > NAMED_BARRIERS) fail("named barrier %d", id);
-    return block->barriers[lane->view.rank][id];
+    return cluster->barriers[lane->view.rank][id];
 }
 
 static Barrier &arrive(Barrier &b, int id, int threads)
@@ -305,7 +308,7 @@ static Barrier &arrive(Barrier &b, int id, int threads)
     if (b.arrived.empty()) b.threads = threads;
     if (b.threads != threads) fail("named barrier %d is for %d threads and for %d", id, b.threads, threads);
     if (!b.arrived.insert(lane).second)
-        fail("thread %u of block %u counts twice at named barrier %d, for others who are not there",
+        fail("thread %u of CTA %u counts twice at named barrier %d, for another thread that is not there",
              lane->view.thread.x, lane->view.block.x, id);
     if (static_cast<int>(b.arrived.size()) == threads) b.arrived.clear(), b.round++;
     return b;
@@ -323,18 +326,18 @@ void barrier_arrive(int id, int threads)
     arrive(barrier(id), id, threads);
 }
 
-void block_sync()
+void cta_sync()
 {
-    barrier_sync(NAMED_BARRIERS, static_cast<int>(block->warps.size()) / block->cluster * LANES);
+    barrier_sync(NAMED_BARRIERS, static_cast<int>(cluster->warps.size()) / cluster->ctas * LANES);
 }
 
 void cluster_sync()
 {
-    const unsigned round = block->cluster_barrier.round;
-    suspend(
-        Wait::BARRIER,
-        &arrive(block->cluster_barrier, NAMED_BARRIERS + 1, static_cast<int>(block->warps.size()) * LANES),
-        round);
+    const unsigned round = cluster->cluster_barrier.round;
+    suspend(Wait::BARRIER,
+            &arrive(cluster->cluster_barrier, NAMED_BARRIERS + 1,
+                    static_cast<int>(cluster->warps.size()) * LANES),
+            round);
     warp->has_met = true;
 }
 
@@ -344,7 +347,7 @@ void set_registers(int registers, bool more)
         Warp &w = *warp;
         const unsigned index = lane->view.thread.x / LANES;
         const int rank = lane->view.rank;
-        auto &asked_for = block->asked_for[rank][index / WARPGROUP];
+        auto &asked_for = cluster->asked_for[rank][index / WARPGROUP];
         if (asked_for.size() == w.changes) asked_for.push_back(registers);
         if (asked_for[w.changes] != registers)
             fail("warp %u asks for %d registers, another one of its warpgroup for %d", index, registers,
@@ -354,7 +357,7 @@ void set_registers(int registers, bool more)
                  w.registers);
         if (more ? registers < w.registers : registers > w.registers)
             fail("setmaxnreg.%s from %d registers to %d", more ? "inc" : "dec", w.registers, registers);
-        int &left = block->registers[rank][index % QUARTERS];
+        int &left = cluster->registers[rank][index % QUARTERS];
         const int wanted = (registers - w.registers) * LANES;
         if (wanted > left) suspend(Wait::REGISTERS, &left, static_cast<unsigned>(wanted));
         left -= wanted;
@@ -362,7 +365,7 @@ void set_registers(int registers, bool more)
     });
 }
 
-/* One that has been initialised. */
+/* The mbarrier, which must have been initialised. */
 static Mbarrier &of(uint64_t *barrier)
 {
     auto &b = *reinterpret_cast<Mbarrier *>(barrier);
@@ -373,14 +376,14 @@ static Mbarrier &of(uint64_t *barrier)
 static void leave(Mbarrier &b)
 {
     if (!b.missing && !b.bytes) b.phase ^= 1, b.missing = b.count;
-    block->mbarriers[&b] = b;
+    cluster->mbarriers[&b] = b;
 }
 
 void mbarrier_init(uint64_t *barrier, int count)
 {
     auto &b = *reinterpret_cast<Mbarrier *>(barrier);
     b = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0, 0};
-    block->mbarriers[&b] = b;
+    cluster->mbarriers[&b] = b;
 }
 
 void mbarrier_arrive(uint64_t *barrier, int expected_bytes)
@@ -416,21 +419,21 @@ bool mbarrier_test(const uint64_t *barrier, int parity)
 
 void check_other_cta()
 {
-    const size_t half = block->warps.size() / 2, first = lane->view.rank ? 0 : half;
+    const size_t half = cluster->warps.size() / 2, first = lane->view.rank ? 0 : half;
     for (size_t i = first; i < first + half; i++)
-        for (const Lane &l : block->warps[i]->lane)
+        for (const Lane &l : cluster->warps[i]->lane)
             if (!l.done) return;
-    fail("block %u reaches for the other block of its cluster, which has ended", lane->view.block.x);
+    fail("CTA %u reaches for the other CTA of its cluster, which has ended", lane->view.block.x);
 }
 
 static uint32_t unit_of(const unsigned char *at)
 {
-    return static_cast<uint32_t>((at - block->shared) / 16);
+    return static_cast<uint32_t>((at - cluster->shared) / 16);
 }
 
 void mark_written(const unsigned char *at)
 {
-    block->unfenced[unit_of(at)]++;
+    cluster->unfenced[unit_of(at)]++;
     warp->unfenced.push_back(unit_of(at));
     warp->fenced = 0;
 }
@@ -438,30 +441,30 @@ void mark_written(const unsigned char *at)
 void fence_async_proxy()
 {
     if (++warp->fenced < LANES) return;
-    for (uint32_t unit : warp->unfenced) block->unfenced[unit]--;
+    for (uint32_t unit : warp->unfenced) cluster->unfenced[unit]--;
     warp->unfenced.clear();
     warp->fenced = 0;
 }
 
 void check_fenced(const unsigned char *at, const char *who)
 {
-    if (block->unfenced[unit_of(at)])
+    if (cluster->unfenced[unit_of(at)])
         fail("%s at shared memory + %td before fence.proxy.async by those who wrote there", who,
-             at - block->shared);
+             at - cluster->shared);
 }
 
 void later(std::function<void()> act)
 {
-    if (block->copies.size() >= COPIES_IN_FLIGHT) {
-        block->copies.front()();
-        block->copies.erase(block->copies.begin());
+    if (cluster->copies.size() >= COPIES_IN_FLIGHT) {
+        cluster->copies.front()();
+        cluster->copies.erase(cluster->copies.begin());
     }
-    block->copies.push_back(std::move(act));
+    cluster->copies.push_back(std::move(act));
 }
 
 void issue_product(std::function<void()> act)
 {
-    if (block->products_at_once) act = (act(), std::function<void()>());
+    if (cluster->products_immediate) act = (act(), std::function<void()>());
     warp->issued.push_back(std::move(act));
 }
 
@@ -478,51 +481,51 @@ void wait_for_products(int pending)
             if (product) product();
 }
 
-void yield_to_blocks()
+void yield_to_ctas()
 {
-    suspend(Wait::BLOCKS, nullptr, 0);
+    suspend(Wait::CTAS, nullptr, 0);
 }
 
 void wait_for_previous_kernel()
 {
-    if (block->before) suspend(Wait::KERNEL, block->before, 0);
+    if (cluster->before) suspend(Wait::KERNEL, cluster->before, 0);
 }
 
-/* One block or cluster after another, on the calling thread of the operating system. */
-static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, unsigned cluster,
-                       size_t shared_bytes, uint64_t seed, const std::atomic<bool> *before,
-                       std::atomic<unsigned> &next)
+/* Runs one cluster after the other, on the calling thread of the operating system. */
+static void run_clusters(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, unsigned ctas,
+                         size_t shared_bytes, uint64_t seed, const std::atomic<bool> *before,
+                         std::atomic<unsigned> &next)
 {
     constexpr size_t ALIGNMENT = 1024;
-    const size_t warps = (dim.x + LANES - 1) / LANES, stacks = cluster * warps * LANES * STACK_BYTES;
+    const size_t warps = (dim.x + LANES - 1) / LANES, stacks = ctas * warps * LANES * STACK_BYTES;
     shared_bytes = (shared_bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
-    auto *shared = static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, cluster * shared_bytes));
+    auto *shared = static_cast<unsigned char *>(aligned_alloc(ALIGNMENT, ctas * shared_bytes));
     void *stack =
         mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!shared || stack == MAP_FAILED) fail("no memory for a block");
-    for (unsigned id; (id = cluster * next++) < grid.x;) {
-        auto now = std::make_unique<Block>();
-        block = now.get();
-        block->kernel = &kernel;
-        block->before = before;
-        block->cluster = static_cast<int>(cluster);
-        block->shared = shared;
-        block->random.seed(seed + id);
-        block->products_at_once = block->chance(2);
-        block->unfenced.assign(cluster * shared_bytes / 16, 0);
-        memset(shared, 0xff, cluster * shared_bytes); /* NaN */
-        const bool slow_ones = block->chance(2);
-        const bool slow_block = block->chance(4); /* one of a cluster's */
-        const size_t slow_rank = block->random() % cluster;
-        for (size_t w = 0; w < cluster * warps; w++) {
+    if (!shared || stack == MAP_FAILED) fail("no memory for a CTA");
+    for (unsigned id; (id = ctas * next++) < grid.x;) {
+        auto now = std::make_unique<Cluster>();
+        cluster = now.get();
+        cluster->kernel = &kernel;
+        cluster->before = before;
+        cluster->ctas = static_cast<int>(ctas);
+        cluster->shared = shared;
+        cluster->random.seed(seed + id);
+        cluster->products_immediate = cluster->chance(2);
+        cluster->unfenced.assign(ctas * shared_bytes / 16, 0);
+        memset(shared, 0xff, ctas * shared_bytes); /* NaN */
+        const bool slow_ones = cluster->chance(2);
+        const bool slow_cta = cluster->chance(4); /* of a cluster */
+        const size_t slow_rank = cluster->random() % ctas;
+        for (size_t w = 0; w < ctas * warps; w++) {
             const auto rank = static_cast<unsigned>(w / warps);
             const auto bytes = static_cast<ptrdiff_t>(shared_bytes);
-            block->warps.push_back(std::make_unique<Warp>());
-            block->warps[w]->registers = ALL_REGISTERS / static_cast<int>(warps * LANES);
-            block->warps[w]->slow = slow_ones && block->chance(4) ? 2 << block->random() % 5 : 1;
-            if (slow_block && rank == slow_rank) block->warps[w]->slow *= 8;
+            cluster->warps.push_back(std::make_unique<Warp>());
+            cluster->warps[w]->registers = ALL_REGISTERS / static_cast<int>(warps * LANES);
+            cluster->warps[w]->slow = slow_ones && cluster->chance(4) ? 2 << cluster->random() % 5 : 1;
+            if (slow_cta && rank == slow_rank) cluster->warps[w]->slow *= 8;
             for (int i = 0; i < LANES; i++) {
-                Lane &l = block->warps[w]->lane[i];
+                Lane &l = cluster->warps[w]->lane[i];
                 const unsigned index = static_cast<unsigned>(w % warps) * LANES + static_cast<unsigned>(i);
                 l.view = {
                     {index, 0, 0},          {id + rank, 0, 0},    dim, grid, shared + rank * shared_bytes,
@@ -532,21 +535,21 @@ static void run_blocks(const std::function<void()> &kernel, Dim3 grid, Dim3 dim,
                 l.done = index >= dim.x;
             }
         }
-        run_block();
+        run_cluster();
     }
     munmap(stack, stacks);
     free(shared);
 }
 
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int cluster, size_t shared_bytes,
-            int multiprocessors, uint64_t seed, const std::atomic<bool> *before)
+void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int ctas, size_t shared_bytes, int sms,
+            uint64_t seed, const std::atomic<bool> *before)
 {
-    const auto together = static_cast<unsigned>(cluster);
+    const auto together = static_cast<unsigned>(ctas);
     std::vector<std::thread> running;
     std::atomic<unsigned> next{0};
-    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(multiprocessors)) / together; i++)
+    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(sms)) / together; i++)
         running.emplace_back(
-            [&] { run_blocks(kernel, grid, dim, together, shared_bytes, seed, before, next); });
+            [&] { run_clusters(kernel, grid, dim, together, shared_bytes, seed, before, next); });
     for (auto &t : running) t.join();
 }
 

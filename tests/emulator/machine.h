@@ -1,12 +1,19 @@
 /*
- * Multiprocessors in software: they run CUDA blocks, or clusters of two, on a CPU, to test kernels where there is no GPU. Every thread is a fiber.
- * Threads of a warp meet at its collective instructions; between those, warps, the threads in them and asynchronous copies and
- * products take turns at random, some warps only one in up to 32, or all of one block of a cluster one in eight of theirs, so that an order
- * which nothing enforces comes out differently from seed to seed. A block that can't go on ends the program with what each warp waits for.
+ * SMs in software: they run CTAs, or clusters of two CTAs, on a CPU, to test kernels where there is no GPU.
  *
- * It checks what a kernel computes, how its threads wait for each other and kernels for the one before, and how warps share out registers. It knows nothing of time, of memory
- * orders weaker than program order (it does find an mbarrier that was overwritten, even if nobody needed it any more), and of a missing fence.proxy.async only after stmatrix, not after plain
- * stores; and a collective instruction is done as one, by the last thread that comes to it.
+ * How it works. Every thread is a fiber. The threads of a warp meet at the warp's collective instructions.
+ * Between these, warps, the threads of a warp, copies and asynchronous products take turns at random. Some
+ * warps get only one turn in up to 32, and sometimes all warps of one CTA of a cluster get one turn in eight.
+ * So an order that nothing enforces comes out differently from seed to seed. If no warp of a CTA can go on,
+ * the program ends with a list of what each warp waits for.
+ *
+ * What it checks: what a kernel computes, how threads wait for each other, how a kernel waits for the
+ * previous kernel, and how warps share out registers. It finds an mbarrier that was overwritten, even one
+ * that nobody needs any more.
+ *
+ * What it does not check: time; memory orders weaker than program order; a missing fence.proxy.async after
+ * plain stores (it finds one that is missing after stmatrix). A collective instruction is done in one piece,
+ * by the last thread that comes to it.
  */
 #ifndef FKDA_EMULATOR_MACHINE_H
 #define FKDA_EMULATOR_MACHINE_H
@@ -25,21 +32,21 @@ struct Dim3 {
     unsigned x, y, z;
 };
 
-/* What the running thread sees. */
+/* What the running thread sees. The first four are threadIdx, blockIdx, blockDim and gridDim. */
 struct Thread {
     Dim3 thread, block, block_dim, grid_dim;
-    unsigned char *shared; /* the block's memory */
-    int rank;              /* of the block in its cluster */
-    ptrdiff_t to_other;    /* from the block's memory to that of the other one of a cluster of two */
+    unsigned char *shared; /* the CTA's shared memory */
+    int rank;              /* of the CTA in its cluster */
+    ptrdiff_t to_other;    /* from the CTA's shared memory to that of the other CTA of a cluster of two */
 };
 const Thread &thread();
 
 /* Ends the program with a message. */
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* All 32 threads of a warp meet here, each with `mine`; the last one does act(all of these). They must have come for the same
- * `what`. */
-void *const *come_last(const char *what, void *mine); /* null in all but one, once that has let them go */
+/* All 32 threads of a warp meet here, each with its `mine`. The last thread to come calls act with all 32 of
+ * them. All must have come for one `what`. */
+void *const *come_last(const char *what, void *mine); /* null in all other threads, once they may go on */
 void let_go();
 template <class Act> void gather(const char *what, void *mine, Act act)
 {
@@ -49,17 +56,20 @@ template <class Act> void gather(const char *what, void *mine, Act act)
     }
 }
 
-/* Waits until `threads` threads are at the named barrier, or adds one without waiting. */
+/* barrier_sync waits until `threads` threads have come to the named barrier, barrier_arrive counts as one and
+ * does not wait. */
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
-void block_sync();
+void cta_sync();
 void cluster_sync();
 
-/* setmaxnreg: threads of the warp have so many registers from now on, more or fewer. More are waited for, until other warps of its
- * quarter of the multiprocessor have given enough. Warps of a warpgroup ask for the same, and meet before they ask again. */
+/* setmaxnreg: each thread of the warp has `registers` registers from now on. If these are more than before,
+ * the warp waits until other warps of its SM quarter have given enough of them back. All warps of a warpgroup
+ * must ask for one number, and must meet at a barrier before they ask again. */
 void set_registers(int registers, bool more);
 
-/* Ends the program if the other block of the cluster has ended: its memory is no longer there. */
+/* Ends the program if the other CTA of the cluster has ended, because its shared memory is no longer
+ * there. */
 void check_other_cta();
 
 /* mbarriers, in 64 bits of shared memory. */
@@ -69,27 +79,29 @@ void mbarrier_wait(uint64_t *barrier, int parity);
 bool mbarrier_test(const uint64_t *barrier, int parity);
 void mbarrier_complete_bytes(uint64_t *barrier, int bytes);
 
-/* Of 16 bytes of shared memory: a thread of this warp has written there; all threads of this warp have fenced,
- * once each has called; copies and products may be there now, or the program ends. */
+/* The async proxy. mark_written: a thread of this warp has written the 16 bytes at `at`. fence_async_proxy:
+ * once all threads of the warp have called it, copies and products may touch what the warp has written.
+ * check_fenced: ends the program if a copy or product touches bytes that were written and not fenced. */
 void mark_written(const unsigned char *at);
 void fence_async_proxy();
 void check_fenced(const unsigned char *at, const char *who);
 
-/* Is done at some time later, by nobody. */
+/* Does act at some later time, on behalf of no thread. */
 void later(std::function<void()> act);
 
-/* Products of a warp that may be done now or when they are waited for. */
+/* Products of a warp, each of which is done when it is issued or when it is waited for. */
 void issue_product(std::function<void()> act);
 void commit_products();
 void wait_for_products(int pending);
 
-/* While another block has to do something: others of this one go on, then other blocks. */
-void yield_to_blocks();
+/* For a thread that waits for another CTA: other threads of its CTA go on, then other CTAs. */
+void yield_to_ctas();
 
-/* Runs a grid, at most `multiprocessors` blocks at a time, of which `cluster` neighbours run together; beside the kernel before, if it was
- * launched early: `before` is set once that is over. */
+/* Runs a grid with at most `sms` CTAs at a time, of which `cluster` neighbours form a cluster and run
+ * together. If the kernel was launched early, it runs beside the previous kernel, and *before is true once
+ * that one is over. */
 void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, int cluster, size_t shared_bytes,
-            int multiprocessors, uint64_t seed, const std::atomic<bool> *before = nullptr);
+            int sms, uint64_t seed, const std::atomic<bool> *before = nullptr);
 void wait_for_previous_kernel();
 
 } // namespace emulator

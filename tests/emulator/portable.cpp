@@ -1,5 +1,5 @@
 /* kernels/portable/ compiled for the emulator. */
-#define fkda fkda_portable /* some of its names are those of kernels/hopper/ */
+#define fkda fkda_portable /* kernels/hopper/ has some of its names too */
 #include "instructions.h"
 #include "kernels.h"
 

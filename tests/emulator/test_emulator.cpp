@@ -1,4 +1,7 @@
-/* The emulator itself: small kernels with a mistake that it must bring to light under some seed, and without one. */
+/*
+ * Tests of the emulator itself: small kernels without a mistake, which must be right under all seeds, and
+ * these kernels with a mistake, which the emulator must bring to light under some seed.
+ */
 #include <atomic>
 #include <chrono>
 #include <initializer_list>
@@ -32,7 +35,7 @@ static Memory &memory()
 }
 static int wrong;
 
-/* How many of the seeds let a kernel of so many threads count something wrong. */
+/* Under how many of the seeds a kernel with `threads` threads counts something wrong. */
 static int wrong_runs(void kernel(), unsigned threads, unsigned cluster = 1)
 {
     int count = 0;
@@ -54,7 +57,7 @@ template <bool sync> static void neighbours()
     wrong += memory().word[(lane + 1) % 32] != static_cast<int>((lane + 1) % 32);
 }
 
-/* A warp writes, another waits in some way and reads. */
+/* A warp writes; another warp waits in some way, and reads. */
 template <void wait()> static void hand_over()
 {
     const unsigned lane = threadIdx.x % 32;
@@ -85,15 +88,15 @@ static void go_on()
 {
 }
 
-/* A box comes to shared memory, swizzled. */
+/* A box comes to shared memory, where its rows are swizzled. */
 static uint16_t tensor[16][64];
-static fkda_tma_descriptor tensor_map;
+static fkda_tma_descriptor tensor_descriptor;
 template <bool wait> static void copy()
 {
     if (threadIdx.x == 0) {
         fkda::mbarrier_init(&memory().barrier, 1);
         fkda::mbarrier_arrive_expecting(&memory().barrier, sizeof memory().tile);
-        fkda::copy_box(memory().tile, &tensor_map, 0, 0, 0, &memory().barrier);
+        fkda::copy_box(memory().tile, &tensor_descriptor, 0, 0, 0, &memory().barrier);
     }
     __syncthreads();
     if (wait) fkda::mbarrier_wait(&memory().barrier, 0);
@@ -107,7 +110,7 @@ template <bool wait> static void copy()
     fkda::mbarrier_wait(&memory().barrier, 0); /* nothing may be in flight at the end */
 }
 
-/* The same bytes come as they are. */
+/* Bytes come to shared memory as they are. */
 template <bool wait> static void copy_plainly()
 {
     if (threadIdx.x == 0) {
@@ -122,7 +125,7 @@ template <bool wait> static void copy_plainly()
     fkda::mbarrier_wait(&memory().barrier, 0); /* nothing may be in flight at the end */
 }
 
-/* d = a b for a of ones and b of twos: 32 everywhere. */
+/* d = a b, where a is all ones and b all twos: every element is 32. */
 template <bool wait> static void product()
 {
     float d[2][4] = {};
@@ -140,7 +143,7 @@ template <bool wait> static void product()
     fkda::wgmma_wait<0>();
 }
 
-/* Fragments of a product, against the sums. */
+/* Products of fragments, against sums by hand. */
 static void fragments()
 {
     const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
@@ -161,7 +164,7 @@ static void fragments()
     }
 }
 
-/* What goes through ldmatrix and stmatrix comes back; transposed, it is transposed. */
+/* ldmatrix brings back what stmatrix has stored, and brings it transposed if it transposes. */
 static void matrices()
 {
     const unsigned lane = threadIdx.x;
@@ -178,7 +181,8 @@ static void matrices()
     wrong += first != lane;
 }
 
-/* A warp asks eight times for what never comes, and takes the other, which asks once, to be through by then. */
+/* A warp asks eight times whether something is done that never is, and relies on it that another warp, which
+ * asks once, has gone on by then. */
 static void takes_its_time_for_granted()
 {
     if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 2), memory().word[0] = 0;
@@ -192,7 +196,8 @@ static void takes_its_time_for_granted()
     __syncthreads();
 }
 
-/* A warp passes a named barrier without waiting, and comes to it again, where another waits for the first one's next time; or at another. */
+/* A warp arrives at a named barrier without waiting, and then comes to a barrier a second time: to number 2
+ * as everybody, or to number 1 again, where the other warp may still be waiting. */
 template <int next> static void passes_without_waiting()
 {
     if (threadIdx.x < 32)
@@ -202,7 +207,7 @@ template <int next> static void passes_without_waiting()
     fkda::barrier_sync<next, 64>(0);
 }
 
-/* A kernel that can't end must end the program, soon and with status 1. */
+/* Whether a kernel that cannot end ends the program with status 1. */
 static bool ends_the_program(void kernel(), unsigned threads, unsigned cluster = 1)
 {
     const pid_t child = fork();
@@ -224,7 +229,8 @@ static void waits_in_vain()
     fkda::mbarrier_wait(&memory().barrier, 0);
 }
 
-/* Of four warpgroups with 128 registers to a thread the second takes those that the first gives, or more; and the first gives twice. */
+/* Of four warpgroups with 128 registers for each thread, the first gives registers twice, and the second one
+ * takes as many as the first one gives, or more. */
 template <int taken, bool meet> static void change_registers()
 {
     if (threadIdx.x >= 256) return;
@@ -234,7 +240,7 @@ template <int taken, bool meet> static void change_registers()
     fkda::give_registers<96>();
 }
 
-/* Warps of a warpgroup that ask for different numbers. */
+/* The warps of a warpgroup ask for different numbers of registers. */
 static void disagree_about_registers()
 {
     if (threadIdx.x < 64)
@@ -256,7 +262,7 @@ static void leaves_early()
     if (threadIdx.x < 16) __syncwarp();
 }
 
-/* What stmatrix wrote is a product's operand. */
+/* A product's operand is what stmatrix has stored. */
 template <bool fence> static void stored_operand()
 {
     float d[2][4] = {};
@@ -270,7 +276,7 @@ template <bool fence> static void stored_operand()
     wrong += d[1][3] != 16.0f;
 }
 
-/* A block sends the other one its numbers, and may change them once the other one has said that it has them. */
+/* A CTA sends numbers to the other one, and may change them once the other one has answered. */
 template <bool wait_for_copy, bool wait_for_answer> static void send()
 {
     const unsigned lane = threadIdx.x;
@@ -296,7 +302,7 @@ template <bool wait_for_copy, bool wait_for_answer> static void send()
     fkda::cluster_sync();
 }
 
-/* A block answers one that may have ended. */
+/* A CTA answers the other one, which may have ended. */
 template <bool wait> static void answer()
 {
     uint64_t *answered = reinterpret_cast<uint64_t *>(memory().tile);
@@ -310,7 +316,7 @@ template <bool wait> static void answer()
     if (wait) fkda::cluster_sync();
 }
 
-/* The second block sets a flag once its number is in memory that all blocks see, the first awaits it. */
+/* The second CTA sets a flag once its number is in global memory; the first CTA waits for the flag. */
 static int number, flag;
 static void pass_on()
 {
@@ -329,13 +335,13 @@ static bool passes_on()
     return wrong == 0;
 }
 
-/* Two kernels, the second launched early: it reads what the first leaves once it has slept. */
-template <bool wait> static void reads_what_the_kernel_before_left()
+/* Of two kernels the second one is launched early, and reads what the first one writes after a while. */
+template <bool wait> static void reads_what_the_previous_kernel_left()
 {
     if (wait) fkda::wait_for_previous_kernel();
     wrong += number != 9;
 }
-static bool waits_for_kernel_before(void second())
+static bool waits_for_previous_kernel(void second())
 {
     std::atomic<bool> over{false};
     wrong = number = 0;
@@ -356,7 +362,8 @@ static bool waits_for_kernel_before(void second())
     return wrong == 0;
 }
 
-/* What was an mbarrier becomes something else, once all are through with it. */
+/* Memory beside an mbarrier, or of the mbarrier itself, is used for something else once nobody needs the
+ * mbarrier. */
 template <bool apart> static void reuse()
 {
     hand_over<be_woken>();
@@ -364,13 +371,13 @@ template <bool apart> static void reuse()
     if (threadIdx.x == 0) (apart ? memory().word[0] : *reinterpret_cast<int *>(&memory().barrier)) = 5;
 }
 
-/* Lanes take for the same in all of them what is not. */
+/* Lanes call uniform() with numbers that differ. */
 static void differ()
 {
     fkda::uniform(static_cast<int>(threadIdx.x));
 }
 
-/* Products of pairs of fp16, each rounded on its own; the larger ones of pairs of integers. */
+/* Products of pairs of fp16, each rounded by itself, and the larger ones of pairs of integers. */
 static void pairs()
 {
     check(fkda::max_of_pairs(0x00018000, 0x00027fff) == 0x00028000, "the larger of pairs");
@@ -378,7 +385,7 @@ static void pairs()
     check(fkda::multiply_halves(x, y) == fkda::pack_half(4.5f, -0x1p-16f), "products of pairs of fp16");
 }
 
-/* Addresses in a cluster have the block's rank above bit 24, descriptors must not. */
+/* Addresses in a cluster hold the rank of the CTA above bit 24, and descriptors must not. */
 static void addresses()
 {
     const uint32_t address = fkda::shared_address(memory().word);
@@ -408,9 +415,9 @@ int main()
 {
     for (unsigned row = 0; row < 16; row++)
         for (unsigned i = 0; i < 64; i++) tensor[row][i] = static_cast<uint16_t>(64 * row + i);
-    emulator::TensorMap map = {
+    emulator::Descriptor descriptor = {
         reinterpret_cast<const unsigned char *>(tensor), {64, 16, 1, 1}, {128, 128, 128}, {64, 16, 1, 1}};
-    memcpy(tensor_map.opaque, &map, sizeof map);
+    memcpy(tensor_descriptor.opaque, &descriptor, sizeof descriptor);
 
     conversions();
     pairs();
@@ -434,18 +441,17 @@ int main()
     check(wrong_runs(passes_without_waiting<2>, 64) == 0, "two named barriers");
     check(ends_the_program(passes_without_waiting<1>, 64),
           "a warp that counts twice at a named barrier is found");
-    check(passes_on(), "a block awaits a flag of another");
-    check(waits_for_kernel_before(reads_what_the_kernel_before_left<true>),
-          "a kernel waits for the one before");
-    check(!waits_for_kernel_before(reads_what_the_kernel_before_left<false>),
-          "a kernel that doesn't wait for the one before is found");
+    check(passes_on(), "a CTA waits for a flag of another CTA");
+    check(waits_for_previous_kernel(reads_what_the_previous_kernel_left<true>),
+          "a kernel waits for the previous one");
+    check(!waits_for_previous_kernel(reads_what_the_previous_kernel_left<false>),
+          "a kernel that doesn't wait for the previous one is found");
     check(wrong_runs(addresses, 32, 2) == 0, "addresses in a cluster");
-    check(wrong_runs(send<true, true>, 32, 2) == 0, "a copy to the other block is waited for");
-    check(wrong_runs(send<false, true>, 32, 2) > 0,
-          "a copy to the other block that isn't waited for is found");
+    check(wrong_runs(send<true, true>, 32, 2) == 0, "a copy to the other CTA is waited for");
+    check(wrong_runs(send<false, true>, 32, 2) > 0, "a copy to the other CTA that isn't waited for is found");
     check(wrong_runs(send<true, false>, 32, 2) > 0, "numbers that are changed while they are sent are found");
-    check(wrong_runs(answer<true>, 32, 2) == 0, "a block waits for the other one's end");
-    check(ends_the_program(answer<false>, 32, 2), "a block that reaches for one that has ended");
+    check(wrong_runs(answer<true>, 32, 2) == 0, "a CTA waits for the other one's end");
+    check(ends_the_program(answer<false>, 32, 2), "a CTA that reaches for one that has ended");
     check(ends_the_program(waits_in_vain, 32), "an mbarrier nobody completes");
     check(wrong_runs(reuse<true>, 64) == 0, "memory beside an mbarrier");
     check(ends_the_program(reuse<false>, 64), "an mbarrier that becomes data");

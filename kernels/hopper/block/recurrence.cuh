@@ -47,8 +47,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
-        const int warp_row = thread >> 5 << 4;
-        const int half = (warp_row >> 6) * Block::HALF_TOKENS, first = (warp_row & 63) >> 3;
+        const int row = thread >> 5 << 4; /* the warp's first */
+        const int half = (row >> 6) * Block::HALF_TOKENS, first = (row & 63) >> 3;
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
         keep_in_register(output_place), keep_in_register(value_place);

@@ -16,7 +16,7 @@ namespace fkda
 /* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts
  * are. One thread of each warp but the loader's calls it: one thread alone would take a microsecond for all
  * of them. */
-template <class Block> static __device__ void initialise_barriers(Shared<Block> &shared, int number)
+template <class Block> static __device__ void set_up_barriers(Shared<Block> &shared, int number)
 {
     constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
 #pragma unroll 1

@@ -17,7 +17,7 @@ static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all
     const int warp = thread / 32 - Block::RECURRENCE_WARPS;
     let_next_kernel_start();
     if (thread % 32 == 0 && warp != Block::PREPARE_WARPS)
-        initialise_barriers(shared, thread / 32 - (warp > Block::PREPARE_WARPS));
+        set_up_barriers(shared, thread / 32 - (warp > Block::PREPARE_WARPS));
     __syncwarp();
     run_role(all, shared, thread, FirstRegisters<Block>(), wait_for_barriers);
     if (Block::CTAS == 2) cluster_sync(); /* the other CTA sends nothing more */
@@ -48,8 +48,8 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     constexpr int LOADER = First::RECURRENCE_WARPS + First::PREPARE_WARPS;
     if (thread % 32 == 0 && thread / 32 != LOADER) {
         const int number = thread / 32 - (thread / 32 > LOADER);
-        initialise_barriers(first, number);
-        initialise_barriers(second, number);
+        set_up_barriers(first, number);
+        set_up_barriers(second, number);
     }
     __syncwarp();
     /* The index is read again here and below: otherwise the compiler would keep it in local memory. */

@@ -4,7 +4,7 @@
  * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
  *
  * barrier                     arrivals of a phase                  who waits         what may happen then
- * --------------------------  ---------------------------------  ----------------  --------------------------
+ * --------------------------  -----------------------------------  ----------------  ------------------------
  * work.ring.full[i]           1: loader                            all other roles   work item i is read
  * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
  * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team, loader  inputs are read
@@ -12,16 +12,17 @@
  * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
  * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
  *                             tokens and of the stage
- * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader, team      inputs are loaded there
- *                             since both read the chunk            solver            where it was sent to is
- *                                                                                    overwritten
+ * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader, team,     inputs are loaded there
+ *                             since both read the chunk            solver,           where it was sent to is
+ *                                                                  recurrence        overwritten; a map is
+ *                                                                                    stored there
  * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
  * product_ring.full[team]     T: the team                          solver            products are read
  * product_ring.empty[team]    1: solver                            the team          products are overwritten
  * meeting[team]               T: the team (only for racecheck)     the team          as at TEAM_BARRIER
  * join.ring.full[i]           1: map fetcher; bytes of a quarter,  recurrence        map quarter i is read
  *                             which one of the CTAs fetches
- * join.ring.empty[i]          2 R: recurrences of both CTAs        map fetcher       the quarter is overwritten
+ * join.ring.empty[i]          2 R: recurrences of both CTAs        map fetcher       it is overwritten,
  *                                                                                    in both CTAs
  * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
  * join.room_for_tokens        2 R: recurrences of both CTAs        loader            tokens overwrite maps
