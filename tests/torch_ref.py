@@ -1,11 +1,12 @@
 """The chunk algorithm of the portable CUDA kernel in plain PyTorch, rounding where the kernel rounds.
 
-On a GPU, `forward(..., CudaOps())` gives the kernel's output and state bit for bit: it takes the few instructions
-that PyTorch does not offer (approximate ex2, rcp and rsqrt, fused multiply-add, the tensor core's tf32 product)
-from tests/probe.cu and does every other operation, in the kernel's order, with PyTorch's own. `CpuOps`
-stands in for them where there is no GPU; its results agree to rounding, not to the bit.
+On a GPU, `forward(CudaOps(), ...)` gives the kernel's output and state bit for bit. The few instructions that
+PyTorch does not offer (approximate ex2, rcp and rsqrt, fused multiply-add, the tensor core's tf32 product) come
+from tests/probe.cu. Every other operation is PyTorch's own, in the kernel's order. `CpuOps` replaces tests/probe.cu
+where there is no GPU; its results agree with the kernel to rounding, not to the bit.
 
-Names and shapes follow kernels/portable: chunks of 16 tokens (C), n of them, H heads, 128 channels (D).
+Names and shapes follow kernels/portable: C is 16, the tokens of a chunk; n counts chunks; H is heads; D is 128, the
+channels.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ DIM = 128
 LOG2_E = 1.4426950408889634
 HERE = Path(__file__).parent
 
-# The depth order of products: slots t and t + 4 of each step of eight hold two neighbours. The state's channels and
-# the tokens of a chunk are ordered by kernels/portable/recurrence.cuh, the channels of q and k by prepare.cuh.
+# The order in which products run through their depth: slots t and t + 4 of each step of eight hold two neighbours.
+# kernels/portable/recurrence.cuh orders the state's channels and the tokens of a chunk, and
+# kernels/portable/prepare.cuh orders the channels of q and k.
 STATE_ORDER = [
     16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)
 ]
@@ -207,7 +209,10 @@ def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
 
 
 def multiply_lower(ops, u, lower, start):
-    """start + u lower^T for u, start [H, V, C] and a lower triangular [H, C, C]; the upper right block is skipped."""
+    """start + u lower^T, for u and start [H, V, C] and lower triangular matrices [H, C, C].
+
+    The product skips the upper right 8 x 8 tile of `lower`, which is zero.
+    """
     u, lower = u[..., TOKEN_ORDER], lower[..., TOKEN_ORDER]
     first = ops.multiply(u[..., :8], lower[..., :8, :8], start[..., :8])
     second = ops.multiply(u, lower[..., 8:, :], start[..., 8:])
@@ -215,7 +220,10 @@ def multiply_lower(ops, u, lower, start):
 
 
 def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
-    """One sequence: q, k, v, g [T, H, D] and the transposed state [H, V, K] in fp32 to out [T, H, D] and the state."""
+    """The output [T, H, D] and the final state of one sequence.
+
+    q, k, v and g are [T, H, D]. `state` is transposed, [H, V, K], and in fp32.
+    """
     length = q.shape[0]
     if length == 0:
         return v.clone(), state
@@ -240,7 +248,10 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
 
 
 def forward(ops, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state=None, cu_seqlens=None):
-    """flash_kda.fwd's arguments, without the outputs; returns out [B, T, H, V] and the final state [N, H, V, K] in fp32."""
+    """Takes the arguments of flash_kda.fwd without its outputs.
+
+    Returns the output [B, T, H, V] in bf16 and the final state [N, H, V, K] in fp32.
+    """
     if cu_seqlens is not None:
         borders = cu_seqlens.tolist()
         split = lambda x: [x[0, a:b] for a, b in zip(borders, borders[1:])]  # noqa: E731

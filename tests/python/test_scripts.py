@@ -197,7 +197,7 @@ def test_gpu(sandbox):
         folder = "build-gpu-racecheck" if tool == "racecheck" else "build-gpu"
         mine = [call for call in calls if call.startswith(f"compute-sanitizer --tool {tool} ")]
         assert [call.split()[5] for call in mine] == [
-            f"{folder}/tests/test_forward",
+            *[f"{folder}/tests/test_forward"] * 3,  # cut auto, always, mixed
             f"{folder}/tests/test_segments",
             f"{folder}/flash-kda",
             f"{folder}/flash-kda",
