@@ -20,8 +20,8 @@ __global__ void fused_multiply_add(const float *a, const float *b, const float *
     if (i < count) d[i] = __fmaf_rn(a[i], b[i], c[i]);
 }
 
-/* d [batch, m, n] = c [batch, m, n] + a [batch, m, k] b [batch, n, k]^T, by steps of eight columns of k in order.
- * Each warp computes one tile of 16 x 8 of d. */
+/* d [batch, m, n] = c [batch, m, n] + a [batch, m, k] b [batch, n, k]^T, in steps of eight columns
+ * of k. Each warp computes one tile of 16 x 8 of d. */
 __global__ void multiply(const float *a, const float *b, const float *c, float *d, int m, int n, int k)
 {
     int lane = threadIdx.x, g = lane / 4, t = lane % 4;

@@ -1,12 +1,12 @@
 """The chunk algorithm of the portable CUDA kernel in plain PyTorch, rounding where the kernel rounds.
 
-On a GPU, `forward(CudaOps(), ...)` gives the kernel's output and state bit for bit. The few instructions that
-PyTorch does not offer (approximate ex2, rcp and rsqrt, fused multiply-add, the tensor core's tf32 product) come
-from tests/probe.cu. Every other operation is PyTorch's own, in the kernel's order. `CpuOps` replaces tests/probe.cu
-where there is no GPU; its results agree with the kernel to rounding, not to the bit.
+On a GPU, `forward(CudaOps(), ...)` gives the kernel's output and state bit for bit. The few instructions
+that PyTorch does not offer (approximate ex2, rcp and rsqrt, fused multiply-add, the tensor core's tf32
+product) come from tests/probe.cu. Every other operation is PyTorch's own, in the kernel's order. `CpuOps`
+replaces tests/probe.cu where there is no GPU; its results agree with the kernel to rounding, not to the bit.
 
-Names and shapes follow kernels/portable: C is 16, the tokens of a chunk; n counts chunks; H is heads; D is 128, the
-channels.
+Names and shapes follow kernels/portable: C is 16, the tokens of a chunk; n counts chunks; H is heads; D is
+128, the channels.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DIM = 128
 LOG2_E = 1.4426950408889634
 HERE = Path(__file__).parent
 
-# The order in which products run through their depth: slots t and t + 4 of each step of eight hold two neighbours.
-# kernels/portable/recurrence.cuh orders the state's channels and the tokens of a chunk, and
+# The order in which products run through their depth: slots t and t + 4 of each step of eight hold two
+# neighbours. kernels/portable/recurrence.cuh orders the state's channels and the tokens of a chunk, and
 # kernels/portable/prepare.cuh orders the channels of q and k.
 STATE_ORDER = [
     16 * j + 4 * t + 2 * h + e for j in range(8) for h in range(2) for e in range(2) for t in range(4)
