@@ -55,6 +55,7 @@ static flash_kda_status check_ordinal(int ordinal, const fkda_driver **driver)
 static flash_kda_status ask_attribute(const fkda_driver *driver, int ordinal, int which, int *value)
 {
     CUdevice device;
+    *value = 0;
     CUresult result = driver->cuDeviceGet(&device, ordinal);
     if (result) return fkda_driver_fail("cuDeviceGet", result);
     result = driver->cuDeviceGetAttribute(value, which, device);
@@ -63,7 +64,7 @@ static flash_kda_status ask_attribute(const fkda_driver *driver, int ordinal, in
 
 flash_kda_status fkda_cuda_capability(int ordinal, int *capability)
 {
-    const fkda_driver *driver;
+    const fkda_driver *driver = NULL;
     int major, minor;
     if (ordinal >= 0 && ordinal < FKDA_MAX_DEVICES) {
         *capability = atomic_load_explicit(&devices[ordinal].capability, memory_order_relaxed);
@@ -82,7 +83,7 @@ flash_kda_status fkda_cuda_capability(int ordinal, int *capability)
 
 flash_kda_status fkda_cuda_sms(int ordinal, int *sms)
 {
-    const fkda_driver *driver;
+    const fkda_driver *driver = NULL;
     if (ordinal >= 0 && ordinal < FKDA_MAX_DEVICES) {
         *sms = atomic_load_explicit(&devices[ordinal].sms, memory_order_relaxed);
         if (*sms) return FLASH_KDA_OK;

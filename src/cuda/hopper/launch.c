@@ -248,10 +248,13 @@ static flash_kda_status run_mixed(const call *c, const fkda_hopper_fwd_args *pai
     fkda_hopper_mixed_args args = {.pair = *pair, .mixed = c->plan->mixed};
     flash_kda_status status = make_args(c, FKDA_HOPPER_CHUNK_SOLO, &args.solo);
     if (status != FLASH_KDA_OK) return status;
-    args.pair.handoff = fkda_hopper_handoff((char *)c->problem->workspace + m->handoff, c->plan->sms);
-    args.pair.handoff.flags = args.pair.cut.flags + m->relay_flags; /* so that one call clears all flags */
+    /* The flags of the handoff are right behind the flags of the relay, so that one call clears them all. */
+    char *base = c->problem->workspace;
+    int *flags = (int *)(base + m->flags);
+    args.pair.handoff = fkda_hopper_handoff(base + m->handoff, c->plan->sms);
+    args.pair.handoff.flags = (int *)(base + m->flags + (size_t)m->relay_flags * sizeof *flags);
     args.solo.cut = args.pair.cut, args.solo.handoff = args.pair.handoff;
-    status = clear_flags(c, args.pair.cut.flags, m->relay_flags + m->handoff_flags);
+    status = clear_flags(c, flags, m->relay_flags + m->handoff_flags);
     if (status != FLASH_KDA_OK) return status;
     const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->mixed.pairs;
     if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, TOGETHER) == 0) return FLASH_KDA_OK;
