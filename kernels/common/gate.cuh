@@ -40,8 +40,8 @@ __device__ __forceinline__ float sigmoid_gate_offset(float dt_bias, float slope)
 
 /* ---- Portable ---- */
 
-/* The portable kernel does the operations of the formula one after the other. tests/torch_ref.py does these
- * operations in PyTorch, and the portable kernel must be equal to it to the bit. */
+/* The portable kernel does the operations of the formula one after the other. tests/torch_ref.py does the
+ * operations in PyTorch, and the portable kernel must give equal bits. */
 
 __device__ __forceinline__ float sigmoid_gate_bound(float lower_bound)
 {

@@ -14,7 +14,7 @@ enum {
 };
 
 /* What the kernel fkda_hopper_join does, in `work` (join/join.cuh). A sequence without map groups needs CHAIN
- * alone; otherwise the three steps are launched in this order. */
+ * alone; otherwise COMPOSE, CHAIN and EXPAND are launched one after the other. */
 enum {
     FKDA_JOIN_COMPOSE, /* the maps of each map group to one map and one state */
     FKDA_JOIN_CHAIN,   /* states from map to map, or from map group to map group */

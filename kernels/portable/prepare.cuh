@@ -164,7 +164,7 @@ template <int rows> struct Preparation {
 
     /* Writes the state's decay over the chunk, less one. The decay of a slow channel, rounded to fp32 itself,
      * would be off by one amount chunk after chunk. The lane with the last tokens knows the sums of eight
-     * channels; each of the eight lanes that own these channels computes one. */
+     * channels; each of the eight lanes that own the eight channels computes one. */
     __device__ void store_gamma(const float (&sum)[2][8]) const
     {
         float *gamma = &stage.gamma_minus_1[channel];

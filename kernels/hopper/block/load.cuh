@@ -29,13 +29,12 @@ template <class Block> struct Loader {
     /* The slots of the next chunk that this CTA prepares, and of the next one that the other CTA does. */
     Slot<Block::OWN_SLOTS> own;
     Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> received;
-    unsigned turn, rank; /* the CTA with rank `turn` prepares the next chunk */
-    unsigned expected,
-        asked_for; /* chunks of the other CTA: met so far, and those whose values are asked for */
+    unsigned turn, rank;          /* the CTA with rank `turn` prepares the next chunk */
+    unsigned expected, asked_for; /* chunks of the other CTA: met so far, and asked for */
     /* Norms, if the loader finds them: */
     Slot<Block::OWN_SLOTS> to_norm; /* the next chunk to find norms of */
     unsigned without_norms;         /* chunks that are loaded, or on their way, and have no norms yet */
-    unsigned left_out;              /* chunks still to be loaded of those whose norms their teams find */
+    unsigned left_out;              /* chunks still to be loaded whose norms their teams find */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Block> &s, int lane)
         : args(a), shared(s), source(a, pair_rank<Block>(), lane), published(0), item{}, own(0), received(0),
@@ -113,7 +112,7 @@ template <class Block> struct Loader {
         Tokens<Block> &to = shared.tokens[own.index];
         uint64_t *barrier = &shared.chunk_ring.loaded[own.index];
         wait(&shared.chunk_ring.empty[own.index], own.parity ^ 1);
-        /* A chunk whose norms its team finds counts as normed at once. */
+        /* A chunk whose norms its team finds counts as normed from the start. */
         if (Block::LOADER_FINDS_NORMS && left_out) mbarrier_arrive_warp(&shared.chunk_ring.normed[own.index]);
         if constexpr (Block::JOINS)
             if (values.after_maps) wait(&shared.join.room_for_tokens, 0);

@@ -42,10 +42,10 @@ template <class Block> struct SlicePreparation {
     }
 
     /*
-     * A warp's part of the products over its channels, in tiles of 8 x 8 tokens.
+     * The products over a warp's channels, in tiles of 8 x 8 tokens.
      *
      * within[i]: subchunk i with itself. With outputs the three products are tiles (0, 0), (1, 0) and (1, 1),
-     * with the rows of K~ above those of Q~. Without outputs the first product is (0, 0) above (1, 0), and
+     * with the rows of K~ above the rows of Q~. Without outputs the first product is (0, 0) above (1, 0), and
      * the lower half of the second one is (1, 1). Nobody needs tile (0, 1). across[w][n]: the second subchunk
      * with the first one; w is 0 for K~ and 1 for Q~, n numbers eight columns.
      */
@@ -93,8 +93,8 @@ template <class Block> struct SlicePreparation {
 
     /*
      * Prepares 16 channels of subchunk `sub`: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
-     * adds the products over these channels to `sums`, those of the subchunk with itself to the last element
-     * of `within`.
+     * adds the products over the 16 channels to `sums`; the products of the subchunk with itself go to the
+     * last element of `within`.
      *
      * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are
      * multiplied by the decay over the first subchunk, and the first one's Kr by the decay over the second.

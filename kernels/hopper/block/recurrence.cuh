@@ -57,7 +57,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     /* ---- Outputs ---- */
 
     /* With room of their own, outputs are stored during the next chunk. Otherwise they go where the warp's v
-     * was, and are stored at once. */
+     * was, and are stored during their own chunk. */
     static constexpr bool STORED_LATER = Block::ROOM_FOR_OUTPUTS;
 
     __device__ unsigned char *output_tile(int index) const

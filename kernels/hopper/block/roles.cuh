@@ -14,8 +14,8 @@ namespace fkda
 /* ---- Barriers ------------------------------------------------------------------------------------------ */
 
 /* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts
- * are. One thread of each warp but the loader's calls it: one thread alone would take a microsecond for all
- * of them. */
+ * are. One thread of each warp but the loader's calls it: a single thread would take a microsecond for all of
+ * them. */
 template <class Block> static __device__ void set_up_barriers(Shared<Block> &shared, int number)
 {
     constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
@@ -54,7 +54,7 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
     fence_mbarrier_init();
 }
 
-/* Waits until all barriers are there, also those of the other CTA. A solo CTA is a cluster of one and uses
+/* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
  * the cluster's barrier too: each role waits at a place of its own, which synccheck takes for divergence at
  * __syncthreads. */
 static __device__ void wait_for_barriers()
@@ -80,8 +80,8 @@ template <class Block> struct FirstRegisters {
     }
 };
 
-/* Registers of the second phase: if there was a first one, warps start with the numbers that its block
- * `Before` gave them, and warps that were in its recurrence have more than others. */
+/* Registers of the second phase: if there was a first phase, warps start with the numbers that its block
+ * `Before` gave them, and the warps of its recurrence have more than others. */
 template <class Before, class Block> struct NextRegisters {
     bool had_first_phase;
 

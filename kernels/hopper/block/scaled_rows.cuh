@@ -8,8 +8,9 @@
  *
  * When scales change. Usually they do not: a warp only looks whether v fits. A row's scale is chosen anew if
  * v exceeds 16 scales; every 128 tokens, and after each large change, if v is below 2^-9 scales, since the
- * row may have faded; and every 128 tokens if a chunk since the last choice had a strength below one. Such a
- * chunk holds only v * strength to the range, and the state could grow by 16 scales for each token.
+ * row may have faded; and every 128 tokens if a chunk since the last choice had a strength below one. A
+ * strength below one holds only v * strength to the range, and the state could grow by 16 scales for each
+ * token.
  *
  * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
  * there, maps leave out anyway (join/map.cuh).

@@ -18,7 +18,7 @@ template <class Block> struct Sender {
     Shared<Block> &shared;
     Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> to; /* the received slot of the next chunk */
     Slot<Block::OWN_SLOTS> last; /* the own slot of the chunk that was sent to that received slot before */
-    bool used;                   /* there is such a chunk */
+    bool used;                   /* a chunk was sent there before */
 
     __device__ explicit Sender(Shared<Block> &s) : shared(s), to(0), last(0), used(false)
     {

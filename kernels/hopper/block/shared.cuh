@@ -78,7 +78,7 @@ constexpr int MOST_EXPECTED = 8;
 /* Quarters of maps that are in shared memory during the join phase. */
 constexpr int MAP_QUARTERS_AHEAD = 6;
 
-/* In the place of what a block does not have. */
+/* Takes the place of a member that a block does not have. */
 struct Nothing {
 };
 
@@ -132,8 +132,8 @@ template <class Block> struct Shared {
     ChunkRing<Block> chunk_ring;
     Ring<Block::TEAMS> product_ring;
     std::conditional_t<Block::JOINS, JoinPhase, Nothing> join;
-    /* For racecheck alone. It ignores that most of these are never initialised, and so wants as many as the
-     * loop that initialises barriers has turns. */
+    /* For racecheck alone, which wants as many barriers here as set_up_barriers has turns, although most of
+     * them are never initialised. */
     uint64_t meeting[FOR_RACECHECK ? ITEMS_AHEAD : 1];
     std::conditional_t<Block::MIXED, MixedAssignment, Nothing> assignment;
 };

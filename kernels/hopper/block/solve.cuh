@@ -7,7 +7,7 @@
  * Algorithm. L is cut into tiles of 8 x 8 tokens. The tiles on the diagonal are inverted by forward
  * substitution in fp32, one column to a lane. Everything below them is made of products on the tensor core
  * with fp16 operands, first inside each subchunk and then of the second subchunk with the first one. T itself
- * is rounded to fp16, so these operands lose nothing more.
+ * is rounded to fp16, so fp16 operands lose nothing more.
  *
  * In a CTA pair the solver also sends the chunk to the other CTA (send.cuh).
  */
@@ -49,9 +49,9 @@ __device__ __forceinline__ uint4 pack_eight(const float (&x)[8], float factor)
  * Stores L in the scratch, in tiles across subchunks without the factor b, and P in the stage. b is the write
  * strength of token lane % CHUNK.
  *
- * Lane 8 n + r has row r of the n-th tile, in turn of the tiles on the diagonal, of those below it inside a
- * subchunk, and of those across subchunks. If there are no more than four tiles of L and P together, they are
- * done at once, those of L first.
+ * Lane 8 n + r has row r of the n-th tile, first of the tiles on the diagonal, then of the tiles below it
+ * inside a subchunk, then of the tiles across subchunks. If L and P have no more than four tiles together,
+ * one round does all of them, the tiles of L first.
  */
 template <class Block>
 __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stage<Block> &stage,
@@ -102,7 +102,7 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
 
 /* ---- T ------------------------------------------------------------------------------------------------- */
 
-/* The part of T across subchunks: - T_1 across T_0, where T_i is T of subchunk i alone. */
+/* T across subchunks: - T_1 across T_0, where T_i is T of subchunk i alone. */
 template <class Block>
 __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stage<Block> &stage,
                                              float strength, int lane)
@@ -199,7 +199,7 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const C
 }
 
 /* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or
- * a power of two above all b of the warp if these are below 2^-6. */
+ * a power of two above all b of the warp if all b are below 2^-6. */
 __device__ __forceinline__ float strength_above(float b)
 {
     const uint32_t most =

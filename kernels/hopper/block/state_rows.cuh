@@ -2,8 +2,8 @@
  * The rows of the state that a recurrence warp carries, and how they come from memory and go there.
  *
  * A warpgroup owns 64 rows of V and all of K, as the transposed state S^T [V, K] in fp32 accumulators of
- * wgmma. Warp w of it has rows 16 w to 16 w + 15; lane (g, t) = (lane / 4, lane % 4) has rows g and g + 8 of
- * these.
+ * wgmma. Warp w of the warpgroup has rows 16 w to 16 w + 15, and lane (g, t) = (lane / 4, lane % 4) has rows
+ * g and g + 8 of the warp's 16 rows.
  */
 #ifndef FKDA_HOPPER_STATE_ROWS_CUH
 #define FKDA_HOPPER_STATE_ROWS_CUH
@@ -15,8 +15,8 @@ namespace fkda
 {
 
 template <class Block> struct StateRows {
-    /* A block whose work items may start from a state in memory; the others all start from zeros or the
-     * identity. */
+    /* Work items of this block may start from a state in memory. Work items of other blocks start from zeros
+     * or from the identity. */
     static constexpr bool STARTS_FROM_STATES = Block::OUTPUTS || Block::RELAYS;
     const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
@@ -83,8 +83,8 @@ template <class Block> struct StateRows {
      * Loads the state before a work item: from memory, or zeros or the identity.
      *
      * Nothing here branches: behind a branch ptxas would put wgmma products one after the other. All loads of
-     * one type are issued before those of the next type, because a load waits for the load before it into the
-     * same register, whether that one loads anything or not.
+     * one type are issued before those of the next type, because a load into a register waits for the
+     * previous load into the same register, even if the previous one loads nothing.
      */
     __device__ void load_state(const WorkItem &item)
     {

@@ -18,8 +18,8 @@
  *
  * Precision. Products are made on the tensor core in fp16, close to the precision of fp32: rows are divided
  * by a power of two above their largest number, and each number is the sum of what fp16 keeps of it and of
- * its remainder (map.cuh). Of the four products of such sums three are made; leaving out the fourth one
- * leaves out 2^-22 of the product.
+ * its remainder (map.cuh). A product of two sums has four terms, of which three are computed; the fourth one
+ * would be 2^-22 of the product.
  *
  * Optimizations. One warp does nothing but fetch maps, in quarters, ahead of the four warps that multiply.
  * These meet twice a step. The code is kept small, because each launch has to fetch it from memory first.

@@ -103,9 +103,9 @@ template <class Block> struct RelayJoin {
         join.head = s.join.head;
     }
 
-    __device__ int *flags(int slot, int kind) const
+    __device__ int *flags(int slot, int which) const
     {
-        return Cut{join.args, join.cut}.flags(join.head, slot, kind);
+        return Cut{join.args, join.cut}.flags(join.head, slot, which);
     }
 
     /* Run by the map fetcher. */

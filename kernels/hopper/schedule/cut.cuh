@@ -34,7 +34,7 @@ struct Cut {
     }
 
     /* A sequence is cut into as many segments of at least `shortest` tokens as it has room for. The number
-     * depends on the length alone, so that results do not depend on the batch. */
+     * depends on the length alone, which makes results independent of the batch. */
     __device__ int segments_of(int length) const
     {
         return length >= 2 * cut.shortest ? length / cut.shortest : 1;
@@ -71,10 +71,11 @@ struct Cut {
         return {task.begin, task.length, n, -1, FKDA_SEGMENT_FIRST | FKDA_SEGMENT_LAST};
     }
 
-    /* The first of the eight flags of one kind (FKDA_FLAG_MAP, ...) of a head in a slot. */
-    __device__ int *flags(int head, int slot, int kind) const
+    /* The first of eight flags of a head in a slot; `which` is FKDA_FLAG_MAP, FKDA_FLAG_STATE or
+     * FKDA_FLAG_JOINED. */
+    __device__ int *flags(int head, int slot, int which) const
     {
-        return cut.flags + (slot * args.heads + head) * FKDA_SLOT_FLAGS + kind;
+        return cut.flags + (slot * args.heads + head) * FKDA_SLOT_FLAGS + which;
     }
 
     /* ---- Lists: only once fkda_hopper_list is over, unless all lengths are equal ---- */

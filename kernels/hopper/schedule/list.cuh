@@ -88,8 +88,8 @@ struct SegmentLister {
         return all;
     }
 
-    /* Which of `count` cut sequences entry `at` of a list belongs to, if before(c) entries precede those of
-     * sequence c. */
+    /* Which of `count` cut sequences entry `at` of a list belongs to, if before(c) entries precede the
+     * entries of sequence c. */
     template <class Before> __device__ int find_cut(int at, int count, Before before) const
     {
         int low = 0, high = count; /* before(low) <= at < before(high) */

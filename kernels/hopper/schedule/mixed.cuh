@@ -215,8 +215,7 @@ struct LongAssignment {
     }
 };
 
-/* The workers that have even shares of the rest: some CTA pairs of the grid, or the CTAs of these pairs by
- * themselves. */
+/* The workers that have even shares of the rest: some CTA pairs of the grid, or their CTAs as solo CTAs. */
 template <class Block> struct RestWorkers {
     const MixedAssignment &assignment;
     const int long_from; /* tokens */

@@ -11,11 +11,12 @@
  *                 segment.
  *
  * The outputs of first segments are computed by spare pairs, from the start of the launch on. If there are no
- * spare pairs, the pair of a first segment has no map phase: it computes the first segment's outputs and the
- * state after it at once, and then the last segment's outputs.
+ * spare pairs, the pair of a first segment has no map phase: its output phase begins at the start of the
+ * launch and computes the first segment's outputs and the state after it, and then the last segment's
+ * outputs.
  *
- * Shared segments. If fewer CTA pairs than heads are left over, one extra, shorter segment is shared: a pair
- * handles it for two to four heads in turn, first all their maps, then all their outputs.
+ * Shared segments. If fewer CTA pairs than heads are left over, heads get extra, shorter segments that are
+ * shared: a pair handles one for two to four heads in turn, first all their maps, then all their outputs.
  *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch
  * must be cooperative, because every pair that is waited for must run. All flags are zeros before the launch.
