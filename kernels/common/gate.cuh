@@ -12,9 +12,9 @@
  *     offset = dt_bias slope            for each channel
  *     bound  = lower_bound log2(e)
  *
- * it is log2 decay = bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes
- * activated) needs its own functions for the constants of a head and for the log2 decay, and nothing else in
- * the kernels.
+ * the log2 decay is bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes
+ * activated) gets its own functions here, for the constants of a head and for the log2 decay, and the
+ * preparation calls them instead of the sigmoid's.
  *
  * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
  */

@@ -13,6 +13,7 @@
 #define FKDA_PORTABLE_PREPARE_CUH
 
 #include "shared.cuh"
+#include "solve.cuh"
 
 namespace fkda
 {
@@ -236,55 +237,6 @@ template <int rows> struct Preparation {
             mma_tf32(product[e], x[0][0], x[1][0], x[0][1], x[1][1], y[e][0], y[e][1]);
     }
 
-    /* ---- The small matrices ---- */
-
-    /* Adds up the warps' products: L = tril(diag(b) K~ K^^T, -1) goes to the scratch, and P = tril(Q~ K^^T)
-     * to the stage. */
-    __device__ void add_products(const uint16_t (&beta)[2], int chunk) const
-    {
-        const int j = thread % CHUNK;
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int i = thread / CHUNK + 8 * e;
-            float sums[2];
-#pragma unroll
-            for (int which = 0; which < 2; which++) {
-                sums[which] = scratch.products[0][which][product_row(i)][j];
-#pragma unroll
-                for (int w = 1; w < TEAM_WARPS; w++)
-                    sums[which] += scratch.products[w][which][product_row(i)][j];
-            }
-            float logit = __uint_as_float(static_cast<uint32_t>(beta[e]) << 16);
-            float b = chunk * CHUNK + i < task.length ? rcp(1.0f + ex2(logit * -LOG2_E)) * UNTRUNCATE : 0.0f;
-            scratch.l_columns[j][i] = j < i ? sums[0] * b : 0.0f;
-            stage.attend[i][j] = j <= i ? sums[1] * (UNTRUNCATE * UNTRUNCATE) : 0.0f;
-            if (j == 0) scratch.beta[i] = b;
-        }
-    }
-
-    /* T = (I + L)^-1 diag(b) by forward substitution in fp32, one column to a lane. One warp runs it. */
-    __device__ void solve() const
-    {
-        const int j = thread % CHUNK;
-        float x[CHUNK];
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++) x[i] = i == j ? scratch.beta[j] : 0.0f;
-#pragma unroll
-        for (int m = 0; m < CHUNK - 1; m++) {
-            float column[CHUNK];
-#pragma unroll
-            for (int i = (m + 1) / 4 * 4; i < CHUNK; i += 4) {
-                float4 four = *reinterpret_cast<const float4 *>(&scratch.l_columns[m][i]);
-                column[i] = four.x, column[i + 1] = four.y, column[i + 2] = four.z, column[i + 3] = four.w;
-            }
-#pragma unroll
-            for (int i = m + 1; i < CHUNK; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
-        }
-        if (thread % 32 < CHUNK)
-#pragma unroll
-            for (int i = 0; i < CHUNK; i++) stage.solve[i][j] = x[i];
-    }
-
     /* ---- The role ---- */
 
     __device__ void run() const
@@ -311,9 +263,9 @@ template <int rows> struct Preparation {
             load(q, args.q, next);
             load(k, args.k, next);
             sync();
-            add_products(beta, chunk);
+            add_products(stage, scratch, task, beta, chunk, thread);
             sync();
-            if (warp == 0) solve();
+            if (warp == 0) solve(stage, scratch, thread);
             sync(); /* for racecheck, which does not see that arriving at FULL orders what solve() wrote */
             copy_async_wait<1>(); /* this chunk's values have come; the next chunk's may be in flight */
             barrier_arrive<FULL, STAGE_THREADS<rows>>(team);

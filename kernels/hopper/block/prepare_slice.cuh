@@ -46,8 +46,10 @@ template <class Block> struct SlicePreparation {
      *
      * within[i]: subchunk i with itself. With outputs the three products are tiles (0, 0), (1, 0) and (1, 1),
      * with the rows of K~ above the rows of Q~. Without outputs the first product is (0, 0) above (1, 0), and
-     * the lower half of the second one is (1, 1). Nobody needs tile (0, 1). across[w][n]: the second subchunk
-     * with the first one; w is 0 for K~ and 1 for Q~, n numbers eight columns.
+     * the lower half of the second one is (1, 1). Nobody needs tile (0, 1).
+     *
+     * across[w][n]: the second subchunk with the first one; w is 0 for K~ and 1 for Q~, n numbers eight
+     * columns.
      */
     struct Sums {
         float within[SUBCHUNKS][3][4], across[2][2][4];

@@ -14,8 +14,8 @@ namespace fkda
 /* ---- Barriers ------------------------------------------------------------------------------------------ */
 
 /* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts
- * are. One thread of each warp but the loader's calls it: a single thread would take a microsecond for all of
- * them. */
+ * are. One thread of each warp but the loader's calls it, because a single thread would delay the first
+ * chunk. */
 template <class Block> static __device__ void set_up_barriers(Shared<Block> &shared, int number)
 {
     constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
@@ -118,9 +118,9 @@ template <class Block> static __device__ __forceinline__ int thread_index(int kn
  * finds its first work item, before it waits: short problems take little more than the way of their first
  * chunk through all roles.
  *
- * The compiler leaves the code of the roles in the order in which they are here. Their loops share an
- * instruction cache, and with the loops of the recurrence, the solver and the preparation side by side a
- * kernel takes up to a tenth less time than in other orders.
+ * The compiler leaves the code of the roles in the order in which they are here. The loops of all roles share
+ * the instruction cache, and a kernel is fastest with the loops of the recurrence, the solver and the
+ * preparation side by side (docs/experiments.md).
  */
 template <class ForRegisters, class Block, class Wait>
 static __device__ __forceinline__ void run_role(const fkda_hopper_fwd_args &all, Shared<Block> &shared,

@@ -13,7 +13,7 @@
 #define FKDA_HOPPER_RELAY_JOIN_CUH
 
 #include "../block/shared.cuh"
-#include "join.cuh"
+#include "carry.cuh"
 
 namespace fkda
 {
@@ -36,10 +36,10 @@ static __device__ void assign_join_rows(const Assignment &assignment, JoinPhase 
                   : assignment.spares_compute_first() || assignment.segment > 0 ? JoinPhase::BEFORE_FIRST_ITEM
                                                                                 : JoinPhase::AFTER_FIRST_ITEM;
     if (none) return;
-    join.head = assignment.head(assignment.head_index),
-    join.first_slot = assignment.sequence(assignment.head_index).first_slot + 1,
+    join.head = assignment.head(assignment.head_index);
+    join.first_slot = assignment.sequence(assignment.head_index).first_slot + 1;
     join.maps = assignment.maps();
-    join.first_row_group = row_group,
+    join.first_row_group = row_group;
     join.row_group_step = FKDA_HOPPER_PAIR_CTAS * (assignment.pairs_of_head() - left_out);
 }
 
@@ -94,18 +94,18 @@ template <class Block> struct RelayJoinMemory {
 template <class Block> struct RelayJoin {
     using Memory = RelayJoinMemory<Block>;
     Shared<Block> &shared;
-    Join<Memory> join;
+    RowCarrier<Memory> carrier;
     int first_slot, maps;
 
     __device__ RelayJoin(const fkda_hopper_fwd_args &all, Shared<Block> &s)
-        : shared(s), join(all.fwd, all.cut, Memory{s}), first_slot(s.join.first_slot), maps(s.join.maps)
+        : shared(s), carrier(all.fwd, all.cut, Memory{s}), first_slot(s.join.first_slot), maps(s.join.maps)
     {
-        join.head = s.join.head;
+        carrier.head = s.join.head;
     }
 
     __device__ int *flags(int slot, int which) const
     {
-        return Cut{join.args, join.cut}.flags(join.head, slot, which);
+        return Cut{carrier.args, carrier.cut}.flags(carrier.head, slot, which);
     }
 
     /* Run by the map fetcher. */
@@ -116,7 +116,7 @@ template <class Block> struct RelayJoin {
 #pragma unroll 1
         for (int group = shared.join.first_row_group; group < JOIN_ROW_GROUPS;
              group += shared.join.row_group_step)
-            join.fetch(join.path_through(first_slot, maps), [&](int slot) {
+            carrier.fetch(carrier.path_through(first_slot, maps), [&](int slot) {
                 await_flag(flags(slot, FKDA_FLAG_MAP) + threadIdx.x % (DIM / 16));
                 fence_async_proxy_of_all_memory();
             });
@@ -128,15 +128,15 @@ template <class Block> struct RelayJoin {
         const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
         static_assert(FKDA_MAPS_CHAINED < 32, "each lane waits for one state");
         Memory::arrive_in_both(&shared.join.room_for_maps);
-        join.sync(); /* rows overwrite the slot where the last chunk of an earlier work item may be */
+        carrier.sync(); /* rows overwrite the slot where the last chunk of an earlier work item may be */
 #pragma unroll 1
         for (int group = shared.join.first_row_group; group < JOIN_ROW_GROUPS;
              group += shared.join.row_group_step) {
-            join.row = group * FKDA_JOIN_ROWS;
+            carrier.row = group * FKDA_JOIN_ROWS;
             await_flag(flags(first_slot + min(lane, maps), FKDA_FLAG_STATE) + group);
-            join.carry_from(first_slot, join.path_through(first_slot, maps));
-            join.sync(); /* all warps have stored their columns of the rows */
-            for (int i = warp; i < maps; i += join.WARPS)
+            carrier.carry_from(first_slot, carrier.path_through(first_slot, maps));
+            carrier.sync(); /* all warps have stored their columns of the rows */
+            for (int i = warp; i < maps; i += carrier.WARPS)
                 set_flag(flags(first_slot + 1 + i, FKDA_FLAG_JOINED) + group);
         }
         fence_async_proxy(); /* copies of tokens overwrite the rows */
