@@ -72,7 +72,7 @@ typedef enum flash_kda_device_type {
 typedef enum flash_kda_cut {
     FLASH_KDA_CUT_AUTO = 0,   /* where it pays, in the way that pays most */
     FLASH_KDA_CUT_NEVER = 1,  /* every sequence stays whole */
-    FLASH_KDA_CUT_ALWAYS = 2, /* wherever a sequence is long enough for two segments */
+    FLASH_KDA_CUT_ALWAYS = 2, /* wherever heads do not fill the GPU and a sequence is long enough */
     FLASH_KDA_CUT_MIXED = 3,  /* only sequences of different lengths, by the schedule made for these */
 } flash_kda_cut;
 

@@ -1,6 +1,6 @@
 /* Checks every argument before anything is launched or written. A refusal is a sentence that names the
- * argument, what it was and what it must be. Today's kernels take contiguous tensors alone, and this file is
- * the one place that says so: what leaves it are views with strides. */
+ * argument, what it was and what it must be. Today's kernels take contiguous tensors alone, and this file
+ * refuses all others: what leaves the file are views with strides. */
 #include "check.h"
 
 #include <math.h>

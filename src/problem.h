@@ -31,7 +31,7 @@ typedef struct fkda_shape {
     int32_t batch_invariant;
     int32_t has_cu_seqlens;
     int32_t kernel_is_asked_for; /* by its name; else it is the device's default */
-    int32_t zero;
+    int32_t zero;                /* no padding, whose bytes would be compared */
 } fkda_shape;
 
 /* Whether all sequences have the length T: the host then knows every length. A single sequence counts too,

@@ -34,7 +34,7 @@ LANE_ORDER = [
     32 * w + 8 * t + 2 * s + e for w in range(4) for s in range(4) for e in range(2) for t in range(4)
 ]
 
-# Makes up for the truncation of two operands; see kernels/portable/shared.cuh.
+# Makes up for the truncation of two operands; see kernels/common/elements.cuh.
 UNTRUNCATE = 1 + 2 * 0.7213 / 2048
 
 

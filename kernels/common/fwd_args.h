@@ -10,7 +10,7 @@ typedef struct fkda_fwd_args {
     void *final_state;         /* or null */
     const void *cu_seqlens;    /* or null */
     long long tokens;          /* of one batch row */
-    long long chunk_bytes;     /* bytes from a token of v to the token 16 later */
+    long long chunk_bytes;     /* bytes from a row of out to the row 16 tokens later */
     int heads;
     int sequences;
     float scale, lower_bound;

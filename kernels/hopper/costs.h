@@ -1,8 +1,8 @@
 /*
- * Costs that the host's planner and the kernels both reckon with. Costs that only the planner needs are in
- * src/cuda/hopper/costs.c.
+ * Costs that the kernels reckon with, and some of them the host's planner too. Costs that only the planner
+ * needs are in src/cuda/hopper/costs.h.
  *
- * All of them were fitted to times on an H100 (BENCHMARK_H100.md). A wrong cost makes a call slower, never
+ * All costs were fitted to times on an H100 (docs/measurements.md). A wrong cost makes a call slower, never
  * wrong: the costs decide which CTA computes what, not what is computed.
  */
 #ifndef FKDA_HOPPER_COSTS_H
@@ -22,12 +22,12 @@ enum {
      * costs about as much as this many chunks, so closer to an end the border moves to that end. */
     FKDA_LEAST_CHUNKS_DIVIDED = 4,
 
-    /* Relay: chunks by which the CTA pair of a head's first segment starts its output phase later than the
-     * other pairs. Its first chunk arrives while all other SMs fetch the map phase's code. First segments are
-     * shorter by this much. */
+    /* Relay without spare pairs: chunks by which first segments are shorter than inner segments. The pair of
+     * a first segment begins with the output phase, and its first chunk is ready late, because all other SMs
+     * fetch the map phase's code at that time. */
     FKDA_RELAY_FIRST_LATE_CHUNKS = 7,
-    /* Relay: the same for the last segment, which the pair of the first segment computes after it, if that
-     * pair also takes part in the join. */
+    /* Relay: chunks by which last segments are shorter than inner segments, if the pair of the first segment,
+     * which computes the last segment too, takes part in the join. */
     FKDA_RELAY_LAST_LATE_CHUNKS = 2,
 };
 

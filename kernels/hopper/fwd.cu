@@ -1,16 +1,16 @@
 /*
- * The KDA forward pass for Hopper (sm_90a): one launch and one pass over memory.
+ * The KDA forward pass for Hopper (sm_90a): one launch that reads every input once.
  *
  * Algorithm. A CTA, one on each SM, goes through heads of sequences chunk by chunk. Four roles hand chunks on
- * through rings in shared memory: the loader, one warp, brings inputs (block/load.cuh); six or eight warps
- * prepare the chunk (block/prepare.cuh); one warp solves it (block/solve.cuh); and one or two warpgroups
- * carry the state through it (block/recurrence.cuh). A solo CTA has a head for itself. The CTAs of a pair
- * share a head: each carries half of the state's rows, prepares every second chunk and sends it to the other
- * one.
+ * through rings in shared memory: the loader, one warp, brings inputs (block/load.cuh); teams of two or four
+ * warps prepare chunks in turn (block/prepare.cuh); one warp solves it (block/solve.cuh); and one or two
+ * warpgroups carry the state through it (block/recurrence.cuh). A solo CTA has a head for itself. The CTAs of
+ * a pair share a head: each carries half of the state's rows, prepares every second chunk and sends it to the
+ * other one.
  *
  * Products run on tensor cores with fp32 sums: in fp16 where the state takes part, whose rows are scaled to
- * stay in the range of fp16, and in tf32 over channels. docs/architecture.md has the chunk form,
- * docs/hopper-kernel.md the layout.
+ * stay in the range of fp16, and in tf32 over channels inside a subchunk. docs/overview.md has the chunk
+ * form, and docs/hopper-kernel.md has the layout.
  */
 #include "block/run.cuh"
 

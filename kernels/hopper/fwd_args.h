@@ -25,8 +25,8 @@ enum {
  * CTA pair): the first worker leaves the state here, the second one waits for the flag. Of `states` only
  * flagged rows are read. */
 typedef struct fkda_handoff {
-    float *states; /* [worker][128][128]; null: work items are not divided */
-    int *flags;    /* [worker][FKDA_HANDOFF_FLAGS], zeros before the launch: one flag for 16 rows */
+    float *states; /* [share border][128][128]; null: work items are not divided */
+    int *flags;    /* [share border][FKDA_HANDOFF_FLAGS], zeros before the launch: one flag for 16 rows */
 } fkda_handoff;
 enum { FKDA_HANDOFF_FLAGS = 8 };
 

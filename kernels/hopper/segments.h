@@ -6,8 +6,9 @@
  * affinely: S_after = M S_before + B. M is the segment's map [K, K]; B is the state that the segment makes of
  * zeros.
  *
- * Each segment of a cut sequence has a slot in the workspace for one state and one map. The slot of segment i
- * holds the state before segment i (slot 0 of a sequence stays unused) and the map of segment i.
+ * Each segment of a cut sequence has a place in the workspace, its segment slot, for one state and one map.
+ * The slot of segment i holds the state before segment i (slot 0 of a sequence stays unused) and the map of
+ * segment i.
  */
 #ifndef FKDA_HOPPER_SEGMENTS_H
 #define FKDA_HOPPER_SEGMENTS_H
@@ -46,8 +47,9 @@ typedef struct fkda_list_counts {
 } fkda_list_counts;
 
 /* Flags in the workspace with which CTAs of one launch wait for each other, one flag for 16 rows:
- * FKDA_FLAG_MAP + r says that rows 16 r of a segment's map are written, FKDA_FLAG_STATE + r that the map
- * phase has written those rows of the slot's state, FKDA_FLAG_JOINED + r that the join phase has. */
+ * FKDA_FLAG_MAP + r says that rows 16 r of a segment's map are written, FKDA_FLAG_STATE + r that those rows
+ * of the slot's state are as they must be before the join, FKDA_FLAG_JOINED + r that they are as the join
+ * phase leaves them. */
 enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
 
 enum { FKDA_RELAY_SHARED = 2 }; /* inner segments of a head that CTA pairs may share, at most */

@@ -1,5 +1,5 @@
 /*
- * The KDA forward pass for compute capability 8.0 and newer: one launch and one pass over memory.
+ * The KDA forward pass for compute capability 8.0 and newer: one launch that reads every input once.
  *
  * Algorithm. A CTA computes one head of one sequence, in chunks of 16 tokens, with two roles that meet at
  * stages in shared memory: eight warps prepare chunks (prepare.cuh), and the other warps carry the state
@@ -7,8 +7,8 @@
  *
  * Products run on tensor cores in tf32 with fp32 sums, and everything else is fp32. tests/torch_ref.py does
  * the same operations in PyTorch and is equal to the bit. For this reason multiplications and additions are
- * not contracted here (-fmad=false). docs/architecture.md has the chunk form, docs/portable-kernel.md the
- * layout.
+ * not contracted here (-fmad=false). docs/overview.md has the chunk form, and docs/portable-kernel.md has
+ * the layout.
  */
 #include "prepare.cuh"
 #include "recurrence.cuh"

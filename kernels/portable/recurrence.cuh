@@ -6,8 +6,9 @@
  *     R = V - K~ S      U = T R      O = Q~ S + P U      S = diag(gamma) S + Kr^T U
  *
  * Layout. Warp w owns rows 16 w to 16 w + 15 of V and all of K, as the transposed state S^T [V, K] in fp32
- * accumulators, and needs nothing of other warps. Accumulators are A fragments as they are: depth t of a
- * product is the even one, and depth t + 4 the odd one, of the two columns that lane t of a quad holds.
+ * accumulators, and needs nothing of other warps. An accumulator tile serves unchanged as an A operand: lane
+ * t of a quad holds columns 2 t and 2 t + 1, which the product takes as its depths t and t + 4. B operands
+ * are stored in that order.
  */
 #ifndef FKDA_PORTABLE_RECURRENCE_CUH
 #define FKDA_PORTABLE_RECURRENCE_CUH

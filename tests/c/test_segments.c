@@ -117,7 +117,7 @@ static void join_groups(void)
     const test_case *c = find_case("slow gates");
     if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (size_t i = 0; i < sizeof segments / sizeof *segments; i += test.quick ? 2 : 1) {
-        problem *p = problem_create(1, 64 * segments[i] + (int64_t)i * 5 % 64, 1);
+        problem *p = problem_create(1, 128 * segments[i] + (int64_t)i * 5 % 64, 1);
         fill_case(p, c, 80 + i);
         trying("%lld segments, T = %lld", (long long)segments[i], (long long)p->tokens);
         check_cutting(p, case_bars(c, test.device));

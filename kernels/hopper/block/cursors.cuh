@@ -63,7 +63,7 @@ template <class Block> struct ChunkCursor {
     int left; /* tokens of the work item from this chunk's first one on; none after the last chunk of all */
     long long token; /* the chunk's first one, counted over the whole tensor */
 
-    /* At the chunk that `chunks` chunks precede. */
+    /* Starts at chunk number `chunks` of all work items. */
     __device__ ChunkCursor(WorkRing &work, int chunks) : items(work), head(0), left(0), token(0)
     {
         skip(chunks * CHUNK);
@@ -82,7 +82,7 @@ template <class Block> struct ChunkCursor {
     }
 
   private:
-    /* From the end of a work item, over `tokens` tokens of the work items after it. */
+    /* From the end of a work item, skips `tokens` tokens of the work items after it. */
     __device__ void skip(int tokens)
     {
         for (left = -tokens; left <= 0;) {

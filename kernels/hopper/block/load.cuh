@@ -106,7 +106,8 @@ template <class Block> struct Loader {
     }
 
     /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next
-     * sequence, and past the end of the tensor zeros; the preparation clears both. */
+     * sequence, and past the end of the tensor zeros. The preparation clears g, k and q there, and the
+     * recurrence clears v. */
     __device__ void load(const ValueBoxes &values)
     {
         Tokens<Block> &to = shared.tokens[own.index];

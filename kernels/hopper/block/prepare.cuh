@@ -9,8 +9,9 @@
  * chunk to the recurrence.
  *
  * Why. Decays are counted from a subchunk's start, where exp(-G) stays in the range of fp32 even if all 16
- * gates are at the bound of -5. Products over channels are tf32 for that range: k exp(-G) reaches e^80. What
- * meets the state is at most one in size, and is fp16.
+ * gates are at the bound of -5. Products over channels inside a subchunk are tf32 for that range: k exp(-G)
+ * reaches e^80. Products between subchunks, and all operands that meet the state, have factors of at most
+ * one, and are fp16.
  *
  * Optimizations. Loops over subchunks and channels stay loops: the code of all roles together has to fit in
  * the instruction cache.
@@ -219,7 +220,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
             /* If another team had the slot in the round before, this team does not know whether that round is
              * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
-            static_assert(RING >= Block::TEAMS, "the slot was asked for before this team's last chunk");
+            static_assert(RING >= Block::TEAMS, "a team's next slot is another one than its last slot");
             if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
             const bool finds_norms = !Block::LOADER_FINDS_NORMS || count == 0;
             if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);

@@ -61,8 +61,8 @@ template <class Block> struct SlicePreparation {
      *
      * The gates are loaded transposed (ldmatrix.trans), so that a lane has four tokens of one channel and
      * needs one offset for them. The tensor core adds them up: a triangle of ones times the gates, which also
-     * transposes back. Each gate is the sum of two bf16; what this leaves out is 2^-18 of the gate, upwards
-     * as often as downwards.
+     * transposes back. Each gate enters as the sum of two bf16, which leaves out at most 2^-18 of the
+     * gate, with either sign. Sums are fp32, of at most 16 gates.
      *
      * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels.
      */

@@ -3,7 +3,7 @@
  *
  * Algorithm. For each chunk, with K~, Q~ and Kr of the chunk's tokens, T and P of its stage, and S the state:
  *
- *     (K~ S)^T, (Q~ S)^T        K~ above Q~ is one operand
+ *     (K~ S)^T, (Q~ S)^T        one product: K~ and Q~ are side by side in one operand
  *     R^T = (V - K~ S)^T
  *     U^T = R^T T^T             meanwhile S^T = S^T diag(gamma) in fp32
  *     O^T = (Q~ S)^T + U^T P^T
@@ -175,17 +175,19 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         /* ---- Meanwhile: does this chunk leave the usual path? ---- */
         const float high = largest(raw, 0), low = largest(raw, 1);
         const bool act = large(high, low) | ((look | look_again) & small(high, low));
-        /* The address depends on v. Otherwise the compiler would look at v only after the wait. */
-        const float strength = load_shared(__any_sync(~0u, act) ? &stage.zero : &stage.strength);
-        const bool usual = strength == 1.0f && whole && !(look && faint);
+        /* The load gives 0 instead of the divisor if v does not fit. Its address depends on v, so that the
+         * compiler cannot move the look at v behind the wait. */
+        const float divisor = load_shared(__any_sync(~0u, act) ? &stage.zero : &stage.divisor);
+        const bool usual = divisor == 1.0f && whole && !(look && faint);
         unpack_values(v, raw);
         wgmma_wait<0>();
-        if (__builtin_expect(!usual, 0))
-            adapt(v, read, stage.strength, left, look);
-        else
+        if (__builtin_expect(!usual, 0)) {
+            adapt(v, read, stage.divisor, left, look);
+        } else {
             look_again = false;
+        }
 
-            /* ---- R, and U = T R ---- */
+        /* ---- R, and U = T R ---- */
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -277,7 +279,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     {
         SlotCursor<Block> place(pair_rank<Block>());
         WorkCursor items(shared.work);
-        /* States in the workspace come from the previous kernel; nothing else that a CTA reads does. */
+        /* Of all that a CTA reads, only states in the workspace can come from the previous kernel. */
         if (Block::OUTPUTS) wait_for_previous_kernel();
         int until_join = 0; /* the join phase begins when this is 1 */
         if constexpr (Block::JOINS) until_join = shared.join.begins;

@@ -13,8 +13,8 @@ template <int slots> struct Ring {
     uint64_t full[slots], empty[slots];
 };
 
-/* A position in a ring: the slot, and the parity of the round. Who fills waits for empty[index] with parity ^
- * 1, who empties waits for full[index] with parity. */
+/* A position in a ring: the slot, and the parity of the round. The filling role waits for
+ * empty[index] with parity ^ 1, and the emptying role waits for full[index] with parity. */
 template <int size> struct Slot {
     int index, parity;
 
@@ -22,7 +22,7 @@ template <int size> struct Slot {
     {
     }
 
-    /* By at most `size` slots. */
+    /* Advances by at most `size` slots. */
     __device__ void advance(int steps)
     {
         index += steps;

@@ -26,14 +26,15 @@ static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all
     if (!Block::OUTPUTS) wait_for_previous_kernel();
 }
 
-/* ---- A relay: the map phase, then the join phase and the output phase ---------------------------------- */
+/* ---- A relay: two blocks one after the other ----------------------------------------------------------- */
 
 /*
- * The barriers of both phases are initialised at the start, in different places. Between the phases a CTA
- * changes its roles, its registers and what its shared memory holds; one barrier of the cluster suffices for
- * that, since no role of the first phase leaves anything behind for the second one.
+ * The first block (MapCta) runs the map phase, and the second block (PairCta) runs the join phase and the
+ * output phase. The barriers of both blocks are initialised at the start, in different places. Between the
+ * blocks a CTA changes its roles, its registers and what its shared memory holds. One barrier of the cluster
+ * suffices for the change, since no role of the first block leaves anything behind for the second block.
  *
- * has_first_phase() says whether the first phase has any work. If not, the CTA begins with the second one.
+ * has_first_phase() says whether the first block has any work. If not, the CTA begins with the second block.
  */
 template <class First, class Second, class Assignment, class HasFirstPhase>
 static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args &all,
@@ -56,8 +57,8 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     read_indices(cta, thread);
     const bool has_first = has_first_phase();
     if (has_first) run_role(all, first, thread, FirstRegisters<First>(), wait_for_barriers);
-    /* The loader of the second phase needs to know first which rows the CTA carries, and its warp is done
-     * with the first phase before the recurrence is. */
+    /* The loader of the second block is the first role that needs to know which rows the CTA carries, and the
+     * loader's warp is done with the first block before the recurrence is. */
     if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
         if (thread % 32 == 0) assign_join_rows(Assignment(all), second.join, cluster_rank());
         __syncwarp();
@@ -88,7 +89,7 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
         return;
     }
     const MixedAssignment own = assignment;
-    __syncthreads(); /* all threads have read the assignment, where a solo CTA will have chunks */
+    __syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks */
     if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed>>() = own;
     __syncthreads();
     int cta, thread;

@@ -8,9 +8,9 @@
  *
  * When scales change. Usually they do not: a warp only looks whether v fits. A row's scale is chosen anew if
  * v exceeds 16 scales; every 128 tokens, and after each large change, if v is below 2^-9 scales, since the
- * row may have faded; and every 128 tokens if a chunk since the last choice had a strength below one. A
- * strength below one holds only v * strength to the range, and the state could grow by 16 scales for each
- * token.
+ * row may have faded; and every 128 tokens if a chunk since the last choice had a divisor below one
+ * (Stage::divisor). In a chunk with a divisor below one only v * divisor, not v, is checked against 16
+ * scales, so the state could grow by 16 scales for each token.
  *
  * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
  * there, maps leave out anyway (join/map.cuh).
@@ -28,11 +28,11 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     using Base::shared, Base::lane, Base::state, Base::scale, Base::is_map, Base::warp_row;
     static constexpr int CHUNK = Block::CHUNK, SUBCHUNKS = Block::SUBCHUNKS;
     static constexpr int TILES = CHUNK / 8; /* of eight tokens */
-    /* Tiles that are read from the state: K~ S and, for outputs, Q~ S behind it. */
+    /* Tiles that are read from the state: K~ S and, for outputs, Q~ S after them. */
     static constexpr int READ = Block::OUTPUTS ? 2 * TILES : TILES;
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
     bool look_again; /* the scales have just changed much: look at the next chunk too */
-    bool faint;      /* a chunk had a strength below one since the scales were chosen */
+    bool faint;      /* a chunk had a divisor below one since the scales were chosen */
 
     __device__ ScaledRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
@@ -147,31 +147,31 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         mbarrier_wait(&shared.chunk_ring.ready[place.index()], place.parity());
         unpack_values(v, load_raw(shared.tokens[place.index()]));
         clear_past_end(v, left);
-        const float strength = shared.stage[place.index()].strength;
+        const float divisor = shared.stage[place.index()].divisor;
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) v[i][r] *= strength;
+            for (int r = 0; r < 4; r++) v[i][r] *= divisor;
         rescale(v, nothing);
     }
 
     /* Does what an unusual chunk needs before R is computed: clears values past the end, multiplies by a
-     * strength below one and chooses scales anew where the values do not fit. `look`: this is the chunk of
-     * 128 tokens that looks for faded rows. */
-    __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float strength, int left, bool look)
+     * divisor below one and chooses scales anew where the values do not fit. `look` is true in one chunk of
+     * every 128 tokens; that chunk also looks for faded rows. */
+    __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float divisor, int left, bool look)
     {
         if (left < CHUNK) clear_past_end(v, left);
-        if (strength < 1.0f) {
+        if (divisor < 1.0f) {
 #pragma unroll
             for (int i = 0; i < TILES; i++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) v[i][r] *= strength, read[i][r] *= strength;
+                for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
         }
         const float high = largest(v, 0), low = largest(v, 1);
         const bool act = large(high, low) | ((look | look_again) & small(high, low));
         look_again = false;
         if (__any_sync(~0u, act) || (look && faint)) rescale(v, read);
-        faint |= strength < 1.0f;
+        faint |= divisor < 1.0f;
     }
 };
 

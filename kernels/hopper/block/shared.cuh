@@ -3,7 +3,7 @@
  *
  * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
  *
- * barrier                     arrivals of a phase                  who waits         what may happen then
+ * barrier                     arrivals of a round                  who waits         what may happen then
  * --------------------------  -----------------------------------  ----------------  ------------------------
  * work.ring.full[i]           1: loader                            all other roles   work item i is read
  * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
@@ -12,10 +12,13 @@
  * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
  * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
  *                             tokens and of the stage
- * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader, team,     inputs are loaded there
- *                             since both read the chunk            solver,           where it was sent to is
- *                                                                  recurrence        overwritten; a map is
- *                                                                                    stored there
+ * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader            inputs are loaded there
+ *                             since both read the chunk            solver            the other CTA's slot
+ *                                                                                    that received the chunk
+ *                                                                                    is overwritten
+ *                                                                  team of maps      nothing; the wait makes
+ *                                                                                    the parity meaningful
+ *                                                                  recurrence        a map overwrites tokens
  * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
  * product_ring.full[team]     T: the team                          solver            products are read
  * product_ring.empty[team]    1: solver                            the team          products are overwritten
@@ -33,9 +36,9 @@
  *   TEAM_BARRIER + team  the T warps of a team, between two steps of a chunk's preparation
  *   RECURRENCE_BARRIER   the R warps of the recurrence, before a map is stored over tokens, and in the join
  *
- * The cluster's barrier: after mbarriers were initialised, between two phases, and at the end, so that no CTA
- * ends while the other one of its pair still sends to it. Flags in global memory are in ../segments.h and
- * ../fwd_args.h.
+ * The cluster's barrier: after mbarriers were initialised, between the map phase and the join phase, and at
+ * the end, so that no CTA ends while the other one of its pair still sends to it. Flags in global memory are
+ * in ../segments.h and ../fwd_args.h.
  */
 #ifndef FKDA_HOPPER_SHARED_CUH
 #define FKDA_HOPPER_SHARED_CUH
@@ -69,10 +72,10 @@ template <class Block> struct ChunkRing {
 /* Where the values of a chunk come from, in boxes of 64 rows. */
 struct ValueBoxes {
     int token, head, first_box, boxes;
-    bool after_maps; /* the join phase has maps in the place of the chunk's slot before */
+    bool after_maps; /* the slot holds maps of the join phase before it may hold the chunk */
 };
 
-/* Chunks of the other CTA that the loader knows of and that have no slot yet, at most. */
+/* The most chunks of the other CTA that may wait for a received slot. */
 constexpr int MOST_EXPECTED = 8;
 
 /* Quarters of maps that are in shared memory during the join phase. */

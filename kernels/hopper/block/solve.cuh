@@ -46,8 +46,8 @@ __device__ __forceinline__ uint4 pack_eight(const float (&x)[8], float factor)
 }
 
 /*
- * Stores L in the scratch, in tiles across subchunks without the factor b, and P in the stage. b is the write
- * strength of token lane % CHUNK.
+ * Stores L in the scratch and P in the stage. Tiles of L across subchunks are stored without the factor b. b
+ * is the write strength of token lane % CHUNK.
  *
  * Lane 8 n + r has row r of the n-th tile, first of the tiles on the diagonal, then of the tiles below it
  * inside a subchunk, then of the tiles across subchunks. If L and P have no more than four tiles together,
@@ -105,7 +105,7 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
 /* T across subchunks: - T_1 across T_0, where T_i is T of subchunk i alone. */
 template <class Block>
 __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stage<Block> &stage,
-                                             float strength, int lane)
+                                             float divisor, int lane)
 {
     const int g = lane / 4, t = lane % 4;
     __syncwarp();
@@ -120,7 +120,7 @@ __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stag
         mma_half(half[n], first[0], first[1], first[2], first[3], across[2 * n], across[2 * n + 1]);
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            operand[2 * n + i] = pack_half(half[n][2 * i] * -strength, half[n][2 * i + 1] * -strength);
+            operand[2 * n + i] = pack_half(half[n][2 * i] * -divisor, half[n][2 * i + 1] * -divisor);
     }
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -133,15 +133,16 @@ __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stag
 }
 
 /*
- * T / strength. own_b is b of column lane % CHUNK, divided by the strength.
+ * Writes T / divisor to stage.solve. own_b is b of column lane % CHUNK, divided by the divisor.
  *
- * With A and C the tiles of I + L on a subchunk's diagonal, T below the diagonal is - C^-1 lower A^-1
- * diag(b), for both subchunks in one product. All products are made of transposes, so that rows of one
- * product's accumulators are the next product's operand.
+ * Tiles on the diagonal are inverted by forward substitution in fp32, one column in each lane. With A and C
+ * the tiles of I + L on a subchunk's diagonal, T below the diagonal is - C^-1 lower A^-1 diag(b), for both
+ * subchunks in one product. All products are made of transposes, so that rows of one product's accumulators
+ * are the next product's operand.
  */
 template <class Block>
 __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,
-                                            float strength, int lane)
+                                            float divisor, int lane)
 {
     constexpr int SUBCHUNKS = Block::SUBCHUNKS;
 
@@ -183,7 +184,7 @@ __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage
             pack_half(below[2 * n], below[2 * n + 1]);
 
     /* ---- The second subchunk with the first one ---- */
-    if constexpr (SUBCHUNKS == 2) solve_across(scratch, stage, strength, lane);
+    if constexpr (SUBCHUNKS == 2) solve_across(scratch, stage, divisor, lane);
 }
 
 /* ---- Write strengths ----------------------------------------------------------------------------------- */
@@ -200,7 +201,7 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const C
 
 /* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or
  * a power of two above all b of the warp if all b are below 2^-6. */
-__device__ __forceinline__ float strength_above(float b)
+__device__ __forceinline__ float divisor_above(float b)
 {
     const uint32_t most =
         __reduce_max_sync(~0u, __float_as_uint(b)); /* b >= 0, so bits compare as numbers do */
@@ -256,9 +257,9 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
             &shared.product_ring.empty[in.index]); /* this also orders the scratch in the warp */
 
         /* ---- T ---- */
-        const float strength = strength_above(b);
-        if (lane == 0) stage.strength = strength;
-        solve_chunk(shared.scratch, stage, b * inverse_power(strength), strength, lane);
+        const float divisor = divisor_above(b);
+        if (lane == 0) stage.divisor = divisor;
+        solve_chunk(shared.scratch, stage, b * inverse_power(divisor), divisor, lane);
         fence_async_proxy();
         mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);
 

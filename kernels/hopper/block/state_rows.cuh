@@ -15,8 +15,8 @@ namespace fkda
 {
 
 template <class Block> struct StateRows {
-    /* Work items of this block may start from a state in memory. Work items of other blocks start from zeros
-     * or from the identity. */
+    /* Whether work items of this block may start from a state in memory. Work items of all other blocks start
+     * from zeros or from the identity. */
     static constexpr bool STARTS_FROM_STATES = Block::OUTPUTS || Block::RELAYS;
     const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
@@ -55,7 +55,8 @@ template <class Block> struct StateRows {
 
     /* ---- From memory ---- */
 
-    /* Each loads the tiles from s on of a state, if it has the layout or type that the name says. */
+    /* The three functions load_tiles_* load the tiles of a state from tile s on, if the state has the type or
+     * the layout that the function's name says. */
     template <int s>
     static __device__ void load_tiles_fp32(float (&raw)[DIM / 8][4], const void *from, bool is_fp32)
     {
@@ -119,9 +120,9 @@ template <class Block> struct StateRows {
 
     /* ---- To memory ---- */
 
-    /* Stores rows of a map through shared memory, over the place of tokens: one bulk copy for each warp. For
-     * the last work item of a relay's map phase, after which no copy brings anything to that place, and none
-     * takes anything from there to the other CTA. */
+    /* Stores rows of a map through shared memory, over the place of tokens: one bulk copy for each warp. The
+     * function is for the last work item of a relay's map phase, after which no copy brings anything to the
+     * place of tokens, and none takes anything from there to the other CTA. */
     __device__ void store_map_by_copy(MapRowGroup &to, const SlotCursor<Block> &after) const
     {
         const Slot<Block::OWN_SLOTS> last = after.last_own();

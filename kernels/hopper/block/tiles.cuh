@@ -98,7 +98,7 @@ template <int columns, int depth, bool column_major, int column_step, int depth_
 /*
  * What the recurrence needs of a chunk besides its tokens:
  *
- *   solve         = T = (I + L)^-1 diag(b) / strength
+ *   solve         = T = (I + L)^-1 diag(b) / divisor
  *   attend        = P = tril(q_i k_j exp(G_i - G_j)), with columns i and depths j
  *   gamma_minus_1 = exp(G_last) - 1
  *
@@ -112,8 +112,8 @@ template <class Block> struct Stage {
     float gamma_minus_1[DIM]; /* channel c is at gamma_place(c) */
     /* A power of two that `solve` is divided by: 1, or if all write strengths b are tiny, a power of two
      * above them. Without it, tiny b would fall out of fp16. */
-    float strength;
-    float zero; /* the recurrence reads it in place of `strength` when it must leave its usual path */
+    float divisor;
+    float zero; /* the recurrence reads it in place of `divisor` when it must leave its usual path */
 };
 
 /* Where channel c is in gamma_minus_1: lane t of a quad in the recurrence reads the four channels 16 s + 2 t,

@@ -1,6 +1,6 @@
 /*
- * The join: from the maps and states that the first pass left in the workspace to the states that segments
- * start from.
+ * The join: from M and B of each segment, which the map pass left in the workspace, to the states that
+ * segments start from.
  *
  * With S_i^T the state before segment i of a sequence, as rows of V, M_i the segment's map and B_i the state
  * that the segment makes of zeros,

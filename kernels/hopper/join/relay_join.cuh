@@ -21,9 +21,10 @@ namespace fkda
 /* Groups of 16 rows, each carried through all maps by one CTA. */
 constexpr int JOIN_ROW_GROUPS = DIM / FKDA_JOIN_ROWS;
 
-/* Finds which rows of which head this CTA carries, and when. The pair of the first segment starts its output
- * phase late, so it is left out if the other pairs suffice. One thread calls it, before the output phase
- * begins: what is computed there first delays the first chunk. */
+/* Finds which rows of which head this CTA carries, and when. The pair of the first segment has more to do
+ * before the join than the other pairs, so it is left out if the other pairs suffice. One thread calls the
+ * function before the output phase begins, because work inside the output phase would delay its first
+ * chunk. */
 template <class Assignment>
 static __device__ void assign_join_rows(const Assignment &assignment, JoinPhase &join, int rank)
 {

@@ -6,7 +6,8 @@
  * in chunks, and the line is divided into equal shares. Where a border falls inside a work item, the item is
  * divided: the worker whose share begins at the border computes the item's first chunks, before anything
  * else, and hands the state over in the workspace. The worker whose share ends at the border computes the
- * item's other chunks, after everything else, once the state is there (flag of a warp's rows).
+ * item's other chunks, after everything else, once the state is there: each warp waits at a flag
+ * for its 16 rows.
  *
  * Why. A share is at least as long as the longest work item, so the first chunks are over before the other
  * chunks are due (McNaughton's rule for jobs that may be interrupted). Workers have shares from the line's
@@ -189,8 +190,9 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         return WorkItemMaker<Block>::none();
     }
 
-    /* How many of the item's chunks belong to the worker whose share begins inside it, if `beyond` chunks of
-     * the item lie beyond the border. */
+    /* A border divides the item, and `beyond` chunks of the item's weight lie to the right of the border, in
+     * the share that begins there. Returns how many of the item's first chunks the worker of that share
+     * computes: 0 is none of them, and `chunks` is all of them. */
     __device__ int first_chunks(int chunks, int beyond) const
     {
         if (!handoff.states) return 2 * beyond > chunks + FKDA_CHUNKS_PER_SWITCH ? chunks : 0;

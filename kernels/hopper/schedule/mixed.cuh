@@ -26,7 +26,7 @@
 namespace fkda
 {
 
-/* Where a CTA keeps its assignment: outside of everything that its roles write. */
+/* Where a CTA keeps its assignment: a place that the roles of this block do not write. */
 template <class Block> static __device__ MixedAssignment &mixed_assignment()
 {
     return reinterpret_cast<Shared<Block> *>(cta_memory())->assignment;
@@ -200,7 +200,8 @@ struct LongAssignment {
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == segments - 1 ? FKDA_SEGMENT_LAST : 0)};
     }
 
-    /* There are no spare pairs. */
+    /* Long sequences have no spare pairs. spare_pairs() is the step from one head to the next in RelaySource,
+     * and a step of 1 ends the one head that the pair has. */
     static __device__ bool spares_compute_first()
     {
         return false;
@@ -237,6 +238,7 @@ template <class Block> struct RestWorkers {
     {
         return s.sequence <= assignment.last_long && s.length >= long_from;
     }
+    /* A pair with a long sequence never uses this source, and must not search for a share. */
     __device__ bool one_each(int items) const
     {
         return assignment.is == MixedAssignment::LONG || (assignment.last_long < 0 && items <= count());

@@ -1,6 +1,6 @@
 /*
- * Relay: the schedule that computes all segments of long sequences in one launch. Each segment has a CTA
- * pair, and pairs wait for each other at flags where the passes would wait for a whole launch.
+ * Relay: the schedule that computes all segments of long sequences in one launch. Each segment but the last
+ * has a CTA pair, and pairs wait for each other at flags where the passes would wait for a whole launch.
  *
  * Algorithm. A CTA pair runs three phases, one after the other:
  *
@@ -15,8 +15,9 @@
  * launch and computes the first segment's outputs and the state after it, and then the last segment's
  * outputs.
  *
- * Shared segments. If fewer CTA pairs than heads are left over, heads get extra, shorter segments that are
- * shared: a pair handles one for two to four heads in turn, first all their maps, then all their outputs.
+ * Shared segments. If fewer CTA pairs than heads are left over, each head gets one or two extra, shorter
+ * segments that are shared: a pair has such a segment of two to four heads, and computes first the maps of
+ * all these heads, then the outputs.
  *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch
  * must be cooperative, because every pair that is waited for must run. All flags are zeros before the launch.

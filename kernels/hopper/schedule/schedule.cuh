@@ -50,7 +50,7 @@ template <> struct RelayPhase<PairCta> : WithoutPhases<PairCta> {
 struct EvenShares {
     template <class Cta> using Phase = WithoutPhases<Cta>;
     template <class Block> using Source = EvenSharesSource<Block, AllWorkers<Block>>;
-    static constexpr bool MIXED = false; /* each CTA finds on the device what its pair is for */
+    static constexpr bool MIXED = false; /* whether each CTA finds on the device what its pair is for */
 };
 
 struct Relay {

@@ -86,8 +86,8 @@ int64_t fkda_clocks_mixed(const fkda_shape *s, int sms)
     return best;
 }
 
-/* The others come on top. They are cut too, and then take the map pass besides, if they are long enough for
- * two segments. */
+/* The sequences other than the longest add to the estimate. They are cut too, and then take the map pass
+ * besides, if they are long enough for two segments. */
 int64_t fkda_clocks_passes_of_longest(const fkda_shape *s, int64_t segments, int sms)
 {
     const fkda_known_lengths of = fkda_what_is_known(s);

@@ -77,8 +77,8 @@ int64_t fkda_clocks_passes(int64_t heads, int64_t chunks, int64_t segments, int 
 int64_t fkda_clocks_relay(int64_t chunks_64, int64_t maps, int64_t inner);
 
 /* Whether the CTA pair of a first segment takes part in the join phase. It does where the pairs of `inner`
- * inner segments are too few for all rows of the state (kernels/hopper/schedule/relay.cuh decides the same
- * way). */
+ * inner segments are too few for all rows of the state (assign_join_rows() in
+ * kernels/hopper/join/relay_join.cuh decides the same way). */
 bool fkda_relay_first_pairs_join(int64_t inner);
 
 /* In chunks: the longest sequence, all others together, and the average of the others. The length of the

@@ -29,7 +29,8 @@ static void explain_relay(const fkda_shape *s, const fkda_hopper_plan *plan, cha
         (long long)(plan->slots / s->sequences), plan->relay_pairs);
     text += used, size -= (size_t)used;
     if (r->spare_pairs)
-        snprintf(text, size, " %d of the pairs compute the outputs of first segments alone.", r->spare_pairs);
+        snprintf(text, size, " %d of the pairs do nothing but compute the outputs of first segments.",
+                 r->spare_pairs);
     else if (r->shared[1].heads)
         snprintf(text, size,
                  " The last two inner segments of a head are shorter: a pair has such a segment of up to %d "
@@ -46,9 +47,9 @@ static void explain_passes(const fkda_shape *s, const fkda_hopper_plan *plan, ch
     const long long shortest = plan->shortest;
     snprintf(text, size,
              "Passes: sequences of %lld tokens or more are cut into segments of about %lld%s, %lld segments "
-             "at most. The first pass computes the outputs of first segments and, beside them, the maps of "
-             "the others, on %lld CTA pairs. The join computes the states that segments start from%s. The "
-             "last pass computes all other outputs.",
+             "at most. The first pass computes the outputs of first segments, and beside it the map pass "
+             "computes the maps of inner segments, on %lld CTA pairs. The join computes the states that "
+             "segments start from%s. The later pass computes all other outputs.",
              2 * shortest, shortest, s->batch_invariant ? " whatever the batch" : "", (long long)plan->slots,
              (long long)fkda_hopper_pairs(plan->sms),
              plan->slots > FKDA_MAPS_CHAINED + 2 ? ", in groups of maps where a sequence has many" : "");

@@ -161,8 +161,8 @@ static flash_kda_status run_whole(const call *c)
     return launch_even_shares(c, &args, w->chunk, w->heads, IN_ORDER);
 }
 
-/* Heads of the items of each pass, at most. Of sequences of different lengths at least one is cut, and the
- * workspace has slots for the segments of all that can be. */
+/* Work items of each pass, at most. If lengths differ, the host assumes that one sequence is cut, which
+ * leaves the most inner segments, and `slots` bounds the segments of all sequences. */
 typedef struct item_counts {
     int64_t first, inner, later;
 } item_counts;
@@ -199,9 +199,10 @@ static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, i
     return status;
 }
 
-/* All launches after the first pass may start early: the maps are computed beside the first segments, and the
- * kernels after them have their code and inputs when what they wait for is over. Each kernel ends only after
- * the one before it, so what an earlier kernel has written is there too. */
+/* The map pass and the join may start early: maps are computed beside the first segments, and the CTAs of the
+ * join have their code and inputs when what they wait for is over. The later pass starts early too, unless
+ * handoff flags must be cleared before it. Each kernel ends only after the one before it, so that what an
+ * earlier kernel has written is there too. */
 static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
 {
     const item_counts items = count_items(c);

@@ -6,7 +6,8 @@
  *   cut never            Every sequence stays whole.
  *   batch invariant      Segments have about 1024 tokens whatever the batch, so that how a sequence is cut
  *                        depends on its own length alone.
- *   cut always           Segments are as short as gives every CTA pair one head of one segment.
+ *   cut always           Segments are so short that there are as many heads of segments as CTA pairs, or
+ *                        more. Sequences whose heads fill the GPU anyway stay whole.
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
@@ -67,7 +68,7 @@ static int64_t best_segments(int64_t heads, int64_t chunks, int sms, bool may_re
     return best;
 }
 
-/* As if all sequences had the average length. */
+/* Chooses the cut as if all sequences had the average length. */
 static cut cut_as_equal(const fkda_shape *s, int sms)
 {
     const int64_t heads = s->sequences * s->heads, chunks = s->batch * s->tokens / CHUNK / s->sequences;
@@ -89,7 +90,8 @@ static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t
     if (fkda_equal_lengths(s) || s->heads > (pairs - 1) / 2 || length > chunks) return WHOLE;
     return (cut){
         .shortest = length * CHUNK,
-        .slots = pairs / s->heads * 3 / 2, /* a segment more than pairs, which are two or more */
+        .slots = pairs / s->heads * 3 /
+                 2, /* n pairs give n + 1 segments, which is at most 3 / 2 n for n of 2 or more */
         .mixed = {.pairs = (int)pairs,
                   .most_long = (int)fkda_least(MOST_LONG, (pairs - 1) / s->heads),
                   .cutting_chunks = (int)(cutting_clocks / FKDA_CLOCKS_PAIR_CHUNK)},
@@ -133,8 +135,8 @@ static cut cut_unknown(const fkda_shape *s, int sms)
     return (cut){.shortest = (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
 }
 
-/* As short as gives every CTA pair one head of a segment, if all tokens are of one sequence; or shorter, if
- * pairs can share segments in a relay. */
+/* Chooses segments so short that there are as many heads of segments as CTA pairs, if all tokens are of one
+ * sequence; or shorter, if pairs can share segments in a relay. */
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;

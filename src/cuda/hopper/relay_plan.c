@@ -6,8 +6,8 @@
  *
  *   even    All segments have the same length. The pairs that are left over ("spare" pairs) compute the
  *           outputs of first segments, one after the other, while the other pairs are in the map phase.
- *   shared  The pair of a first segment computes its outputs itself. One or two more inner segments of
- *           each head are shared: one pair has that segment of two, three or four heads, one after the
+ *   shared  The pair of a first segment computes its outputs itself. None, one or two more inner segments
+ *           of each head are shared: one pair has that segment of two, three or four heads, one after the
  *           other. Such a segment is shorter by as much, so that the pair is ready when the others are.
  */
 #include "relay_plan.h"
@@ -38,15 +38,16 @@ static fkda_relay_plan cut_evenly(int64_t heads, int64_t chunks, int64_t segment
 }
 
 /*
- * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. All
- * pairs finish the map phase together if, with x the clocks of an inner segment that is not shared,
+ * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. With x
+ * the clocks that the map phase of an inner segment takes, all pairs reach the join together, and finish the
+ * output phase together, if segments take these clocks:
  *
- *     first segment    x - FIRST_LATE
- *     inner segments   x each
- *     shared by n      (x - (n - 1) NEXT_MAP) / n each
- *     last segment     x - LAST_LATE
+ *     first segment    x - FIRST_LATE chunks, since its pair starts late
+ *     inner segment    x
+ *     shared by n      (x - (n - 1) NEXT_MAP) / n, since its pair computes n of them
+ *     last segment     x - LAST_LATE chunks, since its pair joins late
  *
- * add up to all chunks. The equation is solved for x in twelfths, which 2, 3 and 4 divide.
+ * All segments together have all chunks. The equation is solved for x in twelfths, which 2, 3 and 4 divide.
  */
 static fkda_relay_plan cut_to_share(int64_t heads, int64_t chunks, int64_t segments, int64_t pairs,
                                     const int *shared)
