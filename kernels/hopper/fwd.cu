@@ -8,6 +8,9 @@
  * a pair share a head: each carries half of the state's rows, prepares every second chunk and sends it to the
  * other one.
  *
+ * The entry points here are fkda_hopper_solo and fkda_hopper_pair. segments.cu has the entry points for
+ * sequences that are cut: fkda_hopper_list, maps, join, relay and mixed.
+ *
  * Products run on tensor cores with fp32 sums: in fp16 where the state takes part, whose rows are scaled to
  * stay in the range of fp16, and in tf32 over channels inside a subchunk. docs/overview.md has the chunk
  * form, and docs/hopper-kernel.md has the layout.

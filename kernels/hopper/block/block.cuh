@@ -19,7 +19,7 @@ namespace fkda
 constexpr int SUBCHUNK = 16; /* tokens: the rows of one tensor core product */
 constexpr int ROW = 128;     /* bytes of a swizzled row: 64 channels of one token, or 64 rows of V */
 
-/* Numbers of named barriers; block/shared.cuh says who meets there. */
+/* Numbers of named barriers; barriers.cuh says who meets there. */
 constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
 
 template <class Cta, class SomeSchedule> struct Block : SomeSchedule::template Phase<Cta> {

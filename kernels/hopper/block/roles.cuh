@@ -1,8 +1,9 @@
-/* Initialises the barriers of a block, and gives each warp its registers and its role. */
+/* Gives each warp its registers and its role. */
 #ifndef FKDA_HOPPER_ROLES_CUH
 #define FKDA_HOPPER_ROLES_CUH
 
 #include "../join/relay_join.cuh"
+#include "barriers.cuh"
 #include "load.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
@@ -10,57 +11,6 @@
 
 namespace fkda
 {
-
-/* ---- Barriers ------------------------------------------------------------------------------------------ */
-
-/* Initialises barriers number `number`, number + WORKERS, ... of all rings; shared.cuh says what their counts
- * are. One thread of each warp but the loader's calls it, because a single thread would delay the first
- * chunk. */
-template <class Block> static __device__ void set_up_barriers(Shared<Block> &shared, int number)
-{
-    constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
-#pragma unroll 1
-    for (int i = number; i < ITEMS_AHEAD; i += WORKERS) {
-        mbarrier_init(&shared.work.ring.full[i], 1);
-        mbarrier_init_for_warps(&shared.work.ring.empty[i], /* all but the loader */
-                                Block::RECURRENCE_WARPS + Block::AHEAD_WARPS - 1);
-        if (i < Block::OWN_SLOTS) {
-            mbarrier_init(&shared.chunk_ring.loaded[i], 1);
-            if (Block::LOADER_FINDS_NORMS) mbarrier_init_for_warps(&shared.chunk_ring.normed[i], 1);
-            mbarrier_init_for_warps(&shared.chunk_ring.ready[i], Block::TEAM_WARPS + 1); /* and the solver */
-            mbarrier_init_for_warps(&shared.chunk_ring.empty[i], Block::CTAS * Block::RECURRENCE_WARPS);
-        } else if (i < Block::SLOTS) {
-            mbarrier_init(&shared.chunk_ring.ready[i], 1); /* the loader, and the bytes of copies */
-            mbarrier_init_for_warps(&shared.chunk_ring.empty[i], Block::RECURRENCE_WARPS);
-        }
-        if (i < Block::TEAMS) {
-            mbarrier_init_for_warps(&shared.product_ring.full[i], Block::TEAM_WARPS);
-            mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
-            if (FOR_RACECHECK) mbarrier_init_for_warps(&shared.meeting[i], Block::TEAM_WARPS);
-        }
-        if constexpr (Block::JOINS) {
-            constexpr int ALL_WARPS = Block::CTAS * Block::RECURRENCE_WARPS;
-            if (i < MAP_QUARTERS_AHEAD) {
-                mbarrier_init(&shared.join.ring.full[i], 1);
-                mbarrier_init_for_warps(&shared.join.ring.empty[i], ALL_WARPS);
-            } else if (i == MAP_QUARTERS_AHEAD) {
-                mbarrier_init_for_warps(&shared.join.room_for_maps, ALL_WARPS);
-                mbarrier_init_for_warps(&shared.join.room_for_tokens, ALL_WARPS);
-            }
-        }
-    }
-    static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD,
-                  "the loop reaches all barriers");
-    fence_mbarrier_init();
-}
-
-/* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
- * the cluster's barrier too: each role waits at a place of its own, which synccheck takes for divergence at
- * __syncthreads. */
-static __device__ void wait_for_barriers()
-{
-    cluster_sync_relaxed();
-}
 
 /* ---- Registers ----------------------------------------------------------------------------------------- */
 

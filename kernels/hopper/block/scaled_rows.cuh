@@ -13,7 +13,7 @@
  * scales, so the state could grow by 16 scales for each token.
  *
  * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
- * there, maps leave out anyway (join/map.cuh).
+ * there, maps leave out anyway (join/layouts.cuh).
  */
 #ifndef FKDA_HOPPER_SCALED_ROWS_CUH
 #define FKDA_HOPPER_SCALED_ROWS_CUH

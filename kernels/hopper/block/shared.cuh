@@ -1,44 +1,5 @@
 /*
- * The shared memory of a CTA, and all barriers with which its roles hand work on.
- *
- * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
- *
- * barrier                     arrivals of a round                  who waits         what may happen then
- * --------------------------  -----------------------------------  ----------------  ------------------------
- * work.ring.full[i]           1: loader                            all other roles   work item i is read
- * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
- * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team, loader  inputs are read
- * chunk_ring.normed[own]      1: loader (LOADER_FINDS_NORMS)       its team          norms are read
- * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
- * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
- *                             tokens and of the stage
- * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader            inputs are loaded there
- *                             since both read the chunk            solver            the other CTA's slot
- *                                                                                    that received the chunk
- *                                                                                    is overwritten
- *                                                                  team of maps      nothing; the wait makes
- *                                                                                    the parity meaningful
- *                                                                  recurrence        a map overwrites tokens
- * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
- * product_ring.full[team]     T: the team                          solver            products are read
- * product_ring.empty[team]    1: solver                            the team          products are overwritten
- * meeting[team]               T: the team (only for racecheck)     the team          as at TEAM_BARRIER
- * join.ring.full[i]           1: map fetcher; bytes of a quarter,  recurrence        map quarter i is read
- *                             which one of the CTAs fetches
- * join.ring.empty[i]          2 R: recurrences of both CTAs        map fetcher       it is overwritten,
- *                                                                                    in both CTAs
- * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
- * join.room_for_tokens        2 R: recurrences of both CTAs        loader            tokens overwrite maps
- *
- * Named barriers:
- *
- *   0                    __syncthreads: the mixed schedule before its roles begin, and kernels without roles
- *   TEAM_BARRIER + team  the T warps of a team, between two steps of a chunk's preparation
- *   RECURRENCE_BARRIER   the R warps of the recurrence, before a map is stored over tokens, and in the join
- *
- * The cluster's barrier: after mbarriers were initialised, between the map phase and the join phase, and at
- * the end, so that no CTA ends while the other one of its pair still sends to it. Flags in global memory are
- * in ../segments.h and ../fwd_args.h.
+ * The shared memory of a CTA: chunks, the scratch of roles, and the mbarriers that barriers.cuh explains.
  */
 #ifndef FKDA_HOPPER_SHARED_CUH
 #define FKDA_HOPPER_SHARED_CUH

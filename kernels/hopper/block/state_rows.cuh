@@ -8,7 +8,7 @@
 #ifndef FKDA_HOPPER_STATE_ROWS_CUH
 #define FKDA_HOPPER_STATE_ROWS_CUH
 
-#include "../join/map.cuh"
+#include "../join/layouts.cuh"
 #include "shared.cuh"
 
 namespace fkda

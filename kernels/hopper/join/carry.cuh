@@ -7,8 +7,8 @@
  *
  * Precision. Products are made on the tensor core in fp16, close to the precision of fp32: rows are divided
  * by a power of two above their largest number, and each number is the sum of what fp16 keeps of it and of
- * its remainder (map.cuh). A product of two sums has four terms, of which three are computed; the fourth one
- * would be 2^-22 of the product.
+ * its remainder (layouts.cuh). A product of two sums has four terms, of which three are computed; the fourth
+ * one would be 2^-22 of the product.
  *
  * Where maps and rows are in shared memory is a template argument, because the kernel fkda_hopper_join has
  * all of the shared memory for them (join.cuh), and the join phase of a relay has slots of chunks
@@ -24,7 +24,7 @@
 #include "../ptx/copies.cuh"
 #include "../ptx/memory.cuh"
 #include "../schedule/cut.cuh"
-#include "map.cuh"
+#include "layouts.cuh"
 
 namespace fkda
 {

@@ -45,7 +45,7 @@ template <int elements> __device__ __forceinline__ void load_pair_if(float &x, c
                  : "l"(from), "r"(static_cast<int>(valid)), "n"(2 * elements));
 }
 
-/* Four fp32, `tiles` tiles of a StateImage (join/map.cuh) after `from`. */
+/* Four fp32, `tiles` tiles of a StateImage (join/layouts.cuh) after `from`. */
 template <int tiles> __device__ __forceinline__ void load_four_if(float (&x)[4], const void *from, bool valid)
 {
     asm volatile(

@@ -32,7 +32,7 @@ enum {
     IS_MAP = 8,          /* computes M: the state starts as the identity, and all values are zeros */
     AWAITS_INITIAL = 16, /* `initial` is there once the warp's flag is set */
     SIGNALS_FINAL = 32,  /* another CTA waits for `final`: the warp sets its flag */
-    INITIAL_IMAGE = 64,  /* `initial` is in the workspace, as a StateImage (join/map.cuh) */
+    INITIAL_IMAGE = 64,  /* `initial` is in the workspace, as a StateImage (join/layouts.cuh) */
     FINAL_IMAGE = 128,   /* `final` is in the workspace, as a StateImage */
     AFTER_JOIN = 256,    /* the CTA takes part in the join phase before this item */
     NOT_LAST = 512,      /* another work item follows in this phase */

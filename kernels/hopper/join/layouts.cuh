@@ -1,6 +1,6 @@
 /* The layouts of segments' maps and states in the workspace, which are the layouts that their users need. */
-#ifndef FKDA_HOPPER_MAP_CUH
-#define FKDA_HOPPER_MAP_CUH
+#ifndef FKDA_HOPPER_LAYOUTS_CUH
+#define FKDA_HOPPER_LAYOUTS_CUH
 
 #include "../../common/elements.cuh"
 #include "../../common/task.cuh"

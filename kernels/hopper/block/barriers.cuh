@@ -1,0 +1,102 @@
+/*
+ * All barriers with which the roles of a CTA hand work to each other, and how they are initialised.
+ *
+ * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
+ *
+ * barrier                     arrivals of a round                  who waits         what may happen then
+ * --------------------------  -----------------------------------  ----------------  ------------------------
+ * work.ring.full[i]           1: loader                            all other roles   work item i is read
+ * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
+ * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team, loader  inputs are read
+ * chunk_ring.normed[own]      1: loader (LOADER_FINDS_NORMS)       its team          norms are read
+ * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
+ * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
+ *                             tokens and of the stage
+ * chunk_ring.empty[own]       R; in a pair 2 R, of both CTAs,      loader            inputs are loaded there
+ *                             since both read the chunk            solver            the other CTA's slot
+ *                                                                                    that received the chunk
+ *                                                                                    is overwritten
+ *                                                                  team of maps      nothing; the wait makes
+ *                                                                                    the parity meaningful
+ *                                                                  recurrence        a map overwrites tokens
+ * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
+ * product_ring.full[team]     T: the team                          solver            products are read
+ * product_ring.empty[team]    1: solver                            the team          products are overwritten
+ * meeting[team]               T: the team (only for racecheck)     the team          as at TEAM_BARRIER
+ * join.ring.full[i]           1: map fetcher; bytes of a quarter,  recurrence        map quarter i is read
+ *                             which one of the CTAs fetches
+ * join.ring.empty[i]          2 R: recurrences of both CTAs        map fetcher       it is overwritten,
+ *                                                                                    in both CTAs
+ * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
+ * join.room_for_tokens        2 R: recurrences of both CTAs        loader            tokens overwrite maps
+ *
+ * Named barriers:
+ *
+ *   0                    __syncthreads: the mixed schedule before its roles begin, and kernels without roles
+ *   TEAM_BARRIER + team  the T warps of a team, between two steps of a chunk's preparation
+ *   RECURRENCE_BARRIER   the R warps of the recurrence, before a map is stored over tokens, and in the join
+ *
+ * The cluster's barrier: after mbarriers were initialised, between the map phase and the join phase, and at
+ * the end, so that no CTA ends while the other one of its pair still sends to it. Flags in global memory are
+ * in ../segments.h and ../fwd_args.h.
+ */
+#ifndef FKDA_HOPPER_BARRIERS_CUH
+#define FKDA_HOPPER_BARRIERS_CUH
+
+#include "shared.cuh"
+
+namespace fkda
+{
+
+/* Initialises barriers number `number`, number + WORKERS, ... of all rings; the table above says what their
+ * counts are. One thread of each warp but the loader's calls it, because a single thread would delay the
+ * first chunk. */
+template <class Block> static __device__ void set_up_barriers(Shared<Block> &shared, int number)
+{
+    constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
+#pragma unroll 1
+    for (int i = number; i < ITEMS_AHEAD; i += WORKERS) {
+        mbarrier_init(&shared.work.ring.full[i], 1);
+        mbarrier_init_for_warps(&shared.work.ring.empty[i], /* all but the loader */
+                                Block::RECURRENCE_WARPS + Block::AHEAD_WARPS - 1);
+        if (i < Block::OWN_SLOTS) {
+            mbarrier_init(&shared.chunk_ring.loaded[i], 1);
+            if (Block::LOADER_FINDS_NORMS) mbarrier_init_for_warps(&shared.chunk_ring.normed[i], 1);
+            mbarrier_init_for_warps(&shared.chunk_ring.ready[i], Block::TEAM_WARPS + 1); /* and the solver */
+            mbarrier_init_for_warps(&shared.chunk_ring.empty[i], Block::CTAS * Block::RECURRENCE_WARPS);
+        } else if (i < Block::SLOTS) {
+            mbarrier_init(&shared.chunk_ring.ready[i], 1); /* the loader, and the bytes of copies */
+            mbarrier_init_for_warps(&shared.chunk_ring.empty[i], Block::RECURRENCE_WARPS);
+        }
+        if (i < Block::TEAMS) {
+            mbarrier_init_for_warps(&shared.product_ring.full[i], Block::TEAM_WARPS);
+            mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
+            if (FOR_RACECHECK) mbarrier_init_for_warps(&shared.meeting[i], Block::TEAM_WARPS);
+        }
+        if constexpr (Block::JOINS) {
+            constexpr int ALL_WARPS = Block::CTAS * Block::RECURRENCE_WARPS;
+            if (i < MAP_QUARTERS_AHEAD) {
+                mbarrier_init(&shared.join.ring.full[i], 1);
+                mbarrier_init_for_warps(&shared.join.ring.empty[i], ALL_WARPS);
+            } else if (i == MAP_QUARTERS_AHEAD) {
+                mbarrier_init_for_warps(&shared.join.room_for_maps, ALL_WARPS);
+                mbarrier_init_for_warps(&shared.join.room_for_tokens, ALL_WARPS);
+            }
+        }
+    }
+    static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD,
+                  "the loop reaches all barriers");
+    fence_mbarrier_init();
+}
+
+/* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
+ * the cluster's barrier too: each role waits at a place of its own, which synccheck takes for divergence at
+ * __syncthreads. */
+static __device__ void wait_for_barriers()
+{
+    cluster_sync_relaxed();
+}
+
+} // namespace fkda
+
+#endif
