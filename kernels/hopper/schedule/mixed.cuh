@@ -245,23 +245,14 @@ template <class Block> struct RestWorkers {
     }
 };
 
-/* Solo CTAs have work items of the rest alone. */
-template <class Block> struct MixedSource : EvenSharesSource<Block, RestWorkers<Block>> {
-    using EvenSharesSource<Block, RestWorkers<Block>>::EvenSharesSource;
-};
+/* The work items of a CTA pair that computes outputs: those of its long sequence in a relay, or its share of
+ * the rest. Solo CTAs have work items of the rest alone, and the map phase has work items of long sequences
+ * alone, so they use one of the two sources directly (schedule.cuh). */
+template <class Block> struct LongOrRest {
+    RelaySource<Block, LongAssignment> of_long;
+    EvenSharesSource<Block, RestWorkers<Block>> of_rest;
 
-/* The map phase has work items of long sequences alone. */
-template <> struct MixedSource<Block<MapCta, Mixed>> : RelaySource<Block<MapCta, Mixed>, LongAssignment> {
-    using RelaySource<Block<MapCta, Mixed>, LongAssignment>::RelaySource;
-};
-
-/* A CTA pair that computes outputs has either. */
-template <> struct MixedSource<Block<PairCta, Mixed>> {
-    using PairBlock = Block<PairCta, Mixed>;
-    RelaySource<PairBlock, LongAssignment> of_long;
-    EvenSharesSource<PairBlock, RestWorkers<PairBlock>> of_rest;
-
-    __device__ MixedSource(const fkda_hopper_fwd_args &all, int rank_in_pair, int lane)
+    __device__ LongOrRest(const fkda_hopper_fwd_args &all, int rank_in_pair, int lane)
         : of_long(all, rank_in_pair, lane), of_rest(all, rank_in_pair, lane)
     {
     }

@@ -12,6 +12,8 @@
 #ifndef FKDA_HOPPER_SCHEDULE_CUH
 #define FKDA_HOPPER_SCHEDULE_CUH
 
+#include <type_traits>
+
 #include "../block/cta.cuh"
 
 namespace fkda
@@ -21,7 +23,9 @@ template <class Block> struct AllWorkers;
 template <class Block, class Workers> struct EvenSharesSource;
 struct RelayAssignment;
 template <class Block, class Assignment> struct RelaySource;
-template <class Block> struct MixedSource;
+struct LongAssignment;
+template <class Block> struct RestWorkers;
+template <class Block> struct LongOrRest;
 
 /* A CTA without phases has the constants of its shape. */
 template <class Cta> struct WithoutPhases : Cta {
@@ -61,7 +65,10 @@ struct Relay {
 
 struct Mixed {
     template <class Cta> using Phase = RelayPhase<Cta>;
-    template <class Block> using Source = MixedSource<Block>;
+    template <class Block>
+    using Source = std::conditional_t<
+        Block::CTAS == 1, EvenSharesSource<Block, RestWorkers<Block>>,
+        std::conditional_t<Block::OUTPUTS, LongOrRest<Block>, RelaySource<Block, LongAssignment>>>;
     static constexpr bool MIXED = true;
 };
 
