@@ -1,8 +1,8 @@
 /*
  * flash_kda: Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
  *
- * KDA is a linear attention with a forget gate per channel and the delta rule. Each head of each
- * sequence keeps a state S of K x V numbers. For every token t, in order:
+ * KDA is a linear attention with a forget gate per channel and the delta rule. Each head of each sequence
+ * keeps a state S of K x V numbers. For every token t, in order:
  *
  *     g_t      = lower_bound * sigmoid(exp(A_log) * (g + dt_bias))      log decay, one per channel
  *     q_t, k_t = q / sqrt(sum(q^2) + 1e-6),  k / sqrt(sum(k^2) + 1e-6)  over the K channels
@@ -12,15 +12,16 @@
  *     S        = S + k_t u_t^T                                          write
  *     o_t      = scale S^T q_t                                          read
  *
- * (Kimi Linear, arXiv:2510.26692; the gate bounded from below is the "safe gate" of
- * flash-linear-attention.) Everything this library computes is held to that recurrence in fp64,
- * which is exported as flash_kda_reference().
+ * (Kimi Linear, arXiv:2510.26692; the gate bounded from below is the "safe gate" of flash-linear-attention.)
+ * Everything this library computes is held to that recurrence in fp64, which is exported as
+ * flash_kda_reference().
  *
  * Conventions
  *   B batch rows, T tokens a row, H heads, K = V = 128 channels, N sequences.
  *   Shapes are written outermost first; strides count elements, not bytes.
- *   Every call returns a flash_kda_status. On anything but FLASH_KDA_OK nothing was launched and
- *   nothing was written, and flash_kda_last_error() has a sentence for the calling thread.
+ *   Every call returns a flash_kda_status. On anything but FLASH_KDA_OK flash_kda_last_error() has a sentence
+ *   for the calling thread, and nothing was launched and nothing was written, unless the sentence says that
+ *   results are undefined: then the driver failed after some launches of the call.
  *   All functions may be called from any thread at any time.
  */
 #ifndef FLASH_KDA_H

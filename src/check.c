@@ -151,8 +151,9 @@ static extent extent_of(const char *name, const flash_kda_tensor *t)
 
 static bool overlap(extent a, extent b)
 {
+    /* Differences cannot wrap, and ends of stretches could: workspace_size may be any number. */
     uintptr_t x = (uintptr_t)a.data, y = (uintptr_t)b.data;
-    return a.bytes && b.bytes && x < y + b.bytes && y < x + a.bytes;
+    return a.bytes && b.bytes && (x < y ? y - x < a.bytes : x - y < b.bytes);
 }
 
 /* Memory that is written must belong to one argument alone. The one exception is a state that is updated in

@@ -9,6 +9,7 @@ struct fkda_kernel {
     flash_kda_kernel_info info;
     int min_compute_capability; /* 10 * major + minor; 0 on the CPU */
     int max_compute_capability; /* 0: no limit */
+    bool needs_tma;             /* the driver must be of CUDA 12 or newer, which makes TMA descriptors */
     /* Decides what a call of this shape runs, in a plan that has the shape already. Launches and reads
      * nothing. */
     flash_kda_status (*plan)(fkda_plan *plan);

@@ -30,6 +30,7 @@ static const fkda_kernel kernels[] = {
                  "that run in parallel, where that pays"},
         .min_compute_capability = 90,
         .max_compute_capability = 90,
+        .needs_tma = true,
         .plan = fkda_hopper_make_plan,
         .run = fkda_hopper_run,
         .explain = fkda_hopper_explain,
@@ -72,7 +73,8 @@ static bool runs_on(const fkda_kernel *k, flash_kda_device device, int capabilit
     if (k->info.device_type != device.type) return false;
     if (device.type == FLASH_KDA_CPU) return fkda_cpu_runs(k->info.name);
     return capability >= k->min_compute_capability &&
-           (!k->max_compute_capability || capability <= k->max_compute_capability);
+           (!k->max_compute_capability || capability <= k->max_compute_capability) &&
+           (!k->needs_tma || fkda_cuda_makes_tma_descriptors());
 }
 
 static const fkda_kernel *kernel_called(const char *name)
@@ -116,6 +118,12 @@ static flash_kda_status refuse_known(flash_kda_device device, int capability, co
     if (device.type == FLASH_KDA_CPU)
         return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which needs %s; this CPU is %s", name,
                          k->info.archs, fkda_cpu_arch());
+    if (k->needs_tma && capability >= k->min_compute_capability && capability <= k->max_compute_capability)
+        return fkda_fail(
+            FLASH_KDA_UNAVAILABLE,
+            "kernel is \"%s\", which needs an NVIDIA driver of CUDA 12 or newer: this one has no "
+            "cuTensorMapEncodeTiled",
+            name);
     capability_range(k, range);
     return fkda_fail(FLASH_KDA_UNAVAILABLE,
                      "kernel is \"%s\", which needs compute capability %s; CUDA device %d has %d.%d", name,

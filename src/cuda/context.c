@@ -28,7 +28,7 @@ int fkda_cuda_device_count(const char **reason)
     CUresult result = driver->cuDeviceGetCount(&count);
     if (result)
         snprintf(failure, sizeof failure,
-                 "the NVIDIA driver gave %s; a process forked after CUDA was first used cannot use it",
+                 "cuDeviceGetCount gave %s; a process forked after CUDA was first used cannot use it",
                  fkda_result_name(result));
     if (result || count == 0) {
         if (reason) *reason = result ? failure : "the NVIDIA driver reports no device";
@@ -125,16 +125,20 @@ static flash_kda_status retain_context(int ordinal, CUcontext *context)
     const flash_kda_status status = check_ordinal(ordinal, &driver);
     if (status != FLASH_KDA_OK) return status;
     CUdevice device;
+    const char *call = "cuDeviceGet";
     CUresult result = 0;
     pthread_mutex_lock(&contexts_lock);
     *context = atomic_load(&devices[ordinal].context);
     if (!*context) {
         result = driver->cuDeviceGet(&device, ordinal);
-        if (!result) result = driver->cuDevicePrimaryCtxRetain(context, device);
+        if (!result) {
+            call = "cuDevicePrimaryCtxRetain";
+            result = driver->cuDevicePrimaryCtxRetain(context, device);
+        }
         if (!result) atomic_store_explicit(&devices[ordinal].context, *context, memory_order_release);
     }
     pthread_mutex_unlock(&contexts_lock);
-    return result ? fkda_driver_fail("cuDevicePrimaryCtxRetain", result) : FLASH_KDA_OK;
+    return result ? fkda_driver_fail(call, result) : FLASH_KDA_OK;
 }
 
 flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver_out)
@@ -161,8 +165,9 @@ flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver_out)
     return FLASH_KDA_OK;
 }
 
-void fkda_leave_device(const fkda_driver *driver)
+flash_kda_status fkda_leave_device(const fkda_driver *driver, flash_kda_status status)
 {
     CUcontext context;
-    driver->cuCtxPopCurrent(&context);
+    const CUresult result = driver->cuCtxPopCurrent(&context);
+    return result && status == FLASH_KDA_OK ? fkda_driver_fail("cuCtxPopCurrent", result) : status;
 }

@@ -10,6 +10,8 @@
 int fkda_cuda_device_count(const char **reason);
 /* context.c: 10 * major + minor. */
 flash_kda_status fkda_cuda_capability(int ordinal, int *capability);
+/* driver.c: whether the driver makes TMA descriptors, as drivers of CUDA 12 and newer do. */
+bool fkda_cuda_makes_tma_descriptors(void);
 /* context.c: the number of SMs. */
 flash_kda_status fkda_cuda_sms(int ordinal, int *sms);
 flash_kda_status fkda_cuda_describe(int ordinal, flash_kda_device_info *info);

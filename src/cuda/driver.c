@@ -6,6 +6,7 @@
 #include <stdio.h>
 
 #include "../errors.h"
+#include "cuda.h"
 
 static fkda_driver driver;
 static char failure[256];
@@ -55,6 +56,11 @@ const fkda_driver *fkda_driver_open(const char **reason)
     pthread_once(&opened, open_driver);
     if (reason) *reason = failure;
     return failure[0] ? NULL : &driver;
+}
+
+bool fkda_cuda_makes_tma_descriptors(void)
+{
+    return fkda_driver_open(NULL) && driver.cuTensorMapEncodeTiled;
 }
 
 flash_kda_status fkda_driver_fail(const char *call, CUresult result)

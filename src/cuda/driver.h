@@ -62,6 +62,7 @@ typedef struct fkda_launch_config {
     X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext context))                                          \
     X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext * context))                                          \
     X(cuModuleLoadData, "cuModuleLoadData", (CUmodule * module, const void *image))                          \
+    X(cuModuleUnload, "cuModuleUnload", (CUmodule module))                                                   \
     X(cuModuleGetFunction, "cuModuleGetFunction",                                                            \
       (CUfunction * function, CUmodule module, const char *name))                                            \
     X(cuFuncSetAttribute, "cuFuncSetAttribute", (CUfunction function, int attribute, int value))             \
@@ -110,6 +111,9 @@ flash_kda_status fkda_driver_fail(const char *call, CUresult result);
 /* context.c: makes the primary context of a device current for the calling thread, until
  * fkda_leave_device(). */
 flash_kda_status fkda_enter_device(int ordinal, const fkda_driver **driver);
-void fkda_leave_device(const fkda_driver *driver);
+
+/* context.c: makes the context current again that was current before. Returns `status`, the status of what
+ * was done in between, or the failure to leave if `status` is FLASH_KDA_OK. */
+flash_kda_status fkda_leave_device(const fkda_driver *driver, flash_kda_status status);
 
 #endif

@@ -10,8 +10,8 @@
         flash_kda_status status = fkda_enter_device(ordinal, &driver);                                       \
         if (status != FLASH_KDA_OK) return status;                                                           \
         CUresult result = driver->call;                                                                      \
-        fkda_leave_device(driver);                                                                           \
-        return result ? fkda_driver_fail(call_name, result) : FLASH_KDA_OK;                                  \
+        if (result) status = fkda_driver_fail(call_name, result);                                            \
+        return fkda_leave_device(driver, status);                                                            \
     } while (0)
 
 flash_kda_status fkda_cuda_malloc(int ordinal, size_t bytes, void **memory)
@@ -20,11 +20,11 @@ flash_kda_status fkda_cuda_malloc(int ordinal, size_t bytes, void **memory)
     const fkda_driver *driver;
     flash_kda_status status = fkda_enter_device(ordinal, &driver);
     if (status != FLASH_KDA_OK) return status;
-    CUresult result = driver->cuMemAlloc(&address, bytes ? bytes : 1);
-    fkda_leave_device(driver);
-    if (result) return fkda_driver_fail("cuMemAlloc", result);
-    *memory = (void *)(uintptr_t)address;
-    return FLASH_KDA_OK;
+    const CUresult result = driver->cuMemAlloc(&address, bytes ? bytes : 1);
+    if (result) status = fkda_driver_fail("cuMemAlloc", result);
+    status = fkda_leave_device(driver, status);
+    if (status == FLASH_KDA_OK) *memory = (void *)(uintptr_t)address;
+    return status;
 }
 
 flash_kda_status fkda_cuda_free(int ordinal, void *memory)
@@ -37,11 +37,15 @@ flash_kda_status fkda_cuda_copy(int ordinal, void *to, const void *from, size_t 
     const fkda_driver *driver;
     flash_kda_status status = fkda_enter_device(ordinal, &driver);
     if (status != FLASH_KDA_OK) return status;
+    const char *call = "cuMemcpy";
     CUresult result = driver->cuMemcpy((CUdeviceptr)(uintptr_t)to, (CUdeviceptr)(uintptr_t)from, bytes);
     /* cuMemcpy returns before a small copy from the host or a copy within the device is done. */
-    if (!result) result = driver->cuStreamSynchronize(NULL);
-    fkda_leave_device(driver);
-    return result ? fkda_driver_fail("cuMemcpy", result) : FLASH_KDA_OK;
+    if (!result) {
+        call = "cuStreamSynchronize";
+        result = driver->cuStreamSynchronize(NULL);
+    }
+    if (result) status = fkda_driver_fail(call, result);
+    return fkda_leave_device(driver, status);
 }
 
 flash_kda_status fkda_cuda_synchronize(int ordinal, void *stream)

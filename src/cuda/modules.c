@@ -3,11 +3,10 @@
 
 #include <stdatomic.h>
 
-static flash_kda_status load(const fkda_driver *driver, const fkda_module *m, CUfunction *functions)
+static flash_kda_status find_functions(const fkda_driver *driver, const fkda_module *m, CUmodule module,
+                                       CUfunction *functions)
 {
-    CUmodule module;
-    CUresult result = driver->cuModuleLoadData(&module, m->image);
-    if (result) return fkda_driver_fail("cuModuleLoadData", result);
+    CUresult result;
     for (int i = 0; i < FKDA_MAX_FUNCTIONS && m->names[i]; i++) {
         result = driver->cuModuleGetFunction(&functions[i], module, m->names[i]);
         if (result) return fkda_driver_fail("cuModuleGetFunction", result);
@@ -16,6 +15,17 @@ static flash_kda_status load(const fkda_driver *driver, const fkda_module *m, CU
         if (result) return fkda_driver_fail("cuFuncSetAttribute", result);
     }
     return FLASH_KDA_OK;
+}
+
+/* A module that cannot be used is unloaded, so that a later try does not find two of them in memory. */
+static flash_kda_status load(const fkda_driver *driver, const fkda_module *m, CUfunction *functions)
+{
+    CUmodule module;
+    const CUresult result = driver->cuModuleLoadData(&module, m->image);
+    if (result) return fkda_driver_fail("cuModuleLoadData", result);
+    const flash_kda_status status = find_functions(driver, m, module, functions);
+    if (status != FLASH_KDA_OK) driver->cuModuleUnload(module);
+    return status;
 }
 
 flash_kda_status fkda_load_module(const fkda_driver *driver, fkda_module *m, int ordinal)

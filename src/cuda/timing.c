@@ -31,8 +31,9 @@ flash_kda_status fkda_cuda_time(int ordinal, void *stream, flash_kda_status (*ru
     }
     for (int i = 0; i < repeats && status == FLASH_KDA_OK; i++)
         status = time_once(driver, stream, run, argument, events, &milliseconds[i]);
-    for (int i = 0; i < 2; i++)
-        if (events[i]) driver->cuEventDestroy(events[i]);
-    fkda_leave_device(driver);
-    return status;
+    for (int i = 0; i < 2; i++) {
+        const CUresult result = events[i] ? driver->cuEventDestroy(events[i]) : 0;
+        if (result && status == FLASH_KDA_OK) status = fkda_driver_fail("cuEventDestroy", result);
+    }
+    return fkda_leave_device(driver, status);
 }

@@ -250,6 +250,15 @@ static void overlaps(void)
             p.final_state.data = (char *)p.initial_state.data + 16);
     INVALID("workspace overlaps out; it must have memory of its own", p.workspace = p.out.data,
             p.workspace_size = 64);
+    /* A workspace that begins just before out and ends beyond the last address. */
+    static const size_t sizes[] = {SIZE_MAX, SIZE_MAX - 4096, SIZE_MAX / 2};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        flash_kda_fwd_params p = fixed.params;
+        p.workspace = (void *)(((uintptr_t)p.out.data - 64) / 64 * 64), p.workspace_size = sizes[i];
+        trying("workspace_size %zu", sizes[i]);
+        CHECK(flash_kda_fwd(&p) == FLASH_KDA_INVALID_VALUE, "no refusal");
+        CHECK(strstr(flash_kda_last_error(), "workspace overlaps"), "%s", flash_kda_last_error());
+    }
 }
 
 static void workspaces(void)

@@ -397,7 +397,9 @@ inline void copy_to_other_cta(void *where, const void *from, int bytes, uint64_t
 inline void set_flag(int *flag)
 {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
+    if (threadIdx.x % 32 != 0) return;
+    __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
+    emulator::count_step();
 }
 inline void await_flag(const int *flag)
 {

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -27,11 +28,13 @@ namespace
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
-constexpr int WARPGROUP = 4;                        /* warps */
-constexpr int MOST_WARPGROUPS = 8;                  /* of a CTA */
-constexpr int QUARTERS = 4;                         /* of an SM; a CTA's warps are assigned to them in turn */
-constexpr int ALL_REGISTERS = 65536;                /* of an SM, and so of a CTA */
-constexpr auto PATIENCE = std::chrono::seconds(60); /* for other CTAs */
+constexpr int WARPGROUP = 4;         /* warps */
+constexpr int MOST_WARPGROUPS = 8;   /* of a CTA */
+constexpr int QUARTERS = 4;          /* of an SM; a CTA's warps are assigned to them in turn */
+constexpr int ALL_REGISTERS = 65536; /* of an SM, and so of a CTA */
+/* Rounds in which a cluster gives every warp a turn in vain before it counts as standing still. The slowest
+ * warps get one turn in 256 rounds, so practically all have had one by then. */
+constexpr unsigned ROUNDS_IN_VAIN = 10000;
 
 struct Lane;
 struct Barrier {
@@ -109,6 +112,31 @@ thread_local Cluster *cluster;
 thread_local Warp *warp;
 thread_local Lane *lane;
 
+/*
+ * Deadlocks between clusters. A CTA that waits for a flag in global memory cannot see whether anybody will
+ * set it. The emulator counts every step that any warp of any cluster takes. If no step is counted any more,
+ * and every cluster that runs has given all its warps turns in vain since the last step, then nobody will
+ * ever take a step. No clock is asked, so a busy machine makes tests slow and never makes them fail.
+ */
+std::atomic<uint64_t> steps{0};
+
+/* One thread of the operating system that runs clusters. */
+struct Runner {
+    static constexpr uint64_t MOVING = ~uint64_t{0};
+    std::atomic<uint64_t> stands_still_at{
+        MOVING}; /* the value of `steps` since which nothing here can move */
+};
+std::mutex runners_lock;
+std::vector<std::shared_ptr<Runner>> runners;
+thread_local Runner *runner;
+
+bool all_stand_still(uint64_t at)
+{
+    const std::lock_guard<std::mutex> guard(runners_lock);
+    return steps == at && std::all_of(runners.begin(), runners.end(),
+                                      [&](const auto &r) { return r->stands_still_at == at; });
+}
+
 bool may_go_on(const Warp &w, const Lane &l)
 {
     switch (l.wait) {
@@ -162,6 +190,7 @@ void resume(Warp &w, Lane &l)
 bool run_warp(Warp &w)
 {
     bool any = false;
+    w.polls = false;
     for (bool again = true; again;) {
         again = false;
         const int start = static_cast<int>(cluster->random() % LANES),
@@ -222,7 +251,9 @@ void run_cluster()
 {
     std::vector<Warp *> order;
     for (auto &w : cluster->warps) order.push_back(w.get());
-    auto since = std::chrono::steady_clock::now();
+    uint64_t last_step = steps;
+    unsigned in_vain = 0; /* rounds since the last step of any cluster */
+    runner->stands_still_at = Runner::MOVING;
     for (;;) {
         bool any = false, done = true, polling = false, late = false;
         std::shuffle(order.begin(), order.end(), cluster->random);
@@ -244,16 +275,22 @@ void run_cluster()
                 done &= l.done, polling |= !l.done && (l.wait == Wait::CTAS || l.wait == Wait::KERNEL);
         }
         if (done) break;
-        if (any || (cluster->before && !*cluster->before)) since = std::chrono::steady_clock::now();
+        if (any) steps++;
         if (any || !cluster->copies.empty()) continue;
-        const bool patient = std::chrono::steady_clock::now() - since <= PATIENCE;
-        if (late && patient) continue;
-        if (!polling || !patient) report_deadlock();
+        if (!late && !polling) report_deadlock();
+        if (steps != last_step) last_step = steps, in_vain = 0;
+        if (++in_vain >= ROUNDS_IN_VAIN) {
+            runner->stands_still_at = last_step;
+            if (all_stand_still(last_step)) report_deadlock();
+        }
+        if (late) continue;
         if (cluster->before && !*cluster->before)
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         else
             std::this_thread::yield();
     }
+    steps++;
+    runner->stands_still_at = Runner::MOVING;
     if (!cluster->copies.empty()) fail("a CTA ended with copies in flight");
     for (const auto &b : cluster->mbarriers) check_untouched(*b.first);
     for (auto &w : cluster->warps)
@@ -271,6 +308,11 @@ void fail(const char *format, ...)
     fputc('\n', stderr);
     va_end(args);
     _Exit(1);
+}
+
+void count_step()
+{
+    steps++;
 }
 
 const Thread &thread()
@@ -310,7 +352,7 @@ static Barrier &arrive(Barrier &b, int id, int threads)
     if (!b.arrived.insert(lane).second)
         fail("thread %u of CTA %u counts twice at named barrier %d, for another thread that is not there",
              lane->view.thread.x, lane->view.block.x, id);
-    if (static_cast<int>(b.arrived.size()) == threads) b.arrived.clear(), b.round++;
+    if (static_cast<int>(b.arrived.size()) == threads) b.arrived.clear(), b.round++, count_step();
     return b;
 }
 
@@ -375,7 +417,7 @@ static Mbarrier &of(uint64_t *barrier)
 
 static void leave(Mbarrier &b)
 {
-    if (!b.missing && !b.bytes) b.phase ^= 1, b.missing = b.count;
+    if (!b.missing && !b.bytes) b.phase ^= 1, b.missing = b.count, count_step();
     cluster->mbarriers[&b] = b;
 }
 
@@ -494,8 +536,9 @@ void wait_for_previous_kernel()
 /* Runs one cluster after the other, on the calling thread of the operating system. */
 static void run_clusters(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, unsigned ctas,
                          size_t shared_bytes, uint64_t seed, const std::atomic<bool> *before,
-                         std::atomic<unsigned> &next)
+                         std::atomic<unsigned> &next, std::shared_ptr<Runner> own)
 {
+    runner = own.get();
     constexpr size_t ALIGNMENT = 1024;
     const size_t warps = (dim.x + LANES - 1) / LANES, stacks = ctas * warps * LANES * STACK_BYTES;
     shared_bytes = (shared_bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
@@ -539,6 +582,8 @@ static void run_clusters(const std::function<void()> &kernel, Dim3 grid, Dim3 di
     }
     munmap(stack, stacks);
     free(shared);
+    const std::lock_guard<std::mutex> guard(runners_lock);
+    runners.erase(std::find(runners.begin(), runners.end(), own));
 }
 
 void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int ctas, size_t shared_bytes, int sms,
@@ -547,9 +592,16 @@ void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int ctas, 
     const auto together = static_cast<unsigned>(ctas);
     std::vector<std::thread> running;
     std::atomic<unsigned> next{0};
-    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(sms)) / together; i++)
+    for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(sms)) / together; i++) {
+        const auto own =
+            std::make_shared<Runner>(); /* moving from now on, although its thread may start late */
+        {
+            const std::lock_guard<std::mutex> guard(runners_lock);
+            runners.push_back(own);
+        }
         running.emplace_back(
-            [&] { run_clusters(kernel, grid, dim, together, shared_bytes, seed, before, next); });
+            [&, own] { run_clusters(kernel, grid, dim, together, shared_bytes, seed, before, next, own); });
+    }
     for (auto &t : running) t.join();
 }
 

@@ -41,6 +41,9 @@ struct Thread {
 };
 const Thread &thread();
 
+/* Counts a step that lets others go on: the end of a round of a barrier, or a flag in global memory. */
+void count_step();
+
 /* Ends the program with a message. */
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -25,6 +25,5 @@ flash_kda_status fkda_hopper_run(const fkda_problem *problem, const fkda_plan *p
     flash_kda_status status = fkda_enter_device(problem->shape.device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_hopper_launch(driver, problem, &plan->hopper);
-    fkda_leave_device(driver);
-    return status;
+    return fkda_leave_device(driver, status);
 }

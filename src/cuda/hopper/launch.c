@@ -37,6 +37,7 @@ typedef struct call {
     const fkda_problem *problem;
     const fkda_hopper_plan *plan;
     const CUfunction *fwd, *segments; /* kernels of the two modules */
+    int *launches;                    /* of this call so far */
 } call;
 
 /* When a kernel may start. */
@@ -81,18 +82,33 @@ static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t cta
     return c->driver->cuLaunchKernelEx(&config, kernel, pointers, NULL);
 }
 
+/* Says what failed and, if kernels of the call were launched before, what that means for its results. */
+static flash_kda_status fail(const call *c, const char *function, CUresult result)
+{
+    if (*c->launches == 0) return fkda_driver_fail(function, result);
+    return fkda_fail(
+        FLASH_KDA_DEVICE_ERROR,
+        "%s failed with %s (%d) after %d launches of this call; out and final_state are undefined", function,
+        fkda_result_name(result), result, *c->launches);
+}
+
 static flash_kda_status launch_or_fail(const call *c, CUfunction kernel, fkda_hopper_fwd_args *args,
                                        int64_t ctas, int threads, start when)
 {
+    const char *function = c->driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel";
     const CUresult result = launch(c, kernel, args, ctas, threads, when);
-    return result ? fkda_driver_fail("the launch of a Hopper kernel", result) : FLASH_KDA_OK;
+    if (!result) {
+        ++*c->launches;
+        return FLASH_KDA_OK;
+    }
+    return fail(c, function, result);
 }
 
 static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
 {
     const CUresult result =
         c->driver->cuMemsetD32Async((CUdeviceptr)flags, 0, (size_t)count, c->problem->stream);
-    return result ? fkda_driver_fail("cuMemsetD32Async", result) : FLASH_KDA_OK;
+    return result ? fail(c, "cuMemsetD32Async", result) : FLASH_KDA_OK;
 }
 
 /* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [tokens, heads, 2, 64] in boxes of a chunk
@@ -118,10 +134,6 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
     const int64_t tokens = p->shape.batch * p->shape.tokens;
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
     if (tokens == 0) return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
-    if (!c->driver->cuTensorMapEncodeTiled)
-        return fkda_fail(FLASH_KDA_DEVICE_ERROR,
-                         "the NVIDIA driver is too old for kernel \"hopper\": it has no "
-                         "cuTensorMapEncodeTiled, which came with CUDA 12");
     const struct {
         fkda_tma_descriptor *descriptor;
         const fkda_token_view *tensor;
@@ -266,11 +278,13 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     const fkda_hopper_plan *plan)
 {
     const int ordinal = problem->shape.device.index;
+    int launches = 0;
     const call c = {.driver = driver,
                     .problem = problem,
                     .plan = plan,
                     .fwd = fwd_module.functions[ordinal],
-                    .segments = segments_module.functions[ordinal]};
+                    .segments = segments_module.functions[ordinal],
+                    .launches = &launches};
     flash_kda_status status = fkda_load_module(driver, &fwd_module, ordinal);
     if (status != FLASH_KDA_OK) return status;
     if (plan->strategy == FKDA_HOPPER_WHOLE) return run_whole(&c);

@@ -57,8 +57,7 @@ flash_kda_status fkda_portable_run(const fkda_problem *p, const fkda_plan *plan)
     flash_kda_status status = fkda_enter_device(p->shape.device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = launch(driver, p, &plan->portable);
-    fkda_leave_device(driver);
-    return status;
+    return fkda_leave_device(driver, status);
 }
 
 void fkda_portable_explain(const fkda_plan *plan, char *text, size_t size)
