@@ -31,7 +31,7 @@ typedef struct test_case {
     float constant_gate; /* for GATES_CONSTANT */
     case_keys keys;
     struct {
-        float q, k, v; /* standard deviations; the initial state has v's, or 1 if v's is 0 */
+        float q, k, v; /* standard deviations; the initial state has half of v's, or 1 if v's is 0 */
     } sizes;
     case_betas betas;
     float constant_beta; /* for BETAS_CONSTANT: logits of the write strength */

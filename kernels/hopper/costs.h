@@ -13,7 +13,7 @@ enum {
     FKDA_CLOCKS_SOLO_CHUNK = 1990,
     FKDA_CLOCKS_PAIR_CHUNK = 2100,
 
-    /* Chunks of a CTA pair that beginning and ending a work item takes as long as. The even-share schedule
+    /* Chunks, of either size, that beginning and ending a work item takes as long as. The even-share schedule
      * counts them into each work item's length; a larger value gives shorter shares to CTAs that have many
      * short sequences. */
     FKDA_CHUNKS_PER_SWITCH = 2,

@@ -39,7 +39,8 @@ constexpr int V_STAGES = 2 * STAGES; /* tiles of values, which are loaded one ro
  *   gamma_minus_1      = exp(G_last) - 1
  *
  * All but gamma_minus_1 carry the factor UNTRUNCATE. The padding of rows and the three functions below keep
- * both the stores of the preparation and the loads of the recurrence free of bank conflicts.
+ * the loads of the recurrence free of bank conflicts, and the stores of the preparation to two wavefronts
+ * more than the fewest.
  */
 struct Stage {
     float minus_k_decayed[CHUNK][DIM + 16];

@@ -50,7 +50,7 @@ typedef struct fkda_launch_config {
     unsigned attribute_count;
 } fkda_launch_config;
 
-/* Every entry: result type, symbol in libcuda, argument types. */
+/* Every entry: the function's name, its symbol in libcuda, its parameters. */
 #define FKDA_DRIVER_FUNCTIONS(X)                                                                             \
     X(cuInit, "cuInit", (unsigned flags))                                                                    \
     X(cuDeviceGetCount, "cuDeviceGetCount", (int *count))                                                    \

@@ -220,7 +220,7 @@ static void check_memory(const fkda_shape *s, const fkda_hopper_plan *p)
     } areas[] = {
         {m->handoff,
          (size_t)p->sms * (FKDA_DIM * FKDA_DIM * sizeof(float) + FKDA_HANDOFF_FLAGS * sizeof(int))},
-        {m->flags, (size_t)(m->relay_flags + m->handoff_flags) * sizeof(int)},
+        {m->flags, (size_t)(m->relay_flags + m->mixed_handoff_flags) * sizeof(int)},
         {m->counts, sizeof(fkda_list_counts)},
         {m->inner, slots * sizeof(fkda_segment)},
         {m->later, (slots + (size_t)s->sequences) * sizeof(fkda_segment)},

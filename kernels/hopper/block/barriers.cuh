@@ -7,7 +7,8 @@
  * --------------------------  -----------------------------------  ----------------  ------------------------
  * work.ring.full[i]           1: loader                            all other roles   work item i is read
  * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
- * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team, loader  inputs are read
+ * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team; in a    inputs are read
+ *                                                                  MapCta the loader
  * chunk_ring.normed[own]      1: loader (LOADER_FINDS_NORMS)       its team          norms are read
  * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
  * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
@@ -16,7 +17,7 @@
  *                             since both read the chunk            solver            the other CTA's slot
  *                                                                                    that received the chunk
  *                                                                                    is overwritten
- *                                                                  team of maps      nothing; the wait makes
+ *                                                                  team of a MapCta  nothing; the wait makes
  *                                                                                    the parity meaningful
  *                                                                  recurrence        a map overwrites tokens
  * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
@@ -48,14 +49,14 @@
 namespace fkda
 {
 
-/* Initialises barriers number `number`, number + WORKERS, ... of all rings; the table above says what their
- * counts are. One thread of each warp but the loader's calls it, because a single thread would delay the
- * first chunk. */
+/* Initialises barriers number `number`, number + INITIALISING_WARPS, ... of all rings; the table above says
+ * what their counts are. One thread of each warp but the loader's calls it, because a single thread would
+ * delay the first chunk. */
 template <class Block> static __device__ void set_up_barriers(Shared<Block> &shared, int number)
 {
-    constexpr int WORKERS = FKDA_HOPPER_THREADS / 32 - 1;
+    constexpr int INITIALISING_WARPS = FKDA_HOPPER_THREADS / 32 - 1;
 #pragma unroll 1
-    for (int i = number; i < ITEMS_AHEAD; i += WORKERS) {
+    for (int i = number; i < ITEMS_AHEAD; i += INITIALISING_WARPS) {
         mbarrier_init(&shared.work.ring.full[i], 1);
         mbarrier_init_for_warps(&shared.work.ring.empty[i], /* all but the loader */
                                 Block::RECURRENCE_WARPS + Block::AHEAD_WARPS - 1);

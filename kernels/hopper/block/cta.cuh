@@ -4,11 +4,13 @@
  *
  *   SoloCta  carries all 128 rows of a head's state by itself, in chunks of 16 tokens. It suits many heads:
  *            two warpgroups carry the state, and while one of them waits for its products the other one
- *            works.
+ *            works. Warps: 8 of the recurrence, 6 of the preparation, the loader, the solver.
  *   PairCta  carries 64 of the 128 rows, in chunks of 32 tokens; the other CTA of the pair carries the other
- *            64 rows. It suits few heads: the chunks of one head follow each other fastest.
+ *            64 rows. It suits few heads: the chunks of one head follow each other fastest. Warps: 4 of the
+ *            recurrence, 8 of the preparation, the loader, the solver; 2 have no role, or one of them
+ *            fetches maps.
  *   MapCta   carries all 128 rows of a segment's M (the first CTA of a pair) or of its B (the second one), in
- *            chunks of 32 tokens. There are no queries and no outputs.
+ *            chunks of 32 tokens. There are no queries and no outputs. Warps: as in a solo CTA.
  *
  * The CTAs of a pair work on the same work items. Each prepares and solves every second chunk and sends it to
  * the other.
@@ -25,7 +27,10 @@ namespace fkda
  * them. */
 struct Registers {
     int recurrence, preparation;
-    int last_warpgroup; /* the loader, the solver, and warps that have no role or prepare too */
+    /* The loader, the solver, and the warps that share a warpgroup with them. setmaxnreg takes one number for
+     * a warpgroup, so this equals `preparation` where preparing warps are in the last warpgroup (solo,
+     * map). */
+    int last_warpgroup;
 };
 
 struct SoloCta {
@@ -41,9 +46,9 @@ struct SoloCta {
      * other CTA of the pair sends. Received chunks need fewer slots because they arrive prepared and are held
      * for a shorter time. */
     static constexpr int OWN_SLOTS = 12, RECEIVED_SLOTS = 0;
-    /* The loader finds the norms of keys instead of the teams, except for each team's first chunk: when a CTA
-     * starts, all SMs would fetch the loader's code for norms at the same time, and the first chunk would
-     * wait for it. */
+    /* False: the teams find the norms of keys and queries. True: the loader finds them, except for each
+     * team's first chunk: when a CTA starts, all SMs would fetch the loader's code for norms at the same
+     * time, and the first chunk would wait for it. */
     static constexpr bool LOADER_FINDS_NORMS = false;
     static constexpr bool OUTPUTS = true; /* false: there are no queries and no outputs, only states */
     static constexpr Registers REGISTERS = {152, 104, 104};

@@ -11,7 +11,8 @@ namespace fkda
 {
 
 /*
- * Stores 1 / |x| of a subchunk's tokens. x is the subchunk's q or k in the first half of the channels.
+ * Stores 1 / |x| of a subchunk's tokens. x points to the subchunk's q or k in the first
+ * half of the channels; the second half lies sizeof(Half) behind it.
  *
  * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer
  * instructions than two for each element and a reduction by shuffles. Lane (g, t = g / 2) of the accumulators

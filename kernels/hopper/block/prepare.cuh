@@ -3,10 +3,10 @@
  * the recurrence.
  *
  * Algorithm. Teams of two or four warps take the CTA's own chunks in turn. A warp has all tokens of a chunk
- * in its share of the channels, and works on 16 channels of a subchunk at a time (prepare_slice.cuh): norms
- * and gates, running sums of the log decay, the decayed tiles K~, Q~ and Kr, which it writes over k, q and g,
- * and products over channels. The team then leaves the products to the solver, and the state's decay over the
- * chunk to the recurrence.
+ * in its share of the channels. The team first finds the norms (norms.cuh), unless the loader does. Each warp
+ * then works on 16 channels of a subchunk at a time (prepare_slice.cuh): gates, running sums of the log
+ * decay, the decayed tiles K~, Q~ and Kr, which it writes over k, q and g, and products over channels. The
+ * team then leaves the products to the solver, and the state's decay over the chunk to the recurrence.
  *
  * Why. Decays are counted from a subchunk's start, where exp(-G) stays in the range of fp32 even if all 16
  * gates are at the bound of -5. Products over channels inside a subchunk are tf32 for that range: k exp(-G)

@@ -57,8 +57,8 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     read_indices(cta, thread);
     const bool has_first = has_first_phase();
     if (has_first) run_role(all, first, thread, FirstRegisters<First>(), wait_for_barriers);
-    /* The loader of the second block is the first role that needs to know which rows the CTA carries, and the
-     * loader's warp is done with the first block before the recurrence is. */
+    /* The loader of the second block is the first role that needs to know which rows the CTA carries. Its
+     * warp prepared chunks in the first block, and so is done before the warps of the recurrence are. */
     if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
         if (thread % 32 == 0) assign_join_rows(Assignment(all), second.join, cluster_rank());
         __syncwarp();

@@ -254,7 +254,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         if (sends_now) sender.send_tokens(slot.index);
         add_products<Block>(shared.scratch, stage, shared.products[in.index], b, lane);
         mbarrier_arrive_warp(
-            &shared.product_ring.empty[in.index]); /* this also orders the scratch in the warp */
+            &shared.product_ring.empty[in.index]); /* its __syncwarp also orders the scratch */
 
         /* ---- T ---- */
         const float divisor = divisor_above(b);

@@ -33,8 +33,8 @@ struct Cut {
         return args.sequences;
     }
 
-    /* A sequence is cut into as many segments of at least `shortest` tokens as it has room for. The number
-     * depends on the length alone, which makes results independent of the batch. */
+    /* A sequence of `length` tokens is cut into length / shortest segments. For a given `shortest`, as with
+     * batch_invariant, the number depends on the length alone. */
     __device__ int segments_of(int length) const
     {
         return length >= 2 * cut.shortest ? length / cut.shortest : 1;

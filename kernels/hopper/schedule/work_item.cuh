@@ -19,7 +19,7 @@ struct WorkItem {
     int head, length;    /* length: tokens */
     int first_row;       /* of the state's 128 */
     int attributes;      /* bits, see below */
-    const void *initial; /* the head's state [V, K] before the item; null: zeros */
+    const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
     void *final;         /* where the head's state after the item goes; null: nowhere */
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
 };
@@ -59,41 +59,42 @@ template <class Block> struct WorkItemMaker {
      * after it. */
     __device__ WorkItem item_of(const fkda_segment &s, int h) const
     {
-        const long long task = static_cast<long long>(s.sequence) * args.heads + h;
+        const long long state_index = static_cast<long long>(s.sequence) * args.heads + h;
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
         if (!Block::OUTPUTS) {
             float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
             WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr};
-            if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, task);
+            if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST)
+                take_initial(item, state_index);
             return item;
         }
         WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr};
         if (s.position & FKDA_SEGMENT_FIRST)
-            take_initial(item, task);
+            take_initial(item, state_index);
         else
             item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
         if (!(s.position & FKDA_SEGMENT_LAST)) { /* states after later segments have come from the join */
             if (s.position & FKDA_SEGMENT_FIRST)
                 item.final = cut.cut.states + next_slot, item.attributes |= FINAL_IMAGE;
         } else if (args.final_state) {
-            item.final = user_state(args.final_state, task);
+            item.final = caller_state(args.final_state, state_index);
             if (args.state_is_bf16) item.attributes |= FINAL_BF16;
         }
         return item;
     }
 
     /* The caller's initial state, if there is one. */
-    __device__ void take_initial(WorkItem &item, long long task) const
+    __device__ void take_initial(WorkItem &item, long long state_index) const
     {
         if (!args.initial_state) return;
-        item.initial = user_state(const_cast<void *>(args.initial_state), task);
+        item.initial = caller_state(const_cast<void *>(args.initial_state), state_index);
         if (args.state_is_bf16) item.attributes |= INITIAL_BF16;
     }
 
-    __device__ void *user_state(void *states, long long task) const
+    __device__ void *caller_state(void *states, long long state_index) const
     {
-        return static_cast<char *>(states) + task * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
+        return static_cast<char *>(states) + state_index * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
     }
 };
 

@@ -267,7 +267,7 @@ static flash_kda_status run_mixed(const call *c, const fkda_hopper_fwd_args *pai
     args.pair.handoff = fkda_hopper_handoff(base + m->handoff, c->plan->sms);
     args.pair.handoff.flags = (int *)(base + m->flags + (size_t)m->relay_flags * sizeof *flags);
     args.solo.cut = args.pair.cut, args.solo.handoff = args.pair.handoff;
-    status = clear_flags(c, flags, m->relay_flags + m->handoff_flags);
+    status = clear_flags(c, flags, m->relay_flags + m->mixed_handoff_flags);
     if (status != FLASH_KDA_OK) return status;
     const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->mixed.pairs;
     if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, TOGETHER) == 0) return FLASH_KDA_OK;

@@ -11,9 +11,9 @@
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
- *   cut auto, different  The host knows the number of sequences and all tokens, so it first asks whether
+ *   cut auto, different  The host knows the number of sequences and of tokens, so it first asks whether
  *                        sequences of equal length would be cut. If they would, it cuts that way, or takes
- *                        the mixed schedule if that is faster for the longest sequence.
+ *                        the mixed schedule if that is faster for the longest sequence. If not:
  *     longest known      The fastest of the mixed schedule, passes for the longest sequence, and whole
  *                        sequences.
  *     longest unknown    Passes for the case that one sequence has all tokens, if passes that cut nothing

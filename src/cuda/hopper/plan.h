@@ -40,16 +40,18 @@ typedef struct fkda_hopper_whole {
 
 /* Offsets into the workspace, in bytes. */
 typedef struct fkda_hopper_memory {
-    size_t handoff;        /* flags and states of work items that two workers share */
-    size_t flags;          /* of the relay and the mixed schedule */
-    size_t counts;         /* lengths of the lists */
-    size_t inner, later;   /* lists of segments */
-    size_t cut_sequences;  /* list */
-    size_t states, maps;   /* of each slot */
-    size_t composed;       /* maps of groups */
-    size_t bytes;          /* of it all */
-    int64_t relay_flags;   /* number of flags of the relay or the mixed schedule, */
-    int64_t handoff_flags; /* and of the handoff flags that a mixed launch has right behind them */
+    size_t handoff;       /* flags and states of work items that two workers share; always first */
+    size_t flags;         /* of the relay and the mixed schedule */
+    size_t counts;        /* lengths of the lists */
+    size_t inner, later;  /* lists of segments */
+    size_t cut_sequences; /* list */
+    size_t states, maps;  /* of each slot */
+    size_t composed;      /* maps of groups */
+    size_t bytes;         /* of it all */
+    int64_t relay_flags;  /* how many: flags of the relay or the mixed schedule */
+    /* How many: handoff flags of a mixed launch, right behind its relay flags, so that one memset clears
+     * both. */
+    int64_t mixed_handoff_flags;
 } fkda_hopper_memory;
 
 typedef struct fkda_hopper_plan {
@@ -57,9 +59,9 @@ typedef struct fkda_hopper_plan {
     fkda_hopper_strategy strategy;
     /* For the strategy whole, and for a mixed launch that the driver refuses. */
     fkda_hopper_whole whole;
-    /* For the other strategies. */
-    /* A sequence of n tokens is cut into n / shortest segments, if that is two or more. Segments end where
-     * chunks end. For the strategy mixed: the tokens from which on a sequence is long. */
+    /* The members from here on are for the other strategies. A sequence of n tokens is cut into n / shortest
+     * segments, if that is two or more. Segments end where chunks end. For the strategy mixed: the tokens
+     * from which on a sequence is long. */
     int64_t shortest;
     int64_t slots;   /* segments of cut sequences, at most */
     int64_t groups;  /* of maps, at most */

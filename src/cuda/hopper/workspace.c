@@ -49,9 +49,11 @@ fkda_hopper_memory fkda_hopper_lay_out(const fkda_shape *shape, const fkda_hoppe
     fkda_hopper_memory m = {0};
     if (mixed || plan->strategy == FKDA_HOPPER_RELAY)
         m.relay_flags = plan->slots * shape->heads * FKDA_SLOT_FLAGS;
-    if (mixed) m.handoff_flags = (int64_t)plan->sms * FKDA_HANDOFF_FLAGS;
+    if (mixed) m.mixed_handoff_flags = (int64_t)plan->sms * FKDA_HANDOFF_FLAGS;
+    /* The handoff area must stay first: where a mixed launch is refused, whole sequences use the workspace's
+     * beginning. */
     m.handoff = take(&end, 1, handoff_bytes(plan->sms));
-    m.flags = take(&end, m.relay_flags + m.handoff_flags, sizeof(int));
+    m.flags = take(&end, m.relay_flags + m.mixed_handoff_flags, sizeof(int));
     m.counts = take(&end, 1, sizeof(fkda_list_counts));
     m.inner = take(&end, plan->slots, sizeof(fkda_segment));
     m.later = take(&end, plan->slots + shape->sequences, sizeof(fkda_segment));
