@@ -16,15 +16,20 @@ static const float LOG2E = 1.44269504088896341f;
 typedef struct gate_constants {
     float slope; /* -log2(e) exp(A_log) */
     float bound; /* log2(e) lower_bound */
+    /* 2^c and 2^-c, where c is half of the largest decay of a chunk, as a whole number (head.h). */
+    float up, down;
 } gate_constants;
 
 /* exp(A_log) is held below half of fp32's range, so that a rate beyond the range still meets a gate of 0 as a
  * number: infinity times 0 would be NaN. */
-static inline gate_constants make_gate_constants(float A_log, float lower_bound)
+static inline gate_constants make_gate_constants(float A_log, float lower_bound, int chunk)
 {
     float rate = expf(A_log);
     if (rate > FLT_MAX / 2) rate = FLT_MAX / 2;
-    return (gate_constants){.slope = -LOG2E * rate, .bound = LOG2E * lower_bound};
+    const float bound = LOG2E * lower_bound;
+    const int c = (int)(-0.5f * (float)chunk * bound);
+    return (gate_constants){
+        .slope = -LOG2E * rate, .bound = bound, .up = ldexpf(1.0f, c), .down = ldexpf(1.0f, -c)};
 }
 
 /* log2(e) lower_bound sigmoid(exp(A_log) (g + dt_bias)). The sigmoid has a small relative error everywhere,

@@ -8,17 +8,23 @@
  *
  * Algorithm
  *
- * Inside a chunk, with G the running sum of the log2 decays and the middle row m as the reference:
+ * Inside a chunk, with G the running sum of the log2 decays from the chunk's first token on, and a constant
+ * c:
  *
- *     K~_i = k_i 2^(G_i - G_m)     Q~_i = q_i 2^(G_i - G_m)     K^_j = k_j 2^(G_m - G_j)
+ *     K~_i = k_i 2^(G_i + c)       Q~_i = q_i 2^(G_i + c)       K^_j = k_j 2^(-G_j - c)
  *     L = tril(diag(b) K~ K^^T, -1)             P = tril(Q~ K^^T)
- *     (I + L) U = diag(b) (V - K~' S)           K~' = K~ diag(2^G_m), and so for Q
+ *     (I + L) U = diag(b) (V - K~' S)           K~' = 2^-c K~, and so for Q
  *     O = scale (Q~' S + P U)
  *     S = diag(2^G_last) S + Kr^T U             Kr_j = k_j 2^(G_last - G_j)
  *
- * With the middle row as the reference and a bound of -5 nats a token, exponents stay within [-116, 58], so
- * no factor over- or underflows. Every sum runs in an order that depends neither on the number of threads nor
- * on the range of value channels, so results do not depend on them either.
+ * c is about half of the largest decay that a chunk can have, which is 16 times the bound. With a bound of -5
+ * nats a token G is at least -116, so exponents stay within [-59, 58], and no factor over- or underflows. c
+ * is a whole number, so multiplications by 2^c and 2^-c are exact.
+ *
+ * A token changes no bit of the tokens before it, whatever it holds: c does not depend on the tokens, sums
+ * over tokens run from the first token on, and of L and P only entries on and below the diagonal are used.
+ * Every sum runs in an order that depends neither on the number of threads nor on the range of value
+ * channels, so results do not depend on them either.
  */
 #include <math.h>
 #include <stddef.h>
@@ -33,7 +39,6 @@ enum {
     K = FKDA_DIM,
     V = FKDA_DIM,
     CHUNK = 16,
-    MIDDLE = CHUNK / 2 - 1,
     ROWS = FKDA_ROWS,       /* of a register tile */
     COLUMNS = 2,            /* vectors of a row of a register tile */
     STRIP = COLUMNS * LANES /* value channels that advance together */
@@ -48,8 +53,7 @@ typedef struct scratch {
     float mix[CHUNK][CHUNK];      /* P; entries above the diagonal mean nothing */
     float read[2 * CHUNK][STRIP]; /* K~' S and Q~' S */
     float u[CHUNK][STRIP];
-    float to_middle[K]; /* 2^G_m */
-    float to_last[K];   /* 2^(G_last - G_m) */
+    float to_last[K]; /* 2^(G_last + c) */
     /* 2^G_last - 1. The decay of a slow channel, rounded to fp32 itself, would be wrong by the same amount
      * chunk after chunk. */
     float decay_1[K];
@@ -132,29 +136,21 @@ static inline void decay_channels(scratch *s, const tokens *t, const gate_consta
         if (i >= t->count) gates[i] = (vec){0};
     }
 
-    /* Sums run outwards from the middle row, so that exponents of neighbouring rows differ by one rounded
-     * gate. */
-    vec to_middle = gates[0];
+    exponent[0] = gates[0];
     UNROLL
-    for (int i = 1; i <= MIDDLE; i++) to_middle += gates[i];
-    exponent[MIDDLE] = (vec){0};
-    UNROLL
-    for (int i = MIDDLE; i > 0; i--) exponent[i - 1] = exponent[i] - gates[i];
-    UNROLL
-    for (int i = MIDDLE + 1; i < CHUNK; i++) exponent[i] = exponent[i - 1] + gates[i];
+    for (int i = 1; i < CHUNK; i++) exponent[i] = exponent[i - 1] + gates[i];
 
-    *vec_at(s->to_middle + k) = exp2_near(to_middle);
-    *vec_at(s->to_last + k) = exp2_near(exponent[CHUNK - 1]);
-    *vec_at(s->decay_1 + k) = exp2_minus_1(to_middle + exponent[CHUNK - 1]);
+    *vec_at(s->to_last + k) = exp2_near(exponent[CHUNK - 1]) * gate->up;
+    *vec_at(s->decay_1 + k) = exp2_minus_1(exponent[CHUNK - 1]);
 
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
         vec forward = exp2_near(exponent[i]), backward = exp2_near(-exponent[i]);
         vec key = load_bf16(row_at(t->k, i) + k) * s->scale[i] * s->unit[i];
         vec query = load_bf16(row_at(t->q, i) + k) * s->scale[CHUNK + i] * s->unit[CHUNK + i];
-        *vec_at(s->kq[i] + k) = key * forward;
-        *vec_at(s->kq[CHUNK + i] + k) = query * forward;
-        *vec_at(s->kr[i] + k) = key * backward;
+        *vec_at(s->kq[i] + k) = key * gate->up * forward;
+        *vec_at(s->kq[CHUNK + i] + k) = query * gate->up * forward;
+        *vec_at(s->kr[i] + k) = key * gate->down * backward;
     }
 }
 
@@ -197,8 +193,8 @@ static void prepare(scratch *s, const tokens *t, const gate_constants *gate)
         for (int j = 0; j < CHUNK; j += LANES) *vec_at(s->lower[i] + j) *= s->write[i];
 
     for (int k = 0; k < K; k += LANES) {
-        vec to_middle = load(s->to_middle + k), to_last = load(s->to_last + k);
-        for (int i = 0; i < 2 * CHUNK; i++) *vec_at(s->kq[i] + k) *= to_middle;
+        vec to_last = load(s->to_last + k);
+        for (int i = 0; i < 2 * CHUNK; i++) *vec_at(s->kq[i] + k) *= gate->down;
         for (int i = 0; i < CHUNK; i++) *vec_at(s->kr[i] + k) *= to_last;
     }
 }
@@ -418,7 +414,7 @@ static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, i
     scratch *s = memory;
     load_state(&p->initial_state, n, h, v_begin, v_end, s);
     memcpy(s->bias, p->dt_bias + h * K, sizeof s->bias);
-    const gate_constants gate = make_gate_constants(p->A_log[h], p->lower_bound);
+    const gate_constants gate = make_gate_constants(p->A_log[h], p->lower_bound, CHUNK);
     const fkda_sequence sequence = fkda_sequence_at(p, n);
     for (int64_t token = sequence.begin; token < sequence.end; token += CHUNK) {
         tokens t = tokens_at(p, h, &sequence, token), next = tokens_at(p, h, &sequence, token + CHUNK);
