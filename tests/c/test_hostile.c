@@ -1,7 +1,7 @@
 /*
- * Values that a caller should not pass: NaN and infinities in one element of one token. A token must not harm a token
- * before it, another head or another sequence: their outputs and states have the bits that they have without it. What
- * depends on the token must show the fault: results that look right would hide it.
+ * Values that a caller should not pass: NaN and infinities in one element of one token. A token must not harm
+ * a token before it, another head or another sequence: their outputs and states have the bits that they have
+ * without it. What depends on the token must show the fault: results that look right would hide it.
  *
  * Only the CPU backend promises this so far. On a GPU a bad token can reach earlier tokens of its own chunk.
  */
@@ -44,7 +44,8 @@ static bool state_is_finite(const float *x)
     return true;
 }
 
-/* Outputs of one head that must not change: all of other heads and sequences, and the tokens before the bad one. */
+/* Outputs of one head that must not change: all of other heads and sequences, and the tokens before the bad
+ * one. */
 static void check_outputs(const problem *p, const result *good, const result *bad, int64_t bad_token)
 {
     const int64_t begin = p->cu_seqlens[1], end = p->cu_seqlens[2];
