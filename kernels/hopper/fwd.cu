@@ -2,8 +2,8 @@
  * The KDA forward pass for Hopper (sm_90a): one launch that reads every input once.
  *
  * Algorithm. A CTA, one on each SM, goes through heads of sequences chunk by chunk. Four roles hand chunks on
- * through rings in shared memory: the loader, one warp, brings inputs (block/load.cuh); teams of two or four
- * warps prepare chunks in turn (block/prepare.cuh); one warp solves it (block/solve.cuh); and one or two
+ * through rings in shared memory: the loader, one warp, brings inputs (block/loader.cuh); teams of two or
+ * four warps prepare chunks in turn (block/prepare.cuh); one warp solves it (block/solve.cuh); and one or two
  * warpgroups carry the state through it (block/recurrence.cuh). A solo CTA has a head for itself. The CTAs of
  * a pair share a head: each carries half of the state's rows, prepares every second chunk and sends it to the
  * other one.

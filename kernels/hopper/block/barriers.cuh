@@ -8,7 +8,8 @@
  * work.ring.full[i]           1: loader                            all other roles   work item i is read
  * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
  * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team; in a    inputs are read
- *                                                                  MapCta the loader
+ *                                                                  MapCta mostly the
+ *                                                                  loader
  * chunk_ring.normed[own]      1: loader (LOADER_FINDS_NORMS)       its team          norms are read
  * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
  * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read

@@ -4,7 +4,7 @@
 
 #include "../join/relay_join.cuh"
 #include "barriers.cuh"
-#include "load.cuh"
+#include "loader.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
 #include "solve.cuh"

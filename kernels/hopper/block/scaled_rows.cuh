@@ -9,8 +9,8 @@
  * When scales change. Usually they do not: a warp only looks whether v fits. A row's scale is chosen anew if
  * v exceeds 16 scales; every 128 tokens, and after each large change, if v is below 2^-9 scales, since the
  * row may have faded; and every 128 tokens if a chunk since the last choice had a divisor below one
- * (Stage::divisor). In a chunk with a divisor below one only v * divisor, not v, is checked against 16
- * scales, so the state could grow by 16 scales for each token.
+ * (Stage::divisor). This last rule is needed because such a chunk checks v * divisor, and not v, against 16
+ * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
  * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
  * there, maps leave out anyway (join/layouts.cuh).

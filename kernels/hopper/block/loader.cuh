@@ -9,8 +9,8 @@
  * something else; in strict order one ring would hold up the other. In its waits it also finds norms, where
  * LOADER_FINDS_NORMS says so.
  */
-#ifndef FKDA_HOPPER_LOAD_CUH
-#define FKDA_HOPPER_LOAD_CUH
+#ifndef FKDA_HOPPER_LOADER_CUH
+#define FKDA_HOPPER_LOADER_CUH
 
 #include "../schedule/even_shares.cuh"
 #include "../schedule/mixed.cuh"
