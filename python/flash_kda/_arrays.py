@@ -4,6 +4,8 @@ NumPy's own arrays take one path: `fwd`, then `_prepare_and_run` unless the late
 `_run`, then `PreparedCall.run`, which calls C. If one array is of another library, `_read_and_run` reads all
 of them, and its prepared call is used once: DLPack has no way to ask what an array looks like without
 exporting it.
+
+Shapes and dtypes are checked in C (src/check.c), whose sentence becomes the exception's (`_lib.last_error`).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ static int fails(const char *name, int *calls)
 {
     const char *function = getenv("FAULT_FUNCTION"), *call = getenv("FAULT_CALL");
     if (!function || strcmp(function, name) != 0) return 0;
-    return ++*calls == (call ? atoi(call) : 1);
+    return ++*calls == (call ? strtol(call, NULL, 10) : 1);
 }
 
 /* Defines the driver's function `name` from the arguments of FKDA_DRIVER_FUNCTIONS and their bare names. */

@@ -175,10 +175,11 @@ template <class Block> struct Loader {
 
     /* ---- The role ---- */
 
-    /* Asks the schedule for the next work item once the first chunk of a work item is on its way, so that the
-     * schedule's arithmetic delays no first chunk; and for the first work item before it waits for the
-     * barriers. All this is one loop, because code that is inlined twice takes room in the instruction cache
-     * twice. */
+    /* The loader asks the schedule for the next work item once the first chunk of the present one is on its
+     * way, so that the schedule's arithmetic delays no first chunk. For the first work item of all there is
+     * nothing to load yet: the loader asks for it before it waits for the barriers, in a first round of the
+     * loop that loads no chunk. All this is one loop, because code that is inlined twice takes room in the
+     * instruction cache twice. */
     template <class Wait> __device__ void run(Wait wait_for_barriers)
     {
         bool begun = false;

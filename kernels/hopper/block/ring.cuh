@@ -1,4 +1,8 @@
-/* Rings: a fixed number of slots in shared memory that one role fills and another one empties, in turn. */
+/*
+ * Rings: a fixed number of slots in shared memory that one role fills and another one empties, in turn.
+ *
+ * Which role fills and empties which ring, and what may be overwritten when: the table in barriers.cuh.
+ */
 #ifndef FKDA_HOPPER_RING_CUH
 #define FKDA_HOPPER_RING_CUH
 

@@ -6,8 +6,10 @@
  *
  * Algorithm. L is cut into tiles of 8 x 8 tokens. The tiles on the diagonal are inverted by forward
  * substitution in fp32, one column to a lane. Everything below them is made of products on the tensor core
- * with fp16 operands, first inside each subchunk and then of the second subchunk with the first one. T itself
- * is rounded to fp16, so fp16 operands lose nothing more.
+ * with fp16 operands, first inside each subchunk and then of the second subchunk with the first one. Operands
+ * of fp16 do: T itself is rounded to fp16, so each of the two or three products adds an error of the size of
+ * one that is there anyway, and the divisor below keeps all of them in fp16's range. See "Numbers it keeps"
+ * in docs/hopper-kernel.md for the formats and docs/measurements.md for the errors.
  *
  * In a CTA pair the solver also sends the chunk to the other CTA (send.cuh).
  */
@@ -136,9 +138,10 @@ __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stag
  * Writes T / divisor to stage.solve. own_b is b of column lane % CHUNK, divided by the divisor.
  *
  * Tiles on the diagonal are inverted by forward substitution in fp32, one column in each lane. With A and C
- * the tiles of I + L on a subchunk's diagonal, T below the diagonal is - C^-1 lower A^-1 diag(b), for both
- * subchunks in one product. All products are made of transposes, so that rows of one product's accumulators
- * are the next product's operand.
+ * the tiles of I + L on a subchunk's diagonal and `lower` the tile of L below A, which has b of its rows, the
+ * tile of T below the diagonal is - C^-1 lower A^-1 diag(b), where diag(b) has b of its columns. One product
+ * does this for both subchunks. All products are made of transposes, so that rows of one product's
+ * accumulators are the next product's operand.
  */
 template <class Block>
 __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,

@@ -35,8 +35,8 @@ enum {
     FKDA_RELAY_CLOCKS_END = 2500,       /* after the output phase */
     FKDA_RELAY_CLOCKS_NEXT_ITEM = 4500, /* from one work item of the output phase to the next */
     FKDA_RELAY_CLOCKS_NEXT_MAP = 9000,  /* from one map to the next one of the same CTA pair */
-    /* Estimates of the relay in percent, against those of the passes: the relay is taken only if it is better
-     * by 6%. */
+    /* Estimates of the relay in percent, against those of the passes: unless cut is `always`, the relay is
+     * taken only if it is better by 6%. */
     FKDA_RELAY_PERCENT = 106,
 
     /* Strategy mixed. */
@@ -72,7 +72,8 @@ int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms);
 /* Heads of equal sequences cut into `segments` segments each, in passes; whole, for one segment. */
 int64_t fkda_clocks_passes(int64_t heads, int64_t chunks, int64_t segments, int sms);
 
-/* A relay in which the longest pair has a segment of chunks_64 / 64 chunks, states go through `maps` maps,
+/* A relay whose longest segment has chunks_64 / 64 chunks (a 64th is the unit of the argument), and in which
+ * states go through `maps` maps,
  * and each head has `inner` CTA pairs besides the one of its first segment. */
 int64_t fkda_clocks_relay(int64_t chunks_64, int64_t maps, int64_t inner);
 

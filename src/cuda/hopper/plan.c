@@ -1,5 +1,10 @@
 /*
- * Chooses how a call runs on Hopper, from its shape and the number of SMs alone.
+ * Chooses how a call runs on Hopper, from its shape and the number of SMs alone. All times here are estimates
+ * of costs.c.
+ *
+ * Policy of share_out_whole(), for sequences that stay whole: CTA pairs if every head can have a pair of
+ * its own, if the estimates say that pairs are faster, or if results must not depend on the batch. Solo CTAs
+ * otherwise.
  *
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
@@ -12,8 +17,9 @@
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
  *   cut auto, different  The host knows the number of sequences and of tokens, so it first asks whether
- *                        sequences of equal length would be cut. If they would, it cuts that way, or takes
- *                        the mixed schedule if that is faster for the longest sequence. If not:
+ *                        sequences of equal length would be cut. If they would, it cuts into segments of that
+ *                        length, in passes, or takes the mixed schedule if that is faster for the longest
+ *                        sequence. If not:
  *     longest known      The fastest of the mixed schedule, passes for the longest sequence, and whole
  *                        sequences.
  *     longest unknown    Passes for the case that one sequence has all tokens, if passes that cut nothing
@@ -121,8 +127,8 @@ static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_ho
     return fkda_clocks_passes_of_longest(s, segments, sms) < to_beat ? passes : mixed;
 }
 
-/* Passes for the case that one sequence has all tokens. Sequences of equal length must stay whole: segments
- * are longer than half of such a sequence. */
+/* Passes for the case that one sequence has all tokens. Segments are made so long, over half of a sequence of
+ * average length, that they cut nothing if all sequences have equal length. */
 static cut cut_unknown(const fkda_shape *s, int sms)
 {
     int64_t ignored;

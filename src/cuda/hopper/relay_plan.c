@@ -38,14 +38,15 @@ static fkda_relay_plan cut_evenly(int64_t heads, int64_t chunks, int64_t segment
 }
 
 /*
- * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. With x
- * the clocks that the map phase of an inner segment takes, all pairs reach the join together, and finish the
- * output phase together, if segments take these clocks:
+ * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. Let x
+ * be the clocks that the map phase of an inner segment takes, and let FIRST_LATE and LAST_LATE stand for the
+ * clocks of so many chunks. Then all pairs reach the join together, and finish the output phase together, if
+ * the map phases of segments take these clocks:
  *
- *     first segment    x - FIRST_LATE chunks, since its pair starts late
+ *     first segment    x - FIRST_LATE, since its pair starts late
  *     inner segment    x
  *     shared by n      (x - (n - 1) NEXT_MAP) / n, since its pair computes n of them
- *     last segment     x - LAST_LATE chunks, since its pair joins late
+ *     last segment     x - LAST_LATE, since its pair joins late
  *
  * All segments together have all chunks. The equation is solved for x in twelfths, which 2, 3 and 4 divide.
  */
