@@ -32,6 +32,12 @@
  * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
  * join.room_for_tokens        2 R: recurrences of both CTAs        loader            tokens overwrite maps
  *
+ * A chunk of a pair lies in two slots: in an own slot of the CTA that prepared it, and in a received slot of
+ * the other CTA. The recurrences of both CTAs arrive at empty[own] when they have read it, so that barrier
+ * says that both slots are free. In a MapCta a slot changes teams from round to round, and a parity cannot
+ * tell a round from the one two rounds earlier: its team waits for empty[own] to know that the round before
+ * is over.
+ *
  * Named barriers:
  *
  *   0                    __syncthreads: the mixed schedule before its roles begin, and kernels without roles
