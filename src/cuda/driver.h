@@ -50,7 +50,8 @@ typedef struct fkda_launch_config {
     unsigned attribute_count;
 } fkda_launch_config;
 
-/* Every entry: the function's name, its symbol in libcuda, its parameters. */
+/* Functions without which the library uses no GPU: if one is missing, fkda_driver_open() fails and names it.
+ * Every entry: the function's name, its symbol in libcuda, its parameters. */
 #define FKDA_DRIVER_FUNCTIONS(X)                                                                             \
     X(cuInit, "cuInit", (unsigned flags))                                                                    \
     X(cuDeviceGetCount, "cuDeviceGetCount", (int *count))                                                    \

@@ -143,7 +143,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     }
 
     /*
-     * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on.
+     * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on. In
+     * a pair, every second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
      * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.

@@ -151,9 +151,9 @@ static flash_kda_status launch_even_shares(const call *c, fkda_hopper_fwd_args *
                                            int64_t items, start when)
 {
     const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIR;
-    const int64_t workers = paired ? fkda_hopper_pairs(c->plan->sms) : c->plan->sms;
-    const int64_t ctas = fkda_least(items, workers) * (paired ? FKDA_HOPPER_PAIR_CTAS : 1);
-    if (items <= workers) args->handoff = (fkda_handoff){0};
+    const int64_t workers = fkda_hopper_workers(chunk, items, c->plan->sms);
+    const int64_t ctas = workers * (paired ? FKDA_HOPPER_PAIR_CTAS : 1);
+    if (items == workers) args->handoff = (fkda_handoff){0};
     if (args->handoff.flags) {
         const flash_kda_status status =
             clear_flags(c, args->handoff.flags, fkda_hopper_handoff_flags(c->plan->sms));
@@ -229,7 +229,7 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     if (status != FLASH_KDA_OK) return status;
 
     if (items.inner) {
-        const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * fkda_least(items.inner, fkda_hopper_pairs(plan->sms));
+        const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * fkda_hopper_workers(CHUNK, items.inner, plan->sms);
         args->work = FKDA_INNER_SEGMENTS;
         status = launch_or_fail(c, c->segments[MAPS], args, ctas, FKDA_HOPPER_THREADS, EARLY);
         if (status == FLASH_KDA_OK) status = launch_join(c, args, items.first);

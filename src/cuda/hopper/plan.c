@@ -182,9 +182,8 @@ static fkda_hopper_whole share_out_whole(const fkda_shape *s, int sms)
     const bool pairs_are_faster = w.heads <= pairs || in_pairs < in_solo_ctas;
     w.chunk = s->batch_invariant || pairs_are_faster ? FKDA_HOPPER_CHUNK_PAIR : FKDA_HOPPER_CHUNK_SOLO;
     w.clocks = pairs_are_faster ? in_pairs : in_solo_ctas;
-    w.workers = w.chunk == FKDA_HOPPER_CHUNK_PAIR ? pairs : sms;
+    w.workers = fkda_hopper_workers(w.chunk, w.heads, sms);
     w.divides = !s->batch_invariant && w.heads > w.workers;
-    w.workers = fkda_least(w.workers, w.heads);
     return w;
 }
 

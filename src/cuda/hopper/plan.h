@@ -77,6 +77,14 @@ static inline int64_t fkda_hopper_pairs(int sms)
     return sms / FKDA_HOPPER_PAIR_CTAS;
 }
 
+/* Workers of an even-shares launch of so many work items in chunks of so many tokens: as many CTA pairs, or
+ * solo CTAs, as run at the same time, and at most one for each item. */
+static inline int64_t fkda_hopper_workers(int chunk, int64_t items, int sms)
+{
+    const int64_t places = chunk == FKDA_HOPPER_CHUNK_PAIR ? fkda_hopper_pairs(sms) : sms;
+    return items < places ? items : places;
+}
+
 /* The plan for a GPU with so many SMs, at least 2. */
 fkda_hopper_plan fkda_hopper_plan_for(const fkda_shape *shape, int sms);
 
