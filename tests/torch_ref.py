@@ -185,10 +185,8 @@ def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
     b = torch.where(valid, ops.rcp(1.0 + ops.ex2(beta * f32(-LOG2_E))) * f32(UNTRUNCATE), 0.0)
 
     total = running_sum(decay)
-    middle, last = total[:, :, 7:8], total[:, :, 15:16]
-    from_start, to_last = ops.ex2(middle), ops.ex2(last - middle)
-    from_start, to_last = from_start * f32(UNTRUNCATE), to_last * f32(UNTRUNCATE)
-    up, down = ops.ex2(total - middle), ops.ex2(middle - total)
+    last = total[:, :, 15:16]
+    up, down, to_last = ops.ex2(total), ops.ex2(-total), ops.ex2(last) * f32(UNTRUNCATE)
 
     q = q * ops.rsqrt(sum_of_squares(ops, q) + f32(1e-6))[..., None]
     k = k * ops.rsqrt(sum_of_squares(ops, k) + f32(1e-6))[..., None]
@@ -199,8 +197,8 @@ def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
     strictly_lower = torch.where(lower, products_over_channels(ops, k_up, k_down) * b[..., None], 0.0)
     attend = products_over_channels(ops, q_up, k_down) * (f32(UNTRUNCATE) * f32(UNTRUNCATE))
     return {
-        "minus_k_decayed": k_up * -from_start,
-        "q_decayed": q_up * from_start,
+        "minus_k_decayed": k_up * -f32(UNTRUNCATE),
+        "q_decayed": q_up * f32(UNTRUNCATE),
         "k_rest": k_down * to_last,
         "solve": solve(ops, strictly_lower, b),
         "attend": torch.where(lower.mT, 0.0, attend),

@@ -75,7 +75,15 @@ constexpr float NEAREST_TO_ZERO = -1e-30f;
 
 __device__ __forceinline__ float hopper_sigmoid_gate_slope(float a_log)
 {
-    return fminf(sigmoid_gate_slope(a_log), NEAREST_TO_ZERO);
+    const float slope = sigmoid_gate_slope(a_log);
+    return slope > NEAREST_TO_ZERO ? NEAREST_TO_ZERO : slope; /* fminf would hide a NaN */
+}
+
+/* An offset of -inf, which is dt_bias = inf, would make NaN of the gates of tokens past the end. */
+__device__ __forceinline__ float hopper_sigmoid_gate_offset(float dt_bias, float slope)
+{
+    const float offset = sigmoid_gate_offset(dt_bias, slope);
+    return offset < -3.4e38f ? -3.4e38f : offset;
 }
 
 __device__ __forceinline__ float hopper_sigmoid_gate_inverse_bound(float lower_bound)

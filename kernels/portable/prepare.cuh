@@ -12,7 +12,7 @@
 #ifndef FKDA_PORTABLE_PREPARE_CUH
 #define FKDA_PORTABLE_PREPARE_CUH
 
-#include "shared.cuh"
+#include "bad_tokens.cuh"
 #include "solve.cuh"
 
 namespace fkda
@@ -103,9 +103,11 @@ template <int rows> struct Preparation {
 
     /* ---- Elements ---- */
 
-    /* The running sums of the log2 decay up to this lane's two tokens. */
-    __device__ void accumulate_gates(const Eight (&g)[2], int chunk, float (&sum)[2][8]) const
+    /* The running sums of the log2 decay up to this lane's two tokens. With `repair`, gates that are NaN do
+     * not decay, and their tokens are noted as bad. */
+    __device__ void accumulate_gates(const Eight (&g)[2], int chunk, float (&sum)[2][8], bool repair) const
     {
+        int bad = NO_TOKEN;
         const float slope = scratch.gate_slope[warp];
         const float4 offsets[2] = {*reinterpret_cast<const float4 *>(&scratch.gate_offset[channel]),
                                    *reinterpret_cast<const float4 *>(&scratch.gate_offset[channel + 4])};
@@ -118,8 +120,10 @@ template <int rows> struct Preparation {
             for (int c = 0; c < 8; c++) {
                 float log2_decay = sigmoid_gate(g[e][c], slope, offset[c], bound);
                 sum[e][c] = valid ? log2_decay : 0.0f;
+                if (repair && sum[e][c] != sum[e][c]) bad = min(bad, 2 * pair + e), sum[e][c] = 0.0f;
             }
         }
+        if (repair) note_bad_token(scratch, warp, bad);
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             float even = sum[0][c], running = even + sum[1][c];
@@ -134,24 +138,25 @@ template <int rows> struct Preparation {
         }
     }
 
-    /* Leaves the sums of squares of q and k over this warp's channels. */
-    __device__ void store_squares(const Eight (&q)[2], const Eight (&k)[2]) const
+    /* Leaves the sums of squares of q and k over this warp's channels, of elements multiplied by `factor`. */
+    __device__ void store_squares(const Eight (&q)[2], const Eight (&k)[2], float factor = 1.0f) const
     {
         float s[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const Eight &x = i % 2 ? k[i / 2] : q[i / 2];
-            s[i] = x[0] * x[0];
+            float y = x[0] * factor;
+            s[i] = y * y;
 #pragma unroll
-            for (int c = 1; c < 8; c++) s[i] = __fmaf_rn(x[c], x[c], s[i]);
+            for (int c = 1; c < 8; c++) y = x[c] * factor, s[i] = __fmaf_rn(y, y, s[i]);
             s[i] += __shfl_xor_sync(~0u, s[i], 1);
             s[i] += __shfl_xor_sync(~0u, s[i], 2);
         }
         if (t == 0) scratch.squares[warp][pair] = make_float4(s[0], s[1], s[2], s[3]);
     }
 
-    /* 1 / |q| and 1 / |k| of this lane's two tokens. */
-    __device__ void find_norms(float (&q_factor)[2], float (&k_factor)[2]) const
+    /* The sums of squares over all channels: of q and k of this lane's first token, then of its second. */
+    __device__ float4 sum_squares() const
     {
         float4 s = scratch.squares[0][pair];
 #pragma unroll
@@ -159,14 +164,58 @@ template <int rows> struct Preparation {
             float4 part = scratch.squares[w][pair];
             s.x += part.x, s.y += part.y, s.z += part.z, s.w += part.w;
         }
+        return s;
+    }
+
+    /* 1 / |q| and 1 / |k| of this lane's two tokens. Keys that are not finite become zeros. */
+    __device__ void find_norms(const Eight (&q)[2], Eight (&k)[2], float (&q_factor)[2],
+                               float (&k_factor)[2]) const
+    {
+        const float4 s = sum_squares();
         q_factor[0] = rsqrt_approx(s.x + 1e-6f), q_factor[1] = rsqrt_approx(s.z + 1e-6f);
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
+        if (__builtin_expect(__any_sync(~0u, !(s.x + s.y + s.z + s.w < INFINITY)), 0))
+            find_unusual_norms(q, k, q_factor, k_factor);
+    }
+
+    static __device__ void clear_bad_keys(Eight (&k)[2], const float (&k_factor)[2])
+    {
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            if (k_factor[e] == 0.0f) k[e] = Eight{};
+    }
+
+    /* Finds the norms of large q and k, whose squares overflow, and notes tokens whose keys are not finite.
+     * All warps of the team have the same sums and come here together. */
+    __device__ void find_unusual_norms(const Eight (&q)[2], Eight (&k)[2], float (&q_factor)[2],
+                                       float (&k_factor)[2]) const
+    {
+        const float4 before = sum_squares();
+        sync(); /* all warps have read the squares */
+        store_squares(q, k, NORM_SCALE);
+        sync();
+        const float4 s = sum_squares();
+        const float q_before[2] = {before.x, before.z}, k_before[2] = {before.y, before.w};
+        const float q_sum[2] = {s.x, s.z}, k_sum[2] = {s.y, s.w};
+        int bad = NO_TOKEN;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (!(q_before[e] < INFINITY))
+                q_factor[e] = q_sum[e] < INFINITY ? rsqrt_approx(q_sum[e]) * NORM_SCALE : NAN;
+            if (!(k_before[e] < INFINITY)) k_factor[e] = rsqrt_approx(k_sum[e]) * NORM_SCALE;
+            if (k_sum[e] < INFINITY) continue;
+            bad = min(bad, 2 * pair + e);
+            k_factor[e] = 0.0f;
+        }
+        clear_bad_keys(k, k_factor);
+        note_bad_token(scratch, warp, bad);
     }
 
     /* Writes the state's decay over the chunk, less one. The decay of a slow channel, rounded to fp32 itself,
      * would be off by one amount chunk after chunk. The lane with the last tokens knows the sums of eight
-     * channels; each of the eight lanes that own the eight channels computes one. */
-    __device__ void store_gamma(const float (&sum)[2][8]) const
+     * channels; each of the eight lanes that own the eight channels computes one. Returns whether one of the
+     * warp's sums is NaN. */
+    __device__ bool store_gamma(const float (&sum)[2][8]) const
     {
         float *gamma = &stage.gamma_minus_1[channel];
         if (pair == 7) {
@@ -174,27 +223,28 @@ template <int rows> struct Preparation {
             store_four(gamma + 4, sum[1][4], sum[1][5], sum[1][6], sum[1][7]);
         }
         __syncwarp();
-        gamma[pair] = ex2_minus_1(gamma[pair]);
+        const float x = gamma[pair];
+        gamma[pair] = ex2_minus_1(x);
+        return __any_sync(~0u, x != x);
     }
 
     /* Writes the decayed tiles of this lane's elements, and the two products over this warp's channels.
-     * Exponents are counted from token 7: the gates of 16 tokens at the bound of -5 span e^80, and neither
-     * e^35 nor e^-40 leaves fp32. */
-    __device__ void decay(const Eight (&raw_q)[2], const Eight (&raw_k)[2], const float (&sum)[2][8]) const
+     * Decays are counted from the chunk's start, and not from a token, so that no token's gate changes a bit
+     * of the tokens before it. The gates of 16 tokens at the bound of -5 reach e^-80 and e^80, which fp32
+     * holds. */
+    __device__ void decay(const Eight (&raw_q)[2], const Eight (&raw_k)[2], const float (&q_factor)[2],
+                          const float (&k_factor)[2], const float (&sum)[2][8]) const
     {
-        float q_factor[2], k_factor[2], products[2][2][4] = {};
-        find_norms(q_factor, k_factor);
+        float products[2][2][4] = {};
 #pragma unroll
         for (int first = 0; first < 8; first += 2) { /* two channels at a time, for lack of registers */
-            float q_up[2][2], k_up[2][2], k_down[2][2], from_start[2], to_last[2];
+            float q_up[2][2], k_up[2][2], k_down[2][2], to_last[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                float middle = __shfl_sync(~0u, sum[1][first + c], 4 * 3 + t);
-                float last = __shfl_sync(~0u, sum[1][first + c], 4 * 7 + t);
-                from_start[c] = ex2(middle), to_last[c] = ex2(last - middle);
+                to_last[c] = ex2(__shfl_sync(~0u, sum[1][first + c], 4 * 7 + t)) * UNTRUNCATE;
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float distance = sum[e][first + c] - middle, up = ex2(distance), down = ex2(-distance);
+                    float up = ex2(sum[e][first + c]), down = ex2(-sum[e][first + c]);
                     float q = raw_q[e][first + c] * q_factor[e], k = raw_k[e][first + c] * k_factor[e];
                     q_up[e][c] = q * up;
                     k_up[e][c] = k * up;
@@ -205,17 +255,16 @@ template <int rows> struct Preparation {
             multiply_channels(products[1], q_up, k_down);
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                from_start[c] *= UNTRUNCATE, to_last[c] *= UNTRUNCATE;
                 float4 &rest = stage.k_rest[pair][9 * (channel / 16) + channel % 16 / 2 + first / 4 * 2 + c];
                 store_two(&rest.x + first % 4, k_down[0][c] * to_last[c], k_down[1][c] * to_last[c]);
             }
             const int column = decayed_column(2 * pair, channel + first / 4 * 4) + first % 4;
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                store_two(&stage.q_decayed[2 * pair + e][column], q_up[e][0] * from_start[0],
-                          q_up[e][1] * from_start[1]);
-                store_two(&stage.minus_k_decayed[2 * pair + e][column], k_up[e][0] * -from_start[0],
-                          k_up[e][1] * -from_start[1]);
+                store_two(&stage.q_decayed[2 * pair + e][column], q_up[e][0] * UNTRUNCATE,
+                          q_up[e][1] * UNTRUNCATE);
+                store_two(&stage.minus_k_decayed[2 * pair + e][column], k_up[e][0] * -UNTRUNCATE,
+                          k_up[e][1] * -UNTRUNCATE);
             }
         }
 #pragma unroll
@@ -237,12 +286,25 @@ template <int rows> struct Preparation {
             mma_tf32(product[e], x[0][0], x[1][0], x[0][1], x[1][1], y[e][0], y[e][1]);
     }
 
+    /* Notes tokens whose write strength is NaN. */
+    __device__ void note_bad_beta(const uint16_t (&logit)[2]) const
+    {
+        const auto is_nan = [](uint16_t x) { return (x & 0x7fff) > 0x7f80; };
+        if (__builtin_expect(__any_sync(~0u, is_nan(logit[0]) || is_nan(logit[1])), 0))
+            note_bad_token(scratch, warp,
+                           is_nan(logit[0])   ? thread / CHUNK
+                           : is_nan(logit[1]) ? thread / CHUNK + 8
+                                              : NO_TOKEN);
+    }
+
     /* ---- The role ---- */
 
     __device__ void run() const
     {
         Eight q[2], k[2], g[2];
         if (team >= task.chunks) return;
+        if (thread % 32 == 0) scratch.first_bad[warp] = NO_TOKEN;
+        __syncwarp();
         load_values(team);
         load(g, args.g, team);
         load(q, args.q, team);
@@ -252,20 +314,33 @@ template <int rows> struct Preparation {
             float sum[2][8];
             uint16_t beta[2];
             load_beta(beta, chunk);
-            accumulate_gates(g, chunk, sum);
+            accumulate_gates(g, chunk, sum, false);
             store_squares(q, k);
             sync();
             if (chunk >= STAGES) barrier_sync<EMPTY, STAGE_THREADS<rows>>(team);
             load_values(next);
-            decay(q, k, sum);
-            store_gamma(sum);
+            float q_factor[2], k_factor[2];
+            find_norms(q, k, q_factor, k_factor);
+            decay(q, k, q_factor, k_factor, sum);
+            if (__builtin_expect(store_gamma(sum), 0)) {
+                load(g, args.g, chunk);
+                load(q, args.q, chunk);
+                load(k, args.k, chunk);
+                clear_bad_keys(k, k_factor);
+                accumulate_gates(g, chunk, sum, true);
+                decay(q, k, q_factor, k_factor, sum);
+                store_gamma(sum);
+            }
+            note_bad_beta(beta);
             load(g, args.g, next);
             load(q, args.q, next);
             load(k, args.k, next);
             sync();
             add_products(stage, scratch, task, beta, chunk, thread);
+            const bool any_bad = first_bad_token(scratch) != NO_TOKEN;
             sync();
             if (warp == 0) solve(stage, scratch, thread);
+            if (__builtin_expect(any_bad, 0) && thread % 32 == 0) scratch.first_bad[warp] = NO_TOKEN;
             sync(); /* for racecheck, which does not see that arriving at FULL orders what solve() wrote */
             copy_async_wait<1>(); /* this chunk's values have come; the next chunk's may be in flight */
             barrier_arrive<FULL, STAGE_THREADS<rows>>(team);

@@ -13,7 +13,7 @@
 #ifndef FKDA_PORTABLE_RECURRENCE_CUH
 #define FKDA_PORTABLE_RECURRENCE_CUH
 
-#include "shared.cuh"
+#include "bad_tokens.cuh"
 
 namespace fkda
 {
@@ -111,6 +111,25 @@ template <int rows> struct Recurrence {
             }
     }
 
+    static __device__ bool all_finite(const float (&x)[2][4])
+    {
+        float zero = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) zero = __fmaf_rn(x[i / 4][i % 4], 0.0f, zero);
+        return zero == 0.0f;
+    }
+
+    /* Makes bad rows of the state NaN. */
+    __device__ void spoil_state(const bool (&is_bad)[2])
+    {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (is_bad[r])
+#pragma unroll
+                for (int i = 0; i < DIM / 8; i++)
+                    state[i / 2][i % 2][2 * r] = state[i / 2][i % 2][2 * r + 1] = NAN;
+    }
+
     /* d += u M^T for a lower triangular M of 16 x 16, whose upper right tile of 8 x 8 is zero. */
     __device__ void multiply_lower(float (&d)[2][4], const float (&u)[2][4],
                                    const float (&m)[CHUNK][CHUNK + 8]) const
@@ -178,6 +197,9 @@ template <int rows> struct Recurrence {
             float r[2][4], u[2][4] = {}, o[2][4] = {};
             barrier_sync<FULL, STAGE_THREADS<rows>>(slot<STAGES>(chunk));
             load_values(chunk, r);
+            bool is_bad[2] = {};
+            const bool any_bad = __any_sync(~0u, !all_finite(r));
+            if (__builtin_expect(any_bad, 0)) spoil_outputs(r, o, is_bad, t);
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) { /* r = (V - K~ S)^T, o = (Q~ S)^T */
 #pragma unroll
@@ -191,6 +213,7 @@ template <int rows> struct Recurrence {
                     multiply(o[i], state[j][1], q.z, q.w);
                 }
             }
+            if (__builtin_expect(any_bad, 0)) spoil_state(is_bad);
             multiply_lower(u, r, stage.solve);
             multiply_lower(o, u, stage.attend);
             update_state(stage, u);

@@ -58,6 +58,7 @@ struct Scratch {
     float l_columns[CHUNK][CHUNK + 4];     /* L, transposed */
     float beta[CHUNK];
     float gate_slope[TEAM_WARPS]; /* each warp has its own */
+    int first_bad[TEAM_WARPS];    /* the first bad token (bad_tokens.cuh) that each warp knows of */
     float gate_offset[DIM];
 };
 

@@ -8,17 +8,18 @@
 #ifndef FKDA_PORTABLE_SOLVE_CUH
 #define FKDA_PORTABLE_SOLVE_CUH
 
-#include "shared.cuh"
+#include "bad_tokens.cuh"
 
 namespace fkda
 {
 
 /* Adds up the warps' products: L = tril(diag(b) K~ K^^T, -1) goes to the scratch, and P = tril(Q~ K^^T)
- * to the stage. */
+ * to the stage. From the first bad token on (bad_tokens.cuh) b is zero and P is NaN, and so is the state's
+ * decay. */
 __device__ __forceinline__ void add_products(Stage &stage, Scratch &scratch, const Task &task,
                                              const uint16_t (&beta)[2], int chunk, int thread)
 {
-    const int j = thread % CHUNK;
+    const int j = thread % CHUNK, first_bad = first_bad_token(scratch);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int i = thread / CHUNK + 8 * e;
@@ -31,10 +32,12 @@ __device__ __forceinline__ void add_products(Stage &stage, Scratch &scratch, con
         }
         float logit = __uint_as_float(static_cast<uint32_t>(beta[e]) << 16);
         float b = chunk * CHUNK + i < task.length ? rcp(1.0f + ex2(logit * -LOG2_E)) * UNTRUNCATE : 0.0f;
+        if (i >= first_bad) b = 0.0f, sums[1] = NAN;
         scratch.l_columns[j][i] = j < i ? sums[0] * b : 0.0f;
         stage.attend[i][j] = j <= i ? sums[1] * (UNTRUNCATE * UNTRUNCATE) : 0.0f;
         if (j == 0) scratch.beta[i] = b;
     }
+    if (first_bad != NO_TOKEN) stage.gamma_minus_1[thread] = NAN;
 }
 
 /* T = (I + L)^-1 diag(b) by forward substitution in fp32, one column to a lane. One warp runs it. */

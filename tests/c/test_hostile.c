@@ -1,9 +1,12 @@
 /*
- * Values that a caller should not pass: NaN and infinities in one element of one token. A token must not harm
- * a token before it, another head or another sequence: their outputs and states have the bits that they have
- * without it. What depends on the token must show the fault: results that look right would hide it.
+ * Values that a caller should not pass, and values at the ends of the range of bf16.
  *
- * Only the CPU backend promises this so far. On a GPU a bad token can reach earlier tokens of its own chunk.
+ * NaN and infinities in one element of one token: the token must not harm a token before it, another head or
+ * another sequence. Their outputs and states have the bits that they have without it. What depends on the
+ * token must show the fault: results that look right would hide it.
+ *
+ * CTest runs this program for every kernel and cut, on the emulator too; one group alone:
+ * build/tests/test_hostile --device cpu one-bad-token
  */
 #include <math.h>
 #include <stdlib.h>
@@ -12,8 +15,8 @@
 #include "cases.h"
 #include "harness.h"
 
-enum { HEADS = 2, BAD_HEAD = 1 };
-static const int64_t lengths[] = {20, 37, 18}; /* the second sequence has the bad token */
+enum { HEADS = 2, BAD_HEAD = 1, SEQUENCES = 3 };
+static const int64_t lengths[SEQUENCES] = {20, 37, 18}; /* the second sequence has the bad token */
 
 typedef struct tensor {
     const char *name;
@@ -62,7 +65,7 @@ static void check_outputs(const problem *p, const result *good, const result *ba
 
 static void check_states(const result *good, const result *bad, bool must_be_finite, bool must_show)
 {
-    const int64_t count = (int64_t)(sizeof lengths / sizeof *lengths) * HEADS, size = DIM * DIM;
+    const int64_t count = SEQUENCES * HEADS, size = DIM * DIM;
     const float *expected = good->state, *state = bad->state;
     for (int64_t i = 0; i < count; i++) {
         const bool is_bad = i == 1 * HEADS + BAD_HEAD;
@@ -72,13 +75,20 @@ static void check_states(const result *good, const result *bad, bool must_be_fin
     }
 }
 
-static void one_bad_token(void)
+/* Tokens of the second sequence that are tried: all, or in quick runs the first and last of chunks. */
+static bool is_tried(int64_t token, int64_t length)
+{
+    if (length > 100) return token % (test.quick ? 173 : 61) == 11 || token == length - 1;
+    return !test.quick || token % 16 < 2 || token % 8 == 7 || token == length - 1;
+}
+
+static void try_bad_tokens(const int64_t *of_lengths, bool all_values)
 {
     static const struct {
         const char *name;
         uint16_t bits;
     } values[] = {{"NaN", 0x7fc0}, {"inf", 0x7f80}, {"-inf", 0xff80}};
-    problem *p = problem_create_ragged(lengths, sizeof lengths / sizeof *lengths, HEADS);
+    problem *p = problem_create_ragged(of_lengths, SEQUENCES, HEADS);
     fill_case(p, find_case("channels from fast to slow"), 7);
     const tensor tensors[] = {{"q", p->q, DIM, false, true},
                               {"k", p->k, DIM, false, false},
@@ -88,8 +98,9 @@ static void one_bad_token(void)
     const call_options options = options_of(STATE_BOTH, false);
     result good = run_and_check(p, NULL, (bars){0, 0}, options);
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
-        for (size_t v = 0; v < sizeof values / sizeof *values; v++)
+        for (size_t v = 0; v < (all_values ? sizeof values / sizeof *values : 1); v++)
             for (int64_t t = p->cu_seqlens[1]; t < p->cu_seqlens[2]; t++) {
+                if (!is_tried(t - p->cu_seqlens[1], of_lengths[1])) continue;
                 const tensor *x = &tensors[i];
                 uint16_t *element = x->data + (t * HEADS + BAD_HEAD) * x->row + (5 * t + 3) % x->row;
                 const uint16_t kept = *element;
@@ -103,36 +114,166 @@ static void one_bad_token(void)
                 if (is_fault)
                     CHECK(any_not_finite(bad.out + (t * HEADS + BAD_HEAD) * DIM, DIM),
                           "the token's output hides the fault");
+                if (is_fault && !x->reads_state && t + 1 < p->cu_seqlens[2])
+                    CHECK(any_not_finite(bad.out + ((p->cu_seqlens[2] - 1) * HEADS + BAD_HEAD) * DIM, DIM),
+                          "the sequence's last output hides the fault");
                 result_free(&bad);
             }
     result_free(&good);
     problem_free(p);
 }
 
-/* A value of 1e30 late in a chunk costs earlier tokens no precision: their bits stay. */
-static void huge_value(void)
+static void one_bad_token(void)
 {
-    problem *p = problem_create_ragged(lengths, sizeof lengths / sizeof *lengths, HEADS);
-    fill_case(p, find_case("slow gates"), 8);
+    try_bad_tokens(lengths, true);
+}
+
+/* In a sequence that is cut into segments. */
+static void bad_token_of_long_sequence(void)
+{
+    static const int64_t long_lengths[] = {20, 700, 18};
+    if (test.cut != FLASH_KDA_CUT_NEVER) try_bad_tokens(long_lengths, false);
+}
+
+/* Several bad tokens in one chunk, of several tensors: the first one counts. */
+static void many_bad_tokens(void)
+{
+    problem *p = problem_create_ragged(lengths, SEQUENCES, HEADS);
+    fill_case(p, find_case("channels from fast to slow"), 9);
     const call_options options = options_of(STATE_BOTH, false);
     result good = run_and_check(p, NULL, (bars){0, 0}, options);
-    for (int64_t t = p->cu_seqlens[1]; t < p->cu_seqlens[2]; t++) {
-        uint16_t *element = p->v + (t * HEADS + BAD_HEAD) * DIM + 5;
-        const uint16_t kept = *element;
-        *element = bf16_from_float(1e30f);
-        trying("v of 1e30 at token %lld", (long long)(t - p->cu_seqlens[1]));
+    uint16_t *const tensors[] = {p->k, p->v, p->g, p->q};
+    for (int64_t first = 0; first < lengths[1]; first += 5) {
+        trying("everything is NaN from token %lld on", (long long)first);
+        for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
+            for (int64_t t = p->cu_seqlens[1] + first; t < p->cu_seqlens[2]; t++)
+                memset(tensors[i] + (t * HEADS + BAD_HEAD) * DIM, 0xff, DIM * sizeof **tensors);
         result bad = run_and_check(p, NULL, (bars){0, 0}, options);
-        *element = kept;
-        check_outputs(p, &good, &bad, t);
+        check_outputs(p, &good, &bad, p->cu_seqlens[1] + first);
+        check_states(&good, &bad, false, true);
+        result_free(&bad);
+        fill_case(p, find_case("channels from fast to slow"), 9);
+    }
+    result_free(&good);
+    problem_free(p);
+}
+
+/* The error of the outputs of BAD_HEAD from token `begin` on up to token `end`. */
+static double error_of_tokens(const answer *truth, const uint16_t *out, int64_t begin, int64_t end)
+{
+    double wrong = 0, all = 0;
+    for (int64_t t = begin; t < end; t++)
+        for (int c = 0; c < DIM; c++) {
+            const int64_t at = (t * HEADS + BAD_HEAD) * DIM + c;
+            const double difference = float_from_bf16(out[at]) - truth->out[at];
+            wrong += difference * difference, all += truth->out[at] * truth->out[at];
+        }
+    return sqrt(wrong / all);
+}
+
+/* A value of 1e30 late in a chunk: earlier tokens keep their accuracy, and on the CPU their bits. */
+static void huge_value(void)
+{
+    problem *p = problem_create_ragged(lengths, SEQUENCES, HEADS);
+    fill_case(p, find_case("slow gates"), 8);
+    const call_options options = options_of(STATE_BOTH, false);
+    const answer truth = problem_solve(p, true);
+    const bars limits = case_bars(find_case("slow gates"), test.device);
+    const int64_t begin = p->cu_seqlens[1];
+    for (int64_t t = begin; t < p->cu_seqlens[2]; t++) {
+        if (!is_tried(t - begin, lengths[1])) continue;
+        uint16_t kept[DIM], *const row = p->v + (t * HEADS + BAD_HEAD) * DIM;
+        memcpy(kept, row, sizeof kept);
+        for (int c = 0; c < DIM; c++)
+            if (c % 3 != 1) row[c] = bf16_from_float(c % 2 ? 1e30f : -3e25f);
+        trying("v of 1e30 at token %lld", (long long)(t - begin));
+        result bad = run_and_check(p, NULL, (bars){0, 0}, options);
+        memcpy(row, kept, sizeof kept);
+        if (t > begin) check_error("out", error_of_tokens(&truth, bad.out, begin, t), limits.out);
+        CHECK(!any_not_finite(bad.out + begin * HEADS * DIM, lengths[1] * HEADS * DIM), "out is not finite");
+        result_free(&bad);
+    }
+    answer_free((answer *)&truth);
+    problem_free(p);
+}
+
+/* NaN in the parameters of a head: all its outputs and states show it, and no other head changes. */
+static void bad_head(void)
+{
+    problem *p = problem_create_ragged(lengths, SEQUENCES, HEADS);
+    fill_case(p, find_case("channels from fast to slow"), 10);
+    const call_options options = options_of(STATE_BOTH, false);
+    result good = run_and_check(p, NULL, (bars){0, 0}, options);
+    float *const elements[] = {&p->A_log[BAD_HEAD], &p->dt_bias[BAD_HEAD * DIM + 77]};
+    for (int i = 0; i < 2; i++) {
+        const float kept = *elements[i];
+        *elements[i] = NAN;
+        trying("NaN in %s", i ? "dt_bias" : "A_log");
+        result bad = run_and_check(p, NULL, (bars){0, 0}, options);
+        *elements[i] = kept;
+        for (int64_t t = 0; t < p->tokens; t++)
+            for (int64_t h = 0; h < HEADS; h++) {
+                const int64_t at = (t * HEADS + h) * DIM;
+                if (h == BAD_HEAD)
+                    CHECK(any_not_finite(bad.out + at, DIM), "token %lld hides the fault", (long long)t);
+                else
+                    CHECK(first_different(good.out + at, bad.out + at, DIM) < 0,
+                          "token %lld of head %lld differs", (long long)t, (long long)h);
+            }
         result_free(&bad);
     }
     result_free(&good);
     problem_free(p);
 }
 
+/* Infinities for which the definition is finite: a sigmoid makes numbers of them. */
+static void infinite_parameters(void)
+{
+    problem *p = problem_create_ragged(lengths, SEQUENCES, HEADS);
+    const float infinities[] = {INFINITY, -INFINITY};
+    for (int i = 0; i < 4; i++) {
+        fill_case(p, find_case("channels from fast to slow"), 11);
+        if (i < 2)
+            p->dt_bias[BAD_HEAD * DIM + 5] = infinities[i];
+        else
+            p->A_log[BAD_HEAD] = infinities[i - 2];
+        trying("%s of %g", i < 2 ? "dt_bias" : "A_log", infinities[i % 2]);
+        answer truth = problem_solve(p, true);
+        result r = run_and_check(p, &truth, case_bars(find_case("channels from fast to slow"), test.device),
+                                 options_of(STATE_BOTH, false));
+        result_free(&r);
+        answer_free(&truth);
+    }
+    problem_free(p);
+}
+
+/* Queries and keys of every size from the documented least norm to the largest bf16. */
+static void sizes_of_keys(void)
+{
+    static const float sizes[] = {1e-6f, 1e-4f, 1e-2f, 1e2f, 1e18f, 3e19f, 1e25f, 1e37f};
+    problem *p = problem_create_ragged(lengths, SEQUENCES, HEADS);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        test_case c = *find_case("slow gates");
+        c.sizes.q = c.sizes.k = sizes[i];
+        fill_case(p, &c, 12);
+        trying("q and k of %g", sizes[i]);
+        answer truth = problem_solve(p, false);
+        result r = run_and_check(p, &truth, case_bars(&c, test.device), options_of(STATE_OUT, false));
+        result_free(&r);
+        answer_free(&truth);
+    }
+    problem_free(p);
+}
+
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"one-bad-token", one_bad_token}, {"huge-value", huge_value}};
+    static const group groups[] = {{"one-bad-token", one_bad_token},
+                                   {"long-sequence", bad_token_of_long_sequence},
+                                   {"many-bad-tokens", many_bad_tokens},
+                                   {"huge-value", huge_value},
+                                   {"bad-head", bad_head},
+                                   {"infinities", infinite_parameters},
+                                   {"sizes-of-keys", sizes_of_keys}};
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }

@@ -131,6 +131,10 @@ template <class T, class Combine> T reduce(const char *what, T mine, Combine com
     });
     return mine;
 }
+inline uint32_t __reduce_min_sync(unsigned, uint32_t x)
+{
+    return reduce("__reduce_min_sync", x, [](uint32_t a, uint32_t b) { return min(a, b); });
+}
 inline uint32_t __reduce_max_sync(unsigned, uint32_t x)
 {
     return reduce("__reduce_max_sync", x, [](uint32_t a, uint32_t b) { return max(a, b); });

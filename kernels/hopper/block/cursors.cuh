@@ -27,24 +27,29 @@ struct WorkRing {
 
 struct WorkCursor {
     WorkRing &work;
-    Slot<ITEMS_AHEAD> slot;
+    int number; /* of the current work item, counted from the CTA's first one */
 
-    __device__ explicit WorkCursor(WorkRing &w) : work(w), slot(0)
+    __device__ explicit WorkCursor(WorkRing &w) : work(w), number(0)
     {
+    }
+
+    __device__ Slot<ITEMS_AHEAD> slot() const
+    {
+        return Slot<ITEMS_AHEAD>(number);
     }
 
     /* Waits for the current work item, which stays there until finish(). */
     __device__ const WorkItem &current() const
     {
-        mbarrier_wait(&work.ring.full[slot.index], slot.parity);
-        return work.item[slot.index];
+        mbarrier_wait(&work.ring.full[slot().index], slot().parity);
+        return work.item[slot().index];
     }
 
     /* The warp no longer reads the current work item. */
     __device__ void finish()
     {
-        mbarrier_arrive_warp(&work.ring.empty[slot.index]);
-        slot.advance(1);
+        mbarrier_arrive_warp(&work.ring.empty[slot().index]);
+        number++;
     }
 
     /* A copy of the current work item, and on to the next one. */
@@ -97,40 +102,59 @@ template <class Block> struct ChunkCursor {
     }
 };
 
-/* The CTAs of a pair prepare chunks in turn, so two neighbouring chunks have the same number in the chunk
- * rings of the CTAs that prepare them. */
+/*
+ * The CTAs of a pair prepare chunks in turn, so two neighbouring chunks have the same number in the chunk
+ * rings of the CTAs that prepare them.
+ *
+ * A solo CTA follows the ring slot by slot. A CTA of a pair counts chunks and finds the slot from the number,
+ * because its recurrence is short of registers.
+ */
 template <class Block> struct SlotCursor {
-    Slot<Block::OWN_SLOTS> own; /* of this chunk in the CTA that prepares it */
-    unsigned chunk, rank;
+    static constexpr bool PAIR = Block::CTAS == 2;
+    std::conditional_t<PAIR, unsigned, Slot<Block::OWN_SLOTS>> at;
 
-    __device__ explicit SlotCursor(unsigned rank_in_pair) : own(0), chunk(0), rank(rank_in_pair)
+    __device__ SlotCursor() : at(0)
     {
     }
     __device__ bool is_own() const /* this CTA prepares the chunk */
     {
-        return Block::CTAS == 1 || chunk % 2 == rank;
+        if constexpr (PAIR)
+            return at % 2 == static_cast<unsigned>(cluster_rank());
+        else
+            return true;
+    }
+    /* The slot of the chunk in the CTA that prepares it. */
+    __device__ Slot<Block::OWN_SLOTS> own() const
+    {
+        if constexpr (PAIR)
+            return Slot<Block::OWN_SLOTS>(static_cast<int>(at / 2));
+        else
+            return at;
     }
     __device__ int index() const
     {
-        if constexpr (Block::CTAS == 2)
-            if (!is_own()) return Block::OWN_SLOTS + static_cast<int>(chunk / 2 % Block::RECEIVED_SLOTS);
-        return own.index;
+        if constexpr (PAIR)
+            if (!is_own()) return Block::OWN_SLOTS + static_cast<int>(at / 2 % Block::RECEIVED_SLOTS);
+        return own().index;
     }
     __device__ int parity() const
     {
-        if constexpr (Block::CTAS == 2)
-            if (!is_own()) return static_cast<int>(chunk / (2 * Block::RECEIVED_SLOTS) % 2);
-        return own.parity;
+        if constexpr (PAIR)
+            if (!is_own()) return static_cast<int>(at / (2 * Block::RECEIVED_SLOTS) % 2);
+        return own().parity;
     }
     __device__ void advance()
     {
-        if (++chunk % Block::CTAS == 0) own.advance(1);
+        if constexpr (PAIR)
+            at++;
+        else
+            at.advance(1);
     }
 
     /* In a pair: the slot of the last chunk before this one that this CTA prepared. */
     __device__ Slot<Block::OWN_SLOTS> last_own() const
     {
-        return Slot<Block::OWN_SLOTS>(static_cast<int>((chunk + 1 - rank) / 2 - 1));
+        return Slot<Block::OWN_SLOTS>(static_cast<int>((at + 1 - cluster_rank()) / 2 - 1));
     }
 };
 

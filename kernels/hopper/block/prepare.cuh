@@ -63,7 +63,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
-            shared.gate_offset[team][warp * SHARE + 32 * i + lane] = sigmoid_gate_offset(bias[i], slope);
+            shared.gate_offset[team][warp * SHARE + 32 * i + lane] =
+                hopper_sigmoid_gate_offset(bias[i], slope);
         gate_here = {slope, hopper_sigmoid_gate_inverse_bound(args.lower_bound), head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
@@ -78,7 +79,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         Tokens<Block> &tokens = shared.tokens[slot];
         if (Block::LOADER_FINDS_NORMS && warp == 0 && lane >= left)
             shared.inverse_norm[slot][0][0][lane] = 0.0f;
-        constexpr uint32_t none = 0xff80ff80; /* two bf16 of -inf */
+        constexpr uint32_t none = TWO_MINUS_INFINITIES;
         for (int i = 32 * warp + lane; i < (Block::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
             const int at = (left + i / (2 * ROW / 16)) * ROW + i % (ROW / 16) * 16;
@@ -91,15 +92,42 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     }
 
     /* Turns the sums over all tokens into the state's decay over the chunk, less one. The decay of a slow
-     * channel, rounded to fp32 itself, would be off by one amount chunk after chunk. */
-    __device__ void finish_gamma(float *gamma) const
+     * channel, rounded to fp32 itself, would be off by one amount chunk after chunk. Returns whether one of
+     * the sums is NaN. */
+    __device__ bool finish_gamma(float *gamma) const
     {
         __syncwarp();
+        float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++) {
             float &x = gamma[32 * i + lane];
+            sum += x;
             x = ex2_minus_1(x);
         }
+        return __any_sync(~0u, sum != sum);
+    }
+
+    /* Prepares for the second try at a chunk with a NaN among this warp's gates (bad_tokens.cuh). If A_log
+     * or dt_bias is NaN, all tokens are bad; the next chunk loads both anew. */
+    __device__ void restore(int slot, int round, const ChunkCursor<Block> &at, const float *key_factor)
+    {
+        HeadGate &gate = shared.gate[team][warp];
+        float *offset = &shared.gate_offset[team][warp * SHARE];
+        bool bad_head = gate.slope != gate.slope;
+        __syncwarp();
+        if (bad_head) gate_here.slope = gate.slope = NEAREST_TO_ZERO;
+#pragma unroll
+        for (int i = 0; i < SHARE / 32; i++)
+            if (float &x = offset[32 * i + lane]; x != x) x = 0.0f, bad_head = true;
+        bad_head = __any_sync(~0u, bad_head);
+        if (bad_head && lane == 0) gate.head = -1;
+        __syncwarp();
+        int first = restore_inputs<Block, SHARE>(args, shared.tokens[slot], at, warp * SHARE, gate, offset,
+                                                 key_factor, lane);
+        if (bad_head) first = 0;
+        mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
+        if (lane == 0) shared.products[team].first_bad[warp] = first;
+        __syncwarp();
     }
 
     /* Calls visit(w, tile, a, b) for all sums: w is 0 for K~ and 1 for Q~, a and b are in row g and columns 2
@@ -158,8 +186,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     }
 
     /* Prepares the chunk in an own slot. `round` is the parity of the team's round in the ring of
-     * products. */
-    __device__ void prepare(int slot, int round, bool finds_norms)
+     * products, `at` the chunk. */
+    __device__ void prepare(int slot, int round, bool finds_norms, const ChunkCursor<Block> &at)
     {
         Tokens<Block> &tokens = shared.tokens[slot];
         float *gamma = shared.stage[slot].gamma_minus_1;
@@ -178,25 +206,30 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
         const float *factor = &shared.inverse_norm[place][norms][0][g];
 #pragma unroll 1
-        for (int sub = 0; sub < SUBCHUNKS; sub++) {
-            if (sub == 1) { /* slices add to the last of `within`: the first subchunk's sums make room */
-                __syncwarp();
-#pragma unroll
-                for (int i = 0; i < 12; i++) {
-                    sums.within[0][i / 4][i % 4] = sums.within[SUBCHUNKS - 1][i / 4][i % 4];
-                    sums.within[SUBCHUNKS - 1][i / 4][i % 4] = 0.0f;
-                }
-            }
+        for (;;) {
 #pragma unroll 1
-            for (int c = 0; c < SHARE; c += 16)
-                this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
-                                    &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
-                                    gamma + first + c, sums);
+            for (int sub = 0; sub < SUBCHUNKS; sub++) {
+                if (sub == 1) { /* slices add to the last of `within`: the first subchunk's sums make room */
+                    __syncwarp();
+#pragma unroll
+                    for (int i = 0; i < 12; i++) {
+                        sums.within[0][i / 4][i % 4] = sums.within[SUBCHUNKS - 1][i / 4][i % 4];
+                        sums.within[SUBCHUNKS - 1][i / 4][i % 4] = 0.0f;
+                    }
+                }
+#pragma unroll 1
+                for (int c = 0; c < SHARE; c += 16)
+                    this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                                        &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
+                                        gamma + first + c, sums);
+            }
+            if (SAVES_REGISTERS) this->find_place();
+            if (__builtin_expect(!finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]), 1)) break;
+            restore(slot, round, at, shared.inverse_norm[place][norms][0]);
+            sums = {};
         }
 
         /* ---- What the recurrence and the solver get ---- */
-        if (SAVES_REGISTERS) this->find_place();
-        finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
         fence_async_proxy();
         mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
         store_sums(sums);
@@ -212,7 +245,10 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
          * teams. */
         constexpr bool PARITY_BY_SLOT = RING % (2 * Block::TEAMS) == 0;
         int count = 0; /* of the team's chunks so far */
-        if (lane == 0) shared.gate[team][warp].head = -1;
+        if (lane == 0) {
+            shared.gate[team][warp].head = -1;
+            shared.products[team].first_bad[warp] = NO_TOKEN;
+        }
         __syncwarp();
         for (ChunkCursor<Block> at(shared.work, Block::CTAS * team + pair_rank<Block>()); !at.done();
              at.advance(Block::CTAS * Block::TEAMS)) {
@@ -226,7 +262,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
             if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
             if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
-            prepare(slot.index, (PARITY_BY_SLOT ? slot.index / Block::TEAMS : count) % 2, finds_norms);
+            prepare(slot.index, (PARITY_BY_SLOT ? slot.index / Block::TEAMS : count) % 2, finds_norms, at);
             mbarrier_arrive_warp(&shared.product_ring.full[team]);
             mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);
             slot.advance(Block::TEAMS);

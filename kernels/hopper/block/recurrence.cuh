@@ -154,7 +154,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
                          Store store_before)
     {
         const bool look = (left & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map), whole = left >= CHUNK;
-        const Stage &stage = shared.stage[index];
+        Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
             descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
         const uint32_t stage_place =
@@ -183,7 +183,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         unpack_values(v, raw);
         wgmma_wait<0>();
         if (__builtin_expect(!usual, 0)) {
-            adapt(v, read, stage.divisor, left, look);
+            adapt(v, read, shared.tokens[index].v[0], stage, left, look);
         } else {
             look_again = false;
         }
@@ -239,8 +239,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         load_state(item);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
-        bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
-        if (ready) choose_first_scales(item.length, place);
+        if (item.length > 0 && (Block::OUTPUTS || !is_map)) choose_first_scales();
+        bool ready = false;
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         for (int left = item.length; left > 0; left -= CHUNK) {
             const int slot = uniform(place.index());
@@ -271,22 +271,20 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     {
         mbarrier_arrive_warp(&shared.chunk_ring.empty[place.index()]);
         if (Block::CTAS == 2 && !place.is_own())
-            mbarrier_arrive_warp_in_other_cta(&shared.chunk_ring.empty[place.own.index]);
+            mbarrier_arrive_warp_in_other_cta(&shared.chunk_ring.empty[place.own().index]);
     }
 
     /* ---- The role ---- */
 
     __device__ void run()
     {
-        SlotCursor<Block> place(pair_rank<Block>());
+        SlotCursor<Block> place;
         WorkCursor items(shared.work);
         /* Of all that a CTA reads, only states in the workspace can come from the previous kernel. */
         if (Block::OUTPUTS) wait_for_previous_kernel();
-        int until_join = 0; /* the join phase begins when this is 1 */
-        if constexpr (Block::JOINS) until_join = shared.join.begins;
         for (;; items.finish()) {
             if constexpr (Block::JOINS)
-                if (until_join-- == 1) RelayJoin<Block>(all, shared).carry_rows();
+                if (shared.join.begins == items.number + 1) RelayJoin<Block>(all, shared).carry_rows();
             const WorkItem &item = items.current(); /* read again for each use: registers are scarce */
             if (item.attributes & NO_WORK) break;
             compute_item(item, place);

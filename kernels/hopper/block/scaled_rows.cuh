@@ -18,6 +18,7 @@
 #ifndef FKDA_HOPPER_SCALED_ROWS_CUH
 #define FKDA_HOPPER_SCALED_ROWS_CUH
 
+#include "early_outputs.cuh"
 #include "state_rows.cuh"
 
 namespace fkda
@@ -54,25 +55,51 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         return x;
     }
 
-    /* v^T in fp32: rows as in the state; tile i has tokens 8 i + 2 t, + 1, + 0, + 1. */
+    /* The token of element r of tile i, counted from the chunk's first one. `pair` is from find_pair(). */
+    static __device__ int token(int i, int r, int pair)
+    {
+        return 8 * i + 2 * pair + r % 2;
+    }
+
+    /* Which pair of a tile's tokens this lane has. The index is read again: otherwise the compiler would keep
+     * the numbers of all tokens in registers. */
+    static __device__ int find_pair()
+    {
+        int cta, thread;
+        read_indices(cta, thread);
+        return thread % 4;
+    }
+
+    /* Calls visit(i, r) for all elements of row g + 8 `row`. */
+    template <class Visit> static __device__ void for_row(int row, Visit visit)
+    {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) visit(i, 2 * row + e);
+    }
+
+    /* v^T in fp32. */
     static __device__ void unpack_values(float (&v)[TILES][4], const Raw &x)
     {
 #pragma unroll
-        for (int i = 0; i < 4 * SUBCHUNKS; i++) {
-            v[i / 2][i % 2 * 2] = bf16_low(x.pair[i / 4][i % 4]);
-            v[i / 2][i % 2 * 2 + 1] = bf16_high(x.pair[i / 4][i % 4]);
-        }
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const uint32_t two = x.pair[i / 2][i % 2 * 2 + r / 2];
+                v[i][r] = r % 2 ? bf16_high(two) : bf16_low(two);
+            }
     }
 
     /* The largest |v| of this lane's tokens in row g + 8 r. Without their signs, bf16 compare as integers
-     * do. */
+     * do, and a NaN is larger than any number. */
     static __device__ float largest(const Raw &x, int r)
     {
         uint32_t most = 0;
 #pragma unroll
         for (int i = r; i < 4 * SUBCHUNKS; i += 2)
             most = max_of_pairs(most, x.pair[i / 4][i % 4] & 0x7fff7fff);
-        return fmaxf(bf16_low(most), bf16_high(most));
+        return __uint_as_float(max(most << 16, most & 0xffff0000u));
     }
 
     __device__ static float largest(const float (&v)[TILES][4], int r)
@@ -85,19 +112,59 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 
     /* Makes the values of tokens from `left` on zeros: behind the work item's end lie values of another
      * sequence, or anything. */
-    __device__ void clear_past_end(float (&v)[TILES][4], int left) const
+    __device__ void clear_past_end(float (&v)[TILES][4], int left, int pair) const
     {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) v[i][r] = 8 * i + 2 * (lane & 3) + r % 2 < left ? v[i][r] : 0.0f;
+            for (int r = 0; r < 4; r++)
+                if (token(i, r, pair) >= left) v[i][r] = 0.0f;
+    }
+
+    /* The first token of row g + 8 r whose |v| is at least `bound` or NaN, or CHUNK. */
+    __device__ int first_at_least(const float (&v)[TILES][4], int r, float bound, int pair) const
+    {
+        int first = CHUNK;
+#pragma unroll
+        for (int i = TILES - 1; i >= 0; i--)
+#pragma unroll
+            for (int e = 1; e >= 0; e--)
+                if (!(fabsf(v[i][2 * r + e]) < bound)) first = token(i, e, pair);
+        first = min(first, __shfl_xor_sync(~0u, first, 1));
+        return min(first, __shfl_xor_sync(~0u, first, 2));
+    }
+
+    /* ---- Values that are not finite ---- */
+
+    /* Takes values that are not finite out of v, puts NaN in place of what was read for the outputs of their
+     * tokens and of the tokens after them, and makes their rows of the state NaN. A product would carry them
+     * to earlier tokens, too, because it multiplies them by the zeros of a triangle. Returns whether there
+     * are any. */
+    __device__ bool spoil_rows(float (&v)[TILES][4], float (&read)[READ][4], int pair)
+    {
+        if (!Block::OUTPUTS) return false; /* the state alone is asked for, and becomes NaN by itself */
+        bool spoilt = false;
+#pragma unroll
+        for (int r = 0; r < 2; r++) { /* rows g and g + 8 */
+            const int first = first_at_least(v, r, INFINITY, pair);
+            if (!__any_sync(~0u, first < CHUNK)) continue;
+            spoilt = true;
+            for_row(r, [&](int i, int e) {
+                if (!(fabsf(v[i][e]) < INFINITY)) v[i][e] = 0.0f;
+                if (token(i, e, pair) >= first) read[READ - TILES + i][e] = NAN;
+            });
+            if (first < CHUNK)
+#pragma unroll
+                for (int s = 0; s < DIM / 8; s++) state[s][2 * r] = state[s][2 * r + 1] = NAN;
+        }
+        return spoilt;
     }
 
     /* ---- Do values fit the scales? ---- `high` and `low` are the largest |v| of rows g and g + 8. */
 
     __device__ bool large(float high, float low) const
     {
-        return (high > 16.0f * scale[0]) | (low > 16.0f * scale[1]);
+        return !(high <= 16.0f * scale[0]) | !(low <= 16.0f * scale[1]); /* NaN too */
     }
 
     __device__ bool small(float high, float low) const
@@ -107,25 +174,34 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 
     /* ---- Choosing scales ---- */
 
-    /* Chooses the scales of both rows so that the largest number of the state and of the coming v is in [1/2,
-     * 1), and scales the state and what was read from it. */
-    __device__ void rescale(const float (&v)[TILES][4], float (&read)[READ][4])
+    /* The largest x >= 0 of the four lanes that share a row. */
+    static __device__ float largest_in_row(float x)
+    {
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+    }
+
+    /* The scale for row g + 8 r with which the largest number of the row's state and of the coming v is in
+     * [1/2, 1). `largest_value` is the largest |v| of this lane. */
+    __device__ float fitting_scale(float largest_value, int r) const
+    {
+        float most = 0.0f;
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+            most = fmaxf(most, fmaxf(fabsf(state[s][2 * r]), fabsf(state[s][2 * r + 1])));
+        most = largest_in_row(fmaxf(most * scale[r], largest_value));
+        const float above = power_above(fminf(most, 0x1p126f));
+        return fminf(fmaxf(above, fmaxf(scale[r] * 0x1p-100f, 0x1p-126f)), 0x1p126f);
+    }
+
+    /* Gives both rows new scales, and scales the state and what was read from it. */
+    __device__ void rescale(const float (&next)[2], float (&read)[READ][4])
     {
         float factor[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float most = 0.0f;
-#pragma unroll
-            for (int s = 0; s < DIM / 8; s++)
-                most = fmaxf(most, fmaxf(fabsf(state[s][2 * r]), fabsf(state[s][2 * r + 1])));
-            most = fmaxf(most * scale[r], largest(v, r));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            most = fminf(most, 0x1p126f);
-            const float above = power_above(most);
-            const float next = fminf(fmaxf(above, fmaxf(scale[r] * 0x1p-100f, 0x1p-126f)), 0x1p126f);
-            factor[r] = scale[r] * inverse_power(next);
-            scale[r] = next;
+            factor[r] = scale[r] * inverse_power(next[r]);
+            scale[r] = next[r];
         }
         const auto is_large = [](float x) { return x >= 16.0f || x <= 0.0625f; };
         look_again = __any_sync(~0u, is_large(factor[0]) || is_large(factor[1]));
@@ -140,37 +216,109 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
     }
 
-    /* Chooses scales for a work item's state and first chunk, once that chunk is ready. */
-    __device__ void choose_first_scales(int left, const SlotCursor<Block> &place)
+    /* Chooses scales for the state that a work item starts from. Its first chunk may choose other ones. */
+    __device__ void choose_first_scales()
     {
-        float v[TILES][4], nothing[READ][4] = {};
-        mbarrier_wait(&shared.chunk_ring.ready[place.index()], place.parity());
-        unpack_values(v, load_raw(shared.tokens[place.index()]));
-        clear_past_end(v, left);
-        const float divisor = shared.stage[place.index()].divisor;
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) v[i][r] *= divisor;
-        rescale(v, nothing);
+        float nothing[READ][4] = {};
+        const float next[2] = {fitting_scale(0.0f, 0), fitting_scale(0.0f, 1)};
+        rescale(next, nothing);
     }
 
-    /* Does what an unusual chunk needs before R is computed: clears values past the end, multiplies by a
-     * divisor below one and chooses scales anew where the values do not fit. `look` is true in one chunk of
-     * every 128 tokens; that chunk also looks for faded rows. */
-    __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], float divisor, int left, bool look)
+    /* ---- Values that dwarf the tokens before them ---- */
+
+    /* If a row's scale grows by this much within a chunk, the tokens before the large value would keep only a
+     * few bits of their R in the new scale. */
+    static constexpr float LEAP = 0x1p13f;
+
+    /*
+     * Before the rows get the scales `next`: in rows whose scale leaps, computes the outputs of the early
+     * tokens, which come before the first value of the new size, in a scale that fits them. It adds them to
+     * what was read for outputs, and takes the early tokens out of v and of what was read for R. The state
+     * misses them, at less than 1 / LEAP of its new size.
+     */
+    __device__ void finish_early_tokens(float (&v)[TILES][4], float (&read)[READ][4], const float (&next)[2],
+                                        unsigned char *values, Stage<Block> &stage, int pair)
     {
-        if (left < CHUNK) clear_past_end(v, left);
-        if (divisor < 1.0f) {
+        int early[2]; /* how many tokens are early */
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            early[r] = first_at_least(v, r, next[r] * (0.5f / LEAP), pair);
+            if (next[r] < LEAP * scale[r]) early[r] = 0;
+        }
+        if (!__any_sync(~0u, early[0] > 0 || early[1] > 0)) return;
+
+        float fitting[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float most = 0.0f;
+            for_row(r, [&](int i, int e) {
+                if (token(i, e, pair) < early[r]) most = fmaxf(most, fabsf(v[i][e]));
+            });
+            fitting[r] = fitting_scale(most, r);
+            if (early[r] == 0) fitting[r] = scale[r];
+        }
+        rescale(fitting, read);
+        values += value_place;
+#pragma unroll
+        for (int sub = 0; sub < SUBCHUNKS; sub++) { /* R^T of early tokens takes the place of v */
+            uint32_t pairs[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int i = 2 * sub + k / 2, r = k % 2;
+                float two[2] = {};
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float &x = v[i][2 * r + e], &y = read[i][2 * r + e];
+                    if (token(i, e, pair) < early[r]) two[e] = x * inverse_power(scale[r]) - y, x = y = 0.0f;
+                }
+                pairs[k] = pack_half(two[0], two[1]);
+            }
+            store_matrices_transposed(shared_address(values + sub * SUBCHUNK_BYTES), pairs);
+        }
+        const int top = __shfl_sync(~0u, early[0], lane % 8 * 4),
+                  low = __shfl_sync(~0u, early[1], lane % 8 * 4);
+        compute_early_outputs<Block>(values - value_place, stage, lane < 8 ? top : lane < 16 ? low : 0);
+#pragma unroll
+        for (int sub = 0; sub < SUBCHUNKS; sub++) {
+            uint32_t pairs[4];
+            load_matrices_transposed(pairs, values + sub * SUBCHUNK_BYTES);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int i = 2 * sub + k / 2, r = k % 2;
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (token(i, e, pair) < early[r])
+                        read[READ - TILES + i][2 * r + e] += (e ? half_high(pairs[k]) : half_low(pairs[k]));
+            }
+        }
+    }
+
+    /* ---- An unusual chunk ---- */
+
+    /* Does what an unusual chunk needs before R is computed: clears values past the end, takes out values
+     * that are not finite, multiplies by a divisor below one and chooses scales anew where the values do not
+     * fit. `look` is true in one chunk of every 128 tokens; that chunk also looks for faded rows. */
+    __device__ void adapt(float (&v)[TILES][4], float (&read)[READ][4], unsigned char *values,
+                          Stage<Block> &stage, int left, bool look)
+    {
+        const float divisor = stage.divisor;
+        const int pair = find_pair();
+        if (left < CHUNK) clear_past_end(v, left, pair);
+        const bool spoilt = spoil_rows(v, read, pair);
+        if (divisor < 1.0f)
 #pragma unroll
             for (int i = 0; i < TILES; i++)
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
-        }
         const float high = largest(v, 0), low = largest(v, 1);
-        const bool act = large(high, low) | ((look | look_again) & small(high, low));
-        look_again = false;
-        if (__any_sync(~0u, act) || (look && faint)) rescale(v, read);
+        /* With values taken out, v says nothing about rows that have faded. */
+        const bool act = large(high, low) | ((look | look_again) & !spoilt & small(high, low));
+        look_again = spoilt;
+        if (__any_sync(~0u, act) || (look && faint)) {
+            const float next[2] = {fitting_scale(high, 0), fitting_scale(low, 1)};
+            if (Block::OUTPUTS) finish_early_tokens(v, read, next, values, stage, pair);
+            rescale(next, read);
+        }
         faint |= divisor < 1.0f;
     }
 };

@@ -16,8 +16,8 @@
 #ifndef FKDA_HOPPER_SOLVE_CUH
 #define FKDA_HOPPER_SOLVE_CUH
 
+#include "bad_tokens.cuh"
 #include "send.cuh"
-#include "shared.cuh"
 
 namespace fkda
 {
@@ -242,7 +242,8 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         /* ---- Write strengths ---- */
         Stage<Block> &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
-        const float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
+        float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
+        float divisor = divisor_above(b);
         /* The next chunk's logit is loaded ahead if the chunk belongs to this work item. The loader may
          * publish the next work item only after this chunk is solved. */
         const bool ahead = at.left > Block::CTAS * Block::CHUNK;
@@ -255,13 +256,23 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         mbarrier_wait(&shared.product_ring.full[in.index], in.parity);
         const bool sends = Block::CTAS == 2, sends_now = sends && sender.has_room();
         if (sends_now) sender.send_tokens(slot.index);
-        add_products<Block>(shared.scratch, stage, shared.products[in.index], b, lane);
+        Products<Block> &products = shared.products[in.index];
+        int first_bad = NO_TOKEN;
+        if (__builtin_expect(
+                __any_sync(~0u, b != b || products.first_bad[lane % Block::TEAM_WARPS] != NO_TOKEN), 0)) {
+            first_bad = first_bad_token<Block>(products, b, lane);
+            divisor = divisor_above(b == b ? b : 0.0f); /* of all tokens, as without the bad token */
+            if (lane % Block::CHUNK >= first_bad) b = 0.0f;
+            spoil_decay(stage, lane);
+        }
+        add_products<Block>(shared.scratch, stage, products, b, lane);
         mbarrier_arrive_warp(
             &shared.product_ring.empty[in.index]); /* its __syncwarp also orders the scratch */
 
         /* ---- T ---- */
-        const float divisor = divisor_above(b);
         if (lane == 0) stage.divisor = divisor;
+        if (Block::OUTPUTS && __builtin_expect(first_bad != NO_TOKEN, 0))
+            spoil_outputs(stage, first_bad, lane);
         solve_chunk(shared.scratch, stage, b * inverse_power(divisor), divisor, lane);
         fence_async_proxy();
         mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);

@@ -126,7 +126,9 @@ template <class Block> struct RelayJoin {
     /* Run by the recurrence. */
     __device__ void carry_rows()
     {
-        const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+        int cta, thread; /* read again: otherwise the recurrence would keep what is made from them */
+        read_indices(cta, thread);
+        const int warp = thread / 32, lane = thread % 32;
         static_assert(FKDA_MAPS_CHAINED < 32, "each lane waits for one state");
         Memory::arrive_in_both(&shared.join.room_for_maps);
         carrier.sync(); /* rows overwrite the slot where the last chunk of an earlier work item may be */
