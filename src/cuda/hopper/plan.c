@@ -11,8 +11,9 @@
  *   cut never            Every sequence stays whole.
  *   batch invariant      Segments have about 1024 tokens whatever the batch, so that how a sequence is cut
  *                        depends on its own length alone.
- *   cut always           Segments are so short that there are as many heads of segments as CTA pairs, or
- *                        more. Sequences whose heads fill the GPU anyway stay whole.
+ *   cut always           Segments are so long that all tokens of all heads give about one segment of one
+ *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
+ *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
@@ -141,8 +142,9 @@ static cut cut_unknown(const fkda_shape *s, int sms)
     return (cut){.shortest = (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
 }
 
-/* Chooses segments so short that there are as many heads of segments as CTA pairs, if all tokens are of one
- * sequence; or shorter, if pairs can share segments in a relay. */
+/* Chooses segments so long that each CTA pair has about one segment of one head: if all tokens are of one
+ * sequence, all its segments but the first have at most as many heads together as there are pairs. Segments
+ * are shorter if pairs can share them in a relay. */
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;
