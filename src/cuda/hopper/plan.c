@@ -23,10 +23,13 @@
  *                        sequence. If not:
  *     longest known      The fastest of the mixed schedule, passes for the longest sequence, and whole
  *                        sequences.
- *     longest unknown    Passes for the case that one sequence has all tokens, if passes that cut nothing
- *                        cost little.
+ *     longest unknown    Passes with the segments that would be best if one sequence had all tokens. If the
+ *                        passes would cost too much in a call that turns out to have no sequence to cut,
+ *                        every sequence stays whole.
  *
- * Cutting must save 5% by the estimates, which are off by a few percent.
+ * The estimates are off by a few percent. The percentages that decide what is worth it are in costs.h:
+ * FKDA_PERCENT_WORTH_CUTTING (cutting must save 5%), FKDA_RELAY_PERCENT (a relay must be faster than passes
+ * by 6%) and FKDA_PERCENT_IDLE (passes that cut nothing may cost 3%).
  */
 #include "plan.h"
 
@@ -128,8 +131,8 @@ static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_ho
     return fkda_clocks_passes_of_longest(s, segments, sms) < to_beat ? passes : mixed;
 }
 
-/* Passes for the case that one sequence has all tokens. Segments are made so long, over half of a sequence of
- * average length, that they cut nothing if all sequences have equal length. */
+/* Passes with the segments that would be best if one sequence had all tokens. If all sequences turn out to
+ * have equal length, nothing is to be cut, so segments are longer than half of the average sequence. */
 static cut cut_unknown(const fkda_shape *s, int sms)
 {
     int64_t ignored;
