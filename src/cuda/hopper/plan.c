@@ -41,8 +41,9 @@ enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIR,
     /* Tokens of a segment on average, at least. Shorter segments cost more in joining than they save. */
     SHORTEST_SEGMENT = 128,
-    /* The same for results that must not depend on the batch, and wherever one long sequence decides how all
-     * are cut. The workspace then stays under a quarter of the bytes of q, k, v and g. */
+    /* Tokens of a segment, at least, for results that must not depend on the batch, and where one long
+     * sequence decides how all are cut. The workspace then stays under a quarter of the bytes of q, k, v and
+     * g. */
     SHORTEST_INVARIANT = 1024,
     /* Chunks of a sequence that the mixed schedule treats as long. A shorter one takes longer cut than
      * whole. */
