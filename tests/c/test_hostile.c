@@ -5,9 +5,8 @@
  *
  * Only the CPU backend promises this so far. On a GPU a bad token can reach earlier tokens of its own chunk.
  *
- * tests/CMakeLists.txt registers this program with CTest once for each device that it is for. By itself it
- * runs with `.venv/bin/ctest --test-dir build -R test_hostile`, and one group of it with
- * `build/tests/test_hostile --device cpu one-bad-token`.
+ * tests/CMakeLists.txt registers this program with CTest. `.venv/bin/ctest --test-dir build -R test_hostile`
+ * runs this test alone, and `build/tests/test_hostile --device cpu one-bad-token` one of its groups.
  */
 #include <math.h>
 #include <stdlib.h>
