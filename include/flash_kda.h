@@ -69,11 +69,13 @@ typedef enum flash_kda_device_type {
 } flash_kda_device_type;
 
 /* How flash_kda_fwd() may cut sequences into segments that are computed in parallel. Only the kernel "hopper"
- * cuts, so other kernels take every value and do the same for each. */
+ * cuts, so other kernels take every value and do the same for each. With FLASH_KDA_CUT_ALWAYS segments are so
+ * long that each CTA pair of the GPU has about one segment of one head, and have at least 128 tokens on
+ * average; a sequence without room for two stays whole. */
 typedef enum flash_kda_cut {
     FLASH_KDA_CUT_AUTO = 0,   /* where it pays, in the way that pays most */
     FLASH_KDA_CUT_NEVER = 1,  /* every sequence stays whole */
-    FLASH_KDA_CUT_ALWAYS = 2, /* wherever heads do not fill the GPU and a sequence is long enough */
+    FLASH_KDA_CUT_ALWAYS = 2, /* whether it pays or not, if a sequence is long enough */
     FLASH_KDA_CUT_MIXED = 3,  /* only sequences of different lengths, by the schedule made for these */
 } flash_kda_cut;
 

@@ -1,6 +1,6 @@
 /*
- * Costs that the kernels reckon with, and some of them the host's planner too. Costs that only the planner
- * needs are in src/cuda/hopper/costs.h.
+ * Costs that the kernels reckon with. The host's planner uses some of these costs too. Costs that only the
+ * planner needs are in src/cuda/hopper/costs.h.
  *
  * All costs were fitted to times on an H100 (docs/measurements.md). A wrong cost makes a call slower, never
  * wrong: the costs decide which CTA computes what, not what is computed.

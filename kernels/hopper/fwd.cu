@@ -3,10 +3,10 @@
  *
  * Algorithm. A CTA, one on each SM, goes through heads of sequences chunk by chunk. Four roles hand chunks on
  * through rings in shared memory: the loader, one warp, brings inputs (block/loader.cuh); teams of two or
- * four warps prepare chunks in turn (block/prepare.cuh); one warp solves it (block/solve.cuh); and one or two
- * warpgroups carry the state through it (block/recurrence.cuh). A solo CTA has a head for itself. The CTAs of
- * a pair share a head: each carries half of the state's rows, prepares every second chunk and sends it to the
- * other one.
+ * four warps prepare chunks in turn (block/prepare.cuh); one warp solves each chunk (block/solve.cuh); one or
+ * two warpgroups carry the state through all chunks (block/recurrence.cuh). A solo CTA has a head for itself.
+ * The CTAs of a pair share a head: each carries half of the state's rows, prepares every second chunk and
+ * sends it to the other one.
  *
  * The entry points here are fkda_hopper_solo and fkda_hopper_pair. segments.cu has the entry points for
  * sequences that are cut: fkda_hopper_list, maps, join, relay and mixed.

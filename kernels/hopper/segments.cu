@@ -3,11 +3,11 @@
  *
  *   fkda_hopper_list   lists all segments, if sequences have different lengths (schedule/list.cuh)
  *   fkda_hopper_maps   computes the maps of all inner segments; beside it fwd.cu computes the first segments
- *   fkda_hopper_join   joins them; behind it fwd.cu computes the later segments (join/join.cuh)
+ *   fkda_hopper_join   joins the maps; behind it fwd.cu computes the later segments (join/join.cuh)
  *   fkda_hopper_relay  computes all segments in one launch (schedule/relay.cuh)
  *   fkda_hopper_mixed  a relay for long sequences, beside short ones that are not cut (schedule/mixed.cuh)
  *
- * docs/segments.md explains the algorithm, segments.h what the kernels and the host share.
+ * docs/segments.md explains the algorithm, and segments.h has what the kernels and the host share.
  */
 #include "block/run.cuh"
 #include "join/join.cuh"

@@ -46,10 +46,12 @@ typedef struct fkda_list_counts {
     int cut_sequences;
 } fkda_list_counts;
 
-/* Flags in the workspace with which CTAs of one launch wait for each other, one flag for 16 rows:
- * FKDA_FLAG_MAP + r says that rows 16 r of a segment's map are written, FKDA_FLAG_STATE + r that those rows
- * of the slot's state are as they must be before the join, FKDA_FLAG_JOINED + r that they are as the join
- * phase leaves them. */
+/* Flags in the workspace with which CTAs of one launch wait for each other. Each flag is for 16 rows, 16 r to
+ * 16 r + 15, of the slot of segment i:
+ *   FKDA_FLAG_MAP + r     the rows of the map of segment i are written
+ *   FKDA_FLAG_STATE + r   the slot's state has what the join starts from: the rows of B of segment i - 1, or
+ *                         of the state after the first segment if i is 1
+ *   FKDA_FLAG_JOINED + r  the slot's state has what the join makes: the rows of the state before segment i */
 enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
 
 enum { FKDA_RELAY_SHARED = 2 }; /* inner segments of a head that CTA pairs may share, at most */

@@ -99,9 +99,11 @@ def fwd(
             several times as fast. A wrong number costs time, not correctness. Without cu_seqlens it changes
             nothing.
         cut: how the kernel "hopper" may cut sequences into segments that are computed in parallel: "auto"
-            where it pays, "never", "always" wherever a sequence is long enough, "mixed" only by the schedule
-            for sequences of different lengths. Meant for tests and benchmarks. Results differ within the
-            error budget. Other kernels take every value and cut nothing.
+            where it pays, "never", "always" whether it pays or not, "mixed" only by the schedule for
+            sequences of different lengths. With "always" segments are so long that each CTA pair has about
+            one segment of one head, and have at least 128 tokens on average; a sequence without room for two
+            stays whole. Meant for tests and benchmarks. Results differ within the error budget. Other kernels
+            take every value and cut nothing.
 
     All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta and cu_seqlens: to an
     element); what is written shares memory with nothing else. T may be 0, and so may a sequence's length.

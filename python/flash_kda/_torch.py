@@ -173,7 +173,7 @@ def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: A
         ]
         call = PreparedCall(options, (_DEVICES[device.type], device.index or 0), views)
     if kept:
-        # Also for a call that was found: inference mode is among what the guards compare, but not in the key.
+        # A call that was found gets new guards too: the guards compare inference mode, and the key does not.
         call.fits = _Guards(
             *tensors,
             dynamic_dims_sizes=[list(t.shape) for t in tensors],

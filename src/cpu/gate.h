@@ -20,8 +20,8 @@ typedef struct gate_constants {
     float up, down;
 } gate_constants;
 
-/* exp(A_log) is held below half of fp32's range, so that a rate beyond the range still meets a gate of 0 as a
- * number: infinity times 0 would be NaN. */
+/* exp(A_log) is held to at most half of the largest fp32 number, so that the slope is finite. An infinite
+ * slope would make a NaN of g + dt_bias = 0, since infinity times 0 is NaN. */
 static inline gate_constants make_gate_constants(float A_log, float lower_bound, int chunk)
 {
     float rate = expf(A_log);

@@ -8,8 +8,8 @@
  * work.ring.full[i]           1: loader                            all other roles   work item i is read
  * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
  * chunk_ring.loaded[own]      1: loader; bytes of g, k, q, v       its team; in a    inputs are read
- *                                                                  MapCta mostly the
- *                                                                  loader
+ *                                                                  MapCta whoever
+ *                                                                  finds the norms
  * chunk_ring.normed[own]      1: loader (LOADER_FINDS_NORMS)       its team          norms are read
  * chunk_ring.ready[own]       T + 1: its team and the solver       recurrence        the chunk is read
  * chunk_ring.ready[received]  1: loader; bytes of v, of the        recurrence        the chunk is read
@@ -18,8 +18,8 @@
  *                             since both read the chunk            solver            the other CTA's slot
  *                                                                                    that received the chunk
  *                                                                                    is overwritten
- *                                                                  team of a MapCta  nothing; the wait makes
- *                                                                                    the parity meaningful
+ *                                                                  team of a MapCta  the team waits for
+ *                                                                                    loaded and normed
  *                                                                  recurrence        a map overwrites tokens
  * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
  * product_ring.full[team]     T: the team                          solver            products are read
@@ -35,8 +35,8 @@
  * A chunk of a pair lies in two slots: in an own slot of the CTA that prepared it, and in a received slot of
  * the other CTA. The recurrences of both CTAs arrive at empty[own] when they have read it, so that barrier
  * says that both slots are free. In a MapCta a slot changes teams from round to round, and a parity cannot
- * tell a round from the one two rounds earlier: its team waits for empty[own] to know that the round before
- * is over.
+ * tell a round from the one two rounds earlier. So a team first waits for empty[own], which says that the
+ * round before is over, and only then for loaded[own] or normed[own].
  *
  * Named barriers:
  *

@@ -1,6 +1,6 @@
 /*
  * A block: one CTA shape under one schedule. All roles are templates over a block, and the kernels differ
- * only in it:
+ * only in their blocks:
  *
  *   fkda_hopper_solo    Block<SoloCta, EvenShares>
  *   fkda_hopper_pair    Block<PairCta, EvenShares>

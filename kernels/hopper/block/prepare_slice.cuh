@@ -1,6 +1,10 @@
 /*
- * The arithmetic of the preparation: 16 channels of a subchunk, which a warp takes through it from raw inputs
+ * The arithmetic of the preparation of a slice: 16 channels of a subchunk, which a warp takes from raw inputs
  * to decayed tiles and products over channels.
+ *
+ * Why decays are counted from the subchunk's start. Even if all 16 gates are at the bound of -5, exp(-G) is
+ * at most e^80, which fp32 and tf32 hold; and k exp(G) and q exp(G) are K~ and Q~ without another factor. The
+ * portable kernel counts from token 7 and the CPU from a constant (docs/portable-kernel.md, src/cpu/head.h).
  *
  * Lane (g, t) = (lane / 4, lane % 4) owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
  * This is the layout of the tensor core's fragments, so elements go from ldmatrix through the products to
@@ -95,13 +99,14 @@ template <class Block> struct SlicePreparation {
 
     /*
      * Prepares 16 channels of subchunk `sub`: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
-     * adds the products over the 16 channels to `sums`; the products of the subchunk with itself go to the
-     * last element of `within`.
+     * adds the products over the 16 channels to `sums`. The products of the subchunk with itself go to the
+     * last element of `within`, from which Preparation::prepare() moves those of the first subchunk to
+     * within[0] before the second subchunk begins.
      *
      * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are
      * multiplied by the decay over the first subchunk, and the first one's Kr by the decay over the second.
-     * The products of the second subchunk with the first one are taken before, while both are still counted
-     * from the border between the subchunks.
+     * The products of the second subchunk with the first one are taken before these multiplications, while
+     * the decays in K~ and Q~ of the second and in Kr of the first are counted from the border between them.
      *
      * `at` is this lane's row of the slice's gates; `offset` is the gate offset of its first channel,
      * `factor` the inverse norm of this lane's first token, and `gamma` has the channels' sums over all

@@ -1,7 +1,7 @@
 /*
  * Rings: a fixed number of slots in shared memory that one role fills and another one empties, in turn.
  *
- * Which role fills and empties which ring, and what may be overwritten when: the table in barriers.cuh.
+ * The table in barriers.cuh says which role fills and empties which ring, and what may be overwritten when.
  */
 #ifndef FKDA_HOPPER_RING_CUH
 #define FKDA_HOPPER_RING_CUH

@@ -4,7 +4,7 @@
  *
  * A chunk goes in two copies: its tokens once they are prepared, and its stage once it is solved. The other
  * CTA has fewer received slots than chunks are under way, so the sender waits until the recurrences of both
- * CTAs have released the chunk that was sent to the slot before.
+ * CTAs have released the chunk that the received slot held before.
  */
 #ifndef FKDA_HOPPER_SEND_CUH
 #define FKDA_HOPPER_SEND_CUH

@@ -1,6 +1,5 @@
 /*
- * The solver: one warp that turns the products over channels of each own chunk into the chunk's small
- * matrices,
+ * The solver: one warp that turns the products over channels of each own chunk into its small matrices,
  *
  *     T = (I + L)^-1 diag(b)   with L = tril(diag(b) K~ K^^T, -1)         P = tril(Q~ K^^T)
  *

@@ -11,10 +11,10 @@
  * segment, is there from the start.
  *
  * Algorithm. Rows of a state are independent, so a CTA carries FKDA_JOIN_ROWS rows through all maps of a
- * sequence, one map after the other (step CHAIN). If a sequence has more than FKDA_MAPS_CHAINED maps, it is
- * done in three steps, each of which is a launch: COMPOSE multiplies the maps of each group of
+ * sequence, one map after the other (step CHAIN). If a sequence has more than FKDA_MAPS_CHAINED maps, its
+ * join has three steps, each of which is a launch: COMPOSE multiplies the maps of each group of
  * FKDA_GROUP_MAPS to one map and one state, all groups in parallel; CHAIN carries states from group to group;
- * and EXPAND carries them through the maps of each group, again in parallel.
+ * and EXPAND carries states through the maps of each group, again in parallel.
  *
  * Optimizations. The code is kept small, because each launch has to fetch it from memory first.
  */

@@ -19,8 +19,13 @@
  * segments that are shared: a pair has such a segment of two to four heads, and computes first the maps of
  * all these heads, then the outputs.
  *
- * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch
- * must be cooperative, because every pair that is waited for must run. All flags are zeros before the launch.
+ * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long.
+ *
+ * Why no wait at a flag lasts for ever. relay_plan.c in src/cuda/hopper plans no more CTA pairs than run at
+ * the same time, with one CTA on each SM. The launch is cooperative: either all its CTAs run at the same
+ * time, so that every pair that is waited for runs, or the driver refuses the launch, and run_relay() in
+ * launch.c runs the passes instead. All flags are cleared before the launch, so a flag of an earlier call is
+ * never taken for one of this call.
  */
 #ifndef FKDA_HOPPER_RELAY_CUH
 #define FKDA_HOPPER_RELAY_CUH

@@ -69,8 +69,8 @@ fkda_known_lengths fkda_what_is_known(const fkda_shape *s)
     return (fkda_known_lengths){longest, rest, s->sequences > 1 ? rest / (s->sequences - 1) : 0};
 }
 
-/* The device gives CTA pairs to the heads of the longest sequence until the rest would take longer. The best
- * number of pairs is what it comes to. */
+/* The device gives CTA pairs to the heads of the longest sequence until the rest would take longer. The
+ * estimate assumes that the device arrives at the best number of pairs. */
 int64_t fkda_clocks_mixed(const fkda_shape *s, int sms)
 {
     const fkda_known_lengths of = fkda_what_is_known(s);

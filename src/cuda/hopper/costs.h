@@ -72,9 +72,9 @@ int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms);
 /* Heads of equal sequences cut into `segments` segments each, in passes; whole, for one segment. */
 int64_t fkda_clocks_passes(int64_t heads, int64_t chunks, int64_t segments, int sms);
 
-/* A relay whose longest segment has chunks_64 / 64 chunks (a 64th is the unit of the argument), and in which
- * states go through `maps` maps,
- * and each head has `inner` CTA pairs besides the one of its first segment. */
+/* A relay whose longest segment has chunks_64 / 64 chunks (a 64th is the unit of the argument), in which
+ * states go through `maps` maps, and in which each head has `inner` CTA pairs besides the pair of its first
+ * segment. */
 int64_t fkda_clocks_relay(int64_t chunks_64, int64_t maps, int64_t inner);
 
 /* Whether the CTA pair of a first segment takes part in the join phase. It does where the pairs of `inner`

@@ -11,8 +11,9 @@
  *   cut never            Every sequence stays whole.
  *   batch invariant      Segments have about 1024 tokens whatever the batch, so that how a sequence is cut
  *                        depends on its own length alone.
- *   cut always           Segments are so short that there are as many heads of segments as CTA pairs, or
- *                        more. Sequences whose heads fill the GPU anyway stay whole.
+ *   cut always           Segments are so long that all tokens of all heads give about one segment of one
+ *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
+ *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
@@ -22,10 +23,13 @@
  *                        sequence. If not:
  *     longest known      The fastest of the mixed schedule, passes for the longest sequence, and whole
  *                        sequences.
- *     longest unknown    Passes for the case that one sequence has all tokens, if passes that cut nothing
- *                        cost little.
+ *     longest unknown    Passes with the segments that would be best if one sequence had all tokens. If the
+ *                        passes would cost too much in a call that turns out to have no sequence to cut,
+ *                        every sequence stays whole.
  *
- * Cutting must save 5% by the estimates, which are off by a few percent.
+ * The estimates are off by a few percent. The percentages that decide what is worth it are in costs.h:
+ * FKDA_PERCENT_WORTH_CUTTING (cutting must save 5%), FKDA_RELAY_PERCENT (a relay must be faster than passes
+ * by 6%) and FKDA_PERCENT_IDLE (passes that cut nothing may cost 3%).
  */
 #include "plan.h"
 
@@ -37,8 +41,9 @@ enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIR,
     /* Tokens of a segment on average, at least. Shorter segments cost more in joining than they save. */
     SHORTEST_SEGMENT = 128,
-    /* The same for results that must not depend on the batch, and wherever one long sequence decides how all
-     * are cut. The workspace then stays under a quarter of the bytes of q, k, v and g. */
+    /* Tokens of a segment, at least, for results that must not depend on the batch, and where one long
+     * sequence decides how all are cut. The workspace then stays under a quarter of the bytes of q, k, v and
+     * g. */
     SHORTEST_INVARIANT = 1024,
     /* Chunks of a sequence that the mixed schedule treats as long. A shorter one takes longer cut than
      * whole. */
@@ -127,8 +132,8 @@ static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_ho
     return fkda_clocks_passes_of_longest(s, segments, sms) < to_beat ? passes : mixed;
 }
 
-/* Passes for the case that one sequence has all tokens. Segments are made so long, over half of a sequence of
- * average length, that they cut nothing if all sequences have equal length. */
+/* Passes with the segments that would be best if one sequence had all tokens. If all sequences turn out to
+ * have equal length, nothing is to be cut, so segments are longer than half of the average sequence. */
 static cut cut_unknown(const fkda_shape *s, int sms)
 {
     int64_t ignored;
@@ -141,8 +146,9 @@ static cut cut_unknown(const fkda_shape *s, int sms)
     return (cut){.shortest = (2 * shortest > equal ? shortest : equal / 2 + 1) * CHUNK};
 }
 
-/* Chooses segments so short that there are as many heads of segments as CTA pairs, if all tokens are of one
- * sequence; or shorter, if pairs can share segments in a relay. */
+/* Chooses segments so long that each CTA pair has about one segment of one head: if all tokens are of one
+ * sequence, all its segments but the first have at most as many heads together as there are pairs. Segments
+ * are shorter if pairs can share them in a relay. */
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;

@@ -47,7 +47,7 @@ typedef struct fkda_hopper_memory {
     size_t cut_sequences; /* list */
     size_t states, maps;  /* of each slot */
     size_t composed;      /* maps of groups */
-    size_t bytes;         /* of it all */
+    size_t bytes;         /* of the whole workspace */
     int64_t relay_flags;  /* how many: flags of the relay or the mixed schedule */
     /* How many: handoff flags of a mixed launch, right behind its relay flags, so that one memset clears
      * both. */
@@ -77,7 +77,7 @@ static inline int64_t fkda_hopper_pairs(int sms)
     return sms / FKDA_HOPPER_PAIR_CTAS;
 }
 
-/* Workers of an even-shares launch of so many work items in chunks of so many tokens: as many CTA pairs, or
+/* Workers of an even-shares launch of `items` work items in chunks of `chunk` tokens: as many CTA pairs, or
  * solo CTAs, as run at the same time, and at most one for each item. */
 static inline int64_t fkda_hopper_workers(int chunk, int64_t items, int sms)
 {
@@ -85,7 +85,7 @@ static inline int64_t fkda_hopper_workers(int chunk, int64_t items, int sms)
     return items < places ? items : places;
 }
 
-/* The plan for a GPU with so many SMs, at least 2. */
+/* The plan for a GPU with `sms` SMs, at least 2. */
 fkda_hopper_plan fkda_hopper_plan_for(const fkda_shape *shape, int sms);
 
 #endif

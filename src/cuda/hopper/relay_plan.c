@@ -2,13 +2,14 @@
  * How the relay cuts sequences.
  *
  * All CTA pairs of a relay run at the same time, so a head can have at most pairs / heads of them. There are
- * two ways to use what is left over of that division:
+ * two ways to use the pairs that this division leaves over:
  *
  *   even    All segments have the same length. The pairs that are left over ("spare" pairs) compute the
  *           outputs of first segments, one after the other, while the other pairs are in the map phase.
- *   shared  The pair of a first segment computes its outputs itself. None, one or two more inner segments
- *           of each head are shared: one pair has that segment of two, three or four heads, one after the
- *           other. Such a segment is shorter by as much, so that the pair is ready when the others are.
+ *   shared  The pair of a first segment computes the first segment's outputs itself. None, one or two more
+ *           inner segments of each head are shared: one pair has such a segment of two, three or four heads,
+ *           one head after the other. The segment is so much shorter that the pair is ready when the other
+ *           pairs are.
  */
 #include "relay_plan.h"
 
@@ -40,8 +41,8 @@ static fkda_relay_plan cut_evenly(int64_t heads, int64_t chunks, int64_t segment
 /*
  * `shared[i]` is the number of heads that share the i-th shared segment; 0: there is no such segment. Let x
  * be the clocks that the map phase of an inner segment takes, and let FIRST_LATE and LAST_LATE stand for the
- * clocks of so many chunks. Then all pairs reach the join together, and finish the output phase together, if
- * the map phases of segments take these clocks:
+ * clocks of FKDA_RELAY_FIRST_LATE_CHUNKS and `last_late` chunks. Then all pairs reach the join together, and
+ * finish the output phase together, if the map phases of segments take these clocks:
  *
  *     first segment    x - FIRST_LATE, since its pair starts late
  *     inner segment    x

@@ -5,7 +5,7 @@
 #include "plan.h"
 
 typedef struct fkda_relay_plan {
-    int64_t pairs;  /* CTA pairs; 0: the relay cannot run so many segments */
+    int64_t pairs;  /* CTA pairs; 0: no relay can run the segments */
     int64_t clocks; /* estimate, to be compared with fkda_clocks_passes() */
     fkda_relay relay;
 } fkda_relay_plan;

@@ -50,8 +50,8 @@ fkda_hopper_memory fkda_hopper_lay_out(const fkda_shape *shape, const fkda_hoppe
     if (mixed || plan->strategy == FKDA_HOPPER_RELAY)
         m.relay_flags = plan->slots * shape->heads * FKDA_SLOT_FLAGS;
     if (mixed) m.mixed_handoff_flags = (int64_t)plan->sms * FKDA_HANDOFF_FLAGS;
-    /* The handoff area must stay first: where a mixed launch is refused, whole sequences use the workspace's
-     * beginning. */
+    /* The handoff area must stay first: if the driver refuses a mixed launch, run_whole() in launch.c runs
+     * instead, and its handoff area is at the workspace's beginning. */
     m.handoff = take(&end, 1, handoff_bytes(plan->sms));
     m.flags = take(&end, m.relay_flags + m.mixed_handoff_flags, sizeof(int));
     m.counts = take(&end, 1, sizeof(fkda_list_counts));
