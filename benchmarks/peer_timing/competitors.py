@@ -46,8 +46,9 @@ def _load_peer(path: str) -> Any:
         return module
     sys.path.insert(0, path)
     module = importlib.import_module("flash_kda")
-    found = Path(module.__file__ or "").resolve()
-    if Path(path).resolve() not in found.parents:
+    # Without resolve(): a build folder's package has links to the modules of its source tree.
+    found = Path(os.path.abspath(module.__file__ or ""))
+    if Path(os.path.abspath(path)) not in found.parents:
         raise ImportError(f"{path} holds no package flash_kda; Python found one elsewhere")
     return module
 
