@@ -148,6 +148,13 @@ inline uint32_t __ballot_sync(unsigned, int x)
     const uint32_t bit = x ? 1u << threadIdx.x % 32 : 0;
     return reduce("__ballot_sync", bit, [](uint32_t a, uint32_t b) { return a | b; });
 }
+/* Fibers of one launch that share memory never run at the same time. */
+inline int atomicMin(int *to, int x)
+{
+    const int before = *to;
+    *to = min(before, x);
+    return before;
+}
 inline int __ffs(int x)
 {
     return __builtin_ffs(x);

@@ -5,10 +5,11 @@
  * Algorithm. A product multiplies a NaN by the zeros of a triangle, which are NaN too, and would carry it to
  * earlier tokens. So no NaN of a key, a gate or a write strength ever enters a product:
  *
- *   norms        A key that is not finite becomes a key of zeros, and all gates of its token become NaN.
+ *   norms        If the sum of a token's squares is not finite, some of its gates become NaN.
  *   preparation  A NaN among a warp's gates makes the sum over the chunk NaN in its channel. The warp then
- *                restores its inputs from global memory, with gates of -inf (a decay of one) in place of NaN,
- *                prepares the chunk once more, and tells the solver which token is the first bad one.
+ *                restores its inputs from global memory, with gates of -inf (a decay of one) in place of NaN
+ *                and zeros in place of keys that are not finite, prepares the chunk once more, and tells the
+ *                solver which token is the first bad one.
  *   solver       From the first bad token on, write strengths are zero, and NaN stands on the diagonal of P
  *                and in the state's decay over the chunk.
  *
@@ -39,44 +40,36 @@ __device__ __forceinline__ uint4 *token_unit(unsigned char *tile, int token, int
 
 /* ---- Norms --------------------------------------------------------------------------------------------- */
 
-/* What 1 / |k| is for a token whose key is not finite: a zero that can be told from others. */
-constexpr float BAD_KEY = -0.0f;
+/* What stands in place of 1 / |x| of a token. UNUSUAL: the sum of squares is not finite, and the team has yet
+ * to see why. BAD_KEY: the key is not finite and counts as zeros; a zero that can be told from others. */
+constexpr float UNUSUAL = -1.0f, BAD_KEY = -0.0f;
 
-/*
- * Finds the norms of a subchunk's tokens whose sums of squares are not finite, in which case store_inverse_
- * norms has left 0 or NaN. `to` and `x` are as there; `first_half` is the half of the tokens that x points
- * into.
- *
- * The squares of finite elements above 2^60 overflow; scaled down they do not. A key that is not finite is
- * cleared, and its token's gates become NaN. The norm of a query that is not finite becomes NaN.
- */
+/* Marks a token whose sum of squares is not finite. One NaN among the gates of each warp of the team brings
+ * all of them to restore(). */
 template <class Block>
-__device__ __forceinline__ void find_unusual_norms(float *to, Tokens<Block> &tokens, int which, int sub,
-                                                   int lane)
+__device__ __forceinline__ void mark_unusual(float &inverse_norm, Tokens<Block> &tokens, int token)
+{
+    inverse_norm = UNUSUAL;
+#pragma unroll 1
+    for (int unit = 0; unit < DIM / 8; unit += 4)
+        token_unit(tokens.half[unit / 8].tile[G], token, unit % 8)->x = TWO_NANS;
+}
+
+/* 1 / |x| of a token whose sum of squares was not finite; `at` is its first channel in q or k.
+ *
+ * The squares of finite elements above 2^60 overflow; scaled down they do not. What is not finite itself has
+ * the norm `otherwise`. */
+__device__ __forceinline__ float unusual_inverse_norm(const void *tensor, long long at, float otherwise)
 {
     constexpr float DOWN = 0x1p-68f; /* 128 squares of less than 2^60 have a finite sum */
-    __syncwarp();
-    if (lane < SUBCHUNK && !(to[lane] > 0.0f)) {
-        const int token = SUBCHUNK * sub + lane;
-        float sum = 0.0f;
+    float sum = 0.0f;
 #pragma unroll 1
-        for (int i = 0; i < DIM / 8; i++) {
-            const uint4 raw = *token_unit(tokens.half[i / 8].tile[which], token, i % 8);
-            const Eight x = {{raw.x, raw.y, raw.z, raw.w}};
+    for (int i = 0; i < DIM; i += 8) {
+        const Eight x = load_eight(tensor, at + i);
 #pragma unroll
-            for (int c = 0; c < 8; c++) sum = __fmaf_rn(x[c] * DOWN, x[c] * DOWN, sum);
-        }
-        const bool finite = sum < INFINITY;
-        to[lane] = finite ? rsqrt_approx(sum) * DOWN : which == K ? BAD_KEY : NAN;
-        if (!finite && which == K)
-#pragma unroll 1
-            for (int i = 0; i < DIM / 8; i++) {
-                *token_unit(tokens.half[i / 8].tile[K], token, i % 8) = make_uint4(0, 0, 0, 0);
-                *token_unit(tokens.half[i / 8].tile[G], token, i % 8) =
-                    make_uint4(TWO_NANS, TWO_NANS, TWO_NANS, TWO_NANS);
-            }
+        for (int c = 0; c < 8; c++) sum = __fmaf_rn(x[c] * DOWN, x[c] * DOWN, sum);
     }
-    __syncwarp();
+    return sum < INFINITY ? rsqrt_approx(sum) * DOWN : otherwise;
 }
 
 /* ---- Preparation --------------------------------------------------------------------------------------- */
@@ -97,8 +90,6 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
 #pragma unroll 1
     for (int i = lane; i < Block::CHUNK * UNITS; i += 32) {
         const int token = i / UNITS, unit = i % UNITS, place = first_channel % 64 / 8 + unit;
-        uint4 *const to_g = token_unit(half.tile[G], token, place), *const to_k = token_unit(half.tile[K],
-                                                                                             token, place);
         uint32_t g[4] = {TWO_MINUS_INFINITIES, TWO_MINUS_INFINITIES, TWO_MINUS_INFINITIES,
                          TWO_MINUS_INFINITIES};
         Eight k = {}, q = {};
@@ -120,8 +111,8 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
             }
             if (bad) first_bad = min(first_bad, token);
         }
-        *to_g = make_uint4(g[0], g[1], g[2], g[3]);
-        *to_k = make_uint4(k.pair[0], k.pair[1], k.pair[2], k.pair[3]);
+        *token_unit(half.tile[G], token, place) = make_uint4(g[0], g[1], g[2], g[3]);
+        *token_unit(half.tile[K], token, place) = make_uint4(k.pair[0], k.pair[1], k.pair[2], k.pair[3]);
         if constexpr (Block::OUTPUTS)
             *token_unit(half.tile[Q], token, place) = make_uint4(q.pair[0], q.pair[1], q.pair[2], q.pair[3]);
     }
@@ -130,16 +121,14 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
 
 /* ---- Solver -------------------------------------------------------------------------------------------- */
 
-/* The chunk's first bad token, of all warps of its team and of the write strengths b, or NO_TOKEN. What the
- * team has left is taken back for its next chunk. */
+/* The chunk's first bad token, of its team and of the write strengths b. What the team has left is taken back
+ * for its next chunk. */
 template <class Block>
-__device__ __forceinline__ int first_bad_token(Products<Block> &products, float b, int lane)
+__device__ __forceinline__ int take_first_bad_token(Products<Block> &products, float b, int lane)
 {
-    int first = b == b ? NO_TOKEN : lane % Block::CHUNK;
-    if (lane < Block::TEAM_WARPS) {
-        first = min(first, products.first_bad[lane]);
-        products.first_bad[lane] = NO_TOKEN;
-    }
+    const int first = min(products.first_bad, b == b ? NO_TOKEN : lane % Block::CHUNK);
+    __syncwarp();
+    if (lane == 0) products.first_bad = NO_TOKEN;
     return static_cast<int>(__reduce_min_sync(~0u, static_cast<uint32_t>(first)));
 }
 

@@ -37,10 +37,12 @@ __device__ __forceinline__ void store_inverse_norms(float *to, Tokens<Block> &to
     }
     const float first = (g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f,
                 second = (g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]) + 1e-6f;
-    if (t == g / 2) to[g] = rsqrt_approx(first), to[g + 8] = rsqrt_approx(second);
-    /* Lanes without a diagonal element have products of two tokens, which are no larger. */
-    if (__builtin_expect(__any_sync(~0u, !(first + second < INFINITY)), 0))
-        find_unusual_norms<Block>(to, tokens, which, sub, lane);
+    if (t != g / 2) return;
+    to[g] = rsqrt_approx(first), to[g + 8] = rsqrt_approx(second);
+    if (__builtin_expect(first + second < INFINITY, 1)) return;
+#pragma unroll 1
+    for (int i = g; i < SUBCHUNK; i += 8)
+        if (!(to[i] > 0.0f)) mark_unusual(to[i], tokens, SUBCHUNK * sub + i);
 }
 
 /* The norms of all subchunks' keys and, if there are outputs, queries. The subchunks are split among `warps`

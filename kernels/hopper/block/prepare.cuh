@@ -107,9 +107,28 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         return __any_sync(~0u, sum != sum);
     }
 
+    /* Finds the norms that are marked as unusual. The mark has brought all warps of the team here. */
+    __device__ void find_unusual_norms(int slot, int round, const ChunkCursor<Block> &at)
+    {
+        float *const inverse_norm = norms(slot, round)[0]; /* of keys, then of queries */
+        constexpr int COUNT = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK;
+        bool any = false;
+        for (int i = lane; i < COUNT; i += 32) any |= inverse_norm[i] < 0.0f;
+        if (!__any_sync(~0u, any)) return;
+        meet(); /* all warps have seen the marks */
+        for (int i = 32 * warp + lane; i < COUNT; i += 32 * WARPS) {
+            const bool is_key = i < Block::CHUNK;
+            const long long token = at.token + i % Block::CHUNK;
+            if (inverse_norm[i] < 0.0f)
+                inverse_norm[i] = unusual_inverse_norm(
+                    is_key ? args.k : args.q, (token * args.heads + at.head) * DIM, is_key ? BAD_KEY : NAN);
+        }
+        meet();
+    }
+
     /* Prepares for the second try at a chunk with a NaN among this warp's gates (bad_tokens.cuh). If A_log
      * or dt_bias is NaN, all tokens are bad; the next chunk loads both anew. */
-    __device__ void restore(int slot, int round, const ChunkCursor<Block> &at, const float *key_factor)
+    __device__ void restore(int slot, int round, const ChunkCursor<Block> &at)
     {
         HeadGate &gate = shared.gate[team][warp];
         float *offset = &shared.gate_offset[team][warp * SHARE];
@@ -122,11 +141,12 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         bad_head = __any_sync(~0u, bad_head);
         if (bad_head && lane == 0) gate.head = -1;
         __syncwarp();
+        find_unusual_norms(slot, round, at);
         int first = restore_inputs<Block, SHARE>(args, shared.tokens[slot], at, warp * SHARE, gate, offset,
-                                                 key_factor, lane);
+                                                 norms(slot, round)[0], lane);
         if (bad_head) first = 0;
         mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
-        if (lane == 0) shared.products[team].first_bad[warp] = first;
+        if (lane == 0) atomicMin(&shared.products[team].first_bad, first);
         __syncwarp();
     }
 
@@ -185,54 +205,48 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             });
     }
 
-    /* Prepares the chunk in an own slot. `round` is the parity of the team's round in the ring of
-     * products, `at` the chunk. */
-    __device__ void prepare(int slot, int round, bool finds_norms, const ChunkCursor<Block> &at)
+    /* The place of a chunk's norms, where `round` is the parity of the team's round in the ring of products. */
+    __device__ auto &norms(int slot, int round) const
     {
-        Tokens<Block> &tokens = shared.tokens[slot];
-        float *gamma = shared.stage[slot].gamma_minus_1;
-        Sums sums = {};
+        return shared
+            .inverse_norm[Block::LOADER_FINDS_NORMS ? slot : team][WARPS == Block::PARTIALS ? round : 0];
+    }
 
-        /* ---- Norms ---- */
-        const int place = Block::LOADER_FINDS_NORMS ? slot : team,
-                  norms = WARPS == Block::PARTIALS ? round : 0;
-        if (finds_norms) {
-            store_norms<Block, WARPS>(shared.inverse_norm[place][norms], tokens, warp, lane);
-            meet();
-        }
-
-        /* ---- All slices of this warp ---- */
+    /* All slices of this warp. Returns whether there is a NaN among the gates. */
+    __device__ bool prepare_slices(int slot, int round, Sums &sums)
+    {
         const int first = warp * SHARE; /* channel */
-        const uint32_t half = shared_address(&tokens.half[first / 64]) + matrix_row(lane);
-        const float *factor = &shared.inverse_norm[place][norms][0][g];
+        const uint32_t half = shared_address(&shared.tokens[slot].half[first / 64]) + matrix_row(lane);
+        const float *factor = norms(slot, round)[0] + g;
+        float *gamma = shared.stage[slot].gamma_minus_1;
 #pragma unroll 1
-        for (;;) {
-#pragma unroll 1
-            for (int sub = 0; sub < SUBCHUNKS; sub++) {
-                if (sub == 1) { /* slices add to the last of `within`: the first subchunk's sums make room */
-                    __syncwarp();
+        for (int sub = 0; sub < SUBCHUNKS; sub++) {
+            if (sub == 1) { /* slices add to the last of `within`: the first subchunk's sums make room */
+                __syncwarp();
 #pragma unroll
-                    for (int i = 0; i < 12; i++) {
-                        sums.within[0][i / 4][i % 4] = sums.within[SUBCHUNKS - 1][i / 4][i % 4];
-                        sums.within[SUBCHUNKS - 1][i / 4][i % 4] = 0.0f;
-                    }
+                for (int i = 0; i < 12; i++) {
+                    sums.within[0][i / 4][i % 4] = sums.within[SUBCHUNKS - 1][i / 4][i % 4];
+                    sums.within[SUBCHUNKS - 1][i / 4][i % 4] = 0.0f;
                 }
-#pragma unroll 1
-                for (int c = 0; c < SHARE; c += 16)
-                    this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
-                                        &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
-                                        gamma + first + c, sums);
             }
-            if (SAVES_REGISTERS) this->find_place();
-            if (__builtin_expect(!finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]), 1)) break;
-            restore(slot, round, at, shared.inverse_norm[place][norms][0]);
-            sums = {};
+#pragma unroll 1
+            for (int c = 0; c < SHARE; c += 16)
+                this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                                    &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
+                                    gamma + first + c, sums);
         }
+        if (SAVES_REGISTERS) this->find_place();
+        return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
+    }
 
-        /* ---- What the recurrence and the solver get ---- */
+    /* Ends the preparation of a chunk in an own slot: what the recurrence and the solver get. */
+    __device__ void finish_chunk(int slot, int round, const Sums &sums)
+    {
         fence_async_proxy();
         mbarrier_wait(&shared.product_ring.empty[team], round ^ 1);
         store_sums(sums);
+        mbarrier_arrive_warp(&shared.product_ring.full[team]);
+        mbarrier_arrive_warp(&shared.chunk_ring.ready[slot]);
     }
 
     /* ---- The role ---- */
@@ -247,27 +261,55 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         int count = 0; /* of the team's chunks so far */
         if (lane == 0) {
             shared.gate[team][warp].head = -1;
-            shared.products[team].first_bad[warp] = NO_TOKEN;
+            if (warp == 0) shared.products[team].first_bad = NO_TOKEN; /* before the team first meets */
         }
         __syncwarp();
-        for (ChunkCursor<Block> at(shared.work, Block::CTAS * team + pair_rank<Block>()); !at.done();
-             at.advance(Block::CTAS * Block::TEAMS)) {
-            if (SAVES_REGISTERS) this->find_place();
-            if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
-            /* If another team had the slot in the round before, this team does not know whether that round is
-             * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
-            static_assert(RING >= Block::TEAMS, "a team's next slot is another one than its last slot");
-            if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
-            const bool finds_norms = !Block::LOADER_FINDS_NORMS || count == 0;
-            if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
-            if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
-            if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
-            prepare(slot.index, (PARITY_BY_SLOT ? slot.index / Block::TEAMS : count) % 2, finds_norms, at);
-            mbarrier_arrive_warp(&shared.product_ring.full[team]);
-            mbarrier_arrive_warp(&shared.chunk_ring.ready[slot.index]);
+        ChunkCursor<Block> at(shared.work, Block::CTAS * team + pair_rank<Block>());
+        /* The parity of the team's round in the ring of products. */
+        const auto round = [&] { return (PARITY_BY_SLOT ? slot.index / Block::TEAMS : count) % 2; };
+        const auto advance = [&] {
             slot.advance(Block::TEAMS);
+            at.advance(Block::CTAS * Block::TEAMS);
             count++;
+        };
+        while (!at.done()) {
+            /* Chunks without bad tokens. The rare rest stands outside this loop, because loops of all roles
+             * share the instruction cache. */
+            bool bad = false;
+            while (!bad && !at.done()) {
+                if (SAVES_REGISTERS) this->find_place();
+                begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round());
+                Sums sums = {};
+                bad = prepare_slices(slot.index, round(), sums);
+                if (bad) break;
+                finish_chunk(slot.index, round(), sums);
+                advance();
+            }
+            if (!bad) break;
+            Sums sums = {};
+            restore(slot.index, round(), at);
+            prepare_slices(slot.index, round(), sums);
+            finish_chunk(slot.index, round(), sums);
+            advance();
         }
+    }
+
+    /* Waits for the inputs of a chunk in an own slot, and for what else its preparation needs. */
+    __device__ void begin_chunk(const Slot<Block::OWN_SLOTS> &slot, const ChunkCursor<Block> &at,
+                                bool finds_norms, int round)
+    {
+        constexpr int RING = Block::OWN_SLOTS;
+        if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
+        /* If another team had the slot in the round before, this team does not know whether that round is
+         * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
+        static_assert(RING >= Block::TEAMS, "a team's next slot is another one than its last slot");
+        if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
+        if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
+        if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
+        if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
+        if (!finds_norms) return;
+        store_norms<Block, WARPS>(norms(slot.index, round), shared.tokens[slot.index], warp, lane);
+        meet();
     }
 };
 

@@ -45,7 +45,8 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
                   "a phase has no data where the other phase has barriers");
     Shared<First> &first = *reinterpret_cast<Shared<First> *>(cta_memory());
     Shared<Second> &second = *reinterpret_cast<Shared<Second> *>(cta_memory());
-    int cta, thread = threadIdx.x;
+    int cta, thread;
+    read_indices(cta, thread);
     constexpr int LOADER = First::RECURRENCE_WARPS + First::PREPARE_WARPS;
     if (thread % 32 == 0 && thread / 32 != LOADER) {
         const int number = thread / 32 - (thread / 32 > LOADER);
@@ -69,7 +70,7 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     cluster_sync(); /* the other CTA sends nothing more */
 }
 
-static __device__ void run_relay(const fkda_hopper_fwd_args &all)
+static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
 {
     run_two_phases<Block<MapCta, Relay>, Block<PairCta, Relay>, RelayAssignment>(
         all, [&] { return RelayAssignment::has_map_phase(all); });
@@ -80,8 +81,9 @@ static __device__ void run_relay(const fkda_hopper_fwd_args &all)
 static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
     MixedAssignment &assignment = mixed_assignment<Block<PairCta, Mixed>>();
-    if (threadIdx.x < 32)
-        MixedScheduler(all.pair, all.mixed, threadIdx.x).assign(RelayAssignment::pair(), assignment);
+    int cta, thread;
+    read_indices(cta, thread);
+    if (thread < 32) MixedScheduler(all.pair, all.mixed, thread).assign(RelayAssignment::pair(), assignment);
     __syncthreads();
     if (assignment.is != MixedAssignment::REST_SOLO) {
         run_two_phases<Block<MapCta, Mixed>, Block<PairCta, Mixed>, LongAssignment>(
@@ -92,7 +94,6 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     __syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks */
     if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed>>() = own;
     __syncthreads();
-    int cta, thread;
     read_indices(cta, thread);
     run_block<Block<SoloCta, Mixed>>(all.solo, thread);
 }

@@ -201,12 +201,18 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const C
     return token < at.left ? __ldg(beta + (at.token + token) * args.heads + at.head) : 0;
 }
 
-/* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or
- * a power of two above all b of the warp if all b are below 2^-6. */
-__device__ __forceinline__ float divisor_above(float b)
+/* The bits of the largest b of the warp. Since b >= 0, bits compare as numbers do, and a NaN is larger than
+ * any number. */
+__device__ __forceinline__ uint32_t largest_of_warp(float b)
 {
-    const uint32_t most =
-        __reduce_max_sync(~0u, __float_as_uint(b)); /* b >= 0, so bits compare as numbers do */
+    return __reduce_max_sync(~0u, __float_as_uint(b));
+}
+constexpr uint32_t INFINITY_BITS = 0x7f800000;
+
+/* The factor that T is divided by, so that T and U of small write strengths stay in the range of fp16: 1, or
+ * a power of two above the largest b if that is below 2^-6. */
+__device__ __forceinline__ float divisor_above(uint32_t most)
+{
     const float above = power_above(__uint_as_float(most));
     return above > 0x1p-6f ? 1.0f : fmaxf(above, 0x1p-100f);
 }
@@ -242,7 +248,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         Stage<Block> &stage = shared.stage[slot.index];
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        float divisor = divisor_above(b);
+        uint32_t most = largest_of_warp(b);
         /* The next chunk's logit is loaded ahead if the chunk belongs to this work item. The loader may
          * publish the next work item only after this chunk is solved. */
         const bool ahead = at.left > Block::CTAS * Block::CHUNK;
@@ -257,10 +263,9 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         if (sends_now) sender.send_tokens(slot.index);
         Products<Block> &products = shared.products[in.index];
         int first_bad = NO_TOKEN;
-        if (__builtin_expect(
-                __any_sync(~0u, b != b || products.first_bad[lane % Block::TEAM_WARPS] != NO_TOKEN), 0)) {
-            first_bad = first_bad_token<Block>(products, b, lane);
-            divisor = divisor_above(b == b ? b : 0.0f); /* of all tokens, as without the bad token */
+        if (__builtin_expect(most > INFINITY_BITS || products.first_bad != NO_TOKEN, 0)) {
+            first_bad = take_first_bad_token<Block>(products, b, lane);
+            most = largest_of_warp(b == b ? b : 0.0f); /* of all tokens, as without the bad token */
             if (lane % Block::CHUNK >= first_bad) b = 0.0f;
             spoil_decay(stage, lane);
         }
@@ -269,6 +274,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
             &shared.product_ring.empty[in.index]); /* its __syncwarp also orders the scratch */
 
         /* ---- T ---- */
+        const float divisor = divisor_above(most);
         if (lane == 0) stage.divisor = divisor;
         if (Block::OUTPUTS && __builtin_expect(first_bad != NO_TOKEN, 0))
             spoil_outputs(stage, first_bad, lane);

@@ -38,7 +38,9 @@ template <class Block> struct StateRows {
     /* The warp's first row, counted from the first row of the CTA. */
     static __device__ int warp_row()
     {
-        return static_cast<int>(threadIdx.x) >> 5 << 4;
+        int cta, thread; /* read again for each use: registers are scarce */
+        read_indices(cta, thread);
+        return thread >> 5 << 4;
     }
 
     /* The warp's rows, counted in groups of 16 rows of the head. */
@@ -120,11 +122,21 @@ template <class Block> struct StateRows {
 
     /* ---- To memory ---- */
 
+    /* This lane, read again where maps are stored: otherwise the compiler would keep places that are made from
+     * it in registers, from the first chunk on. */
+    static __device__ int read_lane()
+    {
+        int cta, thread;
+        read_indices(cta, thread);
+        return thread & 31;
+    }
+
     /* Stores rows of a map through shared memory, over the place of tokens: one bulk copy for each warp. The
      * function is for the last work item of a relay's map phase, after which no copy brings anything to the
      * place of tokens, and none takes anything from there to the other CTA. */
     __device__ void store_map_by_copy(MapRowGroup &to, const SlotCursor<Block> &after) const
     {
+        const int lane = read_lane();
         const Slot<Block::OWN_SLOTS> last = after.last_own();
         mbarrier_wait(&shared.chunk_ring.empty[last.index], last.parity);
         barrier_sync<RECURRENCE_BARRIER, 32 * Block::RECURRENCE_WARPS>(0);
@@ -148,6 +160,7 @@ template <class Block> struct StateRows {
      * work item come to the place of tokens. */
     __device__ void store_map_by_words(MapRowGroup &to) const
     {
+        const int lane = read_lane();
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
@@ -166,6 +179,7 @@ template <class Block> struct StateRows {
      * t of its rows, which is eight neighbours. */
     __device__ void store_map_by_units(MapRowGroup &to) const
     {
+        const int lane = read_lane();
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll

@@ -134,8 +134,8 @@ template <class Block> struct Products {
     static constexpr int ON_DIAGONAL = 0, BELOW_IT = 2 * Block::SUBCHUNKS, ACROSS = 3 * Block::SUBCHUNKS;
     static constexpr int TILES = Block::SUBCHUNKS == 2 ? 10 : 3;
     float partial[Block::PARTIALS][Block::OUTPUTS ? 2 : 1][TILES][8][8];
-    /* The first bad token (bad_tokens.cuh) that each warp of the team knows of. */
-    __align__(16) int first_bad[Block::TEAM_WARPS];
+    /* The first bad token (bad_tokens.cuh) that the team knows of. */
+    __align__(16) int first_bad;
 };
 constexpr int NO_TOKEN = 32;
 
