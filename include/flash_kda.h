@@ -23,11 +23,11 @@
  *   for the calling thread, and nothing was launched and nothing was written, unless the sentence says that
  *   results are undefined: then the driver failed after some launches of the call, or the caller interrupted
  *   it.
- *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside one:
- *   flash_kda_fwd() and flash_kda_reference() are cancellation points when their work is done, and the others
- *   are none. A signal handler must not leave a call by longjmp(). Signal handlers run on the caller's threads
- *   alone. The floating-point settings of the calling thread (rounding, unmasked exceptions, flushing of tiny
- *   numbers) change no result, and are as before afterwards, the exception flags included.
+ *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
+ *   one: flash_kda_fwd() and flash_kda_reference() are cancellation points when their work is done, and the
+ *   others are none. A signal handler must not leave a call by longjmp(). Signal handlers run on the caller's
+ *   threads alone. The floating-point settings of the calling thread (rounding, unmasked exceptions, flushing
+ *   of tiny numbers) change no result, and are as before afterwards, the exception flags included.
  */
 #ifndef FLASH_KDA_H
 #define FLASH_KDA_H

@@ -53,8 +53,8 @@ static const char *shape_text(const int64_t *sizes, int ndim, char text[96])
     return text;
 }
 
-/* A number as C writes it, "0.5", whatever decimal point the process's locale has: "0,5" in [-5, 0] would read
- * as two numbers. A decimal point of several bytes becomes one too. */
+/* A number as C writes it, "0.5", whatever decimal point the process's locale has: "0,5" in [-5, 0] would
+ * read as two numbers. A decimal point of several bytes becomes one too. */
 static const char *number_text(float number, char text[32])
 {
     char *to = text;

@@ -131,7 +131,8 @@ lib = _load()
 def last_error(status: int) -> Exception:
     """The exception for a status of the C library, with its sentence."""
     kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
-    sentence = lib.flash_kda_last_error().decode()
+    # A kernel's name may end in half a character, where C has cut it.
+    sentence = lib.flash_kda_last_error().decode(errors="replace")
     return kind(sentence.replace("it must be NULL or", "it must be None or"))  # as Python calls it
 
 

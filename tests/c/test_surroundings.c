@@ -1,6 +1,6 @@
 /* What goes on around a call on the CPU: threads that are cancelled, signals, interruption, floating-point
- * settings, another locale, and tensors that another thread writes to meanwhile. Results stay the same or, where
- * that cannot be, nothing outside the call's memory is touched. */
+ * settings, another locale, and tensors that another thread writes to meanwhile. Results stay the same or,
+ * where they cannot, nothing outside the call's memory is touched. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fenv.h>
