@@ -24,6 +24,9 @@ static const int64_t MAX_TOKENS = INT32_MAX - 1024;
 /* Kernels number states, N * H, in 32 bits. The room above lets them count past the last state by two for
  * each CTA. */
 static const int64_t MAX_STATES = INT32_MAX - 1024;
+/* No machine has memory for a tensor of more bytes. Estimates of clocks, which are at most some thousands for
+ * each of these bytes, then fit 64 bits. */
+static const int64_t MAX_TENSOR_BYTES = (int64_t)1 << 50;
 /* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
@@ -232,7 +235,8 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
     }
     int64_t tokens, elements, tasks, states;
     if (__builtin_mul_overflow(B, T, &tokens) || __builtin_mul_overflow(tokens, H, &elements) ||
-        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || tokens > MAX_TOKENS)
+        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || elements > MAX_TENSOR_BYTES ||
+        tokens > MAX_TOKENS)
         return INVALID("q has B * T = %lld * %lld tokens of %lld heads; there must be at most %lld tokens, "
                        "and a tensor must fit in memory",
                        (long long)B, (long long)T, (long long)H, (long long)MAX_TOKENS);
