@@ -1,6 +1,6 @@
-/* Memory, threads or file descriptors run out. A call on the CPU needs none of them once it has begun, and what
- * does need them fails with a sentence. The program's own malloc() and pthread_create() stand before the C
- * library's, and fail when they are told to. */
+/* Memory, threads or file descriptors run out. A call on the CPU needs none of them once it has begun, and
+ * what does need them fails with a sentence. The program's own malloc() and pthread_create() stand before the
+ * C library's, and fail when they are told to. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

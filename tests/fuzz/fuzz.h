@@ -1,7 +1,7 @@
 /*
- * What the fuzz harnesses share. A harness is one file with LLVMFuzzerTestOneInput(), the interface of libFuzzer,
- * AFL++ and OSS-Fuzz: it makes some use of the library or the command out of bytes, and ends the process with
- * wrong() if a rule is broken. Sanitizers find the rest.
+ * What the fuzz harnesses share. A harness is one file with LLVMFuzzerTestOneInput(), the interface of
+ * libFuzzer, AFL++ and OSS-Fuzz: it makes some use of the library or the command out of bytes, and ends the
+ * process with wrong() if a rule is broken. Sanitizers find the rest.
  */
 #ifndef TESTS_FUZZ_H
 #define TESTS_FUZZ_H

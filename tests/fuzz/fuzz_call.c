@@ -338,8 +338,8 @@ static void size_workspace(state *s)
     s->p.workspace = s->workspace.bytes;
 }
 
-/* Whether a call that is taken stays inside memory that exists. A workspace_size that promises too much is the
- * caller's lie as long as the workspace is large enough for the call. */
+/* Whether a call that is taken stays inside memory that exists. A workspace_size that promises too much is
+ * the caller's lie as long as the workspace is large enough for the call. */
 static bool may_be_tried(const state *s)
 {
     if (s->huge) return true; /* null pointers must be refused */

@@ -1,6 +1,6 @@
-/* The parsers of the command. Lines are words: the first is a subcommand, the others are its arguments. `info`
- * runs as it is. The other subcommands would compute, so they are given --help at the end, which they find
- * when all that comes before is right. */
+/* The parsers of the command. Lines are words: the first is a subcommand, the others are its arguments.
+ * `info` runs as it is. The other subcommands would compute, so they are given --help at the end, which they
+ * find when all that comes before is right. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,5 +1,5 @@
-/* The reader of safetensors files, and of recorded activations in them. The first byte says whether the length
- * of the header is made to fit, and whether data follows; the rest is the file. */
+/* The reader of safetensors files, and of recorded activations in them. The first byte says whether the
+ * length of the header is made to fit, and whether data follows; the rest is the file. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,4 +1,5 @@
-/* The planner of the kernel "hopper": any shape that the checks of arguments let pass, on any number of SMs. */
+/* The planner of the kernel "hopper": any shape that the checks of arguments let pass, on any number of SMs.
+ * */
 #include <string.h>
 
 #include "../../src/cuda/hopper/plan.h"

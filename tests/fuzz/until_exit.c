@@ -1,5 +1,5 @@
-/* exit(), calloc(), free(), fopen() and fclose() of the code that run_until_exit() runs. The linker puts these
- * in the places of the C library's (--wrap). */
+/* exit(), calloc(), free(), fopen() and fclose() of the code that run_until_exit() runs. The linker puts
+ * these in the places of the C library's (--wrap). */
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
