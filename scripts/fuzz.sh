@@ -17,7 +17,8 @@ if ! "$clang" -fsanitize=fuzzer,address,undefined "$probe/probe.c" -o "$probe/pr
 fi
 
 sh scripts/build.sh $folder -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-    "-DCMAKE_C_COMPILER=$clang" -DFLASH_KDA_SANITIZE=fuzzer-no-link,address,undefined -DFLASH_KDA_FUZZ=-fsanitize=fuzzer
+    "-DCMAKE_C_COMPILER=$clang" -DFLASH_KDA_SANITIZE=fuzzer-no-link,address,undefined \
+    -DFLASH_KDA_FUZZ=-fsanitize=fuzzer
 # An allocation that no memory has must fail, as it does without a sanitizer.
 export ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 mkdir -p $folder/found

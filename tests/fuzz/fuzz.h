@@ -29,8 +29,8 @@ int64_t take_hostile(input *from);
 void wrong(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 
 /* Runs code of the command, which ends the process after a wrong argument: exit() returns from here instead,
- * and gives back what the code has allocated and opened. What the code prints is dropped. Returns the exit
- * status, or -1 if the function returned. The harness is linked with FUZZ_WRAPPED (CMakeLists.txt). */
+ * and what the code has allocated and opened is given back. What the code prints is dropped. Returns the exit
+ * status, or -1 if the function returned. */
 int run_until_exit(void (*function)(void *), void *argument);
 
 #endif

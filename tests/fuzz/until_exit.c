@@ -1,22 +1,21 @@
-/* exit(), calloc(), free(), fopen() and fclose() of the code that run_until_exit() runs. The linker puts
- * these in the places of the C library's (--wrap). */
+/* exit(), calloc(), free(), fopen() and fclose() of the code that run_until_exit() runs. Everything in such a
+ * program but this file is compiled with these names as macros (CMakeLists.txt). */
+#undef exit
+#undef calloc
+#undef free
+#undef fopen
+#undef fclose
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "fuzz.h"
 
-void *__real_calloc(size_t count, size_t size);
-void __real_free(void *block);
-FILE *__real_fopen(const char *path, const char *mode);
-int __real_fclose(FILE *file);
-void __real_exit(int status) __attribute__((noreturn));
-
-void *__wrap_calloc(size_t count, size_t size);
-void __wrap_free(void *block);
-FILE *__wrap_fopen(const char *path, const char *mode);
-int __wrap_fclose(FILE *file);
-void __wrap_exit(int status) __attribute__((noreturn));
+void *fuzz_calloc(size_t count, size_t size);
+void fuzz_free(void *block);
+FILE *fuzz_fopen(const char *path, const char *mode);
+int fuzz_fclose(FILE *file);
+void fuzz_exit(int status) __attribute__((noreturn));
 
 enum { MOST = 256 };
 
@@ -39,31 +38,31 @@ static void forget(void **list, const void *thing)
         if (list[i] == thing) list[i] = NULL;
 }
 
-void *__wrap_calloc(size_t count, size_t size)
+void *fuzz_calloc(size_t count, size_t size)
 {
-    return keep(blocks, __real_calloc(count, size));
+    return keep(blocks, calloc(count, size));
 }
 
-void __wrap_free(void *block)
+void fuzz_free(void *block)
 {
     if (inside) forget(blocks, block);
-    __real_free(block);
+    free(block);
 }
 
-FILE *__wrap_fopen(const char *path, const char *mode)
+FILE *fuzz_fopen(const char *path, const char *mode)
 {
-    return keep(files, __real_fopen(path, mode));
+    return keep(files, fopen(path, mode));
 }
 
-int __wrap_fclose(FILE *file)
+int fuzz_fclose(FILE *file)
 {
     if (inside) forget(files, file);
-    return __real_fclose(file);
+    return fclose(file);
 }
 
-void __wrap_exit(int status)
+void fuzz_exit(int status)
 {
-    if (!inside) __real_exit(status);
+    if (!inside) exit(status);
     status_of_exit = status;
     longjmp(back, 1);
 }
@@ -72,7 +71,7 @@ int run_until_exit(void (*function)(void *), void *argument)
 {
     static FILE *nowhere;
     FILE *const out = stdout, *const err = stderr;
-    if (!nowhere) nowhere = __real_fopen("/dev/null", "w");
+    if (!nowhere) nowhere = fopen("/dev/null", "w");
     if (!nowhere) wrong("/dev/null can't be opened");
     stdout = stderr = nowhere;
     status_of_exit = -1;
@@ -81,8 +80,8 @@ int run_until_exit(void (*function)(void *), void *argument)
     inside = false;
     stdout = out, stderr = err;
     for (int i = 0; i < MOST; i++) {
-        __real_free(blocks[i]);
-        if (files[i]) __real_fclose(files[i]);
+        free(blocks[i]);
+        if (files[i]) fclose(files[i]);
         blocks[i] = files[i] = NULL;
     }
     return status_of_exit;
