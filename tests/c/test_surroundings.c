@@ -381,29 +381,37 @@ static void set_border(const call *c, int64_t n, int64_t value)
         __atomic_store_n((int64_t *)c->params.cu_seqlens.data + n, value, __ATOMIC_RELAXED);
 }
 
+/* Right borders, of the problem or of other sequences, or with wild ones among them. */
+static void set_borders(const flipper *f, bool others, rng *wild)
+{
+    const int64_t N = f->p->sequences, T = f->p->tokens;
+    const int64_t values[] = {-1, T + 1, INT64_MAX, INT64_MIN, (int64_t)1 << 40, INT32_MAX, -T, T / 2};
+    for (int64_t n = 0; n <= N; n++) {
+        int64_t border = f->p->cu_seqlens[n];
+        if (others && n > 0 && n < N) border = T - (N - n);
+        if (wild && n > 0 && n < N) border = values[rng_bits(wild) % 8];
+        set_border(f->c, n, border);
+    }
+}
+
+static void pause_for(uint64_t turns)
+{
+    for (; turns; turns--) __asm__ volatile("");
+}
+
 static void *flip(void *argument)
 {
     flipper *f = argument;
-    const problem *p = f->p;
     rng r = rng_seed(5);
-    const int64_t N = p->sequences, T = p->tokens;
     while (!atomic_load(&f->stop)) {
         const uint64_t bits = rng_bits(&r);
-        for (int64_t n = 0; n <= N; n++) {
-            const int64_t wild[] = {-1, T + 1, INT64_MAX, INT64_MIN, (int64_t)1 << 40, INT32_MAX, -T, n};
-            const bool good = n == 0 || n == N || bits % 4 < 3;
-            const int64_t other = T - (N - n) < 0 ? 0 : T - (N - n);
-            set_border(f->c, n,
-                       !good       ? wild[rng_bits(&r) % 8]
-                       : n == 0    ? 0
-                       : bits & 64 ? p->cu_seqlens[n]
-                       : n == N    ? T
-                                   : other);
-        }
+        set_borders(f, bits & 1, &r);
+        pause_for(bits >> 32 & 0xff);
+        set_borders(f, bits & 2, NULL);
+        pause_for(bits >> 48 & 0xfff);
         f->flips++;
-        for (uint64_t pause = bits >> 48 & 0xfff; pause; pause--) __asm__ volatile("");
     }
-    for (int64_t n = 0; n <= N; n++) set_border(f->c, n, p->cu_seqlens[n]);
+    set_borders(f, false, NULL);
     return NULL;
 }
 
@@ -423,7 +431,8 @@ static void contents(void)
         flipper f = {.c = &c, .p = p};
         if (pthread_create(&thread, NULL, flip, &f) != 0) die("no thread");
         trying("cu_seqlens of %d bits change during calls", i32 ? 32 : 64);
-        for (int i = 0; i < (test.quick ? 300 : 3000); i++) {
+        const double start = now_seconds();
+        for (int i = 0; i < (test.quick ? 300 : 3000) || (accepted < 20 && now_seconds() - start < 30); i++) {
             const flash_kda_status status = flash_kda_fwd(&c.params);
             accepted += status == FLASH_KDA_OK;
             if (status != FLASH_KDA_OK &&

@@ -136,7 +136,7 @@ static void mutate_fields(state *s, input *from)
     case 10: s->p.max_seqlen = take_hostile(from); break;
     case 11: s->p.device.type = (int32_t)take_between(from, -1, 3); break;
     case 12: s->p.device.index = (int32_t)bits; break;
-    case 13: s->p.struct_size = bits & 1 ? (size_t)take_hostile(from) : bits % (sizeof s->p + 64); break;
+    default: s->p.struct_size = bits & 1 ? (size_t)take_hostile(from) : bits % (sizeof s->p + 64); break;
     }
 }
 
@@ -241,7 +241,7 @@ static void mutate_memory(state *s, input *from)
     case 5:
         s->p.workspace = (void *)((uintptr_t)s->p.workspace + (uintptr_t)take_between(from, 1, 63));
         break;
-    case 6:
+    default:
         if (s->tensors[other].bytes && s->tensors[other].count >= m->count) t->data = s->tensors[other].bytes;
         break;
     }

@@ -12,17 +12,14 @@ static void replay_file(const char *path)
 {
     FILE *file = fopen(path, "rb");
     if (!file) wrong("%s can't be opened", path);
-    size_t size = 0, room = 1 << 16;
-    uint8_t *data = malloc(room);
-    while (data && (size += fread(data + size, 1, room - size, file)) == room)
-        data = realloc(data, room *= 2);
-    if (!data) wrong("no memory for %s", path);
+    long size = -1;
+    if (fseek(file, 0, SEEK_END) == 0) size = ftell(file);
+    if (size < 0 || fseek(file, 0, SEEK_SET) != 0) wrong("%s has no size", path);
+    /* Memory of exactly that size, so that AddressSanitizer sees a harness that reads past it. */
+    uint8_t *exact = malloc(size ? (size_t)size : 1);
+    if (!exact || fread(exact, 1, (size_t)size, file) != (size_t)size) wrong("%s can't be read", path);
     fclose(file);
-    /* A copy of exactly that size, so that AddressSanitizer sees a harness that reads past it. */
-    uint8_t *exact = malloc(size ? size : 1);
-    for (size_t i = 0; exact && i < size; i++) exact[i] = data[i];
-    free(data);
-    LLVMFuzzerTestOneInput(exact, size);
+    LLVMFuzzerTestOneInput(exact, (size_t)size);
     free(exact);
     count++;
 }
