@@ -310,6 +310,8 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tok
         return INVALID("cut is %d; it must be a flash_kda_cut, in [%d, %d]", p->cut, FLASH_KDA_CUT_AUTO,
                        FLASH_KDA_CUT_MIXED);
     if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
+    if ((uintptr_t)p->interrupt % sizeof *p->interrupt)
+        return INVALID("interrupt is at address %p; it must be aligned to 4 bytes", (void *)p->interrupt);
     return FLASH_KDA_OK;
 }
 
