@@ -25,7 +25,7 @@ checks_in() {
 }
 
 # The C tests that ran, as ctest counts them.
-programs_in() { sed -n 's/.*tests passed, .* out of \([0-9]*\).*/\1/p' "$logs/$1.log" | tail -n 1; }
+programs_in() { sed -n 's/.*tests passed.* out of \([0-9]*\).*/\1/p' "$logs/$1.log" | tail -n 1; }
 
 rm -f "$logs"/*.failed
 step tests sh scripts/test.sh
