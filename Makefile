@@ -6,6 +6,7 @@ BUILD ?= build
 TORCH ?= 1# 0: leave PyTorch and its tests out
 ACTIVATIONS ?= data/kda_layer3.safetensors
 CMAKE_OPTIONS ?=
+SECONDS ?= 60# of each fuzz harness
 
 environment := $(PYTHON) scripts/environment.py
 bin := $(CURDIR)/.venv/bin
@@ -34,9 +35,18 @@ format: ## Rewrite the sources as `make lint` wants them
 	git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp' | xargs $(bin)/clang-format -i
 	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
 
-sanitize: ## Run the C tests under AddressSanitizer and UndefinedBehaviorSanitizer
+test-all: build ## Run the tests, sanitizers and fuzzers, SECONDS (60) a harness, and count their cases
+	@$(environment) test $(if $(filter-out 0,$(TORCH)),torch)
+	@PYTHON=$(bin)/python BUILD=$(BUILD) FUZZ_SECONDS=$(SECONDS) sh scripts/test_all.sh
+
+sanitize: ## Run the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	@$(environment) build
-	@sh scripts/sanitize.sh
+	@sh scripts/sanitize.sh address
+	@sh scripts/sanitize.sh thread
+
+fuzz: ## Fuzz the C call, the file reader, the command and the planner, SECONDS (60) each
+	@$(environment) build
+	@FUZZ_SECONDS=$(SECONDS) sh scripts/fuzz.sh
 
 kernels: build ## Check registers, spills and machine code of the kernels against scripts/kernel_plan.toml
 	@$(environment) lint
@@ -53,7 +63,7 @@ wheel: ## Build the Python package into dist/
 	$(bin)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean: ## Remove what was built; .venv stays
-	rm -rf $(BUILD) build-sanitize dist
+	rm -rf $(BUILD) build-sanitize build-thread build-fuzz dist
 
 .DEFAULT_GOAL := help
-.PHONY: help run test build lint format sanitize kernels bench host-time wheel clean
+.PHONY: help run test test-all build lint format sanitize fuzz kernels bench host-time wheel clean

@@ -21,8 +21,13 @@
  *   Shapes are written outermost first; strides count elements, not bytes.
  *   Every call returns a flash_kda_status. On anything but FLASH_KDA_OK flash_kda_last_error() has a sentence
  *   for the calling thread, and nothing was launched and nothing was written, unless the sentence says that
- *   results are undefined: then the driver failed after some launches of the call.
- *   All functions may be called from any thread at any time.
+ *   results are undefined: then the driver failed after some launches of the call, or the caller interrupted
+ *   it.
+ *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
+ *   one: flash_kda_fwd() and flash_kda_reference() are cancellation points when their work is done, and the
+ *   others are none. A signal handler must not leave a call by longjmp(). Signal handlers run on the caller's
+ *   threads alone. The floating-point settings of the calling thread (rounding, unmasked exceptions, flushing
+ *   of tiny numbers) change no result, and are as before afterwards, the exception flags included.
  */
 #ifndef FLASH_KDA_H
 #define FLASH_KDA_H
@@ -50,6 +55,7 @@ typedef enum flash_kda_status {
     FLASH_KDA_INVALID_DTYPE = 2, /* an argument has a data type that the call does not take */
     FLASH_KDA_UNAVAILABLE = 3,   /* no such device, no driver, or no kernel for the device */
     FLASH_KDA_DEVICE_ERROR = 4,  /* the CUDA driver reported an error, or the CPU has no memory left */
+    FLASH_KDA_INTERRUPTED = 5,   /* the caller asked a call on the CPU to stop: see "interrupt" */
 } flash_kda_status;
 
 /* Element types. The forward pass takes the first four; the rest let an error name what it got. */
@@ -113,7 +119,8 @@ typedef struct flash_kda_tensor {
  *                  cu_seqlens[n + 1] - 1 of the one batch row (B must be 1); first 0, last T, never
  *                  decreasing. Absent: each batch row is a sequence, N = B. The values are checked
  *                  on the CPU. On a GPU the call does not wait to look at them: the kernel clamps them
- *                  into [0, T], so wrong ones give wrong numbers but never touch other memory.
+ *                  into [0, T], so wrong ones give wrong numbers but never touch other memory. The same
+ *                  holds on the CPU for values that another thread changes while the call runs.
  *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
  * element). out and the workspace must not overlap any other tensor, and final_state no other than
@@ -142,6 +149,12 @@ typedef struct flash_kda_fwd_params {
     int64_t max_seqlen;
     int32_t cut;      /* flash_kda_cut: for tests and benchmarks; results differ within the error budget */
     int32_t reserved; /* 0 */
+    /* NULL, or a number that is 0 until a call on the CPU is to stop: another thread or a signal handler may
+     * then store another value there (volatile sig_atomic_t and atomic_int have the type's size). The call
+     * looks at it for every 16 tokens of a head, which take well under a millisecond, and returns
+     * FLASH_KDA_INTERRUPTED. What it has written by then is undefined. If the number is not 0 when the call
+     * begins, nothing is written. On a GPU, where the call only enqueues, it changes nothing. */
+    const volatile int32_t *interrupt;
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,

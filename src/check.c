@@ -24,6 +24,9 @@ static const int64_t MAX_TOKENS = INT32_MAX - 1024;
 /* Kernels number states, N * H, in 32 bits. The room above lets them count past the last state by two for
  * each CTA. */
 static const int64_t MAX_STATES = INT32_MAX - 1024;
+/* No machine has memory for a tensor of more bytes. Estimates of clocks, which are at most some thousands for
+ * each of these bytes, then fit 64 bits. */
+static const int64_t MAX_TENSOR_BYTES = (int64_t)1 << 50;
 /* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
@@ -50,6 +53,22 @@ static const char *shape_text(const int64_t *sizes, int ndim, char text[96])
     for (int i = 0; i < ndim && used < 90; i++)
         used += snprintf(text + used, (size_t)(96 - used), i ? ", %lld" : "%lld", (long long)sizes[i]);
     snprintf(text + used, (size_t)(96 - used), "]");
+    return text;
+}
+
+/* A number as C writes it, "0.5", whatever decimal point the process's locale has: "0,5" in [-5, 0] would
+ * read as two numbers. A decimal point of several bytes becomes one too. */
+static const char *number_text(float number, char text[32])
+{
+    char *to = text;
+    snprintf(text, 32, "%g", (double)number);
+    for (const char *from = text; *from; from++) {
+        if (strchr("+-0123456789abcdefinty", *from))
+            *to++ = *from;
+        else if (to == text || to[-1] != '.')
+            *to++ = '.';
+    }
+    *to = 0;
     return text;
 }
 
@@ -216,7 +235,8 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
     }
     int64_t tokens, elements, tasks, states;
     if (__builtin_mul_overflow(B, T, &tokens) || __builtin_mul_overflow(tokens, H, &elements) ||
-        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || tokens > MAX_TOKENS)
+        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || elements > MAX_TENSOR_BYTES ||
+        tokens > MAX_TOKENS)
         return INVALID("q has B * T = %lld * %lld tokens of %lld heads; there must be at most %lld tokens, "
                        "and a tensor must fit in memory",
                        (long long)B, (long long)T, (long long)H, (long long)MAX_TOKENS);
@@ -276,9 +296,10 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
 
 static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens)
 {
-    if (!isfinite(p->scale)) return INVALID("scale is %g; it must be finite", (double)p->scale);
+    char number[32];
+    if (!isfinite(p->scale)) return INVALID("scale is %s; it must be finite", number_text(p->scale, number));
     if (!(p->lower_bound >= -5.0f && p->lower_bound <= 0.0f))
-        return INVALID("lower_bound is %g; it must be in [-5, 0]", (double)p->lower_bound);
+        return INVALID("lower_bound is %s; it must be in [-5, 0]", number_text(p->lower_bound, number));
     if (p->cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", p->cpu_threads);
     if (p->batch_invariant != 0 && p->batch_invariant != 1)
         return INVALID("batch_invariant is %d; it must be 0 or 1", p->batch_invariant);
@@ -289,20 +310,21 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tok
         return INVALID("cut is %d; it must be a flash_kda_cut, in [%d, %d]", p->cut, FLASH_KDA_CUT_AUTO,
                        FLASH_KDA_CUT_MIXED);
     if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
+    if ((uintptr_t)p->interrupt % sizeof *p->interrupt)
+        return INVALID("interrupt is at address %p; it must be aligned to 4 bytes", (void *)p->interrupt);
     return FLASH_KDA_OK;
 }
 
 static flash_kda_status check_cu_seqlens(const fkda_problem *p)
 {
-    int64_t last = 0;
-    for (int64_t n = 0; n < p->shape.sequences; n++) {
-        const fkda_sequence sequence = fkda_sequence_at(p, n);
-        if (n == 0 && sequence.begin != 0)
-            return INVALID("cu_seqlens[0] is %lld; it must be 0", (long long)sequence.begin);
-        if (sequence.end < sequence.begin)
-            return INVALID("cu_seqlens[%lld] is %lld after %lld; it must not decrease", (long long)n + 1,
-                           (long long)sequence.end, (long long)sequence.begin);
-        last = sequence.end;
+    int64_t last = fkda_border(p, 0);
+    if (last != 0) return INVALID("cu_seqlens[0] is %lld; it must be 0", (long long)last);
+    for (int64_t n = 1; n <= p->shape.sequences; n++) {
+        const int64_t border = fkda_border(p, n);
+        if (border < last)
+            return INVALID("cu_seqlens[%lld] is %lld after %lld; it must not decrease", (long long)n,
+                           (long long)border, (long long)last);
+        last = border;
     }
     if (last != p->shape.tokens)
         return INVALID("cu_seqlens ends with %lld; its last entry must be T = %lld", (long long)last,
@@ -322,7 +344,7 @@ flash_kda_status fkda_check_workspace(const fkda_problem *p, size_t bytes_needed
 }
 
 _Static_assert(
-    offsetof(flash_kda_fwd_params, reserved) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+    offsetof(flash_kda_fwd_params, interrupt) + sizeof(void *) == sizeof(flash_kda_fwd_params),
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
 /* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in
@@ -385,6 +407,7 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_problem *out)
     out->lower_bound = p->lower_bound;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
+    out->interrupt = p->interrupt;
 }
 
 static flash_kda_status fill_options(const flash_kda_fwd_params *p, fkda_shape *out)
@@ -412,6 +435,10 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     fill_problem(p, out);
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK;
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
-    if (p->device.type == FLASH_KDA_CPU && out->cu_seqlens) TRY(check_cu_seqlens(out));
+    if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
+    if (fkda_interrupted(out))
+        return fkda_fail(FLASH_KDA_INTERRUPTED,
+                         "*interrupt is not 0, so the call was given up before it began");
+    if (out->cu_seqlens) TRY(check_cu_seqlens(out));
     return FLASH_KDA_OK;
 }

@@ -15,6 +15,12 @@ flash_kda_status fkda_fail(flash_kda_status status, const char *format, ...)
     return status;
 }
 
+flash_kda_status fkda_interruption(void)
+{
+    return fkda_fail(FLASH_KDA_INTERRUPTED,
+                     "*interrupt became nonzero, so the call was given up; its results are undefined");
+}
+
 const char *flash_kda_last_error(void)
 {
     return last_error;
@@ -28,6 +34,7 @@ const char *flash_kda_status_string(flash_kda_status status)
     case FLASH_KDA_INVALID_DTYPE: return "FLASH_KDA_INVALID_DTYPE";
     case FLASH_KDA_UNAVAILABLE: return "FLASH_KDA_UNAVAILABLE";
     case FLASH_KDA_DEVICE_ERROR: return "FLASH_KDA_DEVICE_ERROR";
+    case FLASH_KDA_INTERRUPTED: return "FLASH_KDA_INTERRUPTED";
     }
     return "unknown flash_kda_status";
 }

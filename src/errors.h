@@ -8,4 +8,7 @@
 flash_kda_status fkda_fail(flash_kda_status status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* The failure of a call that stopped because the caller's *interrupt became nonzero. */
+flash_kda_status fkda_interruption(void);
+
 #endif

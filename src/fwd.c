@@ -1,9 +1,11 @@
 /* The public calls about the forward pass: check the arguments, find the plan, do what it says. */
+#include <pthread.h>
 #include <stdio.h>
 
 #include "check.h"
 #include "cpu/cpu.h"
 #include "errors.h"
+#include "guard.h"
 #include "kernel.h"
 #include "plan.h"
 
@@ -17,6 +19,7 @@ static flash_kda_status plan_shapes(const flash_kda_fwd_params *params, const fk
 
 flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params, size_t *bytes)
 {
+    FKDA_GUARD;
     const fkda_plan *plan;
     if (!bytes) return fkda_fail(FLASH_KDA_INVALID_VALUE, "bytes is null; it must point to a size_t");
     const flash_kda_status status = plan_shapes(params, &plan);
@@ -26,6 +29,7 @@ flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params
 
 flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *text, size_t capacity)
 {
+    FKDA_GUARD;
     enum { PART = 512 }; /* bytes that each part of the explanation takes at most */
     const fkda_plan *plan;
     char choice[PART], layout[PART];
@@ -40,8 +44,9 @@ flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *tex
     return FLASH_KDA_OK;
 }
 
-flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
+static flash_kda_status fwd(const flash_kda_fwd_params *params)
 {
+    FKDA_GUARD;
     fkda_problem problem;
     const fkda_plan *plan;
     flash_kda_status status = fkda_check(params, FKDA_FOR_FWD, &problem);
@@ -50,11 +55,28 @@ flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
     return status == FLASH_KDA_OK ? plan->shape.kernel->run(&problem, plan) : status;
 }
 
-flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64, double *state64)
+static flash_kda_status reference(const flash_kda_fwd_params *params, double *out64, double *state64)
 {
+    FKDA_GUARD;
     fkda_problem problem;
     if (!out64)
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "out64 is null; it must point to [B, T, H, V] doubles");
     const flash_kda_status status = fkda_check(params, FKDA_FOR_REFERENCE, &problem);
     return status == FLASH_KDA_OK ? fkda_cpu_reference(&problem, out64, state64) : status;
+}
+
+/* A thread that does nothing but call these two would never be cancelled if they were no cancellation points.
+ * They are one when all is done and no lock, thread or memory of the call is left. */
+flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
+{
+    const flash_kda_status status = fwd(params);
+    pthread_testcancel();
+    return status;
+}
+
+flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64, double *state64)
+{
+    const flash_kda_status status = reference(params, out64, state64);
+    pthread_testcancel();
+    return status;
 }

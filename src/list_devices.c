@@ -7,6 +7,7 @@
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
 #include "errors.h"
+#include "guard.h"
 #include "kernel.h"
 
 /* The CPU's name from the line "model name : ..." of /proc/cpuinfo, or "CPU" where there is no such file. */
@@ -55,6 +56,7 @@ static flash_kda_status describe(int i, flash_kda_device_info *info)
 flash_kda_status flash_kda_list_devices(flash_kda_device_info *infos, int32_t capacity, int32_t *count,
                                         const char **no_cuda)
 {
+    FKDA_GUARD;
     const char *reason = "";
     if (!count) return fkda_fail(FLASH_KDA_INVALID_VALUE, "count is null; it must point to an int32_t");
     if (capacity < 0 || (capacity > 0 && !infos))

@@ -5,6 +5,7 @@
 
 #include "cuda/cuda.h"
 #include "errors.h"
+#include "guard.h"
 
 static flash_kda_status check_device_type(flash_kda_device device)
 {
@@ -15,6 +16,7 @@ static flash_kda_status check_device_type(flash_kda_device device)
 
 flash_kda_status flash_kda_malloc(flash_kda_device device, size_t bytes, void **memory)
 {
+    FKDA_GUARD;
     if (!memory) return fkda_fail(FLASH_KDA_INVALID_VALUE, "memory is null; it must point to a pointer");
     flash_kda_status status = check_device_type(device);
     if (status != FLASH_KDA_OK) return status;
@@ -26,6 +28,7 @@ flash_kda_status flash_kda_malloc(flash_kda_device device, size_t bytes, void **
 
 flash_kda_status flash_kda_free(flash_kda_device device, void *memory)
 {
+    FKDA_GUARD;
     flash_kda_status status = check_device_type(device);
     if (status != FLASH_KDA_OK || !memory) return status;
     if (device.type == FLASH_KDA_CUDA) return fkda_cuda_free(device.index, memory);
@@ -36,6 +39,7 @@ flash_kda_status flash_kda_free(flash_kda_device device, void *memory)
 flash_kda_status flash_kda_copy(flash_kda_device to_device, void *to, flash_kda_device from_device,
                                 const void *from, size_t bytes)
 {
+    FKDA_GUARD;
     flash_kda_status status = check_device_type(to_device);
     if (status == FLASH_KDA_OK) status = check_device_type(from_device);
     if (status != FLASH_KDA_OK || bytes == 0) return status;
@@ -50,6 +54,7 @@ flash_kda_status flash_kda_copy(flash_kda_device to_device, void *to, flash_kda_
 
 flash_kda_status flash_kda_synchronize(flash_kda_device device, void *stream)
 {
+    FKDA_GUARD;
     flash_kda_status status = check_device_type(device);
     if (status != FLASH_KDA_OK || device.type == FLASH_KDA_CPU) return status;
     return fkda_cuda_synchronize(device.index, stream);

@@ -69,24 +69,41 @@ typedef struct fkda_problem {
     bool cu_seqlens_is_i32; /* else int64 */
     float scale, lower_bound;
     void *workspace;
-    size_t workspace_size; /* bytes */
+    size_t workspace_size;             /* bytes */
+    const volatile int32_t *interrupt; /* or NULL */
 } fkda_problem;
+
+/* Whether the caller wants the call to stop. The CPU backend asks at every chunk. */
+static inline bool fkda_interrupted(const fkda_problem *p)
+{
+    return p->interrupt && __atomic_load_n(p->interrupt, __ATOMIC_RELAXED) != 0;
+}
 
 /* Where a sequence is: tokens `begin` to `end` - 1 of a batch row. */
 typedef struct fkda_sequence {
     int64_t row, begin, end;
 } fkda_sequence;
 
-/* Sequence n, for a cu_seqlens that the host may read. */
+/* cu_seqlens[n], for a cu_seqlens that the host may read. Another thread may write to the tensor meanwhile,
+ * so that every reading may give another value, and a value is used as it was read. */
+static inline int64_t fkda_border(const fkda_problem *p, int64_t n)
+{
+    if (p->cu_seqlens_is_i32) return __atomic_load_n((const int32_t *)p->cu_seqlens + n, __ATOMIC_RELAXED);
+    return __atomic_load_n((const int64_t *)p->cu_seqlens + n, __ATOMIC_RELAXED);
+}
+
+static inline int64_t fkda_clamp(int64_t x, int64_t least, int64_t most)
+{
+    return x < least ? least : x > most ? most : x;
+}
+
+/* Sequence n, for a cu_seqlens that the host may read. The check has seen right values. If they have changed
+ * since, the sequence is a wrong one and still lies inside the tensors. */
 static inline fkda_sequence fkda_sequence_at(const fkda_problem *p, int64_t n)
 {
     if (!p->cu_seqlens) return (fkda_sequence){n, 0, p->shape.tokens};
-    if (p->cu_seqlens_is_i32) {
-        const int32_t *borders = p->cu_seqlens;
-        return (fkda_sequence){0, borders[n], borders[n + 1]};
-    }
-    const int64_t *borders = p->cu_seqlens;
-    return (fkda_sequence){0, borders[n], borders[n + 1]};
+    const int64_t begin = fkda_clamp(fkda_border(p, n), 0, p->shape.tokens);
+    return (fkda_sequence){0, begin, fkda_clamp(fkda_border(p, n + 1), begin, p->shape.tokens)};
 }
 
 /* The element offset of a token's row of one head, and of a sequence's state of one head. */

@@ -4,6 +4,7 @@
 
 #include "cuda/cuda.h"
 #include "errors.h"
+#include "guard.h"
 
 static flash_kda_status run_once(void *params)
 {
@@ -19,6 +20,7 @@ static double now_milliseconds(void)
 
 flash_kda_status flash_kda_time_fwd(const flash_kda_fwd_params *params, int32_t repeats, float *milliseconds)
 {
+    FKDA_GUARD;
     if (repeats < 1)
         return fkda_fail(FLASH_KDA_INVALID_VALUE, "repeats is %d; it must be at least 1", repeats);
     if (!milliseconds)

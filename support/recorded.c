@@ -45,8 +45,9 @@ problem *recorded_load(const char *path, char why[256])
     safetensors *file = safetensors_open(path, why);
     if (!file) return NULL;
     flash_kda_tensor q = safetensors_get(file, "q");
-    if (!q.data || q.ndim != 4 || q.shape[3] != DIM) {
-        snprintf(why, 256, "q is missing, or not of shape [B, T, H, 128]");
+    /* Without tokens the file's size would not bound B and H. */
+    if (!q.data || q.ndim != 4 || q.shape[3] != DIM || q.shape[0] * q.shape[1] * q.shape[2] == 0) {
+        snprintf(why, 256, "q is missing, empty, or not of shape [B, T, H, 128]");
         safetensors_close(file);
         return NULL;
     }

@@ -116,11 +116,15 @@ flash_kda_tensor safetensors_get(const safetensors *file, const char *name)
     int ndim = numbers_of(sizes, shape, 4);
     if (ndim < 0 || numbers_of(range, offsets, 2) != 2) return none;
 
-    flash_kda_tensor t = tensor_of(file->data + offsets[0], (flash_kda_dtype)dtype_of(dtype), ndim, shape);
-    size_t bytes = size_of(t.dtype);
-    for (int i = 0; i < ndim; i++)
-        if (__builtin_mul_overflow(bytes, (size_t)shape[i], &bytes)) return none;
+    const flash_kda_dtype type = (flash_kda_dtype)dtype_of(dtype);
+    size_t bytes = size_of(type);
+    int64_t room = (int64_t)bytes; /* bytes, if sizes of 0 were 1: strides are such products */
+    for (int i = 0; i < ndim; i++) {
+        if (__builtin_mul_overflow(room, shape[i] ? shape[i] : 1, &room)) return none;
+        bytes *= (size_t)shape[i];
+    }
     bool inside = offsets[0] <= offsets[1] && (size_t)offsets[1] <= file->data_size &&
                   (size_t)(offsets[1] - offsets[0]) == bytes;
-    return inside ? t : none;
+    /* Only now are the sizes known to be so small that strides and pointers can be computed with them. */
+    return inside ? tensor_of(file->data + offsets[0], type, ndim, shape) : none;
 }

@@ -1,4 +1,5 @@
 /* The `flash-kda` command: finds the subcommand. */
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -25,7 +26,7 @@ static void help(FILE *to)
         to);
 }
 
-int main(int argc, char **argv)
+static int run(int argc, char **argv)
 {
     if (argc < 2) {
         help(stderr);
@@ -44,4 +45,13 @@ int main(int argc, char **argv)
     for (int i = 0; i < COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
     die("'%s' is not a command; there are info, check, bench and run (flash-kda --help)", name);
+}
+
+/* A full disk takes the text, and says so only when it is written out. Then a script must not go on with half
+ * an answer. */
+int main(int argc, char **argv)
+{
+    const int status = run(argc, argv);
+    if (fflush(stdout) != 0 || ferror(stdout)) die("the output can't be written: %s", strerror(errno));
+    return status;
 }

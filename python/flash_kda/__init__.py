@@ -112,6 +112,9 @@ def fwd(
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
     call uses the legacy default stream and waits until the result is there.
 
+    A signal whose handler raises, as Ctrl-C's does, ends a long call on the CPU that was made in the main
+    thread, within 100 ms. What `out` and `final_state` hold then is unspecified.
+
     Raises:
         ValueError: an argument has a wrong shape, value, device or memory.
         TypeError: an argument has a wrong dtype or is of a wrong type.

@@ -11,17 +11,24 @@ retyped in place.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Iterable
 from ctypes import c_float, c_void_p
 from typing import Any, Callable, NamedTuple
 
-from . import _lib
+from . import _interruptible, _lib
 from ._options import OPTIONAL_ARRAYS, Options
 
 # C takes an optional tensor with a null pointer for an absent one. An optional array that is present but
 # empty is an error, so it must not look absent: it gets this address, which is never read.
 _EMPTY_BUT_PRESENT = 64
+
+# Tokens of a head, for each thread, from which on a call on the CPU counts as long. A CPU with AVX-512
+# computes them in 10 ms, of which starting a thread is a hundredth, and a slow CPU in 80 ms. A state that is
+# read and written takes as long as 16 tokens.
+_LONG_TOKENS = 8000
+_TOKENS_OF_A_STATE = 16
 
 
 class View(NamedTuple):
@@ -44,6 +51,19 @@ class Scratch(threading.local):
         self.block = memory, (ctypes.addressof(memory) + 63) & ~63
         self.size_bytes = size_bytes
 
+    def take(self, size_bytes: int) -> tuple[Any, int | None]:
+        """The block, of at least that size, which the thread's next call will not find here."""
+        if self.size_bytes < size_bytes:
+            self.grow(size_bytes)
+        block = self.block
+        self.size_bytes, self.block = 0, (None, None)
+        return block
+
+    def give_back(self, block: tuple[Any, int | None]) -> None:
+        size_bytes = ctypes.sizeof(block[0]) - 63
+        if self.size_bytes < size_bytes:
+            self.block, self.size_bytes = block, size_bytes
+
 
 _scratch = Scratch()
 _fwd = _lib.lib.flash_kda_fwd
@@ -56,6 +76,7 @@ class PreparedCall:
         "busy",
         "device_index",
         "fits",
+        "is_long",
         "lower_bound",
         "on_gpu",
         "options",
@@ -96,6 +117,7 @@ class PreparedCall:
         self.workspace = self._field(c_void_p, "workspace")
         self.workspace_size = _lib.workspace_size(params)
         params.workspace_size = self.workspace_size
+        self.is_long = not self.on_gpu and _is_long(params, options.threads)
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
@@ -125,6 +147,9 @@ class PreparedCall:
                 raise
             if self.on_gpu:
                 self.stream.value, self.workspace.value = stream, workspace
+            elif self.is_long:
+                self._run_long()
+                return
             elif self.workspace_size:
                 if _scratch.size_bytes < self.workspace_size:
                     _scratch.grow(self.workspace_size)
@@ -135,6 +160,24 @@ class PreparedCall:
             self.busy = False
         if status:
             raise _lib.last_error(status)
+
+    def _run_long(self) -> None:
+        """Handlers of signals run meanwhile, and may call fwd, so the call has a workspace of its own."""
+        block = _scratch.take(self.workspace_size)
+        self.workspace.value = block[1]
+        _interruptible.call(_fwd, self.params)
+        _scratch.give_back(block)
+
+
+def _is_long(params: _lib.FwdParams, threads: int) -> bool:
+    """Whether a call on the CPU may take so long that signals should not wait for it."""
+    rows, tokens, heads = params.q.shape[:3]
+    sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows
+    work = heads * (rows * tokens + _TOKENS_OF_A_STATE * sequences)
+    if work < _LONG_TOKENS:
+        return False
+    cpus = os.cpu_count() or 1
+    return work >= _LONG_TOKENS * min(threads or cpus, cpus, 4 * sequences * heads)
 
 
 class PreparedCalls(threading.local):

@@ -7,7 +7,7 @@ import importlib.util
 import os
 from ctypes import c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 
-OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR = range(5)
+OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR, INTERRUPTED = range(6)
 BF16, F32, I32, I64, F16, F64, OTHER = range(1, 8)
 CPU, CUDA = 0, 1
 
@@ -54,6 +54,7 @@ class FwdParams(ctypes.Structure):
         ("max_seqlen", c_int64),
         ("cut", c_int32),
         ("reserved", c_int32),
+        ("interrupt", c_void_p),
     ]
 
 
@@ -130,7 +131,8 @@ lib = _load()
 def last_error(status: int) -> Exception:
     """The exception for a status of the C library, with its sentence."""
     kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
-    sentence = lib.flash_kda_last_error().decode()
+    # A kernel's name may end in half a character, where C has cut it.
+    sentence = lib.flash_kda_last_error().decode(errors="replace")
     return kind(sentence.replace("it must be NULL or", "it must be None or"))  # as Python calls it
 
 

@@ -7,7 +7,7 @@ import sys
 from ctypes import POINTER, c_double
 from typing import Any
 
-from . import _arrays, _lib
+from . import _arrays, _interruptible, _lib
 from ._call import check_numbers
 
 
@@ -66,11 +66,10 @@ def reference(
     out, state = new(shapes["v"]), new((N, H, shapes["v"][3], K))
     # C refuses a null pointer, so an empty result has an address that is never written.
     out_pointer, state_pointer = (_arrays.read("result", x, None)[0].pointer or 8 for x in (out, state))
-    _lib.check(
-        _lib.lib.flash_kda_reference(
-            ctypes.byref(params),
-            ctypes.cast(out_pointer, POINTER(c_double)),
-            ctypes.cast(state_pointer, POINTER(c_double)),
-        )
+    _interruptible.call(
+        _lib.lib.flash_kda_reference,
+        params,
+        ctypes.cast(out_pointer, POINTER(c_double)),
+        ctypes.cast(state_pointer, POINTER(c_double)),
     )
     return out, state

@@ -185,7 +185,11 @@ def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: A
 
 def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> None:
     if not call.on_gpu:
-        call.run(map(_data_ptr, tensors), scale, lower_bound)
+        try:
+            call.run(map(_data_ptr, tensors), scale, lower_bound)
+        except BaseException:  # a call that was interrupted has written
+            _count_as_written(call, tensors)
+            raise
     else:
         workspace, address = None, None
         if call.workspace_size:
@@ -195,8 +199,13 @@ def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> Non
             address = workspace.data_ptr()
         stream = _current_stream(call.device_index)
         call.run(map(_data_ptr, tensors), scale, lower_bound, stream, address)
+    _count_as_written(call, tensors)
+
+
+def _count_as_written(call: PreparedCall, tensors: list) -> None:
+    """For autograd, which may have saved a tensor that the call writes."""
     for i in call.written:
-        _increment_version(tensors[i])  # for autograd, which may have saved the tensor
+        _increment_version(tensors[i])
 
 
 def _no_backward_pass() -> RuntimeError:

@@ -11,8 +11,10 @@ int fkda_cpu_count(void);
 enum { FKDA_MAX_THREADS = 1024 }; /* of one call */
 
 /* parallel.c: calls task(context, index, worker) for every index in [0, count), on up to `threads` threads,
- * all of which end before the function returns. `worker` is in [0, min(threads, FKDA_MAX_THREADS)). */
-void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
+ * all of which end before the function returns. `worker` is in [0, min(threads, FKDA_MAX_THREADS)). A task
+ * that returns false stops the loop: tasks that run are finished, and no other begins. Returns whether all
+ * tasks returned true. The calling thread must not be cancelled meanwhile (guard.h). */
+bool fkda_parallel_for(int threads, int64_t count, bool (*task)(void *context, int64_t index, int worker),
                        void *context);
 
 /* dispatch.c: the instruction set that the forward pass uses on this machine: "x86-64 avx512", ... */

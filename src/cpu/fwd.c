@@ -4,6 +4,7 @@
 #endif
 #include <stdio.h>
 
+#include "../errors.h"
 #include "../kernel.h"
 #include "../plan.h"
 #include "cpu.h"
@@ -67,24 +68,26 @@ typedef struct job {
     const fkda_cpu_plan *plan;
 } job;
 
-static void run_piece(void *context, int64_t index, int worker)
+static bool run_piece(void *context, int64_t index, int worker)
 {
     const job *j = context;
     const fkda_problem *p = j->problem;
     const int64_t head = index / j->plan->split, heads = p->shape.heads;
     const int channels = FKDA_DIM / j->plan->split, first = (int)(index % j->plan->split) * channels;
+    if (fkda_interrupted(p)) return false; /* a sequence may have no token at which its head would ask */
     void *scratch = (char *)p->workspace + (size_t)worker * j->plan->variant->scratch_size;
     unsigned before = flush_tiny_results();
-    j->plan->variant->run_head(p, head / heads, head % heads, first, first + channels, scratch);
+    const bool finished =
+        j->plan->variant->run_head(p, head / heads, head % heads, first, first + channels, scratch);
     restore_tiny_results(before);
+    return finished;
 }
 
 flash_kda_status fkda_cpu_run(const fkda_problem *p, const fkda_plan *plan)
 {
     job j = {.problem = p, .plan = &plan->cpu};
     const int64_t pieces = p->shape.sequences * p->shape.heads * plan->cpu.split;
-    fkda_parallel_for(plan->cpu.threads, pieces, run_piece, &j);
-    return FLASH_KDA_OK;
+    return fkda_parallel_for(plan->cpu.threads, pieces, run_piece, &j) ? FLASH_KDA_OK : fkda_interruption();
 }
 
 void fkda_cpu_explain(const fkda_plan *plan, char *text, size_t size)

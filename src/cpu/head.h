@@ -409,7 +409,7 @@ __attribute__((always_inline)) static inline void prefetch(const tokens *t, int 
     }
 }
 
-static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, int v_end, void *memory)
+static bool run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, int v_end, void *memory)
 {
     scratch *s = memory;
     load_state(&p->initial_state, n, h, v_begin, v_end, s);
@@ -417,6 +417,7 @@ static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, i
     const gate_constants gate = make_gate_constants(p->A_log[h], p->lower_bound, CHUNK);
     const fkda_sequence sequence = fkda_sequence_at(p, n);
     for (int64_t token = sequence.begin; token < sequence.end; token += CHUNK) {
+        if (fkda_interrupted(p)) return false;
         tokens t = tokens_at(p, h, &sequence, token), next = tokens_at(p, h, &sequence, token + CHUNK);
         if (t.count < CHUNK) t = pad(s, &t);
         prepare(s, &t, &gate);
@@ -431,6 +432,7 @@ static void run_head(const fkda_problem *p, int64_t n, int64_t h, int v_begin, i
         }
     }
     store_state(&p->final_state, n, h, v_begin, v_end, s);
+    return true;
 }
 
 const fkda_cpu_variant FKDA_VARIANT = {

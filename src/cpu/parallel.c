@@ -3,11 +3,15 @@
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include <sched.h>
+#else
+#define _POSIX_C_SOURCE 200809L
 #endif
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <unistd.h>
 
+#include "../guard.h"
 #include "cpu.h"
 
 int fkda_cpu_count(void)
@@ -22,10 +26,11 @@ int fkda_cpu_count(void)
 }
 
 typedef struct loop {
-    void (*task)(void *context, int64_t index, int worker);
+    bool (*task)(void *context, int64_t index, int worker);
     void *context;
     int64_t count;
     atomic_llong next;
+    atomic_bool stopped;
 } loop;
 
 typedef struct worker {
@@ -34,18 +39,40 @@ typedef struct worker {
     pthread_t thread;
 } worker;
 
-static void *work(void *argument)
+static void work(const worker *self)
 {
-    const worker *self = argument;
     loop *l = self->loop;
-    for (;;) {
+    while (!atomic_load_explicit(&l->stopped, memory_order_relaxed)) {
         int64_t index = atomic_fetch_add_explicit(&l->next, 1, memory_order_relaxed);
-        if (index >= l->count) return NULL;
-        l->task(l->context, index, self->number);
+        if (index >= l->count) return;
+        if (!l->task(l->context, index, self->number))
+            atomic_store_explicit(&l->stopped, true, memory_order_relaxed);
     }
 }
 
-void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
+/* A new thread's floating-point settings are those of its creator on some systems, and the defaults on
+ * others. */
+static void *start_work(void *argument)
+{
+    fkda_default_float_settings();
+    work(argument);
+    return NULL;
+}
+
+/* Blocks all signals that are sent to the process or to a thread, and returns what was blocked before. A
+ * signal that an instruction raises (SIGSEGV, say) stays deliverable: the system would otherwise end the
+ * process without calling the application's handler. */
+static sigset_t block_signals(void)
+{
+    static const int raised[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
+    sigset_t all, before;
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof raised / sizeof *raised; i++) sigdelset(&all, raised[i]);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    return before;
+}
+
+bool fkda_parallel_for(int threads, int64_t count, bool (*task)(void *context, int64_t index, int worker),
                        void *context)
 {
     if (threads > FKDA_MAX_THREADS) threads = FKDA_MAX_THREADS;
@@ -53,15 +80,25 @@ void fkda_parallel_for(int threads, int64_t count, void (*task)(void *context, i
 
     loop l = {.task = task, .context = context, .count = count};
     atomic_init(&l.next, 0);
+    atomic_init(&l.stopped, false);
+    const worker caller = {.loop = &l, .number = 0};
+    if (threads <= 1) {
+        work(&caller);
+        return !atomic_load(&l.stopped);
+    }
     worker workers[FKDA_MAX_THREADS];
     int started = 1; /* worker 0 is the caller */
-    workers[0] = (worker){.loop = &l, .number = 0};
+    /* New threads block the signals that their creator blocks. The application's handlers then run on its own
+     * threads, as if the workers were not there. */
+    const sigset_t before = block_signals();
     for (; started < threads; started++) {
         worker *w = &workers[started];
         *w = (worker){.loop = &l, .number = started};
         /* If the system gives no more threads, the threads that were started do all the work. */
-        if (pthread_create(&w->thread, NULL, work, w) != 0) break;
+        if (pthread_create(&w->thread, NULL, start_work, w) != 0) break;
     }
-    work(&workers[0]);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    work(&caller);
     for (int i = 1; i < started; i++) pthread_join(workers[i].thread, NULL);
+    return !atomic_load(&l.stopped);
 }

@@ -99,7 +99,7 @@ static void step(const fkda_problem *p, int64_t row, int64_t token, int64_t h, d
     for (int v = 0; v < V; v++) out[v] = (double)p->scale * o[v];
 }
 
-static void run_head(void *context, int64_t index, int worker)
+static bool run_head(void *context, int64_t index, int worker)
 {
     const job *j = context;
     const fkda_problem *p = j->problem;
@@ -107,14 +107,18 @@ static void run_head(void *context, int64_t index, int worker)
     double(*S)[V] = j->scratch_states[worker];
     const fkda_sequence sequence = fkda_sequence_at(p, n);
 
+    if (fkda_interrupted(p)) return false;
     load_state(&p->initial_state, n, h, S);
-    for (int64_t token = sequence.begin; token < sequence.end; token++)
+    for (int64_t token = sequence.begin; token < sequence.end; token++) {
+        if (fkda_interrupted(p)) return false;
         step(p, sequence.row, token, h, S,
              j->out + ((sequence.row * p->shape.tokens + token) * heads + h) * V);
-    if (!j->final_state) return;
+    }
+    if (!j->final_state) return true;
     double *final = j->final_state + index * V * K;
     for (int v = 0; v < V; v++)
         for (int k = 0; k < K; k++) final[v * K + k] = S[k][v];
+    return true;
 }
 
 flash_kda_status fkda_cpu_reference(const fkda_problem *p, double *out, double *final_state)
@@ -128,7 +132,7 @@ flash_kda_status fkda_cpu_reference(const fkda_problem *p, double *out, double *
     if (!j.scratch_states)
         return fkda_fail(FLASH_KDA_DEVICE_ERROR, "the reference could not allocate %zu bytes of memory",
                          bytes);
-    fkda_parallel_for(threads, count, run_head, &j);
+    const bool finished = fkda_parallel_for(threads, count, run_head, &j);
     free(j.scratch_states);
-    return FLASH_KDA_OK;
+    return finished ? FLASH_KDA_OK : fkda_interruption();
 }

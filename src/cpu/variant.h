@@ -9,8 +9,8 @@ typedef struct fkda_cpu_variant {
     const char *arch;    /* "x86-64 avx512", ... */
     size_t scratch_size; /* of one worker, a multiple of 64 bytes */
     /* Computes all tokens of sequence n and head h, for value channels v_begin to v_end - 1, which are
-     * multiples of 32. The scratch is 64-byte aligned. */
-    void (*run_head)(const fkda_problem *problem, int64_t n, int64_t h, int v_begin, int v_end,
+     * multiples of 32. The scratch is 64-byte aligned. Returns false if the call was interrupted. */
+    bool (*run_head)(const fkda_problem *problem, int64_t n, int64_t h, int v_begin, int v_end,
                      void *scratch);
 } fkda_cpu_variant;
 

@@ -231,6 +231,9 @@ static void scalars(void)
     INVALID("cut is 4; it must be a flash_kda_cut, in [0, 3]", p.cut = 4);
     INVALID("cut is -1; it must be a flash_kda_cut, in [0, 3]", p.cut = -1);
     INVALID("reserved is 1; it must be 0", p.reserved = 1);
+    const volatile int32_t *between = (const volatile int32_t *)((uintptr_t)fixed.params.A_log.data + 2);
+    INVALID(text("interrupt is at address %p; it must be aligned to 4 bytes", (void *)between),
+            p.interrupt = between);
     INVALID(text("max_seqlen is -1; it must be in [0, T] = [0, %lld]", (long long)p.q.shape[1]),
             p.max_seqlen = -1);
     INVALID(text("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p.q.shape[1] + 1,

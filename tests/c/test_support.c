@@ -118,6 +118,19 @@ static void files(void)
     CHECK(!safetensors_get(file, "none").data, "a tensor that is not there");
     safetensors_close(file);
     CHECK(!recorded_load(path, why) && strstr(why, "q is missing"), "%s", why);
+    /* Sizes whose product wraps, offsets far beyond the file, and sizes that no data bounds. */
+    static const char *const hostile[] = {
+        "[4611686018427387904,4611686018427387904,4,128],\"data_offsets\":[0,0]",
+        "[1,1,1,128],\"data_offsets\":[4611686018427387904,4611686018427388160]",
+        "[1099511627776,0,1073741824,128],\"data_offsets\":[0,0]",
+        "[1048576,0,1048576,128],\"data_offsets\":[0,0]",
+    };
+    for (size_t i = 0; i < sizeof hostile / sizeof *hostile; i++) {
+        char header[256];
+        snprintf(header, sizeof header, "{\"q\":{\"dtype\":\"BF16\",\"shape\":%s}}", hostile[i]);
+        write_file(path, header, numbers, sizeof numbers);
+        CHECK(!recorded_load(path, why) && strstr(why, "q is missing"), "%s: %s", hostile[i], why);
+    }
     CHECK(!safetensors_open("no/such/file", why) && strstr(why, "can't be opened"), "%s", why);
     CHECK(!safetensors_open(FLASH_KDA_DATA "/README.md", why) && strstr(why, "not a safetensors"), "%s", why);
     remove(path);

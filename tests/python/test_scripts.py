@@ -33,11 +33,13 @@ STARTED_BY = {
     "scripts/check_kernels.py": "test_check_kernels_of_a_folder",
     "scripts/check_lines.py": "test_long_lines_are_found",
     "scripts/environment.py": "test_environment",
+    "scripts/fuzz.sh": "test_fuzz",
     "scripts/gpu.sh": "test_gpu",
     "scripts/lint.sh": "test_lint",
     "scripts/plot_accuracy.py": "test_plot_accuracy",
     "scripts/sanitize.sh": "test_sanitize",
     "scripts/test.sh": "test_test",
+    "scripts/test_all.sh": "test_all_the_tests",
 }
 
 
@@ -133,7 +135,7 @@ def test_test(sandbox):
 
 def test_sanitize(sandbox):
     sandbox.stub("cmake", "ninja", "ctest")
-    done = sandbox.run("sh", "scripts/sanitize.sh")
+    done = sandbox.run("sh", "scripts/sanitize.sh", "address")
     assert done.returncode == 0, done.stderr
     configure, build, test = sandbox.calls()
     assert "-B build-sanitize" in configure
@@ -142,7 +144,69 @@ def test_sanitize(sandbox):
     )
     assert build == "cmake --build build-sanitize"
     assert test == "ctest --test-dir build-sanitize --output-on-failure --no-tests=error"
-    assert sandbox.run("sh", "scripts/sanitize.sh", fail="ctest").returncode == 1
+    assert sandbox.run("sh", "scripts/sanitize.sh", "address", fail="ctest").returncode == 1
+    done = sandbox.run("sh", "scripts/sanitize.sh", "thread")
+    assert done.returncode == 0, done.stderr
+    configure, _, test = sandbox.calls()
+    assert configure.endswith("-DFLASH_KDA_SANITIZE=thread")
+    assert f"-DNVCC={sandbox.folder}/tests/pretend_nvcc/nvcc" in configure
+    assert (ROOT / "tests" / "pretend_nvcc" / "nvcc").exists()
+    assert test.startswith("ctest --test-dir build-thread ")
+    assert sandbox.run("sh", "scripts/sanitize.sh", "nonsense").returncode == 2
+
+
+FUZZER = """\
+#!/bin/sh
+echo "#7 DONE cov: 31 ft: 50"
+echo "stat::number_of_executed_units: 1234"
+case " $STUBS_THAT_FAIL " in *" $(basename "$0") "*) exit 1 ;; esac
+"""
+
+
+def fuzzers(sandbox):
+    sandbox.stub("cmake", "ninja", "clang")
+    for name in ("call", "file", "command", "plan"):
+        assert (ROOT / "tests" / "fuzz" / f"fuzz_{name}.c").exists()
+        program = sandbox.folder / "build-fuzz" / "tests" / "fuzz" / f"fuzz_{name}"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(FUZZER)
+        program.chmod(0o755)
+
+
+def test_fuzz(sandbox):
+    fuzzers(sandbox)
+    done = sandbox.run("sh", "scripts/fuzz.sh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("fuzz: ")]
+    names = ("call", "file", "command", "plan")
+    assert said == [f"fuzz: {name}: 1234 inputs, coverage 31" for name in names]
+    done = sandbox.run("sh", "scripts/fuzz.sh", "plan", fail="fuzz_plan")
+    assert done.returncode == 1
+    assert "fuzz: plan: 1234 inputs, coverage 31, FAILED" in done.stdout
+    done = sandbox.run("sh", "scripts/fuzz.sh", fail="clang")
+    assert done.returncode == 0
+    assert done.stdout.startswith("fuzz: skipped, since clang cannot link libFuzzer")
+
+
+def test_all_the_tests(sandbox):
+    fuzzers(sandbox)
+    sandbox.stub("ctest")
+    python = sandbox.stubs / "pretended-python"
+    python.write_text("#!/bin/sh\necho '12 passed, 3 skipped in 1.5s'\n")
+    python.chmod(0o755)
+    counts = sandbox.folder / "build" / "Testing" / "Temporary" / "LastTest.log"
+    counts.parent.mkdir(parents=True)
+    counts.write_text("  alignment   120 checks   0.1 s\n  sizes      3 checks   0.1 s\n45 inputs\n")
+    settings = {"BUILD": "build", "PYTHON": "pretended-python"}
+    done = sandbox.run("sh", "scripts/test_all.sh", **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout[done.stdout.index("== cases") :].splitlines()
+    assert last[1].endswith("C tests with 123 checks, 45 inputs of corpora; 12 Python tests")
+    assert last[-1] == "all passed"
+    assert sum(line.startswith("fuzz: ") for line in last) == 4
+    done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest", **settings)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "failed: tests address thread"
 
 
 def test_lint(sandbox):
@@ -249,12 +313,12 @@ def test_ci_runs_every_section(sandbox):
     # The section of the wheel removes its folder and makes it anew, which the stub of venv does not do.
     done = sandbox.run("bash", ".ci/run")
     assert done.returncode == 1
-    assert "sections: 5 passed, 1 failed" in done.stdout
+    assert "sections: 4 passed, 1 failed" in done.stdout
     makes = [call.split()[1] for call in sandbox.calls() if call.startswith("make ")]
-    assert makes == ["run", "test", "kernels", "sanitize", "lint", "wheel"]
+    assert makes == ["run", "test-all", "kernels", "lint", "wheel"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in makes)
-    assert "sections: 0 passed, 6 failed" in sandbox.run("bash", ".ci/run", fail="make").stdout
+    assert "sections: 0 passed, 5 failed" in sandbox.run("bash", ".ci/run", fail="make").stdout
 
 
 def test_make_knows_its_targets():

@@ -16,7 +16,7 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later"},
-    {"_options"},
+    {"_options", "_interruptible"},
     {"_call"},
     {"_arrays"},
     {"_torch", "_reference"},

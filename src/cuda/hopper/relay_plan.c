@@ -82,8 +82,11 @@ static fkda_relay_plan cut_to_share(int64_t heads, int64_t chunks, int64_t segme
         if (n > 1 && length < SHORTEST_SHARED_CHUNKS * map_chunk) return p;
         ends[i] = end += fkda_most(length, map_chunk);
     }
-    for (int64_t i = 0; i < segments; i++) /* no segment is empty */
-        p.relay.first_chunk[i + 1] = (int)fkda_most(i + 1, chunks * ends[i] / end);
+    for (int64_t i = 0; i < segments; i++) { /* no segment is empty */
+        /* The product of chunks and clocks passes 64 bits for sequences of 2^31 tokens. */
+        const int64_t chunk = (int64_t)((__int128)chunks * ends[i] / end);
+        p.relay.first_chunk[i + 1] = (int)fkda_most(i + 1, chunk);
+    }
     p.relay.inner = (int)inner;
     p.relay.needed_pairs = (int)needed;
     p.clocks = fkda_clocks_relay(64 * x / map_chunk, segments - 2, inner);

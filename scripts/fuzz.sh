@@ -1,0 +1,42 @@
+#!/bin/sh
+# fuzz.sh [HARNESS...]: runs the harnesses of tests/fuzz (all without arguments) under libFuzzer with
+# AddressSanitizer and UndefinedBehaviorSanitizer, FUZZ_SECONDS each (60 by default), from the corpus in the
+# tree. New inputs are kept in build-fuzz/corpus. An input that fails is kept in build-fuzz/found and fails
+# the script. Takes clang from CLANG or PATH.
+set -eu
+clang=${CLANG:-clang}
+seconds=${FUZZ_SECONDS:-60}
+folder=build-fuzz
+
+probe=$(mktemp -d)
+trap 'rm -rf "$probe"' EXIT
+echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { return d == 0 && n; }' >"$probe/probe.c"
+if ! "$clang" -fsanitize=fuzzer,address,undefined "$probe/probe.c" -o "$probe/probe" >/dev/null 2>&1; then
+    echo "fuzz: skipped, since $clang cannot link libFuzzer (Debian: apt-get install clang libclang-rt-dev)"
+    exit 0
+fi
+
+sh scripts/build.sh $folder -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+    "-DCMAKE_C_COMPILER=$clang" -DFLASH_KDA_SANITIZE=fuzzer-no-link,address,undefined \
+    -DFLASH_KDA_FUZZ=-fsanitize=fuzzer
+# An allocation that no memory has must fail, as it does without a sanitizer.
+export ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+mkdir -p $folder/found
+failed=0
+for name in ${@:-call file command plan}; do
+    log=$folder/fuzz_$name.log
+    mkdir -p "$folder/corpus/$name"
+    if "$folder/tests/fuzz/fuzz_$name" "-max_total_time=$seconds" -print_final_stats=1 -timeout=20 \
+        -max_len=4096 "-artifact_prefix=$folder/found/$name-" \
+        "$folder/corpus/$name" "tests/fuzz/corpus/$name" >"$log" 2>&1; then
+        found=""
+    else
+        found=", FAILED: see $log and $folder/found"
+        failed=1
+        tail -n 40 "$log"
+    fi
+    executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
+    coverage=$(sed -n 's/.*cov: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
+    echo "fuzz: $name: ${executions:-0} inputs, coverage ${coverage:-0}$found"
+done
+exit $failed

@@ -1,0 +1,46 @@
+#!/bin/sh
+# test_all.sh: everything that guards the code on a machine without a GPU, one after the other, even if some
+# fail: the tests, the C tests under the sanitizers, and the fuzz harnesses. The last lines say which failed,
+# and how many cases each has had. Needs BUILD, PYTHON, and what scripts/test.sh, sanitize.sh and fuzz.sh
+# need.
+set -u
+logs=$BUILD/test-all
+mkdir -p "$logs"
+failed=""
+
+# step NAME COMMAND...
+step() {
+    name=$1
+    shift
+    printf '\n== %s\n' "$name"
+    { "$@" 2>&1 || echo "$name" >"$logs/$name.failed"; } | tee "$logs/$name.log"
+    if [ -e "$logs/$name.failed" ]; then failed="$failed $name"; fi
+}
+
+# The checks that the C tests of a build folder counted, and the inputs of corpora that they replayed.
+checks_in() {
+    awk '/^  [a-z0-9-]+ +[0-9]+ checks / { checks += $2 } /^[0-9]+ inputs$/ { inputs += $1 }
+         END { printf "%d checks, %d inputs of corpora", checks, inputs }' \
+        "$1/Testing/Temporary/LastTest.log" 2>/dev/null || printf 'no checks'
+}
+
+# The C tests that ran, as ctest counts them.
+programs_in() { sed -n 's/.*tests passed.* out of \([0-9]*\).*/\1/p' "$logs/$1.log" | tail -n 1; }
+
+rm -f "$logs"/*.failed
+step tests sh scripts/test.sh
+step address sh scripts/sanitize.sh address
+step thread sh scripts/sanitize.sh thread
+step fuzz sh scripts/fuzz.sh
+
+passed=$(sed -n 's/^\([0-9]*\) passed.*/\1/p;s/.* \([0-9]*\) passed.*/\1/p' "$logs/tests.log" | tail -n 1)
+printf '\n== cases\n'
+echo "tests:    $(programs_in tests) C tests with $(checks_in "$BUILD"); ${passed:-0} Python tests"
+echo "address:  $(programs_in address) C tests with $(checks_in build-sanitize)"
+echo "thread:   $(programs_in thread) C tests with $(checks_in build-thread)"
+grep '^fuzz: ' "$logs/fuzz.log" || echo "fuzz: nothing ran"
+if [ -n "$failed" ]; then
+    echo "failed:$failed"
+    exit 1
+fi
+echo "all passed"

@@ -1,0 +1,242 @@
+"""Signals during calls on the CPU: handlers run at once, and one that raises ends a long call."""
+
+import _thread
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+import flash_kda
+from flash_kda import _call, _interruptible
+from problems import REFERENCE_ARGUMENTS, hold_to, make, to_torch, truth
+
+# Between the signal and the exception. The best of a few trials counts, since other work on the machine
+# delays each of them.
+MOST_SECONDS = 0.1
+TRIALS = 5
+
+
+def zeros(T=60000, H=4):
+    """The arguments of a call that takes seconds with one thread and the kernel cpu-portable."""
+    a = {name: np.zeros((1, T, H, 128), bfloat16) for name in ("q", "k", "v", "g", "out")}
+    a["beta"] = np.zeros((1, T, H), bfloat16)
+    a["A_log"], a["dt_bias"] = np.zeros(H, np.float32), np.zeros((H, 128), np.float32)
+    return {**a, "scale": 1.0, "lower_bound": -5.0}
+
+
+def slow(a):
+    flash_kda.fwd(**a, kernel="cpu-portable", threads=1)
+
+
+def slow_reference(a):
+    flash_kda.reference(**{name: a[name] for name in REFERENCE_ARGUMENTS if name in a})
+
+
+class Foreign:
+    """An array that is known through DLPack alone."""
+
+    def __init__(self, tensor):
+        self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
+
+
+def foreign(a):
+    return {name: Foreign(x) if hasattr(x, "shape") else x for name, x in a.items()}
+
+
+def call_and_wait(call, a, thread):
+    """A signal that comes after the call must not count as one that ended it."""
+    call(a)
+    thread.join()
+    time.sleep(0.5)
+    raise AssertionError("the call was over before the signal came")
+
+
+def seconds_to_stop(call, a, send, exception):
+    """From the signal to the exception in the caller."""
+    sent = []
+
+    def later():
+        time.sleep(0.1)
+        sent.append(time.perf_counter())
+        send()
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    with pytest.raises((exception, AssertionError)) as raised:
+        call_and_wait(call, a, thread)
+    seconds = time.perf_counter() - sent[0]
+    thread.join()
+    return seconds if raised.type is exception else float("inf")
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_and_wait():
+    interrupt()
+    time.sleep(1)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "dlpack", "reference"])
+def test_ctrl_c(kind):
+    a, call = zeros(), slow
+    if kind in ("torch", "dlpack"):
+        pytest.importorskip("torch")
+        a = to_torch(a, "cpu")
+    if kind == "dlpack":
+        a = foreign(a)
+    if kind == "reference":
+        call = slow_reference
+    times = []
+    for _ in range(TRIALS):
+        times.append(seconds_to_stop(call, a, interrupt, KeyboardInterrupt))
+        if times[-1] < MOST_SECONDS:
+            break
+    assert min(times) < MOST_SECONDS, times
+    small = make(lengths=[5, 30], initial=np.float32)
+    flash_kda.fwd(**small)
+    hold_to(small, truth(small), "cpu")
+
+
+@pytest.fixture
+def on_alarm():
+    """Sets the handler of SIGALRM for the time of a test."""
+    before = signal.getsignal(signal.SIGALRM)
+    yield lambda handler: signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_any_handler_that_raises(on_alarm):
+    def handler(number, frame):
+        raise TimeoutError
+
+    on_alarm(handler)
+    assert seconds_to_stop(slow, zeros(), lambda: os.kill(os.getpid(), signal.SIGALRM), TimeoutError) < 1
+
+
+def test_many_signals_at_once(on_alarm, monkeypatch):
+    """Another Ctrl-C while the first one is under way does not let the exception out before C has stopped."""
+    ended, handled, real = [], [], _call._fwd
+
+    def watched(reference):
+        status = real(reference)
+        time.sleep(0.05)  # in which more signals come
+        ended.append(status)
+        return status
+
+    def handler(number, frame):
+        handled.append(len(ended))
+        if not ended:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_call, "_fwd", watched)
+    on_alarm(handler)
+    a = zeros()
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.002)
+    with pytest.raises(KeyboardInterrupt):
+        slow(a)
+    assert ended == [5]
+    assert handled.count(0) > 2
+
+
+def test_a_handler_that_returns_changes_nothing(on_alarm, monkeypatch):
+    """The handler calls fwd itself, as long as the first call runs."""
+    monkeypatch.setattr(_call, "_LONG_TOKENS", 100)
+    outer, inner = make(T=3000, H=2, seed=1), make(T=300, H=1, seed=2)
+    expected = truth(outer), truth(inner)
+    handled = []
+
+    def handler(number, frame):
+        inner["out"][:] = np.nan
+        flash_kda.fwd(**inner, kernel="cpu-portable")
+        handled.append(np.isfinite(inner["out"].astype(np.float32)).all())
+
+    on_alarm(handler)
+    for _ in range(20):
+        outer["out"][:] = np.nan
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        flash_kda.fwd(**outer, kernel="cpu-portable", threads=1)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        hold_to(outer, expected[0], "cpu")
+    assert handled
+    assert all(handled)
+    hold_to(inner, expected[1], "cpu")
+
+
+def test_in_another_thread_nothing_special_happens(monkeypatch):
+    """The main thread is interrupted, and the thread's call ends with its result."""
+    a = make(T=4000, H=4)
+    expected = truth(a)
+    monkeypatch.setattr(_interruptible, "_Helper", None)
+    thread = threading.Thread(target=flash_kda.fwd, kwargs={**a, "kernel": "cpu-portable", "threads": 1})
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_and_wait()
+    thread.join()
+    hold_to(a, expected, "cpu")
+
+
+def test_short_calls_start_no_thread(monkeypatch):
+    monkeypatch.setattr(_interruptible, "_Helper", None)
+    a = make(T=300)
+    flash_kda.fwd(**a)
+    a = make(T=4000, H=1)
+    flash_kda.fwd(**a)
+
+
+@pytest.fixture
+def long_call(monkeypatch):
+    monkeypatch.setattr(_call, "_LONG_TOKENS", 1)
+    return make(T=100, H=1, seed=3)
+
+
+def test_without_a_thread_to_be_had(long_call, monkeypatch):
+    expected = truth(long_call)
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    flash_kda.fwd(**long_call)
+    hold_to(long_call, expected, "cpu")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_signal_beside_the_start_of_the_thread(long_call, monkeypatch, begins):
+    start = _thread.start_new_thread
+
+    def start_and_raise(*arguments):
+        if begins:
+            start(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_thread, "start_new_thread", start_and_raise)
+    monkeypatch.setattr(_interruptible, "_NEVER_BEGAN_SECONDS", 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        flash_kda.fwd(**long_call)
+
+
+def test_errors_of_long_calls(long_call):
+    """The sentence is the one of the thread that called C."""
+    long_call["lower_bound"] = 1.0
+    with pytest.raises(ValueError, match=r"lower_bound is 1; it must be in \[-5, 0\]"):
+        flash_kda.fwd(**long_call)
+
+
+def test_a_workspace_is_reused(long_call):
+    flash_kda.fwd(**long_call)
+    block = _call._scratch.block
+    flash_kda.fwd(**long_call)
+    assert _call._scratch.block is block
+    assert block[1]
+
+
+def test_a_name_that_is_cut_inside_a_character():
+    with pytest.raises(ValueError, match="kernel is "):
+        flash_kda.fwd(**make(T=3), kernel="a" + "ä" * 200)
