@@ -4,8 +4,8 @@
  * ends, with a result or with an error, and nothing outside of the tensors and the workspace is touched. A
  * cu_seqlens that is malformed and does not change must not even give an error.
  *
- * A kernel that waits in vain ends in a trap, after which the process cannot use its CUDA context any more. So
- * this program starts itself again for each case, and the parent uses no device. Every case may take
+ * A kernel that waits in vain ends in a trap, after which the process cannot use its CUDA context any more.
+ * So this program starts itself again for each case, and the parent uses no device. Every case may take
  * CASE_SECONDS, a multiple of the time after which a kernel gives up (kernels/hopper/ptx/patience.cuh).
  */
 #define _GNU_SOURCE

@@ -176,8 +176,8 @@ static void shared_segments(void)
     problem_free(rows);
 }
 
-/* The final state takes the place of the initial state, which spare pairs of a relay read late. Whether a wrong
- * order shows is chance, so there are many rounds. */
+/* The final state takes the place of the initial state, which spare pairs of a relay read late. Whether a
+ * wrong order shows is chance, so there are many rounds. */
 static void in_place(void)
 {
     if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
@@ -188,8 +188,8 @@ static void in_place(void)
     for (int round = 0; round < (test.quick ? 12 : 300); round++) {
         trying("round %d", round);
         result here = run_and_check(p, NULL, (bars){0, 0}, options_of(STATE_IN_PLACE, false));
-        CHECK(first_difference(apart.out, here.out, 2, values) < 0, "out is another one in place");
-        CHECK(first_difference(apart.state, here.state, 4, states) < 0, "final_state is another one in place");
+        CHECK(first_difference(apart.out, here.out, 2, values) < 0, "out differs in place");
+        CHECK(first_difference(apart.state, here.state, 4, states) < 0, "final_state differs in place");
         result_free(&here);
     }
     result_free(&apart);

@@ -5,9 +5,9 @@
  * Between these, warps, the threads of a warp, copies and asynchronous products take turns at random. Some
  * warps get only one turn in up to 32, and sometimes all warps of one CTA of a cluster get one turn in eight.
  * So an order that nothing enforces comes out differently from seed to seed. If no warp of a CTA can go on,
- * the program ends with a list of what each warp waits for. Some waits of the kernels are bounded: they end in
- * a trap. If nothing moves any more and there is such a wait, the machine runs its clock forward: the wait is
- * over, the kernel traps, and launch() says so.
+ * the program ends with a list of what each warp waits for. Some waits of the kernels are bounded: they end
+ * in a trap. If nothing moves any more and there is such a wait, its time is over: the kernel traps, and
+ * launch() says so.
  *
  * What it checks: what a kernel computes, how threads wait for each other, how a kernel waits for the
  * previous kernel, and how warps share out registers. It finds an mbarrier that was overwritten, even one
@@ -106,7 +106,8 @@ void issue_product(std::function<void()> act);
 void commit_products();
 void wait_for_products(int pending);
 
-/* For a thread that polls for another CTA, or in a wait that ends in a trap: other threads of its CTA go on, then other CTAs. */
+/* For a thread that polls for another CTA, or in a wait that ends in a trap: other threads of its CTA go on,
+ * then other CTAs. */
 void yield_to_ctas();
 
 /* Runs a grid with at most `sms` CTAs at a time, of which `cluster` neighbours form a cluster and run

@@ -46,9 +46,9 @@
  *   TEAM_BARRIER + team  the T warps of a team, between two steps of a chunk's preparation
  *   RECURRENCE_BARRIER   the R warps of the recurrence, before a map is stored over tokens, and in the join
  *
- * The cluster's barrier: after mbarriers were initialised, between the map phase and the join phase, and at
- * the end, so that no CTA ends while the other one of its pair still sends to it. Flags in global memory are
- * in ../segments.h and ../fwd_args.h.
+ * The cluster's barrier: in the mixed schedule before the roles begin, after mbarriers were initialised,
+ * between the map phase and the join phase, and at the end, so that no CTA ends while the other one of its
+ * pair still sends to it. Flags in global memory are in ../segments.h and ../fwd_args.h.
  */
 #ifndef FKDA_HOPPER_BARRIERS_CUH
 #define FKDA_HOPPER_BARRIERS_CUH

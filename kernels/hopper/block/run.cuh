@@ -28,8 +28,8 @@ static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all
 
 /* ---- A relay: two blocks one after the other ----------------------------------------------------------- */
 
-/* Waits for the end of the first phase, if there is one, and for the barriers of both. The loader of the first
- * phase has no role in the second phase, or fetches maps. */
+/* Waits for the end of the first phase, if there is one, and for the barriers of both phases. The loader of
+ * the first phase has no role in the second phase, or fetches maps there. */
 template <class First> struct WaitForNextPhase {
     Shared<First> &shared;
     bool had_first_phase;
@@ -102,8 +102,8 @@ static __device__ void run_relay(const fkda_hopper_fwd_args &all)
 static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
     MixedAssignment &assignment = mixed_assignment<Block<PairCta, Mixed>>();
-    /* One CTA of a pair finds the assignment for both: if each read the lengths, and these changed in between,
-     * the CTAs could run different kinds of blocks, and one would send chunks to where the other has
+    /* One CTA of a pair finds the assignment for both. If each read the lengths, and these changed in
+     * between, the CTAs could run different kinds of blocks, and one would send chunks to where the other has
      * pointers. */
     const bool schedules = threadIdx.x < 32 && cluster_rank() == 0;
     cluster_arrive_relaxed();

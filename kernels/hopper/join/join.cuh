@@ -18,9 +18,9 @@
  *
  * Optimizations. The code is kept small, because each launch has to fetch it from memory first.
  *
- * All warps read by themselves what a sequence's maps are. If lists or cu_seqlens change meanwhile, warps wait
- * for each other in vain. The warp that fetches maps gives up then: at its end it waits until all that it has
- * fetched is read and all other warps have ended.
+ * All warps read by themselves what a sequence's maps are. If lists or cu_seqlens change meanwhile, warps
+ * wait for each other in vain. The warp that fetches maps gives up then: at its end it waits until all that
+ * it has fetched is read and all other warps have ended.
  */
 #ifndef FKDA_HOPPER_JOIN_CUH
 #define FKDA_HOPPER_JOIN_CUH

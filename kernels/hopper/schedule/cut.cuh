@@ -4,8 +4,9 @@
  * If all sequences have one length, every CTA computes for itself how they are cut, and no lists are needed.
  * Otherwise the kernel fkda_hopper_list (list.cuh) has written lists into the workspace before.
  *
- * No index leaves the tensors or the workspace, whatever cu_seqlens and the lists hold and however they change
- * between two reads: each function here reads a value once and brings what it makes of it into its range.
+ * No index leaves the tensors or the workspace, whatever cu_seqlens and the lists hold and however they
+ * change between two reads: each function here reads a value once and brings what it makes of it into its
+ * range.
  */
 #ifndef FKDA_HOPPER_CUT_CUH
 #define FKDA_HOPPER_CUT_CUH

@@ -20,8 +20,9 @@
  * all these heads, then the outputs.
  *
  * States in place. If the final state is the same tensor as the initial state, the last segment's pair must
- * not overwrite what a spare pair has yet to read. The spare pair sets flags of the first segment's slot, which
- * nothing else uses, once it has read the state, and the last segment's pair waits for them before it stores.
+ * not overwrite what a spare pair has yet to read. Once the spare pair has read the state, it sets flags of
+ * the first segment's slot, which nothing else uses. The last segment's pair waits for these flags before it
+ * stores.
  *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long. The launch
  * must be cooperative, because every pair that is waited for must run. All flags are zeros before the launch.
