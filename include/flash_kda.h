@@ -120,7 +120,8 @@ typedef struct flash_kda_tensor {
  * tensors and the workspace is touched. A kernel may then wait for what never comes; it gives up after 2^35
  * clocks of its SM, which are 17 to 20 s on an H100 or H200. The driver then reports
  * CUDA_ERROR_LAUNCH_FAILED to every later call of the process on this device, flash_kda_synchronize() and
- * flash_kda_copy() put it into a sentence, and the process has lost its CUDA context.
+ * flash_kda_copy() put it into a sentence, and the process has lost its CUDA context. Under MPS all clients
+ * of the GPU lose theirs.
  *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
  * element). out and the workspace must not overlap any other tensor, and final_state no other than

@@ -5,7 +5,7 @@
  * them take what they do from cu_seqlens and from lists in the workspace. If these change while the kernel
  * runs, or another call clears the flags because it has the same workspace, a CTA may wait for what nobody
  * will do. The trap ends the launch; the driver reports CUDA_ERROR_LAUNCH_FAILED from then on, and the
- * process has lost its CUDA context.
+ * process has lost its CUDA context. Under MPS all clients of the GPU lose theirs, and the GPU is free again.
  *
  * Which waits are bounded. All waits of one warp in each CTA are: of the loader or, in the join, of the warp
  * that fetches maps. The loader waits at the end of its role until all other warps of its CTA have ended
