@@ -305,10 +305,11 @@ bool run_cluster()
         if (steps != last_step) last_step = steps, in_vain = 0;
         if (++in_vain >= ROUNDS_IN_VAIN) {
             runner->stands_still_at = last_step;
-            if (all_stand_still(last_step) && !trapped) {
-                if (patience_is_over.exchange(true)) report_deadlock();
-                steps++;
-            }
+            uint64_t now = last_step;
+            /* Of all runners that come here, one counts a step, after which all begin to look anew. */
+            if (all_stand_still(last_step) && !trapped && steps.compare_exchange_strong(now, now + 1) &&
+                patience_is_over.exchange(true))
+                report_deadlock();
         }
         if (late) continue;
         if (cluster->before && !*cluster->before)
