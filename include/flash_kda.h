@@ -122,6 +122,16 @@ typedef struct flash_kda_tensor {
  *                  into [0, T], so wrong ones give wrong numbers but never touch other memory. The same
  *                  holds on the CPU for values that another thread changes while the call runs.
  *
+ * While a call is in flight (on a GPU until the work on its stream is over, also if the call returned long
+ * before), its inputs must not change, cu_seqlens included, and no other call may use its workspace: each
+ * call in flight needs a workspace of its own. Calls that follow each other on one stream may share one. If
+ * inputs change or a workspace is shared all the same, results are unspecified. No memory outside of the
+ * tensors and the workspace is touched. A kernel may then wait for what never comes; it gives up after 2^35
+ * clocks of its SM, which are 17 to 20 s on an H100 or H200. The driver then reports
+ * CUDA_ERROR_LAUNCH_FAILED to every later call of the process on this device, flash_kda_synchronize() and
+ * flash_kda_copy() put it into a sentence, and the process has lost its CUDA context. Under MPS all clients
+ * of the GPU lose theirs.
+ *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
  * element). out and the workspace must not overlap any other tensor, and final_state no other than
  * initial_state. T may be 0, and so may any sequence's length: its final state is its initial state.

@@ -27,7 +27,9 @@ __device__ inline long long sequence_border(const fkda_fwd_args &args, long long
     return min(max(border, 0LL), args.tokens);
 }
 
-/* A head of a sequence, in chunks of `chunk` tokens. */
+/* A head of a sequence, in chunks of `chunk` tokens. Each border is read once, so that the task lies within
+ * the tensor even if cu_seqlens changes meanwhile. Two calls may then find different tasks: roles that must
+ * agree take the task from one call. */
 __device__ inline Task find_task(const fkda_fwd_args &args, int sequence, int head, int chunk)
 {
     Task task;

@@ -21,8 +21,12 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     constexpr int ctas_per_head = DIM / rows;
     Shared &shared = *reinterpret_cast<Shared *>(cta_memory());
     const int index = blockIdx.x / ctas_per_head;
-    const Task task = find_task(args, index / args.heads, index % args.heads, CHUNK);
     const int thread = threadIdx.x, first_row = blockIdx.x % ctas_per_head * rows;
+    /* One thread reads cu_seqlens for all: if it changed meanwhile, threads with different numbers of chunks
+     * would wait for each other for ever. */
+    if (thread == 0) shared.task = find_task(args, index / args.heads, index % args.heads, CHUNK);
+    __syncthreads();
+    const Task task = shared.task;
     if (thread < FKDA_PORTABLE_PREPARE_THREADS)
         Preparation<rows>(args, task, shared, thread).run();
     else

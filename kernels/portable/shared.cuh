@@ -84,6 +84,7 @@ struct Shared {
     Stage stage[STAGES];
     Scratch scratch[STAGES];
     __nv_bfloat16 v[V_STAGES][CHUNK][DIM];
+    __align__(16) Task task; /* of the CTA */
 };
 static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in step");
 

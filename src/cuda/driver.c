@@ -65,6 +65,16 @@ bool fkda_cuda_makes_tma_descriptors(void)
 
 flash_kda_status fkda_driver_fail(const char *call, CUresult result)
 {
+    /* What the driver reports after a trap. It does not tell which kernel of the process it was, so the
+     * sentence can only say when kernels of this library end so. */
+    enum { ILLEGAL_INSTRUCTION = 715, LAUNCH_FAILED = 719 };
+    if (result == ILLEGAL_INSTRUCTION || result == LAUNCH_FAILED)
+        return fkda_fail(FLASH_KDA_DEVICE_ERROR,
+                         "%s failed with %s (%d): a kernel stopped itself, and the process has lost its CUDA "
+                         "context. A kernel of flash_kda stops itself when it has waited in vain for about "
+                         "20 seconds: because two calls in flight shared a workspace, or because cu_seqlens "
+                         "changed before a call was over",
+                         call, fkda_result_name(result), result);
     return fkda_fail(FLASH_KDA_DEVICE_ERROR, "%s failed with %s (%d)", call, fkda_result_name(result),
                      result);
 }

@@ -4,6 +4,10 @@
  * Memory is the host's. Kernels are those of kernels.h, and machine.cpp runs them; a kernel that was launched
  * to start early runs beside the previous kernel. All work is done when the context is popped.
  *
+ * After a trap of a kernel that a thread has launched, the thread's launches fail with
+ * CUDA_ERROR_LAUNCH_FAILED until it has called cuStreamSynchronize, which gives this result too. A real
+ * context stays unusable; this one recovers, so that tests can look at memory and go on.
+ *
  * Environment variables say what the GPU is like, as for ../pretend_driver. Two more belong to the emulator:
  *   EMULATOR_SEED              another seed, so another order among everything that nothing puts in order
  *   EMULATOR_REFUSES_TOGETHER  if set, cooperative launches fail
@@ -29,21 +33,37 @@ extern "C" {
 
 typedef int CUresult;
 typedef unsigned long long CUdeviceptr;
-enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 
 CUresult cuDeviceGetAttribute(int *value, int attribute, int device);
 
 static std::mutex lock;
-static std::map<CUdeviceptr, size_t> mappings;
+[[maybe_unused]] static std::map<CUdeviceptr, size_t> mappings;
 static uint64_t launches;
 
 /* Behind each allocation, as near as its alignment lets it be, lies a page that the process may not touch. */
-static size_t mapped_bytes(size_t bytes)
+[[maybe_unused]] static size_t mapped_bytes(size_t bytes)
 {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     return (bytes + page - 1) / page * page + page;
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+/* AddressSanitizer has red zones on both sides of what it allocates. */
+CUresult cuMemAlloc_v2(CUdeviceptr *memory, size_t bytes)
+{
+    void *base = nullptr;
+    if (posix_memalign(&base, 256, bytes)) return OUT_OF_MEMORY;
+    *memory = reinterpret_cast<CUdeviceptr>(base);
+    return 0;
+}
+
+CUresult cuMemFree_v2(CUdeviceptr memory)
+{
+    free(reinterpret_cast<void *>(memory));
+    return 0;
+}
+#else
 CUresult cuMemAlloc_v2(CUdeviceptr *memory, size_t bytes)
 {
     constexpr size_t ALIGNMENT = 256;
@@ -69,19 +89,25 @@ CUresult cuMemFree_v2(CUdeviceptr memory)
     mappings.erase(found);
     return 0;
 }
+#endif
 
 /* Kernels that this thread has launched. Each may have started before the previous one was over. All of them
  * are over when the context is popped. */
 struct Launched {
     std::thread runner;
-    std::shared_ptr<std::atomic<bool>> over;
+    std::shared_ptr<std::atomic<bool>> over, trapped;
 };
 static thread_local std::vector<Launched> under_way;
+static thread_local CUresult failure; /* LAUNCH_FAILED after a trap, until cuStreamSynchronize */
 
-static void finish()
+static CUresult finish()
 {
-    for (Launched &l : under_way) l.runner.join();
+    for (Launched &l : under_way) {
+        l.runner.join();
+        if (*l.trapped) failure = LAUNCH_FAILED;
+    }
     under_way.clear();
+    return failure;
 }
 
 CUresult cuMemcpy(CUdeviceptr to, CUdeviceptr from, size_t bytes)
@@ -92,7 +118,7 @@ CUresult cuMemcpy(CUdeviceptr to, CUdeviceptr from, size_t bytes)
 
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, void *)
 {
-    finish();
+    if (finish()) return failure;
     for (size_t i = 0; i < count; i++) reinterpret_cast<unsigned *>(to)[i] = value;
     return 0;
 }
@@ -113,7 +139,9 @@ CUresult cuCtxPopCurrent_v2(void **)
 }
 CUresult cuStreamSynchronize(void *)
 {
-    return 0;
+    const CUresult result = finish();
+    failure = 0;
+    return result;
 }
 
 /* Events are times, in seconds. */
@@ -182,6 +210,7 @@ static CUresult start(const void *function, const unsigned (&grid)[3], const uns
     if (grid[0] % static_cast<unsigned>(kernel->cluster)) return INVALID_VALUE;
     if (cuDeviceGetAttribute(&sms, 16, 0)) return INVALID_VALUE;
     if (!early) finish();
+    if (failure) return failure;
     constexpr size_t ALIGNMENT = 64;
     const size_t bytes = (kernel->argument_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     const std::shared_ptr<void> argument(aligned_alloc(ALIGNMENT, bytes),
@@ -189,15 +218,17 @@ static CUresult start(const void *function, const unsigned (&grid)[3], const uns
     if (!argument) return OUT_OF_MEMORY;
     memcpy(argument.get(), arguments[0], kernel->argument_bytes);
     const auto before = under_way.empty() ? nullptr : under_way.back().over;
-    const auto over = std::make_shared<std::atomic<bool>>(false);
+    const auto over = std::make_shared<std::atomic<bool>>(false),
+               trapped = std::make_shared<std::atomic<bool>>(false);
     const emulator::Dim3 ctas = {grid[0], 1, 1}, threads = {block[0], 1, 1};
     const uint64_t order = (seed ? strtoull(seed, nullptr, 10) : 0) * 1000003 + ++launches * 7919;
     under_way.push_back({std::thread([=] {
-                             emulator::launch([=] { kernel->run(argument.get()); }, ctas, threads,
-                                              kernel->cluster, shared_bytes, sms, order, before.get());
+                             *trapped =
+                                 !emulator::launch([=] { kernel->run(argument.get()); }, ctas, threads,
+                                                   kernel->cluster, shared_bytes, sms, order, before.get());
                              *over = true;
                          }),
-                         over});
+                         over, trapped});
     return 0;
 }
 

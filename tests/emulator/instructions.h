@@ -12,6 +12,7 @@
 #define FKDA_HOPPER_PTX_COPIES_CUH
 #define FKDA_HOPPER_PTX_MEMORY_CUH
 #define FKDA_HOPPER_PTX_CONTROL_CUH
+#define FKDA_HOPPER_PTX_PATIENCE_CUH
 #define FKDA_HOPPER_PTX_WGMMA_CUH
 
 #include "../../kernels/hopper/fwd_args.h"
@@ -325,6 +326,26 @@ inline bool mbarrier_test(uint64_t *barrier, int parity)
 inline void rest_for_a_while()
 {
 }
+inline void give_up()
+{
+    emulator::trap();
+}
+inline void wear_patience() /* in every round of a wait that ends in a trap */
+{
+    if (emulator::out_of_patience()) emulator::trap();
+}
+inline void count_poll(unsigned &)
+{
+    wear_patience();
+}
+inline void mbarrier_wait_or_give_up(uint64_t *barrier, int parity)
+{
+    while (!emulator::mbarrier_test(barrier, parity)) {
+        wear_patience();
+        emulator::yield_to_ctas();
+    }
+    __syncwarp();
+}
 inline float load_shared(const float *from)
 {
     return *from;
@@ -364,18 +385,36 @@ inline int cluster_rank()
 {
     return emulator::thread().rank;
 }
+inline void cluster_arrive()
+{
+    emulator::cluster_arrive();
+}
+inline void cluster_arrive_relaxed()
+{
+    emulator::cluster_arrive();
+}
+inline void cluster_wait()
+{
+    emulator::cluster_wait();
+}
 inline void cluster_sync_relaxed()
 {
-    emulator::cluster_sync();
+    cluster_arrive();
+    cluster_wait();
 }
 inline void cluster_sync()
 {
-    emulator::cluster_sync();
+    cluster_arrive();
+    cluster_wait();
 }
 template <class T> T *in_other_cta(T *pointer)
 {
     emulator::check_other_cta();
     return reinterpret_cast<T *>(reinterpret_cast<unsigned char *>(pointer) + emulator::thread().to_other);
+}
+inline void store_in_other_cta(int *to, int x)
+{
+    *in_other_cta(to) = x;
 }
 inline void mbarrier_arrive_warp_in_other_cta(uint64_t *barrier)
 {

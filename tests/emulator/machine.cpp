@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <random>
-#include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +24,21 @@ namespace emulator
 
 namespace
 {
+
+/* The compiler's own jumps: AddressSanitizer takes those of the C library for jumps within one stack. No
+ * function may jump that has set a jump, so the jump is in a function of its own. What a caller has in
+ * registers must not outlive a call of a function that sets a jump, so nothing may be known of its inside. */
+using JumpBuffer = void *[5];
+#define SET_JUMP(buffer) __builtin_setjmp(buffer)
+#ifdef __clang__
+#define OPAQUE __attribute__((noinline))
+#else
+#define OPAQUE __attribute__((noipa))
+#endif
+[[noreturn]] OPAQUE void jump(void **buffer)
+{
+    __builtin_longjmp(buffer, 1);
+}
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
@@ -52,16 +66,17 @@ struct Mbarrier {
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t), "as large as the real one");
 
 /* Why a thread does not run. */
-enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, CTAS, KERNEL, REGISTERS };
+enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, CTAS, KERNEL, REGISTERS, TRAPPED };
 
 struct Lane {
     Thread view;
-    jmp_buf place;
+    JumpBuffer place;
     unsigned char *stack;
     bool started, done;
     Wait wait;
     const void *on;
-    unsigned round; /* the round of `on` that the thread waits for; for an mbarrier the parity */
+    unsigned round;         /* the round of `on` that the thread waits for; for an mbarrier the parity */
+    unsigned cluster_round; /* the round of the cluster's barrier at which the thread has arrived */
 };
 
 struct Warp {
@@ -99,7 +114,7 @@ struct Cluster {
     std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all of them, as their last use left them */
     std::mt19937_64 random;
     bool products_immediate;
-    jmp_buf scheduler;
+    JumpBuffer scheduler;
     ucontext_t first; /* where a fiber would go at its end, which never happens */
 
     bool chance(int one_in)
@@ -117,8 +132,13 @@ thread_local Lane *lane;
  * set it. The emulator counts every step that any warp of any cluster takes. If no step is counted any more,
  * and every cluster that runs has given all its warps turns in vain since the last step, then nobody will
  * ever take a step. No clock is asked, so a busy machine makes tests slow and never makes them fail.
+ *
+ * Then waits that end in a trap are over: patience_is_over is set, and whoever waits so traps. If nothing has
+ * moved a second time, nobody waits so, and a GPU would hang for ever. After a trap all runners stop. What
+ * they leave behind counts again once the last one has stopped.
  */
 std::atomic<uint64_t> steps{0};
+std::atomic<bool> patience_is_over{false}, trapped{false};
 
 /* One thread of the operating system that runs clusters. */
 struct Runner {
@@ -147,19 +167,20 @@ bool may_go_on(const Warp &w, const Lane &l)
     case Wait::CTAS: return true;
     case Wait::KERNEL: return *static_cast<const std::atomic<bool> *>(l.on);
     case Wait::REGISTERS: return *static_cast<const int *>(l.on) >= static_cast<int>(l.round);
+    case Wait::TRAPPED: return false;
     }
     return false;
 }
 
 /* Goes back to the scheduler until the thread may go on. */
-void suspend(Wait wait, const void *on, unsigned round)
+OPAQUE void suspend(Wait wait, const void *on, unsigned round)
 {
     lane->wait = wait, lane->on = on, lane->round = round;
     if (wait != Wait::CTAS && may_go_on(*warp, *lane)) {
         lane->wait = Wait::NOTHING;
         return;
     }
-    if (_setjmp(lane->place) == 0) _longjmp(cluster->scheduler, 1);
+    if (SET_JUMP(lane->place) == 0) jump(cluster->scheduler);
     lane->wait = Wait::NOTHING;
 }
 
@@ -167,14 +188,14 @@ void run_kernel()
 {
     (*cluster->kernel)();
     lane->done = true;
-    _longjmp(cluster->scheduler, 1);
+    jump(cluster->scheduler);
 }
 
-void resume(Warp &w, Lane &l)
+OPAQUE void resume(Warp &w, Lane &l)
 {
     warp = &w, lane = &l;
-    if (_setjmp(cluster->scheduler) != 0) return;
-    if (l.started) _longjmp(l.place, 1);
+    if (SET_JUMP(cluster->scheduler) != 0) return;
+    if (l.started) jump(l.place);
     l.started = true;
     ucontext_t fiber;
     getcontext(&fiber);
@@ -226,9 +247,9 @@ void check_untouched(const Mbarrier &b)
 
 [[noreturn]] void report_deadlock()
 {
-    static const char *const reasons[] = {"nothing",     "a collective", "a named barrier",
-                                          "an mbarrier", "other CTAs",   "the previous kernel",
-                                          "registers"};
+    static const char *const reasons[] = {"nothing",     "a collective",         "a named barrier",
+                                          "an mbarrier", "other CTAs",           "the previous kernel",
+                                          "registers",   "nothing, after a trap"};
     std::string text;
     for (size_t i = 0; i < cluster->warps.size(); i++) {
         const Warp &w = *cluster->warps[i];
@@ -247,7 +268,8 @@ void check_untouched(const Mbarrier &b)
          cluster->ctas == 2 ? " and the next" : "", text.c_str());
 }
 
-void run_cluster()
+/* Returns false after a trap. */
+bool run_cluster()
 {
     std::vector<Warp *> order;
     for (auto &w : cluster->warps) order.push_back(w.get());
@@ -256,6 +278,7 @@ void run_cluster()
     runner->stands_still_at = Runner::MOVING;
     for (;;) {
         bool any = false, done = true, polling = false, late = false;
+        if (trapped) return false;
         std::shuffle(order.begin(), order.end(), cluster->random);
         for (Warp *w : order) {
             while (!cluster->copies.empty() && cluster->chance(4)) { /* a copy lands */
@@ -274,6 +297,7 @@ void run_cluster()
             for (const Lane &l : w->lane)
                 done &= l.done, polling |= !l.done && (l.wait == Wait::CTAS || l.wait == Wait::KERNEL);
         }
+        if (trapped) return false;
         if (done) break;
         if (any) steps++;
         if (any || !cluster->copies.empty()) continue;
@@ -281,7 +305,11 @@ void run_cluster()
         if (steps != last_step) last_step = steps, in_vain = 0;
         if (++in_vain >= ROUNDS_IN_VAIN) {
             runner->stands_still_at = last_step;
-            if (all_stand_still(last_step)) report_deadlock();
+            uint64_t now = last_step;
+            /* Of all runners that come here, one counts a step, after which all begin to look anew. */
+            if (all_stand_still(last_step) && !trapped && steps.compare_exchange_strong(now, now + 1) &&
+                patience_is_over.exchange(true))
+                report_deadlock();
         }
         if (late) continue;
         if (cluster->before && !*cluster->before)
@@ -295,6 +323,7 @@ void run_cluster()
     for (const auto &b : cluster->mbarriers) check_untouched(*b.first);
     for (auto &w : cluster->warps)
         if (!w->issued.empty() || !w->committed.empty()) fail("a warp ended with products in flight");
+    return true;
 }
 
 } // namespace
@@ -308,6 +337,18 @@ void fail(const char *format, ...)
     fputc('\n', stderr);
     va_end(args);
     _Exit(1);
+}
+
+void trap()
+{
+    trapped = true;
+    suspend(Wait::TRAPPED, nullptr, 0);
+    fail("a thread goes on after a trap");
+}
+
+bool out_of_patience()
+{
+    return patience_is_over;
 }
 
 void count_step()
@@ -373,13 +414,15 @@ void cta_sync()
     barrier_sync(NAMED_BARRIERS, static_cast<int>(cluster->warps.size()) / cluster->ctas * LANES);
 }
 
-void cluster_sync()
+void cluster_arrive()
 {
-    const unsigned round = cluster->cluster_barrier.round;
-    suspend(Wait::BARRIER,
-            &arrive(cluster->cluster_barrier, NAMED_BARRIERS + 1,
-                    static_cast<int>(cluster->warps.size()) * LANES),
-            round);
+    lane->cluster_round = cluster->cluster_barrier.round;
+    arrive(cluster->cluster_barrier, NAMED_BARRIERS + 1, static_cast<int>(cluster->warps.size()) * LANES);
+}
+
+void cluster_wait()
+{
+    suspend(Wait::BARRIER, &cluster->cluster_barrier, lane->cluster_round);
     warp->has_met = true;
 }
 
@@ -536,7 +579,7 @@ void wait_for_previous_kernel()
 /* Runs one cluster after the other, on the calling thread of the operating system. */
 static void run_clusters(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, unsigned ctas,
                          size_t shared_bytes, uint64_t seed, const std::atomic<bool> *before,
-                         std::atomic<unsigned> &next, std::shared_ptr<Runner> own)
+                         std::atomic<unsigned> &next, std::shared_ptr<Runner> own, std::atomic<bool> &whole)
 {
     runner = own.get();
     constexpr size_t ALIGNMENT = 1024;
@@ -578,20 +621,24 @@ static void run_clusters(const std::function<void()> &kernel, Dim3 grid, Dim3 di
                 l.done = index >= dim.x;
             }
         }
-        run_cluster();
+        if (run_cluster()) continue;
+        whole = false;
+        break;
     }
     munmap(stack, stacks);
     free(shared);
     const std::lock_guard<std::mutex> guard(runners_lock);
     runners.erase(std::find(runners.begin(), runners.end(), own));
+    if (runners.empty()) patience_is_over = trapped = false;
 }
 
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int ctas, size_t shared_bytes, int sms,
+bool launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int ctas, size_t shared_bytes, int sms,
             uint64_t seed, const std::atomic<bool> *before)
 {
     const auto together = static_cast<unsigned>(ctas);
     std::vector<std::thread> running;
     std::atomic<unsigned> next{0};
+    std::atomic<bool> whole{true};
     for (unsigned i = 0; i < std::min(grid.x, static_cast<unsigned>(sms)) / together; i++) {
         const auto own =
             std::make_shared<Runner>(); /* moving from now on, although its thread may start late */
@@ -599,10 +646,12 @@ void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 dim, int ctas, 
             const std::lock_guard<std::mutex> guard(runners_lock);
             runners.push_back(own);
         }
-        running.emplace_back(
-            [&, own] { run_clusters(kernel, grid, dim, together, shared_bytes, seed, before, next, own); });
+        running.emplace_back([&, own] {
+            run_clusters(kernel, grid, dim, together, shared_bytes, seed, before, next, own, whole);
+        });
     }
     for (auto &t : running) t.join();
+    return whole;
 }
 
 } // namespace emulator

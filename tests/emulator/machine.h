@@ -5,7 +5,9 @@
  * Between these, warps, the threads of a warp, copies and asynchronous products take turns at random. Some
  * warps get only one turn in up to 32, and sometimes all warps of one CTA of a cluster get one turn in eight.
  * So an order that nothing enforces comes out differently from seed to seed. If no warp of a CTA can go on,
- * the program ends with a list of what each warp waits for.
+ * the program ends with a list of what each warp waits for. Some waits of the kernels are bounded: they end
+ * in a trap. If nothing moves any more and there is such a wait, its time is over: the kernel traps, and
+ * launch() says so.
  *
  * What it checks: what a kernel computes, how threads wait for each other, how a kernel waits for the
  * previous kernel, and how warps share out registers. It finds an mbarrier that was overwritten, even one
@@ -41,6 +43,12 @@ struct Thread {
 };
 const Thread &thread();
 
+/* Ends the launch as the instruction `trap` does: no thread of any kernel that runs takes another step. */
+[[noreturn]] void trap();
+/* To be asked in every round of a wait that ends in a trap: whether the wait has lasted too long, because
+ * nothing moves any more on the whole machine. */
+bool out_of_patience();
+
 /* Counts a step that lets others go on: the end of a round of a barrier, or a flag in global memory. */
 void count_step();
 
@@ -64,7 +72,8 @@ template <class Act> void gather(const char *what, void *mine, Act act)
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
 void cta_sync();
-void cluster_sync();
+void cluster_arrive();
+void cluster_wait();
 
 /* setmaxnreg: each thread of the warp has `registers` registers from now on. If these are more than before,
  * the warp waits until other warps of its SM quarter have given enough of them back. All warps of a warpgroup
@@ -97,13 +106,14 @@ void issue_product(std::function<void()> act);
 void commit_products();
 void wait_for_products(int pending);
 
-/* For a thread that waits for another CTA: other threads of its CTA go on, then other CTAs. */
+/* For a thread that polls for another CTA, or in a wait that ends in a trap: other threads of its CTA go on,
+ * then other CTAs. */
 void yield_to_ctas();
 
 /* Runs a grid with at most `sms` CTAs at a time, of which `cluster` neighbours form a cluster and run
  * together. If the kernel was launched early, it runs beside the previous kernel, and *before is true once
- * that one is over. */
-void launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, int cluster, size_t shared_bytes,
+ * that one is over. Returns false if a trap ended the kernel, or another one that ran beside it. */
+bool launch(const std::function<void()> &kernel, Dim3 grid, Dim3 block, int cluster, size_t shared_bytes,
             int sms, uint64_t seed, const std::atomic<bool> *before = nullptr);
 void wait_for_previous_kernel();
 

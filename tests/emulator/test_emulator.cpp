@@ -229,6 +229,32 @@ static void waits_in_vain()
     fkda::mbarrier_wait(&memory().barrier, 0);
 }
 
+/* A wait that ends in a trap: nobody arrives, or somebody does. */
+template <bool in_vain> static void waits_with_a_bound()
+{
+    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 1);
+    __syncthreads();
+    if (threadIdx.x < 32)
+        fkda::mbarrier_wait_or_give_up(&memory().barrier, 0);
+    else if (!in_vain)
+        fkda::mbarrier_arrive_warp(&memory().barrier);
+}
+/* A warp waits without a bound, and another warp gives up. */
+static void is_watched()
+{
+    if (threadIdx.x == 0) fkda::mbarrier_init(&memory().barrier, 1);
+    __syncthreads();
+    if (threadIdx.x < 32)
+        fkda::mbarrier_wait_or_give_up(&memory().barrier, 0);
+    else
+        fkda::mbarrier_wait(&memory().barrier, 0);
+}
+static bool traps(void kernel(), unsigned cluster = 1)
+{
+    return !emulator::launch(kernel, {2 * cluster, 1, 1}, {64, 1, 1}, static_cast<int>(cluster),
+                             sizeof(Memory), static_cast<int>(2 * cluster), 1);
+}
+
 /* Of four warpgroups with 128 registers for each thread, the first gives registers twice, and the second one
  * takes as many as the first one gives, or more. */
 template <int taken, bool meet> static void change_registers()
@@ -413,6 +439,9 @@ static void conversions()
 
 int main()
 {
+    check(traps(waits_with_a_bound<true>) && traps(waits_with_a_bound<true>, 2), "a wait in vain traps");
+    check(!traps(waits_with_a_bound<false>), "no trap, although there was one before");
+    check(traps(is_watched), "a trap of one warp ends the other ones");
     for (unsigned row = 0; row < 16; row++)
         for (unsigned i = 0; i < 64; i++) tensor[row][i] = static_cast<uint16_t>(64 * row + i);
     emulator::Descriptor descriptor = {

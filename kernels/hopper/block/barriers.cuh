@@ -32,6 +32,8 @@
  * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
  * join.room_for_tokens        2 R: recurrences of both CTAs        loader            tokens overwrite maps
  *
+ * end.others_done             15: all warps but the loader         loader            the phase ends
+ *
  * A chunk of a pair lies in two slots: in an own slot of the CTA that prepared it, and in a received slot of
  * the other CTA. The recurrences of both CTAs arrive at empty[own] when they have read it, so that barrier
  * says that both slots are free. In a MapCta a slot changes teams from round to round, and a parity cannot
@@ -44,9 +46,9 @@
  *   TEAM_BARRIER + team  the T warps of a team, between two steps of a chunk's preparation
  *   RECURRENCE_BARRIER   the R warps of the recurrence, before a map is stored over tokens, and in the join
  *
- * The cluster's barrier: after mbarriers were initialised, between the map phase and the join phase, and at
- * the end, so that no CTA ends while the other one of its pair still sends to it. Flags in global memory are
- * in ../segments.h and ../fwd_args.h.
+ * The cluster's barrier: in the mixed schedule before the roles begin, after mbarriers were initialised,
+ * between the map phase and the join phase, and at the end, so that no CTA ends while the other one of its
+ * pair still sends to it. Flags in global memory are in ../segments.h and ../fwd_args.h.
  */
 #ifndef FKDA_HOPPER_BARRIERS_CUH
 #define FKDA_HOPPER_BARRIERS_CUH
@@ -91,6 +93,8 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
                 mbarrier_init_for_warps(&shared.join.room_for_tokens, ALL_WARPS);
             }
         }
+        if (i == ITEMS_AHEAD - 2)
+            mbarrier_init_for_warps(&shared.end.others_done, FKDA_HOPPER_THREADS / 32 - 1);
     }
     static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD,
                   "the loop reaches all barriers");
@@ -100,9 +104,36 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
 /* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
  * the cluster's barrier too: each role waits at a place of its own, which synccheck takes for divergence at
  * __syncthreads. */
-static __device__ void wait_for_barriers()
+struct WaitForBarriers {
+    __device__ void operator()() const
+    {
+        cluster_sync_relaxed();
+    }
+    __device__ void without_role() const
+    {
+        cluster_sync_relaxed();
+    }
+};
+
+/*
+ * The end of a phase: the warps of a CTA pair meet here, after which neither CTA sends anything more to the
+ * other.
+ *
+ * The loader has ended its role long before and watches over the other warps of its CTA: it gives up if they
+ * do not end theirs (../ptx/patience.cuh). Warps of a pair wait for each other for ever if the CTAs do not go
+ * through equally many chunks, because cu_seqlens or a list changed after one CTA had read it and before the
+ * other one did. If both CTAs have ended all the same, the loader gives up too, because a chunk may still be
+ * on its way to a CTA that ends. It arrives at the cluster's barrier first, so that nobody waits for it.
+ */
+template <class Block> static __device__ __forceinline__ void end_phase(Shared<Block> &shared)
 {
-    cluster_sync_relaxed();
+    int cta, thread;
+    read_indices(cta, thread); /* read again: otherwise all roles would keep it in a register */
+    const bool is_loader = thread / 32 == Block::RECURRENCE_WARPS + Block::PREPARE_WARPS;
+    if (Block::CTAS == 2) cluster_arrive();
+    if (is_loader) mbarrier_wait_or_give_up(&shared.end.others_done, 0);
+    if (Block::CTAS == 2) cluster_wait();
+    if (Block::CTAS == 2 && is_loader && shared.end.chunks != shared.end.in_other_cta) give_up();
 }
 
 } // namespace fkda

@@ -8,6 +8,8 @@
  * slots become free at other times than own ones, so the loader looks after them whenever it waits for
  * something else; in strict order one ring would hold up the other. In its waits it also finds norms, where
  * LOADER_FINDS_NORMS says so.
+ *
+ * The loader is also the warp that gives up if its CTA waits in vain (../ptx/patience.cuh).
  */
 #ifndef FKDA_HOPPER_LOADER_CUH
 #define FKDA_HOPPER_LOADER_CUH
@@ -72,9 +74,9 @@ template <class Block> struct Loader {
     __device__ void wait(uint64_t *barrier, int parity)
     {
         if constexpr (Block::CTAS == 1)
-            mbarrier_wait(barrier, parity);
+            mbarrier_wait_or_give_up(barrier, parity);
         else
-            while (!mbarrier_test(barrier, parity)) {
+            for (unsigned polls = 0; !mbarrier_test(barrier, parity); count_poll(polls)) {
                 if (asked_for != expected) ask_for_values();
                 if (!find_norms()) rest_for_a_while();
             }
@@ -164,7 +166,7 @@ template <class Block> struct Loader {
     /* Notes a chunk that the other CTA prepares. */
     __device__ void expect(const ValueBoxes &values)
     {
-        while (expected - asked_for == MOST_EXPECTED) {
+        for (unsigned polls = 0; expected - asked_for == MOST_EXPECTED; count_poll(polls)) {
             ask_for_values();
             find_norms();
         }
@@ -209,9 +211,18 @@ template <class Block> struct Loader {
                 publish();
             }
         } while (!(item.attributes & NO_WORK));
-        while (asked_for != expected || without_norms) {
+        for (unsigned polls = 0; asked_for != expected || without_norms; count_poll(polls)) {
             if (asked_for != expected) ask_for_values();
             find_norms();
+        }
+        if constexpr (Block::CTAS == 2) {
+            /* The CTAs take turns, so chunks of the other CTA and the turn tell how many all are. */
+            const unsigned all = 2 * expected + (rank == 0 ? turn : -turn);
+            if (elect_lane()) {
+                shared.end.chunks = static_cast<int>(all);
+                store_in_other_cta(&shared.end.in_other_cta, static_cast<int>(all));
+            }
+            __syncwarp();
         }
     }
 };

@@ -228,6 +228,9 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     /* ---- One work item ---- */
 
+    /* Whether a CTA may overwrite a state that another one starts from (schedule/relay.cuh). */
+    static constexpr bool OVERWRITES_STATES = Block::JOINS && !Block::MIXED;
+
     __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
     {
         char *to =
@@ -237,6 +240,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         is_map = item.attributes & IS_MAP;
         if (item.attributes & AWAITS_INITIAL) await_flag(&item.flags[warp_row() >> 4]);
         load_state(item);
+        if constexpr (OVERWRITES_STATES)
+            if (item.attributes & SIGNALS_READ) set_flag(&item.read_flags[warp_row() >> 4]);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
         if (item.length > 0 && (Block::OUTPUTS || !is_map)) choose_first_scales();
@@ -262,6 +267,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             place = next;
         }
         if (STORED_LATER && item.length > 0) store_output(0, to - stride, (item.length - 1) % CHUNK + 1);
+        if constexpr (OVERWRITES_STATES)
+            if (item.attributes & AWAITS_READ) await_flag(&item.read_flags[warp_row() >> 4]);
         if (item.final) store_state(item, place);
         if (item.attributes & SIGNALS_FINAL) set_flag(&item.flags[warp_row() >> 4]);
     }

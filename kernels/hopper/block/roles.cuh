@@ -64,7 +64,8 @@ template <class Block> static __device__ __forceinline__ int thread_index(int kn
 }
 
 /*
- * Runs the role of this thread's warp. `wait` waits until all barriers are there. The loader prefetches, and
+ * Runs the role of this thread's warp. `wait` waits until all barriers are there, for which warps without a
+ * role call wait.without_role(). The loader prefetches, and
  * finds its first work item, before it waits: short problems take little more than the way of their first
  * chunk through all roles.
  *
@@ -96,10 +97,15 @@ static __device__ __forceinline__ void run_role(const fkda_hopper_fwd_args &all,
         Loader<Block>(all, shared, lane).run(wait);
     } else { /* warps without a role; in the join phase of a relay one of them fetches maps */
         registers.other();
-        wait();
+        wait.without_role();
         if constexpr (Block::JOINS)
             if (warp == Block::PREPARE_WARPS + 2) RelayJoin<Block>(all, shared).fetch_maps();
     }
+    /* The index is read again: otherwise the roles would keep it in a register. */
+    int cta, same_thread;
+    read_indices(cta, same_thread);
+    if (same_thread / 32 != Block::RECURRENCE_WARPS + Block::PREPARE_WARPS)
+        mbarrier_arrive_warp(&shared.end.others_done);
     __syncwarp();
 }
 

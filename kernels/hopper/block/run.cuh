@@ -19,14 +19,33 @@ static __device__ __forceinline__ void run_block(const fkda_hopper_fwd_args &all
     if (thread % 32 == 0 && warp != Block::PREPARE_WARPS)
         set_up_barriers(shared, thread / 32 - (warp > Block::PREPARE_WARPS));
     __syncwarp();
-    run_role(all, shared, thread, FirstRegisters<Block>(), wait_for_barriers);
-    if (Block::CTAS == 2) cluster_sync(); /* the other CTA sends nothing more */
+    run_role(all, shared, thread, FirstRegisters<Block>(), WaitForBarriers());
+    end_phase(shared);
     /* The kernel of maps needs nothing of the previous kernel, but must be over after it: what waits for this
      * kernel then finds the previous one over too. */
     if (!Block::OUTPUTS) wait_for_previous_kernel();
 }
 
 /* ---- A relay: two blocks one after the other ----------------------------------------------------------- */
+
+/* Waits for the end of the first phase, if there is one, and for the barriers of both phases. The loader of
+ * the first phase has no role in the second phase, or fetches maps there. */
+template <class First> struct WaitForNextPhase {
+    Shared<First> &shared;
+    bool had_first_phase;
+
+    __device__ void operator()() const
+    {
+        cluster_sync();
+    }
+    __device__ void without_role() const
+    {
+        if (had_first_phase)
+            end_phase(shared);
+        else
+            cluster_sync();
+    }
+};
 
 /*
  * The first block (MapCta) runs the map phase, and the second block (PairCta) runs the join phase and the
@@ -47,7 +66,9 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     Shared<Second> &second = *reinterpret_cast<Shared<Second> *>(cta_memory());
     int cta, thread;
     read_indices(cta, thread);
-    constexpr int LOADER = First::RECURRENCE_WARPS + First::PREPARE_WARPS;
+    constexpr int LOADER = First::RECURRENCE_WARPS + First::PREPARE_WARPS,
+                  NEXT_LOADER = Second::RECURRENCE_WARPS + Second::PREPARE_WARPS;
+    static_assert(LOADER > NEXT_LOADER + 1, "the first loader has no role in the second phase");
     if (thread % 32 == 0 && thread / 32 != LOADER) {
         const int number = thread / 32 - (thread / 32 > LOADER);
         set_up_barriers(first, number);
@@ -57,17 +78,18 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     /* The index is read again here and below: otherwise the compiler would keep it in local memory. */
     read_indices(cta, thread);
     const bool has_first = has_first_phase();
-    if (has_first) run_role(all, first, thread, FirstRegisters<First>(), wait_for_barriers);
+    if (has_first) run_role(all, first, thread, FirstRegisters<First>(), WaitForBarriers());
     /* The loader of the second block is the first role that needs to know which rows the CTA carries. Its
      * warp prepared chunks in the first block, and so is done before the warps of the recurrence are. */
-    if (thread / 32 == Second::RECURRENCE_WARPS + Second::PREPARE_WARPS) {
+    if (thread / 32 == NEXT_LOADER) {
         if (thread % 32 == 0) assign_join_rows(Assignment(all), second.join, cluster_rank());
         __syncwarp();
     }
     read_indices(cta, thread);
-    run_role(all, second, thread, NextRegisters<First, Second>{First::MIXED ? has_first_phase() : has_first},
-             cluster_sync);
-    cluster_sync(); /* the other CTA sends nothing more */
+    const bool had_first = First::MIXED ? has_first_phase() : has_first;
+    run_role(all, second, thread, NextRegisters<First, Second>{had_first},
+             WaitForNextPhase<First>{first, had_first});
+    end_phase(second);
 }
 
 static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
@@ -83,8 +105,21 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     MixedAssignment &assignment = mixed_assignment<Block<PairCta, Mixed>>();
     int cta, thread;
     read_indices(cta, thread);
-    if (thread < 32) MixedScheduler(all.pair, all.mixed, thread).assign(RelayAssignment::pair(), assignment);
-    __syncthreads();
+    /* One CTA of a pair finds the assignment for both. If each read the lengths, and these changed in
+     * between, the CTAs could run different kinds of blocks, and one would send chunks to where the other has
+     * pointers. */
+    const bool schedules = thread < 32 && cluster_rank() == 0;
+    cluster_arrive_relaxed();
+    if (schedules) MixedScheduler(all.pair, all.mixed, thread).assign(RelayAssignment::pair(), assignment);
+    cluster_wait(); /* the other CTA runs, so its shared memory is there */
+    static_assert(sizeof(MixedAssignment) <= 32 * sizeof(int) && alignof(MixedAssignment) == alignof(int),
+                  "a lane copies a word");
+    if (schedules && thread < static_cast<int>(sizeof(MixedAssignment) / sizeof(int))) {
+        int *word = reinterpret_cast<int *>(&assignment) + thread;
+        store_in_other_cta(word, *word);
+    }
+    __syncwarp();
+    cluster_sync();
     if (assignment.is != MixedAssignment::REST_SOLO) {
         run_two_phases<Block<MapCta, Mixed>, Block<PairCta, Mixed>, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });

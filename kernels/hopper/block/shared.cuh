@@ -12,6 +12,7 @@
 #include "../ptx/control.cuh"
 #include "../ptx/copies.cuh"
 #include "../ptx/memory.cuh"
+#include "../ptx/patience.cuh"
 #include "cursors.cuh"
 #include "tiles.cuh"
 
@@ -57,6 +58,12 @@ struct JoinPhase {
     int first_row_group, row_group_step; /* the CTA carries every row_group_step-th group of 16 rows */
 };
 
+/* The end of a phase (end_phase in barriers.cuh). */
+struct PhaseEnd {
+    uint64_t others_done;     /* all warps but the loader's have ended their roles */
+    int chunks, in_other_cta; /* that the loaders of a pair's CTAs have met in this phase */
+};
+
 /* The mixed schedule: what the CTA's pair is there for. */
 struct MixedAssignment {
     /* LONG: one segment of one head of a long sequence. REST: a share of all other sequences; REST_SOLO: as
@@ -96,6 +103,7 @@ template <class Block> struct Shared {
     ChunkRing<Block> chunk_ring;
     Ring<Block::TEAMS> product_ring;
     std::conditional_t<Block::JOINS, JoinPhase, Nothing> join;
+    PhaseEnd end;
     /* For racecheck alone, which wants as many barriers here as set_up_barriers has turns, although most of
      * them are never initialised. */
     uint64_t meeting[FOR_RACECHECK ? ITEMS_AHEAD : 1];

@@ -23,6 +23,7 @@
 #include "../ptx/control.cuh"
 #include "../ptx/copies.cuh"
 #include "../ptx/memory.cuh"
+#include "../ptx/patience.cuh"
 #include "../schedule/cut.cuh"
 #include "layouts.cuh"
 
@@ -114,7 +115,7 @@ template <class Memory> struct RowCarrier {
 #pragma unroll 1
             for (int q = 0; q < 4; q++) {
                 uint64_t *full = &memory.ring().full[slot.index];
-                mbarrier_wait(&memory.ring().empty[slot.index], slot.parity ^ 1);
+                mbarrier_wait_or_give_up(&memory.ring().empty[slot.index], slot.parity ^ 1);
                 if (elect_lane()) {
                     mbarrier_arrive_expecting(full, sizeof *map);
                     Memory::fetch(&memory.quarter(slot.index), map + q, q, full);

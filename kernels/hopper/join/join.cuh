@@ -17,6 +17,10 @@
  * and EXPAND carries states through the maps of each group, again in parallel.
  *
  * Optimizations. The code is kept small, because each launch has to fetch it from memory first.
+ *
+ * All warps read by themselves what a sequence's maps are. If lists or cu_seqlens change meanwhile, warps
+ * wait for each other in vain. The warp that fetches maps gives up then: at its end it waits until all that
+ * it has fetched is read and all other warps have ended.
  */
 #ifndef FKDA_HOPPER_JOIN_CUH
 #define FKDA_HOPPER_JOIN_CUH
@@ -34,6 +38,7 @@ struct JoinMemory {
         __align__(1024) MapQuarter quarter[QUARTERS];
         JoinRows rows;
         Ring<QUARTERS> ring;
+        uint64_t others_done; /* all warps that compute have ended */
     };
     static_assert(sizeof(Shared) <= FKDA_HOPPER_SHARED_BYTES, "an SM has no more shared memory");
     Shared &shared;
@@ -122,17 +127,18 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
     if (threadIdx.x == 0) {
         for (uint64_t &barrier : shared.ring.full) mbarrier_init(&barrier, 1);
         for (uint64_t &barrier : shared.ring.empty) mbarrier_init_for_warps(&barrier, work.WARPS);
+        mbarrier_init_for_warps(&shared.others_done, work.WARPS);
         fence_mbarrier_init();
     }
     __syncthreads();
     wait_for_previous_kernel();
 
     /* ---- Work items ---- */
-    const int count = rules.cut_sequences();
+    const int count = Cut::of_first_lane(rules.cut_sequences());
     const unsigned heads = static_cast<unsigned>(args.heads);
     unsigned before = 0; /* work items of the sequences before c */
     for (unsigned c = 0, item = blockIdx.x; c < static_cast<unsigned>(count); c++) {
-        const fkda_cut_sequence sequence = rules.cut_sequence(static_cast<int>(c));
+        const fkda_cut_sequence sequence = Cut::of_first_lane(rules.cut_sequence(static_cast<int>(c)));
         const int groups = Cut::groups_of(sequence.segments);
         const unsigned items = static_cast<unsigned>(chains ? 1 : groups) * heads * row_groups;
         for (; item < before + items; item += gridDim.x) {
@@ -160,6 +166,16 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
         }
         before += items;
     }
+
+    /* ---- The end ---- */
+    if (!fetches) {
+        mbarrier_arrive_warp(&shared.others_done);
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < JoinMemory::QUARTERS; i++, work.slot.advance(1))
+        mbarrier_wait_or_give_up(&shared.ring.empty[work.slot.index], work.slot.parity ^ 1);
+    mbarrier_wait_or_give_up(&shared.others_done, 0);
 }
 
 } // namespace fkda

@@ -19,10 +19,26 @@ __device__ __forceinline__ int cluster_rank()
     return static_cast<int>(rank);
 }
 
-/* A barrier of all threads of the cluster. */
+/* A barrier of all threads of the cluster, and its two halves: all threads of a warp arrive, and later wait
+ * until all threads of the cluster have arrived. */
 __device__ __forceinline__ void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_arrive()
+{
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_arrive_relaxed() /* orders no memory */
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 /* A barrier of all threads of the cluster that orders no memory: only mbarriers that were initialised before
@@ -38,6 +54,12 @@ __device__ __forceinline__ uint32_t in_other_cta(uint32_t address)
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(cluster_rank() ^ 1));
     return there;
+}
+
+__device__ __forceinline__ void store_in_other_cta(int *to, int x)
+{
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(in_other_cta(shared_address(to))), "r"(x)
+                 : "memory");
 }
 
 /* One arrival for the whole warp at the other CTA's barrier. With .release.cluster this arrival would become

@@ -75,6 +75,18 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
+/* Waits for the end of the phase, but not for longer than the SM wants to. Returns whether it is over. */
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t *barrier, int parity)
+{
+    int done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 /* Asks without waiting whether the phase is over. All lanes of the warp get one answer. */
 __device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, int parity)
 {

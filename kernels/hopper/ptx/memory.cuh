@@ -78,7 +78,8 @@ __device__ __forceinline__ void set_flag(int *flag)
     if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
-/* Waits for a flag, for which each lane may name its own. */
+/* Waits for a flag, for which each lane may name its own. The wait has no bound of its own: patience.cuh says
+ * who gives up. */
 __device__ __forceinline__ void await_flag(const int *flag)
 {
     int set = 0;

@@ -3,6 +3,10 @@
  *
  * If all sequences have one length, every CTA computes for itself how they are cut, and no lists are needed.
  * Otherwise the kernel fkda_hopper_list (list.cuh) has written lists into the workspace before.
+ *
+ * No index leaves the tensors or the workspace, whatever cu_seqlens and the lists hold and however they
+ * change between two reads: each function here reads a value once and brings what it makes of it into its
+ * range.
  */
 #ifndef FKDA_HOPPER_CUT_CUH
 #define FKDA_HOPPER_CUT_CUH
@@ -50,7 +54,7 @@ struct Cut {
     /* The first chunk of segment i of a sequence of `chunks` chunks. */
     __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
     {
-        if (chunks == cut.relay.chunks) return cut.relay.first_chunk[i];
+        if (chunks == cut.relay.chunks && c.segments == cut.relay.segments) return cut.relay.first_chunk[i];
         return chunks / c.segments * i + chunks % c.segments * i / c.segments;
     }
 
@@ -58,10 +62,41 @@ struct Cut {
     __device__ fkda_segment segment(const fkda_cut_sequence &c, int i) const
     {
         const Task task = sequence(c.sequence);
-        const int from = begin_of(c, i, task.chunks) * CUT_CHUNK,
-                  to = begin_of(c, i + 1, task.chunks) * CUT_CHUNK;
-        return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
+        return part_of(task, begin_of(c, i, task.chunks), begin_of(c, i + 1, task.chunks), c, i);
+    }
+
+    /* Segment i of a cut sequence from one chunk to another one, both of which may lie outside of the
+     * sequence if its length has changed since it was cut. */
+    static __device__ fkda_segment part_of(const Task &task, int first_chunk, int end_chunk,
+                                           const fkda_cut_sequence &c, int i)
+    {
+        const int from = min(clamp(first_chunk, task.chunks) * CUT_CHUNK, task.length),
+                  to = min(clamp(end_chunk, task.chunks) * CUT_CHUNK, task.length);
+        return {task.begin + from, max(to - from, 0), c.sequence, c.first_slot + i,
                 (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == c.segments - 1 ? FKDA_SEGMENT_LAST : 0)};
+    }
+
+    /* What lane 0 of the warp has. All lanes of the loader must go the same way, and each of them could have
+     * read another value while it changed. */
+    static __device__ int of_first_lane(int x)
+    {
+        return __shfl_sync(~0u, x, 0);
+    }
+    static __device__ fkda_segment of_first_lane(const fkda_segment &s)
+    {
+        return {__shfl_sync(~0u, s.begin, 0), of_first_lane(s.length), of_first_lane(s.sequence),
+                of_first_lane(s.slot), of_first_lane(s.position)};
+    }
+    static __device__ fkda_cut_sequence of_first_lane(const fkda_cut_sequence &c)
+    {
+        return {of_first_lane(c.sequence), of_first_lane(c.segments), of_first_lane(c.first_slot),
+                of_first_lane(c.first_group)};
+    }
+
+    /* The number in [0, most] that is next to x. */
+    static __device__ int clamp(int x, int most)
+    {
+        return min(max(x, 0), most);
     }
 
     /* A sequence that is not cut. */
@@ -88,15 +123,33 @@ struct Cut {
 
     __device__ int cut_sequences() const
     {
-        if (!cut.equal_lengths) return cut.counts->cut_sequences;
+        if (!cut.equal_lengths) return clamp(cut.counts->cut_sequences, min(sequences(), cut.slots / 2));
         return segments_of_each() > 1 ? sequences() : 0;
     }
 
     __device__ fkda_cut_sequence cut_sequence(int c) const
     {
-        if (!cut.equal_lengths) return cut.cut_sequences[c];
+        if (!cut.equal_lengths) return checked(cut.cut_sequences[c]);
         const int segments = segments_of_each();
         return {c, segments, c * segments, c * groups_of(segments)};
+    }
+
+    /* An entry of a list as it is or, if another call has overwritten the list, within its bounds. */
+    __device__ fkda_cut_sequence checked(fkda_cut_sequence c) const
+    {
+        c.sequence = clamp(c.sequence, sequences() - 1);
+        c.segments = max(min(c.segments, cut.slots), 2);
+        c.first_slot = clamp(c.first_slot, cut.slots - c.segments);
+        c.first_group = clamp(c.first_group, cut.groups - groups_of(c.segments));
+        return c;
+    }
+    __device__ fkda_segment checked(fkda_segment s) const
+    {
+        s.begin = min(max(s.begin, 0LL), args.tokens);
+        s.length = static_cast<int>(min(static_cast<long long>(max(s.length, 0)), args.tokens - s.begin));
+        s.sequence = clamp(s.sequence, sequences() - 1);
+        s.slot = clamp(s.slot, cut.slots - 1);
+        return s;
     }
 
     /* How many segments or whole sequences the list `work` (FKDA_SEQUENCES, ...) has. */
@@ -105,7 +158,8 @@ struct Cut {
         if (work == FKDA_SEQUENCES) return sequences();
         if (work == FKDA_FIRST_SEGMENTS) return cut_sequences();
         if (!cut.equal_lengths)
-            return work == FKDA_INNER_SEGMENTS ? cut.counts->inner_segments : cut.counts->later_segments;
+            return work == FKDA_INNER_SEGMENTS ? clamp(cut.counts->inner_segments, cut.slots)
+                                               : clamp(cut.counts->later_segments, cut.slots + sequences());
         const int segments = segments_of_each();
         return segments == 1 ? (work == FKDA_LATER_SEGMENTS) * sequences()
                              : sequences() * entries_of_each(work, segments);
@@ -115,11 +169,13 @@ struct Cut {
     {
         if (work == FKDA_SEQUENCES) return whole(e);
         if (work == FKDA_FIRST_SEGMENTS) return segment(cut_sequence(e), 0);
-        if (!cut.equal_lengths) return (work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e];
+        if (!cut.equal_lengths) return checked((work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e]);
+        /* The sequence may have become shorter since entries() has counted, and then it has no entry e. */
         const int segments = segments_of_each();
-        if (segments == 1) return whole(e);
-        return segment(cut_sequence(e / entries_of_each(work, segments)),
-                       e % entries_of_each(work, segments) + 1);
+        if (segments == 1) return whole(min(e, sequences() - 1));
+        const int of_each = max(entries_of_each(work, segments), 1);
+        const int c = min(e / of_each, sequences() - 1);
+        return segment({c, segments, c * segments, 0}, e % of_each + 1);
     }
 
     /* Inner or later segments of a sequence with `segments` segments. */

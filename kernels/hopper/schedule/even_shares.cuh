@@ -70,7 +70,8 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
 
     __device__ EvenSharesSource(const fkda_hopper_fwd_args &a, int rank_in_pair, int lane)
         : WorkItemMaker<Block>(a, rank_in_pair), handoff(a.handoff), workers(a), work(a.work),
-          entries(cut.entries(a.work)), entry(0), head(0), at(0), begin(0), end(0), most(0)
+          entries(Cut::of_first_lane(cut.entries(a.work))), entry(0), head(0), at(0), begin(0), end(0),
+          most(0)
     {
         share_number = workers.count() - 1 - workers.index();
         one_each = workers.one_each(entries * args.heads);
@@ -132,8 +133,9 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
         const int lane_there =
             __ffs(static_cast<int>(beyond)) - 1; /* the share begins in this lane's entries */
         at = __shfl_sync(~0u, up_to - own, lane_there);
+        /* Lengths are read again, and the loop ends at the last entry if they have become smaller. */
 #pragma unroll 1
-        for (int e = lane_there * each;; e += 32) {
+        for (int e = lane_there * each; e < entries; e += 32) {
             const int one = weight(e + lane);
             const int here = sum_up_to(one * args.heads, lane);
             beyond = __ballot_sync(~0u, at + here > begin);
@@ -164,7 +166,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
     __device__ WorkItem next()
     {
         while (entry < entries && (in_turn() || at < end)) {
-            const fkda_segment s = cut.entry(work, entry);
+            const fkda_segment s = Cut::of_first_lane(cut.entry(work, entry));
             if (workers.skips(s)) {
                 entry++, head = 0;
                 continue;
@@ -180,7 +182,8 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
                 const int first = first_chunks(chunks, to - begin);
                 if (!first) continue;
                 if (first < chunks) end_at_border(item, first * CHUNK);
-            } else if (to > end) {
+            } else if (to > end &&
+                       share_number + 1 < workers.count()) { /* no border follows the last share */
                 const int first = first_chunks(chunks, to - end);
                 if (first && first == chunks) continue;
                 if (first) begin_at_border(item, first * CHUNK);

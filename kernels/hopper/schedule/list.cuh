@@ -6,6 +6,9 @@
  * Algorithm. The number of segments of a sequence depends on its length alone. Prefix sums over all sequences
  * give each cut sequence its number, its first slot and its first map group. Each thread then finds by
  * bisection which sequence an entry of a list belongs to, and writes the entry.
+ *
+ * Each length is read once to count segments. Entries of the lists read lengths again; should these have
+ * changed, entries are wrong and as many as before, so that no list becomes too long.
  */
 #ifndef FKDA_HOPPER_LIST_CUH
 #define FKDA_HOPPER_LIST_CUH
@@ -31,24 +34,22 @@ struct SegmentLister {
     {
         const int sequences = rules.sequences(), thread = static_cast<int>(threadIdx.x);
 
-        /* ---- Do all segments fit into the workspace? ---- */
-        /* Sequences that overlap, by a wrong cu_seqlens, could need more slots than there are. Then none is
-         * cut. */
-        long long all = 0;
-        for (int n = thread; n < sequences; n += FKDA_LIST_THREADS) all += cut_into(n, sequences);
-        const bool fits = sum_before(all, scratch) <= cut.slots;
-
         /* ---- The cut sequences ---- */
         int cuts = 0, slots = 0, groups = 0; /* of the sequences so far */
-        for (int first = 0; fits && first < sequences; first += FKDA_LIST_THREADS) {
+        for (int first = 0; first < sequences; first += FKDA_LIST_THREADS) {
             const int segments = cut_into(first + thread, sequences);
-            int *sums = reinterpret_cast<int *>(scratch), index = segments > 0, slot = segments,
+            int *sums = reinterpret_cast<int *>(scratch), index = segments > 0,
                 group = Cut::groups_of(segments);
-            const int new_cuts = sum_before(index, sums), new_slots = sum_before(slot, sums),
-                      new_groups = sum_before(group, sums);
+            long long slot = segments;
+            const long long new_slots = sum_before(slot, scratch);
+            /* Sequences that overlap, by a wrong cu_seqlens, can need more slots than there are. Then these
+             * sequences and all later ones stay whole. */
+            if (slots + new_slots > cut.slots) break;
+            const int new_cuts = sum_before(index, sums), new_groups = sum_before(group, sums);
             if (segments)
-                cut.cut_sequences[cuts + index] = {first + thread, segments, slots + slot, groups + group};
-            cuts += new_cuts, slots += new_slots, groups += new_groups;
+                cut.cut_sequences[cuts + index] = {first + thread, segments, slots + static_cast<int>(slot),
+                                                   groups + group};
+            cuts += new_cuts, slots += static_cast<int>(new_slots), groups += new_groups;
         }
 
         /* ---- The lists ---- */
@@ -108,7 +109,8 @@ struct SegmentLister {
         const auto before = [=](int c) { return cuts[c].first_slot - left_out * c; };
         for (int e = threadIdx.x; e < slots - left_out * cut_sequences; e += blockDim.x) {
             const int c = find_cut(e, cut_sequences, before);
-            list[e] = rules.segment(cuts[c], e - before(c) + 1);
+            const fkda_cut_sequence sequence = rules.checked(cuts[c]);
+            list[e] = rules.segment(sequence, Cut::clamp(e - before(c) + 1, sequence.segments - 1));
         }
     }
 
@@ -119,7 +121,9 @@ struct SegmentLister {
             const int c = find_cut(n, cut_sequences, [=](int i) { return cuts[i].sequence; });
             const int first =
                 cut_sequences ? cuts[c].sequence : n + 1; /* the last cut one up to n, or the first one */
-            if (first != n) list[first > n ? n : n - c - 1] = rules.whole(n);
+            /* The bound matters if another call has overwritten `cuts`. */
+            if (first != n)
+                list[Cut::clamp(first > n ? n : n - c - 1, rules.sequences() - 1)] = rules.whole(n);
         }
     }
 };

@@ -2,8 +2,9 @@
  * Mixed: the schedule for long sequences among short ones in one launch, say one of 30,000 tokens and fifty
  * of 100.
  *
- * Algorithm. The lengths are on the device, and the host does not know them. So each CTA begins with one warp
- * that reads all lengths and finds what every CTA pair is for; all CTAs find one and the same answer.
+ * Algorithm. The lengths are on the device, and the host does not know them. So each CTA pair begins with one
+ * warp that reads all lengths and finds what every CTA pair is for; all of these warps find one and the same
+ * answer.
  *
  *   1. Sequences of at least `shortest` tokens are long, up to a number of them. Each head of a long sequence
  *      gets a CTA pair. All other sequences are the rest.
@@ -194,10 +195,8 @@ struct LongAssignment {
     {
         if (segments == 1) return cut.whole(c.sequence);
         const Task task = cut.sequence(c.sequence);
-        const int from = MixedScheduler::begin_of(i, segments, task.chunks) * CUT_CHUNK,
-                  to = MixedScheduler::begin_of(i + 1, segments, task.chunks) * CUT_CHUNK;
-        return {task.begin + from, min(to, task.length) - from, c.sequence, c.first_slot + i,
-                (i == 0 ? FKDA_SEGMENT_FIRST : 0) | (i == segments - 1 ? FKDA_SEGMENT_LAST : 0)};
+        return Cut::part_of(task, MixedScheduler::begin_of(i, segments, task.chunks),
+                            MixedScheduler::begin_of(i + 1, segments, task.chunks), c, i);
     }
 
     /* Long sequences have no spare pairs. spare_pairs() is the step from one head to the next in RelaySource,

@@ -19,6 +19,11 @@
  * segments that are shared: a pair has such a segment of two to four heads, and computes first the maps of
  * all these heads, then the outputs.
  *
+ * States in place. If the final state is the same tensor as the initial state, the last segment's pair must
+ * not overwrite what a spare pair has yet to read. Once the spare pair has read the state, it sets flags of
+ * the first segment's slot, which nothing else uses. The last segment's pair waits for these flags before it
+ * stores.
+ *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long.
  *
  * Why no wait at a flag lasts for ever. relay_plan.c in src/cuda/hopper plans no more CTA pairs than run at
@@ -146,6 +151,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     {
         if constexpr (Block::JOINS)
             joins = reinterpret_cast<const Shared<Block> *>(cta_memory())->join.begins != JoinPhase::NEVER;
+        assignment.segments = Cut::of_first_lane(assignment.segments);
         next_segment = first_segment();
     }
 
@@ -181,7 +187,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         const int i = next_segment, head = assignment.head(head_index);
         if (i >= assignment.segments) return WorkItemMaker<Block>::none();
         const fkda_cut_sequence c = assignment.sequence(head_index);
-        const fkda_segment s = assignment.segment_of(c, i);
+        const fkda_segment s = Cut::of_first_lane(assignment.segment_of(c, i));
         WorkItem item = this->item_of(s, head);
         advance();
         if (!Block::OUTPUTS) {
@@ -194,6 +200,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
             if (assignment.segments == 1) return item;
             if (assignment.spares_compute_first()) { /* the state after it comes from a map phase */
                 item.final = nullptr;
+                if (in_place()) signal_or_await_read(item, c, head, SIGNALS_READ);
                 return item;
             }
             item.flags = assignment.cut.flags(head, s.slot + 1, FKDA_FLAG_STATE) + item.first_row / 16;
@@ -204,7 +211,20 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
                      item.first_row / 16;
         item.attributes |= AWAITS_INITIAL;
         if (this->joins) item.attributes |= AFTER_JOIN;
+        if (i == assignment.segments - 1 && assignment.spares_compute_first() && in_place())
+            signal_or_await_read(item, c, head, AWAITS_READ);
         return item;
+    }
+
+    __device__ bool in_place() const
+    {
+        return this->args.final_state && this->args.final_state == this->args.initial_state;
+    }
+
+    __device__ void signal_or_await_read(WorkItem &item, const fkda_cut_sequence &c, int head, int how) const
+    {
+        item.read_flags = assignment.cut.flags(head, c.first_slot, FKDA_FLAG_STATE) + item.first_row / 16;
+        item.attributes |= how;
     }
 };
 

@@ -22,6 +22,7 @@ struct WorkItem {
     const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
     void *final;         /* where the head's state after the item goes; null: nowhere */
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
+    int *read_flags;     /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
 };
 
 /* Bits of WorkItem::attributes. */
@@ -36,6 +37,8 @@ enum {
     FINAL_IMAGE = 128,   /* `final` is in the workspace, as a StateImage */
     AFTER_JOIN = 256,    /* the CTA takes part in the join phase before this item */
     NOT_LAST = 512,      /* another work item follows in this phase */
+    SIGNALS_READ = 1024, /* another CTA overwrites `initial`: once it is read, the warp sets its read flag */
+    AWAITS_READ = 2048,  /* `final` may be overwritten once the warp's read flag is set */
 };
 
 /* Makes work items of segments; the base of every schedule's source. */
@@ -51,7 +54,7 @@ template <class Block> struct WorkItemMaker {
 
     static __device__ WorkItem none()
     {
-        return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr};
+        return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr, nullptr};
     }
 
     /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each.
@@ -61,15 +64,16 @@ template <class Block> struct WorkItemMaker {
     {
         const long long state_index = static_cast<long long>(s.sequence) * args.heads + h;
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
-        const long long next_slot = slot + static_cast<long long>(args.heads) * (DIM * DIM);
+        const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
+            s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
         if (!Block::OUTPUTS) {
             float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr};
+            WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr, nullptr};
             if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST)
                 take_initial(item, state_index);
             return item;
         }
-        WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr};
+        WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr, nullptr};
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, state_index);
         else

@@ -82,6 +82,7 @@ fkda_cut fkda_hopper_cut(const fkda_problem *problem, const fkda_hopper_plan *pl
         .flags = (int *)(base + m->flags),
         .shortest = (int)plan->shortest,
         .slots = (int)plan->slots,
+        .groups = (int)plan->groups,
         .equal_lengths = equal,
         .segments = equal && !shape->has_cu_seqlens ? (int)(plan->slots / shape->sequences) : 0,
         .relay = plan->relay,
