@@ -244,8 +244,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             if (item.attributes & SIGNALS_READ) set_flag(&item.read_flags[warp_row() >> 4]);
         scale[0] = scale[1] = 1.0f;
         look_again = faint = false;
-        if (item.length > 0 && (Block::OUTPUTS || !is_map)) choose_first_scales();
-        bool ready = false;
+        bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
+        if (ready) choose_first_scales(item.length, place);
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         for (int left = item.length; left > 0; left -= CHUNK) {
             const int slot = uniform(place.index());

@@ -18,6 +18,8 @@
 #ifndef FKDA_HOPPER_SCALED_ROWS_CUH
 #define FKDA_HOPPER_SCALED_ROWS_CUH
 
+#include <float.h>
+
 #include "early_outputs.cuh"
 #include "state_rows.cuh"
 
@@ -216,11 +218,30 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
     }
 
-    /* Chooses scales for the state that a work item starts from. Its first chunk may choose other ones. */
-    __device__ void choose_first_scales()
+    /* Chooses scales for a work item's state and first chunk, once that chunk is ready. A row gets a scale for
+     * its state alone if the chunk is not whole, or if the row's v is not finite or dwarfs its first token:
+     * then adapt() sees to v. */
+    __device__ void choose_first_scales(int left, const SlotCursor<Block> &place)
     {
-        float nothing[READ][4] = {};
-        const float next[2] = {fitting_scale(0.0f, 0), fitting_scale(0.0f, 1)};
+        float nothing[READ][4] = {}, next[2];
+        mbarrier_wait(&shared.chunk_ring.ready[place.index()], place.parity());
+        const Raw x = load_raw(shared.tokens[place.index()]);
+        const float divisor = shared.stage[place.index()].divisor;
+        const bool has_token_0 = find_pair() == 0;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            /* Bits of numbers that are not negative compare as the numbers do, and a NaN is the largest. */
+            const float token_0 = fabsf(bf16_low(x.pair[0][r]));
+            uint32_t most = __float_as_uint(largest(x, r)),
+                     limit = __float_as_uint(has_token_0 ? token_0 * LEAP : FLT_MAX);
+#pragma unroll
+            for (int by = 1; by <= 2; by *= 2) {
+                most = max(most, __shfl_xor_sync(~0u, most, by));
+                limit = min(limit, __shfl_xor_sync(~0u, limit, by));
+            }
+            if (left < CHUNK || (Block::OUTPUTS && most > limit)) most = 0;
+            next[r] = fitting_scale(__uint_as_float(most) * divisor, r);
+        }
         rescale(next, nothing);
     }
 
