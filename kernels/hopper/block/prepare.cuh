@@ -205,7 +205,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             });
     }
 
-    /* The place of a chunk's norms, where `round` is the parity of the team's round in the ring of products. */
+    /* The place of a chunk's norms; `round` is the parity of the team's round in the ring of products. */
     __device__ auto &norms(int slot, int round) const
     {
         return shared

@@ -218,9 +218,9 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
     }
 
-    /* Chooses scales for a work item's state and first chunk, once that chunk is ready. A row gets a scale for
-     * its state alone if the chunk is not whole, or if the row's v is not finite or dwarfs its first token:
-     * then adapt() sees to v. */
+    /* Chooses scales for a work item's state and first chunk, once that chunk is ready. A row gets a scale
+     * for its state alone if the chunk is not whole, or if the row's v is not finite or dwarfs its first
+     * token: then adapt() sees to v. */
     __device__ void choose_first_scales(int left, const SlotCursor<Block> &place)
     {
         float nothing[READ][4] = {}, next[2];

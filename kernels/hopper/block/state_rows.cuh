@@ -122,8 +122,8 @@ template <class Block> struct StateRows {
 
     /* ---- To memory ---- */
 
-    /* This lane, read again where maps are stored: otherwise the compiler would keep places that are made from
-     * it in registers, from the first chunk on. */
+    /* This lane, read again where maps are stored: otherwise the compiler would keep places that are made
+     * from it in registers, from the first chunk on. */
     static __device__ int read_lane()
     {
         int cta, thread;
