@@ -132,6 +132,11 @@ typedef struct flash_kda_tensor {
  * flash_kda_copy() put it into a sentence, and the process has lost its CUDA context. Under MPS all clients
  * of the GPU lose theirs.
  *
+ * A token changes no bit of the tokens before it, of other heads or of other sequences, whatever it holds. An
+ * output or a state that depends on a NaN, or on an infinity in q, k or v, is not finite; infinities in g and
+ * beta are numbers to their sigmoids. Errors are as documented for q and k with a norm of 1e-5 or more; the
+ * 1e-6 in the norm makes shorter ones count as less than a hundredth of a key.
+ *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
  * element). out and the workspace must not overlap any other tensor, and final_state no other than
  * initial_state. T may be 0, and so may any sequence's length: its final state is its initial state.
