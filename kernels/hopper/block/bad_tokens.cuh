@@ -53,6 +53,7 @@ __device__ __forceinline__ void mark_unusual(float &inverse_norm, Tokens<Block> 
 #pragma unroll 1
     for (int unit = 0; unit < DIM / 8; unit += 4)
         token_unit(tokens.half[unit / 8].tile[G], token, unit % 8)->x = TWO_NANS;
+    fence_async_proxy(); /* copies of later chunks overwrite the gates */
 }
 
 /* 1 / |x| of a token whose sum of squares was not finite; `at` is its first channel in q or k.

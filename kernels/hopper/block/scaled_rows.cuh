@@ -312,6 +312,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
                         read[READ - TILES + i][2 * r + e] += (e ? half_high(pairs[k]) : half_low(pairs[k]));
             }
         }
+        fence_async_proxy(); /* copies of later chunks overwrite the place of v */
     }
 
     /* ---- An unusual chunk ---- */

@@ -136,7 +136,7 @@ template <class Block> struct StateRows {
      * place of tokens, and none takes anything from there to the other CTA. */
     __device__ void store_map_by_copy(MapRowGroup &to, const SlotCursor<Block> &after) const
     {
-        const int lane = read_lane();
+        const int this_lane = read_lane();
         const Slot<Block::OWN_SLOTS> last = after.last_own();
         mbarrier_wait(&shared.chunk_ring.empty[last.index], last.parity);
         barrier_sync<RECURRENCE_BARRIER, 32 * Block::RECURRENCE_WARPS>(0);
@@ -148,19 +148,21 @@ template <class Block> struct StateRows {
             for (int i = 0; i < 4; i++)
                 MapRowGroup::split(high[i], low[i], state[s + i / 2][i % 2 * 2],
                                    state[s + i / 2][i % 2 * 2 + 1]);
-            store_matrices(shared_address(here.unit(MapRowGroup::HIGH, lane & 15, s + (lane >> 4))), high);
-            store_matrices(shared_address(here.unit(MapRowGroup::LOW, lane & 15, s + (lane >> 4))), low);
+            store_matrices(shared_address(here.unit(MapRowGroup::HIGH, this_lane & 15, s + (this_lane >> 4))),
+                           high);
+            store_matrices(shared_address(here.unit(MapRowGroup::LOW, this_lane & 15, s + (this_lane >> 4))),
+                           low);
         }
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) copy_bulk_to_global(&to, &here, sizeof here);
+        if (this_lane == 0) copy_bulk_to_global(&to, &here, sizeof here);
     }
 
     /* Stores rows of a map word by word, in few registers. For a relay's map phase while chunks of another
      * work item come to the place of tokens. */
     __device__ void store_map_by_words(MapRowGroup &to) const
     {
-        const int lane = read_lane();
+        const int this_lane = read_lane();
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
@@ -168,8 +170,8 @@ template <class Block> struct StateRows {
                 uint32_t high, low;
                 MapRowGroup::split(high, low, state[s][2 * r], state[s][2 * r + 1]);
                 uint32_t *at =
-                    reinterpret_cast<uint32_t *>(to.unit(MapRowGroup::HIGH, (lane >> 2) + 8 * r, s)) +
-                    (lane & 3);
+                    reinterpret_cast<uint32_t *>(to.unit(MapRowGroup::HIGH, (this_lane >> 2) + 8 * r, s)) +
+                    (this_lane & 3);
                 at[0] = high;
                 at[sizeof to.part[0] / 4] = low;
             }
@@ -179,7 +181,7 @@ template <class Block> struct StateRows {
      * t of its rows, which is eight neighbours. */
     __device__ void store_map_by_units(MapRowGroup &to) const
     {
-        const int lane = read_lane();
+        const int this_lane = read_lane();
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -188,9 +190,9 @@ template <class Block> struct StateRows {
 #pragma unroll
                 for (int n = 0; n < 4; n++)
                     MapRowGroup::split(high[n], low[n], state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
-                transpose_in_quad(high, lane);
-                transpose_in_quad(low, lane);
-                const int row = (lane >> 2) + 8 * r, u = 4 * j + (lane & 3);
+                transpose_in_quad(high, this_lane);
+                transpose_in_quad(low, this_lane);
+                const int row = (this_lane >> 2) + 8 * r, u = 4 * j + (this_lane & 3);
                 *to.unit(MapRowGroup::HIGH, row, u) = make_uint4(high[0], high[1], high[2], high[3]);
                 *to.unit(MapRowGroup::LOW, row, u) = make_uint4(low[0], low[1], low[2], low[3]);
             }
