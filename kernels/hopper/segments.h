@@ -7,8 +7,8 @@
  * zeros.
  *
  * Each segment of a cut sequence has a place in the workspace, its segment slot, for one state and one map.
- * The slot of segment i holds the state before segment i (slot 0 of a sequence stays unused) and the map of
- * segment i.
+ * The slot of segment i holds the state before segment i and the map of segment i. Nobody reads the state or
+ * the map of slot 0; a relay uses flags of slot 0 (schedule/relay.cuh).
  */
 #ifndef FKDA_HOPPER_SEGMENTS_H
 #define FKDA_HOPPER_SEGMENTS_H
@@ -51,6 +51,7 @@ typedef struct fkda_list_counts {
  *   FKDA_FLAG_MAP + r     the rows of the map of segment i are written
  *   FKDA_FLAG_STATE + r   the slot's state has what the join starts from: the rows of B of segment i - 1, or
  *                         of the state after the first segment if i is 1
+ *                         (in slot 0 of a relay: the rows of the initial state are read)
  *   FKDA_FLAG_JOINED + r  the slot's state has what the join makes: the rows of the state before segment i */
 enum { FKDA_FLAG_MAP = 0, FKDA_FLAG_STATE = 8, FKDA_FLAG_JOINED = 16, FKDA_SLOT_FLAGS = 24 };
 

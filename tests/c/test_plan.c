@@ -29,7 +29,7 @@ static fkda_shape shape_of(int64_t tokens, int64_t heads, int64_t sequences, int
     return s;
 }
 
-/* What the planner chooses for the shapes that the documents speak of, on 132 SMs. */
+/* What the planner chooses for well-known shapes, on 132 SMs. */
 static void decisions(void)
 {
     static const struct {

@@ -15,11 +15,11 @@
  *
  * The diagonal of P brings NaN to the outputs of the first bad token and of all tokens after it in the chunk.
  * The decay brings NaN to the whole state, which brings it to all tokens after the chunk. A query that is not
- * finite needs none of this, because only its own row of the products depends on it. Values that are not
- * finite concern single rows of the state (scaled_rows.cuh).
+ * finite gets a norm of NaN and stays in the products, because only its own row of them depends on it. Values
+ * that are not finite concern single rows of the state (scaled_rows.cuh).
  *
- * Why. A chunk without bad tokens pays two votes for the search. Everything else is a branch that is not
- * taken.
+ * Why. A chunk without bad tokens pays a comparison for each norm, a vote of each preparing warp and two
+ * comparisons of the solver. Everything else is code that is jumped over.
  */
 #ifndef FKDA_HOPPER_BAD_TOKENS_CUH
 #define FKDA_HOPPER_BAD_TOKENS_CUH

@@ -3,6 +3,8 @@
  *
  * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
  *
+ * In a solo CTA / a CTA of a pair / a map CTA: R = 8 / 4 / 8, P = 6 / 8 / 6, T = 2 / 4 / 2.
+ *
  * barrier                     arrivals of a round                  who waits         what may happen then
  * --------------------------  -----------------------------------  ----------------  ------------------------
  * work.ring.full[i]           1: loader                            all other roles   work item i is read

@@ -249,8 +249,8 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
         float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
         uint32_t most = largest_of_warp(b);
-        /* The next chunk's logit is loaded ahead if the chunk belongs to this work item. The loader may
-         * publish the next work item only after this chunk is solved. */
+        /* The next chunk's logit is loaded ahead, unless that chunk belongs to the next work item: if the
+         * loader is waiting for this chunk's slot, it publishes that item only after this chunk is solved. */
         const bool ahead = at.left > Block::CTAS * Block::CHUNK;
         if (ahead) {
             at.advance(Block::CTAS);
