@@ -5,8 +5,9 @@
  * Algorithm. A product multiplies a NaN by the zeros of a triangle, which are NaN too, and would carry it to
  * earlier tokens. So nothing that is not finite enters a product, and NaN is put in afterwards:
  *
- *   preparation  A key that is not finite becomes a key of zeros. A gate that is NaN makes the sum over the
- *                chunk NaN; the team's warp then prepares its channels once more with no decay in its place.
+ *   preparation  A NaN gate makes the sum over the chunk NaN, and so does a key or a query whose sum of
+ *                squares is not finite. The warp then prepares its channels once more, with no decay in place
+ *                of NaN and with zeros in place of a key that is not finite.
  *   solver       From the first bad token on, write strengths are zero, and NaN stands on the diagonal of P
  *                and in the state's decay over the chunk (add_products).
  *   recurrence   A value that is not finite concerns a single row of the state. The value becomes zero, the

@@ -76,13 +76,14 @@ template <int rows> struct Preparation {
     {
         const uint16_t *from = static_cast<const uint16_t *>(args.v);
         if (chunk < task.chunks) {
+            __nv_bfloat16(&to)[CHUNK][DIM] = shared.v[slot<V_STAGES>(chunk)];
+            const int column = value_column(2 * pair, channel);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 int token = chunk * CHUNK + 2 * pair + e;
                 bool valid = token < task.length;
-                void *to =
-                    &shared.v[slot<V_STAGES>(chunk)][2 * pair + e][value_column(2 * pair + e, channel)];
-                copy_async_16(to, valid ? from + at(token) : from, valid);
+                /* value_column(2 * pair + 1, channel) is column ^ 8 */
+                copy_async_16(&to[2 * pair + e][column ^ 8 * e], valid ? from + at(token) : from, valid);
             }
         }
         copy_async_commit();
@@ -167,17 +168,17 @@ template <int rows> struct Preparation {
         return s;
     }
 
-    /* 1 / |q| and 1 / |k| of this lane's two tokens. Keys that are not finite become zeros. */
-    __device__ void find_norms(const Eight (&q)[2], Eight (&k)[2], float (&q_factor)[2],
-                               float (&k_factor)[2]) const
+    /* 1 / |q| and 1 / |k| of this lane's two tokens. Returns whether all sums of squares of the chunk are
+     * finite. All warps of the team have the same sums. */
+    __device__ bool find_norms(float (&q_factor)[2], float (&k_factor)[2]) const
     {
         const float4 s = sum_squares();
         q_factor[0] = rsqrt_approx(s.x + 1e-6f), q_factor[1] = rsqrt_approx(s.z + 1e-6f);
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
-        if (__builtin_expect(__any_sync(~0u, !(s.x + s.y + s.z + s.w < INFINITY)), 0))
-            find_unusual_norms(q, k, q_factor, k_factor);
+        return !__any_sync(~0u, !(s.x + s.y + s.z + s.w < INFINITY));
     }
 
+    /* Makes keys that are not finite, whose factor is zero, zeros. */
     static __device__ void clear_bad_keys(Eight (&k)[2], const float (&k_factor)[2])
     {
 #pragma unroll
@@ -185,11 +186,13 @@ template <int rows> struct Preparation {
             if (k_factor[e] == 0.0f) k[e] = Eight{};
     }
 
-    /* Finds the norms of large q and k, whose squares overflow, and notes tokens whose keys are not finite.
-     * All warps of the team have the same sums and come here together. */
-    __device__ void find_unusual_norms(const Eight (&q)[2], Eight (&k)[2], float (&q_factor)[2],
-                                       float (&k_factor)[2]) const
+    /* As find_norms, and finds the norms of large q and k, whose squares overflow. Notes tokens whose keys
+     * are not finite, and makes these keys zeros. All warps of the team come here together if one sum is not
+     * finite. */
+    __device__ void find_all_norms(const Eight (&q)[2], Eight (&k)[2], float (&q_factor)[2],
+                                   float (&k_factor)[2]) const
     {
+        if (find_norms(q_factor, k_factor)) return;
         const float4 before = sum_squares();
         sync(); /* all warps have read the squares */
         store_squares(q, k, NORM_SCALE);
@@ -313,25 +316,26 @@ template <int rows> struct Preparation {
             const int next = chunk + STAGES; /* loaded as soon as registers of this chunk are free */
             float sum[2][8];
             uint16_t beta[2];
-            load_beta(beta, chunk);
             accumulate_gates(g, chunk, sum, false);
             store_squares(q, k);
             sync();
             if (chunk >= STAGES) barrier_sync<EMPTY, STAGE_THREADS<rows>>(team);
-            load_values(next);
             float q_factor[2], k_factor[2];
-            find_norms(q, k, q_factor, k_factor);
+            if (!find_norms(q_factor, k_factor)) sum[1][0] = NAN; /* brings all warps to the repair */
             decay(q, k, q_factor, k_factor, sum);
+            load_beta(beta, chunk);
             if (__builtin_expect(store_gamma(sum), 0)) {
-                load(g, args.g, chunk);
-                load(q, args.q, chunk);
-                load(k, args.k, chunk);
-                clear_bad_keys(k, k_factor);
-                accumulate_gates(g, chunk, sum, true);
+                const int here = __shfl_sync(~0u, chunk, 0); /* so that no address is kept for this */
+                load(g, args.g, here);
+                load(q, args.q, here);
+                load(k, args.k, here);
+                find_all_norms(q, k, q_factor, k_factor);
+                accumulate_gates(g, here, sum, true);
                 decay(q, k, q_factor, k_factor, sum);
                 store_gamma(sum);
             }
             note_bad_beta(beta);
+            load_values(next);
             load(g, args.g, next);
             load(q, args.q, next);
             load(k, args.k, next);
