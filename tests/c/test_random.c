@@ -168,11 +168,12 @@ static void try_problem(uint64_t seed)
     const loose after = {allocate((size_t)problem_states(p) + 1, sizeof *after.from)};
     for (int64_t n = 0; n < problem_states(p); n++) after.from[n] = NEVER;
     fill_case(p, c, rng_bits(&r));
-    const int64_t hostile = p->batch * p->tokens > 0 && one_in(&r, 2) ? 1 + below(&r, 3) : 0;
+    const int64_t tokens = p->batch * p->tokens;
+    const int64_t hostile = tokens > 0 && one_in(&r, 2) ? 1 + below(&r, 3) : 0;
     for (int64_t i = 0; i < hostile; i++) add_hostile_value(&r, p, &after, c->sizes.v);
     trying("seed %llu: %s, %lld sequences, %lld tokens, %lld heads, cut %d, %lld hostile values",
-           (unsigned long long)seed, c->name, (long long)p->sequences, (long long)(p->batch * p->tokens),
-           (long long)p->heads, (int)options.cut, (long long)hostile);
+           (unsigned long long)seed, c->name, (long long)p->sequences, (long long)tokens, (long long)p->heads,
+           (int)options.cut, (long long)hostile);
     answer truth = problem_solve(p, mode_reads(options.mode));
     result got = run_and_check(p, NULL, limits, options);
     if (got.out) check_out(p, &truth, got.out, &after, limits.out);
