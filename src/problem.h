@@ -85,7 +85,7 @@ typedef struct fkda_sequence {
 } fkda_sequence;
 
 /* cu_seqlens[n], for a cu_seqlens that the host may read. Another thread may write to the tensor meanwhile,
- * so that every reading may give another value, and a value is used as it was read. */
+ * so two calls may return different values: the caller reads a border once and uses that value. */
 static inline int64_t fkda_border(const fkda_problem *p, int64_t n)
 {
     if (p->cu_seqlens_is_i32) return __atomic_load_n((const int32_t *)p->cu_seqlens + n, __ATOMIC_RELAXED);

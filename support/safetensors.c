@@ -91,17 +91,6 @@ static const char *value_of(const char *text, const char *key)
     return found + strspn(found, " :");
 }
 
-static size_t size_of(int32_t dtype)
-{
-    switch (dtype) {
-    case FLASH_KDA_BF16:
-    case FLASH_KDA_F16: return 2;
-    case FLASH_KDA_I64:
-    case FLASH_KDA_F64: return 8;
-    default: return 4;
-    }
-}
-
 flash_kda_tensor safetensors_get(const safetensors *file, const char *name)
 {
     const flash_kda_tensor none = {0};
@@ -117,7 +106,7 @@ flash_kda_tensor safetensors_get(const safetensors *file, const char *name)
     if (ndim < 0 || numbers_of(range, offsets, 2) != 2) return none;
 
     const flash_kda_dtype type = (flash_kda_dtype)dtype_of(dtype);
-    size_t bytes = size_of(type);
+    size_t bytes = dtype_size(type);
     int64_t room = (int64_t)bytes; /* bytes, if sizes of 0 were 1: strides are such products */
     for (int i = 0; i < ndim; i++) {
         if (__builtin_mul_overflow(room, shape[i] ? shape[i] : 1, &room)) return none;

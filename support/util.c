@@ -139,3 +139,14 @@ bool parse_cut(const char *text, flash_kda_cut *cut)
     }
     return false;
 }
+
+size_t dtype_size(int32_t dtype)
+{
+    switch (dtype) {
+    case FLASH_KDA_BF16:
+    case FLASH_KDA_F16: return 2;
+    case FLASH_KDA_I64:
+    case FLASH_KDA_F64: return 8;
+    default: return 4;
+    }
+}

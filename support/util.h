@@ -19,6 +19,9 @@ void must(flash_kda_status status);
 /* calloc() that does not fail. */
 void *allocate(size_t count, size_t size);
 
+/* Bytes of an element of a flash_kda_dtype; 4 for numbers that are none. */
+size_t dtype_size(int32_t dtype);
+
 /* Rounds to the nearest bf16, ties to even. NaN stays NaN. */
 uint16_t bf16_from_float(float value);
 float float_from_bf16(uint16_t bits);

@@ -65,8 +65,8 @@ bool fkda_cuda_makes_tma_descriptors(void)
 
 flash_kda_status fkda_driver_fail(const char *call, CUresult result)
 {
-    /* What the driver reports after a trap. It does not tell which kernel of the process it was, so the
-     * sentence can only say when kernels of this library end so. */
+    /* What the driver reports after a trap. The driver does not say which kernel of the process has trapped,
+     * so the sentence says only when a kernel of this library traps. */
     enum { ILLEGAL_INSTRUCTION = 715, LAUNCH_FAILED = 719 };
     if (result == ILLEGAL_INSTRUCTION || result == LAUNCH_FAILED)
         return fkda_fail(FLASH_KDA_DEVICE_ERROR,

@@ -56,17 +56,6 @@ static flash_kda_tensor *tensor(state *s, int which)
     return (flash_kda_tensor *)((char *)&s->p + offsets[which]);
 }
 
-static size_t element_size(int32_t dtype)
-{
-    switch (dtype) {
-    case FLASH_KDA_BF16:
-    case FLASH_KDA_F16: return 2;
-    case FLASH_KDA_I64:
-    case FLASH_KDA_F64: return 8;
-    default: return 4;
-    }
-}
-
 static flash_kda_tensor shaped(flash_kda_dtype dtype, int ndim, const int64_t *shape)
 {
     flash_kda_tensor t = {.dtype = dtype, .ndim = ndim};
@@ -152,7 +141,7 @@ static memory allocate_memory(size_t count)
 /* The bytes of a tensor; SIZE_MAX if no memory has them. */
 static size_t bytes_of(const flash_kda_tensor *t)
 {
-    size_t bytes = element_size(t->dtype);
+    size_t bytes = dtype_size(t->dtype);
     if (t->ndim < 0 || t->ndim > 4) return SIZE_MAX;
     for (int i = 0; i < t->ndim; i++)
         if (t->shape[i] < 0 || __builtin_mul_overflow(bytes, (size_t)t->shape[i], &bytes) ||
@@ -174,8 +163,8 @@ static void fill(const memory *m, int32_t dtype, rng *numbers)
             narrow[i] = bf16_from_float(wide[i]);
         }
     }
-    const unsigned char *from = element_size(dtype) == 2 ? (unsigned char *)narrow : (unsigned char *)wide;
-    const size_t room = element_size(dtype) == 2 ? sizeof narrow : sizeof wide;
+    const unsigned char *from = dtype_size(dtype) == 2 ? (unsigned char *)narrow : (unsigned char *)wide;
+    const size_t room = dtype_size(dtype) == 2 ? sizeof narrow : sizeof wide;
     size_t skip = rng_bits(numbers) % 64 * 64;
     for (size_t done = 0, now; done < m->count; done += now, skip = 0) {
         now = m->count - done < room - skip ? m->count - done : room - skip;
@@ -185,7 +174,7 @@ static void fill(const memory *m, int32_t dtype, rng *numbers)
 
 static void fill_borders(const memory *m, int32_t dtype, const int64_t *borders)
 {
-    const size_t size = element_size(dtype);
+    const size_t size = dtype_size(dtype);
     for (size_t i = 0; size >= 4 && i < m->count / size; i++) {
         const int64_t wide = borders[i < 4 ? i : 3];
         const int32_t narrow = (int32_t)wide;
@@ -231,9 +220,9 @@ static void mutate_memory(state *s, input *from)
     case 3: /* one border */
         m = &s->tensors[SEQLENS];
         t = &s->p.cu_seqlens;
-        if (m->count >= element_size(t->dtype)) {
+        if (m->count >= dtype_size(t->dtype)) {
             const int64_t value = take_hostile(from);
-            const size_t size = element_size(t->dtype), at = (size_t)other % (m->count / size) * size;
+            const size_t size = dtype_size(t->dtype), at = (size_t)other % (m->count / size) * size;
             memcpy(m->bytes + at, &value, size);
         }
         break;

@@ -3,7 +3,7 @@
  *
  * The recurrence computes both products for all tokens (recurrence.cuh). A row needs this file if its scale
  * is about to grow so much that the tokens before the large value would vanish in the new scale
- * (scaled_rows.cuh). That is so rare that little code counts more than speed.
+ * (scaled_rows.cuh). Such rows are rare, so this file is written for little code and not for speed.
  */
 #ifndef FKDA_HOPPER_EARLY_OUTPUTS_CUH
 #define FKDA_HOPPER_EARLY_OUTPUTS_CUH

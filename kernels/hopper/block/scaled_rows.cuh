@@ -12,6 +12,9 @@
  * (Stage::divisor). This last rule is needed because such a chunk checks v * divisor, and not v, against 16
  * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
+ * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
+ * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
+ *
  * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
  * there, maps leave out anyway (join/layouts.cuh).
  */

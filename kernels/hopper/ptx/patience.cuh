@@ -13,11 +13,12 @@
  * mbarrier, the loader does too, and the loops of all other roles stay as short as they are. A trap in the
  * recurrence would cost more than instructions: ptxas then spills (fkda_hopper_mixed).
  *
- * Why 2^35 clocks. They are 17 to 20 s at the clocks of an H100 or H200, and longer at lower clocks, at which
- * everything else takes longer too. The longest wait of a healthy launch is shorter than the launch. The
- * longest launch that fits into the 141 GB of an H200, one sequence of one head with 10^8 tokens that is not
- * cut, takes about 4 s. Only clocks that pass while the warp runs are counted: a look at the clock counts for
- * no more than MOST_CLOCKS, so a debugger or another process that stops the GPU for a minute does no harm.
+ * Why 2^35 clocks. 2^35 clocks are 17 to 20 s at the clocks of an H100 or H200. At lower clocks 2^35 clocks
+ * are longer, and so is everything that is waited for. The longest wait of a healthy launch is shorter than
+ * the launch. The longest launch that fits into the 141 GB of an H200, one sequence of one head with 10^8
+ * tokens that is not cut, takes about 4 s. Only clocks that pass while the warp runs are counted: a look at
+ * the clock counts for no more than MOST_CLOCKS, so a debugger or another process that stops the GPU for a
+ * minute does no harm.
  * A wait that ends at once costs nothing more than without a bound.
  */
 #ifndef FKDA_HOPPER_PTX_PATIENCE_CUH
