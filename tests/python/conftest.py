@@ -19,6 +19,8 @@ if importlib.util.find_spec("flash_kda") is None:
 
 import flash_kda  # noqa: E402
 
+REPORTS = pytest.StashKey()
+
 
 def pytest_report_header():
     return f"flash_kda {flash_kda.__version__} from {flash_kda.__path__[0]}"
@@ -49,3 +51,16 @@ def cuda():
     if reason:
         pytest.skip(reason)
     return "cuda"
+
+
+@pytest.fixture
+def record_report(request):
+    """A function that takes lines for the end of pytest's output, whether the test passes or not."""
+    reports = request.config.stash.setdefault(REPORTS, [])
+    return lambda lines: reports.append((request.node.name, lines))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for name, lines in config.stash.get(REPORTS, []):
+        terminalreporter.section(name, sep="-")
+        terminalreporter.write_line(lines.rstrip())
