@@ -84,7 +84,7 @@ def run_alone(shape, stream):
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         flash_kda.fwd(**{**shape.arguments, **results}, **shape.options)
-    torch.cuda.synchronize()
+    stream.synchronize()
     for name in WRITTEN:
         assert results[name].isfinite().all(), f"{shape.name}: {name} is not finite"
     return results
@@ -95,8 +95,8 @@ def same_bits(some, others):
 
 
 class Call:
-    """A call that is made again and again on one stream, with memory of its own for its results, each of which
-    the GPU compares bit for bit with the results of the call alone."""
+    """A call that is made again and again on one stream, with memory of its own for its results. The GPU
+    compares each result bit for bit with that of the call alone."""
 
     def __init__(self, shape, want=None):
         self.shape, self.want, self.graph = shape, want or shape.want, None
@@ -145,8 +145,8 @@ class Products:
 
 
 def take_turns(rows, calls, products=None, seed=0):
-    """Makes `calls` calls, of which none is waited for. rows: streams with the calls of each; the streams take
-    turns. Every eighth call is followed by a product."""
+    """Makes `calls` calls, of which none is waited for. rows: streams with the calls of each; the streams
+    take turns. Every eighth call is followed by a product."""
     chooser = random.Random(seed)
     for n in range(calls):
         stream, own = rows[n % len(rows)]
@@ -158,9 +158,10 @@ def take_turns(rows, calls, products=None, seed=0):
 
 def check(rows, products, what):
     """Waits for everything, asserts that all results were right, and says how many there were."""
-    torch.cuda.synchronize()
+    products.stream.synchronize()
     made, wrong = 0, {}
-    for number, (_, own) in enumerate(rows):
+    for number, (stream, own) in enumerate(rows):
+        stream.synchronize()
         for call in own:
             assert int(call.made) == call.asked, (
                 f"{call.shape.name}: {int(call.made)} of {call.asked} calls ran"
@@ -318,7 +319,7 @@ class Probe:
             *(self.function, ctas, 1, 1, 32, 1, 1, self.SHARED_BYTES),
             *(ctypes.c_void_p(stream.cuda_stream), None),
         )
-        torch.cuda.synchronize()
+        stream.synchronize()
         return result
 
     def largest(self, stream, most):
@@ -349,8 +350,8 @@ def green(calls, shapes):
             if shape.ctas_at_once() > allowed:
                 shape.hold_to_truth(alone)
                 print(
-                    f"  {shape.name}: {shape.ctas_at_once()} CTAs at once are refused; within the error bars, "
-                    f"{'the same bits as' if equal else 'other bits than'} on all SMs",
+                    f"  {shape.name}: {shape.ctas_at_once()} CTAs at once are refused; within the error "
+                    f"bars, {'the same bits as' if equal else 'other bits than'} on all SMs",
                     flush=True,
                 )
             else:
@@ -379,7 +380,7 @@ def green_current(calls, shapes):
             torch.cuda._sleep(10**8)  # clocks in which a call that does not wait for its stream would be made
             q.copy_(given["q"])
             call.again()
-        torch.cuda.synchronize()
+        stream.synchronize()
         driver.call("cuCtxPopCurrent_v2", by(popped))
         torch.cuda.synchronize()
         call.shape.arguments = given
@@ -402,7 +403,7 @@ def green_capture(calls, shapes):
             call.capture(context.stream)
             with torch.cuda.stream(context.stream):
                 call.again()
-            torch.cuda.synchronize()
+            context.stream.synchronize()
         except RuntimeError as error:
             print(f"{shape.name}, captured in a green context: {str(error).splitlines()[0]}", flush=True)
         else:
@@ -412,8 +413,8 @@ def green_capture(calls, shapes):
 
 
 def other_context(calls, shapes):
-    """A stream of a context that is not the primary one, with an execution affinity where MPS allows it: a call
-    on it is refused with a sentence and writes nothing, or is right."""
+    """A stream of a context that is not the primary one, with an execution affinity where MPS allows it: a
+    call on it is refused with a sentence and writes nothing, or is right."""
     driver, by = Driver(), ctypes.byref
     context, stream, popped = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     shape = next(s for s in shapes if s.name == "CTA pairs")
@@ -452,8 +453,8 @@ def limited(calls, shapes):
     allowed = Probe(driver).largest(torch.cuda.current_stream(), whole)
     said = affinity.sms if result == 0 else f"unknown ({result})"
     print(
-        f"{whole} SMs in all; the device says {reported}, the execution affinity {said}, cooperative launches "
-        f"of up to {allowed} CTAs",
+        f"{whole} SMs in all; the device says {reported}, the execution affinity {said}, cooperative "
+        f"launches of up to {allowed} CTAs",
         flush=True,
     )
     if min(reported, affinity.sms if result == 0 else whole) >= whole:
@@ -474,8 +475,8 @@ def main():
     calls, sms = int(sys.argv[2]), int(sys.argv[3])
     torch.cuda.init()
     shapes = [Shape(number, sms) for number in range(len(SHAPES))]
-    for shape in shapes if case is streams else []:
-        print(f"  {shape.name}: {shape.explained.splitlines()[1].partition('.')[0]}", flush=True)
+    for shape in shapes if case in (streams, limited) else []:
+        print(f"  {shape.name}: {shape.explained.splitlines()[1]}", flush=True)
     case(calls, shapes)
 
 

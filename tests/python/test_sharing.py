@@ -21,6 +21,7 @@ import pytest
 import flash_kda
 
 PROGRAM = Path(__file__).with_name("sharing.py")
+PROBE = "import torch; torch.zeros(1, device='cuda').item()"  # a program that uses the GPU
 CANNOT = 77  # exit status of PROGRAM
 CALLS = int(os.environ.get("SHARING_CALLS", "2600"))
 # After this time a process counts as hung. Kernels that wait in vain give up by themselves after 20 s.
@@ -173,48 +174,50 @@ def test_stream_of_another_context(start, run):
     run(start("other_context"))
 
 
-def command_mps(control, environment, command):
+def ask_mps(environment, command):
     """What the MPS daemon answers to a command."""
-    return subprocess.run(
-        [control], input=command + "\n", env=environment, capture_output=True, text=True, timeout=60
-    ).stdout
+    options = {"capture_output": True, "text": True, "timeout": 60, "env": environment}
+    return subprocess.run(["nvidia-cuda-mps-control"], input=command + "\n", **options).stdout
+
+
+def reason_against_mps(environment, daemon, folder):
+    """Why no process can compute under the MPS daemon, or None. Starts the MPS server."""
+    options = {"capture_output": True, "text": True, "timeout": 120, "env": environment}
+    tried = subprocess.run([sys.executable, "-c", PROBE], **options)
+    if tried.returncode == 0 and daemon.poll() is None and ask_mps(environment, "get_server_list").split():
+        return None
+    said = tried.stderr.splitlines()[-1:]
+    for path in sorted(Path(folder).glob("*.log")):
+        said += [f"{path.name}: {line}" for line in path.read_text(errors="replace").splitlines()[-2:]]
+    return "; ".join(said) or "it gives no reason"
 
 
 @pytest.fixture(scope="module")
 def mps():
-    """The environment of processes that compute under an MPS daemon of this test alone."""
-    control = shutil.which("nvidia-cuda-mps-control")
-    if control is None:
+    """The environment of processes that compute under an MPS daemon of these tests alone."""
+    if shutil.which("nvidia-cuda-mps-control") is None:
         pytest.skip("there is no nvidia-cuda-mps-control")
     # pytest's own folders have paths too long for the daemon's sockets.
-    with tempfile.TemporaryDirectory(prefix="mps", dir="/tmp") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="mps", dir="/tmp") as folder,
+        open(f"{folder}/daemon.log", "w") as log,
+    ):
         places = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         environment = {**os.environ, **places}
-        with open(f"{folder}/daemon", "w+") as log:
-            daemon = subprocess.Popen([control, "-f"], env=environment, stdout=log, stderr=log)
-            try:
-                probe = "import torch; torch.zeros(1, device='cuda').item()"
-                tried = subprocess.run(
-                    [sys.executable, "-c", probe],
-                    env=environment, capture_output=True, text=True, timeout=120,
-                )  # fmt: skip
-                servers = command_mps(control, environment, "get_server_list").split()
-                if tried.returncode or not servers or daemon.poll() is not None:
-                    log.seek(0)
-                    said = [*tried.stderr.splitlines()[-1:], *log.read().splitlines()[-2:]]
-                    for name in ("control.log", "server.log"):
-                        path = Path(folder, name)
-                        said += path.read_text(errors="replace").splitlines()[-2:] if path.exists() else []
-                    pytest.skip(f"MPS does not start here: {'; '.join(said)}")
-                yield places
-            finally:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    command_mps(control, environment, "quit -t 5")
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    daemon.wait(30)
-                if daemon.poll() is None:
-                    daemon.kill()
-                    daemon.wait()
+        daemon = subprocess.Popen(["nvidia-cuda-mps-control", "-f"], env=environment, stdout=log, stderr=log)
+        try:
+            reason = reason_against_mps(environment, daemon, folder)
+            if reason:
+                pytest.skip(f"MPS does not start here: {reason}")
+            yield places
+        finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ask_mps(environment, "quit -t 5")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(30)
+            if daemon.poll() is None:
+                daemon.kill()
+                daemon.wait()
 
 
 def test_two_clients_of_mps(mps, start, run):
