@@ -144,7 +144,9 @@ typedef struct flash_kda_tensor {
 typedef struct flash_kda_fwd_params {
     size_t struct_size;
     flash_kda_device device;
-    void *stream; /* CUstream / cudaStream_t of that device; NULL: the default stream of its primary context */
+    /* CUstream / cudaStream_t of that device. NULL is the default stream of its primary context, also where
+     * another context is current. */
+    void *stream;
     flash_kda_tensor q, k, v, g, beta;
     flash_kda_tensor out;
     flash_kda_tensor A_log, dt_bias;
