@@ -5,11 +5,13 @@
  * Algorithm. A product multiplies a NaN by the zeros of a triangle, which are NaN too, and would carry it to
  * earlier tokens. So no NaN of a key, a gate or a write strength ever enters a product:
  *
- *   norms        If the sum of a token's squares is not finite, some of its gates become NaN.
- *   preparation  A NaN among a warp's gates makes the sum over the chunk NaN in its channel. The warp then
- *                restores its inputs from global memory, with gates of -inf (a decay of one) in place of NaN
- *                and zeros in place of keys that are not finite, prepares the chunk once more, and tells the
- *                solver which token is the first bad one.
+ *   norms        The loader or the team stores 1 / |x|, which is 0 or NaN if the sum of squares is not
+ *                finite.
+ *   preparation  A NaN among a warp's gates makes the sum over the chunk NaN in its channel. A warp that
+ *                finds such a sum, or a norm that is 0 or NaN, restores its inputs from global memory, with
+ *                gates of -inf (a decay of one) in place of NaN and zeros in place of keys that are not
+ *                finite. The warp then prepares the chunk once more, and tells the solver which token is the
+ *                first bad one.
  *   solver       From the first bad token on, write strengths are zero, and NaN stands on the diagonal of P
  *                and in the state's decay over the chunk.
  *
@@ -18,7 +20,7 @@
  * finite gets a norm of NaN and stays in the products, because only its own row of them depends on it. Values
  * that are not finite concern single rows of the state (scaled_rows.cuh).
  *
- * Why. A chunk without bad tokens pays a comparison for each norm, a vote of each preparing warp and two
+ * Why. A chunk without bad tokens pays a look at the norms and a vote of each preparing warp, and two
  * comparisons of the solver. Everything else is code that is jumped over.
  */
 #ifndef FKDA_HOPPER_BAD_TOKENS_CUH
@@ -30,7 +32,7 @@ namespace fkda
 {
 
 /* Two bf16. A gate of -inf decays by exactly nothing. */
-constexpr uint32_t TWO_NANS = 0x7fc07fc0, TWO_MINUS_INFINITIES = 0xff80ff80;
+constexpr uint32_t TWO_MINUS_INFINITIES = 0xff80ff80;
 
 /* The unit of 16 bytes that holds channels 8 unit to 8 unit + 7 of a token, in half of the channels. */
 __device__ __forceinline__ uint4 *token_unit(unsigned char *tile, int token, int unit)
@@ -40,21 +42,15 @@ __device__ __forceinline__ uint4 *token_unit(unsigned char *tile, int token, int
 
 /* ---- Norms --------------------------------------------------------------------------------------------- */
 
-/* What stands in place of 1 / |x| of a token. UNUSUAL: the sum of squares is not finite, and the team has yet
- * to see why. BAD_KEY: the key is not finite and counts as zeros; a zero that can be told from others. */
-constexpr float UNUSUAL = -1.0f, BAD_KEY = -0.0f;
-
-/* Marks a token whose sum of squares is not finite. One NaN among the gates of each warp of the team brings
- * all of them to restore(). */
-template <class Block>
-__device__ __forceinline__ void mark_unusual(float &inverse_norm, Tokens<Block> &tokens, int token)
+/* Whether the sum of a token's squares was finite, by 1 / |x|. */
+__device__ __forceinline__ bool is_usual_norm(float inverse_norm)
 {
-    inverse_norm = UNUSUAL;
-#pragma unroll 1
-    for (int unit = 0; unit < DIM / 8; unit += 4)
-        token_unit(tokens.half[unit / 8].tile[G], token, unit % 8)->x = TWO_NANS;
-    fence_async_proxy(); /* copies of later chunks overwrite the gates */
+    return inverse_norm > 0.0f;
 }
+
+/* Stands in place of 1 / |k| of a key that is not finite and counts as zeros: a zero that can be told from
+ * others. */
+constexpr float BAD_KEY = -0.0f;
 
 /* 1 / |x| of a token whose sum of squares was not finite; `at` is its first channel in q or k.
  *

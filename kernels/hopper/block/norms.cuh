@@ -5,23 +5,23 @@
 #ifndef FKDA_HOPPER_NORMS_CUH
 #define FKDA_HOPPER_NORMS_CUH
 
-#include "bad_tokens.cuh"
+#include "shared.cuh"
 
 namespace fkda
 {
 
 /*
- * Stores 1 / |x| of a subchunk's tokens, where x is `which` of K and Q.
+ * Stores 1 / |x| of a subchunk's tokens: 0 or NaN if the sum of squares is not finite (bad_tokens.cuh). x
+ * points to the subchunk's q or k in the first half of the channels; the second half lies sizeof(Half) behind
+ * it.
  *
  * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer
  * instructions than two for each element and a reduction by shuffles. Lane (g, t = g / 2) of the accumulators
  * has tokens g and g + 8.
  */
 template <class Block>
-__device__ __forceinline__ void store_inverse_norms(float *to, Tokens<Block> &tokens, int which, int sub,
-                                                    int lane)
+__device__ __forceinline__ void store_inverse_norms(float *to, const unsigned char *x, int lane)
 {
-    const unsigned char *x = tokens.half[0].tile[which] + sub * SUBCHUNK_BYTES;
     const uint32_t rows_at = shared_address(x) + matrix_row(lane),
                    columns_at = shared_address(x) + matrix_row_by_token(lane);
     const int g = lane >> 2, t = lane & 3;
@@ -35,26 +35,23 @@ __device__ __forceinline__ void store_inverse_norms(float *to, Tokens<Block> &to
         mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
         mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
-    const float first = (g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f,
-                second = (g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]) + 1e-6f;
-    if (t != g / 2) return;
-    to[g] = rsqrt_approx(first), to[g + 8] = rsqrt_approx(second);
-    if (__builtin_expect(first + second < INFINITY, 1)) return;
-#pragma unroll 1
-    for (int i = g; i < SUBCHUNK; i += 8)
-        if (!(to[i] > 0.0f)) mark_unusual(to[i], tokens, SUBCHUNK * sub + i);
+    if (t == g / 2) {
+        to[g] = rsqrt_approx((g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]) + 1e-6f);
+        to[g + 8] = rsqrt_approx((g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]) + 1e-6f);
+    }
 }
 
 /* The norms of all subchunks' keys and, if there are outputs, queries. The subchunks are split among `warps`
  * warps. */
 template <class Block, int warps>
 __device__ __forceinline__ void store_norms(float (&to)[Block::OUTPUTS ? 2 : 1][Block::CHUNK],
-                                            Tokens<Block> &tokens, int warp, int lane)
+                                            const Tokens<Block> &tokens, int warp, int lane)
 {
 #pragma unroll(warps == 1 ? 1 : 4)
     for (int i = 0; i < (Block::OUTPUTS ? 2 : 1) * Block::SUBCHUNKS; i += warps) {
         const int which = (i + warp) / Block::SUBCHUNKS, sub = (i + warp) % Block::SUBCHUNKS;
-        store_inverse_norms<Block>(&to[which][sub * SUBCHUNK], tokens, which ? Q : K, sub, lane);
+        store_inverse_norms<Block>(&to[which][sub * SUBCHUNK],
+                                   tokens.half[0].tile[which ? Q : K] + sub * SUBCHUNK_BYTES, lane);
     }
 }
 

@@ -19,6 +19,7 @@
 #ifndef FKDA_HOPPER_PREPARE_CUH
 #define FKDA_HOPPER_PREPARE_CUH
 
+#include "bad_tokens.cuh"
 #include "norms.cuh"
 #include "prepare_slice.cuh"
 
@@ -30,7 +31,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
     using Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Sums = typename Base::Sums;
-    static constexpr int SHARE = DIM / WARPS; /* channels of a warp */
+    static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
+    static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
     const fkda_fwd_args &args;
     unsigned meetings; /* of the team so far; for racecheck alone */
@@ -78,7 +80,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         Tokens<Block> &tokens = shared.tokens[slot];
         if (Block::LOADER_FINDS_NORMS && warp == 0 && lane >= left)
-            shared.inverse_norm[slot][0][0][lane] = 0.0f;
+            shared.inverse_norm[slot][0][0][lane] = 1.0f;
         constexpr uint32_t none = TWO_MINUS_INFINITIES;
         for (int i = 32 * warp + lane; i < (Block::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
@@ -93,41 +95,43 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
 
     /* Turns the sums over all tokens into the state's decay over the chunk, less one. The decay of a slow
      * channel, rounded to fp32 itself, would be off by one amount chunk after chunk. Returns whether one of
-     * the sums is NaN. */
-    __device__ bool finish_gamma(float *gamma) const
+     * this warp's sums is NaN, or one of the chunk's norms is not usual. */
+    __device__ bool finish_gamma(float *gamma, const float *inverse_norm) const
     {
         __syncwarp();
         float sum = 0.0f;
+        bool usual = true;
+#pragma unroll
+        for (int i = 0; i < NORMS; i += 32) usual &= is_usual_norm(inverse_norm[i + lane]);
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++) {
             float &x = gamma[32 * i + lane];
             sum += x;
             x = ex2_minus_1(x);
         }
-        return __any_sync(~0u, sum != sum);
+        return __any_sync(~0u, sum != sum || !usual);
     }
 
-    /* Finds the norms that are marked as unusual. The mark has brought all warps of the team here. */
+    /* Finds the norms that are not usual, for which all warps of the team have come here. */
     __device__ void find_unusual_norms(int slot, int round, const ChunkCursor<Block> &at)
     {
         float *const inverse_norm = norms(slot, round)[0]; /* of keys, then of queries */
-        constexpr int COUNT = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK;
         bool any = false;
-        for (int i = lane; i < COUNT; i += 32) any |= inverse_norm[i] < 0.0f;
+        for (int i = lane; i < NORMS; i += 32) any |= !is_usual_norm(inverse_norm[i]);
         if (!__any_sync(~0u, any)) return;
-        meet(); /* all warps have seen the marks */
-        for (int i = 32 * warp + lane; i < COUNT; i += 32 * WARPS) {
+        meet(); /* all warps have looked */
+        for (int i = 32 * warp + lane; i < NORMS; i += 32 * WARPS) {
             const bool is_key = i < Block::CHUNK;
             const long long token = at.token + i % Block::CHUNK;
-            if (inverse_norm[i] < 0.0f)
+            if (!is_usual_norm(inverse_norm[i]))
                 inverse_norm[i] = unusual_inverse_norm(
                     is_key ? args.k : args.q, (token * args.heads + at.head) * DIM, is_key ? BAD_KEY : NAN);
         }
         meet();
     }
 
-    /* Prepares for the second try at a chunk with a NaN among this warp's gates (bad_tokens.cuh). If A_log
-     * or dt_bias is NaN, all tokens are bad; the next chunk loads both anew. */
+    /* Prepares for the second try at a chunk (bad_tokens.cuh). If A_log or dt_bias is NaN, all tokens are
+     * bad; the next chunk loads both anew. */
     __device__ void restore(int slot, int round, const ChunkCursor<Block> &at)
     {
         HeadGate &gate = shared.gate[team][warp];
@@ -212,7 +216,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             .inverse_norm[Block::LOADER_FINDS_NORMS ? slot : team][WARPS == Block::PARTIALS ? round : 0];
     }
 
-    /* All slices of this warp. Returns whether there is a NaN among the gates. */
+    /* All slices of this warp. Returns whether it needs a second try (bad_tokens.cuh). */
     __device__ bool prepare_slices(int slot, int round, Sums &sums)
     {
         const int first = warp * SHARE; /* channel */
@@ -236,7 +240,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
                                     gamma + first + c, sums);
         }
         if (SAVES_REGISTERS) this->find_place();
-        return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE]);
+        return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE], norms(slot, round)[0]);
     }
 
     /* Ends the preparation of a chunk in an own slot: what the recurrence and the solver get. */
