@@ -20,8 +20,10 @@
  *   - While K~ S is on its way the warp looks whether v fits the rows' scales (scaled_rows.cuh). While T R is
  *     on its way, it decays the state and stores the outputs of the chunk before, if outputs have room of
  *     their own.
- *   - While the state is updated it leaves this chunk's outputs and asks whether the next chunk is ready.
- *   - The slot is kept in a uniform register, so that descriptors need not be moved there.
+ *   - While the state is updated it leaves this chunk's outputs, finds the next chunk's slot and asks whether
+ *     that chunk is ready.
+ *   - The slot and the descriptors of slot 0 are kept in uniform registers, so that descriptors need not be
+ *     moved there.
  */
 #ifndef FKDA_HOPPER_RECURRENCE_CUH
 #define FKDA_HOPPER_RECURRENCE_CUH
@@ -43,10 +45,13 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         Base::largest;
     using Raw = typename Base::Raw;
     using Stage = fkda::Stage<Block>;
-    int output_place; /* this lane's place in the rows of outputs */
+    uint32_t tokens_descriptor, stage_descriptor; /* the descriptor_address of slot 0 */
+    int output_place;                             /* this lane's place in the rows of outputs */
 
     __device__ Recurrence(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
+        tokens_descriptor = uniform(descriptor_address(shared.tokens));
+        stage_descriptor = uniform(descriptor_address(shared.stage));
         const int row = thread >> 5 << 4; /* the warp's first */
         const int half = (row >> 6) * Block::HALF_TOKENS, first = (row & 63) >> 3;
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
@@ -156,9 +161,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         const bool look = (left & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map), whole = left >= CHUNK;
         Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
-            descriptor_address(shared.tokens) + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
-        const uint32_t stage_place =
-            descriptor_address(shared.stage) + index * static_cast<int>(sizeof(Stage) / 16);
+            tokens_descriptor + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
+        const uint32_t stage_place = stage_descriptor + index * static_cast<int>(sizeof(Stage) / 16);
         float v[TILES][4], u[TILES][4]; /* u: R^T, then U^T */
         uint32_t a[DIM / 16][4];
 
@@ -247,15 +251,16 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
         if (ready) choose_first_scales(item.length, place);
         const long long stride = SUBCHUNKS * args.chunk_bytes;
+        int slot = uniform(place.index());
         for (int left = item.length; left > 0; left -= CHUNK) {
-            const int slot = uniform(place.index());
             if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
             step(slot, left, read, own, [&] {
                 if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
             });
             SlotCursor<Block> next = place;
             next.advance();
-            ready = mbarrier_test(&shared.chunk_ring.ready[next.index()], next.parity());
+            const int next_slot = uniform(next.index());
+            ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
             if constexpr (Block::OUTPUTS) {
                 wgmma_wait<1>();
                 put_output(slot, own, &read[TILES]);
@@ -264,7 +269,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             }
             wgmma_wait<0>();
             release(place);
-            place = next;
+            place = next, slot = next_slot;
         }
         if (STORED_LATER && item.length > 0) store_output(0, to - stride, (item.length - 1) % CHUNK + 1);
         if constexpr (OVERWRITES_STATES)
