@@ -85,6 +85,28 @@ typedef enum flash_kda_cut {
     FLASH_KDA_CUT_MIXED = 3,  /* only sequences of different lengths, by the schedule made for these */
 } flash_kda_cut;
 
+/* The tensors in which flash_kda_fwd() counts values that are not finite, in the order of the records of
+ * flash_kda_fwd_params.nonfinite. */
+typedef enum flash_kda_checked_tensor {
+    FLASH_KDA_CHECKED_Q = 0,
+    FLASH_KDA_CHECKED_K = 1,
+    FLASH_KDA_CHECKED_V = 2,
+    FLASH_KDA_CHECKED_G = 3,
+    FLASH_KDA_CHECKED_BETA = 4,
+    FLASH_KDA_CHECKED_A_LOG = 5,
+    FLASH_KDA_CHECKED_DT_BIAS = 6,
+    FLASH_KDA_CHECKED_INITIAL_STATE = 7,
+    FLASH_KDA_CHECKED_OUT = 8,
+    FLASH_KDA_CHECKED_FINAL_STATE = 9,
+    FLASH_KDA_CHECKED_TENSORS = 10, /* how many there are */
+} flash_kda_checked_tensor;
+
+/* What was counted in one tensor: a row of flash_kda_fwd_params.nonfinite. */
+typedef struct flash_kda_nonfinite {
+    int64_t count; /* values that are NaN or an infinity; 0 in a tensor that is absent or empty */
+    int64_t first; /* the index of the first of them, counted from the tensor's start in elements; -1: none */
+} flash_kda_nonfinite;
+
 typedef struct flash_kda_device {
     int32_t type;  /* flash_kda_device_type */
     int32_t index; /* CUDA ordinal; 0 for the CPU */
@@ -121,6 +143,7 @@ typedef struct flash_kda_tensor {
  *                  on the CPU. On a GPU the call does not wait to look at them: the kernel clamps them
  *                  into [0, T], so wrong ones give wrong numbers but never touch other memory. The same
  *                  holds on the CPU for values that another thread changes while the call runs.
+ *   nonfinite      i64 [FLASH_KDA_CHECKED_TENSORS, 2], optional, written: for debugging a model; see below
  *
  * While a call is in flight (on a GPU until the work on its stream is over, also if the call returned long
  * before), its inputs must not change, cu_seqlens included, and no other call may use its workspace: each
@@ -137,9 +160,19 @@ typedef struct flash_kda_tensor {
  * beta are numbers to their sigmoids. Errors are as documented for q and k with a norm of 1e-5 or more; the
  * 1e-6 in the norm makes shorter ones count as less than a hundredth of a key.
  *
- * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta and cu_seqlens: aligned to an
- * element). out and the workspace must not overlap any other tensor, and final_state no other than
- * initial_state. T may be 0, and so may any sequence's length: its final state is its initial state.
+ * If nonfinite is there, the call also counts the values that are NaN or an infinity: in each input before
+ * the forward pass begins (so initial_state is counted as it was, also if it is updated in place), and in out
+ * and final_state afterwards. Row i of nonfinite becomes the flash_kda_nonfinite of the
+ * flash_kda_checked_tensor i. Every element of a tensor counts, whatever cu_seqlens says, and an infinity in
+ * g or beta counts although it is a number to the sigmoid. The counts and places are exact, and out and
+ * final_state have the same bits as without nonfinite. On a GPU the counting is a memset and two kernels more
+ * on the call's stream, each of which reads its tensors once; the call does not wait for them. Without
+ * nonfinite nothing of this costs anything.
+ *
+ * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta, cu_seqlens and nonfinite: aligned
+ * to an element). out, nonfinite and the workspace must not overlap any other tensor, and final_state no
+ * other than initial_state. T may be 0, and so may any sequence's length: its final state is its initial
+ * state.
  */
 typedef struct flash_kda_fwd_params {
     size_t struct_size;
@@ -172,6 +205,7 @@ typedef struct flash_kda_fwd_params {
      * FLASH_KDA_INTERRUPTED. What it has written by then is undefined. If the number is not 0 when the call
      * begins, nothing is written. On a GPU, where the call only enqueues, it changes nothing. */
     const volatile int32_t *interrupt;
+    flash_kda_tensor nonfinite; /* i64 [FLASH_KDA_CHECKED_TENSORS, 2], or absent: nothing is counted */
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
@@ -188,12 +222,13 @@ FLASH_KDA_API flash_kda_status flash_kda_explain(const flash_kda_fwd_params *par
                                                  size_t capacity);
 
 /* The forward pass. On a GPU it enqueues on the stream and returns: no allocation, no synchronisation.
- * The first call for a device loads its kernels; later ones are safe under CUDA graph capture. */
+ * The first call for a device loads its kernels, and the first one with nonfinite loads the kernel that
+ * counts; later ones are safe under CUDA graph capture. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params);
 
 /* The definition: the recurrence above, token by token in fp64, for tensors in CPU memory. Writes
- * out64 [B, T, H, V] and, unless NULL, state64 [N, H, V, K]; params->out and params->final_state are
- * not written and may be absent. Slow, and meant for tests. */
+ * out64 [B, T, H, V] and, unless NULL, state64 [N, H, V, K]; params->out, params->final_state and
+ * params->nonfinite are not written and may be absent. Slow, and meant for tests. */
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64);
 

@@ -179,7 +179,7 @@ static bool overlap(extent a, extent b)
  * place. */
 static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
 {
-    enum { INITIAL = 8, FINAL = 9, FIRST_WRITTEN = FINAL, COUNT = 12 };
+    enum { INITIAL = 8, FINAL = 9, FIRST_WRITTEN = FINAL, COUNT = 13 };
     const extent all[COUNT] = {
         extent_of("q", &p->q),
         extent_of("k", &p->k),
@@ -192,6 +192,7 @@ static flash_kda_status check_overlap(const flash_kda_fwd_params *p)
         [INITIAL] = extent_of("initial_state", &p->initial_state),
         [FINAL] = extent_of("final_state", &p->final_state),
         extent_of("out", &p->out),
+        extent_of("nonfinite", &p->nonfinite),
         {"workspace", p->workspace, p->workspace ? p->workspace_size : 0},
     };
     for (int w = FIRST_WRITTEN; w < COUNT; w++)
@@ -282,6 +283,9 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
          true,
          {"final_state", "[N, H, V, K]", 4, {N, H, D, D}, {FLASH_KDA_F32, FLASH_KDA_BF16}, 16}},
         {&p->cu_seqlens, true, {"cu_seqlens", "[N + 1]", 1, {N + 1}, {FLASH_KDA_I64, FLASH_KDA_I32}, 0}},
+        {&p->nonfinite,
+         true,
+         {"nonfinite", "[tensors, 2]", 2, {FLASH_KDA_CHECKED_TENSORS, 2}, {FLASH_KDA_I64}, 0}},
     };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         if (tensors[i].optional && !tensors[i].tensor->data) continue;
@@ -344,7 +348,7 @@ flash_kda_status fkda_check_workspace(const fkda_problem *p, size_t bytes_needed
 }
 
 _Static_assert(
-    offsetof(flash_kda_fwd_params, interrupt) + sizeof(void *) == sizeof(flash_kda_fwd_params),
+    offsetof(flash_kda_fwd_params, nonfinite) + sizeof(flash_kda_tensor) == sizeof(flash_kda_fwd_params),
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
 /* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in
@@ -408,6 +412,7 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_problem *out)
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
     out->interrupt = p->interrupt;
+    out->nonfinite = p->nonfinite.data;
 }
 
 static flash_kda_status fill_options(const flash_kda_fwd_params *p, fkda_shape *out)

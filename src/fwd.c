@@ -44,6 +44,26 @@ flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *tex
     return FLASH_KDA_OK;
 }
 
+/* Adds to the last error's sentence what the call has left undefined. Of a call on the CPU that was
+ * interrupted the sentence says it already. */
+static flash_kda_status also_undefined(flash_kda_status status, const char *what)
+{
+    char sentence[512];
+    if (status == FLASH_KDA_INTERRUPTED) return status;
+    snprintf(sentence, sizeof sentence, "%s", flash_kda_last_error());
+    return fkda_fail(status, "%s; %s undefined", sentence, what);
+}
+
+static flash_kda_status run_and_count(const fkda_problem *p, const fkda_plan *plan)
+{
+    const fkda_kernel *kernel = plan->shape.kernel;
+    flash_kda_status status = kernel->count_nonfinite(p, FKDA_INPUTS);
+    if (status == FLASH_KDA_OK) status = kernel->run(p, plan);
+    if (status != FLASH_KDA_OK) return also_undefined(status, "nonfinite is");
+    status = kernel->count_nonfinite(p, FKDA_OUTPUTS);
+    return status == FLASH_KDA_OK ? status : also_undefined(status, "out, final_state and nonfinite are");
+}
+
 static flash_kda_status fwd(const flash_kda_fwd_params *params)
 {
     FKDA_GUARD;
@@ -52,7 +72,8 @@ static flash_kda_status fwd(const flash_kda_fwd_params *params)
     flash_kda_status status = fkda_check(params, FKDA_FOR_FWD, &problem);
     if (status == FLASH_KDA_OK) status = fkda_find_plan(&problem.shape, &plan);
     if (status == FLASH_KDA_OK) status = fkda_check_workspace(&problem, plan->workspace_bytes);
-    return status == FLASH_KDA_OK ? plan->shape.kernel->run(&problem, plan) : status;
+    if (status != FLASH_KDA_OK) return status;
+    return problem.nonfinite ? run_and_count(&problem, plan) : plan->shape.kernel->run(&problem, plan);
 }
 
 static flash_kda_status reference(const flash_kda_fwd_params *params, double *out64, double *state64)

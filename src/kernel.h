@@ -2,6 +2,7 @@
 #ifndef FKDA_KERNEL_H
 #define FKDA_KERNEL_H
 
+#include "nonfinite.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -15,6 +16,8 @@ struct fkda_kernel {
     flash_kda_status (*plan)(fkda_plan *plan);
     /* Does what the plan says. */
     flash_kda_status (*run)(const fkda_problem *problem, const fkda_plan *plan);
+    /* Counts values that are not finite in the inputs or in the outputs, on the device where `run` works. */
+    flash_kda_status (*count_nonfinite)(const fkda_problem *problem, fkda_counted counted);
     /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
      * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);

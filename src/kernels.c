@@ -10,7 +10,8 @@
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
         .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CPU, archs, description},                    \
-        .plan = fkda_cpu_make_plan, .run = fkda_cpu_run, .explain = fkda_cpu_explain,                        \
+        .plan = fkda_cpu_make_plan, .run = fkda_cpu_run, .count_nonfinite = fkda_cpu_count_nonfinite,        \
+        .explain = fkda_cpu_explain,                                                                         \
     }
 
 /* The default for a device is the first row that the device can run. */
@@ -33,6 +34,7 @@ static const fkda_kernel kernels[] = {
         .needs_tma = true,
         .plan = fkda_hopper_make_plan,
         .run = fkda_hopper_run,
+        .count_nonfinite = fkda_cuda_count_nonfinite,
         .explain = fkda_hopper_explain,
     },
 #endif
@@ -43,6 +45,7 @@ static const fkda_kernel kernels[] = {
         .min_compute_capability = 80,
         .plan = fkda_portable_make_plan,
         .run = fkda_portable_run,
+        .count_nonfinite = fkda_cuda_count_nonfinite,
         .explain = fkda_portable_explain,
     },
 #endif

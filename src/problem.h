@@ -71,6 +71,7 @@ typedef struct fkda_problem {
     void *workspace;
     size_t workspace_size;             /* bytes */
     const volatile int32_t *interrupt; /* or NULL */
+    flash_kda_nonfinite *nonfinite;    /* [FLASH_KDA_CHECKED_TENSORS], or NULL: nothing is counted */
 } fkda_problem;
 
 /* Whether the caller wants the call to stop. The CPU backend asks at every chunk. */

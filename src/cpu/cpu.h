@@ -2,6 +2,7 @@
 #ifndef FKDA_CPU_H
 #define FKDA_CPU_H
 
+#include "../nonfinite.h"
 #include "../plan.h"
 #include "../problem.h"
 
@@ -27,6 +28,9 @@ bool fkda_cpu_runs(const char *kernel);
 flash_kda_status fkda_cpu_make_plan(fkda_plan *plan);
 flash_kda_status fkda_cpu_run(const fkda_problem *problem, const fkda_plan *plan);
 void fkda_cpu_explain(const fkda_plan *plan, char *text, size_t size);
+
+/* nonfinite.c: `count_nonfinite` of the same kernels. */
+flash_kda_status fkda_cpu_count_nonfinite(const fkda_problem *problem, fkda_counted counted);
 
 /* reference.c: writes out [B, T, H, V] and, unless it is NULL, final_state [N, H, V, K]. */
 flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);

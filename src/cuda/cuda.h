@@ -3,6 +3,7 @@
 #ifndef FKDA_CUDA_H
 #define FKDA_CUDA_H
 
+#include "../nonfinite.h"
 #include "../plan.h"
 #include "../problem.h"
 
@@ -26,6 +27,9 @@ flash_kda_status fkda_cuda_synchronize(int ordinal, void *stream);
  * the events of each call. */
 flash_kda_status fkda_cuda_time(int ordinal, void *stream, flash_kda_status (*run)(void *), void *argument,
                                 int repeats, float *milliseconds);
+
+/* nonfinite.c: `count_nonfinite` of both kernels below. */
+flash_kda_status fkda_cuda_count_nonfinite(const fkda_problem *problem, fkda_counted counted);
 
 /* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
 flash_kda_status fkda_portable_make_plan(fkda_plan *plan);

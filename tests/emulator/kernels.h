@@ -14,7 +14,8 @@ struct Kernel {
     int cluster = 1;                    /* CTAs of a cluster */
 };
 
-extern const Kernel hopper_kernels[], portable_kernels[]; /* the last entry has a null name */
+extern const Kernel hopper_kernels[], nonfinite_kernels[],
+    portable_kernels[]; /* the last entry has a null name */
 
 } // namespace emulator
 

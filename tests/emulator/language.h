@@ -85,6 +85,11 @@ inline int atomicAdd(int *at, int x)
     return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
 }
 
+inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long x)
+{
+    return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
+}
+
 inline void __syncthreads()
 {
     emulator::cta_sync();
@@ -149,9 +154,9 @@ inline uint32_t __ballot_sync(unsigned, int x)
     return reduce("__ballot_sync", bit, [](uint32_t a, uint32_t b) { return a | b; });
 }
 /* Fibers of one launch that share memory never run at the same time. */
-inline int atomicMin(int *to, int x)
+template <class T> T atomicMin(T *to, T x)
 {
-    const int before = *to;
+    const T before = *to;
     *to = min(before, x);
     return before;
 }
