@@ -14,6 +14,9 @@ enum { BAND = 4096 };
  * outputs. */
 enum { NAN_BYTE = 0xff, OUTPUT_BAND_BYTE = 0xa5 };
 
+/* What the records of nonfinite hold before a call: no record that a call could write. */
+enum { RECORD_BYTE = 0x5a, RECORD_BYTES = FLASH_KDA_CHECKED_TENSORS * sizeof(flash_kda_nonfinite) };
+
 static const flash_kda_device cpu = {FLASH_KDA_CPU, 0};
 
 const char *const state_mode_names[STATE_MODES] = {"no state", "state in", "state out", "state in and out",
@@ -200,15 +203,21 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     c->workspace = buffer_create(options.device, workspace_size, NULL, OUTPUT_BAND_BYTE);
     c->params.workspace = workspace_size ? interior(&c->workspace) : NULL;
     c->params.workspace_size = workspace_size;
+    if (options.counts_nonfinite) {
+        const int64_t shape[] = {FLASH_KDA_CHECKED_TENSORS, 2};
+        c->nonfinite = buffer_create(options.device, RECORD_BYTES, NULL, OUTPUT_BAND_BYTE);
+        c->params.nonfinite = tensor_of(interior(&c->nonfinite), FLASH_KDA_I64, 2, shape);
+    }
     call_poison(c);
     return FLASH_KDA_OK;
 }
 
 void call_close(call *c)
 {
-    enum { BUFFERS = 12 };
-    buffer *all[BUFFERS] = {&c->q,       &c->k,          &c->v,       &c->g,     &c->beta, &c->A_log,
-                            &c->dt_bias, &c->cu_seqlens, &c->initial, &c->final, &c->out,  &c->workspace};
+    enum { BUFFERS = 13 };
+    buffer *all[BUFFERS] = {&c->q,     &c->k,         &c->v,          &c->g,       &c->beta,
+                            &c->A_log, &c->dt_bias,   &c->cu_seqlens, &c->initial, &c->final,
+                            &c->out,   &c->workspace, &c->nonfinite};
     for (int i = 0; i < BUFFERS; i++) buffer_free(all[i]);
 }
 
@@ -216,6 +225,11 @@ void call_poison(call *c)
 {
     buffer_write(&c->out, NULL);
     if (c->workspace.bytes) buffer_write(&c->workspace, NULL);
+    if (c->nonfinite.base) {
+        unsigned char records[RECORD_BYTES];
+        memset(records, RECORD_BYTE, sizeof records);
+        buffer_write(&c->nonfinite, records);
+    }
     if (!c->final.base) return;
     void *image = c->options.mode == STATE_IN_PLACE ? state_image(c) : NULL;
     buffer_write(&c->final, image);
@@ -238,6 +252,13 @@ void *call_read_state(const call *c)
     return buffer_read(&c->final);
 }
 
+void call_read_nonfinite(const call *c, flash_kda_nonfinite records[FLASH_KDA_CHECKED_TENSORS])
+{
+    void *read = buffer_read(&c->nonfinite);
+    memcpy(records, read, RECORD_BYTES);
+    free(read);
+}
+
 const char *call_damage(const call *c, const problem *p)
 {
     const struct {
@@ -257,25 +278,26 @@ const char *call_damage(const call *c, const problem *p)
         {"final_state", &c->final, NULL},
         {"out", &c->out, NULL},
         {"workspace", &c->workspace, NULL},
+        {"nonfinite", &c->nonfinite, NULL},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (!bands_intact(all[i].b) || (all[i].input && !holds(all[i].b, all[i].input))) return all[i].name;
     return NULL;
 }
 
-static bool still_poisoned(const buffer *b)
+static bool still_poisoned(const buffer *b, unsigned char poison)
 {
     if (!b->base) return true;
     unsigned char *now = buffer_read(b);
-    bool poisoned = all_bytes(now, b->bytes, NAN_BYTE);
+    bool poisoned = all_bytes(now, b->bytes, poison);
     free(now);
     return poisoned;
 }
 
 bool call_untouched(const call *c)
 {
-    if (!still_poisoned(&c->out)) return false;
-    if (c->options.mode != STATE_IN_PLACE) return still_poisoned(&c->final);
+    if (!still_poisoned(&c->out, NAN_BYTE) || !still_poisoned(&c->nonfinite, RECORD_BYTE)) return false;
+    if (c->options.mode != STATE_IN_PLACE) return still_poisoned(&c->final, NAN_BYTE);
     void *image = state_image(c);
     bool same = holds(&c->final, image);
     free(image);

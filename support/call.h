@@ -37,6 +37,7 @@ typedef struct call_options {
     bool batch_invariant;
     bool tells_longest; /* sets max_seqlen */
     flash_kda_cut cut;
+    bool counts_nonfinite; /* sets nonfinite */
 } call_options;
 
 typedef struct call {
@@ -44,7 +45,7 @@ typedef struct call {
     call_options options;
     int64_t rows, states;
     const float *initial_state; /* of the problem, which must outlive the call */
-    buffer q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial, final, out, workspace;
+    buffer q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial, final, out, workspace, nonfinite;
 } call;
 
 /* Puts everything in place, and ends the program if there is no memory. Returns the status of
@@ -52,7 +53,8 @@ typedef struct call {
 flash_kda_status call_open(call *c, const problem *p, call_options options);
 void call_close(call *c);
 
-/* Fills out, the final state and the workspace with NaN, and an in-place state with the initial one. */
+/* Fills out, the final state and the workspace with NaN, an in-place state with the initial one, and the
+ * records of nonfinite with what no call writes. */
 void call_poison(call *c);
 
 /* Calls flash_kda_fwd() on what call_poison() left, and waits until it is done. */
@@ -63,10 +65,13 @@ flash_kda_status call_run(call *c);
 uint16_t *call_read_out(const call *c);
 void *call_read_state(const call *c);
 
+/* What a call with counts_nonfinite has counted. */
+void call_read_nonfinite(const call *c, flash_kda_nonfinite records[FLASH_KDA_CHECKED_TENSORS]);
+
 /* The name of the first buffer of which a band was written to or an input changed; NULL if there is none. */
 const char *call_damage(const call *c, const problem *p);
 
-/* Whether out and the final state are still as call_poison() left them. */
+/* Whether out, the final state and the records are still as call_poison() left them. */
 bool call_untouched(const call *c);
 
 #endif

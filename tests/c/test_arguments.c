@@ -241,6 +241,27 @@ static void scalars(void)
             p.max_seqlen = p.q.shape[1] + 1);
 }
 
+/* The records of "nonfinite" are checked as a tensor is. */
+static void records(void)
+{
+    void *odd = (char *)fixed.params.nonfinite.data + 4;
+    INVALID("nonfinite has shape [9, 2]; it must be [tensors, 2] = [10, 2]", p.nonfinite.shape[0] = 9);
+    INVALID("nonfinite has shape [10, 3]; it must be [tensors, 2] = [10, 2]", p.nonfinite.shape[1] = 3);
+    INVALID("nonfinite has 1 dimensions; it must have 2: [tensors, 2]", p.nonfinite.ndim = 1);
+    INVALID("nonfinite has strides [1, 10]; it must be contiguous, with strides [2, 1]",
+            p.nonfinite.stride[0] = 1, p.nonfinite.stride[1] = 10);
+    INVALID(text("nonfinite is at address %p; it must be aligned to 8 bytes", odd), p.nonfinite.data = odd);
+    DTYPE("nonfinite has dtype int32; it must be int64", p.nonfinite.dtype = FLASH_KDA_I32);
+    DTYPE("nonfinite has dtype float64; it must be int64", p.nonfinite.dtype = FLASH_KDA_F64);
+    INVALID("nonfinite overlaps q; it must have memory of its own", p.nonfinite.data = p.q.data);
+    INVALID("nonfinite overlaps out; it must have memory of its own",
+            p.nonfinite.data = (char *)p.out.data + 7672);
+    INVALID("nonfinite overlaps initial_state; it must have memory of its own",
+            p.nonfinite.data = p.initial_state.data);
+    INVALID("workspace overlaps nonfinite; it must have memory of its own",
+            p.workspace = (void *)((uintptr_t)p.nonfinite.data / 64 * 64), p.workspace_size = 128);
+}
+
 static void overlaps(void)
 {
     INVALID("out overlaps v; it must have memory of its own", p.out.data = p.v.data);
@@ -474,8 +495,10 @@ static void open_calls(void)
     ragged_problem = problem_create_ragged(lengths, 2, 3);
     fill_case(fixed_problem, find_case("random"), 1);
     fill_case(ragged_problem, find_case("random"), 2);
-    must(call_open(&fixed, fixed_problem, options_of(STATE_BOTH, false)));
-    must(call_open(&with_seqlens, ragged_problem, options_of(STATE_BOTH, false)));
+    call_options options = options_of(STATE_BOTH, false);
+    options.counts_nonfinite = true;
+    must(call_open(&fixed, fixed_problem, options));
+    must(call_open(&with_seqlens, ragged_problem, options));
 }
 
 static void arguments(void)
@@ -489,6 +512,7 @@ static void arguments(void)
     strides();
     alignment();
     scalars();
+    records();
     overlaps();
     workspaces();
     sequences();

@@ -26,10 +26,12 @@ static const struct {
     const char *kernel;
     flash_kda_cut cut;
     int64_t tokens, heads;
+    bool counts; /* values that are not finite */
 } ways[] = {
-    {"portable", FLASH_KDA_CUT_AUTO, 40, 1},
-    {"hopper", FLASH_KDA_CUT_NEVER, 40, 5},   /* more heads than SMs: flags are cleared for handoffs */
-    {"hopper", FLASH_KDA_CUT_ALWAYS, 300, 1}, /* two segments, so passes */
+    {"portable", FLASH_KDA_CUT_AUTO, 40, 1, false},
+    {"portable", FLASH_KDA_CUT_AUTO, 40, 1, true},
+    {"hopper", FLASH_KDA_CUT_NEVER, 40, 5, false},  /* more heads than SMs: flags are cleared for handoffs */
+    {"hopper", FLASH_KDA_CUT_ALWAYS, 300, 1, true}, /* two segments, so passes */
 };
 static int way;
 static bool told[FUNCTIONS]; /* a failure of the function was reported, in any way */
@@ -41,7 +43,7 @@ typedef struct findings {
     char first[WORDS]; /* the sentence of the first one */
     bool named;        /* some sentence names the function */
     bool silent;       /* a failure had no sentence */
-    bool wrote;        /* fwd failed before its first launch, and out was written */
+    bool wrote;        /* fwd wrote to memory, and its sentence does not say so */
     bool works_again;  /* without the fault all calls work */
     uint64_t sum;      /* of the bits of out and the state, of the run without the fault */
 } findings;
@@ -70,6 +72,8 @@ static bool use_everything(findings *f, const char *function, const problem *p, 
     const size_t out_bytes = (size_t)problem_rows(p) * DIM * 2,
                  state_bytes = (size_t)problem_states(p) * DIM * DIM * sizeof(float);
     unsigned char *out = aligned_alloc(64, out_bytes), *state = aligned_alloc(64, state_bytes);
+    flash_kda_nonfinite records[FLASH_KDA_CHECKED_TENSORS];
+    const int64_t of_records[] = {FLASH_KDA_CHECKED_TENSORS, 2};
     const flash_kda_device gpu = {FLASH_KDA_CUDA, 0}, cpu = {FLASH_KDA_CPU, 0};
     flash_kda_device_info infos[2] = {{.struct_size = sizeof *infos}, {.struct_size = sizeof *infos}};
     flash_kda_fwd_params params = problem_params(p, false);
@@ -90,18 +94,23 @@ static bool use_everything(findings *f, const char *function, const problem *p, 
     params.kernel = ways[way].kernel, params.cut = ways[way].cut;
     params.out = params.v, params.out.data = out;
     params.final_state = tensor_of(state, FLASH_KDA_F32, 4, states);
-    memset(out, 0xff, out_bytes), memset(state, 0xff, state_bytes);
+    memset(out, 0xff, out_bytes), memset(state, 0xff, state_bytes), memset(records, 0x5a, sizeof records);
+    if (ways[way].counts) params.nonfinite = tensor_of(records, FLASH_KDA_I64, 2, of_records);
     good &= record(f, function, flash_kda_explain(&params, words, sizeof words));
     if (record(f, function, flash_kda_fwd_workspace_size(&params, &need))) {
         void *workspace = aligned_alloc(64, (need + 64) / 64 * 64);
         params.workspace = workspace, params.workspace_size = need;
         if (!record(f, function, flash_kda_fwd(&params))) {
             good = false;
-            const bool launched = strstr(flash_kda_last_error(), "undefined") != NULL ||
-                                  strstr(flash_kda_last_error(), "cuCtxPopCurrent") != NULL;
+            const char *sentence = flash_kda_last_error();
+            const bool launched = strstr(sentence, "final_state") || strstr(sentence, "cuCtxPopCurrent"),
+                       counted = strstr(sentence, "nonfinite");
             for (size_t i = 0; i < out_bytes && !launched; i++) f->wrote |= out[i] != 0xff;
+            for (size_t i = 0; i < sizeof records && !counted; i++)
+                f->wrote |= ((unsigned char *)records)[i] != 0x5a;
         }
-        *sum = checksum(out, out_bytes) ^ checksum(state, state_bytes);
+        *sum = checksum(out, out_bytes) ^ checksum(state, state_bytes) ^
+               checksum((const unsigned char *)records, sizeof records);
         good &= record(f, function, flash_kda_time_fwd(&params, 1, &milliseconds));
         free(workspace);
     } else {
@@ -166,11 +175,11 @@ static void every_fault(void)
         for (int number = 1; number <= MOST_CALLS; number++) {
             memset(f, 0, sizeof *f);
             run_in_child(f, functions[i], number, p);
-            trying("%s, cut %d: call %d of %s fails: \"%s\"", ways[way].kernel, ways[way].cut, number,
-                   functions[i], f->first);
+            trying("%s, cut %d%s: call %d of %s fails: \"%s\"", ways[way].kernel, ways[way].cut,
+                   ways[way].counts ? ", counts" : "", number, functions[i], f->first);
             CHECK(f->finished, "the process died");
             CHECK(!f->silent, "a failure has no sentence");
-            CHECK(!f->wrote, "a call that was refused has written its output");
+            CHECK(!f->wrote, "a call wrote what its sentence does not call undefined");
             CHECK(f->works_again || may_stay_broken(functions[i]), "it does not work again");
             CHECK(!f->works_again || f->sum == sum, "the result differs afterwards");
             if (!f->failures) break; /* the function is not called that often, or is not missed */

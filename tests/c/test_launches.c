@@ -77,6 +77,39 @@ static pretended_shape random_shape(rng *r)
     return s;
 }
 
+/* A call that counts values that are not finite launches what it launches without that, a counting kernel
+ * before and one after it, and sets its records in one memset. A counting kernel has at most four CTAs on
+ * each SM and one more for each tensor, so that all of them run at the same time. */
+static void counting(void)
+{
+    enum { RECORD_WORDS = FLASH_KDA_CHECKED_TENSORS * 4, INPUTS = FLASH_KDA_CHECKED_OUT, OUTPUTS = 2 };
+    static const int64_t shape[] = {FLASH_KDA_CHECKED_TENSORS, 2};
+    const unsigned full = 4 * (unsigned)sm_count();
+    rng r = rng_seed(4);
+    for (int i = 0; i < (test.quick ? 100 : 500); i++) {
+        const pretended_shape s = random_shape(&r);
+        flash_kda_fwd_params p = params_of(s);
+        trying_shape(s, &p);
+        const launched without = call_once(&p);
+        p.nonfinite = tensor_of((void *)((uintptr_t)1 << 20), FLASH_KDA_I64, 2, shape);
+        const launched with = call_once(&p);
+        if (!CHECK(with.count == without.count + 2, "it launches %lu kernels instead of %lu", with.count,
+                   without.count + 2))
+            continue;
+        const pretended_launch *inputs = with.launch, *outputs = &with.launch[with.count - 1];
+        CHECK(memcmp(inputs + 1, without.launch, without.count * sizeof *inputs) == 0,
+              "the forward pass launches something else");
+        CHECK(with.memset_words == without.memset_words + RECORD_WORDS, "a memset clears %zu words",
+              with.memset_words);
+        CHECK(inputs->threads == 256 && outputs->threads == 256, "a CTA has %u and %u threads",
+              inputs->threads, outputs->threads);
+        CHECK(inputs->ctas >= INPUTS && inputs->ctas <= full + INPUTS && outputs->ctas >= OUTPUTS &&
+                  outputs->ctas <= full + OUTPUTS,
+              "%u and %u CTAs count", inputs->ctas, outputs->ctas);
+        CHECK(!inputs->early && !outputs->early, "a counting kernel starts early");
+    }
+}
+
 /* A CTA of the Hopper kernels has 512 threads, of the join 160. No launch has more CTAs than there are SMs,
  * and CTAs that run together are pairs. */
 static void check_launch(const pretended_launch *l, int sms)
@@ -235,7 +268,8 @@ static void strategies(void)
 
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"strategies", strategies}, {"ctas", ctas}, {"repeated", repeated}};
+    static const group groups[] = {
+        {"strategies", strategies}, {"ctas", ctas}, {"repeated", repeated}, {"counting", counting}};
     harness_start(argc, argv);
     counts = pretended_counts_find();
     return harness_run(groups, sizeof groups / sizeof *groups);

@@ -15,7 +15,7 @@
 #include "fuzz.h"
 #include "problem.h"
 
-enum { Q, K, V, G, BETA, OUT, A_LOG, DT_BIAS, INITIAL, FINAL, SEQLENS, TENSORS };
+enum { Q, K, V, G, BETA, OUT, A_LOG, DT_BIAS, INITIAL, FINAL, SEQLENS, NONFINITE, TENSORS };
 
 static const size_t offsets[TENSORS] = {
     [Q] = offsetof(flash_kda_fwd_params, q),
@@ -29,6 +29,7 @@ static const size_t offsets[TENSORS] = {
     [INITIAL] = offsetof(flash_kda_fwd_params, initial_state),
     [FINAL] = offsetof(flash_kda_fwd_params, final_state),
     [SEQLENS] = offsetof(flash_kda_fwd_params, cu_seqlens),
+    [NONFINITE] = offsetof(flash_kda_fwd_params, nonfinite),
 };
 
 /* The kernels of the good calls, then other names. */
@@ -101,7 +102,10 @@ static void make_good(state *s, input *from, int64_t *borders)
     s->p.cpu_threads = (int32_t)take_between(from, 0, 2);
     s->p.batch_invariant = take_bool(from);
     if (take_bool(from) && !s->huge) s->p.max_seqlen = T;
-    s->numbers = rng_seed(take(from, 2));
+    const uint64_t seed = take(from, 2);
+    const int64_t records[] = {FLASH_KDA_CHECKED_TENSORS, 2};
+    if (seed % 4 == 1) s->p.nonfinite = shaped(FLASH_KDA_I64, 2, records);
+    s->numbers = rng_seed(seed);
     s->compares = take_between(from, 0, 7) == 7;
 }
 
@@ -246,10 +250,13 @@ static void keep_copy(memory *m)
 
 static void check_unchanged(const state *s, bool taken)
 {
-    const void *out = s->p.out.data, *final = s->p.struct_size ? s->p.final_state.data : NULL;
+    const void *out = s->p.out.data, *final = s->p.struct_size ? s->p.final_state.data : NULL,
+               *nonfinite = s->p.nonfinite.data;
     for (int i = 0; i < TENSORS; i++) {
         const memory *m = &s->tensors[i];
-        if (!m->bytes || (taken && m->count && (m->bytes == out || m->bytes == final))) continue;
+        if (!m->bytes ||
+            (taken && m->count && (m->bytes == out || m->bytes == final || m->bytes == nonfinite)))
+            continue;
         if (memcmp(m->bytes, m->before, m->count) != 0) wrong("tensor %d changed", i);
     }
     if (!taken && s->workspace.bytes &&
