@@ -1,8 +1,9 @@
 """Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
-docstring has the formula. `reference` is the slow fp64 definition. `devices` and `kernels` list what a call
-can run on, and `explain` says how it would run.
+docstring has the formula. `describe_nonfinite` says where a call has found NaN and infinities. `reference` is
+the slow fp64 definition. `devices` and `kernels` list what a call can run on, and `explain` says how it would
+run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays, _later, _lib, _reference
+from . import _arrays, _later, _lib, _nonfinite, _reference
 from ._options import Options, known_options
 
 if TYPE_CHECKING:
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
         def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 
-__all__ = ["Device", "devices", "explain", "fwd", "get_workspace_size", "kernels", "reference"]
+__all__ = [
+    "Device",
+    "describe_nonfinite",
+    "devices",
+    "explain",
+    "fwd",
+    "get_workspace_size",
+    "kernels",
+    "reference",
+]
 __version__ = _lib.version()
 
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
@@ -54,6 +64,7 @@ def fwd(
     batch_invariant: bool = False,
     max_seqlen: int = 0,
     cut: str = "auto",
+    nonfinite: Array | None = None,
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -104,9 +115,17 @@ def fwd(
             one segment of one head, and have at least 128 tokens on average; a sequence without room for two
             stays whole. Meant for tests and benchmarks. Results differ within the error budget. Other kernels
             take every value and cut nothing.
+        nonfinite: int64 [10, 2] on the device, written, or None. For debugging a model: the call also counts
+            the values that are NaN or an infinity, in the inputs as they are before it and in what it has
+            written. Row i is for the i-th of q, k, v, g, beta, A_log, dt_bias, initial_state, out and
+            final_state. It has the number of such values, and the place of the first one in the flattened
+            array, or -1; `describe_nonfinite` puts the rows into sentences. Every element counts, whatever
+            cu_seqlens says, and so does an infinity in g or beta, which is a number to the sigmoid. A_log and
+            dt_bias count as they are in fp32.
 
-    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta and cu_seqlens: to an
-    element); what is written shares memory with nothing else. T may be 0, and so may a sequence's length.
+    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta, cu_seqlens and nonfinite:
+    to an element); what is written shares memory with nothing else. T may be 0, and so may a sequence's
+    length.
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
@@ -131,7 +150,14 @@ def fwd(
         arrays.append(final_state)
     if cu_seqlens is not None:
         arrays.append(cu_seqlens)
-    given = (initial_state is not None, final_state is not None, cu_seqlens is not None)
+    if nonfinite is not None:
+        arrays.append(nonfinite)
+    given = (
+        initial_state is not None,
+        final_state is not None,
+        cu_seqlens is not None,
+        nonfinite is not None,
+    )
     is_tensor = _torch_layer is not None and isinstance(q, _torch_layer.Tensor)
     is_traced = is_tensor and _torch_layer.is_compiling()
     # A compiler traces the constructor, since it cannot trace a cache.
@@ -144,6 +170,22 @@ def fwd(
         _torch_layer.fwd(arrays, options, scale, lower_bound)
     else:
         _arrays.fwd(arrays, options, scale, lower_bound)
+
+
+def describe_nonfinite(nonfinite: Any, q: Any, cu_seqlens: Any = None) -> list[str]:
+    """What a call of `fwd` has counted, as sentences: one for each array that has NaN or infinities, such as
+    "q: 3 of 4096 values are not finite, the first is q[0, 17, 2, 5]". An empty list if all values are finite.
+
+    On a GPU this waits for the call, since it reads `nonfinite`.
+
+    Args:
+        nonfinite: what the call of `fwd` has filled in.
+        q, cu_seqlens: the arguments of that call, of which only the shapes are read.
+
+    Raises:
+        ValueError: `nonfinite` has another shape, or counts that a call with such a q cannot have found.
+    """
+    return _nonfinite.describe(nonfinite, q, cu_seqlens)
 
 
 def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:

@@ -55,6 +55,7 @@ class FwdParams(ctypes.Structure):
         ("cut", c_int32),
         ("reserved", c_int32),
         ("interrupt", c_void_p),
+        ("nonfinite", Tensor),
     ]
 
 

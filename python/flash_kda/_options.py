@@ -35,8 +35,8 @@ from typing import Any, Callable
 from . import _lib
 
 REQUIRED_ARRAYS = ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias")
-OPTIONAL_ARRAYS = ("initial_state", "final_state", "cu_seqlens")
-WRITTEN_ARRAYS = ("out", "final_state")
+OPTIONAL_ARRAYS = ("initial_state", "final_state", "cu_seqlens", "nonfinite")
+WRITTEN_ARRAYS = ("out", "final_state", "nonfinite")
 
 
 @dataclass(frozen=True)

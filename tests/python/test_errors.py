@@ -114,6 +114,21 @@ WRONG = {
         ValueError,
         "cu_seqlens has 1 entries; it must have N + 1 for N >= 1 sequences",
     ),
+    "nonfinite of floats": (
+        {"nonfinite": lambda a: cast(like(a["q"], [[0, 0]] * 10), "float32")},
+        TypeError,
+        "nonfinite has dtype float32; it must be int64",
+    ),
+    "nonfinite for fewer arrays": (
+        {"nonfinite": lambda a: like(a["q"], [[0, 0]] * 9)},
+        ValueError,
+        "nonfinite has shape [9, 2]; it must be [tensors, 2] = [10, 2]",
+    ),
+    "nonfinite flat": (
+        {"nonfinite": lambda a: like(a["q"], [0] * 20)},
+        ValueError,
+        "nonfinite has 1 dimensions; it must have 2: [tensors, 2]",
+    ),
     "k not contiguous": (
         {"k": lambda a: every_other(a["k"])},
         ValueError,

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flash_kda
@@ -15,7 +16,7 @@ from problems import make, to_torch
 PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
-    {"_lib", "_later"},
+    {"_lib", "_later", "_nonfinite"},
     {"_options", "_interruptible"},
     {"_call"},
     {"_arrays"},
@@ -74,10 +75,10 @@ LOOK = ("_arrays._read_numpy", "_arrays.fits")
 
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])
-@pytest.mark.parametrize("name", ["q", "out", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["q", "out", "cu_seqlens", "nonfinite"])
 def test_path_of_an_array_to_c(module, name, monkeypatch):
     """An array passes few functions. Each hands it on to the next, and none returns before C has the call."""
-    a = make(lengths=[3, 5])
+    a = {**make(lengths=[3, 5]), "nonfinite": np.zeros((10, 2), np.int64)}
     if module == "_torch":
         pytest.importorskip("torch")
         a = to_torch(a, "cpu")
@@ -93,12 +94,13 @@ def test_path_of_an_array_to_c(module, name, monkeypatch):
 def test_options_are_parameters_of_fwd():
     """In the order of the fields, in which fwd passes them, and with the fields' defaults."""
     parameters = inspect.signature(flash_kda.fwd).parameters.values()
-    keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+    arrays = _options.OPTIONAL_ARRAYS
+    keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in arrays]
     assert keywords == [(f.name, f.default) for f in fields(_options.Options) if f.name != "given"]
 
 
 def test_equal_options_are_one_object():
-    given = (True, False, True)
+    given = (True, False, True, False)
     options = _options.known_options(given, "cpu", 2, True, 5000, "never")
     assert options is _options.known_options(given, "cpu", 2, True, int("5000"), "never")
     assert options is not _options.known_options(given, "cpu", 2, True, 5001, "never")

@@ -383,8 +383,8 @@ def test_schema_of_the_operator():
     assert str(torch.ops.flash_kda.fwd.default._schema) == (
         "flash_kda::fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, "
         "Tensor A_log, Tensor dt_bias, float lower_bound, Tensor? initial_state=None, "
-        "Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, str? kernel_name=None, int threads=0, "
-        "bool batch_invariant=False, "
+        "Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, Tensor(c!)? nonfinite=None, "
+        "str? kernel_name=None, int threads=0, bool batch_invariant=False, "
         'SymInt max_seqlen=0, str cut="auto") -> ()'
     )
 
