@@ -19,7 +19,9 @@ static const char help[] =
     "the recorded last layer of a small model is used, or made-up activations if it is not at hand.\n"
     "\n"
     "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used, else the CPU\n"
-    "  --kernel NAME        a kernel of this build, instead of the default for the device\n";
+    "  --kernel NAME        a kernel of this build, instead of the default for the device\n"
+    "  --nonfinite          also says how many values of each tensor are NaN or infinite, and where\n"
+    "                       the first one is\n";
 
 enum { COLUMNS = 64, SHOWN_HEADS = 16, REPEATS = 50 };
 
@@ -138,6 +140,53 @@ static bool print_error(const char *what, double error, double bar)
     return error <= bar;
 }
 
+/* "[0, 17, 2, 5]": the element number `place` of a contiguous tensor. */
+static void print_place(const flash_kda_tensor *t, int64_t place)
+{
+    int64_t step = 1;
+    for (int i = 1; i < t->ndim; i++) step *= t->shape[i];
+    for (int i = 0; i < t->ndim; i++) {
+        printf("%s%lld", i ? ", " : "[", (long long)(place / step));
+        place %= step;
+        if (i + 1 < t->ndim) step /= t->shape[i + 1];
+    }
+    printf("]");
+}
+
+/* What the call has counted: a line for each tensor that has such values. */
+static void print_nonfinite(const call *c)
+{
+    const flash_kda_fwd_params *p = &c->params;
+    const struct {
+        const char *name;
+        const flash_kda_tensor *tensor;
+    } all[FLASH_KDA_CHECKED_TENSORS] = {
+        [FLASH_KDA_CHECKED_Q] = {"q", &p->q},
+        [FLASH_KDA_CHECKED_K] = {"k", &p->k},
+        [FLASH_KDA_CHECKED_V] = {"v", &p->v},
+        [FLASH_KDA_CHECKED_G] = {"g", &p->g},
+        [FLASH_KDA_CHECKED_BETA] = {"beta", &p->beta},
+        [FLASH_KDA_CHECKED_A_LOG] = {"A_log", &p->A_log},
+        [FLASH_KDA_CHECKED_DT_BIAS] = {"dt_bias", &p->dt_bias},
+        [FLASH_KDA_CHECKED_INITIAL_STATE] = {"initial_state", &p->initial_state},
+        [FLASH_KDA_CHECKED_OUT] = {"out", &p->out},
+        [FLASH_KDA_CHECKED_FINAL_STATE] = {"final_state", &p->final_state},
+    };
+    flash_kda_nonfinite records[FLASH_KDA_CHECKED_TENSORS];
+    int64_t found = 0;
+    call_read_nonfinite(c, records);
+    for (int i = 0; i < FLASH_KDA_CHECKED_TENSORS; i++) {
+        if (!records[i].count) continue;
+        found += records[i].count;
+        printf("  %-7s %s: %s%lld%s %s not finite, the first is %s", "values", all[i].name, bad(),
+               (long long)records[i].count, plain(), records[i].count == 1 ? "value is" : "values are",
+               all[i].name);
+        print_place(all[i].tensor, records[i].first);
+        printf("\n");
+    }
+    if (!found) printf("  %-7s all are finite, in every tensor\n", "values");
+}
+
 static void print_time(const call *c, const problem *p)
 {
     double times[REPEATS], spent = 0;
@@ -155,7 +204,7 @@ static void print_time(const call *c, const problem *p)
            (double)(p->batch * p->tokens) / middle, count);
 }
 
-static int run(const char *file, const flash_kda_device_info *info, const char *kernel)
+static int run(const char *file, const flash_kda_device_info *info, const char *kernel, bool nonfinite)
 {
     problem *p = load(file);
     call c;
@@ -163,10 +212,15 @@ static int run(const char *file, const flash_kda_device_info *info, const char *
            (long long)p->batch, (long long)p->tokens, (long long)p->heads, DIM, "device");
     print_device(info);
     printf(", kernel %s\n", kernel ? kernel : info->kernel);
-    must(call_open(
-        &c, p,
-        (call_options){.device = info->device, .kernel = kernel, .mode = STATE_OUT, .tells_longest = true}));
+    must(call_open(&c, p,
+                   (call_options){.device = info->device,
+                                  .kernel = kernel,
+                                  .mode = STATE_OUT,
+                                  .tells_longest = true,
+                                  .counts_nonfinite = nonfinite}));
     must(call_run(&c));
+    if (nonfinite) print_nonfinite(&c);
+    c.params.nonfinite = (flash_kda_tensor){0}; /* the time is that of the forward pass alone */
     uint16_t *out = call_read_out(&c);
     float *state = call_read_state(&c);
 
@@ -196,19 +250,22 @@ static int run(const char *file, const flash_kda_device_info *info, const char *
 
 int command_run(int argc, char **argv)
 {
-    static const struct option options[] = {DEVICE_OPTION, KERNEL_OPTION, HELP_OPTION, {0}};
+    static const struct option options[] = {
+        DEVICE_OPTION, KERNEL_OPTION, {"nonfinite", no_argument, NULL, 'n'}, HELP_OPTION, {0}};
     flash_kda_device_info info = {0};
     const char *kernel = NULL;
+    bool nonfinite = false;
     for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
         case 'k': kernel = optarg; break;
+        case 'n': nonfinite = true; break;
         default: refuse_option("run", argv);
         }
     }
     if (argc - optind > 1) die("run takes one file, but there is '%s' too", argv[optind + 1]);
     if (!info.struct_size) info = best_device();
     require_kernel(info.device, kernel);
-    return run(optind < argc ? argv[optind] : NULL, &info, kernel);
+    return run(optind < argc ? argv[optind] : NULL, &info, kernel, nonfinite);
 }

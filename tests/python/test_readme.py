@@ -1,4 +1,4 @@
-"""The README's code is run as it stands."""
+"""The README's code is run as it stands, and so is the example of docs/debugging.md."""
 
 from __future__ import annotations
 
@@ -16,9 +16,23 @@ import flash_kda
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_debugging_prints_what_the_page_says() -> None:
+    pytest.importorskip("torch")
+    page = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    said = re.search(r"^prints\n\n((?:    .*\n)+)", page, flags=re.MULTILINE)
+    assert said
+    run = subprocess.run(
+        [sys.executable, "-c", *blocks("python", "docs/debugging.md")],
+        env={**os.environ, "PYTHONPATH": str(Path(flash_kda.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert [line.strip() for line in said[1].splitlines()] == run.stdout.splitlines(), run.stderr
 
 
 def test_python_blocks_run() -> None:
