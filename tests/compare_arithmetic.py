@@ -1,7 +1,7 @@
 """Compares the kernels with the chunk arithmetic of torch_ref.py and torch_ref_hopper.py, and prints a table.
 
     PYTHONPATH=build/python python tests/compare_arithmetic.py
-    PYTHONPATH=build/python python tests/compare_arithmetic.py --sums tensor-core --shapes 96:8192 16:8192
+    PYTHONPATH=build/python python tests/compare_arithmetic.py --ops tensor-core --shapes 96:8192 16:8192
     LD_LIBRARY_PATH=build/tests/emulator PRETEND_GPU=90:132 PYTHONPATH=build/python \\
         python tests/compare_arithmetic.py --device emulated --shapes 2:100 --kernels hopper:always
 
@@ -40,10 +40,11 @@ from peer_timing.shapes import KNOWN, parse  # noqa: E402
 
 import flash_kda  # noqa: E402
 
-SUMS = {
-    "torch": hopper.TorchOps,
-    "tensor-core": hopper.TensorCoreOps,
-    "emulator": hopper.EmulatorOps,
+OPS = {
+    "torch": (hopper.TorchOps, "PyTorch's own"),
+    "tensor-core": (hopper.TensorCoreOps, "PyTorch's own, with the sums of a tensor core"),
+    "emulator": (hopper.EmulatorOps, "the emulator's"),
+    "one-ulp-off": (hopper.OneUlpOffOps, "PyTorch's own, with special functions one unit off"),
 }
 PER_HEAD = {"A_log": 0, "dt_bias": 0, "initial_state": 1}  # the dimension of heads; of other tensors it is 2
 
@@ -70,8 +71,20 @@ def run_kernel(x: dict, kernel: str, cut: str, emulated: bool):
     return results["out"], results["final_state"]
 
 
+def portable_ops(ops: type[hopper.TorchOps]):
+    """The operations as torch_ref.py asks for them: all of its products are in tf32."""
+
+    class PortableOps(ops):
+        def multiply(self, a, b, c):
+            a, b = torch_ref.truncate_tf32(a), torch_ref.truncate_tf32(b)
+            return super().multiply(a, b, c, step=8)
+
+    return PortableOps()
+
+
 def longest(x: dict) -> int:
-    return int(x["cu_seqlens"].diff().max()) if "cu_seqlens" in x else x["q"].shape[1]
+    """The longest sequence, which a server knows, or 0: all sequences have one length."""
+    return int(x["cu_seqlens"].diff().max()) if "cu_seqlens" in x else 0
 
 
 def find_plan(x: dict, cut: str) -> hopper.Plan:
@@ -82,8 +95,7 @@ def find_plan(x: dict, cut: str) -> hopper.Plan:
     text = flash_kda.explain(
         tokens, H, N, device=f"cuda:{index}", kernel="hopper", cut=cut, max_seqlen=longest(x)
     )
-    one_length = "cu_seqlens" not in x or N == 1
-    return hopper.read_plan(text, tokens // N if one_length else 0, N)
+    return hopper.read_plan(text)
 
 
 def pick_heads(x: dict, count: int) -> list[int]:
@@ -129,8 +141,11 @@ def _exact_group(x: dict, flat: dict, spans, group, out, final):
     repeat = lambda y: y.double().repeat(len(spans), *[1] * (y.ndim - 1))  # noqa: E731
 
     q, k, v, g = take("q"), take("k"), take("v"), take("g", -torch.inf)
-    b = torch.where(hopper.to_chunks(hopper.PAIR, torch.ones_like(flat["beta"]), index, valid, 0.0) > 0,
-                    torch.sigmoid(take("beta")), 0.0)
+    b = torch.where(
+        hopper.to_chunks(hopper.PAIR, torch.ones_like(flat["beta"]), index, valid, 0.0) > 0,
+        torch.sigmoid(take("beta")),
+        0.0,
+    )
     slope, bias = repeat(x["A_log"]).exp()[:, None, None], repeat(x["dt_bias"])[:, None]
     total = (x["lower_bound"] * torch.sigmoid(slope * (g + bias))).cumsum(2)
     q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
@@ -143,10 +158,11 @@ def _exact_group(x: dict, flat: dict, spans, group, out, final):
     attend = (q_up @ k_down.mT).tril()
     k_rest, gamma = (k * (last - total).exp()).mT, last.exp().mT
     state = final[group].flatten(0, 1).mT.contiguous()
+    scale = torch.tensor(x["scale"], dtype=torch.float32).item()  # as the kernels get it
     outs = []
     for n in range(chunks):
         u = solve[n] @ (v[n] - k_up[n] @ state)
-        outs.append((q_up[n] @ state + attend[n] @ u) * x["scale"])
+        outs.append((q_up[n] @ state + attend[n] @ u) * scale)
         state = gamma[n] * state + k_rest[n] @ u
     final[group] = state.mT.unflatten(0, (len(spans), H))
     tokens = torch.stack(outs).unflatten(1, (len(spans), H)).permute(1, 0, 3, 2, 4).flatten(1, 2)
@@ -199,7 +215,7 @@ class Row(NamedTuple):
     ref_error: float
 
 
-def compare_shape(shape: str, kernels: list[str], sums: str, heads: int, emulated: bool) -> list[Row]:
+def compare_shape(shape: str, kernels: list[str], ops: str, heads: int, emulated: bool) -> list[Row]:
     x = make(shape, "mixed", "fp32", "cpu" if emulated else "cuda", 0)
     lengths = parse(shape)[1]
     if len(lengths) > 1:
@@ -213,10 +229,10 @@ def compare_shape(shape: str, kernels: list[str], sums: str, heads: int, emulate
         out, state = run_kernel(x, kernel, cut or "auto", emulated)
         got = out[:, :, picked], state[:, picked]
         if kernel == "portable":
-            plan, want = "16 tokens", torch_ref.forward(torch_ref.CpuOps(), **part)
+            plan, want = "16 tokens", torch_ref.forward(portable_ops(OPS[ops][0]), **part)
         else:
             found = find_plan(x, cut or "auto")
-            plan, want = describe(found), hopper.forward(SUMS[sums](), **part, plan=found)
+            plan, want = describe(found), hopper.forward(OPS[ops][0](), **part, plan=found)
         errors = [error(y.flatten(0, 1), exact) for y in (got[0], want[0])]
         rows.append(Row(shape, spec, plan, compare(got, want), *errors))
     return rows
@@ -234,28 +250,31 @@ def describe(plan: hopper.Plan) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--shapes", nargs="+", default=list(KNOWN), metavar="SHAPE", help="default: those of the benchmark")
     add("--kernels", nargs="+", default=["hopper:never", "hopper", "portable"], metavar="KERNEL[:CUT]")
     add("--heads", type=int, default=4, help="heads that are compared; default: 4")
-    add("--sums", choices=SUMS, default="torch", help="how the Hopper arithmetic sums products")
+    add("--ops", choices=OPS, default="torch", help="how the arithmetic computes; see torch_ref_hopper.py")
     add("--device", choices=("cuda", "emulated"), default="cuda")
     options = parser.parse_args(argv)
     emulated = options.device == "emulated"
+    if options.ops == "emulator" and not emulated:
+        parser.error("--ops emulator is for --device emulated")
     torch.set_float32_matmul_precision("highest")
     name = next((d.name for d in flash_kda.devices() if d.type == "cuda"), None)
     if name is None:
         sys.exit("flash_kda finds no CUDA device; the driver's library must be on LD_LIBRARY_PATH")
-    sums = {"torch": "in PyTorch's order", "tensor-core": "as a tensor core's", "emulator": "as the emulator's"}
-    print(f"{name}, PyTorch {torch.__version__}, sums of the Hopper arithmetic {sums[options.sums]},")
+    print(f"{name}, PyTorch {torch.__version__}, operations of the arithmetic: {OPS[options.ops][1]},")
     print(f"{options.heads} heads of each shape, gates mixed, states fp32\n")
     columns = ("shape", "kernel", "plan", "out equal", "ulps", "state equal", "state", "kernel", "ref")
     print("| " + " | ".join(columns) + " |")
     print("| " + " | ".join("---" for _ in columns) + " |")
     start = time.monotonic()
     for shape in options.shapes:
-        for row in compare_shape(shape, options.kernels, options.sums, options.heads, emulated):
+        for row in compare_shape(shape, options.kernels, options.ops, options.heads, emulated):
             f = row.figures
             print(
                 f"| {row.shape} | {row.kernel} | {row.plan} | {f.out_equal:.3%} | {f.ulps:g} "

@@ -116,6 +116,27 @@ class EmulatorOps(TorchOps):
         return total if c is None else c + total
 
 
+class OneUlpOffOps(TorchOps):
+    """Moves every second result of ex2, rcp and rsqrt by one unit in the last place, which is as far as the
+    approximate instructions are off. It shows how much the results depend on them."""
+
+    def ex2(self, x):
+        return self._off(x, torch.exp2(x))
+
+    def rcp(self, x):
+        return self._off(x, torch.reciprocal(x))
+
+    def rsqrt(self, x):
+        return self._off(x, torch.rsqrt(x))
+
+    @staticmethod
+    def _off(x, y):
+        off = (y.contiguous().view(torch.int32) + (x.contiguous().view(torch.int32) >> 8 & 1)).view(
+            torch.float32
+        )
+        return torch.where(torch.isfinite(y) & (y != 0) & (y != 1), off, y)
+
+
 class TensorCoreOps(TorchOps):
     """A tensor core of Hopper, as arXiv:2511.10909 and arXiv:2512.07004 describe it from outside: the exact
     products of a step and the accumulator are aligned to the largest exponent among them, each is truncated
@@ -290,7 +311,9 @@ def solve_chunk(ops, products: Products, b: torch.Tensor, divisor: torch.Tensor)
         lower = (products.within[..., tile, tile] * factor[..., tile, :]).tril(-1)
         x = torch.eye(8, device=b.device).expand(lower.shape).clone()
         for m in range(7):
-            x[..., m + 1 :, :] = fma(-lower[..., m + 1 :, m : m + 1], x[..., m : m + 1, :], x[..., m + 1 :, :])
+            x[..., m + 1 :, :] = fma(
+                -lower[..., m + 1 :, m : m + 1], x[..., m : m + 1, :], x[..., m + 1 :, :]
+            )
         inverses.append(x)
     top, low = (half(x * own_b[..., None, tile]) for x, tile in zip(inverses, (first, second)))
 
@@ -528,13 +551,13 @@ class Plan(NamedTuple):
         return [min(CUT_CHUNK * border, length) for border in borders]
 
 
-def read_plan(text: str, length: int, sequences: int) -> Plan:
-    """What flash_kda.explain() says about a call. `length` is that of each sequence, or 0 if they differ."""
+def read_plan(text: str) -> Plan:
+    """The plan in what flash_kda.explain() says about a call of the kernel "hopper"."""
     if found := re.search(r"Relay: .* segments have ([\d, ]+) and (\d+) chunks", text):
         chunks = (*map(int, found[1].split(", ")), int(found[2]))
         return Plan(chunks=chunks, spares="first segments." in text)
-    if found := re.search(r"Passes: .*? into segments of about (\d+).*?, (\d+) segments at most", text):
-        return Plan(shortest=length // (int(found[2]) // sequences) if length else int(found[1]))
+    if found := re.search(r"Passes: .* into segments of about (\d+)", text):
+        return Plan(shortest=int(found[1]))
     if "Mixed:" in text:
         return Plan(exact=False)
     return Plan(cta=SOLO if "solo CTA" in text else PAIR)
