@@ -137,15 +137,15 @@ def _exact_group(x: dict, flat: dict, spans, group, out, final):
     begin, end = (torch.tensor(y, device=device)[:, None] for y in zip(*spans))
     valid = begin + offset < end
     index = torch.where(valid, begin + offset, begin)
-    take = lambda name, past=0.0: hopper.to_chunks(hopper.PAIR, flat[name], index, valid, past).double()  # noqa: E731
-    repeat = lambda y: y.double().repeat(len(spans), *[1] * (y.ndim - 1))  # noqa: E731
+
+    def take(name, past_end=0.0):
+        return hopper.to_chunks(hopper.PAIR, flat[name], index, valid, past_end).double()
+
+    def repeat(y):
+        return y.double().repeat(len(spans), *[1] * (y.ndim - 1))
 
     q, k, v, g = take("q"), take("k"), take("v"), take("g", -torch.inf)
-    b = torch.where(
-        hopper.to_chunks(hopper.PAIR, torch.ones_like(flat["beta"]), index, valid, 0.0) > 0,
-        torch.sigmoid(take("beta")),
-        0.0,
-    )
+    b = torch.sigmoid(take("beta", -torch.inf))
     slope, bias = repeat(x["A_log"]).exp()[:, None, None], repeat(x["dt_bias"])[:, None]
     total = (x["lower_bound"] * torch.sigmoid(slope * (g + bias))).cumsum(2)
     q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))

@@ -90,8 +90,19 @@ class TorchOps:
     def step(self, a, b, c):
         """One instruction. All products are exact in fp32; PyTorch sums them in fp32 in an order of its own,
         and the sum is added to c."""
-        product = a @ b.mT
+        product = self._products(a, b)
         return product if c is None else c + product
+
+    @staticmethod
+    def _products(a, b):
+        """a b^T. Products of one row with one row are sums, and cuBLAS gets at most 2^15 products at once."""
+        if a.shape[-2] == b.shape[-2] == 1:
+            return (a * b).sum(-1, keepdim=True)
+        shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        if shape.numel() <= 1 << 15:
+            return a @ b.mT
+        a, b = (x.expand(*shape, *x.shape[-2:]).flatten(0, -3).split(1 << 15) for x in (a, b))
+        return torch.cat([x @ y.mT for x, y in zip(a, b)]).unflatten(0, shape)
 
 
 class EmulatorOps(TorchOps):
@@ -438,8 +449,7 @@ def chunks_of_items(ops, cta: Cta, x: dict, items: Sequence[Item]):
     q, k, g = subchunks(take("q")), subchunks(take("k")), subchunks(take("g", -torch.inf))
     gate = by_item(x["A_log"]), by_item(x["dt_bias"]), x["lower_bound"]
     tiles, products, gamma_minus_1 = prepare(ops, cta, q, k, g, *gate)
-    chunk_valid = to_chunks(cta, torch.ones_like(x["beta"]), index, valid, 0.0) > 0
-    b = torch.where(chunk_valid, write_strengths(ops, take("beta")), 0.0)
+    b = write_strengths(ops, take("beta", -torch.inf))
     divisor = divisor_above(b)
     tiles["solve"] = solve_chunk(ops, products[0], b, divisor)
     if cta.outputs:
