@@ -30,7 +30,7 @@ flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params
 flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *text, size_t capacity)
 {
     FKDA_GUARD;
-    enum { PART = 512 }; /* bytes that each part of the explanation takes at most */
+    enum { PART = 560 }; /* bytes that each part of the explanation takes at most */
     const fkda_plan *plan;
     char choice[PART], layout[PART];
     if (!text || !capacity)

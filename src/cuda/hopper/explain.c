@@ -19,14 +19,28 @@ static void explain_whole(const fkda_hopper_whole *w, char *text, size_t size)
              (long long)w->heads, (long long)w->workers, what, w->chunk, shares);
 }
 
+/* The chunks of each segment: "46, 53 and 51". */
+static void list_segments(const fkda_relay *r, int segments, char *words, size_t size)
+{
+    size_t used = 0;
+    for (int i = 0; i < segments && used < size; i++) {
+        const char *const before = i == 0 ? "" : i == segments - 1 ? " and " : ", ";
+        used += (size_t)snprintf(words + used, size - used, "%s%d", before,
+                                 r->first_chunk[i + 1] - r->first_chunk[i]);
+    }
+}
+
 static void explain_relay(const fkda_shape *s, const fkda_hopper_plan *plan, char *text, size_t size)
 {
     const fkda_relay *r = &plan->relay;
+    const int segments = (int)(plan->slots / s->sequences);
+    char chunks[256];
+    list_segments(r, segments, chunks, sizeof chunks);
     const int used = snprintf(
         text, size,
-        "Relay: each sequence is cut into %lld segments, and one launch on %d CTA pairs computes their maps, "
-        "joins them, and computes the outputs.",
-        (long long)(plan->slots / s->sequences), plan->relay_pairs);
+        "Relay: each sequence is cut into %d segments, and one launch on %d CTA pairs computes their maps, "
+        "joins them, and computes the outputs. The segments have %s chunks of %d tokens.",
+        segments, plan->relay_pairs, chunks, FKDA_HOPPER_CHUNK_PAIR);
     text += used, size -= (size_t)used;
     if (r->spare_pairs)
         snprintf(text, size, " %d of the pairs do nothing but compute the outputs of first segments.",
