@@ -17,6 +17,7 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
+typedef struct CUgreenCtx_st *CUgreenCtx;
 typedef unsigned long long CUdeviceptr;
 
 enum {
@@ -29,6 +30,7 @@ enum {
     CU_TENSOR_MAP_SWIZZLE_128B = 3,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0,
+    CU_DEV_RESOURCE_TYPE_SM = 1,
     CU_LAUNCH_ATTRIBUTE_COOPERATIVE = 2,
     CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
@@ -49,6 +51,14 @@ typedef struct fkda_launch_config {
     fkda_launch_attribute *attributes;
     unsigned attribute_count;
 } fkda_launch_config;
+
+/* CUdevResource of type CU_DEV_RESOURCE_TYPE_SM, with room for what later drivers may add. */
+typedef struct fkda_device_resource {
+    int type;
+    char padding[92];
+    unsigned sms;
+    char rest[156];
+} fkda_device_resource;
 
 /* Functions without which the library uses no GPU: if one is missing, fkda_driver_open() fails and names it.
  * Every entry: the function's name, its symbol in libcuda, its parameters. */
@@ -83,14 +93,18 @@ typedef struct fkda_launch_config {
     X(cuEventDestroy, "cuEventDestroy_v2", (CUevent event))                                                  \
     X(cuGetErrorName, "cuGetErrorName", (CUresult result, const char **name))
 
-/* Functions that drivers before CUDA 12 do not have. Their pointers are NULL there. */
+/* Functions that drivers before CUDA 12 do not have, and those of green contexts, which drivers before CUDA
+ * 12.4 do not have. Their pointers are NULL there. */
 #define FKDA_NEW_DRIVER_FUNCTIONS(X)                                                                         \
     X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                      \
       (void *map, int type, uint32_t rank, void *tensor, const uint64_t *sizes, const uint64_t *strides,     \
        const uint32_t *box, const uint32_t *element_strides, int interleave, int swizzle, int promotion,     \
        int fill))                                                                                            \
     X(cuLaunchKernelEx, "cuLaunchKernelEx",                                                                  \
-      (const fkda_launch_config *config, CUfunction function, void **arguments, void **extra))
+      (const fkda_launch_config *config, CUfunction function, void **arguments, void **extra))               \
+    X(cuStreamGetGreenCtx, "cuStreamGetGreenCtx", (CUstream stream, CUgreenCtx * context))                   \
+    X(cuGreenCtxGetDevResource, "cuGreenCtxGetDevResource",                                                  \
+      (CUgreenCtx context, fkda_device_resource * resource, int type))
 
 typedef struct fkda_driver {
 #define DECLARE(name, symbol, arguments) CUresult(*name) arguments;

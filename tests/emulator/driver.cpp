@@ -8,9 +8,13 @@
  * CUDA_ERROR_LAUNCH_FAILED until it has called cuStreamSynchronize, which gives this result too. A real
  * context stays unusable; this one recovers, so that tests can look at memory and go on.
  *
- * Environment variables say what the GPU is like, as for ../pretend_driver. Two more belong to the emulator:
+ * Environment variables say what the GPU is like, as for ../pretend_driver. Three more belong to the
+ * emulator:
  *   EMULATOR_SEED              another seed, so another order among everything that nothing puts in order
  *   EMULATOR_REFUSES_TOGETHER  if set, cooperative launches fail
+ *   EMULATOR_GREEN_SMS         if set, all streams belong to a green context of so many SMs. A cooperative
+ *                              launch of more CTAs ends the process: replayed from a CUDA graph it would wait
+ *                              for ever
  */
 #include <chrono>
 #include <stdio.h>
@@ -249,6 +253,29 @@ struct LaunchConfig {
     } * attributes;
     unsigned attribute_count;
 };
+/* The SMs of the green context that streams belong to, or 0. */
+static unsigned green_sms()
+{
+    const char *text = getenv("EMULATOR_GREEN_SMS");
+    return text ? static_cast<unsigned>(atoi(text)) : 0;
+}
+
+CUresult cuStreamGetGreenCtx(void *, void **context)
+{
+    static char green;
+    *context = green_sms() ? &green : nullptr;
+    return 0;
+}
+
+CUresult cuGreenCtxGetDevResource(void *, void *resource, int type)
+{
+    enum { SM = 1, PLACE_OF_SMS = 96 };
+    if (type != SM) return INVALID_VALUE;
+    const unsigned sms = green_sms();
+    memcpy(static_cast<char *>(resource) + PLACE_OF_SMS, &sms, sizeof sms);
+    return 0;
+}
+
 CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void **arguments, void **)
 {
     enum { COOPERATIVE = 2, PROGRAMMATIC = 6, TOO_LARGE = 720 };
@@ -260,6 +287,10 @@ CUresult cuLaunchKernelEx(const LaunchConfig *config, const void *function, void
         if (attribute.id == COOPERATIVE &&
             (config->grid[0] > static_cast<unsigned>(sms) || getenv("EMULATOR_REFUSES_TOGETHER")))
             return TOO_LARGE;
+        if (attribute.id == COOPERATIVE && green_sms() && config->grid[0] > green_sms()) {
+            fprintf(stderr, "%u CTAs at once in a green context of %u SMs\n", config->grid[0], green_sms());
+            abort();
+        }
         early |= attribute.id == PROGRAMMATIC && attribute.value[0];
     }
     return start(function, config->grid, config->block, config->shared_bytes, arguments, early);

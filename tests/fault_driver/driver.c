@@ -93,4 +93,7 @@ FORWARD(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",
 FORWARD(cuLaunchKernelEx, "cuLaunchKernelEx",
         (const fkda_launch_config *config, CUfunction function, void **arguments, void **extra),
         (config, function, arguments, extra))
+FORWARD(cuStreamGetGreenCtx, "cuStreamGetGreenCtx", (CUstream stream, CUgreenCtx *context), (stream, context))
+FORWARD(cuGreenCtxGetDevResource, "cuGreenCtxGetDevResource",
+        (CUgreenCtx context, fkda_device_resource *resource, int type), (context, resource, type))
 #endif

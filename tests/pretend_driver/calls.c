@@ -82,6 +82,12 @@ CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *tensor
     return called();
 }
 
+CUresult cuStreamGetGreenCtx(CUstream stream, CUgreenCtx *context)
+{
+    *context = NULL;
+    return called();
+}
+
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                         CUstream stream, void **arguments, void **extra)

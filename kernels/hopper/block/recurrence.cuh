@@ -39,8 +39,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     using Base::all, Base::args, Base::shared, Base::lane, Base::state, Base::scale, Base::is_map,
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
-    using Base::large, Base::small, Base::adapt, Base::choose_first_scales, Base::load_state,
-        Base::store_state;
+    using Base::misfit, Base::adapt, Base::choose_first_scales, Base::load_state, Base::store_state;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
@@ -179,11 +178,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
         /* ---- Meanwhile: does this chunk leave the usual path? ---- */
         const float high = largest(raw, 0), low = largest(raw, 1);
-        const bool act = large(high, low) | ((look | look_again) & small(high, low));
+        const bool act = misfit(high, low, look | look_again);
         /* The load gives 0 instead of the divisor if v does not fit. Its address depends on v, so that the
          * compiler cannot move the look at v behind the wait. */
         const float divisor = load_shared(__any_sync(~0u, act) ? &stage.zero : &stage.divisor);
-        const bool usual = divisor == 1.0f && whole && !(look && faint);
+        const bool usual = (divisor == 1.0f) & whole & !(look & faint);
         unpack_values(v, raw);
         wgmma_wait<0>();
         if (__builtin_expect(!usual, 0)) {

@@ -37,8 +37,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     /* Tiles that are read from the state: K~ S and, for outputs, Q~ S after them. */
     static constexpr int READ = Block::OUTPUTS ? 2 * TILES : TILES;
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
-    bool look_again; /* the scales have just changed much: look at the next chunk too */
-    bool faint;      /* a chunk had a divisor below one since the scales were chosen */
+    int look_again;  /* the scales have just changed much: look at the next chunk too */
+    int faint;       /* a chunk had a divisor below one since the scales were chosen */
 
     __device__ ScaledRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
@@ -167,14 +167,13 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 
     /* ---- Do values fit the scales? ---- `high` and `low` are the largest |v| of rows g and g + 8. */
 
-    __device__ bool large(float high, float low) const
+    /* Whether a row's v is too large or NaN or, if `small_too`, too small. One chain of comparisons takes the
+     * fewest instructions: for v of less than nothing a row is never too small. */
+    __device__ bool misfit(float high, float low, bool small_too) const
     {
-        return !(high <= 16.0f * scale[0]) | !(low <= 16.0f * scale[1]); /* NaN too */
-    }
-
-    __device__ bool small(float high, float low) const
-    {
-        return (high < 0x1p-9f * scale[0]) | (low < 0x1p-9f * scale[1]);
+        const float least = small_too ? 0x1p-9f : 0.0f;
+        return !(high <= 16.0f * scale[0]) | !(low <= 16.0f * scale[1]) | (high < least * scale[0]) |
+               (low < least * scale[1]);
     }
 
     /* ---- Choosing scales ---- */
@@ -337,7 +336,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
                 for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
         const float high = largest(v, 0), low = largest(v, 1);
         /* With values taken out, v says nothing about rows that have faded. */
-        const bool act = large(high, low) | ((look | look_again) & !spoilt & small(high, low));
+        const bool act = misfit(high, low, (look | look_again) & !spoilt);
         look_again = spoilt;
         if (__any_sync(~0u, act) || (look && faint)) {
             const float next[2] = {fitting_scale(high, 0), fitting_scale(low, 1)};

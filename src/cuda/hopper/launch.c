@@ -47,14 +47,29 @@ typedef enum start {
     TOGETHER, /* in order, with all CTAs running at the same time, because they wait for each other */
 } start;
 
+/* Whether so many CTAs, one on each SM, can run at the same time on the call's stream: not if the stream
+ * belongs to a green context with fewer SMs. The driver refuses such a launch by itself, except in a capture:
+ * then the replay would wait for ever. */
+static bool can_run_together(const call *c, int64_t ctas)
+{
+    const fkda_driver *driver = c->driver;
+    CUgreenCtx context = NULL;
+    fkda_device_resource part = {0};
+    if (!driver->cuStreamGetGreenCtx || !driver->cuGreenCtxGetDevResource) return true;
+    if (driver->cuStreamGetGreenCtx(c->problem->stream, &context) || !context) return true;
+    if (driver->cuGreenCtxGetDevResource(context, &part, CU_DEV_RESOURCE_TYPE_SM)) return false;
+    return ctas <= part.sms;
+}
+
 /* The one place that launches. A driver without cuLaunchKernelEx launches EARLY kernels in order and refuses
  * TOGETHER. */
 static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t ctas, int threads, start when)
 {
-    enum { NOT_SUPPORTED = 801 };
+    enum { TOO_LARGE = 720, NOT_SUPPORTED = 801 };
     const CUstream stream = c->problem->stream;
     void *pointers[] = {args};
     fkda_launch_attribute attribute = {0};
+    if (when == TOGETHER && !can_run_together(c, ctas)) return TOO_LARGE;
     if (when == EARLY) {
         attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmatic_stream_serialization_allowed = 1;
