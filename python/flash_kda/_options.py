@@ -117,7 +117,7 @@ class Options:
 
     def values(self) -> list[Any]:
         """The values of all options, in the order in which the operator takes them."""
-        return [getattr(self, name) for name in _OPTION_NAMES]
+        return [getattr(self, name) for name in OPTION_NAMES]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ class Options:
 
 
 _OPTION_FIELDS = tuple(option for option in fields(Options) if "takes" in option.metadata)
-_OPTION_NAMES = tuple(option.name for option in _OPTION_FIELDS)
+OPTION_NAMES = tuple(option.name for option in _OPTION_FIELDS)
 OPTION_DEFAULTS = tuple(option.default for option in _OPTION_FIELDS)
 
 
