@@ -181,6 +181,12 @@ def fwd_traced(tensors: list, options: Options, scale: Any, lower_bound: Any) ->
     _call_operator(tensors, options, scale, lower_bound)
 
 
+def empty_like(v: Tensor, shape: tuple[int, ...], is_fp32: bool) -> tuple[Tensor, Tensor]:
+    """A new tensor on v's device, of v's dtype or fp32, twice: as _arrays.empty_like returns it."""
+    tensor = torch.empty(shape, dtype=torch.float32 if is_fp32 else v.dtype, device=v.device)
+    return tensor, tensor
+
+
 def _call_operator(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
     """Arguments go by position: to old compilers a keyword `out` means something else."""
     q, k, v, g, beta, out, A_log, dt_bias = tensors[: len(REQUIRED_ARRAYS)]
