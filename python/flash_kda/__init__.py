@@ -130,16 +130,10 @@ def fwd(
             cu_seqlens says, and so does an infinity in g or beta, which is a number to the sigmoid. A_log and
             dt_bias count as they are in fp32.
 
-<<<<<<< HEAD
     All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta, cu_seqlens and nonfinite:
-    to an element); what is written shares memory with nothing else. T may be 0, and so may a sequence's
-    length.
-=======
-    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta and cu_seqlens: to an
-    element); what is written shares memory with nothing else, and is no array of a library whose arrays are
-    immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be of
+    to an element); what is written shares memory with nothing else, and is no array of a library whose arrays
+    are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be of
     any type that has __index__.
->>>>>>> 5e665a6 (compute returns new arrays; JAX's are not written any more; integers, devices and dir() as Python has them)
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
@@ -186,7 +180,6 @@ def fwd(
         _arrays.fwd(arrays, options, scale, lower_bound)
 
 
-<<<<<<< HEAD
 def describe_nonfinite(nonfinite: Any, q: Any, cu_seqlens: Any = None) -> list[str]:
     """What a call of `fwd` has counted, as sentences: one for each array that has NaN or infinities, such as
     "q: 3 of 4096 values are not finite, the first is q[0, 17, 2, 5]". An empty list if all values are finite.
@@ -201,7 +194,8 @@ def describe_nonfinite(nonfinite: Any, q: Any, cu_seqlens: Any = None) -> list[s
         ValueError: `nonfinite` has another shape, or counts that a call with such a q cannot have found.
     """
     return _nonfinite.describe(nonfinite, q, cu_seqlens)
-=======
+
+
 def compute(
     q: Array,
     k: Array,
@@ -266,7 +260,6 @@ def _state_shape(q: Any, v: Any, cu_seqlens: Any) -> tuple[int, ...]:
         return (0, 0, 0, 0)
     N = borders[0] if cu_seqlens is None else max(borders[0] - 1, 0)
     return (N, rows[2], rows[3], channels[0])
->>>>>>> 5e665a6 (compute returns new arrays; JAX's are not written any more; integers, devices and dir() as Python has them)
 
 
 def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
