@@ -129,8 +129,8 @@ static void files(void)
     CHECK(!safetensors_get(file, "a", why).data && strstr(why, "a is missing"), "%s", why);
     safetensors_close(file);
     CHECK(!recorded_load(path, why) && strstr(why, "q is missing"), "%s", why);
-    /* Each sentence names what is wrong: sizes whose product leaves 64 bits, offsets far beyond the file, sizes
-     * that no data bounds, and what is no list of numbers. */
+    /* Each sentence names what is wrong: sizes whose product leaves 64 bits, offsets far beyond the file,
+     * sizes that no data bounds, and what is no list of numbers. */
     static const struct {
         const char *entry, *sentence;
     } hostile[] = {
