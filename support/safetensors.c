@@ -73,8 +73,11 @@ static const char *skip_space(const char *at)
 /* What comes after the string that begins at `at`; NULL if it does not end. */
 static const char *skip_string(const char *at)
 {
-    for (at++; *at && *at != '"'; at++)
-        if (*at == '\\' && !*++at) return NULL;
+    for (at++; *at && *at != '"'; at++) {
+        if (*at != '\\') continue;
+        at++;
+        if (!*at) return NULL;
+    }
     return *at ? at + 1 : NULL;
 }
 

@@ -135,8 +135,9 @@ static double time_problem(const problem *p, call_options how)
 /* "8192", "1300,547,2048,..." : as much of the lengths as the column has room for. */
 static const char *short_lengths(const char *lengths, char text[LENGTHS_COLUMNS + 1])
 {
-    snprintf(text, LENGTHS_COLUMNS + 1, "%s", lengths);
-    if (strlen(lengths) > LENGTHS_COLUMNS) memcpy(text + LENGTHS_COLUMNS - 3, "...", 3);
+    const bool is_long = strlen(lengths) > LENGTHS_COLUMNS;
+    snprintf(text, LENGTHS_COLUMNS + 1, "%.*s%s", is_long ? LENGTHS_COLUMNS - 3 : LENGTHS_COLUMNS, lengths,
+             is_long ? "..." : "");
     return text;
 }
 

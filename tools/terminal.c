@@ -106,10 +106,9 @@ const char *plain(void)
 
 void flush_output(void)
 {
-    errno = 0;
     const bool was_lost = ferror(stdout);
-    if (fflush(stdout) == 0 && !was_lost) return;
-    die("the output can't be written: %s", errno ? strerror(errno) : "a part of it was lost before");
+    if (fflush(stdout) != 0) die("the output can't be written: %s", strerror(errno));
+    if (was_lost) die("the output can't be written: a part of it was lost before");
 }
 
 void progress(const char *format, ...)
