@@ -132,8 +132,8 @@ def fwd(
 
     All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta, cu_seqlens and nonfinite:
     to an element); what is written shares memory with nothing else, and is no array of a library whose arrays
-    are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be of
-    any type that has __index__.
+    are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be
+    of any type that has __index__.
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
