@@ -255,8 +255,9 @@ typedef struct flash_kda_device_info {
 
 /* Writes up to capacity entries (whose struct_size is set by the caller) and the number there are. The
  * CPU is always the first. infos may be NULL if capacity is 0. If CUDA cannot be used at all, *count covers
- * the CPU alone and, unless NULL, no_cuda points to a sentence that says why (else to ""). Looking starts
- * CUDA, so a process forked afterwards cannot use it. */
+ * the CPU alone and, unless NULL, no_cuda points to a sentence that says why (else to ""), valid until the
+ * thread's next call. A driver that could not be opened is tried again by the next call. Looking starts CUDA,
+ * so a process forked afterwards cannot use it. */
 FLASH_KDA_API flash_kda_status flash_kda_list_devices(flash_kda_device_info *infos, int32_t capacity,
                                                       int32_t *count, const char **no_cuda);
 

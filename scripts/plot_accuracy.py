@@ -62,7 +62,7 @@ class Device:
 
 def parse(text: str) -> list[Device]:
     devices: list[Device] = []
-    for line in text.splitlines():
+    for line in re.sub(r"\n {4}(?=\S)", " ", text).splitlines():  # a long line was broken
         if DEVICE.match(line):
             devices.append(Device(line))
         elif (row := ROW.match(line)) and devices:
@@ -81,9 +81,10 @@ def check(command: str, device: str | None, kernel: str | None) -> str:
 
 
 def short(error: float) -> str:
-    """2.2e-3 of 2.20e-03, 2e-2 of 2.00e-02."""
-    mantissa, exponent = f"{error:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if error else "0"
+    """2.2e-3 of 2.200e-03, 5.145e-3 of 5.145e-03: all digits that `check` has printed, as rounding once more
+    could round the wrong way."""
+    mantissa, exponent = f"{error:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if error else "0"
 
 
 def table(devices: list[Device]) -> str:

@@ -24,19 +24,36 @@ bool recorded_find(const char *file, char path[1024])
     return false;
 }
 
+/* "[1, 8, 2, 128]" */
+static const char *shape_text(const flash_kda_tensor *t, char text[96])
+{
+    int used = snprintf(text, 96, "[");
+    for (int i = 0; i < t->ndim; i++)
+        used += snprintf(text + used, (size_t)(96 - used), i ? ", %lld" : "%lld", (long long)t->shape[i]);
+    snprintf(text + used, (size_t)(96 - used), "]");
+    return text;
+}
+
 /* Copies a tensor of `elements` elements, whose shape in the file may be another one of as many elements. */
 static bool take(const safetensors *file, const char *name, flash_kda_dtype dtype, int64_t elements, void *to,
                  char why[256])
 {
-    flash_kda_tensor t = safetensors_get(file, name);
-    int64_t count = 1;
-    for (int i = 0; i < t.ndim; i++) count *= t.shape[i];
-    if (!t.data || t.dtype != (int32_t)dtype || count != elements) {
-        snprintf(why, 256, "%s is missing, or not %lld elements of %s", name, (long long)elements,
-                 dtype == FLASH_KDA_BF16 ? "bfloat16" : "float32");
+    char shape[96];
+    flash_kda_tensor t = safetensors_get(file, name, why);
+    if (!t.data) return false;
+    if (t.dtype != (int32_t)dtype) {
+        snprintf(why, 256, "%s has dtype %s; it must be %s", name, safetensors_dtype(t.dtype),
+                 safetensors_dtype((int32_t)dtype));
         return false;
     }
-    memcpy(to, t.data, (size_t)count * (dtype == FLASH_KDA_BF16 ? 2 : 4));
+    int64_t count = 1;
+    for (int i = 0; i < t.ndim; i++) count *= t.shape[i];
+    if (count != elements) {
+        snprintf(why, 256, "%s has shape %s, %lld numbers; beside q it must have %lld", name,
+                 shape_text(&t, shape), (long long)count, (long long)elements);
+        return false;
+    }
+    memcpy(to, t.data, (size_t)count * dtype_size(t.dtype));
     return true;
 }
 
@@ -44,10 +61,13 @@ problem *recorded_load(const char *path, char why[256])
 {
     safetensors *file = safetensors_open(path, why);
     if (!file) return NULL;
-    flash_kda_tensor q = safetensors_get(file, "q");
+    char shape[96];
+    flash_kda_tensor q = safetensors_get(file, "q", why);
     /* Without tokens the file's size would not bound B and H. */
-    if (!q.data || q.ndim != 4 || q.shape[3] != DIM || q.shape[0] * q.shape[1] * q.shape[2] == 0) {
-        snprintf(why, 256, "q is missing, empty, or not of shape [B, T, H, 128]");
+    const bool fits = q.data && q.ndim == 4 && q.shape[3] == DIM && q.shape[0] && q.shape[1] && q.shape[2];
+    if (q.data && !fits)
+        snprintf(why, 256, "q has shape %s; it must be [B, T, H, 128], and not empty", shape_text(&q, shape));
+    if (!fits) {
         safetensors_close(file);
         return NULL;
     }

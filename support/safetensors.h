@@ -10,7 +10,11 @@ typedef struct safetensors safetensors;
 safetensors *safetensors_open(const char *path, char why[256]);
 void safetensors_close(safetensors *file);
 
-/* The tensor called name, whose data lies inside the file's memory; data == NULL if there is none. */
-flash_kda_tensor safetensors_get(const safetensors *file, const char *name);
+/* The tensor called name, whose data lies inside the file's memory; data == NULL, with a sentence in `why`,
+ * if there is none, or if its dtype, shape or offsets are wrong. */
+flash_kda_tensor safetensors_get(const safetensors *file, const char *name, char why[256]);
+
+/* The name of a dtype in such files: "BF16". */
+const char *safetensors_dtype(int32_t dtype);
 
 #endif

@@ -6,31 +6,39 @@
 #include "call.h"
 #include "cases.h"
 #include "command.h"
+#include "json.h"
 #include "terminal.h"
 
 static const char help[] =
     "flash-kda bench [OPTION...]\n"
     "Times the forward pass with fp32 states in and out.\n"
     "\n"
-    "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or 1024x8 for eight\n"
-    "                       sequences of 1024 tokens; without it a few shapes that suit the device\n"
-    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the CPU\n"
-    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used, else the CPU\n"
-    "  --kernel NAME        a kernel of this build, instead of the default for the device\n" CUT_HELP
-    "  --batch-invariant    asks for results that don't depend on what else is in the batch\n"
-    "\n"
+    "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or\n"
+    "                       1024x8 for eight sequences of 1024 tokens; without it a\n"
+    "                       few shapes that suit the device\n"
+    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the\n"
+    "                       CPU\n"
+    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used,\n"
+    "                       else the CPU\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the\n"
+    "                       device\n" CUT_HELP
+    "  --batch-invariant    asks for results that don't depend on what else is in the\n"
+    "                       batch\n" JSON_HELP "\n"
     "The columns of the table:\n"
     "\n"
-    "  ms       the median time of a call: on a GPU by events around it, on the CPU by the clock\n"
-    "  GB/s     the bytes of q, k, v, g, beta, out and both states, each counted once, over ms\n"
-    "  floor    the time in which the same bytes cross memory at the speed of a large copy, which is\n"
-    "           measured in the same run\n"
+    "  ms       the median time of a call: on a GPU by events around it, on the CPU\n"
+    "           by the clock\n"
+    "  GB/s     the bytes of q, k, v, g, beta, out and both states, each counted\n"
+    "           once, over ms\n"
+    "  floor    the time in which the same bytes cross memory at the speed of a large\n"
+    "           copy, which is measured in the same run\n"
     "  x floor  ms over floor\n"
     "\n"
-    "Gates are as in trained models: every head has slow channels beside fast ones. If the tensors of\n"
-    "one call could stay in the GPU's cache, calls take turns with several sets of tensors.\n";
+    "Gates are as in trained models: every head has slow channels beside fast ones.\n"
+    "If the tensors of one call could stay in the GPU's cache, calls take turns with\n"
+    "several sets of tensors.\n";
 
-enum { MAX_SETS = 16, MAX_REPEATS = 200 };
+enum { MAX_SETS = 16, MAX_REPEATS = 200, LENGTHS_COLUMNS = 28 };
 
 typedef struct shape {
     const char *lengths;
@@ -124,16 +132,37 @@ static double time_problem(const problem *p, call_options how)
     return median(times, done);
 }
 
-static void bench_shape(shape s, call_options how, double speed)
+/* "8192", "1300,547,2048,..." : as much of the lengths as the column has room for. */
+static const char *short_lengths(const char *lengths, char text[LENGTHS_COLUMNS + 1])
 {
-    progress("%s, H = %lld", s.lengths, (long long)s.heads);
+    const bool is_long = strlen(lengths) > LENGTHS_COLUMNS;
+    snprintf(text, LENGTHS_COLUMNS + 1, "%.*s%s", is_long ? LENGTHS_COLUMNS - 3 : LENGTHS_COLUMNS, lengths,
+             is_long ? "..." : "");
+    return text;
+}
+
+static void bench_shape(shape s, call_options how, double speed, bool json)
+{
+    char lengths[LENGTHS_COLUMNS + 1];
+    short_lengths(s.lengths, lengths);
+    progress("%s, H = %lld", lengths, (long long)s.heads);
     problem *p = create_problem(s);
     fill_repeating(p);
     double ms = time_problem(p, how), bytes = bytes_of(p), floor_ms = 1e3 * bytes / speed;
     progress_done();
-    printf("  %-28s %4lld %11.3f %9.1f %10.3f %9.1f\n", s.lengths, (long long)s.heads, ms, 1e-6 * bytes / ms,
-           floor_ms, ms / floor_ms);
-    fflush(stdout);
+    if (json) {
+        json_open_object(NULL);
+        json_text("lengths", s.lengths);
+        json_integer("heads", s.heads);
+        json_number("milliseconds", ms);
+        json_number("bytes", bytes);
+        json_number("floor_milliseconds", floor_ms);
+        json_close_object();
+    } else {
+        printf("  %-*s %4lld %11.3f %9.1f %10.3f %9.1f\n", LENGTHS_COLUMNS, lengths, (long long)s.heads, ms,
+               1e-6 * bytes / ms, floor_ms, ms / floor_ms);
+    }
+    flush_output();
     problem_free(p);
 }
 
@@ -144,20 +173,47 @@ static const char *const cut_words[] = {
     [FLASH_KDA_CUT_MIXED] = ", cut mixed",
 };
 
-static int bench(const flash_kda_device_info *info, call_options how, const shape *shapes, int count)
+static const char *const cut_names[] = {
+    [FLASH_KDA_CUT_AUTO] = "auto",
+    [FLASH_KDA_CUT_NEVER] = "never",
+    [FLASH_KDA_CUT_ALWAYS] = "always",
+    [FLASH_KDA_CUT_MIXED] = "mixed",
+};
+
+static void json_bench(const flash_kda_device_info *info, call_options how, const shape *shapes, int count,
+                       bool is_asked)
 {
+    const double speed = copy_speed(info->device);
+    json_open_object(NULL);
+    json_device(info);
+    json_text("kernel", how.kernel ? how.kernel : info->kernel);
+    json_text("cut", cut_names[how.cut]);
+    json_bool("batch_invariant", how.batch_invariant);
+    json_number("copy_bytes_per_second", speed);
+    json_open_array("shapes");
+    for (int i = 0; i < count; i++) bench_shape(shapes[i], how, speed, true);
+    json_close_array();
+    json_left_out(info, 1, is_asked);
+    json_close_object();
+}
+
+static void bench(const flash_kda_device_info *info, call_options how, const shape *shapes, int count,
+                  bool is_asked)
+{
+    char more[128];
     bool cpu = info->device.type == FLASH_KDA_CPU;
+    snprintf(more, sizeof more, ", kernel %s%s%s", how.kernel ? how.kernel : info->kernel, cut_words[how.cut],
+             how.batch_invariant ? ", batch invariant" : "");
     printf("%s", bold());
-    print_device(info);
-    printf(", kernel %s%s%s%s\n", how.kernel ? how.kernel : info->kernel, cut_words[how.cut],
-           how.batch_invariant ? ", batch invariant" : "", plain());
+    print_device(info, more, 0);
+    printf("%s\n", plain());
+    print_left_out(info, 1, is_asked);
     progress("measuring a copy");
     double speed = copy_speed(info->device);
     progress_done();
     printf("  a copy reads and writes %.1f GB/s%s\n\n", 1e-9 * speed, cpu ? " (one thread)" : "");
     printf("  %-28s %4s %11s %9s %10s %9s\n", "lengths", "H", "ms", "GB/s", "floor ms", "x floor");
-    for (int i = 0; i < count; i++) bench_shape(shapes[i], how, speed);
-    return 0;
+    for (int i = 0; i < count; i++) bench_shape(shapes[i], how, speed, false);
 }
 
 int command_bench(int argc, char **argv)
@@ -167,6 +223,7 @@ int command_bench(int argc, char **argv)
         KERNEL_OPTION,
         CUT_OPTION,
         BATCH_INVARIANT_OPTION,
+        JSON_OPTION,
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
         HELP_OPTION,
@@ -175,7 +232,8 @@ int command_bench(int argc, char **argv)
     flash_kda_device_info info = {0};
     call_options how = {.mode = STATE_BOTH, .tells_longest = true};
     shape own = {NULL, 0};
-    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
+    bool json = false;
+    for (int c; (c = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': info = find_device(device_option(optarg)); break;
@@ -184,12 +242,14 @@ int command_bench(int argc, char **argv)
         case 'i': how.batch_invariant = true; break;
         case 'H': own.heads = heads_option(optarg); break;
         case 'l': own.lengths = optarg; break;
-        default: refuse_option("bench", argv);
+        case 'j': json = true; break;
+        default: refuse_option("bench", argv, options, c);
         }
     }
     if (optind < argc) die("bench takes no argument, but there is '%s'", argv[optind]);
     if (own.heads && !own.lengths) die("--heads needs --lengths, for example --lengths 8192");
-    if (!info.struct_size) info = best_device();
+    const bool is_asked = info.struct_size != 0;
+    if (!is_asked) info = best_device();
     require_kernel(info.device, how.kernel);
     how.device = info.device;
     if (own.lengths) {
@@ -197,9 +257,12 @@ int command_bench(int argc, char **argv)
         lengths_option(own.lengths, &lengths); /* refuses wrong lengths before anything takes time */
         free(lengths);
         if (!own.heads) own.heads = default_heads(info.device);
-        return bench(&info, how, &own, 1);
     }
-    if (info.device.type == FLASH_KDA_CPU)
-        return bench(&info, how, cpu_shapes, sizeof cpu_shapes / sizeof *cpu_shapes);
-    return bench(&info, how, gpu_shapes, sizeof gpu_shapes / sizeof *gpu_shapes);
+    const bool cpu = info.device.type == FLASH_KDA_CPU;
+    const shape *shapes = own.lengths ? &own : cpu ? cpu_shapes : gpu_shapes;
+    const int count = own.lengths ? 1
+                      : cpu       ? (int)(sizeof cpu_shapes / sizeof *cpu_shapes)
+                                  : (int)(sizeof gpu_shapes / sizeof *gpu_shapes);
+    (json ? json_bench : bench)(&info, how, shapes, count, is_asked);
+    return 0;
 }

@@ -6,19 +6,22 @@
 #include "cases.h"
 #include "command.h"
 #include "compare.h"
+#include "json.h"
 #include "recorded.h"
 #include "terminal.h"
 
 static const char help[] =
     "flash-kda check [OPTION...]\n"
-    "Runs the forward pass on ordinary and on hard inputs, and on recorded activations where the files\n"
-    "of data/ are at hand. Prints the relative RMS error of output and final state against the\n"
-    "recurrence in fp64, and beside each error the most that is allowed. The exit status is 0 if every\n"
-    "line is good, and 1 if one is not.\n"
+    "Runs the forward pass on ordinary and on hard inputs, and on recorded\n"
+    "activations where the files of data/ are at hand. Prints the relative RMS error\n"
+    "of output and final state against the recurrence in fp64, and beside each error\n"
+    "the most that is allowed. The exit status is 0 if every line is good, and 1 if\n"
+    "one is not.\n"
     "\n"
-    "  --device cpu|cuda:N  the device; given again, another device; without it every device that can\n"
-    "                       be used\n"
-    "  --kernel NAME        a kernel of this build, instead of the default for the device\n";
+    "  --device cpu|cuda:N  the device; given again, another device; without it every\n"
+    "                       device that can be used\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the\n"
+    "                       device\n" JSON_HELP;
 
 enum { MAX_DEVICES = 64 };
 
@@ -47,20 +50,36 @@ static measurement measure(const problem *p, const answer *truth, flash_kda_devi
 static void print_error(double error, double bar)
 {
     bool passed = error <= bar;
-    printf("  %s%9.2e%s %s%9.2e%s", passed ? "" : bad(), error, passed ? "" : plain(), faint(), bar, plain());
+    printf("  %s%9.3e%s %s%9.3e%s", passed ? "" : bad(), error, passed ? "" : plain(), faint(), bar, plain());
 }
 
-static bool print_row(const test_case *c, const measurement *m, flash_kda_device device)
+static bool has_passed(const measurement *m, bars limits)
 {
-    bars limits = case_bars(c, device);
-    bool passed = m->out <= limits.out && m->state <= limits.state && !m->fault;
+    return m->out <= limits.out && m->state <= limits.state && !m->fault;
+}
+
+static void json_row(const test_case *c, const measurement *m, bars limits)
+{
+    json_open_object(NULL);
+    json_text("name", c->name);
+    json_number("output_error", m->out);
+    json_number("output_at_most", limits.out);
+    json_number("state_error", m->state);
+    json_number("state_at_most", limits.state);
+    json_text("written_around", m->fault);
+    json_bool("passed", has_passed(m, limits));
+    json_close_object();
+}
+
+static void print_row(const test_case *c, const measurement *m, bars limits)
+{
+    const bool passed = has_passed(m, limits);
     printf("  %-28s", c->name);
     print_error(m->out, limits.out);
     print_error(m->state, limits.state);
     printf("  %s%s%s", passed ? good() : bad(), passed ? "ok" : "FAILED", plain());
-    if (m->fault) printf("  memory around %s was written", m->fault);
+    if (m->fault) printf("\n    memory around %s was written", m->fault);
     putchar('\n');
-    return passed;
 }
 
 /* What is checked: a case of made-up inputs, or recorded activations. */
@@ -100,7 +119,41 @@ typedef struct outcome {
     int checked, failed;
 } outcome;
 
-static outcome check_devices(const flash_kda_device_info *infos, int count, const char *kernel)
+/* What was found on a device: `count` measurements, with the subjects that they are of. */
+static outcome report(const flash_kda_device_info *info, const char *kernel, const subject *subjects,
+                      const measurement *all, int count, bool json)
+{
+    char more[64];
+    outcome o = {0};
+    if (!kernel) kernel = info->kernel;
+    if (json) {
+        json_open_object(NULL);
+        json_device(info);
+        json_text("kernel", kernel);
+        json_open_array("cases");
+    } else {
+        snprintf(more, sizeof more, ", kernel %s", kernel);
+        printf("%s", bold());
+        print_device(info, more, 0);
+        printf("%s\n  %-28s  %9s %9s  %9s %9s\n", plain(), "relative RMS error", "output", "at most", "state",
+               "at most");
+    }
+    for (int i = 0; i < count; i++) {
+        const bars limits = case_bars(subjects[i].c, info->device);
+        (json ? json_row : print_row)(subjects[i].c, &all[i], limits);
+        o.checked++;
+        o.failed += !has_passed(&all[i], limits);
+    }
+    if (json) {
+        json_close_array();
+        json_close_object();
+    } else {
+        putchar('\n');
+    }
+    return o;
+}
+
+static outcome check_devices(const flash_kda_device_info *infos, int count, const char *kernel, bool json)
 {
     subject *subjects = allocate((size_t)test_case_count + RECORDED_CASES, sizeof *subjects);
     const int most = list_subjects(subjects);
@@ -118,17 +171,13 @@ static outcome check_devices(const flash_kda_device_info *infos, int count, cons
         problem_free(p);
     }
     progress_done();
+    if (json) json_open_array("devices");
     for (int d = 0; d < count; d++) {
-        printf("%s", bold());
-        print_device(&infos[d]);
-        printf(", kernel %s%s\n", kernel ? kernel : infos[d].kernel, plain());
-        printf("  %-28s  %9s %9s  %9s %9s\n", "relative RMS error", "output", "at most", "state", "at most");
-        for (int i = 0; i < found; i++) {
-            o.checked++;
-            o.failed += !print_row(subjects[i].c, &all[d * most + i], infos[d].device);
-        }
-        putchar('\n');
+        const outcome of_device = report(&infos[d], kernel, subjects, &all[d * most], found, json);
+        o.checked += of_device.checked;
+        o.failed += of_device.failed;
     }
+    if (json) json_close_array();
     free(all);
     free(subjects);
     return o;
@@ -136,32 +185,42 @@ static outcome check_devices(const flash_kda_device_info *infos, int count, cons
 
 int command_check(int argc, char **argv)
 {
-    static const struct option options[] = {DEVICE_OPTION, KERNEL_OPTION, HELP_OPTION, {0}};
+    static const struct option options[] = {DEVICE_OPTION, KERNEL_OPTION, JSON_OPTION, HELP_OPTION, {0}};
     flash_kda_device_info chosen[MAX_DEVICES];
     const char *kernel = NULL, *no_cuda;
     int count = 0, all_count;
-    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
+    bool json = false;
+    for (int c; (c = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd':
             if (count < MAX_DEVICES) chosen[count++] = find_device(device_option(optarg));
             break;
         case 'k': kernel = optarg; break;
-        default: refuse_option("check", argv);
+        case 'j': json = true; break;
+        default: refuse_option("check", argv, options, c);
         }
     }
     if (optind < argc) die("check takes no argument, but there is '%s'", argv[optind]);
+    const bool is_asked = count > 0;
     if (kernel && count == 0) chosen[count++] = best_device();
-    bool every = count == 0;
-    if (every) {
+    if (count == 0) {
         flash_kda_device_info *all = list_devices(&all_count, &no_cuda);
         for (int i = 0; i < all_count && count < MAX_DEVICES; i++)
             if (all[i].kernel[0]) chosen[count++] = all[i];
         free(all);
     }
     for (int i = 0; i < count; i++) require_kernel(chosen[i].device, kernel);
-    const outcome o = check_devices(chosen, count, kernel);
-    if (every && *no_cuda) printf("No CUDA device was checked: %s\n", no_cuda);
+    if (json) json_open_object(NULL);
+    const outcome o = check_devices(chosen, count, kernel, json);
+    if (json) {
+        json_left_out(chosen, count, is_asked);
+        json_integer("checked", o.checked);
+        json_integer("failed", o.failed);
+        json_close_object();
+        return o.failed ? 1 : 0;
+    }
+    print_left_out(chosen, count, is_asked);
     if (o.failed)
         printf("%s%d of %d checks failed.%s\n", bad(), o.failed, o.checked, plain());
     else

@@ -32,12 +32,18 @@ int command_run(int argc, char **argv);
     }
 /* The lines of a help text about --cut. */
 #define CUT_HELP                                                                                             \
-    "  --cut HOW            how sequences may be cut into segments that run in parallel. Only the\n"         \
-    "                       kernel hopper cuts sequences:\n"                                                 \
+    "  --cut HOW            how sequences may be cut into segments that run in\n"                            \
+    "                       parallel. Only the kernel hopper cuts sequences:\n"                              \
     "                         auto    where it pays (the default)\n"                                         \
     "                         never   every sequence stays whole\n"                                          \
-    "                         always  wherever a sequence is long enough for two segments\n"                 \
-    "                         mixed   only long sequences among shorter ones, in one launch\n"
+    "                         always  wherever there is room for two segments\n"                             \
+    "                         mixed   only long sequences among short ones\n"
+
+#define JSON_OPTION                                                                                          \
+    {                                                                                                        \
+        "json", no_argument, NULL, 'j'                                                                       \
+    }
+#define JSON_HELP "  --json               one JSON object, whose keys docs/command.md explains\n"
 
 #define HELP_OPTION                                                                                          \
     {                                                                                                        \
@@ -61,8 +67,9 @@ int64_t lengths_option(const char *text, int64_t **lengths);
 /* The number of heads if --heads is not given. */
 int64_t default_heads(flash_kda_device device);
 
-/* Says what getopt_long() could not use and ends the process. */
-void refuse_option(const char *command, char **argv) __attribute__((noreturn));
+/* Says what getopt_long() could not use (found: what it has returned) and ends the process. */
+void refuse_option(const char *command, char **argv, const struct option *options, int found)
+    __attribute__((noreturn));
 
 /* Arguments of a shape without data: enough to ask which kernel would run, and how. */
 flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t heads);
@@ -78,8 +85,18 @@ flash_kda_device_info find_device(flash_kda_device device);
 /* CUDA device 0 if it can be used, else the CPU. */
 flash_kda_device_info best_device(void);
 
-/* Prints "cuda:0: NVIDIA H100 80GB HBM3, sm_90, 132 SMs, 80 GB", without a newline. */
-void print_device(const flash_kda_device_info *info);
+/* Prints "cuda:0: NVIDIA H100 80GB HBM3, sm_90, 132 SMs, 80 GB", and what is in `more`, in as many lines as
+ * needed, without a newline at the end. `column`: where the cursor is. */
+void print_device(const flash_kda_device_info *info, const char *more, int column);
+
+/* The same as members of a JSON object. */
+void json_device(const flash_kda_device_info *info);
+
+/* Says which CUDA devices there are that a command leaves out, and why: all that are not among `used` and
+ * cannot be used, or all of them if no CUDA device is used. If there is none because CUDA cannot be used, it
+ * says why, unless the user has asked for the devices (is_asked). As lines, or as a JSON array "left_out". */
+void print_left_out(const flash_kda_device_info *used, int count, bool is_asked);
+void json_left_out(const flash_kda_device_info *used, int count, bool is_asked);
 
 /* Ends the process with the library's sentence if the device can't run the kernel (NULL: its default). */
 void require_kernel(flash_kda_device device, const char *kernel);

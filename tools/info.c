@@ -4,24 +4,30 @@
 #include <string.h>
 
 #include "command.h"
+#include "json.h"
 #include "terminal.h"
 
 static const char help[] =
     "flash-kda info\n"
-    "Prints the version, every device with the kernel that would run there (or the reason why none\n"
-    "can), and all kernels of this build.\n"
+    "Prints the version, every device with the kernel that would run there (or the\n"
+    "reason why none can), and all kernels of this build.\n"
     "\n"
     "flash-kda info --lengths LENGTHS [OPTION...]\n"
-    "Says which kernel would run for a shape, why, and how it would lay the work out. Nothing is\n"
-    "computed.\n"
+    "Says which kernel would run for a shape, why, and how it would lay the work out.\n"
+    "Nothing is computed.\n"
     "\n"
-    "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or 1024x8 for eight\n"
-    "                       sequences of 1024 tokens\n"
-    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the CPU\n"
-    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used, else the CPU\n"
-    "  --kernel NAME        a kernel of this build, instead of the default for the device\n" CUT_HELP
-    "  --batch-invariant    asks for results that don't depend on what else is in the batch\n"
-    "  --longest-unknown    says what runs if the caller does not give the longest sequence's length\n";
+    "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or\n"
+    "                       1024x8 for eight sequences of 1024 tokens\n"
+    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the\n"
+    "                       CPU\n"
+    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used,\n"
+    "                       else the CPU\n"
+    "  --kernel NAME        a kernel of this build, instead of the default for the\n"
+    "                       device\n" CUT_HELP
+    "  --batch-invariant    asks for results that don't depend on what else is in the\n"
+    "                       batch\n"
+    "  --longest-unknown    says what runs if the caller does not give the longest\n"
+    "                       sequence's length\n" JSON_HELP;
 
 /* Why a device can't be used, after `where`. */
 static void print_reason(const char *where, const char *reason)
@@ -41,7 +47,7 @@ static void print_devices(void)
     printf("\n%sDevices%s\n", bold(), plain());
     for (int i = 0; i < count; i++) {
         printf("  ");
-        print_device(&infos[i]);
+        print_device(&infos[i], "", 2);
         if (infos[i].kernel[0])
             printf("\n    runs kernel %s%s%s\n", good(), infos[i].kernel, plain());
         else
@@ -51,13 +57,37 @@ static void print_devices(void)
     free(infos);
 }
 
+static void json_devices(void)
+{
+    int count;
+    const char *no_cuda;
+    flash_kda_device_info *infos = list_devices(&count, &no_cuda);
+    json_open_array("devices");
+    for (int i = 0; i < count; i++) {
+        json_open_object(NULL);
+        json_device(&infos[i]);
+        json_text("kernel", infos[i].kernel[0] ? infos[i].kernel : NULL);
+        json_text("reason", infos[i].reason[0] ? infos[i].reason : NULL);
+        json_close_object();
+    }
+    json_close_array();
+    json_text("no_cuda", *no_cuda ? no_cuda : NULL);
+    free(infos);
+}
+
+static flash_kda_kernel_info *list_kernels(int32_t *count)
+{
+    must(flash_kda_list_kernels(NULL, 0, count));
+    flash_kda_kernel_info *infos = allocate((size_t)*count, sizeof *infos);
+    for (int i = 0; i < *count; i++) infos[i].struct_size = sizeof *infos;
+    must(flash_kda_list_kernels(infos, *count, count));
+    return infos;
+}
+
 static void print_kernels(void)
 {
     int32_t count;
-    must(flash_kda_list_kernels(NULL, 0, &count));
-    flash_kda_kernel_info *infos = allocate((size_t)count, sizeof *infos);
-    for (int i = 0; i < count; i++) infos[i].struct_size = sizeof *infos;
-    must(flash_kda_list_kernels(infos, count, &count));
+    flash_kda_kernel_info *infos = list_kernels(&count);
     printf("\n%sKernels%s\n", bold(), plain());
     bool cuda = false;
     for (int i = 0; i < count; i++) {
@@ -72,18 +102,35 @@ static void print_kernels(void)
     free(infos);
 }
 
+static void json_kernels(void)
+{
+    int32_t count;
+    flash_kda_kernel_info *infos = list_kernels(&count);
+    json_open_array("kernels");
+    for (int i = 0; i < count; i++) {
+        json_open_object(NULL);
+        json_text("name", infos[i].name);
+        json_text("device_type", infos[i].device_type == FLASH_KDA_CUDA ? "cuda" : "cpu");
+        json_text("archs", infos[i].archs);
+        json_text("description", infos[i].description);
+        json_close_object();
+    }
+    json_close_array();
+}
+
 /* What the options of `info` ask for. */
 typedef struct question {
     flash_kda_device_info device; /* struct_size 0: not given */
     const char *lengths, *kernel; /* NULL: not given */
     int64_t heads;                /* 0: not given */
     flash_kda_cut cut;
-    bool cut_given, batch_invariant, longest_unknown;
+    bool cut_given, batch_invariant, longest_unknown, json;
 } question;
 
 static void explain(const question *asked)
 {
     char words[1200];
+    size_t workspace;
     int64_t *lengths, count = lengths_option(asked->lengths, &lengths);
     const flash_kda_device_info device = asked->device.struct_size ? asked->device : best_device();
     const int64_t heads = asked->heads ? asked->heads : default_heads(device.device);
@@ -95,8 +142,20 @@ static void explain(const question *asked)
     params.cut = asked->cut;
     params.batch_invariant = asked->batch_invariant;
     must(flash_kda_explain(&params, words, sizeof words));
+    if (asked->json) {
+        must(flash_kda_fwd_workspace_size(&params, &workspace));
+        json_open_object(NULL);
+        json_device(&device);
+        json_integer("sequences", count);
+        json_integer("tokens", params.q.shape[1]);
+        json_integer("heads", heads);
+        json_integer("workspace_bytes", (int64_t)workspace);
+        json_text("explanation", words);
+        json_close_object();
+        return;
+    }
     printf("%s", bold());
-    print_device(&device);
+    print_device(&device, "", 0);
     printf("%s\n%lld %s, %lld tokens in all, %lld %s\n\n", plain(), (long long)count,
            count == 1 ? "sequence" : "sequences", (long long)params.q.shape[1], (long long)heads,
            heads == 1 ? "head" : "heads");
@@ -123,6 +182,7 @@ int command_info(int argc, char **argv)
         KERNEL_OPTION,
         CUT_OPTION,
         BATCH_INVARIANT_OPTION,
+        JSON_OPTION,
         {"longest-unknown", no_argument, NULL, 'u'},
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
@@ -130,7 +190,7 @@ int command_info(int argc, char **argv)
         {0},
     };
     question asked = {.cut = FLASH_KDA_CUT_AUTO};
-    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
+    for (int c; (c = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
         switch (c) {
         case 'h': fputs(help, stdout); return 0;
         case 'd': asked.device = find_device(device_option(optarg)); break;
@@ -141,9 +201,10 @@ int command_info(int argc, char **argv)
             break;
         case 'i': asked.batch_invariant = true; break;
         case 'u': asked.longest_unknown = true; break;
+        case 'j': asked.json = true; break;
         case 'H': asked.heads = heads_option(optarg); break;
         case 'l': asked.lengths = optarg; break;
-        default: refuse_option("info", argv);
+        default: refuse_option("info", argv, options, c);
         }
     }
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
@@ -152,6 +213,14 @@ int command_info(int argc, char **argv)
         return 0;
     }
     refuse_without_lengths(&asked);
+    if (asked.json) {
+        json_open_object(NULL);
+        json_text("version", flash_kda_version());
+        json_devices();
+        json_kernels();
+        json_close_object();
+        return 0;
+    }
     printf("flash_kda %s\n", flash_kda_version());
     print_devices();
     print_kernels();

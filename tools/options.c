@@ -1,8 +1,10 @@
 /* What the values of options mean, and the sentences about wrong ones. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "command.h"
+#include "nearest.h"
 #include "problem.h"
 
 enum { MAX_SEQUENCES = 65536, MAX_HEADS = 4096, MAX_TOKENS = 1 << 24 };
@@ -63,10 +65,21 @@ int64_t lengths_option(const char *text, int64_t **lengths)
     die("--lengths is '%s'; it must be like 8192, or 1300,547, or 1024x8", text);
 }
 
-void refuse_option(const char *command, char **argv)
+void refuse_option(const char *command, char **argv, const struct option *options, int found)
 {
+    enum { MOST = 32 };
+    const char *names[MOST];
+    char hint[HINT_BYTES], word[64];
+    int count = 0;
     const char *option = optind > 0 && argv[optind - 1] ? argv[optind - 1] : "";
-    die("'%s' is not an option here, or lacks its value; flash-kda %s --help lists them", option, command);
+    if (found == ':') die("%s needs a value; flash-kda %s --help explains it", option, command);
+    for (; count < MOST && options[count].name; count++) names[count] = options[count].name;
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(option, "="), option);
+    const char *nearest = nearest_name(word + strspn(word, "-"), names, count);
+    hint[0] = 0;
+    if (nearest) snprintf(hint, sizeof hint, ", did you mean --%.63s?", nearest);
+    die("'%s' is not an option here%s%s flash-kda %s --help lists them", option, hint, nearest ? "" : ";",
+        command);
 }
 
 flash_kda_fwd_params shape_params(const int64_t *lengths, int64_t count, int64_t heads)

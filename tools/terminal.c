@@ -1,6 +1,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "terminal.h"
 
+#include <errno.h>
 #include <langinfo.h>
 #include <locale.h>
 #include <stdarg.h>
@@ -8,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "util.h"
 
 bool terminal_has_colour(void)
 {
@@ -101,11 +104,18 @@ const char *plain(void)
     return escape("\033[0m");
 }
 
+void flush_output(void)
+{
+    const bool was_lost = ferror(stdout);
+    if (fflush(stdout) != 0) die("the output can't be written: %s", strerror(errno));
+    if (was_lost) die("the output can't be written: a part of it was lost before");
+}
+
 void progress(const char *format, ...)
 {
     va_list args;
+    flush_output();
     if (!isatty(STDERR_FILENO)) return;
-    fflush(stdout);
     fputs("\r\033[K", stderr);
     va_start(args, format);
     vfprintf(stderr, format, args);

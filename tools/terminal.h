@@ -14,7 +14,7 @@ void print_level(double level);
 /* Prints a text whose lines are broken between words, so that no line is longer than LINE_COLUMNS unless one
  * word is. The first line begins at `column`, where the cursor is; others begin with `indent` spaces. Returns
  * the column where the text ends. */
-enum { LINE_COLUMNS = 100 };
+enum { LINE_COLUMNS = 80 };
 int print_wrapped(const char *text, int column, int indent);
 
 /* Ends a run of print_level(), and goes back to the terminal's own colours. */
@@ -26,6 +26,9 @@ const char *good(void);
 const char *bad(void);
 const char *faint(void);
 const char *plain(void);
+
+/* Writes out what was printed so far. If that cannot be done, the process ends with a sentence. */
+void flush_output(void);
 
 /* Prints a line on standard error that the next such line replaces, or nothing if standard error is no
  * terminal. */

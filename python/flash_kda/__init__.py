@@ -1,9 +1,9 @@
 """Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
-docstring has the formula. `describe_nonfinite` says where a call has found NaN and infinities. `reference` is
-the slow fp64 definition. `devices` and `kernels` list what a call can run on, and `explain` says how it would
-run.
+docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
+serves JAX. `describe_nonfinite` says where a call has found NaN and infinities. `reference` is the slow fp64
+definition. `devices` and `kernels` list what a call can run on, and `explain` says how it would run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _arrays, _later, _lib, _nonfinite, _reference
-from ._options import Options, known_options
+from ._options import Options, as_int, known_options
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "compute",
     "describe_nonfinite",
     "devices",
     "explain",
@@ -40,6 +41,12 @@ __all__ = [
     "reference",
 ]
 __version__ = _lib.version()
+
+
+def __dir__() -> list[str]:
+    """What the package offers, without the modules that it is made of."""
+    return sorted([*__all__, "__version__"])
+
 
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
 
@@ -124,8 +131,9 @@ def fwd(
             dt_bias count as they are in fp32.
 
     All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta, cu_seqlens and nonfinite:
-    to an element); what is written shares memory with nothing else. T may be 0, and so may a sequence's
-    length.
+    to an element); what is written shares memory with nothing else, and is no array of a library whose arrays
+    are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be
+    of any type that has __index__.
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
@@ -137,8 +145,8 @@ def fwd(
     Raises:
         ValueError: an argument has a wrong shape, value, device or memory.
         TypeError: an argument has a wrong dtype or is of a wrong type.
-        RuntimeError: there is no such device or kernel, the driver failed, or gradients were asked for, as
-            there is no backward pass yet.
+        RuntimeError: there is no such device or kernel, the driver failed, or gradients or tangents were
+            asked for, as there is no derivative yet.
     In each of these cases nothing was written. The message of a ValueError or TypeError names the argument.
     """
     if _torch_layer is None and "torch" in sys.modules:
@@ -188,6 +196,72 @@ def describe_nonfinite(nonfinite: Any, q: Any, cu_seqlens: Any = None) -> list[s
     return _nonfinite.describe(nonfinite, q, cu_seqlens)
 
 
+def compute(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: SupportsFloat,
+    A_log: Array,
+    dt_bias: Array,
+    lower_bound: SupportsFloat,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    *,
+    output_final_state: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """The forward pass into new arrays: `fwd` for libraries whose arrays are immutable, as JAX's are, and
+    for all who do not keep output arrays of their own.
+
+    Args:
+        output_final_state: whether the final state is wanted, too.
+        options: `kernel`, `threads` and all other arguments that `fwd` takes by keyword alone.
+        The others are as for `fwd`.
+
+    Returns:
+        out [B, T, H, V] in bf16, and the final state [N, H, V, K] or None. The state has the dtype of
+        initial_state, or fp32 without one. Both are of v's library and on v's device: PyTorch tensors, NumPy
+        arrays, JAX arrays, or arrays of a library that follows the Python array API standard.
+
+    Inside of `jax.jit`, `jax.grad` and `jax.vmap` arrays are tracers, which have no memory and are refused.
+    Under `jax.jit` the call can go through `jax.pure_callback`, which copies arrays to the CPU and back.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fwd`.
+    """
+    out, written_out, state, written_state = _new_results(q, v, initial_state, cu_seqlens, output_final_state)
+    fwd(
+        q, k, v, g, beta, scale, written_out, A_log, dt_bias, lower_bound, initial_state, written_state,
+        cu_seqlens, **options,
+    )  # fmt: skip
+    return out, state
+
+
+def _new_results(q: Any, v: Any, initial_state: Any, cu_seqlens: Any, with_state: bool) -> tuple[Any, ...]:
+    """A new output and a new final state or None, and after each of them what fwd takes to write it."""
+    is_tensor = _torch_layer is not None and isinstance(v, _torch_layer.Tensor)
+    if not is_tensor:
+        _arrays.check_makes_arrays(v)
+    empty_like = (_torch_layer if is_tensor else _arrays).empty_like
+    out = empty_like(v, v.shape, False)
+    if not with_state:
+        return (*out, None, None)
+    is_fp32 = getattr(initial_state, "dtype", None) != v.dtype
+    return (*out, *empty_like(v, _state_shape(q, v, cu_seqlens), is_fp32))
+
+
+def _state_shape(q: Any, v: Any, cu_seqlens: Any) -> tuple[int, ...]:
+    """The shape of the final state. Where the arrays have wrong shapes, which fwd refuses, it is any."""
+    rows, channels = v.shape, getattr(q, "shape", v.shape)[-1:]
+    borders: Any = rows[:1] if cu_seqlens is None else getattr(cu_seqlens, "shape", ())
+    if len(rows) != 4 or len(borders) != 1 or len(channels) != 1:
+        return (0, 0, 0, 0)
+    N = borders[0] if cu_seqlens is None else max(borders[0] - 1, 0)
+    return (N, rows[2], rows[3], channels[0])
+
+
 def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
     """The bytes of workspace that a call with T_total tokens in all, H heads and N sequences may need.
 
@@ -199,7 +273,7 @@ def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
         TypeError: an argument is no int.
         ValueError: a size is out of range.
     """
-    _check_sizes(T_total, H, N)
+    T_total, H, N = _checked_sizes(T_total, H, N)
     asked = [Options(), Options(max_seqlen=T_total), Options(batch_invariant=True)]
     sizes = [0]
     for info in _lib.device_infos():
@@ -218,7 +292,7 @@ def explain(
     T_total: int,
     H: int,
     N: int = 1,
-    device: str | None = None,
+    device: Any = None,
     kernel: str | None = None,
     batch_invariant: bool = False,
     max_seqlen: int = 0,
@@ -228,7 +302,8 @@ def explain(
     the work out, and how much workspace it would use: a few lines to be read, whose wording may change.
 
     Args:
-        device: "cpu" or "cuda:1", say; None is the first CUDA device if it can be used, else the CPU.
+        device: "cpu", "cuda" (CUDA device 0), "cuda:1", or a torch.device; None is CUDA device 0 if it can be
+            used, else the CPU.
         kernel, batch_invariant, max_seqlen, cut: as for `fwd`.
 
     Raises:
@@ -236,7 +311,7 @@ def explain(
         ValueError: an argument is out of range, or there is no such device or kernel.
         RuntimeError: the kernel does not run on the device.
     """
-    _check_sizes(T_total, H, N)
+    T_total, H, N = _checked_sizes(T_total, H, N)
     options = Options(
         kernel=kernel, batch_invariant=batch_invariant, max_seqlen=max_seqlen, cut=cut
     ).checked()
@@ -245,9 +320,11 @@ def explain(
         chosen = infos[1 if len(infos) > 1 and infos[1].kernel else 0]
     else:
         named = {_device_name(info): info for info in infos}
-        if device not in named:
+        name = str(device) if isinstance(device, str) or _arrays.library_of(device) == "torch" else ""
+        name = {"cuda": "cuda:0", "cpu:0": "cpu"}.get(name, name)
+        if name not in named:
             raise ValueError(f"device is {device!r}; it must be None or one of {', '.join(named)}")
-        chosen = named[device]
+        chosen = named[name]
     return _lib.explain(_shape_params(T_total, H, N, N > 1, chosen.device, options))
 
 
@@ -255,12 +332,14 @@ def _device_name(info: _lib.DeviceInfo) -> str:
     return f"cuda:{info.device.index}" if info.device.type == _lib.CUDA else "cpu"
 
 
-def _check_sizes(T_total: int, H: int, N: int) -> None:
+def _checked_sizes(T_total: Any, H: Any, N: Any) -> tuple[int, int, int]:
+    T_total, H, N = as_int(T_total), as_int(H), as_int(N)
     for name, value, least in (("T_total", T_total, 0), ("H", H, 1), ("N", N, 1)):
         if not isinstance(value, int):
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
         if not least <= value < 2**31:
             raise ValueError(f"{name} is {value}; it must be at least {least} and fit 32 bits")
+    return T_total, H, N
 
 
 def _shape_params(
@@ -335,8 +414,9 @@ def reference(
 ) -> tuple[Any, Any]:
     """The recurrence in the docstring of `fwd`, token by token in fp64 on the CPU: slow, and meant for tests.
 
-    Takes the arguments of `fwd` as PyTorch tensors (of any device) or NumPy arrays. Returns the output
-    [B, T, H, V] and the final state [N, H, V, K] in fp64: CPU tensors for tensors, else NumPy arrays.
+    Takes the arguments of `fwd` as PyTorch tensors or JAX arrays (of any device), NumPy arrays, or arrays in
+    CPU memory that have DLPack's two methods. Returns the output [B, T, H, V] and the final state
+    [N, H, V, K] in fp64: CPU tensors if q is a tensor, else NumPy arrays.
 
     Raises:
         ValueError, TypeError: as `fwd`.

@@ -115,9 +115,56 @@ _DATA = _ArrayInterface.data.offset // ctypes.sizeof(c_void_p)
 _array_struct = attrgetter("__array_struct__")
 
 
+# Libraries whose arrays never change once they are made: several arrays may share memory, and compiled code
+# may rely on what it holds. DLPack hands their memory out as writable all the same.
+_IMMUTABLE = ("jax", "jaxlib", "tensorflow")
+
+
 def is_numpy(x: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray)
+
+
+def library_of(x: Any) -> str:
+    """The name of the package that an array's type is from."""
+    return type(x).__module__.partition(".")[0]
+
+
+def is_jax(x: Any) -> bool:
+    return library_of(x) in ("jax", "jaxlib")
+
+
+class _New:
+    """A new array of an immutable library, which nobody else has seen yet, so that it may be written."""
+
+    def __init__(self, array: Any):
+        self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+
+def check_makes_arrays(v: Any) -> None:
+    """Refuses v if empty_like cannot make an array of its library."""
+    device_of("v", v)  # refuses what is no array
+    if not is_numpy(v) and not all(hasattr(v, name) for name in ("__array_namespace__", "device", "shape")):
+        raise TypeError(
+            f"v is of type {type(v).__module__}.{type(v).__name__}, of which flash_kda cannot make new "
+            "arrays; flash_kda.fwd writes arrays that are given to it"
+        )
+
+
+def empty_like(v: Any, shape: tuple[int, ...], is_fp32: bool) -> tuple[Any, Any]:
+    """A new array of v's library on v's device, of v's dtype or fp32, and what fwd takes to write it."""
+    if is_numpy(v):
+        import numpy
+
+        array = numpy.empty(shape, numpy.float32 if is_fp32 else v.dtype)
+        return array, array
+    library = v.__array_namespace__()
+    array = library.empty(shape, dtype=library.float32 if is_fp32 else v.dtype, device=v.device)
+    if library_of(array) not in _IMMUTABLE:
+        return array, array
+    if hasattr(array, "block_until_ready"):
+        array.block_until_ready()
+    return array, _New(array)
 
 
 _calls = PreparedCalls()  # of NumPy's own arrays, without subclasses
@@ -198,9 +245,22 @@ def _read_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) 
 
 
 def device_of(name: str, x: Any) -> tuple[int, int]:
-    """The device of an array, as the library numbers devices. Refuses what is no array."""
+    """The device of an array, as the library numbers devices. Refuses what is no array, and what may not be
+    written though the call writes it."""
     if is_numpy(x):
         return _lib.CPU, 0
+    library = library_of(x)
+    if library == "jax" and type(x).__name__.endswith("Tracer"):
+        raise TypeError(
+            f"{name} is a tracer: flash_kda cannot be called inside of jax.jit, jax.grad or jax.vmap; call "
+            "flash_kda.compute outside of them. Inside of jax.jit alone it can also be called through "
+            "jax.pure_callback, which copies arrays to the CPU"
+        )
+    if library in _IMMUTABLE and name in WRITTEN_ARRAYS:
+        raise ValueError(
+            f"{name} is an array of {library.replace('jaxlib', 'jax')}, whose arrays are immutable, and the "
+            "call would write to it; flash_kda.compute returns new arrays instead"
+        )
     if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
         raise TypeError(
             f"{name} is of type {type(x).__module__}.{type(x).__name__}; it must be a PyTorch tensor, "

@@ -129,12 +129,21 @@ def _load() -> ctypes.CDLL:
 lib = _load()
 
 
+# What a sentence says of C, and what it says in Python.
+_IN_PYTHON = (
+    ("it must be NULL or", "it must be None or"),
+    ("is null; it must point to its", "has no memory; it must have its"),
+)
+
+
 def last_error(status: int) -> Exception:
     """The exception for a status of the C library, with its sentence."""
     kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
     # A kernel's name may end in half a character, where C has cut it.
     sentence = lib.flash_kda_last_error().decode(errors="replace")
-    return kind(sentence.replace("it must be NULL or", "it must be None or"))  # as Python calls it
+    for c, python in _IN_PYTHON:
+        sentence = sentence.replace(c, python)
+    return kind(sentence)
 
 
 def check(status: int) -> None:

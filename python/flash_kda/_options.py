@@ -28,6 +28,7 @@ change their names.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any, Callable
@@ -50,11 +51,25 @@ class _Takes:
     values_text: str = ""
     to_c: Callable[[Any], Any] = lambda value: value
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: Any) -> Any:
+        """The value, as this type if it is another library's integer."""
+        if self.type is int:
+            value = as_int(value)
         if not isinstance(value, self.type):
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be {self.type_text}")
         if not self.allows(value):
             raise ValueError(f"{name} is {value!r}; it must be {self.values_text}")
+        return value
+
+
+def as_int(value: Any) -> Any:
+    """The int that an integer of another library is (NumPy's, say: what has __index__), else the value."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def _flag() -> _Takes:
@@ -104,10 +119,12 @@ class Options:
     cut: str = _option("auto", _choice("auto", "never", "always", "mixed"))
 
     def checked(self) -> Options:
-        """These options, once every value is known to be one that the option takes."""
-        for option in _OPTION_FIELDS:
-            option.metadata["takes"].check(option.name, getattr(self, option.name))
-        return self
+        """These options, once every value is known to be one that the option takes. Integers of other
+        libraries have become ints."""
+        values = {f.name: f.metadata["takes"].check(f.name, getattr(self, f.name)) for f in _OPTION_FIELDS}
+        if all(values[f.name] is getattr(self, f.name) for f in _OPTION_FIELDS):
+            return self
+        return Options(self.given, **values)
 
     def apply_to(self, params: _lib.FwdParams) -> None:
         """Fills in what C's struct has for the options. The options were checked."""
@@ -117,7 +134,7 @@ class Options:
 
     def values(self) -> list[Any]:
         """The values of all options, in the order in which the operator takes them."""
-        return [getattr(self, name) for name in _OPTION_NAMES]
+        return [getattr(self, name) for name in OPTION_NAMES]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -131,7 +148,7 @@ class Options:
 
 
 _OPTION_FIELDS = tuple(option for option in fields(Options) if "takes" in option.metadata)
-_OPTION_NAMES = tuple(option.name for option in _OPTION_FIELDS)
+OPTION_NAMES = tuple(option.name for option in _OPTION_FIELDS)
 OPTION_DEFAULTS = tuple(option.default for option in _OPTION_FIELDS)
 
 
@@ -139,7 +156,9 @@ OPTION_DEFAULTS = tuple(option.default for option in _OPTION_FIELDS)
 # value's options. An error is not kept, so wrong values are checked, and refused, at every call.
 @lru_cache(maxsize=1024, typed=True)
 def _known(*values: Any) -> Options:
-    return Options(*values).checked()
+    options = Options(*values)
+    checked = options.checked()
+    return checked if checked is options else _known(checked.given, *checked.values())
 
 
 def known_options(*values: Any) -> Options:
@@ -152,8 +171,9 @@ def known_options(*values: Any) -> Options:
         return _known(*values)
     except TypeError:
         pass
-    # A value has a wrong type, of which some have no hash for the cache. The check says what is wrong.
-    return Options(*values).checked()
+    # A value has a type without a hash for the cache, or a wrong one. The check says what is wrong.
+    checked = Options(*values).checked()
+    return _known(checked.given, *checked.values())
 
 
 def operator_schema() -> str:

@@ -1,4 +1,4 @@
-"""The fp64 reference for PyTorch tensors and NumPy arrays."""
+"""The fp64 reference for PyTorch tensors and arrays of other libraries."""
 
 from __future__ import annotations
 
@@ -30,28 +30,19 @@ def reference(
         arrays["initial_state"] = initial_state
     if cu_seqlens is not None:
         arrays["cu_seqlens"] = cu_seqlens
+    arrays = {name: _in_cpu_memory(name, x) for name, x in arrays.items()}
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
-        arrays = {
-            name: x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else x
-            for name, x in arrays.items()
-        }
         new = lambda shape: torch.empty(shape, dtype=torch.float64)  # noqa: E731
-    elif _arrays.is_numpy(q):
+    else:
         import numpy
 
         new = numpy.empty
-    else:
-        raise TypeError(
-            f"q is of type {type(q).__name__}; the reference takes PyTorch tensors and NumPy arrays"
-        )
 
     params = _lib.new_params()
     params.scale, params.lower_bound = scale, lower_bound
     shapes, owners = {}, []
     for name, x in arrays.items():
-        if _arrays.device_of(name, x)[0] != _lib.CPU:
-            raise ValueError(f"{name} is not on the CPU; the reference takes arrays in CPU memory")
         view, owner = _arrays.read(name, x, None)
         owners.append(owner)  # keeps the memory alive until this function returns
         shapes[name] = view.shape
@@ -73,3 +64,17 @@ def reference(
         ctypes.cast(state_pointer, POINTER(c_double)),
     )
     return out, state
+
+
+def _in_cpu_memory(name: str, x: Any) -> Any:
+    """The array, or a copy of it in CPU memory. Refuses what is no array."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return x.detach().cpu().contiguous()
+    if _arrays.device_of(name, x)[0] == _lib.CPU:
+        return x
+    if _arrays.is_jax(x):
+        import numpy
+
+        return numpy.asarray(x)
+    raise ValueError(f"{name} is not on the CPU; the reference takes arrays in CPU memory")

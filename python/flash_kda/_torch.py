@@ -3,22 +3,28 @@
 This module is imported only once PyTorch itself is there.
 
 An eager call takes one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then
-`_run`, then `PreparedCall.run`, which calls C. Tensors that are not plain ones (fake tensors, DTensor, ...),
-and all tensors under a dispatch mode, go to the operator instead, and through PyTorch's dispatcher to
-`_operator`.
+`_run`, then `PreparedCall.run`, which calls C. Tensors that are not plain ones (fake tensors, say), and all
+tensors under a dispatch mode, go to the operator instead, and through PyTorch's dispatcher to `_operator`.
+
+A tensor whose memory does not hold what the tensor means (a tensor of torch.vmap, a lazy negation, ...) is
+refused by `_refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
+dispatch keys, which the guards of a prepared call compare, so only calls that no prepared one fits are asked.
 """
 
 from __future__ import annotations
 
+import itertools
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 
 from . import _arrays, _lib
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._options import (
     OPTION_DEFAULTS,
+    OPTION_NAMES,
     OPTIONAL_ARRAYS,
     REQUIRED_ARRAYS,
     Options,
@@ -62,6 +68,37 @@ def _current_stream(index: int) -> int:
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
+_tracing_state = torch._C._get_tracing_state  # of torch.jit.trace
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _why_unreadable(t: Tensor) -> str:
+    """Why the tensor's memory does not hold what the tensor means, and what to do instead; "" if it does."""
+    if _is_batched(t):
+        return (
+            "is a batched tensor of torch.vmap, which flash_kda does not take; call it outside of torch.vmap "
+            "on all batch rows at once, in the first dimension of its tensors"
+        )
+    if _is_wrapped(t) or torch._is_functional_tensor(t):
+        return (
+            "is a tensor of a function transform (torch.func.jvp, torch.func.functionalize, ...), which "
+            "flash_kda does not take; call it outside of the transform"
+        )
+    if t.is_neg():
+        return "is a view that is negated lazily (is_neg()); pass the result of its resolve_neg()"
+    if t.is_conj():
+        return "is a view that is conjugated lazily (is_conj()); it must be a tensor of real numbers"
+    return ""
+
+
+def _refuse_unreadable(names: tuple[str, ...], tensors: list) -> None:
+    for name, t in zip(names, tensors):
+        why = _why_unreadable(t)
+        if why:
+            raise TypeError(f"{name} {why}")
+
+
 class _PythonGuards:
     """Says in Python what torch.compile's TensorGuards say in C++: whether tensors look like earlier ones."""
 
@@ -70,7 +107,12 @@ class _PythonGuards:
 
     def check(self, *others: Any) -> bool:
         try:
-            return [*map(_describe, others)] == self.looks and all(map(_is_contiguous, others))
+            return (
+                [*map(_describe, others)] == self.looks
+                and all(map(_is_contiguous, others))
+                and _tracing_state() is None
+                and not any(map(_why_unreadable, others))
+            )
         except (AttributeError, RuntimeError):  # no tensor; a sparse one, neither contiguous nor not
             return False
 
@@ -117,9 +159,15 @@ def fwd(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
         return
     if _is_grad_enabled() and any(map(_requires_grad, tensors)):
         raise _no_backward_pass()
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     if _dispatch_modes() or (call is None and not _plain_types.issuperset(map(type, tensors))):
+        _refuse_distributed(options.names, tensors)
         check_numbers(scale, lower_bound)
         _call_operator(tensors, options, float(scale), float(lower_bound))
+    elif call is None and _tracing_state() is not None:
+        # torch.jit.trace records operators alone.
+        _call_operator(tensors, options, scale, lower_bound)
     elif call is None:
         _prepare_and_run(tensors, options, scale, lower_bound)
     else:
@@ -133,18 +181,25 @@ def fwd_traced(tensors: list, options: Options, scale: Any, lower_bound: Any) ->
     _call_operator(tensors, options, scale, lower_bound)
 
 
+def empty_like(v: Tensor, shape: tuple[int, ...], is_fp32: bool) -> tuple[Tensor, Tensor]:
+    """A new tensor on v's device, of v's dtype or fp32, twice: as _arrays.empty_like returns it."""
+    tensor = torch.empty(shape, dtype=torch.float32 if is_fp32 else v.dtype, device=v.device)
+    return tensor, tensor
+
+
 def _call_operator(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
     """Arguments go by position: to old compilers a keyword `out` means something else."""
     q, k, v, g, beta, out, A_log, dt_bias = tensors[: len(REQUIRED_ARRAYS)]
     rest = iter(tensors[len(REQUIRED_ARRAYS) :])
     optional = [next(rest) if given else None for given in options.given]
-    torch.ops.flash_kda.fwd(
+    getattr(torch.ops.flash_kda, OPERATOR)(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, *optional, *options.values()
     )
 
 
 def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
     """A call that the latest prepared call does not fit: finds or prepares one that fits."""
+    _refuse_unreadable(options.names, tensors)
     for i in _CONVERTED:
         if tensors[i].dtype in _16_BITS:
             tensors = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
@@ -215,27 +270,50 @@ def _no_backward_pass() -> RuntimeError:
     )
 
 
+def _refuse_tangents(tensors: Any) -> None:
+    """Refuses tensors of forward-mode automatic differentiation, which have a tangent beside their value.
+    Those of function transforms are refused later."""
+    if any(not _is_wrapped(t) and _forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "flash_kda has no derivative yet, and one of its tensors has a tangent "
+            "(torch.autograd.forward_ad.make_dual); pass its primal, which unpack_dual() gives"
+        )
+
+
+def _refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
+    for name, t in zip(names, tensors):
+        if type(t).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor, and a call computes on one device; pass the local tensors that "
+                "to_local() gives. Batch rows and heads may be sharded, tokens and channels must not be"
+            )
+
+
 # torch.library.custom_op would do all of what follows, but it fails on a written tensor that is left at its
 # default.
-torch.library.define(
-    "flash_kda::fwd",
+_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
-    f"Tensor dt_bias, float lower_bound, {operator_schema()}) -> ()",
-    # The operator takes contiguous tensors, so compilers must keep the strides that tracing saw.
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    f"Tensor dt_bias, float lower_bound, {operator_schema()}) -> ()"
 )
 _DEFAULTS = (*(None for _ in OPTIONAL_ARRAYS), *OPTION_DEFAULTS)
 
 
-@torch.library.impl("flash_kda::fwd", ("cpu", "cuda"))
+def _arrays_and_options(
+    q: Any, k: Any, v: Any, g: Any, beta: Any, out: Any, A_log: Any, dt_bias: Any, rest: tuple
+) -> tuple[list, tuple[bool, ...], tuple]:
+    """The tensors of a call of the operator, which optional ones it has, and the values of its options."""
+    rest += _DEFAULTS[len(rest) :]  # PyTorch leaves out the last arguments if they have their defaults
+    optional, values = rest[: len(OPTIONAL_ARRAYS)], rest[len(OPTIONAL_ARRAYS) :]
+    tensors = [q, k, v, g, beta, out, A_log, dt_bias, *[t for t in optional if t is not None]]
+    return tensors, tuple([t is not None for t in optional]), values
+
+
 def _operator(
     q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, out: Any, A_log: Any, dt_bias: Any,
     lower_bound: Any, *rest: Any,
 ) -> None:  # fmt: skip
-    rest += _DEFAULTS[len(rest) :]  # PyTorch leaves out the last arguments if they have their defaults
-    optional, values = rest[: len(OPTIONAL_ARRAYS)], rest[len(OPTIONAL_ARRAYS) :]
-    tensors = [q, k, v, g, beta, out, A_log, dt_bias, *[t for t in optional if t is not None]]
-    options = known_options(tuple([t is not None for t in optional]), *values)
+    tensors, given, values = _arrays_and_options(q, k, v, g, beta, out, A_log, dt_bias, rest)
+    options = known_options(given, *values)
     call = _calls.latest
     if call is not None and call.options is options and not call.busy and call.fits(*tensors):
         _run(call, tensors, scale, lower_bound)
@@ -243,15 +321,77 @@ def _operator(
         _prepare_and_run(tensors, options, scale, lower_bound)
 
 
-@torch.library.impl("flash_kda::fwd", "Autograd")
 def _operator_autograd(*args: Any, **kwargs: Any) -> None:
-    arguments = (*args, *kwargs.values())
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise _no_backward_pass()
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.flash_kda.fwd(*args, **kwargs)
+        getattr(torch.ops.flash_kda, OPERATOR)(*args, **kwargs)
 
 
-@torch.library.register_fake("flash_kda::fwd")
-def _operator_fake(*args: Any, **kwargs: Any) -> None:
-    """The operator returns nothing, and what it writes has its shape before."""
+def _operator_batched(*args: Any, **kwargs: Any) -> None:
+    batched = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and _is_batched(t))
+    raise TypeError(f"A tensor of the call {_why_unreadable(batched)}")
+
+
+def _operator_fake(
+    q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, out: Any, A_log: Any, dt_bias: Any,
+    lower_bound: Any, *rest: Any,
+) -> None:  # fmt: skip
+    """The operator returns nothing, and what it writes has its shape before. Tensors without memory get the
+    checks that need none: devices, dtypes and shapes. Sizes that a compiler keeps open are checked with the
+    numbers that it traces with, which binds them to nothing; sizes without such numbers are checked once the
+    call runs."""
+    tensors, given, values = _arrays_and_options(q, k, v, g, beta, out, A_log, dt_bias, rest)
+    values = tuple(map(_example, values))
+    shapes = [tuple(map(_example, t.shape)) for t in tensors]
+    if None in sum(shapes, ()) or values[_MAX_SEQLEN] is None:
+        return
+    # The names of kernels depend on the device, and there may be none.
+    options = known_options(given, *(None if i == _KERNEL else x for i, x in enumerate(values)))
+    check_devices([(name, str(t.device)) for name, t in zip(options.names, tensors)])
+    dtypes = [
+        torch.float32 if i in _CONVERTED and t.dtype in _16_BITS else t.dtype for i, t in enumerate(tensors)
+    ]
+    views = [View(64, _DTYPES.get(d, _lib.OTHER), shape, None) for d, shape in zip(dtypes, shapes)]
+    PreparedCall(options, (_lib.CPU, 0), views)
+
+
+_KERNEL, _MAX_SEQLEN = (OPTION_NAMES.index(name) for name in ("kernel", "max_seqlen"))
+
+
+def _example(x: Any) -> Any:
+    """x, or of a symbolic integer the number that the compiler traces with, or None if it has none."""
+    if not isinstance(x, torch.SymInt):
+        return x
+    return x.node.hint if x.node.has_hint() else None
+
+
+def _register() -> str:
+    """Registers the operator, and returns its name in the namespace flash_kda. The name is "fwd", unless
+    another library has an operator of this name there already: then it gets a number. If the package was
+    imported before in this process, and its modules were dropped, the operator of then is used."""
+    for name in itertools.chain(["fwd"], (f"fwd_{i}" for i in itertools.count(2))):
+        qualified = f"flash_kda::{name}"
+        found = getattr(torch.ops.flash_kda, name, None)
+        if found is None:
+            break
+        schemas = [str(getattr(found, overload)._schema) for overload in found.overloads()]
+        if schemas == [f"{qualified}{_SCHEMA}"]:
+            return name
+    torch.library.define(
+        qualified,
+        _SCHEMA,
+        # The operator takes contiguous tensors, so compilers must keep the strides that tracing saw.
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
+    torch.library.impl(qualified, ("cpu", "cuda"))(_operator)
+    torch.library.impl(qualified, "Autograd")(_operator_autograd)
+    torch.library.impl(qualified, "FuncTorchBatched")(_operator_batched)
+    torch.library.register_fake(qualified)(_operator_fake)
+    return name
+
+
+OPERATOR = _register()

@@ -113,8 +113,8 @@ typedef struct fkda_driver {
 #undef DECLARE
 } fkda_driver;
 
-/* The driver, opened and initialised by the first call. NULL if the first call failed: every call then sets
- * *reason to the same sentence. */
+/* The driver, opened and initialised by the first call that succeeds. NULL if it cannot be opened now:
+ * *reason then says why, until the thread's next call, and the next call tries again. */
 const fkda_driver *fkda_driver_open(const char **reason);
 
 /* "CUDA_ERROR_..." */

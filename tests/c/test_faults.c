@@ -155,12 +155,6 @@ static bool may_be_silent(const char *function)
            strcmp(function, "cuLaunchKernelEx") == 0 || strcmp(function, "cuLaunchKernel") == 0;
 }
 
-/* A library whose first call of the driver failed keeps to that answer. */
-static bool may_stay_broken(const char *function)
-{
-    return strcmp(function, "cuInit") == 0;
-}
-
 static void every_fault(void)
 {
     findings *f = mmap(NULL, sizeof *f, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -180,7 +174,7 @@ static void every_fault(void)
             CHECK(f->finished, "the process died");
             CHECK(!f->silent, "a failure has no sentence");
             CHECK(!f->wrote, "a call wrote what its sentence does not call undefined");
-            CHECK(f->works_again || may_stay_broken(functions[i]), "it does not work again");
+            CHECK(f->works_again, "it does not work again");
             CHECK(!f->works_again || f->sum == sum, "the result differs afterwards");
             if (!f->failures) break; /* the function is not called that often, or is not missed */
             told[i] = true;

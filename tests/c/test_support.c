@@ -6,6 +6,8 @@
 #include <string.h>
 
 #include "harness.h"
+#include "nearest.h"
+#include "non_finite.h"
 #include "recorded.h"
 #include "safetensors.h"
 
@@ -110,37 +112,113 @@ static void files(void)
         numbers, sizeof numbers);
     safetensors *file = safetensors_open(path, why);
     if (!CHECK(file, "%s", why)) return;
-    flash_kda_tensor x = safetensors_get(file, "x");
+    flash_kda_tensor x = safetensors_get(file, "x", why);
     CHECK(x.data && x.ndim == 2 && x.dtype == FLASH_KDA_F32 && x.shape[0] == 2 && x.shape[1] == 2, "x");
     CHECK(x.data && memcmp(x.data, numbers + 2, 16) == 0, "x has other numbers");
-    CHECK(!safetensors_get(file, "past").data, "a tensor past the end of the file");
-    CHECK(!safetensors_get(file, "wrong").data, "a tensor with too few bytes");
-    CHECK(!safetensors_get(file, "none").data, "a tensor that is not there");
+    CHECK(!safetensors_get(file, "past", why).data && strstr(why, "past has data_offsets [20,28]; they must"),
+          "%s", why);
+    CHECK(!safetensors_get(file, "wrong", why).data &&
+              strstr(why, "[0,8], 8 bytes; its shape [3] of F32 has 12"),
+          "%s", why);
+    CHECK(!safetensors_get(file, "none", why).data && strcmp(why, "none is missing in the file") == 0, "%s",
+          why);
+    CHECK(!safetensors_get(file, "wrnog", why).data &&
+              strstr(why, "missing in the file, did you mean wrong?"),
+          "%s", why);
+    CHECK(!safetensors_get(file, "dtype", why).data && strstr(why, "dtype is missing"), "%s", why);
+    CHECK(!safetensors_get(file, "a", why).data && strstr(why, "a is missing"), "%s", why);
     safetensors_close(file);
     CHECK(!recorded_load(path, why) && strstr(why, "q is missing"), "%s", why);
-    /* Sizes whose product wraps, offsets far beyond the file, and sizes that no data bounds. */
-    static const char *const hostile[] = {
-        "[4611686018427387904,4611686018427387904,4,128],\"data_offsets\":[0,0]",
-        "[1,1,1,128],\"data_offsets\":[4611686018427387904,4611686018427388160]",
-        "[1099511627776,0,1073741824,128],\"data_offsets\":[0,0]",
-        "[1048576,0,1048576,128],\"data_offsets\":[0,0]",
+    /* Each sentence names what is wrong: sizes whose product leaves 64 bits, offsets far beyond the file,
+     * sizes that no data bounds, and what is no list of numbers. */
+    static const struct {
+        const char *entry, *sentence;
+    } hostile[] = {
+        {"\"BF16\",\"shape\":[1099511627776,1099511627776,4,128],\"data_offsets\":[0,0]",
+         "q has shape [1099511627776,1099511627776,4,128], which is more than any memory has"},
+        {"\"BF16\",\"shape\":[4611686018427387904,4611686018427387904,4,128],\"data_offsets\":[0,0]",
+         "which is more than any memory has"},
+        {"\"BF16\",\"shape\":[99999999999999999999,1,1,128],\"data_offsets\":[0,0]",
+         "q has shape [99999999999999999999,1,1,128]; it must be a list of at most 4 whole numbers"},
+        {"\"BF16\",\"shape\":[1,1,1,128],\"data_offsets\":[4611686018427387904,4611686018427388160]",
+         "q has data_offsets [4611686018427387904,4611686018427388160]; they must be a begin and an end in "
+         "[0, 24]"},
+        {"\"BF16\",\"shape\":[1099511627776,0,1073741824,128],\"data_offsets\":[0,0]",
+         "which is more than any memory has"},
+        {"\"BF16\",\"shape\":[1048576,0,1048576,128],\"data_offsets\":[0,0]",
+         "q has shape [1048576, 0, 1048576, 128]; it must be [B, T, H, 128], and not empty"},
+        {"\"BF16\",\"shape\":[2, 2.5],\"data_offsets\":[0,24]", "q has shape [2, 2.5]; it must be a list"},
+        {"\"BF16\",\"shape\":[12],\"data_offsets\":[24,0]", "q has data_offsets [24,0]; they must be"},
+        {"\"BF16\",\"shape\":[12],\"data_offsets\":[0]", "q has data_offsets [0]; they must be"},
+        {"\"BF16\",\"shape\":[12],\"data_offsets\":[0,24]", "q has shape [12]; it must be [B, T, H, 128]"},
+        {"\"F8_E4M3\",\"shape\":[24],\"data_offsets\":[0,24]",
+         "q has dtype \"F8_E4M3\"; it must be BF16, F16, F32, F64, I32 or I64"},
+        {"\"BF16\",\"shape\":[12]},\"k\":{\"dtype\":\"BF16\",\"shape\":[12],\"data_offsets\":[0,24]",
+         "q must have a dtype, a shape and data_offsets"},
     };
     for (size_t i = 0; i < sizeof hostile / sizeof *hostile; i++) {
         char header[256];
-        snprintf(header, sizeof header, "{\"q\":{\"dtype\":\"BF16\",\"shape\":%s}}", hostile[i]);
+        snprintf(header, sizeof header, "{\"q\":{\"dtype\":%s}}", hostile[i].entry);
         write_file(path, header, numbers, sizeof numbers);
-        CHECK(!recorded_load(path, why) && strstr(why, "q is missing"), "%s: %s", hostile[i], why);
+        CHECK(!recorded_load(path, why) && strstr(why, hostile[i].sentence), "%s: %s", hostile[i].entry, why);
     }
-    CHECK(!safetensors_open("no/such/file", why) && strstr(why, "can't be opened"), "%s", why);
+    CHECK(!safetensors_open("no/such/file", why) && strstr(why, "can't be opened: No such file"), "%s", why);
+    CHECK(!safetensors_open(FLASH_KDA_DATA, why) && strstr(why, "can't be read: Is a directory"), "%s", why);
     CHECK(!safetensors_open(FLASH_KDA_DATA "/README.md", why) && strstr(why, "not a safetensors"), "%s", why);
     remove(path);
+}
+
+static void names(void)
+{
+    static const char *const kernels[] = {"cpu", "cpu-avx512", "cpu-avx2", "hopper", "portable"};
+    static const struct {
+        const char *wrong, *nearest;
+    } rows[] = {
+        {"hoper", "hopper"},
+        {"Hopper", "hopper"},
+        {"cpu-avx51", "cpu-avx512"},
+        {"protable", "portable"},
+        {"cup", "cpu"},
+        {"xyz", NULL},
+        {"", NULL},
+        {"flash", NULL},
+    };
+    char hint[HINT_BYTES];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const char *found = nearest_name(rows[i].wrong, kernels, 5);
+        CHECK(found == rows[i].nearest || (found && rows[i].nearest && strcmp(found, rows[i].nearest) == 0),
+              "%s is near %s", rows[i].wrong, found ? found : "nothing");
+    }
+    CHECK(strcmp(nearest_hint("hoper", kernels, 5, hint), ", did you mean hopper?") == 0, "%s", hint);
+    CHECK(!*nearest_hint("xyz", kernels, 5, hint), "%s", hint);
+}
+
+static void not_finite(void)
+{
+    problem *p = problem_create(1, 3, 2);
+    fill_case(p, find_case("random"), 1);
+    non_finite found[NON_FINITE_TENSORS];
+    CHECK(find_non_finite(p, found) == 0, "finite numbers count");
+    p->g[(2 * 2 + 1) * DIM + 5] = 0x7fc0;
+    p->g[(2 * 2 + 1) * DIM + 6] = 0xff80;
+    p->A_log[1] = INFINITY;
+    if (CHECK(find_non_finite(p, found) == 2, "two tensors have such numbers")) {
+        CHECK(strcmp(found[0].name, "g") == 0 && found[0].count == 2 &&
+                  strcmp(found[0].first, "[0, 2, 1, 5]") == 0,
+              "%s: %lld from %s on", found[0].name, (long long)found[0].count, found[0].first);
+        CHECK(strcmp(found[1].name, "A_log") == 0 && found[1].count == 1 &&
+                  strcmp(found[1].first, "[1]") == 0,
+              "%s: %lld from %s on", found[1].name, (long long)found[1].count, found[1].first);
+    }
+    problem_free(p);
 }
 
 int main(int argc, char **argv)
 {
     static const group groups[] = {
         {"comparison", comparison},         {"rounding", rounding}, {"guards", guards},
-        {"random-numbers", random_numbers}, {"files", files},
+        {"random-numbers", random_numbers}, {"files", files},       {"names", names},
+        {"not-finite", not_finite},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

@@ -1,16 +1,16 @@
 #!/bin/sh
-# width.sh FLASH_KDA: no line of the command's help or of `info` is longer than 100 columns, with the
+# width.sh FLASH_KDA: no line of the command's help or of `info` is longer than 80 columns, with the
 # pretended driver.
 set -eu
 failed=0
 
-# at_most_100 ARGUMENT...: of the command
-at_most_100() {
+# at_most_80 ARGUMENT...: of the command
+at_most_80() {
     if ! text=$("$command" "$@"); then
         echo "flash-kda $* failed"
         failed=1
     fi
-    long=$(printf '%s\n' "$text" | awk 'length($0) > 100')
+    long=$(printf '%s\n' "$text" | awk 'length($0) > 80')
     if [ -z "$text" ] || [ -n "$long" ]; then
         printf 'flash-kda %s prints nothing or these long lines:\n%s\n' "$*" "$long"
         failed=1
@@ -18,13 +18,13 @@ at_most_100() {
 }
 
 command=$1
-at_most_100 --help
-for subcommand in info check bench run; do at_most_100 $subcommand --help; done
-at_most_100 info
+at_most_80 --help
+for subcommand in info check bench run; do at_most_80 $subcommand --help; done
+at_most_80 info
 while read -r heads lengths options; do
     # The options are words of their own.
     # shellcheck disable=SC2086
-    at_most_100 info --device cuda:0 --heads "$heads" --lengths "$lengths" $options
+    at_most_80 info --device cuda:0 --heads "$heads" --lengths "$lengths" $options
 done <<'SHAPES'
 96 0
 1 1

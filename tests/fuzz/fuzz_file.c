@@ -67,7 +67,9 @@ static void read_tensors(safetensors *opened)
     };
     unsigned sum = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const flash_kda_tensor t = safetensors_get(opened, names[i]);
+        char why[256] = "";
+        const flash_kda_tensor t = safetensors_get(opened, names[i], why);
+        if (!t.data && !*why) wrong("no sentence about a tensor that can't be read");
         if (!t.data) continue;
         size_t bytes = sizes[t.dtype];
         for (int d = 0; d < t.ndim; d++) bytes *= (size_t)t.shape[d];

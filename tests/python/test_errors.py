@@ -412,9 +412,7 @@ def test_reference_checks_too():
     keep = {n: a[n] for n in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound")}
     with pytest.raises(ValueError, match=r"k has shape \[1, 3, 2, 128\]; it must be"):
         flash_kda.reference(**{**keep, "k": a["k"][:, :3]})
-    with pytest.raises(
-        TypeError, match="q is of type list; the reference takes PyTorch tensors and NumPy arrays"
-    ):
+    with pytest.raises(TypeError, match=r"q is of type builtins.list; it must be a PyTorch tensor, a NumPy"):
         flash_kda.reference(**{**keep, "q": [1.0]})
     with pytest.raises(TypeError, match="g has dtype float32"):
         flash_kda.reference(**{**keep, "g": a["g"].astype(np.float32)})
@@ -436,6 +434,69 @@ def test_wrong_sizes_of_a_shape(call, sizes, exception, sentence):
     with pytest.raises(exception) as raised:
         call(*sizes)
     assert sentence in str(raised.value)
+
+
+class Index:
+    """An integer of another library."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __index__(self):
+        return self.number
+
+
+class UnhashableIndex(Index):
+    __hash__ = None
+
+
+@pytest.mark.parametrize("integer", [np.int32, np.uint8, Index, UnhashableIndex, lambda n: np.array(n)])
+def test_integers_of_other_libraries(arguments, integer):
+    fresh = {name: copy(arguments[name]) for name in ("out", "final_state")}
+    flash_kda.fwd(**{**arguments, **fresh}, threads=integer(2), max_seqlen=integer(5))
+    refused(
+        arguments, {"max_seqlen": integer(9)}, ValueError, "max_seqlen is 9; it must be in [0, T] = [0, 8]"
+    )
+    refused(arguments, {"max_seqlen": Index(-1)}, ValueError, "max_seqlen is -1; it must be 0 (not known) or")
+    if isinstance(arguments["q"], np.ndarray):
+        explained = flash_kda.explain(integer(100), integer(2), integer(1), max_seqlen=integer(7))
+        assert explained == flash_kda.explain(100, 2, 1, max_seqlen=7)
+        assert flash_kda.get_workspace_size(integer(100), integer(2)) == flash_kda.get_workspace_size(100, 2)
+        with pytest.raises(ValueError, match="H is 0; it must be at least 1"):
+            flash_kda.explain(100, integer(0))
+
+
+def test_options_with_equal_integers_are_one_object():
+    from flash_kda._options import known_options
+
+    given = (False, False, False)
+    options = known_options(given, None, 2, False, 5, "auto")
+    for integer in (np.int64, Index, UnhashableIndex):
+        assert known_options(given, None, integer(2), False, integer(5), "auto") is options
+
+
+def test_sentences_are_python_s():
+    """None where C says NULL, and no word of pointers."""
+    from test_dlpack import Foreign
+
+    class WithoutMemory(Foreign):
+        def __dlpack__(self, **options):
+            capsule = super().__dlpack__(**options)
+            self.managed.tensor.data = None
+            return capsule
+
+    a = make(T=4)
+    refused(a, {"k": WithoutMemory(a["k"])}, ValueError, "k has no memory; it must have its 2048 bytes")
+    refused(a, {"kernel": "zz"}, ValueError, 'kernel is "zz"; it must be None or one of cpu')
+
+
+def test_explain_of_a_device():
+    torch = pytest.importorskip("torch")
+    expected = flash_kda.explain(100, 2, device="cpu")
+    for device in (torch.device("cpu"), torch.device("cpu", 0), "cpu:0"):
+        assert flash_kda.explain(100, 2, device=device) == expected
+    with pytest.raises(ValueError, match=r"device is device\(type='meta'\); it must be None or one of cpu"):
+        flash_kda.explain(100, 2, device=torch.device("meta"))
 
 
 @pytest.mark.parametrize(

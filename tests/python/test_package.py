@@ -36,6 +36,11 @@ def test_signature_is_the_one_that_callers_know():
     assert list(inspect.signature(flash_kda.get_workspace_size).parameters) == ["T_total", "H", "N"]
 
 
+def test_dir_shows_what_the_package_offers():
+    assert dir(flash_kda) == sorted([*flash_kda.__all__, "__version__"])
+    assert all(hasattr(flash_kda, name) for name in dir(flash_kda))
+
+
 def test_devices():
     devices = flash_kda.devices()
     assert devices[0].type == "cpu"

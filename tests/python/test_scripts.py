@@ -393,17 +393,18 @@ def test_long_lines_are_found(tmp_path):
 
 
 CHECKED = """\
-cpu: Some CPU, x86-64 avx512, 2 threads, 25 GB, kernel cpu
+cpu: Some CPU with a name that leaves no room, x86-64 avx512, 2 threads, 25 GB,
+    kernel cpu
   relative RMS error               output   at most      state   at most
-  random                         1.67e-03  2.20e-03   1.90e-08  1.00e-05  ok
-  zero queries                   0.00e+00  2.20e-03   1.17e-07  1.00e-05  ok
-  recorded, first layer          1.70e-03  2.20e-03   2.11e-07  1.00e-05  ok
-  recorded, last layer           1.68e-03  2.20e-03   5.66e-07  1.00e-05  ok
+  random                        1.670e-03 2.200e-03  1.900e-08 1.000e-05  ok
+  zero queries                  0.000e+00 2.200e-03  1.170e-07 1.000e-05  ok
+  recorded, first layer         1.700e-03 2.200e-03  2.110e-07 1.000e-05  ok
+  recorded, last layer          1.680e-03 2.200e-03  5.660e-07 1.000e-05  ok
 
 cuda:0: NVIDIA H200, sm_90, 132 SMs, 150 GB, kernel hopper
   relative RMS error               output   at most      state   at most
-  random                         9.67e-03  4.30e-03   8.60e-05  3.00e-03  FAILED
-  zero queries                   0.00e+00  5.60e-03   1.17e-05  4.80e-03  ok
+  random                        9.674e-03 5.145e-03  8.600e-05 3.000e-03  FAILED
+  zero queries                  0.000e+00 5.600e-03  1.170e-05 4.800e-03  ok
 
 1 of 6 checks failed.
 """
@@ -429,9 +430,10 @@ def test_plot_accuracy(pyplot, tmp_path, capsys):
     assert picture.stat().st_size > 0
     head, _, random, *_, recorded = capsys.readouterr().out.splitlines()
     assert head == "| inputs | H200 | at most on a GPU | CPU | at most on a CPU |"
-    assert random == "| random | 9.7e-3 / 8.6e-5 | 4.3e-3 / 3e-3 | 1.7e-3 / 1.9e-8 | 2.2e-3 / 1e-5 |"
-    assert recorded.endswith("two layers) |  /  |  /  | 1.7e-3 / 5.7e-7 | 2.2e-3 / 1e-5 |")
+    assert random == "| random | 9.674e-3 / 8.6e-5 | 5.145e-3 / 3e-3 | 1.67e-3 / 1.9e-8 | 2.2e-3 / 1e-5 |"
+    assert recorded.endswith("two layers) |  /  |  /  | 1.7e-3 / 5.66e-7 | 2.2e-3 / 1e-5 |")
     assert [d.line.split(":")[0] for d in script.parse(CHECKED)] == ["cpu", "cuda"]
+    assert script.parse(CHECKED)[0].line.endswith("25 GB, kernel cpu")
     script.main([str(picture), "--from", str(printed), "--device", "cpu"])
     assert "H200" not in capsys.readouterr().out
     for argv in (

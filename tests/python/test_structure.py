@@ -70,8 +70,9 @@ def events_of(array, call):
     return events[: events.index(("call", "_call.run")) + 1]
 
 
-# These functions look at an array and return what they saw: a view, or whether a prepared call fits.
-LOOK = ("_arrays._read_numpy", "_arrays.fits")
+# These functions look at an array and return what they saw: a view, whether a prepared call fits, or why the
+# array's memory cannot be read.
+LOOK = ("_arrays._read_numpy", "_arrays.fits", "_torch._refuse_unreadable", "_torch._why_unreadable")
 
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])

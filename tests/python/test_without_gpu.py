@@ -37,6 +37,8 @@ for shape in ((0, 1), (8192, 96), (262144, 1), (300000, 1, 3), (65536, 8, 7)):
     enough = flash_kda.get_workspace_size(*shape)
     for options in ({}, {"max_seqlen": shape[0]}, {"batch_invariant": True}, {"cut": "never"}):
         assert workspace(*shape, **options) <= enough
+for name in ("cuda", None):
+    assert flash_kda.explain(8192, 96, device=name) == flash_kda.explain(8192, 96, device="cuda:0")
 assert workspace(262144, 1) > 0
 assert workspace(262144, 1, cut="never") == 0
 assert workspace(512, 1) == 0
