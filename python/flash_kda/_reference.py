@@ -32,8 +32,13 @@ def reference(
         arrays["cu_seqlens"] = cu_seqlens
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
+        from . import _layout
+
+        heads, channels = q.shape[2:] if q.ndim == 4 else (0, 0)
         arrays = {
-            name: x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else x
+            name: _layout.readable(name, x.detach().cpu(), heads, channels)
+            if isinstance(x, torch.Tensor)
+            else x
             for name, x in arrays.items()
         }
         new = lambda shape: torch.empty(shape, dtype=torch.float64)  # noqa: E731

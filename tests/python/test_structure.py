@@ -17,9 +17,9 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
-    {"_options", "_interruptible"},
-    {"_call"},
-    {"_arrays"},
+    {"_options", "_interruptible", "_installed"},
+    {"_call", "_layout"},
+    {"_arrays", "_fla"},
     {"_torch", "_reference"},
     {"__init__", "__main__"},
 ]
@@ -70,8 +70,15 @@ def events_of(array, call):
     return events[: events.index(("call", "_call.run")) + 1]
 
 
-# These functions look at an array and return what they saw: a view, or whether a prepared call fits.
-LOOK = ("_arrays._read_numpy", "_arrays.fits")
+# These functions look at an array and return what they saw: a view, whether a prepared call fits, or the
+# array as C takes it.
+LOOK = (
+    "_arrays._read_numpy",
+    "_arrays.fits",
+    "_layout.for_c",
+    "_layout.readable",
+    "_layout._has_own_elements",
+)
 
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])
