@@ -157,6 +157,7 @@ int command_check(int argc, char **argv)
         flash_kda_device_info *all = list_devices(&all_count, &no_cuda);
         for (int i = 0; i < all_count && count < MAX_DEVICES; i++)
             if (all[i].kernel[0]) chosen[count++] = all[i];
+        say_what_is_left_out(all, all_count);
         free(all);
     }
     for (int i = 0; i < count; i++) require_kernel(chosen[i].device, kernel);

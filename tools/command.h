@@ -75,7 +75,10 @@ flash_kda_device_info *list_devices(int *count, const char **no_cuda);
 /* The device's entry. Ends the process with the reason if the device can't be used. */
 flash_kda_device_info find_device(flash_kda_device device);
 
-/* CUDA device 0 if it can be used, else the CPU. */
+/* Says of each device that cannot be used that it is left out, and why. */
+void say_what_is_left_out(const flash_kda_device_info *infos, int count);
+
+/* CUDA device 0 if it can be used, else the CPU. Says so if there are GPUs that cannot be used. */
 flash_kda_device_info best_device(void);
 
 /* Prints "cuda:0: NVIDIA H100 80GB HBM3, sm_90, 132 SMs, 80 GB", without a newline. */

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "command.h"
+#include "terminal.h"
 
 flash_kda_device_info *list_devices(int *count, const char **no_cuda)
 {
@@ -32,11 +33,25 @@ flash_kda_device_info find_device(flash_kda_device device)
     return found;
 }
 
+void say_what_is_left_out(const flash_kda_device_info *infos, int count)
+{
+    char words[600], name[16];
+    for (int i = 0; i < count; i++) {
+        if (infos[i].kernel[0]) continue;
+        snprintf(words, sizeof words, "%s, %s, is left out: %s.\n", device_text(infos[i].device, name),
+                 infos[i].name, infos[i].reason);
+        print_wrapped(words, 0, 0);
+    }
+}
+
 flash_kda_device_info best_device(void)
 {
     int count;
     flash_kda_device_info *infos = list_devices(&count, NULL), best = infos[0];
-    if (count > 1 && infos[1].kernel[0]) best = infos[1];
+    if (count > 1 && infos[1].kernel[0])
+        best = infos[1];
+    else
+        say_what_is_left_out(infos, count);
     free(infos);
     return best;
 }
