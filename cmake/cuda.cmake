@@ -81,7 +81,8 @@ message(STATUS "flash_kda: CUDA kernels with ${NVCC} for ${archs}")
 
 # flash_kda_add_kernel(<name> <source> ARCHS <arch>... [PTX <arch>])
 # Makes <source> the bytes fkda_fatbin_<name>. The compiler's report of registers, spills and shared memory is
-# kept in kernels/<name>.report, which scripts/check_kernels.py reads.
+# kept in kernels/<name>.report, which scripts/check_kernels.py reads. The section is the one that nvcc's own
+# programs have, so that NVIDIA's tools find the kernels in the library.
 function(flash_kda_add_kernel name source)
   cmake_parse_arguments(kernel "" "PTX" "ARCHS" ${ARGN})
   set(gencode "")
@@ -107,7 +108,7 @@ function(flash_kda_add_kernel name source)
     VERBATIM)
   file(GENERATE OUTPUT ${embed} CONTENT
 "/* ${source}, compiled. */
-__asm__(\".section .rodata\\n\"
+__asm__(\".section .nv_fatbin,\\\"a\\\"\\n\"
         \".balign 16\\n\"
         \".global fkda_fatbin_${name}\\n\"
         \".hidden fkda_fatbin_${name}\\n\"

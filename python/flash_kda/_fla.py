@@ -97,18 +97,16 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
 def _adopt() -> None:
     """Replaces FLA's backend. FLA stays as it is where it is not as the versions known here are."""
     try:
-        from fla.ops.kda import chunk_kda
+        from fla.ops.kda import backends, chunk_kda
 
-        try:  # 0.6
-            from fla.backends import register
-            from fla.ops.kda.backends.flash_kda import FlashKDABackend
-        except ImportError:  # 0.5, which calls the module flashkda or flash_kda
-            from fla.ops.kda import backends
-
+        if hasattr(backends, "kda_registry"):  # 0.5
             FlashKDABackend = backends.FlashKDABackend
             Backend = _backend_of(FlashKDABackend, chunk_kda)
             backends.kda_registry.register(Backend())
-        else:
+        else:  # 0.6
+            from fla.backends import register
+            from fla.ops.kda.backends.flash_kda import FlashKDABackend
+
             Backend = _backend_of(FlashKDABackend, chunk_kda)
             register(chunk_kda)(Backend)
         in_progress = _frame_of(FlashKDABackend.chunk_kda)

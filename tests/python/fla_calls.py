@@ -24,19 +24,20 @@ import triton  # noqa: E402
 
 # A newer Triton refuses how older releases of FLA ask for tuning. No kernel of Triton runs here.
 triton.autotune = lambda *args, **kwargs: lambda kernel: kernel
-from fla.ops.kda import chunk_kda  # noqa: E402
+from fla.ops.kda import (  # noqa: E402
+    backends,
+    chunk_kda,
+)
 
-try:
+IS_NEW = not hasattr(backends, "kda_registry")  # 0.6, which looks at allow_neg_eigval itself
+if IS_NEW:
     from fla.backends import BaseBackend, register
 
-    IS_NEW = True  # 0.6, which looks at allow_neg_eigval itself
     registry = register(chunk_kda)
-except ImportError:
+else:
     from fla.ops.backends import BaseBackend
-    from fla.ops.kda.backends import kda_registry
 
-    IS_NEW = False
-    registry = lambda backend: kda_registry.register(backend())  # noqa: E731
+    registry = lambda backend: backends.kda_registry.register(backend())  # noqa: E731
 
 by_fla = []
 
@@ -109,8 +110,9 @@ def check_refused(name):
 assert first == "flash_kda" or "flash_kda" not in sys.modules
 if first in refused:
     check_refused(first)
-    looks_at_it = first == "allow_neg_eigval" and IS_NEW
-    assert looks_at_it or "flash_kda" in sys.modules, "FLA handed the first call over"
+    assert (IS_NEW and first == "allow_neg_eigval") or "flash_kda" in sys.modules, (
+        "FLA handed the first call over"
+    )
 import flash_kda  # noqa: E402
 
 assert flash_kda.fwd.__name__ == "fwd"

@@ -46,7 +46,8 @@ def test_the_command_says_that_another_package_hides_this_one(other, tmp_path):
     (installed / "flash_kda_command.py").symlink_to(MODULES / "flash_kda_command.py")
     for first, hidden in ((installed, False), (other, True)):
         # As the script that pip makes for the command, but with another order of sys.path.
-        code = f"import sys; sys.path[:0] = [{str(first)!r}, {str(installed)!r}]; sys.argv = ['flash-kda', 'info']\n"
+        paths = [str(first), str(installed)]
+        code = f"import sys; sys.path[:0] = {paths!r}; sys.argv = ['flash-kda', 'info']\n"
         run = subprocess.run(
             [sys.executable, "-c", f"{code}import flash_kda_command; flash_kda_command.main()"],
             capture_output=True,
