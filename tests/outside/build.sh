@@ -1,6 +1,6 @@
 #!/bin/sh
-# build.sh CMAKE BUILD CC: installs what was built in BUILD, moves the installation, and builds a project outside
-# of this one on it, with CMake and with pkg-config. Exits with 77 where there is no pkg-config.
+# build.sh CMAKE BUILD CC: installs what was built in BUILD, moves the installation, and builds a project
+# outside of this one on it, with CMake and with pkg-config. Exits with 77 where there is no pkg-config.
 set -eu
 cmake=$1
 build=$2
