@@ -37,7 +37,7 @@ format: ## Rewrite the sources as `make lint` wants them
 	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
 
 test-all: build ## Run the tests, sanitizers and fuzzers, SECONDS (60) a harness, and count their cases
-	@$(environment) test $(if $(filter-out 0,$(TORCH)),torch)
+	@$(environment) test wheel $(if $(filter-out 0,$(TORCH)),torch)
 	@PYTHON=$(bin)/python BUILD=$(BUILD) FUZZ_SECONDS=$(SECONDS) sh scripts/test_all.sh
 
 sanitize: ## Run the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer

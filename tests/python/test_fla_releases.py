@@ -1,7 +1,7 @@
 """What this package takes of chunk_kda's calls, in every release of flash-linear-attention that knows it.
 
-The release that is installed is always tested, the others where TEST_FLA_RELEASES is set (`make test-all`)
-and PyPI can be reached. fla_calls.py has the calls.
+The release that is installed is tested by `make test`, every release by `make test-all`, if PyPI can be
+reached. fla_calls.py has the calls.
 """
 
 import importlib.util
@@ -25,8 +25,6 @@ def folder_of(release):
         if importlib.util.find_spec("fla") is None:
             pytest.skip("flash-linear-attention is not installed")
         return ""
-    if not os.environ.get("TEST_FLA_RELEASES"):
-        pytest.skip("make test-all tests other releases of flash-linear-attention")
     folder = BUILD / "fla" / release
     if not folder.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1"]
@@ -37,8 +35,18 @@ def folder_of(release):
     return str(folder)
 
 
-@pytest.mark.parametrize("first", ["flash_kda", "allow_neg_eigval", "device"])
-@pytest.mark.parametrize("release", ["installed", *RELEASES])
+@pytest.mark.parametrize(
+    ("release", "first"),
+    [
+        ("installed", "device"),
+        *(
+            pytest.param(release, first, marks=pytest.mark.slow)
+            for release in ("installed", *RELEASES)
+            for first in ("flash_kda", "allow_neg_eigval", "device")
+            if (release, first) != ("installed", "device")
+        ),
+    ],
+)
 def test_calls(release, first):
     for module in ("triton", "einops"):
         pytest.importorskip(module)
