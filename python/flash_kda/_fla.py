@@ -77,6 +77,8 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
 
     def named(args: tuple, kwargs: dict) -> dict[str, Any]:
         """The arguments of a call by name. FLA's backend has them in another order than chunk_kda itself."""
+        if not args:
+            return kwargs
         arguments = signature.bind(*args, **kwargs).arguments
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
         return {**arguments, **arguments.pop(rest, {})} if rest else dict(arguments)

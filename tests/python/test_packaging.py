@@ -1,7 +1,10 @@
 """What index pages and source distributions show: metadata, links, and nothing left out."""
 
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,24 @@ def test_metadata(settings):
     assert (ROOT / "python" / f"{command}.py").exists()
 
 
-def test_a_source_distribution_has_everything(settings):
-    """`make run`, `make test` and cmake work in what was unpacked: nothing that git has is left out."""
+def test_a_source_distribution_leaves_nothing_out(settings):
+    """`make run`, `make test` and cmake work in what was unpacked, since it is what git has."""
     assert not settings["tool"]["scikit-build"].get("sdist", {}).get("exclude")
+
+
+@pytest.mark.slow
+def test_a_source_distribution_has_everything(tmp_path, monkeypatch):
+    build = pytest.importorskip("scikit_build_core.build")
+    pytest.importorskip("hatch_fancy_pypi_readme")
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if known.returncode != 0:
+        pytest.skip("this is no clone of the repository")
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        files = {m.name.partition("/")[2] for m in archive.getmembers() if not m.isdir()}
+        info = next(m for m in archive.getmembers() if m.name.endswith("/PKG-INFO"))
+        metadata = archive.extractfile(info).read().decode()
+    assert set(known.stdout.split()) <= files
+    assert not re.search(r"\]\((?!https?:|#)", metadata.partition("\n\n")[2])
