@@ -24,9 +24,15 @@ for arch in "$@"; do
     "$python" -m pip wheel --no-deps --wheel-dir "$raw" "$@" .
     # The name of the wheel has the architecture of the machine that built it.
     "$python" -m wheel tags --remove --platform-tag "linux_$arch" "$raw"/*.whl >/dev/null
-    "$python" -m auditwheel repair --plat "manylinux_$(echo $glibc | tr . _)_$arch" --only-plat \
-        --wheel-dir "$raw/repaired" "$raw"/*.whl
+    # The name gets the oldest C library that has all symbols: that of $glibc, or an older one. auditwheel takes
+    # the architecture from the wheel.
+    "$python" -m auditwheel repair --plat auto --only-plat --wheel-dir "$raw/repaired" "$raw"/*.whl
     wheel=$(ls "$raw"/repaired/*.whl)
+    needs=$(echo "$wheel" | sed -n "s/.*manylinux_2_\([0-9]*\)_$arch.*/\1/p")
+    if [ "${needs:-99}" -gt "${glibc#2.}" ]; then
+        echo "wheel.sh: $wheel is not for every Linux with glibc $glibc"
+        exit 1
+    fi
     bytes=$(wc -c <"$wheel")
     if [ "$bytes" -gt "$most_bytes" ]; then
         echo "wheel.sh: $wheel has $bytes bytes, at most $most_bytes"

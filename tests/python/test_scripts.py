@@ -189,7 +189,7 @@ case "$*" in
 *"-m pip wheel"*) mkdir -p build-wheel/$WANTED-raw && echo 1 >build-wheel/$WANTED-raw/raw.whl ;;
 *"auditwheel repair"*)
     mkdir -p build-wheel/$WANTED-raw/repaired
-    head -c "$BYTES" /dev/zero >build-wheel/$WANTED-raw/repaired/it.whl ;;
+    head -c "$BYTES" /dev/zero >build-wheel/$WANTED-raw/repaired/it-manylinux_2_$NEEDS"_$WANTED.whl" ;;
 *) echo /nowhere/zig ;;
 esac
 """
@@ -200,21 +200,24 @@ def test_wheel(sandbox):
     python.write_text(WHEEL_PYTHON)
     python.chmod(0o755)
     run = ["sh", "scripts/wheel.sh"]
-    settings = {"PYTHON": "pretended-python", "WANTED": "x86_64", "BYTES": "1000"}
+    settings = {"PYTHON": "pretended-python", "WANTED": "x86_64", "NEEDS": "28", "BYTES": "1000"}
     done = sandbox.run(*run, **settings)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("dist/it.whl: 1000 bytes\n")
+    assert done.stdout.endswith("dist/it-manylinux_2_28_x86_64.whl: 1000 bytes\n")
     build, tags, repair = (call for call in sandbox.calls() if call.startswith("-m"))
     assert f"cmake.args=--toolchain={sandbox.folder}/cmake/manylinux.cmake" in build
     assert (ROOT / "cmake" / "manylinux.cmake").exists()
     assert tags.startswith("-m wheel tags --remove --platform-tag linux_x86_64 ")
-    assert "repair --plat manylinux_2_28_x86_64" in repair
+    assert "repair --plat auto" in repair
     done = sandbox.run(*run, "aarch64", **{**settings, "WANTED": "aarch64"})
     assert done.returncode == 0, done.stderr
     assert "FLASH_KDA_ARCH=aarch64" in sandbox.log.read_text()
     done = sandbox.run(*run, **{**settings, "BYTES": "20000001"})
     assert done.returncode == 1, "a wheel that is too large"
     assert "has 20000001 bytes, at most 20000000" in done.stdout
+    done = sandbox.run(*run, **{**settings, "NEEDS": "34"})
+    assert done.returncode == 1, "a wheel that needs a newer C library"
+    assert "is not for every Linux with glibc 2.28" in done.stdout
 
 
 FUZZER = """\
