@@ -37,7 +37,9 @@ if(NOT NVCC)
   set(python ${Python3_EXECUTABLE} ${PYTHON_EXECUTABLE} python3)
   list(GET python 0 python)
   set(own_nvcc ${CMAKE_CURRENT_BINARY_DIR}/nvcc)
-  message(STATUS "flash_kda: there is no nvcc, so it is fetched from PyPI into ${own_nvcc} (130 MB)")
+  if(NOT EXISTS ${own_nvcc})
+    message(STATUS "flash_kda: there is no nvcc, so it is fetched from PyPI into ${own_nvcc} (130 MB)")
+  endif()
   execute_process(COMMAND ${python} ${CMAKE_CURRENT_SOURCE_DIR}/scripts/fetch_nvcc.py ${own_nvcc}
     RESULT_VARIABLE fetch_failed OUTPUT_VARIABLE fetch_says ERROR_VARIABLE fetch_says
     OUTPUT_STRIP_TRAILING_WHITESPACE)

@@ -24,8 +24,7 @@ for arch in "$@"; do
     "$python" -m pip wheel --no-deps --wheel-dir "$raw" "$@" .
     # The name of the wheel has the architecture of the machine that built it.
     "$python" -m wheel tags --remove --platform-tag "linux_$arch" "$raw"/*.whl >/dev/null
-    # The name gets the oldest C library that has all symbols: that of $glibc, or an older one. auditwheel takes
-    # the architecture from the wheel.
+    # The name gets the oldest C library that has all symbols: $glibc or an older one.
     "$python" -m auditwheel repair --plat auto --only-plat --wheel-dir "$raw/repaired" "$raw"/*.whl
     wheel=$(ls "$raw"/repaired/*.whl)
     needs=$(echo "$wheel" | sed -n "s/.*manylinux_2_\([0-9]*\)_$arch.*/\1/p")

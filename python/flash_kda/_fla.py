@@ -102,16 +102,17 @@ def _adopt() -> None:
         from fla.ops.kda import backends, chunk_kda
 
         if hasattr(backends, "kda_registry"):  # 0.5
-            FlashKDABackend = backends.FlashKDABackend
-            Backend = _backend_of(FlashKDABackend, chunk_kda)
+            theirs = backends.FlashKDABackend
+            Backend = _backend_of(theirs, chunk_kda)
             backends.kda_registry.register(Backend())
         else:  # 0.6
             from fla.backends import register
-            from fla.ops.kda.backends.flash_kda import FlashKDABackend
+            from fla.ops.kda.backends import flash_kda as module
 
-            Backend = _backend_of(FlashKDABackend, chunk_kda)
+            theirs = module.FlashKDABackend
+            Backend = _backend_of(theirs, chunk_kda)
             register(chunk_kda)(Backend)
-        in_progress = _frame_of(FlashKDABackend.chunk_kda)
+        in_progress = _frame_of(theirs.chunk_kda)
         if in_progress is not None:
             _give_back_unless_served(in_progress, Backend, chunk_kda)
     except Exception:  # FLA's import must not fail for what this package wants of it
