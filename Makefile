@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BUILD ?= build
 TORCH ?= 1# 0: leave PyTorch and its tests out
+ARCH ?= x86_64# of the wheel, or aarch64
 ACTIVATIONS ?= data/kda_layer3.safetensors
 CMAKE_OPTIONS ?=
 SECONDS ?= 60# of each fuzz harness
@@ -36,7 +37,7 @@ format: ## Rewrite the sources as `make lint` wants them
 	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
 
 test-all: build ## Run the tests, sanitizers and fuzzers, SECONDS (60) a harness, and count their cases
-	@$(environment) test $(if $(filter-out 0,$(TORCH)),torch)
+	@$(environment) test wheel $(if $(filter-out 0,$(TORCH)),torch)
 	@PYTHON=$(bin)/python BUILD=$(BUILD) FUZZ_SECONDS=$(SECONDS) sh scripts/test_all.sh
 
 sanitize: ## Run the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
@@ -58,9 +59,9 @@ bench: build ## Time a few shapes on the best device
 host-time: build ## Time what a call costs the host, on a pretended GPU
 	LD_LIBRARY_PATH=$(BUILD)/tests/pretend_driver $(BUILD)/benchmarks/host_time
 
-wheel: ## Build the Python package into dist/
-	@$(environment) build
-	$(bin)/python -m pip wheel --no-deps --wheel-dir dist .
+wheel: ## Build the wheel with all kernels into dist/ (ARCH=aarch64: for another architecture)
+	@$(environment) build wheel
+	@PYTHON=$(bin)/python sh scripts/wheel.sh $(ARCH)
 
 clean: ## Remove what was built; .venv stays
 	rm -rf $(BUILD) build-sanitize build-thread build-fuzz dist

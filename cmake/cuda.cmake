@@ -1,14 +1,56 @@
 # Compiles the kernels with nvcc into fat binaries and embeds these in the library. nvcc is a plain command
 # here and not a CMake language, because the host code is C and a machine without nvcc still builds the CPU
-# backend.
+# backend. Where there is no nvcc, it is fetched from PyPI into the build folder.
 find_program(NVCC nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
 if(NOT FLASH_KDA_CUDA)
   message(STATUS "flash_kda: without kernels (FLASH_KDA_CUDA=OFF), so the library has the CPU backend alone")
   return()
 endif()
+
+# flash_kda_without_kernels(<reason>)
+# Says that the library gets the CPU backend alone, and what can be done. pip hides what a successful build
+# prints, so under pip a machine that may have a GPU gets an error instead.
+function(flash_kda_without_kernels reason)
+  set(mend "Install a CUDA toolkit of version 12.9 or newer, or build where PyPI can be reached")
+  if(SKBUILD AND may_have_gpu)
+    message(FATAL_ERROR "flash_kda: ${reason}, so no kernels can be built, but this machine has an NVIDIA "
+      "driver. ${mend}; `pip install . -Ccmake.define.FLASH_KDA_CUDA=OFF` builds the CPU backend alone.")
+  endif()
+  message(STATUS "flash_kda: ${reason}, so the library has the CPU backend alone. ${mend}.")
+endfunction()
+
+find_library(FLASH_KDA_DRIVER NAMES libcuda.so.1)
+mark_as_advanced(FLASH_KDA_DRIVER)
+set(may_have_gpu FALSE)
+if(FLASH_KDA_DRIVER OR EXISTS /dev/nvidiactl OR EXISTS /dev/dxg)
+  set(may_have_gpu TRUE)
+endif()
+
+# nvcc takes the machine's g++ for the C++ of a source, so without g++ there is no use in fetching nvcc.
 if(NOT NVCC)
-  message(STATUS "flash_kda: no nvcc, so the library has the CPU backend alone")
-  return()
+  execute_process(COMMAND gcc -x c++ -include cstdlib -fsyntax-only /dev/null
+    RESULT_VARIABLE cxx_failed OUTPUT_QUIET ERROR_QUIET)
+  if(cxx_failed)
+    flash_kda_without_kernels("there is no nvcc, and no g++, which nvcc would need")
+    return()
+  endif()
+  set(python ${Python3_EXECUTABLE} ${PYTHON_EXECUTABLE} python3)
+  list(GET python 0 python)
+  set(own_nvcc ${CMAKE_CURRENT_BINARY_DIR}/nvcc)
+  if(NOT EXISTS ${own_nvcc})
+    message(STATUS "flash_kda: there is no nvcc, so it is fetched from PyPI into ${own_nvcc} (130 MB)")
+  endif()
+  execute_process(COMMAND ${python} ${CMAKE_CURRENT_SOURCE_DIR}/scripts/fetch_nvcc.py ${own_nvcc}
+    RESULT_VARIABLE fetch_failed OUTPUT_VARIABLE fetch_says ERROR_VARIABLE fetch_says
+    OUTPUT_STRIP_TRAILING_WHITESPACE)
+  string(REGEX MATCH "[^\n]*$" last_line "${fetch_says}")
+  if(fetch_failed)
+    message(VERBOSE "${fetch_says}")
+    flash_kda_without_kernels("there is no nvcc, and ${last_line}")
+    return()
+  endif()
+  # Not kept in the cache: a toolkit that is installed later is found instead.
+  set(NVCC ${last_line})
 endif()
 set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
 set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_FOR_RACECHECK")
@@ -22,7 +64,8 @@ execute_process(
   RESULT_VARIABLE nvcc_failed OUTPUT_VARIABLE nvcc_says ERROR_VARIABLE nvcc_says)
 if(nvcc_failed)
   string(STRIP "${nvcc_says}" nvcc_says)
-  message(STATUS "flash_kda: ${NVCC} cannot compile, so the library has the CPU backend alone: ${nvcc_says}")
+  message(STATUS "flash_kda: ${NVCC} says: ${nvcc_says}")
+  flash_kda_without_kernels("${NVCC} cannot compile")
   return()
 endif()
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE nvcc_archs ERROR_QUIET)
@@ -40,7 +83,8 @@ message(STATUS "flash_kda: CUDA kernels with ${NVCC} for ${archs}")
 
 # flash_kda_add_kernel(<name> <source> ARCHS <arch>... [PTX <arch>])
 # Makes <source> the bytes fkda_fatbin_<name>. The compiler's report of registers, spills and shared memory is
-# kept in kernels/<name>.report, which scripts/check_kernels.py reads.
+# kept in kernels/<name>.report, which scripts/check_kernels.py reads. The section is the one that nvcc's own
+# programs have, so that NVIDIA's tools find the kernels in the library.
 function(flash_kda_add_kernel name source)
   cmake_parse_arguments(kernel "" "PTX" "ARCHS" ${ARGN})
   set(gencode "")
@@ -66,7 +110,7 @@ function(flash_kda_add_kernel name source)
     VERBATIM)
   file(GENERATE OUTPUT ${embed} CONTENT
 "/* ${source}, compiled. */
-__asm__(\".section .rodata\\n\"
+__asm__(\".section .nv_fatbin,\\\"a\\\"\\n\"
         \".balign 16\\n\"
         \".global fkda_fatbin_${name}\\n\"
         \".hidden fkda_fatbin_${name}\\n\"

@@ -25,6 +25,7 @@ GROUPS = {
     "test": "tests/requirements.txt",
     "torch": "tests/requirements-torch.txt",
     "lint": "scripts/lint-requirements.txt",
+    "wheel": "scripts/wheel-requirements.txt",
 }
 NOTES = {
     "torch": "PyTorch for the tests: several GB, this first time only. `make test TORCH=0` goes without it."
@@ -83,6 +84,13 @@ def need_c_compiler() -> None:
         stop(f"there is no C compiler ({compiler}). On Debian: apt-get install gcc")
     if not works() and not (apt_install("libc6-dev") and works()):
         stop(f"{compiler} cannot compile #include <stdio.h>. On Debian: apt-get install libc6-dev")
+
+
+def want_cxx_compiler() -> None:
+    """nvcc, of which the build fetches one where there is none, needs g++. Without g++ there are no kernels,
+    and the build says so."""
+    if not shutil.which("g++"):
+        apt_install("g++")
 
 
 def make_venv() -> None:
@@ -150,6 +158,8 @@ def main(groups: list[str]) -> None:
     if not groups or any(group not in GROUPS for group in groups):
         stop(f"usage: python3 scripts/environment.py GROUP..., of {', '.join(GROUPS)}")
     need_c_compiler()
+    if "build" in groups:
+        want_cxx_compiler()
     make_venv()
     for group in groups:
         ensure(group)

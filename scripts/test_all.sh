@@ -31,6 +31,7 @@ rm -f "$logs"/*.failed
 step tests sh scripts/test.sh
 step address sh scripts/sanitize.sh address
 step thread sh scripts/sanitize.sh thread
+step aarch64 sh scripts/test_aarch64.sh
 step fuzz sh scripts/fuzz.sh
 
 passed=$(sed -n 's/^\([0-9]*\) passed.*/\1/p;s/.* \([0-9]*\) passed.*/\1/p' "$logs/tests.log" | tail -n 1)
@@ -38,6 +39,7 @@ printf '\n== cases\n'
 echo "tests:    $(programs_in tests) C tests with $(checks_in "$BUILD"); ${passed:-0} Python tests"
 echo "address:  $(programs_in address) C tests with $(checks_in build-sanitize)"
 echo "thread:   $(programs_in thread) C tests with $(checks_in build-thread)"
+grep '^aarch64: ' "$logs/aarch64.log" || echo "aarch64:  $(programs_in aarch64) C tests"
 grep '^fuzz: ' "$logs/fuzz.log" || echo "fuzz: nothing ran"
 if [ -n "$failed" ]; then
     echo "failed:$failed"

@@ -140,7 +140,8 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, con
     if (status != FLASH_KDA_OK) return status;
     if (device.type == FLASH_KDA_CUDA && !with_cuda)
         return fkda_fail(FLASH_KDA_UNAVAILABLE,
-                         "device is CUDA device %d, but the library was built without CUDA kernels",
+                         "device is CUDA device %d, but the library was built without CUDA kernels; `pip "
+                         "install .` in the source folder builds them, and fetches nvcc if there is none",
                          device.index);
     if (name) {
         const fkda_kernel *named = kernel_called(name);

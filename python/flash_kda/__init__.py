@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays, _later, _lib, _nonfinite, _reference
+from . import _arrays, _fla, _installed, _later, _lib, _nonfinite, _reference
 from ._options import Options, as_int, known_options
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def fwd(
         scale: finite; multiplies the output, usually K ** -0.5.
         out: bf16 [B, T, H, V], written.
         A_log: fp32 [H].
-        dt_bias: fp32 [H, K]. A_log and dt_bias may be PyTorch tensors in 16 bits, as layers hold them that
-            were cast as a whole. The call converts these two, and no other array.
+        dt_bias: fp32 [H, K].
         lower_bound: lower bound of one token's log decay, in nats, in [-5, 0].
         initial_state: bf16 or fp32 [N, H, V, K] (V first), or None: zeros.
         final_state: the same, written, or None. It has the dtype of initial_state if both are given; it may
@@ -134,6 +133,15 @@ def fwd(
     to an element); what is written shares memory with nothing else, and is no array of a library whose arrays
     are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be
     of any type that has __index__.
+
+    PyTorch tensors may also be as layers and engines hold them. The call then makes the tensor that it needs,
+    which takes time and memory in every call:
+
+    - A tensor that is not contiguous, a slice of one that holds q, k and v, say, is copied. `out` and
+      `final_state` are computed beside the tensor and then copied into it.
+    - g and beta in fp32 are rounded to bf16.
+    - A_log and dt_bias in 16 bits are converted to fp32. A_log may have further dimensions of size 1, as
+      [1, 1, H, 1]; so may dt_bias, which may also be flat, [H K].
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
@@ -447,3 +455,5 @@ def _find_torch() -> None:
 _find_torch()
 if _torch_layer is None:
     _later.when_imported("torch", _load_torch_layer)
+_fla.serve()
+_installed.warn()

@@ -92,6 +92,25 @@ def beside_package(name: str) -> str | None:
     return None
 
 
+def _why_not_loaded(path: str, error: str) -> str:
+    """A sentence for the loader's error about the library."""
+    import platform
+    import re
+
+    needed = re.findall(r"version `GLIBC_([0-9.]+)' not found", error)
+    if needed:
+        newest = max(needed, key=lambda version: [int(number) for number in version.split(".")])
+        return (
+            f"{path} needs version {newest} of the C library (glibc) or newer, and this system has "
+            f"{platform.libc_ver()[1] or 'an older one'}; `pip install .` in the source folder builds the "
+            "library for this system"
+        )
+    if "invalid ELF header" in error or "wrong ELF class" in error or "cannot open shared object" in error:
+        system = f"{platform.machine()}, Python of {8 * ctypes.sizeof(c_void_p)} bits"
+        return f"{path} cannot be loaded on this system ({system}): {error}"
+    return f"{path} cannot be loaded: {error}"
+
+
 def _load() -> ctypes.CDLL:
     path = beside_package(LIBRARY)
     if path is None:
@@ -99,7 +118,10 @@ def _load() -> ctypes.CDLL:
             f"flash_kda: {LIBRARY} is not beside the package; install it with `pip install .`, or build it "
             "with CMake and put <build folder>/python on PYTHONPATH"
         )
-    lib = ctypes.CDLL(path)
+    try:
+        lib = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(f"flash_kda: {_why_not_loaded(path, str(error))}") from error
     params = ctypes.POINTER(FwdParams)
     signatures = {
         "flash_kda_fwd": [params],

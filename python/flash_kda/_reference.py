@@ -33,6 +33,13 @@ def reference(
     arrays = {name: _in_cpu_memory(name, x) for name, x in arrays.items()}
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
+        from . import _layout
+
+        heads, channels = q.shape[2:] if q.ndim == 4 else (0, 0)
+        arrays = {
+            name: _layout.readable(name, x, heads, channels) if isinstance(x, torch.Tensor) else x
+            for name, x in arrays.items()
+        }
         new = lambda shape: torch.empty(shape, dtype=torch.float64)  # noqa: E731
     else:
         import numpy

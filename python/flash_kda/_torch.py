@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad as _forward_ad
 
-from . import _arrays, _lib
+from . import _arrays, _layout, _lib
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._options import (
     OPTION_DEFAULTS,
@@ -44,9 +44,6 @@ _DTYPES = {
     torch.float64: _lib.F64,
 }
 _DEVICES = {"cpu": _lib.CPU, "cuda": _lib.CUDA}
-# A layer that was cast as a whole holds its gate's parameters in 16 bits. C takes them in fp32 only.
-_CONVERTED = tuple(REQUIRED_ARRAYS.index(name) for name in ("A_log", "dt_bias"))
-_16_BITS = (torch.bfloat16, torch.float16)
 
 # All that a prepared call depends on, except whether the tensor is contiguous.
 _describe = attrgetter("__class__", "shape", "dtype", "device")
@@ -200,9 +197,7 @@ def _call_operator(tensors: list, options: Options, scale: Any, lower_bound: Any
 def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
     """A call that the latest prepared call does not fit: finds or prepares one that fits."""
     _refuse_unreadable(options.names, tensors)
-    for i in _CONVERTED:
-        if tensors[i].dtype in _16_BITS:
-            tensors = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
+    tensors, copies = _layout.for_c(options.names, tensors)
     # The key has no strides, so a call is kept for contiguous tensors alone. C refuses all others.
     kept = all(t.layout is torch.strided and t.is_contiguous() for t in tensors)
     key = (options, *map(_describe, tensors))
@@ -236,6 +231,8 @@ def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: A
         ).check
         _calls.keep(key, call)
     _run(call, tensors, scale, lower_bound)
+    for wanted, written in copies:
+        wanted.copy_(written)
 
 
 def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> None:
@@ -352,10 +349,12 @@ def _operator_fake(
     # The names of kernels depend on the device, and there may be none.
     options = known_options(given, *(None if i == _KERNEL else x for i, x in enumerate(values)))
     check_devices([(name, str(t.device)) for name, t in zip(options.names, tensors)])
-    dtypes = [
-        torch.float32 if i in _CONVERTED and t.dtype in _16_BITS else t.dtype for i, t in enumerate(tensors)
+    sizes = shapes[0][2:] if len(shapes[0]) == 4 else (0, 0)
+    taken = [
+        _layout.taken_as(name, t.dtype, shape, *sizes)
+        for name, t, shape in zip(options.names, tensors, shapes)
     ]
-    views = [View(64, _DTYPES.get(d, _lib.OTHER), shape, None) for d, shape in zip(dtypes, shapes)]
+    views = [View(64, _DTYPES.get(dtype, _lib.OTHER), shape, None) for dtype, shape in taken]
     PreparedCall(options, (_lib.CPU, 0), views)
 
 

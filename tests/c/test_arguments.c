@@ -448,7 +448,7 @@ static void explanations(void)
 static void others(void)
 {
     void *memory;
-    float ms;
+    float ms = 0;
     double one;
     flash_kda_device nowhere = {9, 0};
     flash_kda_device_info device[1] = {0};

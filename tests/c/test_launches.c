@@ -38,7 +38,7 @@ typedef struct launched {
     pretended_launch launch[PRETENDED_LAUNCHES];
 } launched;
 
-static launched call_once(const flash_kda_fwd_params *p)
+static launched one_call(const flash_kda_fwd_params *p)
 {
     const pretended_counts before = *counts;
     launched l = {0};
@@ -135,7 +135,7 @@ static void ctas(void)
         flash_kda_fwd_params p = params_of(s);
         p.batch_invariant = (int32_t)(rng_bits(&r) % 2);
         trying_shape(s, &p);
-        const launched l = call_once(&p);
+        const launched l = one_call(&p);
         CHECK(l.count >= 1 && l.count <= 7, "it launches %lu kernels", l.count);
         for (unsigned long n = 0; n < l.count; n++) check_launch(&l.launch[n], sms);
     }
@@ -160,16 +160,16 @@ static void repeated(void)
         shapes[i] = random_shape(&r);
         const flash_kda_fwd_params p = params_of(shapes[i]);
         trying_shape(shapes[i], &p);
-        first[i] = call_once(&p);
+        first[i] = one_call(&p);
         must(flash_kda_fwd_workspace_size(&p, &bytes[i]));
-        const launched again = call_once(&p);
+        const launched again = one_call(&p);
         CHECK(same(&first[i], &again), "the second call launches something else");
     }
     for (int i = 0; i < SHAPES; i++) {
         const flash_kda_fwd_params p = params_of(shapes[i]);
         size_t now;
         trying_shape(shapes[i], &p);
-        const launched later = call_once(&p);
+        const launched later = one_call(&p);
         must(flash_kda_fwd_workspace_size(&p, &now));
         CHECK(same(&first[i], &later), "a later call launches something else");
         CHECK(now == bytes[i], "the workspace has %zu bytes, and had %zu", now, bytes[i]);
@@ -258,7 +258,7 @@ static void strategies(void)
         flash_kda_fwd_params p = params_of(expected[i].shape);
         p.cut = expected[i].cut;
         trying("%s", expected[i].strategy);
-        const launched l = call_once(&p);
+        const launched l = one_call(&p);
         if (!CHECK(l.count == expected[i].launches, "it launches %lu kernels", l.count)) continue;
         const pretended_launch *last = &l.launch[l.count - 1];
         CHECK(last->ctas == expected[i].ctas, "the last launch has %u CTAs", last->ctas);

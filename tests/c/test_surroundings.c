@@ -61,7 +61,7 @@ static void *call_for_ever(void *c)
     return NULL;
 }
 
-static void *call_once(void *c)
+static void *one_call(void *c)
 {
     must(flash_kda_fwd(&((call *)c)->params));
     return NULL;
@@ -70,7 +70,7 @@ static void *call_once(void *c)
 static void call_in_thread(call *c)
 {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, call_once, c) != 0) die("no thread");
+    if (pthread_create(&thread, NULL, one_call, c) != 0) die("no thread");
     pthread_join(thread, NULL);
 }
 

@@ -82,10 +82,10 @@ WRONG = {
         ValueError,
         "beta has 4 dimensions; it must have 3: [B, T, H]",
     ),
-    "dt_bias flat": (
-        {"dt_bias": lambda a: a["dt_bias"].reshape(-1)},
+    "dt_bias turned": (
+        {"dt_bias": lambda a: a["dt_bias"].reshape(128, 2)},
         ValueError,
-        "dt_bias has 1 dimensions; it must have 2: [H, K]",
+        "dt_bias has shape [128, 2]; it must be [H, K] = [2, 128]",
     ),
     "no heads": ({"q": lambda a: a["q"][:, :, :0]}, ValueError, "q has H = 0; there must be at least 1 head"),
     "states for another N": (
@@ -128,11 +128,6 @@ WRONG = {
         {"nonfinite": lambda a: like(a["q"], [0] * 20)},
         ValueError,
         "nonfinite has 1 dimensions; it must have 2: [tensors, 2]",
-    ),
-    "k not contiguous": (
-        {"k": lambda a: every_other(a["k"])},
-        ValueError,
-        "k has strides [4096, 512, 128, 1]; it must be contiguous, with strides [2048, 256, 128, 1]",
     ),
     "scale not finite": ({"scale": float("nan")}, ValueError, "scale is nan; it must be finite"),
     "scale infinite": ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
@@ -236,6 +231,20 @@ WRONG = {
     ),
 }
 
+# Wrong for NumPy alone: tensors of PyTorch are brought into the right layout (test_layout.py).
+WRONG_FOR_NUMPY = {
+    "dt_bias flat": (
+        {"dt_bias": lambda a: a["dt_bias"].reshape(-1)},
+        ValueError,
+        "dt_bias has 1 dimensions; it must have 2: [H, K]",
+    ),
+    "k not contiguous": (
+        {"k": lambda a: every_other(a["k"])},
+        ValueError,
+        "k has strides [4096, 512, 128, 1]; it must be contiguous, with strides [2048, 256, 128, 1]",
+    ),
+}
+
 # Wrong values of cu_seqlens, which are checked on the CPU alone.
 WRONG_SEQUENCES = {
     "starts late": ([1, 3, 8], "cu_seqlens[0] is 1; it must be 0"),
@@ -262,11 +271,7 @@ def first_channels(x):
 
 def every_other(x):
     """An array of the shape of x that skips every other token of memory twice as long."""
-    if isinstance(x, np.ndarray):
-        return np.concatenate([x, x], axis=1)[:, ::2]
-    import torch
-
-    return torch.cat([x, x], dim=1)[:, ::2]
+    return np.concatenate([x, x], axis=1)[:, ::2]
 
 
 @pytest.fixture(params=["numpy", "torch cpu", "torch cpu with guards in Python", "torch cuda"])
@@ -304,6 +309,11 @@ def refused(a, change, exception, sentence):
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(arguments, case):
     refused(arguments, *WRONG[case])
+
+
+@pytest.mark.parametrize("case", WRONG_FOR_NUMPY)
+def test_wrong_argument_of_numpy(case):
+    refused(make(lengths=[3, 5], initial=np.float32), *WRONG_FOR_NUMPY[case])
 
 
 @pytest.mark.parametrize("case", WRONG)

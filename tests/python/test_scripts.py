@@ -33,13 +33,16 @@ STARTED_BY = {
     "scripts/check_kernels.py": "test_check_kernels_of_a_folder",
     "scripts/check_lines.py": "test_long_lines_are_found",
     "scripts/environment.py": "test_environment",
+    "scripts/fetch_nvcc.py": "test_fetch",
     "scripts/fuzz.sh": "test_fuzz",
     "scripts/gpu.sh": "test_gpu",
     "scripts/lint.sh": "test_lint",
     "scripts/plot_accuracy.py": "test_plot_accuracy",
     "scripts/sanitize.sh": "test_sanitize",
     "scripts/test.sh": "test_test",
+    "scripts/test_aarch64.sh": "test_aarch64",
     "scripts/test_all.sh": "test_all_the_tests",
+    "scripts/wheel.sh": "test_wheel",
 }
 
 
@@ -155,6 +158,68 @@ def test_sanitize(sandbox):
     assert sandbox.run("sh", "scripts/sanitize.sh", "nonsense").returncode == 2
 
 
+def test_aarch64(sandbox):
+    """The script builds and tests if qemu and the C library are there, and else says why not."""
+    sandbox.stub("cmake", "ninja", "ctest", "apt-get", "qemu-aarch64")
+    python = sandbox.stubs / "pretended-python"
+    python.write_text('#!/bin/sh\n[ "$STUBS_THAT_FAIL" != pretended-python ] && echo /somewhere\n')
+    python.chmod(0o755)
+    done = sandbox.run("sh", "scripts/test_aarch64.sh", PYTHON="pretended-python")
+    assert done.returncode == 0, done.stdout + done.stderr
+    if done.stdout.startswith("aarch64: skipped, since qemu is missing"):
+        return
+    configure, build, test = (c for c in sandbox.calls() if c.startswith(("cmake", "ctest")))
+    assert "--toolchain=cmake/manylinux.cmake -DFLASH_KDA_ZIG=/somewhere/zig" in configure
+    assert "-DFLASH_KDA_ARCH=aarch64" in configure
+    assert build == "cmake --build build-aarch64"
+    assert test.startswith("ctest --test-dir build-aarch64 ")
+    done = sandbox.run("sh", "scripts/test_aarch64.sh", PYTHON="pretended-python", fail="ctest")
+    assert done.returncode == 1
+    done = sandbox.run("sh", "scripts/test_aarch64.sh", PYTHON="pretended-python", fail="pretended-python")
+    assert done.returncode == 0
+    assert (
+        done.stdout == "aarch64: skipped, since ziglang is missing (python3 scripts/environment.py wheel)\n"
+    )
+
+
+WHEEL_PYTHON = """\
+#!/bin/sh
+echo "$*" >>"$STUB_LOG"
+case "$*" in
+*"-m pip wheel"*) mkdir -p build-wheel/$WANTED-raw && echo 1 >build-wheel/$WANTED-raw/raw.whl ;;
+*"auditwheel repair"*)
+    mkdir -p build-wheel/$WANTED-raw/repaired
+    head -c "$BYTES" /dev/zero >build-wheel/$WANTED-raw/repaired/it-manylinux_2_$NEEDS"_$WANTED.whl" ;;
+*) echo /nowhere/zig ;;
+esac
+"""
+
+
+def test_wheel(sandbox):
+    python = sandbox.stubs / "pretended-python"
+    python.write_text(WHEEL_PYTHON)
+    python.chmod(0o755)
+    run = ["sh", "scripts/wheel.sh"]
+    settings = {"PYTHON": "pretended-python", "WANTED": "x86_64", "NEEDS": "28", "BYTES": "1000"}
+    done = sandbox.run(*run, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("dist/it-manylinux_2_28_x86_64.whl: 1000 bytes\n")
+    build, tags, repair = (call for call in sandbox.calls() if call.startswith("-m"))
+    assert f"cmake.args=--toolchain={sandbox.folder}/cmake/manylinux.cmake" in build
+    assert (ROOT / "cmake" / "manylinux.cmake").exists()
+    assert tags.startswith("-m wheel tags --remove --platform-tag linux_x86_64 ")
+    assert "repair --plat auto" in repair
+    done = sandbox.run(*run, "aarch64", **{**settings, "WANTED": "aarch64"})
+    assert done.returncode == 0, done.stderr
+    assert "FLASH_KDA_ARCH=aarch64" in sandbox.log.read_text()
+    done = sandbox.run(*run, **{**settings, "BYTES": "20000001"})
+    assert done.returncode == 1, "a wheel that is too large"
+    assert "has 20000001 bytes, at most 20000000" in done.stdout
+    done = sandbox.run(*run, **{**settings, "NEEDS": "34"})
+    assert done.returncode == 1, "a wheel that needs a newer C library"
+    assert "is not for every Linux with glibc 2.28" in done.stdout
+
+
 FUZZER = """\
 #!/bin/sh
 echo "#7 DONE cov: 31 ft: 50"
@@ -206,7 +271,8 @@ def test_all_the_tests(sandbox):
     assert sum(line.startswith("fuzz: ") for line in last) == 4
     done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest", **settings)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == "failed: tests address thread"
+    failed = done.stdout.splitlines()[-1].replace(" aarch64", "")  # which may be skipped
+    assert failed == "failed: tests address thread"
 
 
 def test_lint(sandbox):

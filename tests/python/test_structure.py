@@ -17,9 +17,9 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
-    {"_options", "_interruptible"},
-    {"_call"},
-    {"_arrays"},
+    {"_options", "_interruptible", "_installed"},
+    {"_call", "_layout"},
+    {"_arrays", "_fla"},
     {"_torch", "_reference"},
     {"__init__", "__main__"},
 ]
@@ -70,9 +70,18 @@ def events_of(array, call):
     return events[: events.index(("call", "_call.run")) + 1]
 
 
-# These functions look at an array and return what they saw: a view, whether a prepared call fits, or why the
-# array's memory cannot be read.
-LOOK = ("_arrays._read_numpy", "_arrays.fits", "_torch._refuse_unreadable", "_torch._why_unreadable")
+# These functions look at an array and return what they saw: a view, whether a prepared call fits, why the
+# array's memory cannot be read, or the array as C takes it.
+LOOK = (
+    "_arrays._read_numpy",
+    "_arrays.fits",
+    "_torch._refuse_unreadable",
+    "_torch._why_unreadable",
+    "_layout.for_c",
+    "_layout.readable",
+    "_layout.taken_as",
+    "_layout._has_own_elements",
+)
 
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])

@@ -178,7 +178,6 @@ CHANGES = {
     "shape of the same rank": (
         lambda x: replaced(x, x[..., :-1].clone()), ValueError, "has (shape|K|V|H|N) .*must",
     ),
-    "stride": (lambda x: replaced(x, torch.stack([x, x], -1)[..., 0]), ValueError, "stride|contiguous"),
     "dtype": (lambda x: replaced(x, x.double()), TypeError, "has dtype float64; it must be"),
     "device": (lambda x: x.to("meta"), ValueError, "is on meta"),
     "layout": (
@@ -191,12 +190,28 @@ CHANGES = {
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_change_slips_past_a_prepared_call(prepared, name, change):
+    if change == "shape" and name in ("A_log", "dt_bias"):
+        pytest.skip("a dimension of size 1 more is right")
     changed, exception, sentence = CHANGES[change]
     tensors = {**prepared, name: changed(prepared[name])}
     with pytest.raises(exception, match=sentence):
         flash_kda.fwd(**tensors)
     written = [prepared[n] for n in ("out", "final_state") if n != name]
     assert all(x.isnan().all() for x in written)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_prepared_call_is_for_contiguous_tensors(prepared, name):
+    """A tensor that changes its strides in place is copied, and read or written right."""
+    expected, device = truth(to_numpy(prepared)), prepared["q"].device.type
+    x = prepared[name]
+    replaced(x, torch.stack([x, torch.full_like(x, 7)], -1)[..., 0])
+    flash_kda.fwd(**prepared)
+    hold_to(
+        to_numpy({n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in prepared.items()}),
+        expected,
+        device,
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)

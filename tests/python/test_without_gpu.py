@@ -46,15 +46,84 @@ assert workspace(512, 1, cut="always") > 0
 """
 
 
-def run(driver, gpu, program):
+def run(driver, gpu, program, package=None):
     folder = DRIVERS / driver
     if not (folder / "libcuda.so.1").exists():
         pytest.skip(f"the build has no {driver}")
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), "PRETEND_GPU": gpu}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(DRIVERS.parent / "python")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [package or str(DRIVERS.parent / "python"), str(Path(__file__).parent)]
+    )
     program = 'CUTS = ("auto", "never", "always", "mixed")\n' + program
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+LEFT_OUT = """
+import warnings
+
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import flash_kda
+    import flash_kda as again
+(warning,) = seen
+assert warning.category is RuntimeWarning
+assert "built without CUDA kernels, and this machine has an NVIDIA driver" in str(warning.message)
+assert "`pip install .` in the source folder builds the kernels" in str(warning.message)
+
+mend = "`pip install .` in the source folder builds them, and fetches nvcc if there is none"
+gpu = flash_kda.devices()[1]
+assert gpu.kernel == "" and gpu.reason.endswith(mend), gpu
+from problems import make
+from test_dlpack import wrap
+
+a = wrap(make(T=3), device=(2, 0))
+for call in (
+    lambda: flash_kda.fwd(**a),
+    lambda: flash_kda.fwd(**a, kernel="portable"),
+    lambda: flash_kda.explain(10, 1, device="cuda:0"),
+):
+    try:
+        call()
+        raise AssertionError("there is no kernel")
+    except RuntimeError as error:
+        assert str(error).startswith("device is CUDA device 0, but") and str(error).endswith(mend), error
+"""
+
+QUIET = """
+import warnings
+
+warnings.simplefilter("error")
+import flash_kda
+"""
+
+
+@pytest.fixture
+def package_without_kernels(tmp_path):
+    library = DRIVERS / "without_kernels" / "libflashkda.so"
+    if not library.exists():
+        pytest.skip("the build has no library without kernels")
+    folder = tmp_path / "flash_kda"
+    folder.mkdir()
+    for module in Path(flash_kda.__path__[0]).glob("*.py"):
+        (folder / module.name).symlink_to(module.resolve())
+    (folder / library.name).symlink_to(library)
+    return str(tmp_path)
+
+
+def test_kernels_that_were_left_out(package_without_kernels):
+    """The import says so once, and every error says what mends it."""
+    run("pretend_driver", "90:132", LEFT_OUT, package_without_kernels)
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus_are_not_warned_of(package_without_kernels, hidden, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    run("pretend_driver", "90:132", QUIET, package_without_kernels)
+
+
+def test_a_library_with_kernels_is_imported_quietly():
+    run("pretend_driver", "90:132", QUIET)
 
 
 def test_arrays_on_a_gpu():

@@ -1,0 +1,60 @@
+"""What this package takes of chunk_kda's calls, in every release of flash-linear-attention that knows it.
+
+The release that is installed is tested by `make test`, every release by `make test-all`, if PyPI can be
+reached. fla_calls.py has the calls.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flash_kda
+
+pytest.importorskip("torch")
+RELEASES = ("0.5.0", "0.5.1", "0.5.2", "0.6.0")
+BUILD = Path(flash_kda.__path__[0]).parents[1]
+
+
+def folder_of(release):
+    """A folder with that release, which is fetched once, or "" for the one that is installed."""
+    if release == "installed":
+        if importlib.util.find_spec("fla") is None:
+            pytest.skip("flash-linear-attention is not installed")
+        return ""
+    folder = BUILD / "fla" / release
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1"]
+        pip += ["--target", str(folder), f"fla-core=={release}", f"flash-linear-attention=={release}"]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"fla-core {release} could not be fetched from PyPI")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("release", "first"),
+    [
+        ("installed", "device"),
+        *(
+            pytest.param(release, first, marks=pytest.mark.slow)
+            for release in ("installed", *RELEASES)
+            for first in ("flash_kda", "allow_neg_eigval", "device")
+            if (release, first) != ("installed", "device")
+        ),
+    ],
+)
+def test_calls(release, first):
+    for module in ("triton", "einops"):
+        pytest.importorskip(module)
+    environment = {
+        n: x for n, x in os.environ.items() if n not in ("FLA_FLASH_KDA", "FLA_DISABLE_BACKEND_DISPATCH")
+    }
+    environment["PYTHONPATH"] = os.path.dirname(flash_kda.__path__[0])
+    script = [sys.executable, Path(__file__).with_name("fla_calls.py"), first, folder_of(release)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("ok\n")
