@@ -462,7 +462,7 @@ def test_environment_without_a_network(sandbox):
     python.chmod(0o755)
     cmake = sandbox.stubs / "cmake"
     script = [sys.executable, "scripts/environment.py", "build"]
-    for version, status in (("3.19.9", 1), ("3.20.0", 0)):
+    for version, status in (("3.20.9", 1), ("3.21.0", 0)):
         cmake.write_text(f"#!/bin/sh\necho cmake version {version}\n")
         cmake.chmod(0o755)
         done = sandbox.run(*script)
