@@ -19,6 +19,14 @@ from problems import REFERENCE_ARGUMENTS, hold_to, make, to_torch, truth
 MOST_PROCESSOR_SECONDS = 0.1
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Programs that a shell starts in the background ignore SIGINT, and so does Python then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def zeros(T=60000, H=4):
     """The arguments of a call that takes seconds with one thread and the kernel cpu-portable."""
     a = {name: np.zeros((1, T, H, 128), bfloat16) for name in ("q", "k", "v", "g", "out")}
