@@ -296,6 +296,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", help="where the project was built")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
+    for number in (signal.SIGINT, signal.SIGTERM):  # raise KeyboardInterrupt, also in a shell's background
+        signal.signal(number, signal.default_int_handler)
     folder = Path(options.folder, "Testing").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
