@@ -19,9 +19,9 @@ help: ## List the targets
 run: build ## Build, then compute recorded activations on the best device: result, error, time
 	$(BUILD)/flash-kda run $(ACTIVATIONS)
 
-test: build ## Build, then run everything this machine can: C tests, Python tests (TORCH=0: without PyTorch)
+test: build ## Build, then test every kernel and feature on small problems (TORCH=0: without PyTorch)
 	@$(environment) test $(if $(filter-out 0,$(TORCH)),torch)
-	@PYTHON=$(bin)/python BUILD=$(BUILD) sh scripts/test.sh
+	@$(bin)/python scripts/run_tests.py $(BUILD)
 
 build: ## Build the library, its kernels if nvcc works, and the flash-kda command
 	@$(environment) build
@@ -36,7 +36,7 @@ format: ## Rewrite the sources as `make lint` wants them
 	git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp' | xargs $(bin)/clang-format -i
 	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
 
-test-all: build ## Run the tests, sanitizers and fuzzers, SECONDS (60) a harness, and count their cases
+test-all: build ## Run all tests, large and slow ones too, sanitizers and fuzzers, SECONDS (60) a harness
 	@$(environment) test wheel $(if $(filter-out 0,$(TORCH)),torch)
 	@PYTHON=$(bin)/python BUILD=$(BUILD) FUZZ_SECONDS=$(SECONDS) sh scripts/test_all.sh
 

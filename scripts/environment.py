@@ -145,7 +145,7 @@ def system_build_tools() -> bool:
             return False
         version = subprocess.run([found, "--version"], stdout=subprocess.PIPE, text=True).stdout
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-        if tool == "cmake" and numbers < (3, 20):
+        if tool == "cmake" and numbers < (3, 21):
             return False
         link = VENV / "bin" / tool
         if not link.exists():

@@ -19,7 +19,8 @@ if [ "$which" = thread ] && setarch -R true 2>/dev/null; then fixed_layout="seta
 # test OPTION...: ctest in the folder.
 test_with() {
     # shellcheck disable=SC2086
-    FLASH_KDA_TEST_QUICK=1 $fixed_layout ctest --test-dir "$folder" --output-on-failure --no-tests=error "$@"
+    FLASH_KDA_TEST_QUICK=1 $fixed_layout ctest --test-dir "$folder" -j "$(nproc)" --output-on-failure \
+        --no-tests=error "$@"
 }
 
 case $which in

@@ -1,8 +1,8 @@
 #!/bin/sh
 # test_all.sh: everything that guards the code on a machine without a GPU, one after the other, even if some
 # fail: the tests, the C tests under the sanitizers, and the fuzz harnesses. The last lines say which failed,
-# and how many cases each has had. Needs BUILD, PYTHON, and what scripts/test.sh, sanitize.sh and fuzz.sh
-# need.
+# and how many cases each has had. Needs BUILD, PYTHON, and what scripts/run_tests.py, sanitize.sh and
+# fuzz.sh need.
 set -u
 logs=$BUILD/test-all
 mkdir -p "$logs"
@@ -28,15 +28,14 @@ checks_in() {
 programs_in() { sed -n 's/.*tests passed.* out of \([0-9]*\).*/\1/p' "$logs/$1.log" | tail -n 1; }
 
 rm -f "$logs"/*.failed
-step tests sh scripts/test.sh
+step tests "$PYTHON" scripts/run_tests.py --all "$BUILD"
 step address sh scripts/sanitize.sh address
 step thread sh scripts/sanitize.sh thread
 step aarch64 sh scripts/test_aarch64.sh
 step fuzz sh scripts/fuzz.sh
 
-passed=$(sed -n 's/^\([0-9]*\) passed.*/\1/p;s/.* \([0-9]*\) passed.*/\1/p' "$logs/tests.log" | tail -n 1)
 printf '\n== cases\n'
-echo "tests:    $(programs_in tests) C tests with $(checks_in "$BUILD"); ${passed:-0} Python tests"
+echo "tests:    $(tail -n 1 "$logs/tests.log"); $(checks_in "$BUILD")"
 echo "address:  $(programs_in address) C tests with $(checks_in build-sanitize)"
 echo "thread:   $(programs_in thread) C tests with $(checks_in build-thread)"
 grep '^aarch64: ' "$logs/aarch64.log" || echo "aarch64:  $(programs_in aarch64) C tests"

@@ -435,9 +435,34 @@ static void long_sequences(void)
     }
 }
 
+/* The smallest problems that make each schedule of a cut: for make test on the emulator. On 22 SMs a relay
+ * with and without spare pairs, passes with lists, the mixed schedule; on 9 SMs and cut never CTA pairs, solo
+ * CTAs, and solo CTAs in even shares. */
+static void small(void)
+{
+    static const struct {
+        int64_t lengths[4], count, heads;
+    } batches[] = {
+        {{400}, 1, 1}, {{300, 30, 0, 7}, 4, 1}, {{60, 40}, 2, 5}, {{40, 40, 40, 40}, 4, 2}, {{60}, 1, 3},
+    };
+    const test_case *c = find_case("channels from fast to slow");
+    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
+        problem *p = problem_create_ragged(batches[i].lengths, batches[i].count, batches[i].heads);
+        fill_case(p, c, 190 + i);
+        trying("batch %zu", i);
+        answer truth = problem_solve(p, true);
+        result r = run_and_check(p, &truth, case_bars(c, test.device),
+                                 options_of(i % 2 ? STATE_BOTH : STATE_IN_PLACE, false));
+        result_free(&r);
+        answer_free(&truth);
+        problem_free(p);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const group groups[] = {
+        {"small", small},
         {"cases", cases},
         {"recorded", recorded},
         {"join-groups", join_groups},

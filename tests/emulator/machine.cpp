@@ -49,6 +49,9 @@ constexpr int ALL_REGISTERS = 65536; /* of an SM, and so of a CTA */
 /* Rounds in which a cluster gives every warp a turn in vain before it counts as standing still. The slowest
  * warps get one turn in 256 rounds, so practically all have had one by then. */
 constexpr unsigned ROUNDS_IN_VAIN = 10000;
+/* A round in vain leaves the processor to other threads, which on a busy machine takes milliseconds. After
+ * HASTY_ROUNDS only one in PATIENT_ROUNDS does, so that a standstill is found in seconds there, too. */
+constexpr unsigned HASTY_ROUNDS = 100, PATIENT_ROUNDS = 32;
 
 struct Lane;
 struct Barrier {
@@ -314,7 +317,7 @@ bool run_cluster()
         if (late) continue;
         if (cluster->before && !*cluster->before)
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        else
+        else if (in_vain < HASTY_ROUNDS || in_vain % PATIENT_ROUNDS == 0)
             std::this_thread::yield();
     }
     steps++;

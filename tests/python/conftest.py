@@ -22,6 +22,12 @@ import flash_kda  # noqa: E402
 REPORTS = pytest.StashKey()
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "slow: takes 5 seconds or more of processor time; left to make test-all"
+    )
+
+
 def pytest_report_header():
     return f"flash_kda {flash_kda.__version__} from {flash_kda.__path__[0]}"
 

@@ -340,6 +340,7 @@ def run(*argv):
     )
 
 
+@pytest.mark.slow
 def test_kernels_beside_each_other(tmp_path):
     pytest.importorskip("torch")
     file = str(tmp_path / "result.json")
@@ -402,6 +403,7 @@ def test_a_run_on_the_cpu(peer_file, tmp_path):
     assert report.table(result) in done.stdout
 
 
+@pytest.mark.slow
 def test_who_fails_is_left_out_and_may_come_back(peer_file):
     said = []
     odd = race.Competitor("odd", {"kind": "path", "path": peer_file, "device": "cpu"})
@@ -422,6 +424,7 @@ def test_who_fails_is_left_out_and_may_come_back(peer_file):
     assert all(text.startswith("odd is left out of 1:1") for text in said)
 
 
+@pytest.mark.slow
 def test_a_peer_without_fwd(tmp_path):
     (tmp_path / "empty.py").write_text("")
     for path, sentence in (

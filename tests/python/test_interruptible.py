@@ -14,10 +14,17 @@ import flash_kda
 from flash_kda import _call, _interruptible
 from problems import REFERENCE_ARGUMENTS, hold_to, make, to_torch, truth
 
-# Between the signal and the exception. The best of a few trials counts, since other work on the machine
-# delays each of them.
-MOST_SECONDS = 0.1
-TRIALS = 5
+# Processor time of this process between the signal and the exception, in which a call that goes on computes.
+# Other work on the machine takes none of it. The whole call takes seconds.
+MOST_PROCESSOR_SECONDS = 0.1
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Programs that a shell starts in the background ignore SIGINT, and so does Python then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def zeros(T=60000, H=4):
@@ -49,28 +56,29 @@ def foreign(a):
 
 def call_and_wait(call, a, thread):
     """A signal that comes after the call must not count as one that ended it."""
+    thread.start()
     call(a)
     thread.join()
     time.sleep(0.5)
     raise AssertionError("the call was over before the signal came")
 
 
-def seconds_to_stop(call, a, send, exception):
+def processor_seconds_to_stop(call, a, send, exception):
     """From the signal to the exception in the caller."""
-    sent = []
+    sent, began = [], time.process_time()
 
     def later():
-        time.sleep(0.1)
-        sent.append(time.perf_counter())
+        while time.process_time() < began + 0.1:  # until the call is well under way
+            time.sleep(0.01)
+        sent.append(time.process_time())
         send()
 
     thread = threading.Thread(target=later)
-    thread.start()
-    with pytest.raises((exception, AssertionError)) as raised:
+    with pytest.raises(exception):
         call_and_wait(call, a, thread)
-    seconds = time.perf_counter() - sent[0]
+    seconds = time.process_time() - sent[0]
     thread.join()
-    return seconds if raised.type is exception else float("inf")
+    return seconds
 
 
 def interrupt():
@@ -92,12 +100,7 @@ def test_ctrl_c(kind):
         a = foreign(a)
     if kind == "reference":
         call = slow_reference
-    times = []
-    for _ in range(TRIALS):
-        times.append(seconds_to_stop(call, a, interrupt, KeyboardInterrupt))
-        if times[-1] < MOST_SECONDS:
-            break
-    assert min(times) < MOST_SECONDS, times
+    assert processor_seconds_to_stop(call, a, interrupt, KeyboardInterrupt) < MOST_PROCESSOR_SECONDS
     small = make(lengths=[5, 30], initial=np.float32)
     flash_kda.fwd(**small)
     hold_to(small, truth(small), "cpu")
@@ -117,7 +120,11 @@ def test_any_handler_that_raises(on_alarm):
         raise TimeoutError
 
     on_alarm(handler)
-    assert seconds_to_stop(slow, zeros(), lambda: os.kill(os.getpid(), signal.SIGALRM), TimeoutError) < 1
+
+    def send():
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    assert processor_seconds_to_stop(slow, zeros(), send, TimeoutError) < MOST_PROCESSOR_SECONDS
 
 
 def test_many_signals_at_once(on_alarm, monkeypatch):
@@ -125,8 +132,10 @@ def test_many_signals_at_once(on_alarm, monkeypatch):
     ended, handled, real = [], [], _call._fwd
 
     def watched(reference):
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.002)
         status = real(reference)
-        time.sleep(0.05)  # in which more signals come
+        while len(handled) < 4:  # more signals come
+            time.sleep(0.01)
         ended.append(status)
         return status
 
@@ -138,9 +147,9 @@ def test_many_signals_at_once(on_alarm, monkeypatch):
     monkeypatch.setattr(_call, "_fwd", watched)
     on_alarm(handler)
     a = zeros()
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.002)
     with pytest.raises(KeyboardInterrupt):
         slow(a)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     assert ended == [5]
     assert handled.count(0) > 2
 

@@ -111,6 +111,7 @@ def test_operator_is_there_in_any_order_of_imports(order):
     assert python(f"{order}; print(torch.ops.flash_kda.fwd)") == "flash_kda.fwd"
 
 
+@pytest.mark.slow
 def test_compiled_use_before_any_eager_one():
     """flash_kda is imported first, then torch, and the first call is a compiled one."""
     pytest.importorskip("torch")

@@ -38,8 +38,8 @@ STARTED_BY = {
     "scripts/gpu.sh": "test_gpu",
     "scripts/lint.sh": "test_lint",
     "scripts/plot_accuracy.py": "test_plot_accuracy",
+    "scripts/run_tests.py": "test_run_tests",
     "scripts/sanitize.sh": "test_sanitize",
-    "scripts/test.sh": "test_test",
     "scripts/test_aarch64.sh": "test_aarch64",
     "scripts/test_all.sh": "test_all_the_tests",
     "scripts/wheel.sh": "test_wheel",
@@ -125,15 +125,117 @@ def test_build(sandbox):
     assert sandbox.run("sh", "scripts/build.sh", "build", fail="cmake").returncode == 1
 
 
-def test_test(sandbox):
-    sandbox.stub("ctest", "pretended-python")
-    settings = {"BUILD": "build", "PYTHON": "pretended-python"}
-    assert sandbox.run("sh", "scripts/test.sh", **settings).returncode == 0
-    calls = ["ctest --test-dir build --output-on-failure --no-tests=error"]
-    calls += ["pretended-python -m pytest tests/python -q -rs"]
-    assert sandbox.calls() == calls
-    assert sandbox.run("sh", "scripts/test.sh", fail="ctest", **settings).returncode == 1
-    assert sandbox.calls() == calls, "the Python tests run even if a C test fails"
+C_TESTS = """\
+add_test(good sh -c "exit 0")
+add_test(bad sh -c "echo what a C test said; exit 1")
+add_test(elsewhere sh -c "echo skipped: cuda:0 can not be used; exit 77")
+add_test(long sh -c "test -z $FLASH_KDA_TEST_QUICK")
+set_tests_properties(elsewhere PROPERTIES SKIP_RETURN_CODE 77)
+set_tests_properties(long PROPERTIES LABELS slow)
+"""
+PYTHON_TESTS = """\
+import pytest
+
+def test_good(): pass
+def test_bad():
+    print("what a Python test said")
+    assert not "reason"
+def test_elsewhere(): pytest.skip("there is no CUDA device")
+def test_bare(): pytest.skip("could not import 'that'")
+@pytest.mark.slow
+def test_long(): pass
+"""
+
+
+@pytest.fixture
+def run_tests(sandbox):
+    """Runs scripts/run_tests.py on the tests that it is given. Returns its status and its lines."""
+    if not shutil.which("ctest"):
+        pytest.skip("ctest is not on PATH")
+
+    def run(c_tests: str, python_tests: str, *options: str, **changes: float) -> tuple[int, list[str]]:
+        script = sandbox.folder / "scripts" / "run_tests.py"
+        text = (ROOT / "scripts" / "run_tests.py").read_text()
+        for name, value in changes.items():
+            text, count = re.subn(f"(?m)^{name} = .*$", f"{name} = {value}", text)
+            assert count == 1, name
+        script.write_text(text)
+        for path, text in (("build", c_tests), ("tests/python", python_tests)):
+            (sandbox.folder / path).mkdir(parents=True, exist_ok=True)
+            name = "CTestTestfile.cmake" if path == "build" else "test_it.py"
+            (sandbox.folder / path / name).write_text(text)
+        done = sandbox.run(sys.executable, "scripts/run_tests.py", *options, "build")
+        assert not done.stderr
+        return done.returncode, done.stdout.splitlines()
+
+    return run
+
+
+def test_run_tests(run_tests):
+    status, lines = run_tests(C_TESTS, PYTHON_TESTS)
+    assert status == 1
+    counts = "C: 1 passed, 1 failed, 1 need a GPU; Python: 1 passed, 1 failed, 1 need a GPU, 1 skipped; "
+    assert re.fullmatch(counts + r"(\d+ min )?\d+ s", lines[-1])
+    assert "1 Python test skipped: could not import 'that'" in lines
+    assert "what a C test said" in lines, "the output of a test that fails is shown"
+    assert "what a Python test said" in lines
+    assert "tests/python/test_it.py::test_bad FAILED" in lines
+    assert not any("good" in line or "elsewhere" in line for line in lines), "no line for any other test"
+
+
+def test_run_all_tests(run_tests):
+    c_tests, python_tests = C_TESTS.replace("exit 1", "exit 0"), PYTHON_TESTS.replace("not ", "")
+    status, lines = run_tests(c_tests, python_tests, "--all")
+    assert status == 0
+    assert lines[-1].startswith("C: 3 passed, 0 failed, 1 need a GPU; Python: 3 passed, 0 failed, 1 need")
+
+
+def test_run_tests_says_how_far_they_are(run_tests):
+    c_tests = "".join(f'add_test(test{i} sh -c "sleep 0.1")\n' for i in range(20))
+    lines = run_tests(c_tests, "def test(): pass", REPORT_SECONDS=0.1)[1]
+    assert any(re.match(r" +\d+ s: C \d+ of 20; Python [01] of [1?]$", line) for line in lines)
+
+
+def test_run_tests_when_a_runner_breaks(run_tests):
+    status, lines = run_tests('add_test(good sh -c "exit 0")', "import os\ndef test(): os._exit(3)")
+    assert status == 1
+    assert lines[-1].startswith("C: 1 passed, 0 failed; Python: 0 passed, 0 failed, and its runner failed; ")
+    status, lines = run_tests("", "def test(): pass")
+    assert status == 1
+    assert lines[-1].startswith("C: 0 passed, 0 failed, and its runner failed; Python: 1 passed, 0 failed; ")
+
+
+def test_run_tests_ends_what_waits_for_ever(run_tests):
+    c_tests = 'add_test(stuck sleep 1000)\nadd_test(good sh -c "exit 0")\n'
+    python_tests = "import time\ndef test_stuck(): time.sleep(1000)\n"
+    limits = {"STANDSTILL_SECONDS": 3, "STANDSTILL_PROCESSOR_SECONDS": 0.02}
+    status, lines = run_tests(c_tests, python_tests, REPORT_SECONDS=0.1, **limits)
+    assert status == 1
+    assert "C tests: nothing has moved for 3 s. They are ended." in lines
+    assert "Python tests: nothing has moved for 3 s. They are ended." in lines
+    assert any("test_it.py" in line and "in test_stuck" in line for line in lines), "where pytest was"
+    assert lines[-1].startswith("C: 1 passed, 1 failed, and its runner failed; Python: 0 passed, 0 failed, a")
+
+
+@pytest.mark.parametrize(
+    ("processor_seconds", "done", "ended"),
+    [([9, 9, 9], [1, 1, 1], True), ([9, 12, 12], [1, 1, 1], False), ([9, 9, 9], [1, 2, 2], False)],
+    ids=["nothing moves", "processor time moves", "a test ends"],
+)
+def test_what_counts_as_a_standstill(monkeypatch, processor_seconds, done, ended):
+    """The suite is looked at after 0, 200 and 400 seconds. It may stand still for 300."""
+    module = load("scripts/run_tests.py")
+    suite = module.Suite.__new__(module.Suite)
+    suite.process, suite.stuck, suite.end = mock.Mock(pid=1), False, mock.Mock()
+    suite._moved_at, suite._had_then, suite._done_then = 0, 0.0, 0
+    monkeypatch.setattr(module, "family", lambda process: [process])
+    monkeypatch.setattr(module, "processor_seconds", lambda process: processor_seconds.pop(0))
+    times = [0, 200, 400]
+    monkeypatch.setattr(module, "time", mock.Mock(monotonic=lambda: times.pop(0)))
+    for count in done:
+        suite.done = count
+        suite.end_if_stuck()
+    assert suite.end.called == suite.stuck == ended
 
 
 def test_sanitize(sandbox):
@@ -146,7 +248,8 @@ def test_sanitize(sandbox):
         "-DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_KDA_SANITIZE=address,undefined"
     )
     assert build == "cmake --build build-sanitize"
-    assert test == "ctest --test-dir build-sanitize --output-on-failure --no-tests=error"
+    processors = subprocess.run(["nproc"], capture_output=True, text=True, check=True).stdout.strip()
+    assert test == f"ctest --test-dir build-sanitize -j {processors} --output-on-failure --no-tests=error"
     assert sandbox.run("sh", "scripts/sanitize.sh", "address", fail="ctest").returncode == 1
     done = sandbox.run("sh", "scripts/sanitize.sh", "thread")
     assert done.returncode == 0, done.stderr
@@ -257,7 +360,7 @@ def test_all_the_tests(sandbox):
     fuzzers(sandbox)
     sandbox.stub("ctest")
     python = sandbox.stubs / "pretended-python"
-    python.write_text("#!/bin/sh\necho '12 passed, 3 skipped in 1.5s'\n")
+    python.write_text(STUB.replace("exit 0", "echo 'C: 2 passed; Python: 12 passed; 3 s'"))
     python.chmod(0o755)
     counts = sandbox.folder / "build" / "Testing" / "Temporary" / "LastTest.log"
     counts.parent.mkdir(parents=True)
@@ -266,10 +369,10 @@ def test_all_the_tests(sandbox):
     done = sandbox.run("sh", "scripts/test_all.sh", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout[done.stdout.index("== cases") :].splitlines()
-    assert last[1].endswith("C tests with 123 checks, 45 inputs of corpora; 12 Python tests")
+    assert last[1].endswith(" C: 2 passed; Python: 12 passed; 3 s; 123 checks, 45 inputs of corpora")
     assert last[-1] == "all passed"
     assert sum(line.startswith("fuzz: ") for line in last) == 4
-    done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest", **settings)
+    done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest pretended-python", **settings)
     assert done.returncode == 1
     failed = done.stdout.splitlines()[-1].replace(" aarch64", "")  # which may be skipped
     assert failed == "failed: tests address thread"
@@ -425,7 +528,7 @@ def test_environment_without_a_network(sandbox):
     python.chmod(0o755)
     cmake = sandbox.stubs / "cmake"
     script = [sys.executable, "scripts/environment.py", "build"]
-    for version, status in (("3.19.9", 1), ("3.20.0", 0)):
+    for version, status in (("3.20.9", 1), ("3.21.0", 0)):
         cmake.write_text(f"#!/bin/sh\necho cmake version {version}\n")
         cmake.chmod(0o755)
         done = sandbox.run(*script)
