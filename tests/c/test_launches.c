@@ -90,9 +90,9 @@ static void counting(void)
         const pretended_shape s = random_shape(&r);
         flash_kda_fwd_params p = params_of(s);
         trying_shape(s, &p);
-        const launched without = call_once(&p);
+        const launched without = one_call(&p);
         p.nonfinite = tensor_of((void *)((uintptr_t)1 << 20), FLASH_KDA_I64, 2, shape);
-        const launched with = call_once(&p);
+        const launched with = one_call(&p);
         if (!CHECK(with.count == without.count + 2, "it launches %lu kernels instead of %lu", with.count,
                    without.count + 2))
             continue;
