@@ -555,7 +555,7 @@ class Plan(NamedTuple):
             borders = [sum(self.chunks[:i]) for i in range(len(self.chunks) + 1)]
         elif self.shortest and length >= 2 * self.shortest:
             n, chunks = length // self.shortest, -(-length // CUT_CHUNK)
-            borders = [chunks // n * i + chunks % n * i // n for i in range(n + 1)]
+            borders = [chunks // n * i + min(chunks % n, i) for i in range(n + 1)]
         else:
             return [0, length]
         return [min(CUT_CHUNK * border, length) for border in borders]

@@ -53,9 +53,11 @@ def compare_on_emulator(gpu, ops, shapes, kernels):
         ("90:132", ["2:150", "1:1", "2:33,5,64"], "hopper:never", "32 tokens"),
         ("90:4", ["4:100", "4:16,7"], "hopper:never", "16 tokens"),
         ("90:4", ["1:400"], "hopper:always", "relay of 3"),  # without spare pairs
-        ("90:9", ["1:600"], "hopper:always", "relay of 4"),  # with a spare pair
+        # With a spare pair.
+        pytest.param("90:9", ["1:600"], "hopper:always", "relay of 4", marks=pytest.mark.slow),
         ("90:132", ["1:300,40"], "hopper:always", "passes of 128"),
-        ("90:132", ["1:3500"], "hopper:always", "passes of 128"),  # maps are joined in groups
+        # Maps are joined in groups.
+        pytest.param("90:132", ["1:3500"], "hopper:always", "passes of 128", marks=pytest.mark.slow),
         ("90:4", ["2:150"], "portable", "16 tokens"),
     ],
 )
