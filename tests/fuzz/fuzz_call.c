@@ -272,7 +272,8 @@ static void check_sentence(const char *call)
         if (iscntrl((unsigned char)*at)) wrong("a control character in: %s", sentence);
 }
 
-/* As far as the reference is finite. A state that is written in place must have been kept. */
+/* As far as the reference is finite, and the scale leaves outputs in the range in which bf16 has its whole
+ * precision. A state that is written in place must have been kept. */
 static void check_results(const state *s)
 {
     flash_kda_fwd_params p = s->p;
@@ -291,10 +292,12 @@ static void check_results(const state *s)
     if (flash_kda_reference(&p, out, final) != FLASH_KDA_OK)
         wrong("the reference refused: %s", flash_kda_last_error());
     const bars most = find_case("random")->cpu;
+    const bool full_precision = fabsf(p.scale) > 1e-30f;
     bool finite = true;
     for (int64_t i = 0; i < rows * DIM; i++) finite &= fabs(out[i]) < 1e37;
     for (int64_t i = 0; i < states; i++) finite &= fabs(final[i]) < 1e37;
-    if (finite && relative_rms(out, p.out.data, FLASH_KDA_BF16, rows * DIM) > 1.5 * most.out)
+    if (finite && full_precision &&
+        relative_rms(out, p.out.data, FLASH_KDA_BF16, rows * DIM) > 1.5 * most.out)
         wrong("out has error %g", relative_rms(out, p.out.data, FLASH_KDA_BF16, rows * DIM));
     if (finite && p.final_state.data) {
         const bool narrow = p.final_state.dtype == FLASH_KDA_BF16;

@@ -163,8 +163,8 @@ def test_green_context_that_is_current(start, run):
 
 
 def test_capture_in_a_green_context(start, run):
-    """A call that is captured on a stream of a green context too small for its cooperative launch is right or
-    gives an error, and calls after it are right."""
+    """A call that is captured on a stream of a green context too small for its cooperative launch is right,
+    and so are calls after it."""
     run(start("green_capture"))
 
 

@@ -37,8 +37,9 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     /* Tiles that are read from the state: K~ S and, for outputs, Q~ S after them. */
     static constexpr int READ = Block::OUTPUTS ? 2 * TILES : TILES;
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
-    int look_again;  /* the scales have just changed much: look at the next chunk too */
-    int faint;       /* a chunk had a divisor below one since the scales were chosen */
+    /* Truths, which take fewer instructions as int than as bool. */
+    int look_again; /* the scales have just changed much: look at the next chunk too */
+    int faint;      /* a chunk had a divisor below one since the scales were chosen */
 
     __device__ ScaledRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
