@@ -21,13 +21,14 @@ def blocks(language: str, page: str = "README.md") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_debugging_prints_what_the_page_says() -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/debugging.md"])
+def test_it_prints_what_the_page_says(name: str) -> None:
     pytest.importorskip("torch")
-    page = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    page = (ROOT / name).read_text(encoding="utf-8")
     said = re.search(r"^prints\n\n((?:    .*\n)+)", page, flags=re.MULTILINE)
     assert said
     run = subprocess.run(
-        [sys.executable, "-c", *blocks("python", "docs/debugging.md")],
+        [sys.executable, "-c", *blocks("python", name)],
         env={**os.environ, "PYTHONPATH": str(Path(flash_kda.__file__).parent.parent)},
         capture_output=True,
         text=True,
