@@ -24,16 +24,16 @@ enum { FUNCTIONS = sizeof functions / sizeof *functions, MOST_CALLS = 30, WORDS 
 /* The ways to run a call: each asks other things of the driver. */
 static const struct {
     const char *kernel;
-    flash_kda_cut cut;
     int64_t tokens, heads;
+    flash_kda_cut cut;
     bool counts; /* values that are not finite */
     bool quick;  /* tried by --quick too */
 } ways[] = {
-    {"portable", FLASH_KDA_CUT_AUTO, 40, 1, false, false},
-    {"portable", FLASH_KDA_CUT_AUTO, 40, 1, true, true},
-    {"hopper", FLASH_KDA_CUT_NEVER, 40, 5, false,
-     true}, /* more heads than SMs: flags are cleared for handoffs */
-    {"hopper", FLASH_KDA_CUT_ALWAYS, 300, 1, true, false}, /* two segments, so passes */
+    {"portable", 40, 1, FLASH_KDA_CUT_AUTO, false, false},
+    {"portable", 40, 1, FLASH_KDA_CUT_AUTO, true, true},
+    /* More heads than SMs: flags are cleared for handoffs. */
+    {"hopper", 40, 5, FLASH_KDA_CUT_NEVER, false, true},
+    {"hopper", 300, 1, FLASH_KDA_CUT_ALWAYS, true, false}, /* two segments, so passes */
 };
 static int way;
 static bool told[FUNCTIONS]; /* a failure of the function was reported, in any way */
@@ -108,8 +108,9 @@ static bool use_everything(findings *f, const char *function, const problem *p, 
             const bool launched = strstr(sentence, "final_state") || strstr(sentence, "cuCtxPopCurrent"),
                        counted = strstr(sentence, "nonfinite");
             for (size_t i = 0; i < out_bytes && !launched; i++) f->wrote |= out[i] != 0xff;
-            for (size_t i = 0; i < sizeof records && !counted; i++)
-                f->wrote |= ((unsigned char *)records)[i] != 0x5a;
+            const unsigned char *bytes_of_records = (const unsigned char *)records;
+            const size_t record_bytes = counted ? 0 : sizeof records;
+            for (size_t i = 0; i < record_bytes; i++) f->wrote |= bytes_of_records[i] != 0x5a;
         }
         *sum = checksum(out, out_bytes) ^ checksum(state, state_bytes) ^
                checksum((const unsigned char *)records, sizeof records);
