@@ -226,7 +226,7 @@ def compute(
     Args:
         output_final_state: whether the final state is wanted, too.
         options: `kernel`, `threads` and all other arguments that `fwd` takes by keyword alone.
-        The others are as for `fwd`.
+    The other arguments are as for `fwd`.
 
     Returns:
         out [B, T, H, V] in bf16, and the final state [N, H, V, K] or None. The state has the dtype of
