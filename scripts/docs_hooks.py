@@ -110,7 +110,7 @@ def comment_markdown(comment: str, anchors: dict[str, str]) -> str:
 
 def declared_names(declarations: str) -> list[str]:
     code = re.sub(r"/\*.*?\*/", "", declarations, flags=re.DOTALL)
-    return re.findall(r"^\} (\w+);|^FLASH_KDA_API [\w ]+?\*?(\w+)\(", code, re.MULTILINE)
+    return re.findall(r"^(?:\} |FLASH_KDA_API [\w ]+?\*?)(\w+)[;(]", code, re.MULTILINE)
 
 
 def header_items(header: str) -> list[tuple[list[str], str, str]]:
@@ -120,7 +120,7 @@ def header_items(header: str) -> list[tuple[list[str], str, str]]:
     for block in re.split(r"\n{2,}", body.strip()):
         match = re.match(r"(/\*.*?\*/\n)?(.*)", block, re.DOTALL)
         assert match
-        names = [a or b for a, b in declared_names(match[2])]
+        names = declared_names(match[2])
         if not names:
             raise ValueError(f"no declaration was found here in the header:\n{block}")
         items.append((names, match[1] or "", match[2]))

@@ -61,7 +61,9 @@ def test_python_of_a_section(code, said):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "\n```c\n" in page.read_text()], ids=lambda page: page.stem
+    "page",
+    [page for page in PAGES if "\n```c\n" in page.read_text(encoding="utf-8")],
+    ids=lambda page: page.stem,
 )
 def test_c_of_a_page_compiles(page, tmp_path):
     compiler = shutil.which("cc")
