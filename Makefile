@@ -37,7 +37,7 @@ format: ## Rewrite the sources as `make lint` wants them
 	$(bin)/ruff check --fix --quiet . ; $(bin)/ruff format .
 
 test-all: build ## Run all tests, large and slow ones too, sanitizers and fuzzers, SECONDS (60) a harness
-	@$(environment) test wheel $(if $(filter-out 0,$(TORCH)),torch)
+	@$(environment) test wheel docs $(if $(filter-out 0,$(TORCH)),torch)
 	@PYTHON=$(bin)/python BUILD=$(BUILD) FUZZ_SECONDS=$(SECONDS) sh scripts/test_all.sh
 
 sanitize: ## Run the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
@@ -48,6 +48,10 @@ sanitize: ## Run the C tests under AddressSanitizer, UndefinedBehaviorSanitizer 
 fuzz: ## Fuzz the C call, the file reader, the command and the planner, SECONDS (60) each
 	@$(environment) build
 	@FUZZ_SECONDS=$(SECONDS) sh scripts/fuzz.sh
+
+docs: ## Build the documentation site into build-docs/; warnings are errors
+	@$(environment) docs
+	@$(bin)/python -m mkdocs build --strict
 
 kernels: build ## Check registers, spills and machine code of the kernels against scripts/kernel_plan.toml
 	@$(environment) lint
@@ -64,7 +68,7 @@ wheel: ## Build the wheel with all kernels into dist/ (ARCH=aarch64: for another
 	@PYTHON=$(bin)/python sh scripts/wheel.sh $(ARCH)
 
 clean: ## Remove what was built; .venv stays
-	rm -rf $(BUILD) build-sanitize build-thread build-fuzz dist
+	rm -rf $(BUILD) build-sanitize build-thread build-fuzz build-docs dist
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all build lint format sanitize fuzz kernels bench host-time wheel clean
+.PHONY: help run test test-all build lint format sanitize fuzz docs kernels bench host-time wheel clean

@@ -26,6 +26,7 @@ GROUPS = {
     "torch": "tests/requirements-torch.txt",
     "lint": "scripts/lint-requirements.txt",
     "wheel": "scripts/wheel-requirements.txt",
+    "docs": "scripts/docs-requirements.txt",
 }
 NOTES = {
     "torch": "PyTorch for the tests: several GB, this first time only. `make test TORCH=0` goes without it."

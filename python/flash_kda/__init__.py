@@ -75,7 +75,7 @@ def fwd(
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
-    Each head of each sequence keeps a state S of K x V numbers. For every token t, in order::
+    Each head of each sequence keeps a state S of K x V numbers. For every token t, in order:
 
         g_t      = lower_bound * sigmoid(exp(A_log) * (g + dt_bias))      log decay (nats), one per channel
         q_t, k_t = q / sqrt(sum(q^2) + 1e-6), k / sqrt(sum(k^2) + 1e-6)   over the K channels
@@ -132,7 +132,7 @@ def fwd(
     All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta, cu_seqlens and nonfinite:
     to an element); what is written shares memory with nothing else, and is no array of a library whose arrays
     are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be
-    of any type that has __index__.
+    of any type that has `__index__`.
 
     PyTorch tensors may also be as layers and engines hold them. The call then makes the tensor that it needs,
     which takes time and memory in every call:
@@ -226,7 +226,7 @@ def compute(
     Args:
         output_final_state: whether the final state is wanted, too.
         options: `kernel`, `threads` and all other arguments that `fwd` takes by keyword alone.
-        The others are as for `fwd`.
+    The other arguments are as for `fwd`.
 
     Returns:
         out [B, T, H, V] in bf16, and the final state [N, H, V, K] or None. The state has the dtype of
@@ -369,16 +369,27 @@ def _shape_params(
 
 @dataclass(frozen=True)
 class Device:
-    """One device of this machine."""
+    """One device of this machine.
 
-    type: str  #: "cpu" or "cuda"
-    index: int  #: the CUDA ordinal; 0 for the CPU
-    name: str  #: "NVIDIA H100 80GB HBM3"
-    arch: str  #: "sm_90", "x86-64 avx512"
-    kernel: str  #: what runs there by default; "" if nothing can
-    reason: str  #: why nothing can run there, else ""
-    units: int  #: SMs of a GPU, threads of the CPU
-    memory: int  #: bytes
+    Attributes:
+        type: "cpu" or "cuda".
+        index: the CUDA ordinal; 0 for the CPU.
+        name: "NVIDIA H100 80GB HBM3".
+        arch: "sm_90", "x86-64 avx512".
+        kernel: what runs there by default; "" if nothing can.
+        reason: why nothing can run there, else "".
+        units: SMs of a GPU, threads of the CPU.
+        memory: bytes.
+    """
+
+    type: str
+    index: int
+    name: str
+    arch: str
+    kernel: str
+    reason: str
+    units: int
+    memory: int
 
 
 def devices() -> list[Device]:

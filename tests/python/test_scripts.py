@@ -32,6 +32,7 @@ STARTED_BY = {
     "scripts/build.sh": "test_build",
     "scripts/check_kernels.py": "test_check_kernels_of_a_folder",
     "scripts/check_lines.py": "test_long_lines_are_found",
+    "scripts/docs_hooks.py": "test_header_becomes_sections",
     "scripts/environment.py": "test_environment",
     "scripts/fetch_nvcc.py": "test_fetch",
     "scripts/fuzz.sh": "test_fuzz",
@@ -482,12 +483,12 @@ def test_ci_runs_every_section(sandbox):
     # The section of the wheel removes its folder and makes it anew, which the stub of venv does not do.
     done = sandbox.run("bash", ".ci/run")
     assert done.returncode == 1
-    assert "sections: 4 passed, 1 failed" in done.stdout
+    assert "sections: 5 passed, 1 failed" in done.stdout
     makes = [call.split()[1] for call in sandbox.calls() if call.startswith("make ")]
-    assert makes == ["run", "test-all", "kernels", "lint", "wheel"]
+    assert makes == ["run", "test-all", "kernels", "lint", "docs", "wheel"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in makes)
-    assert "sections: 0 passed, 5 failed" in sandbox.run("bash", ".ci/run", fail="make").stdout
+    assert "sections: 0 passed, 6 failed" in sandbox.run("bash", ".ci/run", fail="make").stdout
 
 
 def test_make_knows_its_targets():
