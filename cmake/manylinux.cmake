@@ -1,6 +1,6 @@
 # The toolchain of the wheels: cmake --toolchain cmake/manylinux.cmake. Zig's C compiler (Clang) links against
 # the symbols that a chosen version of the C library had, for any architecture, so that a library that is
-# built on a new system is loaded on an old one. scripts/wheel.sh installs it from PyPI.
+# built on a new system is loaded on an old one. `make wheel` installs Zig from PyPI.
 set(FLASH_KDA_ARCH x86_64 CACHE STRING "The architecture: x86_64 or aarch64")
 set(FLASH_KDA_GLIBC 2.28 CACHE STRING "The oldest version of the C library that the result runs with")
 set(CMAKE_SYSTEM_NAME Linux)

@@ -269,7 +269,8 @@ def wait(suites: list[Suite], began: float) -> None:
             reported = time.monotonic()
             show(f"  {duration(reported - began):>12}: {'; '.join(map(progress, suites))}")
             for suite in suites:
-                suite.end_if_stuck()
+                if suite.running:
+                    suite.end_if_stuck()
 
 
 def report(suites: list[Suite], began: float) -> bool:

@@ -86,8 +86,8 @@ static flash_kda_status reference(const flash_kda_fwd_params *params, double *ou
     return status == FLASH_KDA_OK ? fkda_cpu_reference(&problem, out64, state64) : status;
 }
 
-/* A thread that does nothing but call these two would never be cancelled if they were no cancellation points.
- * They are one when all is done and no lock, thread or memory of the call is left. */
+/* Both functions are cancellation points, after all work is done and no lock, thread or memory of the call is
+ * left. Otherwise a thread that does nothing but call them could never be cancelled. */
 flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 {
     const flash_kda_status status = fwd(params);

@@ -15,8 +15,8 @@
  * the log2 decay is bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes
  * activated) gets its own functions here. The portable kernel calls the functions in portable/prepare.cuh.
  * The Hopper kernel calls those for the constants in hopper/block/prepare.cuh and those for the log2 decay in
- * hopper/block/prepare_slice.cuh. A gate without a lower bound also needs another reference for exp(-G) in
- * the preparations.
+ * hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh. A gate without a lower bound also needs
+ * another reference for exp(-G) in the preparations.
  *
  * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
  */

@@ -8,7 +8,8 @@ tensors under a dispatch mode, go to the operator instead, and through PyTorch's
 
 A tensor whose memory does not hold what the tensor means (a tensor of torch.vmap, a lazy negation, ...) is
 refused by `_refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
-dispatch keys, which the guards of a prepared call compare, so only calls that no prepared one fits are asked.
+dispatch keys, which the guards of a prepared call compare, so only a call that fits no prepared one needs
+this.
 """
 
 from __future__ import annotations

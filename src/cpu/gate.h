@@ -16,7 +16,7 @@ static const float LOG2E = 1.44269504088896341f;
 typedef struct gate_constants {
     float slope; /* -log2(e) exp(A_log) */
     float bound; /* log2(e) lower_bound */
-    /* 2^c and 2^-c, where c is half of the largest decay of a chunk, as a whole number (head.h). */
+    /* 2^c and 2^-c, where c = floor(half of the largest log2 decay of a chunk) (head.h). */
     float up, down;
 } gate_constants;
 

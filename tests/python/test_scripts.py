@@ -218,6 +218,16 @@ def test_run_tests_ends_what_waits_for_ever(run_tests):
     assert lines[-1].startswith("C: 1 passed, 1 failed, and its runner failed; Python: 0 passed, 0 failed, a")
 
 
+def test_run_tests_leaves_a_runner_alone_that_has_ended(run_tests):
+    """pytest ends at once, and the C tests compute for longer than a standstill may last."""
+    computes = "import time\nwhile time.process_time() < 2.5: pass"
+    c_tests = f"add_test(long {sys.executable} -c [[{computes}]])\n"
+    limits = {"STANDSTILL_SECONDS": 1, "STANDSTILL_PROCESSOR_SECONDS": 0.02}
+    status, lines = run_tests(c_tests, "def test_short(): pass\n", REPORT_SECONDS=0.1, **limits)
+    assert status == 0, lines
+    assert lines[-1].startswith("C: 1 passed, 0 failed; Python: 1 passed, 0 failed; ")
+
+
 @pytest.mark.parametrize(
     ("processor_seconds", "done", "ended"),
     [([9, 9, 9], [1, 1, 1], True), ([9, 12, 12], [1, 1, 1], False), ([9, 9, 9], [1, 2, 2], False)],

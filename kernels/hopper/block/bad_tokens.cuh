@@ -1,9 +1,10 @@
 /*
- * Bad tokens: a token whose key, gate or write strength is not a number. Everything after such a token is
- * unknown, and everything before it must not change by a bit.
+ * Bad tokens: a token whose key is not finite, or whose gate or write strength is NaN. Everything after such
+ * a token is unknown, and everything before it must not change by a bit.
  *
- * Algorithm. A product multiplies a NaN by the zeros of a triangle, which are NaN too, and would carry it to
- * earlier tokens. So no NaN of a key, a gate or a write strength ever enters a product:
+ * Algorithm. In a product a NaN also meets the zeros of a triangular matrix. NaN times zero is NaN, which
+ * would reach earlier tokens. So no NaN of a key, a gate or a write strength enters a product whose result is
+ * used:
  *
  *   norms        The loader or the team stores 1 / |x|, which is 0 or NaN if the sum of squares is not
  *                finite.
@@ -48,8 +49,8 @@ __device__ __forceinline__ bool is_usual_norm(float inverse_norm)
     return inverse_norm > 0.0f;
 }
 
-/* Stands in place of 1 / |k| of a key that is not finite and counts as zeros: a zero that can be told from
- * others. */
+/* Stands in place of 1 / |k| of a key that is not finite and counts as zeros: -0.0, which the code tells from
+ * +0.0 by its bits. */
 constexpr float BAD_KEY = -0.0f;
 
 /* 1 / |x| of a token whose sum of squares was not finite; `at` is its first channel in q or k.
@@ -118,8 +119,8 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
 
 /* ---- Solver -------------------------------------------------------------------------------------------- */
 
-/* The chunk's first bad token, of its team and of the write strengths b. What the team has left is taken back
- * for its next chunk. */
+/* The chunk's first bad token, of its team and of the write strengths b. Resets products.first_bad for
+ * the team's next chunk. */
 template <class Block>
 __device__ __forceinline__ int take_first_bad_token(Products<Block> &products, float b, int lane)
 {

@@ -5,7 +5,7 @@
  *
  * In a solo CTA / a CTA of a pair / a map CTA: R = 8 / 4 / 8, P = 6 / 8 / 6, T = 2 / 4 / 2.
  *
- * barrier                     arrivals of a round                  who waits         what may happen then
+ * barrier                     warps that arrive in a round         who waits         what may happen then
  * --------------------------  -----------------------------------  ----------------  ------------------------
  * work.ring.full[i]           1: loader                            all other roles   work item i is read
  * work.ring.empty[i]          R + P + 1: all roles but the loader  loader            the item is overwritten
@@ -27,8 +27,8 @@
  * product_ring.full[team]     T: the team                          solver            products are read
  * product_ring.empty[team]    1: solver                            the team          products are overwritten
  * meeting[team]               T: the team (only for racecheck)     the team          as at TEAM_BARRIER
- * join.ring.full[i]           1: map fetcher; bytes of a quarter,  recurrence        map quarter i is read
- *                             which one of the CTAs fetches
+ * join.ring.full[i]           1: map fetcher; bytes of a map       recurrence        map quarter i is read
+ *                             quarter, fetched by one CTA for both
  * join.ring.empty[i]          2 R: recurrences of both CTAs        map fetcher       it is overwritten,
  *                                                                                    in both CTAs
  * join.room_for_maps          2 R: recurrences of both CTAs        map fetcher       maps overwrite tokens
@@ -38,9 +38,9 @@
  *
  * A chunk of a pair lies in two slots: in an own slot of the CTA that prepared it, and in a received slot of
  * the other CTA. The recurrences of both CTAs arrive at empty[own] when they have read it, so that barrier
- * says that both slots are free. In a MapCta a slot changes teams from round to round, and a parity cannot
- * tell a round from the one two rounds earlier. So a team first waits for empty[own], which says that the
- * round before is over, and only then for loaded[own] or normed[own].
+ * says that both slots are free. In a MapCta another team uses a slot in each round. A team that waited
+ * for loaded[own] or normed[own] by the parity alone could pass because of the round two rounds earlier. It
+ * therefore waits for empty[own] first, which says that the round before is over.
  *
  * Named barriers:
  *
@@ -104,8 +104,8 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
 }
 
 /* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
- * the cluster's barrier too: each role waits at a place of its own, which synccheck takes for divergence at
- * __syncthreads. */
+ * the cluster's barrier too: roles wait at different places in the code, which synccheck would report as
+ * divergence at __syncthreads. */
 struct WaitForBarriers {
     __device__ void operator()() const
     {
@@ -124,7 +124,8 @@ struct WaitForBarriers {
  * The loader has ended its role long before and watches over the other warps of its CTA: it gives up if they
  * do not end theirs (../ptx/patience.cuh). Warps of a pair wait for each other for ever if the CTAs do not go
  * through equally many chunks, because cu_seqlens or a list changed after one CTA had read it and before the
- * other one did. If both CTAs have ended all the same, the loader gives up too, because a chunk may still be
+ * other one did. If both CTAs have ended although they went through unequal numbers of chunks,
+ * the loader gives up too, because a chunk may still be
  * on its way to a CTA that ends. It arrives at the cluster's barrier first, so that nobody waits for it.
  */
 template <class Block> static __device__ __forceinline__ void end_phase(Shared<Block> &shared)

@@ -257,8 +257,8 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     return launch_even_shares(c, args, CHUNK, items.later, EARLY);
 }
 
-/* The driver refuses to launch CTAs together where the process may use only a part of the device. Then the
- * passes do the same work in the same workspace. */
+/* CTAs cannot be launched together where the process or the stream may use only a part of the device. Then,
+ * or if the launch fails for another reason, the passes do the same work in the same workspace. */
 static flash_kda_status run_relay(const call *c, fkda_hopper_fwd_args *args)
 {
     const flash_kda_status status = clear_flags(c, args->cut.flags, c->plan->memory.relay_flags);
@@ -269,7 +269,7 @@ static flash_kda_status run_relay(const call *c, fkda_hopper_fwd_args *args)
     return run_passes(c, args);
 }
 
-/* If the driver refuses to launch the CTAs together, no sequence is cut. */
+/* If the CTAs cannot be launched together, no sequence is cut. */
 static flash_kda_status run_mixed(const call *c, const fkda_hopper_fwd_args *pair)
 {
     const fkda_hopper_memory *m = &c->plan->memory;

@@ -92,7 +92,7 @@ static cut cut_as_equal(const fkda_shape *s, int sms)
 }
 
 /* A mixed launch that cuts sequences of at least `least_chunks` chunks. A sequence counts as long only if it
- * takes half as long again as an equal share of all the work, so that there are CTA pairs enough for each
+ * takes at least 1.5 times an equal share of all the work, so that there are CTA pairs enough for each
  * head of all long ones. */
 static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t cutting_clocks)
 {
@@ -132,8 +132,8 @@ static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_ho
     return fkda_clocks_passes_of_longest(s, segments, sms) < to_beat ? passes : mixed;
 }
 
-/* Passes with the segments that would be best if one sequence had all tokens. If all sequences turn out to
- * have equal length, nothing is to be cut, so segments are longer than half of the average sequence. */
+/* Passes with the segments that would be best if one sequence had all tokens. Segments are longer than half
+ * of the average sequence, so that nothing is cut if all lengths turn out to be equal. */
 static cut cut_unknown(const fkda_shape *s, int sms)
 {
     int64_t ignored;
@@ -147,8 +147,8 @@ static cut cut_unknown(const fkda_shape *s, int sms)
 }
 
 /* Chooses segments so long that each CTA pair has about one segment of one head: if all tokens are of one
- * sequence, all its segments but the first have at most as many heads together as there are pairs. Segments
- * are shorter if pairs can share them in a relay. */
+ * sequence, (segments - 1) * heads is at most the number of pairs. Segments are shorter if pairs can share
+ * them in a relay. */
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;
