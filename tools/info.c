@@ -116,6 +116,7 @@ static void json_kernels(void)
         json_close_object();
     }
     json_close_array();
+    free(infos);
 }
 
 /* What the options of `info` ask for. */
