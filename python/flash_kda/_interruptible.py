@@ -44,6 +44,7 @@ class _Helper:
         self._error: Exception | None = None
         self._ended = _thread.allocate_lock()
         self._ended.acquire()
+        self._done = False
 
     def run(self) -> bool:
         """False if there is no thread to be had."""
@@ -70,16 +71,30 @@ class _Helper:
             if status:
                 self._error = _lib.last_error(status)  # the sentence is this thread's
         finally:
+            self._done = True
             self._ended.release()
 
     def _stop(self, started: bool) -> None:
-        """Ends the call. More exceptions of handlers are dropped: one is under way already."""
-        while True:
+        """Ends the call. More exceptions of handlers are dropped: one is under way already. A handler may
+        also run between two rounds of the loop in _wait_for_end, where its `except` does not reach. Therefore
+        the wait begins anew, twice."""
+        try:
+            self._wait_for_end(started)
+        except BaseException:
+            try:
+                self._wait_for_end(started)
+            except BaseException:
+                self._wait_for_end(started)
+
+    def _wait_for_end(self, started: bool) -> None:
+        while not self._done:
             try:
                 self._interrupt.value = 1
                 # If the handler ran right beside the start of the thread, it is not known whether there is
-                # one. It would find the number set, and give up before it looks at an array.
-                self._ended.acquire(timeout=-1 if started else _NEVER_BEGAN_SECONDS)
-                return
+                # one. It would find the number set, and give up before it looks at an array. The lock may
+                # have been taken by a round that a handler ended: `_done` says so.
+                seconds = _LOOK_AGAIN_SECONDS if started else _NEVER_BEGAN_SECONDS
+                if not self._ended.acquire(timeout=seconds) and not started:
+                    return
             except BaseException:
                 continue
