@@ -161,13 +161,13 @@ typedef struct flash_kda_tensor {
  * 1e-6 in the norm makes shorter ones count as less than a hundredth of a key.
  *
  * If nonfinite is there, the call also counts the values that are NaN or an infinity: in each input before
- * the forward pass begins (so initial_state is counted as it was, also if it is updated in place), and in out
- * and final_state afterwards. Row i of nonfinite becomes the flash_kda_nonfinite of the
- * flash_kda_checked_tensor i. Every element of a tensor counts, whatever cu_seqlens says, and an infinity in
- * g or beta counts although it is a number to the sigmoid. The counts and places are exact, and out and
- * final_state have the same bits as without nonfinite. On a GPU the counting is a memset and two kernels more
- * on the call's stream, each of which reads its tensors once; the call does not wait for them. Without
- * nonfinite nothing of this costs anything.
+ * the forward pass begins, and in out and final_state afterwards. So the row of initial_state has the counts
+ * from before the call, also if final_state is the same tensor. Row i of nonfinite becomes the
+ * flash_kda_nonfinite of the flash_kda_checked_tensor i. Every element of a tensor counts, whatever
+ * cu_seqlens says, and an infinity in g or beta counts although it is a number to the sigmoid. The counts and
+ * places are exact, and out and final_state have the same bits as without nonfinite. On a GPU the counting is
+ * a memset and two kernels more on the call's stream, each of which reads its tensors once; the call does not
+ * wait for them. Without nonfinite nothing of this costs anything.
  *
  * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta, cu_seqlens and nonfinite: aligned
  * to an element). out, nonfinite and the workspace must not overlap any other tensor, and final_state no

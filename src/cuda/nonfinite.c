@@ -24,7 +24,7 @@ static int64_t bytes_of(const fkda_stretch *s)
 }
 
 /* Each tensor gets CTAs in proportion to its bytes, so that all CTAs run at the same time and end together. A
- * tensor gets at least one CTA, and at most so many that every thread has something to load. */
+ * tensor gets at least one CTA, and at most so many CTAs that each of their threads has a load to do. */
 static int64_t share_out(const fkda_stretch *stretches, int count, int sms, fkda_count_args *args)
 {
     const int64_t most = (int64_t)sms * FKDA_COUNT_CTAS_PER_SM,

@@ -47,9 +47,9 @@ typedef enum start {
     TOGETHER, /* in order, with all CTAs running at the same time, because they wait for each other */
 } start;
 
-/* Whether so many CTAs, one on each SM, can run at the same time on the call's stream: not if the stream
- * belongs to a green context with fewer SMs. The driver refuses such a launch by itself, except in a capture:
- * then the replay would wait for ever. */
+/* Returns whether `ctas` CTAs, one on each SM, can run at the same time on the call's stream. They cannot if
+ * the stream belongs to a green context with fewer SMs. The driver refuses a cooperative launch of that many
+ * CTAs by itself, except in a capture: the replay of such a capture would wait for ever. */
 static bool can_run_together(const call *c, int64_t ctas)
 {
     const fkda_driver *driver = c->driver;
