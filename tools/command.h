@@ -31,6 +31,14 @@ int command_run(int argc, char **argv);
         "batch-invariant", no_argument, NULL, 'i'                                                            \
     }
 /* The lines of a help text about --cut. */
+#define HEADS_DEVICE_AND_KERNEL_HELP                                                                         \
+    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the\n"                      \
+    "                       CPU\n"                                                                           \
+    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used,\n"                       \
+    "                       else the CPU\n"                                                                  \
+    "  --kernel NAME        a kernel of this build, instead of the default for the\n"                        \
+    "                       device\n"
+
 #define CUT_HELP                                                                                             \
     "  --cut HOW            how sequences may be cut into segments that run in\n"                            \
     "                       parallel. Only the kernel hopper cuts sequences:\n"                              \

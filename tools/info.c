@@ -17,13 +17,7 @@ static const char help[] =
     "Nothing is computed.\n"
     "\n"
     "  --lengths LENGTHS    the tokens of each sequence: 8192, or 1300,547,2048, or\n"
-    "                       1024x8 for eight sequences of 1024 tokens\n"
-    "  --heads H            the number of heads; without it 96 on a GPU and 8 on the\n"
-    "                       CPU\n"
-    "  --device cpu|cuda:N  the device; without it CUDA device 0 if it can be used,\n"
-    "                       else the CPU\n"
-    "  --kernel NAME        a kernel of this build, instead of the default for the\n"
-    "                       device\n" CUT_HELP
+    "                       1024x8 for eight sequences of 1024 tokens\n" HEADS_DEVICE_AND_KERNEL_HELP CUT_HELP
     "  --batch-invariant    asks for results that don't depend on what else is in the\n"
     "                       batch\n"
     "  --longest-unknown    says what runs if the caller does not give the longest\n"
