@@ -351,9 +351,8 @@ _Static_assert(
     offsetof(flash_kda_fwd_params, nonfinite) + sizeof(flash_kda_tensor) == sizeof(flash_kda_fwd_params),
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
-/* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in
- * which the missing fields are zero. The fields before `workspace` exist since the first version. */
-static flash_kda_status complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
+/* The fields before `workspace` exist since the first version. */
+flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
 {
     const size_t least = offsetof(flash_kda_fwd_params, workspace), most = sizeof *whole;
     if (!*params) return INVALID("params is null; it must point to a flash_kda_fwd_params");
@@ -430,7 +429,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
 {
     flash_kda_fwd_params whole;
     memset(out, 0, sizeof *out);
-    TRY(complete_params(&p, &whole));
+    TRY(fkda_complete_params(&p, &whole));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, purpose, &out->shape));

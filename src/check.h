@@ -10,6 +10,10 @@ typedef enum fkda_purpose {
     FKDA_FOR_SHAPES, /* nothing is read or written, so pointers may be missing */
 } fkda_purpose;
 
+/* A caller built with an older header passes a shorter struct. `*params` then becomes a copy in `whole`, in
+ * which the missing fields are zero. */
+flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole);
+
 /* Turns a caller's struct into a problem, or refuses it in a sentence. Whether the workspace is large enough
  * is checked by fkda_check_workspace(), once the plan says how large it must be. */
 flash_kda_status fkda_check(const flash_kda_fwd_params *params, fkda_purpose purpose, fkda_problem *problem);

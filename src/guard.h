@@ -14,6 +14,7 @@
 #define FKDA_GUARD_H
 
 #include <fenv.h>
+#include <signal.h>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -51,6 +52,12 @@ static inline void fkda_restore_float_settings(const fkda_float_settings *before
     fesetenv(before);
 }
 #endif
+
+/* Blocks all signals that are sent to the process or to a thread, and returns what was blocked before. A
+ * thread that is created meanwhile blocks them for good, so the application's handlers run on its own threads
+ * as if the new one were not there. A signal that an instruction raises (SIGSEGV, say) stays deliverable: the
+ * system would otherwise end the process without calling the application's handler. */
+sigset_t fkda_block_signals(void);
 
 typedef struct fkda_guard {
     int cancel_state;

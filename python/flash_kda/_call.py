@@ -165,7 +165,7 @@ class PreparedCall:
         """Handlers of signals run meanwhile, and may call fwd, so the call has a workspace of its own."""
         block = _scratch.take(self.workspace_size)
         self.workspace.value = block[1]
-        _interruptible.call(_fwd, self.params)
+        _interruptible.fwd(self.params)
         _scratch.give_back(block)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 from ctypes import c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from typing import Callable
 
 OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR, INTERRUPTED = range(6)
 BF16, F32, I32, I64, F16, F64, OTHER = range(1, 8)
@@ -57,6 +59,10 @@ class FwdParams(ctypes.Structure):
         ("interrupt", c_void_p),
         ("nonfinite", Tensor),
     ]
+
+
+class Interpreter(ctypes.Structure):
+    _fields_ = [("release", c_void_p), ("acquire", c_void_p), ("handle_signals", c_void_p)]
 
 
 class DeviceInfo(ctypes.Structure):
@@ -149,6 +155,21 @@ def _load() -> ctypes.CDLL:
 
 
 lib = _load()
+
+_calls_of_the_interpreter = ctypes.PyDLL(
+    lib._name
+)  # called with Python's lock, which C gives up while it waits
+
+
+def with_signals(name: str) -> Callable[..., int]:
+    """The variant of a function of C that lets Python handle signals while it computes: see
+    flash_kda_fwd_for() in the header. It raises the exception that a handler has raised."""
+    function = getattr(_calls_of_the_interpreter, name + "_for")
+    function.argtypes = [ctypes.POINTER(Interpreter), *getattr(lib, name).argtypes]
+    function.restype = ctypes.c_int
+    names = ("PyEval_SaveThread", "PyEval_RestoreThread", "PyErr_CheckSignals")
+    interpreter = Interpreter(*(ctypes.cast(getattr(ctypes.pythonapi, x), c_void_p) for x in names))
+    return functools.partial(function, ctypes.byref(interpreter))
 
 
 # What a sentence says of C, and what it says in Python.

@@ -64,8 +64,7 @@ def reference(
     out, state = new(shapes["v"]), new((N, H, shapes["v"][3], K))
     # C refuses a null pointer, so an empty result has an address that is never written.
     out_pointer, state_pointer = (_arrays.read("result", x, None)[0].pointer or 8 for x in (out, state))
-    _interruptible.call(
-        _lib.lib.flash_kda_reference,
+    _interruptible.reference(
         params,
         ctypes.cast(out_pointer, POINTER(c_double)),
         ctypes.cast(state_pointer, POINTER(c_double)),

@@ -59,19 +59,6 @@ static void *start_work(void *argument)
     return NULL;
 }
 
-/* Blocks all signals that are sent to the process or to a thread, and returns what was blocked before. A
- * signal that an instruction raises (SIGSEGV, say) stays deliverable: the system would otherwise end the
- * process without calling the application's handler. */
-static sigset_t block_signals(void)
-{
-    static const int raised[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
-    sigset_t all, before;
-    sigfillset(&all);
-    for (size_t i = 0; i < sizeof raised / sizeof *raised; i++) sigdelset(&all, raised[i]);
-    pthread_sigmask(SIG_BLOCK, &all, &before);
-    return before;
-}
-
 bool fkda_parallel_for(int threads, int64_t count, bool (*task)(void *context, int64_t index, int worker),
                        void *context)
 {
@@ -90,7 +77,7 @@ bool fkda_parallel_for(int threads, int64_t count, bool (*task)(void *context, i
     int started = 1; /* worker 0 is the caller */
     /* New threads block the signals that their creator blocks. The application's handlers then run on its own
      * threads, as if the workers were not there. */
-    const sigset_t before = block_signals();
+    const sigset_t before = fkda_block_signals();
     for (; started < threads; started++) {
         worker *w = &workers[started];
         *w = (worker){.loop = &l, .number = started};

@@ -1,0 +1,120 @@
+/* Calls for bindings of an interpreter. The work runs in a thread of its own. The calling thread is the one in
+ * which the interpreter handles signals: it waits for the work and lets the interpreter handle them meanwhile.
+ * The wait is in C because an interpreter may run a handler between any two of its own steps. */
+#define _POSIX_C_SOURCE 200809L
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "errors.h"
+#include "guard.h"
+
+/* A signal ends the wait at once, unless the system gave it to another thread. */
+enum { LOOK_AGAIN_MILLISECONDS = 20 };
+
+typedef struct work {
+    flash_kda_status (*compute)(const struct work *);
+    const flash_kda_fwd_params *params;
+    double *out64, *state64; /* of flash_kda_reference() */
+    flash_kda_status status;
+    char sentence[512]; /* of the error, which is the working thread's */
+    int pipe[2];        /* the working thread writes a byte when it has ended */
+} work;
+
+static flash_kda_status compute_fwd(const work *w)
+{
+    return flash_kda_fwd(w->params);
+}
+
+static flash_kda_status compute_reference(const work *w)
+{
+    return flash_kda_reference(w->params, w->out64, w->state64);
+}
+
+static void *start_compute(void *argument)
+{
+    work *w = argument;
+    w->status = w->compute(w);
+    snprintf(w->sentence, sizeof w->sentence, "%s", flash_kda_last_error());
+    while (write(w->pipe[1], "", 1) != 1) {
+    }
+    return NULL;
+}
+
+static bool start_thread(work *w, pthread_t *thread)
+{
+    if (pipe(w->pipe) != 0) return false;
+    for (int i = 0; i < 2; i++) fcntl(w->pipe[i], F_SETFD, FD_CLOEXEC);
+    const sigset_t before = fkda_block_signals();
+    const bool started = pthread_create(thread, NULL, start_compute, w) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!started)
+        for (int i = 0; i < 2; i++) close(w->pipe[i]);
+    return started;
+}
+
+/* Waits for the work's end. The calling thread has the interpreter's lock before and afterwards. */
+static void wait_for_end(work *w, const flash_kda_interpreter *interpreter, int32_t *interrupt)
+{
+    struct pollfd end = {.fd = w->pipe[0], .events = POLLIN};
+    bool raised = false; /* a handler's exception is under way, and no other handler may raise one */
+    void *state = interpreter->release();
+    while (poll(&end, 1, LOOK_AGAIN_MILLISECONDS) < 1) {
+        if (raised) continue;
+        interpreter->acquire(state);
+        raised = interpreter->handle_signals() != 0;
+        if (raised) __atomic_store_n(interrupt, 1, __ATOMIC_RELAXED);
+        state = interpreter->release();
+    }
+    interpreter->acquire(state);
+}
+
+static flash_kda_status compute_here(work *w, const flash_kda_interpreter *interpreter)
+{
+    void *state = interpreter->release();
+    const flash_kda_status status = w->compute(w);
+    interpreter->acquire(state);
+    return status;
+}
+
+static flash_kda_status compute(work *w, const flash_kda_fwd_params *params,
+                                const flash_kda_interpreter *interpreter)
+{
+    int32_t interrupt = 0;
+    pthread_t thread;
+    flash_kda_fwd_params own;
+    if (!interpreter)
+        return fkda_fail(FLASH_KDA_INVALID_VALUE,
+                         "interpreter is null; it must point to a flash_kda_interpreter");
+    const flash_kda_status status = fkda_complete_params(&params, &own);
+    if (status != FLASH_KDA_OK) return status;
+    own = *params;
+    own.struct_size = sizeof own;
+    own.interrupt = &interrupt;
+    w->params = &own;
+    if (!start_thread(w, &thread)) return compute_here(w, interpreter);
+    wait_for_end(w, interpreter, &interrupt);
+    pthread_join(thread, NULL);
+    for (int i = 0; i < 2; i++) close(w->pipe[i]);
+    return w->status == FLASH_KDA_OK ? FLASH_KDA_OK : fkda_fail(w->status, "%s", w->sentence);
+}
+
+flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
+                                   const flash_kda_fwd_params *params)
+{
+    FKDA_GUARD;
+    work w = {.compute = compute_fwd};
+    return compute(&w, params, interpreter);
+}
+
+flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
+                                         const flash_kda_fwd_params *params, double *out64, double *state64)
+{
+    FKDA_GUARD;
+    work w = {.compute = compute_reference, .out64 = out64, .state64 = state64};
+    return compute(&w, params, interpreter);
+}
