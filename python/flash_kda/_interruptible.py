@@ -2,10 +2,10 @@
 
 Python runs the handlers of signals in its main thread, between two steps of Python code: a call of C in the
 main thread would keep them waiting. So C computes a long call from the main thread in a thread of its own,
-and lets Python handle signals meanwhile. If a handler raises (KeyboardInterrupt, or anything else: a timeout's
-exception, SystemExit), C stops computing, and the exception goes on once C has stopped, since C uses the
-caller's arrays until then. What the call has written is unspecified in that case. A handler that returns
-changes nothing. More signals wait until the call is over.
+and lets Python handle signals meanwhile. If a handler raises (KeyboardInterrupt, or anything else: a
+timeout's exception, SystemExit), C stops computing, and the exception goes on once C has stopped, since C
+uses the caller's arrays until then. What the call has written is unspecified in that case. A handler that
+returns changes nothing. More signals wait until the call is over.
 
 In other threads Python runs no handlers, so there C is called as it is.
 """
