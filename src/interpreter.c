@@ -1,6 +1,6 @@
-/* Calls for bindings of an interpreter. The work runs in a thread of its own. The calling thread is the one in
- * which the interpreter handles signals: it waits for the work and lets the interpreter handle them meanwhile.
- * The wait is in C because an interpreter may run a handler between any two of its own steps. */
+/* Calls for bindings of an interpreter. The work runs in a thread of its own. The calling thread is the one
+ * in which the interpreter handles signals: it waits for the work and lets the interpreter handle signals
+ * meanwhile. The wait is in C because an interpreter may run a handler between any two of its own steps. */
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
 #include <poll.h>
