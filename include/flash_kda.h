@@ -58,7 +58,8 @@ typedef enum flash_kda_status {
     FLASH_KDA_INTERRUPTED = 5,   /* the caller asked a call on the CPU to stop: see "interrupt" */
 } flash_kda_status;
 
-/* Element types. The forward pass takes the first four; the rest let an error name what it got. */
+/* Element types. The forward pass takes the first four and FLASH_KDA_BOOL; the rest let an error name what it
+ * got. */
 typedef enum flash_kda_dtype {
     FLASH_KDA_BF16 = 1,
     FLASH_KDA_F32 = 2,
@@ -67,6 +68,7 @@ typedef enum flash_kda_dtype {
     FLASH_KDA_F16 = 5,
     FLASH_KDA_F64 = 6,
     FLASH_KDA_OTHER = 7,
+    FLASH_KDA_BOOL = 8, /* a byte: 0 is false */
 } flash_kda_dtype;
 
 typedef enum flash_kda_device_type {
@@ -84,6 +86,20 @@ typedef enum flash_kda_cut {
     FLASH_KDA_CUT_ALWAYS = 2, /* whether it pays or not, if a sequence is long enough */
     FLASH_KDA_CUT_MIXED = 3,  /* only sequences of different lengths, by the schedule made for these */
 } flash_kda_cut;
+
+/* How the gate tensor g of a token becomes the natural logarithm of the decay of a channel of K. */
+typedef enum flash_kda_gate {
+    FLASH_KDA_GATE_BOUNDED = 0,   /* lower_bound sigmoid(exp(A_log) (g + dt_bias)), in [lower_bound, 0) */
+    FLASH_KDA_GATE_SOFTPLUS = 1,  /* -exp(A_log) softplus(g + dt_bias), in (-inf, 0) */
+    FLASH_KDA_GATE_ACTIVATED = 2, /* g itself, at most 0 */
+} flash_kda_gate;
+
+/* How the tensor beta becomes the write strength of a token. */
+typedef enum flash_kda_beta {
+    FLASH_KDA_BETA_SIGMOID = 0,       /* sigmoid(beta), in (0, 1) */
+    FLASH_KDA_BETA_TWICE_SIGMOID = 1, /* 2 sigmoid(beta), in (0, 2): eigenvalues may be negative */
+    FLASH_KDA_BETA_ACTIVATED = 2,     /* beta itself */
+} flash_kda_beta;
 
 /* The tensors in which flash_kda_fwd() counts values that are not finite, in the order of the records of
  * flash_kda_fwd_params.nonfinite. */
@@ -128,13 +144,17 @@ typedef struct flash_kda_tensor {
  * struct_size, of a program built with an older header, is taken: the fields beyond it count as zero. A
  * larger one is refused, as this library would not see what the new fields ask for.
  *
- *   q, k, g        bf16 [B, T, H, K]   query, key, gate before its activation
- *   v              bf16 [B, T, H, V]   value
- *   beta           bf16 [B, T, H]      logits of the write strength
- *   out            bf16 [B, T, H, V]   written
- *   A_log          f32  [H]
- *   dt_bias        f32  [H, K]
- *   initial_state  bf16 or f32 [N, H, V, K], optional: zeros when absent
+ *   q, k           bf16 [B, T, H, K]           query, key
+ *   v              bf16 [B, T, HV, V]          value. HV is a multiple of H: value head j uses the query and
+ *                                              key head j / (HV / H), rounded down
+ *   g              bf16 or f32 [B, T, HV, K]   the gate tensor: see "gate"
+ *   beta           bf16 or f32 [B, T, HV]      the write strength: see "beta_kind"
+ *   out            bf16 [B, T, HV, V]          written
+ *   A_log          f32 [HV]                    of the gate; any shape with HV elements. Optional with the
+ *                                              bounded gate (then exp(A_log) is 1), required with softplus
+ *   dt_bias        f32 [HV, K]                 of the gate; any shape with HV * K elements. Optional: zeros
+ *   initial_state  bf16 or f32 [N, HV, V, K], optional: zeros when absent. [slots, HV, V, K] with
+ *                  state_indices
  *   final_state    the same, optional, written; the same dtype as initial_state when both are there.
  *                  It may be the same memory as initial_state.
  *   cu_seqlens     i64 or i32 [N + 1], optional: sequence n is tokens cu_seqlens[n] to
@@ -169,10 +189,31 @@ typedef struct flash_kda_tensor {
  * a memset and two kernels more on the call's stream, each of which reads its tensors once; the call does not
  * wait for them. Without nonfinite nothing of this costs anything.
  *
- * Today every tensor must be contiguous, and 16-byte aligned (A_log, beta, cu_seqlens and nonfinite: aligned
- * to an element). out, nonfinite and the workspace must not overlap any other tensor, and final_state no
- * other than initial_state. T may be 0, and so may any sequence's length: its final state is its initial
- * state.
+ * Strides. q, k, v, g and out may have any strides between rows of the batch, tokens and heads; their last
+ * dimension is contiguous. On a GPU these strides are multiples of 16 bytes and at most 2^31 - 1 elements. beta
+ * may have any strides. A state is contiguous, with any stride between states, a multiple of 16 bytes on a
+ * GPU. All other tensors are contiguous. The stride of a dimension of size 1 means nothing. q, k, v, g, out,
+ * dt_bias and states are 16-byte aligned, other tensors are aligned to an element. Elements of an output must
+ * not share memory: out, nonfinite, checkpoint_states and the workspace must not overlap any other tensor, and
+ * final_state no other than initial_state. Interleaved slices of one tensor do not overlap. T may be 0, and so
+ * may any sequence's length: its final state is its initial state.
+ *
+ * State pools. With state_indices, sequence n starts from initial_state[state_indices[n]] and ends in
+ * final_state[state_indices[n]]. An index below first_slot means that the sequence starts from zeros and
+ * writes no final state. An index beyond a tensor's slots means the same for this tensor on a GPU, and is
+ * refused on the CPU. If two sequences have one slot and one of them writes it, the results of both are
+ * unspecified. has_initial_state, with or without state_indices, makes a sequence start from zeros where it is
+ * false.
+ *
+ * Checkpoints are states from inside sequences: checkpoint_states gets the state after as many tokens of
+ * sequence n as checkpoint_offsets[n, c] says, in row checkpoint_indices[n, c]; without checkpoint_indices in
+ * row n C + c. An offset of 0 or less asks for none. Offsets are multiples of 16 and at most the sequence's
+ * length; they need no order and may repeat. With checkpoint_every = e instead, sequence n has checkpoints
+ * after e, 2 e, ... tokens, up to its length, in rows from checkpoint_starts[n] on; without checkpoint_starts
+ * the rows of all sequences follow each other. Offsets and rows that are not allowed are refused on the CPU. On
+ * a GPU they are left out. If two checkpoints have one row, it holds one of them. Rows without a checkpoint
+ * stay as they are. With batch_invariant a checkpoint is, bit for bit, the final state of a call whose
+ * sequence ends there.
  */
 typedef struct flash_kda_fwd_params {
     size_t struct_size;
@@ -186,7 +227,7 @@ typedef struct flash_kda_fwd_params {
     flash_kda_tensor initial_state, final_state;
     flash_kda_tensor cu_seqlens;
     float scale;       /* multiplies the output, usually K^-0.5; finite */
-    float lower_bound; /* of the log decay of one token, in nats, in [-5, 0] */
+    float lower_bound; /* of the log decay of one token, in nats, in [-5, 0]; of the bounded gate */
     void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
     size_t workspace_size;
     const char *kernel;      /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
@@ -206,6 +247,23 @@ typedef struct flash_kda_fwd_params {
      * begins, nothing is written. On a GPU, where the call only enqueues, it changes nothing. */
     const volatile int32_t *interrupt;
     flash_kda_tensor nonfinite; /* i64 [FLASH_KDA_CHECKED_TENSORS, 2], or absent: nothing is counted */
+
+    /* State pools; see above. */
+    flash_kda_tensor state_indices;     /* i32 or i64 [N], optional */
+    flash_kda_tensor has_initial_state; /* bool [N], optional */
+    int64_t first_slot;                 /* at least 0 */
+
+    /* Checkpoints; see above. */
+    flash_kda_tensor checkpoint_states;  /* f32 or bf16 [rows, HV, V, K], optional, written */
+    flash_kda_tensor checkpoint_offsets; /* i32 or i64 [N] or [N, C], optional */
+    flash_kda_tensor checkpoint_indices; /* i32 or i64, the shape of checkpoint_offsets, optional */
+    flash_kda_tensor checkpoint_starts;  /* i32 or i64 [N], optional */
+    int64_t checkpoint_every;            /* tokens, a multiple of 16; 0: checkpoint_offsets says where */
+
+    int32_t gate;             /* flash_kda_gate; lower_bound belongs to the bounded one alone */
+    int32_t beta_kind;        /* flash_kda_beta */
+    int32_t qk_is_normalised; /* 1: q and k are used as they are; 0: divided by sqrt(sum of squares + 1e-6) */
+    int32_t state_k_first;    /* 1: all states are [.., K, V]; 0: [.., V, K] */
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
@@ -227,10 +285,13 @@ FLASH_KDA_API flash_kda_status flash_kda_explain(const flash_kda_fwd_params *par
 FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params);
 
 /* The definition: the recurrence above, token by token in fp64, for tensors in CPU memory. Writes
- * out64 [B, T, H, V] and, unless NULL, state64 [N, H, V, K]; params->out, params->final_state and
- * params->nonfinite are not written and may be absent. Slow, and meant for tests. */
+ * out64 [B, T, HV, V] and, unless NULL, state64 [N, HV, V, K] with every sequence's final state, and
+ * checkpoints64 [rows, HV, V, K], of which rows without a checkpoint stay as they are. V comes before K whatever
+ * state_k_first says. params->out, params->final_state, params->nonfinite and params->checkpoint_states are
+ * not written; the first three may be absent, and checkpoint_states needs its shape alone. Slow, and meant for
+ * tests. */
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
-                                                   double *state64);
+                                                   double *state64, double *checkpoints64);
 
 /* What a binding for an interpreter (Python, Ruby, R) knows of it, for flash_kda_fwd_for(). */
 typedef struct flash_kda_interpreter {
@@ -251,7 +312,7 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *in
                                                  const flash_kda_fwd_params *params);
 FLASH_KDA_API flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
                                                        const flash_kda_fwd_params *params, double *out64,
-                                                       double *state64);
+                                                       double *state64, double *checkpoints64);
 
 /* "0.1.0" */
 FLASH_KDA_API const char *flash_kda_version(void);

@@ -76,14 +76,15 @@ static flash_kda_status fwd(const flash_kda_fwd_params *params)
     return problem.nonfinite ? run_and_count(&problem, plan) : plan->shape.kernel->run(&problem, plan);
 }
 
-static flash_kda_status reference(const flash_kda_fwd_params *params, double *out64, double *state64)
+static flash_kda_status reference(const flash_kda_fwd_params *params, double *out64, double *state64,
+                                  double *checkpoints64)
 {
     FKDA_GUARD;
     fkda_problem problem;
     if (!out64)
-        return fkda_fail(FLASH_KDA_INVALID_VALUE, "out64 is null; it must point to [B, T, H, V] doubles");
+        return fkda_fail(FLASH_KDA_INVALID_VALUE, "out64 is null; it must point to [B, T, HV, V] doubles");
     const flash_kda_status status = fkda_check(params, FKDA_FOR_REFERENCE, &problem);
-    return status == FLASH_KDA_OK ? fkda_cpu_reference(&problem, out64, state64) : status;
+    return status == FLASH_KDA_OK ? fkda_cpu_reference(&problem, out64, state64, checkpoints64) : status;
 }
 
 /* Both functions are cancellation points, after all work is done and no lock, thread or memory of the call is
@@ -95,9 +96,10 @@ flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
     return status;
 }
 
-flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64, double *state64)
+flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64, double *state64,
+                                     double *checkpoints64)
 {
-    const flash_kda_status status = reference(params, out64, state64);
+    const flash_kda_status status = reference(params, out64, state64, checkpoints64);
     pthread_testcancel();
     return status;
 }

@@ -19,7 +19,7 @@ enum { LOOK_AGAIN_MILLISECONDS = 20 };
 typedef struct work {
     flash_kda_status (*compute)(const struct work *);
     const flash_kda_fwd_params *params;
-    double *out64, *state64; /* of flash_kda_reference() */
+    double *out64, *state64, *checkpoints64; /* of flash_kda_reference() */
     flash_kda_status status;
     char sentence[512]; /* of the error, which is the working thread's */
     int pipe[2];        /* the working thread writes a byte when it has ended */
@@ -32,7 +32,7 @@ static flash_kda_status compute_fwd(const work *w)
 
 static flash_kda_status compute_reference(const work *w)
 {
-    return flash_kda_reference(w->params, w->out64, w->state64);
+    return flash_kda_reference(w->params, w->out64, w->state64, w->checkpoints64);
 }
 
 static void *start_compute(void *argument)
@@ -112,9 +112,11 @@ flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
 }
 
 flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
-                                         const flash_kda_fwd_params *params, double *out64, double *state64)
+                                         const flash_kda_fwd_params *params, double *out64, double *state64,
+                                         double *checkpoints64)
 {
     FKDA_GUARD;
-    work w = {.compute = compute_reference, .out64 = out64, .state64 = state64};
+    work w = {
+        .compute = compute_reference, .out64 = out64, .state64 = state64, .checkpoints64 = checkpoints64};
     return compute(&w, params, interpreter);
 }

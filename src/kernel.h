@@ -10,6 +10,7 @@ struct fkda_kernel {
     flash_kda_kernel_info info;
     int min_compute_capability; /* 10 * major + minor; 0 on the CPU */
     int max_compute_capability; /* 0: no limit */
+    int32_t features;           /* of fkda_feature, that it knows */
     bool needs_tma;             /* the driver must be of CUDA 12 or newer, which makes TMA descriptors */
     /* Decides what a call of this shape runs, in a plan that has the shape already. Launches and reads
      * nothing. */
@@ -23,8 +24,9 @@ struct fkda_kernel {
     void (*explain)(const fkda_plan *plan, char *text, size_t size);
 };
 
-/* The kernel called `name`, or the default for the device if `name` is NULL. */
-flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, const fkda_kernel **kernel);
+/* The kernel called `name`, or the default for the device if `name` is NULL. It has the features. */
+flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int32_t features,
+                                  const fkda_kernel **kernel);
 
 /* Says in one sentence why the shape's kernel runs. */
 void fkda_explain_choice(const fkda_shape *shape, char *text, size_t size);

@@ -7,11 +7,14 @@
 #include "errors.h"
 #include "kernel.h"
 
+/* What each kernel knows beyond the plainest call. */
+enum { FKDA_CPU_FEATURES = 0, FKDA_PORTABLE_FEATURES = 0, FKDA_HOPPER_FEATURES = 0 };
+
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
         .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CPU, archs, description},                    \
-        .plan = fkda_cpu_make_plan, .run = fkda_cpu_run, .count_nonfinite = fkda_cpu_count_nonfinite,        \
-        .explain = fkda_cpu_explain,                                                                         \
+        .features = FKDA_CPU_FEATURES, .plan = fkda_cpu_make_plan, .run = fkda_cpu_run,                      \
+        .count_nonfinite = fkda_cpu_count_nonfinite, .explain = fkda_cpu_explain,                            \
     }
 
 /* The default for a device is the first row that the device can run. */
@@ -31,6 +34,7 @@ static const fkda_kernel kernels[] = {
                  "that run in parallel, where that pays"},
         .min_compute_capability = 90,
         .max_compute_capability = 90,
+        .features = FKDA_HOPPER_FEATURES,
         .needs_tma = true,
         .plan = fkda_hopper_make_plan,
         .run = fkda_hopper_run,
@@ -43,6 +47,7 @@ static const fkda_kernel kernels[] = {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
                  "chunks of 16 tokens through tf32 mma.sync, one launch, fp32 state in registers"},
         .min_compute_capability = 80,
+        .features = FKDA_PORTABLE_FEATURES,
         .plan = fkda_portable_make_plan,
         .run = fkda_portable_run,
         .count_nonfinite = fkda_cuda_count_nonfinite,
@@ -133,8 +138,37 @@ static flash_kda_status refuse_known(flash_kda_device device, int capability, co
                      range, device.index, capability / 10, capability % 10);
 }
 
-flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, const fkda_kernel **kernel)
+/* What a caller has to change if a kernel does not know a feature. */
+static const char *feature_text(int32_t features)
 {
+    static const char *const texts[] = {
+        "tensors that are not contiguous",
+        "state_indices or has_initial_state",
+        "checkpoints",
+        "more value heads than heads of q and k",
+        "the softplus gate",
+        "a gate that is activated already",
+        "a gate without A_log or dt_bias",
+        "g or beta in float32",
+        "this beta_kind",
+        "q and k that are normalised already",
+        "states with K first",
+    };
+    return texts[__builtin_ctz((unsigned)features)];
+}
+
+static flash_kda_status refuse_features(const fkda_kernel *k, int32_t missing)
+{
+    return fkda_fail(
+        FLASH_KDA_UNAVAILABLE,
+        "kernel is \"%s\", which does not take %s; without a kernel's name one that does is chosen",
+        k->info.name, feature_text(missing));
+}
+
+flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int32_t features,
+                                  const fkda_kernel **kernel)
+{
+    const fkda_kernel *unable = NULL; /* a kernel that the device runs, and that lacks a feature */
     int capability;
     flash_kda_status status = device_capability(device, &capability);
     if (status != FLASH_KDA_OK) return status;
@@ -147,14 +181,18 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, con
         const fkda_kernel *named = kernel_called(name);
         if (!named) return refuse_unknown(device, name);
         if (!runs_on(named, device, capability)) return refuse_known(device, capability, named);
+        if (features & ~named->features) return refuse_features(named, features & ~named->features);
         *kernel = named;
         return FLASH_KDA_OK;
     }
     for (int i = 0; i < KERNEL_COUNT; i++) {
         if (!runs_on(&kernels[i], device, capability)) continue;
+        unable = &kernels[i];
+        if (features & ~unable->features) continue;
         *kernel = &kernels[i];
         return FLASH_KDA_OK;
     }
+    if (unable) return refuse_features(unable, features & ~unable->features);
     return fkda_fail(FLASH_KDA_UNAVAILABLE,
                      "device is CUDA device %d of compute capability %d.%d; the library needs at least 8.0",
                      device.index, capability / 10, capability % 10);

@@ -46,7 +46,7 @@ static flash_kda_status describe(int i, flash_kda_device_info *info)
         if (status != FLASH_KDA_OK) return status;
     }
     const fkda_kernel *kernel;
-    if (fkda_find_kernel(info->device, NULL, &kernel) == FLASH_KDA_OK)
+    if (fkda_find_kernel(info->device, NULL, 0, &kernel) == FLASH_KDA_OK)
         snprintf(info->kernel, sizeof info->kernel, "%s", kernel->info.name);
     else
         snprintf(info->reason, sizeof info->reason, "%s", flash_kda_last_error());

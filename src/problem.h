@@ -15,6 +15,22 @@ enum { FKDA_DIM = 128 }; /* K and V */
 
 typedef struct fkda_kernel fkda_kernel;
 
+/* What a call asks for beyond the plainest one. A kernel has the set of features that it knows (kernel.h). */
+typedef enum fkda_feature {
+    FKDA_STRIDES = 1 << 0,      /* a tensor is not contiguous */
+    FKDA_POOL = 1 << 1,         /* state_indices or has_initial_state */
+    FKDA_CHECKPOINTS = 1 << 2,  /* checkpoint_states */
+    FKDA_GROUPED = 1 << 3,      /* HV > H */
+    FKDA_SOFTPLUS = 1 << 4,     /* gate */
+    FKDA_ACTIVATED = 1 << 5,    /* gate */
+    FKDA_NO_PARAMETER = 1 << 6, /* A_log or dt_bias is absent */
+    FKDA_FP32_INPUT = 1 << 7,   /* g or beta */
+    FKDA_BETA_KIND = 1 << 8,    /* another one than the sigmoid */
+    FKDA_NORMALISED = 1 << 9,   /* q and k */
+    FKDA_K_FIRST = 1 << 10,     /* states */
+    FKDA_ALL_FEATURES = (1 << 11) - 1,
+} fkda_feature;
+
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made
  * from a shape alone, and two calls with equal shapes have equal plans. Compared byte by byte, so a shape is
  * zeroed before it is filled in. */
@@ -23,7 +39,8 @@ typedef struct fkda_shape {
     flash_kda_device device;
     int64_t batch;      /* B */
     int64_t tokens;     /* T, of one batch row */
-    int64_t heads;      /* H */
+    int64_t heads;      /* HV, of v, g, beta, out and the states */
+    int64_t qk_heads;   /* H, of q and k; it divides HV */
     int64_t sequences;  /* N */
     int64_t max_seqlen; /* tokens of the longest sequence; 0: not known */
     int32_t threads;    /* of the CPU backend, at least 1; 0 on a GPU */
@@ -31,7 +48,7 @@ typedef struct fkda_shape {
     int32_t batch_invariant;
     int32_t has_cu_seqlens;
     int32_t kernel_is_asked_for; /* by its name; else it is the device's default */
-    int32_t zero;                /* no padding, whose bytes would be compared */
+    int32_t features;            /* of fkda_feature, except FKDA_STRIDES, which changes no plan */
 } fkda_shape;
 
 /* Whether all sequences have the length T: the host then knows every length. A single sequence counts too,
@@ -50,21 +67,46 @@ typedef struct fkda_token_view {
     int32_t dtype; /* flash_kda_dtype */
 } fkda_token_view;
 
-/* A tensor [N, H, V, K] of states, each of them contiguous. `data` is NULL if the tensor is absent. */
+/* A tensor [N, HV, V, K] of states, or [slots, HV, V, K] or [rows, HV, V, K]. The states of all heads of a
+ * slot are contiguous. `data` is NULL if the tensor is absent. */
 typedef struct fkda_state_view {
     void *data;
-    int64_t sequence_stride, head_stride;
+    int64_t slots;
+    int64_t slot_stride, head_stride;
     int64_t heads;
     int32_t dtype; /* flash_kda_dtype */
 } fkda_state_view;
+
+/* A tensor of integers. `data` is NULL if the tensor is absent. */
+typedef struct fkda_index_view {
+    const void *data;
+    bool is_i32; /* else int64 */
+} fkda_index_view;
+
+/* States from inside sequences that the call writes; flash_kda.h says which and where. */
+typedef struct fkda_checkpoints {
+    bool wanted;            /* false: there are none, and the rest means nothing */
+    fkda_state_view states; /* its slots are called rows */
+    fkda_index_view offsets, indices;
+    int64_t columns; /* C: offsets of a sequence */
+    fkda_index_view starts;
+    int64_t every; /* tokens, or 0: `offsets` says where */
+} fkda_checkpoints;
 
 typedef struct fkda_problem {
     fkda_shape shape;
     void *stream;
     fkda_token_view q, k, v, g, beta, out;
-    const float *A_log;   /* [H] */
-    const float *dt_bias; /* [H, K] */
+    int32_t gate, beta_kind; /* flash_kda_gate, flash_kda_beta */
+    const float *A_log;      /* [HV], or NULL: zeros */
+    const float *dt_bias;    /* [HV, K], or NULL: zeros */
+    bool qk_is_normalised;   /* q and k are used as they are */
+    bool state_k_first;      /* states are [.., K, V] */
     fkda_state_view initial_state, final_state;
+    fkda_index_view state_indices;    /* [N]; absent: sequence n has slot n */
+    const uint8_t *has_initial_state; /* [N], or NULL: all have one */
+    int64_t first_slot;
+    fkda_checkpoints checkpoints;
     const void *cu_seqlens; /* [N + 1], or NULL */
     bool cu_seqlens_is_i32; /* else int64 */
     float scale, lower_bound;
@@ -113,9 +155,36 @@ static inline int64_t fkda_row_offset(const fkda_token_view *t, int64_t row, int
     return row * t->batch_stride + token * t->token_stride + head * t->head_stride;
 }
 
-static inline int64_t fkda_state_offset(const fkda_state_view *s, int64_t sequence, int64_t head)
+static inline int64_t fkda_state_offset(const fkda_state_view *s, int64_t slot, int64_t head)
 {
-    return sequence * s->sequence_stride + head * s->head_stride;
+    return slot * s->slot_stride + head * s->head_stride;
+}
+
+/* Element i, for a tensor that the host may read. Another thread may write to the tensor meanwhile. */
+static inline int64_t fkda_index_at(const fkda_index_view *t, int64_t i)
+{
+    if (t->is_i32) return __atomic_load_n((const int32_t *)t->data + i, __ATOMIC_RELAXED);
+    return __atomic_load_n((const int64_t *)t->data + i, __ATOMIC_RELAXED);
+}
+
+enum { FKDA_NO_SLOT = -1 };
+
+/* The slot where the state of sequence n is, or FKDA_NO_SLOT: the sequence starts from zeros, or its final
+ * state is not written. For tensors that the host may read. */
+static inline int64_t fkda_slot_of(const fkda_problem *p, const fkda_state_view *states, int64_t n)
+{
+    int64_t slot = n;
+    if (!states->data) return FKDA_NO_SLOT;
+    if (states == &p->initial_state && p->has_initial_state && !p->has_initial_state[n]) return FKDA_NO_SLOT;
+    if (p->state_indices.data) slot = fkda_index_at(&p->state_indices, n);
+    if (p->state_indices.data && slot < p->first_slot) return FKDA_NO_SLOT;
+    return slot < 0 || slot >= states->slots ? FKDA_NO_SLOT : slot;
+}
+
+/* The value head's head of q and k. */
+static inline int64_t fkda_qk_head(const fkda_shape *s, int64_t head)
+{
+    return head / (s->heads / s->qk_heads);
 }
 
 #endif

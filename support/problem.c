@@ -103,7 +103,7 @@ answer problem_solve(const problem *p, bool with_initial_state)
         .state = allocate((size_t)problem_states(p) * DIM * DIM, sizeof *a.state),
     };
     flash_kda_fwd_params params = problem_params(p, with_initial_state);
-    must(flash_kda_reference(&params, a.out, a.state));
+    must(flash_kda_reference(&params, a.out, a.state, NULL));
     return a;
 }
 

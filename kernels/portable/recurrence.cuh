@@ -62,13 +62,14 @@ template <int rows> struct Recurrence {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float4 x = make_float4(0, 0, 0, 0);
-                if (args.initial_state && args.state_is_bf16) {
+                if (args.initial_state.data && args.state_is_bf16) {
                     uint2 b = *reinterpret_cast<const uint2 *>(
-                        static_cast<const uint16_t *>(args.initial_state) + begin + 8 * r * DIM + 16 * j);
+                        static_cast<const uint16_t *>(args.initial_state.data) + begin + 8 * r * DIM +
+                        16 * j);
                     x = make_float4(bf16_low(b.x), bf16_high(b.x), bf16_low(b.y), bf16_high(b.y));
-                } else if (args.initial_state) {
-                    x = *reinterpret_cast<const float4 *>(static_cast<const float *>(args.initial_state) +
-                                                          begin + 8 * r * DIM + 16 * j);
+                } else if (args.initial_state.data) {
+                    x = *reinterpret_cast<const float4 *>(
+                        static_cast<const float *>(args.initial_state.data) + begin + 8 * r * DIM + 16 * j);
                 }
                 state[j][0][2 * r] = x.x, state[j][0][2 * r + 1] = x.y;
                 state[j][1][2 * r] = x.z, state[j][1][2 * r + 1] = x.w;
@@ -85,12 +86,12 @@ template <int rows> struct Recurrence {
                 float4 x = make_float4(state[j][0][2 * r], state[j][0][2 * r + 1], state[j][1][2 * r],
                                        state[j][1][2 * r + 1]);
                 if (args.state_is_bf16)
-                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state) + begin +
+                    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(args.final_state.data) + begin +
                                                8 * r * DIM + 16 * j) =
                         make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
                 else
-                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state) + begin + 8 * r * DIM +
-                                                16 * j) = x;
+                    *reinterpret_cast<float4 *>(static_cast<float *>(args.final_state.data) + begin +
+                                                8 * r * DIM + 16 * j) = x;
             }
     }
 
@@ -220,7 +221,7 @@ template <int rows> struct Recurrence {
             if (chunk + STAGES < task.chunks) barrier_arrive<EMPTY, STAGE_THREADS<rows>>(slot<STAGES>(chunk));
             store_output(chunk, o);
         }
-        if (args.final_state) store_state();
+        if (args.final_state.data) store_state();
     }
 };
 

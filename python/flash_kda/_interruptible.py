@@ -27,9 +27,9 @@ def fwd(params: _lib.FwdParams) -> None:
     _call(_fwd, params)
 
 
-def reference(params: _lib.FwdParams, out64: Any, state64: Any) -> None:
+def reference(params: _lib.FwdParams, out64: Any, state64: Any, checkpoints64: Any = None) -> None:
     """The fp64 definition. params.interrupt is not looked at."""
-    _call(_reference, params, out64, state64)
+    _call(_reference, params, out64, state64, checkpoints64)
 
 
 def _call(variants: tuple[Any, Any], params: _lib.FwdParams, *more: Any) -> None:

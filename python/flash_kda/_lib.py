@@ -10,7 +10,7 @@ from ctypes import c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size
 from typing import Callable
 
 OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR, INTERRUPTED = range(6)
-BF16, F32, I32, I64, F16, F64, OTHER = range(1, 8)
+BF16, F32, I32, I64, F16, F64, OTHER, BOOL = range(1, 9)
 CPU, CUDA = 0, 1
 
 LIBRARY = "libflashkda.so"
@@ -58,6 +58,18 @@ class FwdParams(ctypes.Structure):
         ("reserved", c_int32),
         ("interrupt", c_void_p),
         ("nonfinite", Tensor),
+        ("state_indices", Tensor),
+        ("has_initial_state", Tensor),
+        ("first_slot", c_int64),
+        ("checkpoint_states", Tensor),
+        ("checkpoint_offsets", Tensor),
+        ("checkpoint_indices", Tensor),
+        ("checkpoint_starts", Tensor),
+        ("checkpoint_every", c_int64),
+        ("gate", c_int32),
+        ("beta_kind", c_int32),
+        ("qk_is_normalised", c_int32),
+        ("state_k_first", c_int32),
     ]
 
 
@@ -133,7 +145,7 @@ def _load() -> ctypes.CDLL:
         "flash_kda_fwd": [params],
         "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
         "flash_kda_explain": [params, c_char_p, c_size_t],
-        "flash_kda_reference": [params, ctypes.POINTER(c_double), ctypes.POINTER(c_double)],
+        "flash_kda_reference": [params, *[ctypes.POINTER(c_double)] * 3],
         "flash_kda_list_devices": [
             ctypes.POINTER(DeviceInfo),
             c_int32,

@@ -32,7 +32,9 @@ void fkda_cpu_explain(const fkda_plan *plan, char *text, size_t size);
 /* nonfinite.c: `count_nonfinite` of the same kernels. */
 flash_kda_status fkda_cpu_count_nonfinite(const fkda_problem *problem, fkda_counted counted);
 
-/* reference.c: writes out [B, T, H, V] and, unless it is NULL, final_state [N, H, V, K]. */
-flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state);
+/* reference.c: writes out [B, T, HV, V] and, unless they are NULL, final_state [N, HV, V, K] and checkpoints
+ * [rows, HV, V, K]. */
+flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state,
+                                    double *checkpoints);
 
 #endif

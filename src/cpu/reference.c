@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../checkpoints.h"
 #include "../errors.h"
 #include "cpu.h"
 
@@ -11,14 +12,17 @@ enum { K = FKDA_DIM, V = FKDA_DIM };
 
 typedef struct job {
     const fkda_problem *problem;
-    double *out;                    /* [B, T, H, V] */
-    double *final_state;            /* [N, H, V, K] or NULL */
+    double *out;                    /* [B, T, HV, V] */
+    double *final_state;            /* [N, HV, V, K] or NULL */
+    double *checkpoints;            /* [rows, HV, V, K] or NULL */
+    int64_t *first_rows;            /* [N], where checkpoints.h needs it */
     double (*scratch_states)[K][V]; /* one for each worker */
 } job;
 
-/* Element i of a tensor of bf16. */
-static double value_at(const void *data, int64_t i)
+/* Element i of a tensor of bf16 or fp32. */
+static double value_at(const void *data, int32_t dtype, int64_t i)
 {
+    if (dtype == FLASH_KDA_F32) return ((const float *)data)[i];
     const uint16_t bits = ((const uint16_t *)data)[i];
     uint32_t wide = (uint32_t)bits << 16;
     float value;
@@ -31,52 +35,75 @@ static double sigmoid(double x)
     return 1.0 / (1.0 + exp(-x));
 }
 
-/* The natural logarithm of the decay, from the gate's input. Another gate is another function. */
-static double bounded_gate(double g, double A_log, double dt_bias, double lower_bound)
+/* log(1 + e^x) without overflow. */
+static double softplus(double x)
 {
-    return lower_bound * sigmoid(exp(A_log) * (g + dt_bias));
+    return x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x));
 }
 
-/* The unit vector of the row at an offset of a tensor [.., K] of bf16. */
-static void normalise(const void *data, int64_t offset, double *unit)
+/* The natural logarithm of the decay of channel i of head h, from element g of the gate tensor. */
+static double log_decay(const fkda_problem *p, int64_t h, int i, double g)
+{
+    const double A_log = p->A_log ? p->A_log[h] : 0.0, dt_bias = p->dt_bias ? p->dt_bias[h * K + i] : 0.0;
+    switch (p->gate) {
+    case FLASH_KDA_GATE_BOUNDED: return p->lower_bound * sigmoid(exp(A_log) * (g + dt_bias));
+    case FLASH_KDA_GATE_SOFTPLUS: return -exp(A_log) * softplus(g + dt_bias);
+    default: return g;
+    }
+}
+
+static double write_strength(const fkda_problem *p, double beta)
+{
+    switch (p->beta_kind) {
+    case FLASH_KDA_BETA_SIGMOID: return sigmoid(beta);
+    case FLASH_KDA_BETA_TWICE_SIGMOID: return 2.0 * sigmoid(beta);
+    default: return beta;
+    }
+}
+
+/* A row of q or k, as the recurrence takes it. */
+static void load_unit(const fkda_problem *p, const fkda_token_view *t, int64_t offset, double *unit)
 {
     double sum = 0.0;
     for (int i = 0; i < K; i++) {
-        unit[i] = value_at(data, offset + i);
+        unit[i] = value_at(t->data, t->dtype, offset + i);
         sum += unit[i] * unit[i];
     }
-    double factor = 1.0 / sqrt(sum + 1e-6);
+    const double factor = p->qk_is_normalised ? 1.0 : 1.0 / sqrt(sum + 1e-6);
     for (int i = 0; i < K; i++) unit[i] *= factor;
 }
 
 /* S is kept as [K][V], so that the inner loops run along memory. */
-static void load_state(const fkda_state_view *from, int64_t n, int64_t h, double S[K][V])
+static void load_state(const fkda_problem *p, int64_t n, int64_t h, double S[K][V])
 {
-    const int64_t base = fkda_state_offset(from, n, h);
-    for (int v = 0; v < V; v++) {
-        for (int k = 0; k < K; k++) {
-            const int64_t i = base + v * K + k;
-            if (!from->data)
-                S[k][v] = 0.0;
-            else if (from->dtype == FLASH_KDA_BF16)
-                S[k][v] = value_at(from->data, i);
-            else
-                S[k][v] = ((const float *)from->data)[i];
-        }
-    }
+    const fkda_state_view *from = &p->initial_state;
+    const int64_t slot = fkda_slot_of(p, from, n);
+    const int64_t k_stride = p->state_k_first ? V : 1, v_stride = p->state_k_first ? 1 : K;
+    for (int k = 0; k < K; k++)
+        for (int v = 0; v < V; v++)
+            S[k][v] = slot == FKDA_NO_SLOT
+                          ? 0.0
+                          : value_at(from->data, from->dtype,
+                                     fkda_state_offset(from, slot, h) + k * k_stride + v * v_stride);
+}
+
+static void store_state(double S[K][V], double *to)
+{
+    for (int v = 0; v < V; v++)
+        for (int k = 0; k < K; k++) to[v * K + k] = S[k][v];
 }
 
 /* One token of one head; `out` is its row of V numbers. */
 static void step(const fkda_problem *p, int64_t row, int64_t token, int64_t h, double S[K][V], double *out)
 {
     double q[K], k[K], decay[K], u[V], o[V];
-    normalise(p->q.data, fkda_row_offset(&p->q, row, token, h), q);
-    normalise(p->k.data, fkda_row_offset(&p->k, row, token, h), k);
+    const int64_t of = fkda_qk_head(&p->shape, h);
+    load_unit(p, &p->q, fkda_row_offset(&p->q, row, token, of), q);
+    load_unit(p, &p->k, fkda_row_offset(&p->k, row, token, of), k);
     const int64_t g = fkda_row_offset(&p->g, row, token, h);
-    for (int i = 0; i < K; i++)
-        decay[i] =
-            exp(bounded_gate(value_at(p->g.data, g + i), p->A_log[h], p->dt_bias[h * K + i], p->lower_bound));
-    const double b = sigmoid(value_at(p->beta.data, fkda_row_offset(&p->beta, row, token, h)));
+    for (int i = 0; i < K; i++) decay[i] = exp(log_decay(p, h, i, value_at(p->g.data, p->g.dtype, g + i)));
+    const int64_t beta = fkda_row_offset(&p->beta, row, token, h);
+    const double b = write_strength(p, value_at(p->beta.data, p->beta.dtype, beta));
     const int64_t values = fkda_row_offset(&p->v, row, token, h);
 
     for (int v = 0; v < V; v++) u[v] = 0.0;
@@ -87,7 +114,7 @@ static void step(const fkda_problem *p, int64_t row, int64_t token, int64_t h, d
         }
     }
     for (int v = 0; v < V; v++) {
-        u[v] = b * (value_at(p->v.data, values + v) - u[v]);
+        u[v] = b * (value_at(p->v.data, p->v.dtype, values + v) - u[v]);
         o[v] = 0.0;
     }
     for (int i = 0; i < K; i++) {
@@ -99,6 +126,15 @@ static void step(const fkda_problem *p, int64_t row, int64_t token, int64_t h, d
     for (int v = 0; v < V; v++) out[v] = (double)p->scale * o[v];
 }
 
+/* The state of sequence n and head h after `offset` tokens. */
+static void store_checkpoints(const job *j, int64_t n, int64_t h, int64_t offset, double S[K][V])
+{
+    const fkda_problem *p = j->problem;
+    int64_t column = 0, row;
+    while ((row = fkda_next_checkpoint_row(p, j->first_rows, n, offset, &column)) != FKDA_NO_CHECKPOINT)
+        store_state(S, j->checkpoints + (row * p->shape.heads + h) * V * K);
+}
+
 static bool run_head(void *context, int64_t index, int worker)
 {
     const job *j = context;
@@ -107,32 +143,45 @@ static bool run_head(void *context, int64_t index, int worker)
     double(*S)[V] = j->scratch_states[worker];
     const fkda_sequence sequence = fkda_sequence_at(p, n);
 
+    const int64_t length = sequence.end - sequence.begin;
+    int64_t checkpoint = j->checkpoints ? fkda_next_checkpoint(p, n, length, 0) : FKDA_NO_CHECKPOINT;
     if (fkda_interrupted(p)) return false;
-    load_state(&p->initial_state, n, h, S);
-    for (int64_t token = sequence.begin; token < sequence.end; token++) {
+    load_state(p, n, h, S);
+    for (int64_t done = 0; done < length; done++) {
+        const int64_t token = sequence.begin + done;
         if (fkda_interrupted(p)) return false;
         step(p, sequence.row, token, h, S,
              j->out + ((sequence.row * p->shape.tokens + token) * heads + h) * V);
+        if (done + 1 != checkpoint) continue;
+        store_checkpoints(j, n, h, checkpoint, S);
+        checkpoint = fkda_next_checkpoint(p, n, length, checkpoint);
     }
-    if (!j->final_state) return true;
-    double *final = j->final_state + index * V * K;
-    for (int v = 0; v < V; v++)
-        for (int k = 0; k < K; k++) final[v * K + k] = S[k][v];
+    if (j->final_state) store_state(S, j->final_state + index * V * K);
     return true;
 }
 
-flash_kda_status fkda_cpu_reference(const fkda_problem *p, double *out, double *final_state)
+flash_kda_status fkda_cpu_reference(const fkda_problem *p, double *out, double *final_state,
+                                    double *checkpoints)
 {
-    int64_t count = p->shape.sequences * p->shape.heads;
-    int threads = p->shape.threads < FKDA_MAX_THREADS ? p->shape.threads : FKDA_MAX_THREADS;
+    const fkda_shape *shape = &p->shape;
+    int64_t count = shape->sequences * shape->heads;
+    int threads = shape->threads < FKDA_MAX_THREADS ? shape->threads : FKDA_MAX_THREADS;
     if (threads > count) threads = count > 0 ? (int)count : 1;
 
-    size_t bytes = (size_t)threads * sizeof(double[K][V]);
-    job j = {.problem = p, .out = out, .final_state = final_state, .scratch_states = malloc(bytes)};
-    if (!j.scratch_states)
+    const size_t states = (size_t)threads * sizeof(double[K][V]),
+                 bytes = states + (size_t)shape->sequences * sizeof(int64_t);
+    void *memory = malloc(bytes);
+    if (!memory)
         return fkda_fail(FLASH_KDA_DEVICE_ERROR, "the reference could not allocate %zu bytes of memory",
                          bytes);
+    job j = {.problem = p,
+             .out = out,
+             .final_state = final_state,
+             .checkpoints = checkpoints,
+             .first_rows = (int64_t *)((char *)memory + states),
+             .scratch_states = memory};
+    if (fkda_needs_checkpoint_rows(p)) fkda_checkpoint_rows(p, j.first_rows);
     const bool finished = fkda_parallel_for(threads, count, run_head, &j);
-    free(j.scratch_states);
+    free(memory);
     return finished ? FLASH_KDA_OK : fkda_interruption();
 }

@@ -479,9 +479,9 @@ static void others(void)
     SAYS(flash_kda_list_devices(device, 1, &count, NULL), INVALID_VALUE,
          text("infos[0].struct_size is 0; it must be %zu", sizeof *device));
     CHECK(count == -1, "a refused call wrote");
-    SAYS(flash_kda_reference(NULL, &one, NULL), INVALID_VALUE,
+    SAYS(flash_kda_reference(NULL, &one, NULL, NULL), INVALID_VALUE,
          "params is null; it must point to a flash_kda_fwd_params");
-    SAYS(flash_kda_reference(&fixed.params, NULL, NULL), INVALID_VALUE,
+    SAYS(flash_kda_reference(&fixed.params, NULL, NULL, NULL), INVALID_VALUE,
          "out64 is null; it must point to [B, T, H, V] doubles");
 #undef SAYS
     CHECK(flash_kda_free(test.device, NULL) == FLASH_KDA_OK, "freeing NULL is an error");

@@ -152,7 +152,7 @@ static void no_memory(void)
     trying("the reference without memory");
     double *out = allocate((size_t)problem_rows(p) * DIM, sizeof *out);
     atomic_store(&blocks_left, 0);
-    status = flash_kda_reference(&c.params, out, NULL);
+    status = flash_kda_reference(&c.params, out, NULL, NULL);
     atomic_store(&blocks_left, -1);
     CHECK(status == FLASH_KDA_DEVICE_ERROR && strstr(flash_kda_last_error(), "could not allocate"), "%d: %s",
           status, flash_kda_last_error());

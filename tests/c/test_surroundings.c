@@ -213,7 +213,7 @@ static bool interrupt_once(call *c, double *out)
     double ms = 5;
     atomic_store(&interrupt_word, 0);
     if (pthread_create(&thread, NULL, interrupt_soon, &ms) != 0) die("no thread");
-    const flash_kda_status status = out ? flash_kda_reference(&c->params, out, NULL) : call_run(c);
+    const flash_kda_status status = out ? flash_kda_reference(&c->params, out, NULL, NULL) : call_run(c);
     const double ended_at = processor_seconds();
     pthread_join(thread, NULL);
     CHECK(ended_at - interrupted_at < most_seconds, "the call went on for %.3f s of processor time",
@@ -371,7 +371,7 @@ static void float_settings(void)
     apply_setting(5);
     flash_kda_fwd_params params = c.params;
     const flash_kda_status explained = flash_kda_explain(&params, words, sizeof words),
-                           solved = flash_kda_reference(&params, out, NULL);
+                           solved = flash_kda_reference(&params, out, NULL, NULL);
     params.lower_bound = NAN;
     const flash_kda_status refused = flash_kda_fwd(&params);
     fesetenv(&before);

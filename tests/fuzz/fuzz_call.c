@@ -289,7 +289,7 @@ static void check_results(const state *s)
         memcpy(initial, m->before, m->count);
         p.initial_state.data = initial;
     }
-    if (flash_kda_reference(&p, out, final) != FLASH_KDA_OK)
+    if (flash_kda_reference(&p, out, final, NULL) != FLASH_KDA_OK)
         wrong("the reference refused: %s", flash_kda_last_error());
     const bars most = find_case("random")->cpu;
     const bool full_precision = fabsf(p.scale) > 1e-30f;

@@ -218,7 +218,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
 
     __device__ bool in_place() const
     {
-        return this->args.final_state && this->args.final_state == this->args.initial_state;
+        return this->args.final_state.data && this->args.final_state.data == this->args.initial_state.data;
     }
 
     __device__ void signal_or_await_read(WorkItem &item, const fkda_cut_sequence &c, int head, int how) const

@@ -81,8 +81,8 @@ template <class Block> struct WorkItemMaker {
         if (!(s.position & FKDA_SEGMENT_LAST)) { /* states after later segments have come from the join */
             if (s.position & FKDA_SEGMENT_FIRST)
                 item.final = cut.cut.states + next_slot, item.attributes |= FINAL_IMAGE;
-        } else if (args.final_state) {
-            item.final = caller_state(args.final_state, state_index);
+        } else if (args.final_state.data) {
+            item.final = caller_state(args.final_state.data, state_index);
             if (args.state_is_bf16) item.attributes |= FINAL_BF16;
         }
         return item;
@@ -91,8 +91,8 @@ template <class Block> struct WorkItemMaker {
     /* The caller's initial state, if there is one. */
     __device__ void take_initial(WorkItem &item, long long state_index) const
     {
-        if (!args.initial_state) return;
-        item.initial = caller_state(const_cast<void *>(args.initial_state), state_index);
+        if (!args.initial_state.data) return;
+        item.initial = caller_state(args.initial_state.data, state_index);
         if (args.state_is_bf16) item.attributes |= INITIAL_BF16;
     }
 
