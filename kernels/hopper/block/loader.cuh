@@ -104,11 +104,12 @@ template <class Block> struct Loader {
 #pragma unroll
         for (int i = 0; i < Block::ROWS / 64; i++)
             if (i < of.boxes)
-                copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
+                copy_box(shared.tokens[slot].v[i], &args.v, of.first_box + i, of.token, of.head, of.row,
+                         barrier);
     }
 
     /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next
-     * sequence, and past the end of the tensor zeros. The preparation clears g, k and q there, and the
+     * sequence, and past the end of the batch row zeros. The preparation clears g, k and q there, and the
      * recurrence clears v. */
     __device__ void load(const ValueBoxes &values)
     {
@@ -124,10 +125,13 @@ template <class Block> struct Loader {
                                       values.boxes * Block::HALF_TOKENS + static_cast<int>(sizeof to.half));
 #pragma unroll
             for (int half = 0; half < DIM / 64; half++) {
-                copy_box(to.half[half].tile[G], &args.g, values.token, half, values.head, barrier);
-                copy_box(to.half[half].tile[K], &args.k, values.token, half, values.head, barrier);
+                copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
+                         barrier);
+                copy_box(to.half[half].tile[K], &args.k, half, values.token, values.head, values.row,
+                         barrier);
                 if constexpr (Block::OUTPUTS)
-                    copy_box(to.half[half].tile[Q], &args.q, values.token, half, values.head, barrier);
+                    copy_box(to.half[half].tile[Q], &args.q, half, values.token, values.head, values.row,
+                             barrier);
             }
             copy_values(own.index, values, barrier);
         }
@@ -188,8 +192,12 @@ template <class Block> struct Loader {
         int chunks = 0; /* so far */
         do {
             const WorkItem now = item; /* an empty one at first */
-            ValueBoxes values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
-                                 !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64, false};
+            ValueBoxes values = {now.row,
+                                 now.token,
+                                 now.head,
+                                 now.first_row / 64,
+                                 !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64,
+                                 false};
             bool first = true;
             for (int left = now.length; left > 0 || first; left -= Block::CHUNK, first = false) {
                 if (left > 0) {

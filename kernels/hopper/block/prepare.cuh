@@ -122,10 +122,10 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         meet(); /* all warps have looked */
         for (int i = 32 * warp + lane; i < NORMS; i += 32 * WARPS) {
             const bool is_key = i < Block::CHUNK;
-            const long long token = at.token + i % Block::CHUNK;
+            const fkda_token_strides &strides = is_key ? args.k_strides : args.q_strides;
             if (!is_usual_norm(inverse_norm[i]))
                 inverse_norm[i] = unusual_inverse_norm(
-                    is_key ? args.k : args.q, (token * args.heads + at.head) * DIM, is_key ? BAD_KEY : NAN);
+                    is_key ? args.k : args.q, at.place(strides, i % Block::CHUNK), is_key ? BAD_KEY : NAN);
         }
         meet();
     }

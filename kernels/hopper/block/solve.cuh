@@ -198,7 +198,7 @@ __device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const C
 {
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
-    return token < at.left ? __ldg(beta + (at.token + token) * args.heads + at.head) : 0;
+    return token < at.left ? __ldg(beta + at.place(args.beta_strides, token)) : 0;
 }
 
 /* The bits of the largest b of the warp. Since b >= 0, bits compare as numbers do, and a NaN is larger than

@@ -15,7 +15,7 @@ namespace fkda
 {
 
 struct WorkItem {
-    long long begin;     /* first token, counted over the whole tensor */
+    int row, token;      /* the row of the batch, and the first token, counted in this row */
     int head, length;    /* length: tokens */
     int first_row;       /* of the state's 128 */
     int attributes;      /* bits, see below */
@@ -41,6 +41,13 @@ enum {
     AWAITS_READ = 2048,  /* `final` may be overwritten once the warp's read flag is set */
 };
 
+/* Where a token of a head begins in a tensor with these strides, in elements. */
+__device__ __forceinline__ long long token_place(const fkda_token_strides &strides, int row, int token,
+                                                 int head)
+{
+    return row * strides.batch + token * strides.token + head * strides.head;
+}
+
 /* Makes work items of segments; the base of every schedule's source. */
 template <class Block> struct WorkItemMaker {
     const fkda_fwd_args &args;
@@ -54,7 +61,7 @@ template <class Block> struct WorkItemMaker {
 
     static __device__ WorkItem none()
     {
-        return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr, nullptr};
+        return {0, 0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr, nullptr};
     }
 
     /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each.
@@ -62,18 +69,21 @@ template <class Block> struct WorkItemMaker {
      * after it. */
     __device__ WorkItem item_of(const fkda_segment &s, int h) const
     {
+        const int row = args.cu_seqlens ? 0 : s.sequence,
+                  token = static_cast<int>(s.begin - row * args.tokens);
         const long long state_index = static_cast<long long>(s.sequence) * args.heads + h;
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
             s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
         if (!Block::OUTPUTS) {
             float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr, nullptr};
+            WorkItem item = {row,     token, h,       s.length, 0, rank == 0 ? IS_MAP : 0,
+                             nullptr, to,    nullptr, nullptr};
             if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST)
                 take_initial(item, state_index);
             return item;
         }
-        WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr, nullptr};
+        WorkItem item = {row, token, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr, nullptr};
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, state_index);
         else
