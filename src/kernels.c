@@ -8,7 +8,7 @@
 #include "kernel.h"
 
 /* What each kernel knows beyond the plainest call. */
-enum { FKDA_CPU_FEATURES = 0, FKDA_PORTABLE_FEATURES = 0, FKDA_HOPPER_FEATURES = FKDA_STRIDES };
+enum { FKDA_CPU_FEATURES = 0, FKDA_PORTABLE_FEATURES = 0, FKDA_HOPPER_FEATURES = FKDA_STRIDES | FKDA_POOL };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
