@@ -8,7 +8,11 @@
 #include "kernel.h"
 
 /* What each kernel knows beyond the plainest call. */
-enum { FKDA_CPU_FEATURES = 0, FKDA_PORTABLE_FEATURES = 0, FKDA_HOPPER_FEATURES = FKDA_STRIDES | FKDA_POOL };
+enum {
+    FKDA_CPU_FEATURES = 0,
+    FKDA_PORTABLE_FEATURES = 0,
+    FKDA_HOPPER_FEATURES = FKDA_STRIDES | FKDA_POOL | FKDA_GROUPED
+};
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \

@@ -95,8 +95,8 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
             const int channel = first_channel + 8 * unit;
             const Eight raw = load_eight(args.g, at.place(args.g_strides, token) + channel);
             bool bad = __float_as_uint(key_factor[token]) == __float_as_uint(BAD_KEY);
-            if (!bad) k = load_eight(args.k, at.place(args.k_strides, token) + channel);
-            if (Block::OUTPUTS) q = load_eight(args.q, at.place(args.q_strides, token) + channel);
+            if (!bad) k = load_eight(args.k, at.place(args.k_strides, token, args.group) + channel);
+            if (Block::OUTPUTS) q = load_eight(args.q, at.place(args.q_strides, token, args.group) + channel);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
                 const float log2_decay = hopper_sigmoid_gate(raw[c], gate, offset[8 * unit + c]);

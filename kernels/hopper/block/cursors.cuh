@@ -74,10 +74,11 @@ template <class Block> struct ChunkCursor {
         skip(chunks * CHUNK);
     }
 
-    /* Where the chunk's token number `i` begins in a tensor with these strides, in elements. */
-    __device__ long long place(const fkda_token_strides &strides, int i) const
+    /* Where the chunk's token number `i` begins in a tensor with these strides, in elements. `group` heads of
+     * the work items share a head of the tensor. */
+    __device__ long long place(const fkda_token_strides &strides, int i, int group = 1) const
     {
-        return token_place(strides, row, token + i, head);
+        return token_place(strides, row, token + i, group == 1 ? head : head / group);
     }
 
     __device__ bool done() const

@@ -127,10 +127,10 @@ template <class Block> struct Loader {
             for (int half = 0; half < DIM / 64; half++) {
                 copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
                          barrier);
-                copy_box(to.half[half].tile[K], &args.k, half, values.token, values.head, values.row,
+                copy_box(to.half[half].tile[K], &args.k, half, values.token, values.qk_head, values.row,
                          barrier);
                 if constexpr (Block::OUTPUTS)
-                    copy_box(to.half[half].tile[Q], &args.q, half, values.token, values.head, values.row,
+                    copy_box(to.half[half].tile[Q], &args.q, half, values.token, values.qk_head, values.row,
                              barrier);
             }
             copy_values(own.index, values, barrier);
@@ -195,6 +195,7 @@ template <class Block> struct Loader {
             ValueBoxes values = {now.row,
                                  now.token,
                                  now.head,
+                                 now.qk_head,
                                  now.first_row / 64,
                                  !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64,
                                  false};

@@ -124,8 +124,9 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             const bool is_key = i < Block::CHUNK;
             const fkda_token_strides &strides = is_key ? args.k_strides : args.q_strides;
             if (!is_usual_norm(inverse_norm[i]))
-                inverse_norm[i] = unusual_inverse_norm(
-                    is_key ? args.k : args.q, at.place(strides, i % Block::CHUNK), is_key ? BAD_KEY : NAN);
+                inverse_norm[i] = unusual_inverse_norm(is_key ? args.k : args.q,
+                                                       at.place(strides, i % Block::CHUNK, args.group),
+                                                       is_key ? BAD_KEY : NAN);
         }
         meet();
     }

@@ -17,7 +17,8 @@ namespace fkda
 
 struct WorkItem {
     int row, token;      /* the row of the batch, and the first token, counted in this row */
-    int head, length;    /* length: tokens */
+    int head, qk_head;   /* the head, and its head of q and k */
+    int length;          /* tokens */
     int first_row;       /* of the state's 128 */
     int attributes;      /* bits, see below */
     const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
@@ -62,7 +63,9 @@ template <class Block> struct WorkItemMaker {
 
     static __device__ WorkItem none()
     {
-        return {0, 0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr, nullptr};
+        WorkItem item = {};
+        item.attributes = NO_WORK;
+        return item;
     }
 
     /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each.
@@ -71,18 +74,20 @@ template <class Block> struct WorkItemMaker {
     __device__ WorkItem item_of(const fkda_segment &s, int h) const
     {
         const int row = args.cu_seqlens ? 0 : s.sequence,
-                  token = static_cast<int>(s.begin - row * args.tokens);
+                  token = static_cast<int>(s.begin - row * args.tokens),
+                  qk_head = args.group == 1 ? h : h / args.group;
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
             s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
         if (!Block::OUTPUTS) {
             float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            WorkItem item = {row,     token, h,       s.length, 0, rank == 0 ? IS_MAP : 0,
+            WorkItem item = {row,     token, h,       qk_head, s.length, 0, rank == 0 ? IS_MAP : 0,
                              nullptr, to,    nullptr, nullptr};
             if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, s.sequence);
             return item;
         }
-        WorkItem item = {row, token, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr, nullptr};
+        WorkItem item = {row, token,   h,       qk_head, s.length, Block::ROWS * rank,
+                         0,   nullptr, nullptr, nullptr, nullptr};
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, s.sequence);
         else
