@@ -8,7 +8,12 @@
 #include "kernel.h"
 
 /* What each kernel knows beyond the plainest call. */
-enum { FKDA_CPU_FEATURES = 0, FKDA_PORTABLE_FEATURES = 0, FKDA_HOPPER_FEATURES = 0 };
+enum {
+    FKDA_CPU_FEATURES = 0,
+    FKDA_PORTABLE_FEATURES = 0,
+    FKDA_HOPPER_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
+                           FKDA_BETA_KIND | FKDA_NORMALISED,
+};
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
