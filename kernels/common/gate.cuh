@@ -2,21 +2,22 @@
  * The gate: how a head's parameters A_log, dt_bias and lower_bound become constants, and how a raw gate g of
  * a channel becomes the log2 of its decay.
  *
- * There is one gate so far, the bounded sigmoid:
+ * There are three gates:
  *
- *     ln decay = lower_bound sigmoid(exp(A_log) (g + dt_bias))         lower_bound < 0
+ *     bounded      ln decay = lower_bound sigmoid(exp(A_log) (g + dt_bias))         lower_bound < 0
+ *     softplus     ln decay = -exp(A_log) softplus(g + dt_bias)
+ *     activated    ln decay = g
  *
- * All functions here work with the log2 of the decay, because ex2 is an instruction and exp is not. With
+ * All functions here work with the log2 of the decay, because ex2 is an instruction and exp is not. For the
+ * bounded gate, with
  *
  *     slope  = -exp(A_log) log2(e)      for each head
  *     offset = dt_bias slope            for each channel
  *     bound  = lower_bound log2(e)
  *
- * the log2 decay is bound / (1 + 2^(g slope + offset)). Another gate (softplus, say, or a gate that comes
- * activated) gets its own functions here. The portable kernel calls the functions in portable/prepare.cuh.
- * The Hopper kernel calls those for the constants in hopper/block/prepare.cuh and those for the log2 decay in
- * hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh. A gate without a lower bound also needs
- * another reference for exp(-G) in the preparations.
+ * the log2 decay is bound / (1 + 2^(g slope + offset)). The portable kernel calls the functions in
+ * portable/prepare.cuh. The Hopper kernels call those for the constants in hopper/block/prepare.cuh and those
+ * for the log2 decay in hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh.
  *
  * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
  */
@@ -95,6 +96,94 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
 {
     const float e = ex2(__fmaf_rn(g, gate.slope, offset));
     return rcp(__fmaf_rn(e, gate.inverse_bound, gate.inverse_bound));
+}
+
+/* ---- Hopper, every gate ---- */
+
+/* The general kernels keep the constants of each gate in a HeadGate. With z = g slope + offset the log2 decay is
+ *
+ *     bounded      1 / (inverse_bound 2^z + inverse_bound)
+ *     softplus     rate log2(1 + 2^z)                             rate = -exp(A_log), in place of inverse_bound
+ *     activated    z
+ *
+ * Tokens past the end of a sequence have a raw gate that decays by exactly nothing: `neutral`. */
+struct GateOfCall {
+    int kind; /* flash_kda_gate */
+
+    __device__ bool is_bounded() const
+    {
+        return kind == 0;
+    }
+    __device__ bool is_softplus() const
+    {
+        return kind == 1;
+    }
+    __device__ float neutral() const
+    {
+        return is_bounded() || is_softplus() ? -INFINITY : 0.0f;
+    }
+    __device__ HeadGate of_head(float a_log, float lower_bound, int head) const
+    {
+        if (is_bounded())
+            return {hopper_sigmoid_gate_slope(a_log), hopper_sigmoid_gate_inverse_bound(lower_bound), head};
+        /* sigmoid_gate_slope is -exp(A_log) log2(e). */
+        return {LOG2_E, is_softplus() ? sigmoid_gate_slope(a_log) * 0.6931471805599453f : 0.0f, head};
+    }
+    __device__ float offset(float dt_bias, float slope) const
+    {
+        const float x = hopper_sigmoid_gate_offset(dt_bias, slope);
+        return x > 3.4e38f ? 3.4e38f : x; /* with inf, tokens past the end would be NaN */
+    }
+};
+
+/* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before. Sums
+ * of decays then stay so small that their differences are exact enough. What is not a decay counts as none. */
+constexpr float LARGEST_DECAY = -128.0f;
+
+__device__ __forceinline__ float hold_log2_decay(float x)
+{
+    x = x < LARGEST_DECAY ? LARGEST_DECAY : x; /* fmaxf would hide a NaN */
+    return x > 0.0f ? 0.0f : x;
+}
+
+/*
+ * log2(1 + 2^z), with a relative error of 4e-7 everywhere: slow channels have z far below zero, and their decays
+ * add up over thousands of tokens.
+ *
+ * With t = 2^-|z| in (0, 1] it is max(z, 0) + log2(1 + t). The polynomial is log2(1 + t) / t, with the
+ * coefficients that make its largest relative error least.
+ */
+__device__ __forceinline__ float log2_of_1_plus_ex2(float z)
+{
+    const float t = ex2(-fabsf(z));
+    float p = -1.231947261840105e-2f;
+    p = __fmaf_rn(p, t, 6.360789388418198e-2f);
+    p = __fmaf_rn(p, t, -1.553518921136856e-1f);
+    p = __fmaf_rn(p, t, 2.560097575187683e-1f);
+    p = __fmaf_rn(p, t, -3.533948361873627e-1f);
+    p = __fmaf_rn(p, t, 4.800637066364288e-1f);
+    p = __fmaf_rn(p, t, -7.213100790977478e-1f);
+    p = __fmaf_rn(p, t, 1.4426947832107544f);
+    return __fmaf_rn(p, t, fmaxf(z, 0.0f)); /* t is NaN if z is */
+}
+
+/* Makes log2 decays of `count` raw gates of one channel. */
+template <int count>
+__device__ __forceinline__ void activate_gates(float (&x)[count], GateOfCall call, const HeadGate &gate,
+                                               float offset)
+{
+#pragma unroll
+    for (int i = 0; i < count; i++) x[i] = __fmaf_rn(x[i], gate.slope, offset);
+    if (call.is_bounded()) {
+#pragma unroll
+        for (int i = 0; i < count; i++)
+            x[i] = rcp(__fmaf_rn(ex2(x[i]), gate.inverse_bound, gate.inverse_bound));
+    } else if (call.is_softplus()) {
+#pragma unroll
+        for (int i = 0; i < count; i++) x[i] = gate.inverse_bound * log2_of_1_plus_ex2(x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < count; i++) x[i] = hold_log2_decay(x[i]);
 }
 
 } // namespace fkda

@@ -3,6 +3,8 @@
 #include "kernels.h"
 
 #include "../../kernels/hopper/fwd.cu"
+#include "../../kernels/hopper/general_fwd.cu"
+#include "../../kernels/hopper/general_segments.cu"
 #include "../../kernels/hopper/segments.cu"
 
 template <class Arguments, void kernel(Arguments)> static void run_with(const void *arguments)
@@ -21,5 +23,14 @@ const emulator::Kernel emulator::hopper_kernels[] = {
     {"fkda_hopper_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_mixed>, sizeof(fkda_hopper_mixed_args),
      FKDA_HOPPER_PAIR_CTAS},
     {"fkda_hopper_join", run<fkda_hopper_join>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_general_solo", run<fkda_hopper_general_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_general_pair", run<fkda_hopper_general_pair>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_general_maps", run<fkda_hopper_general_maps>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_general_relay", run<fkda_hopper_general_relay>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_general_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_general_mixed>,
+     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
     {},
 };

@@ -32,8 +32,12 @@
 namespace fkda
 {
 
-/* Two bf16. A gate of -inf decays by exactly nothing. */
-constexpr uint32_t TWO_MINUS_INFINITIES = 0xff80ff80;
+/* Two raw gates in bf16 that decay by exactly nothing. */
+template <class Block> __device__ __forceinline__ uint32_t no_decay(const fkda_fwd_args &args)
+{
+    constexpr uint32_t TWO_MINUS_INFINITIES = 0xff80ff80;
+    return Block::GENERAL && GateOfCall{args.gate}.neutral() == 0.0f ? 0 : TWO_MINUS_INFINITIES;
+}
 
 /* The unit of 16 bytes that holds channels 8 unit to 8 unit + 7 of a token, in half of the channels. */
 __device__ __forceinline__ uint4 *token_unit(unsigned char *tile, int token, int unit)
@@ -55,10 +59,14 @@ constexpr float BAD_KEY = -0.0f;
 
 /* 1 / |x| of a token whose sum of squares was not finite; `at` is its first channel in q or k.
  *
- * The squares of finite elements above 2^60 overflow; scaled down they do not. What is not finite itself has
- * the norm `otherwise`. */
-__device__ __forceinline__ float unusual_inverse_norm(const void *tensor, long long at, float otherwise)
+ * The squares of finite elements above 2^60 overflow; scaled down they do not. A key that is not finite itself
+ * gets BAD_KEY and a query NaN. If q and k are used as they are, a key that comes here is bad even if it is
+ * finite, since it would leave the range of fp16. */
+template <class Block>
+__device__ __forceinline__ float unusual_inverse_norm(const fkda_fwd_args &args, bool is_key, long long at)
 {
+    const void *tensor = is_key ? args.k : args.q;
+    const float otherwise = is_key ? BAD_KEY : NAN;
     constexpr float DOWN = 0x1p-68f; /* 128 squares of less than 2^60 have a finite sum */
     float sum = 0.0f;
 #pragma unroll 1
@@ -67,6 +75,7 @@ __device__ __forceinline__ float unusual_inverse_norm(const void *tensor, long l
 #pragma unroll
         for (int c = 0; c < 8; c++) sum = __fmaf_rn(x[c] * DOWN, x[c] * DOWN, sum);
     }
+    if (Block::GENERAL && args.qk_is_normalised) return sum < INFINITY && !is_key ? 1.0f : otherwise;
     return sum < INFINITY ? rsqrt_approx(sum) * DOWN : otherwise;
 }
 
@@ -88,18 +97,26 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
 #pragma unroll 1
     for (int i = lane; i < Block::CHUNK * UNITS; i += 32) {
         const int token = i / UNITS, unit = i % UNITS, place = first_channel % 64 / 8 + unit;
-        uint32_t g[4] = {TWO_MINUS_INFINITIES, TWO_MINUS_INFINITIES, TWO_MINUS_INFINITIES,
-                         TWO_MINUS_INFINITIES};
+        const uint32_t none = no_decay<Block>(args);
+        uint32_t g[4] = {none, none, none, none};
         Eight k = {}, q = {};
         if (token < at.left) {
             const int channel = first_channel + 8 * unit;
-            const Eight raw = load_eight(args.g, at.place(args.g_strides, token) + channel);
+            const long long from = at.place(args.g_strides, token) + channel;
+            const Eight raw = Block::GENERAL && args.g_is_f32 ? Eight{} : load_eight(args.g, from);
             bool bad = __float_as_uint(key_factor[token]) == __float_as_uint(BAD_KEY);
             if (!bad) k = load_eight(args.k, at.place(args.k_strides, token, args.group) + channel);
             if (Block::OUTPUTS) q = load_eight(args.q, at.place(args.q_strides, token, args.group) + channel);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                const float log2_decay = hopper_sigmoid_gate(raw[c], gate, offset[8 * unit + c]);
+                float log2_decay;
+                if constexpr (Block::GENERAL) {
+                    float x[1] = {args.g_is_f32 ? __ldg(static_cast<const float *>(args.g) + from + c)
+                                                : raw[c]};
+                    activate_gates(x, {args.gate}, gate, offset[8 * unit + c]);
+                    log2_decay = x[0];
+                } else
+                    log2_decay = hopper_sigmoid_gate(raw[c], gate, offset[8 * unit + c]);
                 const uint32_t mask = c % 2 ? 0xffff0000u : 0xffffu;
                 if (log2_decay == log2_decay)
                     g[c / 2] = (g[c / 2] & ~mask) | (raw.pair[c / 2] & mask);

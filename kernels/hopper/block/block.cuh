@@ -7,6 +7,10 @@
  *   fkda_hopper_maps    Block<MapCta, EvenShares>
  *   fkda_hopper_relay   Block<MapCta, Relay>, then Block<PairCta, Relay>
  *   fkda_hopper_mixed   Block<MapCta, Mixed>, then Block<PairCta, Mixed>; or Block<SoloCta, Mixed>
+ *
+ * The kernels fkda_hopper_general_solo and so on have the same blocks with GENERAL: these blocks take every
+ * gate, write strength and type of input, and look at the call's options while they run. Blocks without GENERAL
+ * take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be normalised.
  */
 #ifndef FKDA_HOPPER_BLOCK_CUH
 #define FKDA_HOPPER_BLOCK_CUH
@@ -22,8 +26,10 @@ constexpr int ROW = 128;     /* bytes of a swizzled row: 64 channels of one toke
 /* Numbers of named barriers; barriers.cuh says who meets there. */
 constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
 
-template <class Cta, class SomeSchedule> struct Block : SomeSchedule::template Phase<Cta> {
+template <class Cta, class SomeSchedule, bool general = false>
+struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
+    static constexpr bool GENERAL = general;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
     static constexpr Registers REGISTERS = Phase::REGISTERS;

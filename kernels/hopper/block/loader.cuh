@@ -48,7 +48,7 @@ template <class Block> struct Loader {
     static __device__ void prefetch_descriptors(const fkda_hopper_fwd_args &args, int lane)
     {
         if (lane) return;
-        prefetch_descriptor(&args.g);
+        if (!Block::GENERAL || !args.fwd.g_is_f32) prefetch_descriptor(&args.g);
         prefetch_descriptor(&args.k);
         prefetch_descriptor(&args.v);
         if (Block::OUTPUTS) prefetch_descriptor(&args.q);
@@ -62,8 +62,8 @@ template <class Block> struct Loader {
         if (!Block::LOADER_FINDS_NORMS || without_norms == 0 ||
             !mbarrier_test(&shared.chunk_ring.loaded[to_norm.index], to_norm.parity))
             return false;
-        store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], 0,
-                              threadIdx.x & 31);
+        store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], args.fwd,
+                              0, threadIdx.x & 31);
         mbarrier_arrive_warp(&shared.chunk_ring.normed[to_norm.index]);
         to_norm.advance(1);
         without_norms--;
@@ -121,12 +121,15 @@ template <class Block> struct Loader {
         if constexpr (Block::JOINS)
             if (values.after_maps) wait(&shared.join.room_for_tokens, 0);
         if (elect_lane()) {
-            mbarrier_arrive_expecting(barrier,
-                                      values.boxes * Block::HALF_TOKENS + static_cast<int>(sizeof to.half));
+            /* Gates in fp32 have no room in the slot: the preparation loads them from global memory. */
+            const bool with_g = !Block::GENERAL || !args.fwd.g_is_f32;
+            const int bytes = static_cast<int>(sizeof to.half) - (with_g ? 0 : DIM / 64 * Block::HALF_TOKENS);
+            mbarrier_arrive_expecting(barrier, values.boxes * Block::HALF_TOKENS + bytes);
 #pragma unroll
             for (int half = 0; half < DIM / 64; half++) {
-                copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
-                         barrier);
+                if (with_g)
+                    copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
+                             barrier);
                 copy_box(to.half[half].tile[K], &args.k, half, values.token, values.qk_head, values.row,
                          barrier);
                 if constexpr (Block::OUTPUTS)

@@ -28,16 +28,16 @@ namespace fkda
 
 template <class Block> struct Preparation : SlicePreparation<Block> {
     using Base = SlicePreparation<Block>;
+    using Base::args, Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
-    using Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Sums = typename Base::Sums;
+    using GatesInMemory = typename Base::GatesInMemory;
     static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
     static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
-    const fkda_fwd_args &args;
     unsigned meetings; /* of the team so far; for racecheck alone */
 
-    __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : Base(s), args(a), meetings(0)
+    __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : Base(a, s), meetings(0)
     {
     }
 
@@ -55,19 +55,31 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
 
     /* ---- Once for each head ---- */
 
+    /* Element i of A_log or dt_bias, which may be absent in a general block. */
+    static __device__ float load_parameter(const float *tensor, int i)
+    {
+        return Block::GENERAL && !tensor ? 0.0f : __ldg(&tensor[i]);
+    }
+
     __device__ void load_gate_parameters(int head)
     {
+        const GateOfCall call = {args.gate};
         float bias[SHARE / 32]; /* on their way while A_log is waited for */
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
-            bias[i] = __ldg(&args.dt_bias[head * DIM + warp * SHARE + 32 * i + lane]);
-        const float slope = hopper_sigmoid_gate_slope(__ldg(&args.A_log[head]));
+            bias[i] = load_parameter(args.dt_bias, head * DIM + warp * SHARE + 32 * i + lane);
+        const float A_log = load_parameter(args.A_log, head);
+        if constexpr (Block::GENERAL)
+            gate_here = call.of_head(A_log, args.lower_bound, head);
+        else
+            gate_here = {hopper_sigmoid_gate_slope(A_log),
+                         hopper_sigmoid_gate_inverse_bound(args.lower_bound), head};
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             shared.gate_offset[team][warp * SHARE + 32 * i + lane] =
-                hopper_sigmoid_gate_offset(bias[i], slope);
-        gate_here = {slope, hopper_sigmoid_gate_inverse_bound(args.lower_bound), head};
+                Block::GENERAL ? call.offset(bias[i], gate_here.slope)
+                               : hopper_sigmoid_gate_offset(bias[i], gate_here.slope);
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
     }
@@ -75,13 +87,13 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     /* ---- Once for each chunk ---- */
 
     /* Makes the tokens from `left` on, which lie past the end of the sequence, have no effect: keys and
-     * queries of zeros, norms that leave them zeros, and gates of -inf, which decay by exactly nothing. */
+     * queries of zeros, norms that leave them zeros, and gates that decay by exactly nothing. */
     __device__ void clear_past_end(int slot, int left)
     {
         Tokens<Block> &tokens = shared.tokens[slot];
         if (Block::LOADER_FINDS_NORMS && warp == 0 && lane >= left)
             shared.inverse_norm[slot][0][0][lane] = 1.0f;
-        constexpr uint32_t none = TWO_MINUS_INFINITIES;
+        const uint32_t none = no_decay<Block>(args);
         for (int i = 32 * warp + lane; i < (Block::CHUNK - left) * (DIM / 64) * (ROW / 16); i += 32 * WARPS) {
             auto &half = tokens.half[i / (ROW / 16) % 2];
             const int at = (left + i / (2 * ROW / 16)) * ROW + i % (ROW / 16) * 16;
@@ -124,9 +136,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             const bool is_key = i < Block::CHUNK;
             const fkda_token_strides &strides = is_key ? args.k_strides : args.q_strides;
             if (!is_usual_norm(inverse_norm[i]))
-                inverse_norm[i] = unusual_inverse_norm(is_key ? args.k : args.q,
-                                                       at.place(strides, i % Block::CHUNK, args.group),
-                                                       is_key ? BAD_KEY : NAN);
+                inverse_norm[i] = unusual_inverse_norm<Block>(
+                    args, is_key, at.place(strides, i % Block::CHUNK, args.group));
         }
         meet();
     }
@@ -137,9 +148,11 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         HeadGate &gate = shared.gate[team][warp];
         float *offset = &shared.gate_offset[team][warp * SHARE];
-        bool bad_head = gate.slope != gate.slope;
+        bool bad_head =
+            gate.slope != gate.slope || (Block::GENERAL && gate.inverse_bound != gate.inverse_bound);
         __syncwarp();
         if (bad_head) gate_here.slope = gate.slope = NEAREST_TO_ZERO;
+        if (Block::GENERAL && bad_head) gate_here.inverse_bound = gate.inverse_bound = NEAREST_TO_ZERO;
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             if (float &x = offset[32 * i + lane]; x != x) x = 0.0f, bad_head = true;
@@ -217,8 +230,9 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             .inverse_norm[Block::LOADER_FINDS_NORMS ? slot : team][WARPS == Block::PARTIALS ? round : 0];
     }
 
-    /* All slices of this warp. Returns whether it needs a second try (bad_tokens.cuh). */
-    __device__ bool prepare_slices(int slot, int round, Sums &sums)
+    /* All slices of this warp. Returns whether it needs a second try (bad_tokens.cuh), which `repairs`. */
+    __device__ bool prepare_slices(int slot, int round, const ChunkCursor<Block> &at, bool repairs,
+                                   Sums &sums)
     {
         const int first = warp * SHARE; /* channel */
         const uint32_t half = shared_address(&shared.tokens[slot].half[first / 64]) + matrix_row(lane);
@@ -238,10 +252,18 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             for (int c = 0; c < SHARE; c += 16)
                 this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
                                     &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
-                                    gamma + first + c, sums);
+                                    gamma + first + c, gates_in_memory(at, first + c, repairs), sums);
         }
         if (SAVES_REGISTERS) this->find_place();
         return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE], norms(slot, round)[0]);
+    }
+
+    __device__ GatesInMemory gates_in_memory(const ChunkCursor<Block> &at, int channel, bool repairs) const
+    {
+        if constexpr (!Block::GENERAL) return {};
+        const fkda_token_strides &stride = args.g_strides;
+        return {static_cast<const float *>(args.g) + at.place(stride, 0) + channel, stride.token, at.left,
+                repairs};
     }
 
     /* Ends the preparation of a chunk in an own slot: what the recurrence and the solver get. */
@@ -285,7 +307,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
                 if (SAVES_REGISTERS) this->find_place();
                 begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round());
                 Sums sums = {};
-                bad = prepare_slices(slot.index, round(), sums);
+                bad = prepare_slices(slot.index, round(), at, false, sums);
                 if (bad) break;
                 finish_chunk(slot.index, round(), sums);
                 advance();
@@ -293,7 +315,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             if (!bad) break;
             Sums sums = {};
             restore(slot.index, round(), at);
-            prepare_slices(slot.index, round(), sums);
+            prepare_slices(slot.index, round(), at, true, sums);
             finish_chunk(slot.index, round(), sums);
             advance();
         }
@@ -313,7 +335,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
         if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
         if (!finds_norms) return;
-        store_norms<Block, WARPS>(norms(slot.index, round), shared.tokens[slot.index], warp, lane);
+        store_norms<Block, WARPS>(norms(slot.index, round), shared.tokens[slot.index], args, warp, lane);
         meet();
     }
 };

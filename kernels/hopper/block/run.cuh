@@ -92,17 +92,22 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     end_phase(second);
 }
 
-static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
+template <bool general> static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
 {
-    run_two_phases<Block<MapCta, Relay>, Block<PairCta, Relay>, RelayAssignment>(
+    run_two_phases<Block<MapCta, Relay, general>, Block<PairCta, Relay, general>, RelayAssignment>(
         all, [&] { return RelayAssignment::has_map_phase(all); });
 }
 
 /* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------ */
 
-static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
+template <bool general> static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
-    MixedAssignment &assignment = mixed_assignment<Block<PairCta, Mixed>>();
+    using Solo = Block<SoloCta, Mixed, general>;
+    using Pair = Block<PairCta, Mixed, general>;
+    using Usual = Block<PairCta, Mixed>;
+    static_assert(offsetof(Shared<Pair>, assignment) == offsetof(Shared<Usual>, assignment),
+                  "the schedule looks where a block that is not general has its assignment");
+    MixedAssignment &assignment = mixed_assignment<Pair>();
     int cta, thread;
     read_indices(cta, thread);
     /* One CTA of a pair finds the assignment for both. If each read the lengths, and these changed in
@@ -121,16 +126,16 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     __syncwarp();
     cluster_sync();
     if (assignment.is != MixedAssignment::REST_SOLO) {
-        run_two_phases<Block<MapCta, Mixed>, Block<PairCta, Mixed>, LongAssignment>(
+        run_two_phases<Block<MapCta, Mixed, general>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
         return;
     }
     const MixedAssignment own = assignment;
     __syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks */
-    if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed>>() = own;
+    if (threadIdx.x == 0) mixed_assignment<Solo>() = own;
     __syncthreads();
     read_indices(cta, thread);
-    run_block<Block<SoloCta, Mixed>>(all.solo, thread);
+    run_block<Solo>(all.solo, thread);
 }
 
 } // namespace fkda

@@ -12,6 +12,9 @@
  * (Stage::divisor). This last rule is needed because such a chunk checks v * divisor, and not v, against 16
  * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
+ * These bounds are for keys that are normalised and for write strengths of at most 1. In a call without them a
+ * general block chooses scales every 128 tokens whatever v is, because the state can then grow by more than v.
+ *
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
  *
@@ -31,7 +34,7 @@ namespace fkda
 
 template <class Block> struct ScaledRows : StateRows<Block> {
     using Base = StateRows<Block>;
-    using Base::shared, Base::lane, Base::state, Base::scale, Base::is_map, Base::warp_row;
+    using Base::args, Base::shared, Base::lane, Base::state, Base::scale, Base::is_map, Base::warp_row;
     static constexpr int CHUNK = Block::CHUNK, SUBCHUNKS = Block::SUBCHUNKS;
     static constexpr int TILES = CHUNK / 8; /* of eight tokens */
     /* Tiles that are read from the state: K~ S and, for outputs, Q~ S after them. */
@@ -39,7 +42,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
     /* Truths, which take fewer instructions as int than as bool. */
     int look_again; /* the scales have just changed much: look at the next chunk too */
-    int faint;      /* a chunk had a divisor below one since the scales were chosen */
+    int faint;      /* a chunk had a divisor below one since the scales were chosen, or v says too little */
 
     __device__ ScaledRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
@@ -210,7 +213,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
         const auto is_large = [](float x) { return x >= 16.0f || x <= 0.0625f; };
         look_again = __any_sync(~0u, is_large(factor[0]) || is_large(factor[1]));
-        faint = false;
+        faint = Block::GENERAL && (args.beta_kind || args.qk_is_normalised);
         if (!__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
         for (int r = 0; r < 2; r++) {

@@ -191,21 +191,43 @@ __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage
 
 /* ---- Write strengths ----------------------------------------------------------------------------------- */
 
-/* The logit of the write strength of token lane % CHUNK; zero past the end of the sequence. */
+/* beta of a token, as it is in memory: bf16, or in a general block fp32. */
+template <class Block> using Beta = std::conditional_t<Block::GENERAL, uint32_t, uint16_t>;
+
+/* beta of token lane % CHUNK; zero past the end of the sequence. */
 template <class Block>
-__device__ __forceinline__ uint16_t load_beta(const fkda_fwd_args &args, const ChunkCursor<Block> &at,
-                                              int lane)
+__device__ __forceinline__ Beta<Block> load_beta(const fkda_fwd_args &args, const ChunkCursor<Block> &at,
+                                                 int lane)
 {
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
-    return token < at.left ? __ldg(beta + at.place(args.beta_strides, token)) : 0;
+    const long long from = at.place(args.beta_strides, token);
+    if (Block::GENERAL && token < at.left && args.beta_is_f32)
+        return __ldg(static_cast<const uint32_t *>(args.beta) + from);
+    return token < at.left ? __ldg(beta + from) : 0;
 }
 
-/* The bits of the largest b of the warp. Since b >= 0, bits compare as numbers do, and a NaN is larger than
- * any number. */
-__device__ __forceinline__ uint32_t largest_of_warp(float b)
+/* Strengths in fp16 must not overflow, also where they meet zeros of a triangle. */
+constexpr float STRONGEST = 0x1p15f;
+
+/* The write strength that beta stands for; NaN if it is not below STRONGEST. */
+template <class Block>
+__device__ __forceinline__ float write_strength(const fkda_fwd_args &args, Beta<Block> beta)
 {
-    return __reduce_max_sync(~0u, __float_as_uint(b));
+    float x = __uint_as_float(static_cast<uint32_t>(beta) << 16);
+    if constexpr (!Block::GENERAL) return rcp(1.0f + ex2(x * -LOG2_E));
+    constexpr int TWICE_SIGMOID = 1, ACTIVATED = 2; /* flash_kda_beta */
+    if (args.beta_is_f32) x = __uint_as_float(beta);
+    if (args.beta_kind == ACTIVATED) return fabsf(x) < STRONGEST ? x : NAN;
+    const float b = rcp(1.0f + ex2(x * -LOG2_E));
+    return args.beta_kind == TWICE_SIGMOID ? 2.0f * b : b;
+}
+
+/* The bits of the largest |b| of the warp. Bits of numbers that are not negative compare as the numbers do, and
+ * a NaN is larger than any number. */
+template <class Block> __device__ __forceinline__ uint32_t largest_of_warp(float b)
+{
+    return __reduce_max_sync(~0u, __float_as_uint(Block::GENERAL ? fabsf(b) : b));
 }
 constexpr uint32_t INFINITY_BITS = 0x7f800000;
 
@@ -242,19 +264,18 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
     Slot<Block::TEAMS> in(0);
     ChunkCursor<Block> at(shared.work, first);
     Sender<Block> sender(shared);
-    uint16_t logit = at.done() ? 0 : load_beta(args, at, lane);
+    Beta<Block> beta = at.done() ? 0 : load_beta(args, at, lane);
     while (!at.done()) {
         /* ---- Write strengths ---- */
         Stage<Block> &stage = shared.stage[slot.index];
-        const float x = __uint_as_float(static_cast<uint32_t>(logit) << 16);
-        float b = lane % Block::CHUNK < at.left ? rcp(1.0f + ex2(x * -LOG2_E)) : 0.0f;
-        uint32_t most = largest_of_warp(b);
-        /* The next chunk's logit is loaded ahead, unless that chunk belongs to the next work item: if the
+        float b = lane % Block::CHUNK < at.left ? write_strength<Block>(args, beta) : 0.0f;
+        uint32_t most = largest_of_warp<Block>(b);
+        /* The next chunk's beta is loaded ahead, unless that chunk belongs to the next work item: if the
          * loader is waiting for this chunk's slot, it publishes that item only after this chunk is solved. */
         const bool ahead = at.left > Block::CTAS * Block::CHUNK;
         if (ahead) {
             at.advance(Block::CTAS);
-            logit = load_beta(args, at, lane);
+            beta = load_beta(args, at, lane);
         }
 
         /* ---- Products, and the prepared tokens to the other CTA if it has room now ---- */
@@ -265,7 +286,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         int first_bad = NO_TOKEN;
         if (__builtin_expect(most > INFINITY_BITS || products.first_bad != NO_TOKEN, 0)) {
             first_bad = take_first_bad_token<Block>(products, b, lane);
-            most = largest_of_warp(b == b ? b : 0.0f); /* of all tokens, as without the bad token */
+            most = largest_of_warp<Block>(b == b ? b : 0.0f); /* of all tokens, as without the bad token */
             if (lane % Block::CHUNK >= first_bad) b = 0.0f;
             spoil_decay(stage, lane);
         }
@@ -292,7 +313,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         in.advance(1);
         if (!ahead) {
             at.advance(Block::CTAS);
-            if (!at.done()) logit = load_beta(args, at, lane);
+            if (!at.done()) beta = load_beta(args, at, lane);
         }
     }
 }

@@ -1,4 +1,5 @@
-/* Launches kernels/hopper/fwd.cu and kernels/hopper/segments.cu as a plan says. */
+/* Launches the kernels of kernels/hopper as a plan says: those of fwd.cu and segments.cu, or for calls with an
+ * option that concerns arithmetic those of general_fwd.cu and general_segments.cu. */
 #include "launch.h"
 
 #include "../../errors.h"
@@ -7,7 +8,8 @@
 #include "costs.h"
 #include "workspace.h"
 
-extern const unsigned char fkda_fatbin_hopper_fwd[], fkda_fatbin_hopper_segments[];
+extern const unsigned char fkda_fatbin_hopper_fwd[], fkda_fatbin_hopper_segments[],
+    fkda_fatbin_hopper_general_fwd[], fkda_fatbin_hopper_general_segments[];
 
 enum { SOLO, PAIR };
 static fkda_module fwd_module = {
@@ -16,17 +18,37 @@ static fkda_module fwd_module = {
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
-
-enum { LIST, MAPS, JOIN, RELAY, MIXED };
-static fkda_module segments_module = {
-    .image = fkda_fatbin_hopper_segments,
-    .names = {[LIST] = "fkda_hopper_list",
-              [MAPS] = "fkda_hopper_maps",
-              [JOIN] = "fkda_hopper_join",
-              [RELAY] = "fkda_hopper_relay",
-              [MIXED] = "fkda_hopper_mixed"},
+static fkda_module general_fwd_module = {
+    .image = fkda_fatbin_hopper_general_fwd,
+    .names = {[SOLO] = "fkda_hopper_general_solo", [PAIR] = "fkda_hopper_general_pair"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+enum { MAPS, RELAY, MIXED, LIST, JOIN };
+static fkda_module segments_module = {
+    .image = fkda_fatbin_hopper_segments,
+    .names = {[MAPS] = "fkda_hopper_maps",
+              [RELAY] = "fkda_hopper_relay",
+              [MIXED] = "fkda_hopper_mixed",
+              [LIST] = "fkda_hopper_list",
+              [JOIN] = "fkda_hopper_join"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+static fkda_module general_segments_module = {
+    .image = fkda_fatbin_hopper_general_segments,
+    .names = {[MAPS] = "fkda_hopper_general_maps",
+              [RELAY] = "fkda_hopper_general_relay",
+              [MIXED] = "fkda_hopper_general_mixed"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+/* The options that only the general kernels know. */
+enum {
+    GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT | FKDA_BETA_KIND |
+                       FKDA_NORMALISED
 };
 
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
@@ -36,7 +58,8 @@ typedef struct call {
     const fkda_driver *driver;
     const fkda_problem *problem;
     const fkda_hopper_plan *plan;
-    const CUfunction *fwd, *segments; /* kernels of the two modules */
+    const CUfunction *fwd, *segments; /* kernels of the two modules, general ones or not */
+    const CUfunction *lists;          /* those that do not look at tokens: LIST and JOIN */
     int *launches;                    /* of this call so far */
 } call;
 
@@ -154,6 +177,7 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
         const fkda_token_view *tensor;
     } all[] = {{&args->q, &p->q}, {&args->k, &p->k}, {&args->g, &p->g}, {&args->v, &p->v}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (all[i].tensor->dtype == FLASH_KDA_F32) continue; /* kernels load gates in fp32 without TMA */
         const CUresult result =
             describe_tensor(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
@@ -221,7 +245,7 @@ static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, i
     for (int step = FKDA_JOIN_COMPOSE; step <= FKDA_JOIN_EXPAND && status == FLASH_KDA_OK; step++) {
         if (step != FKDA_JOIN_CHAIN && !in_groups) continue;
         args->work = step;
-        status = launch_or_fail(c, c->segments[JOIN], args, fkda_least(items[step], c->plan->sms),
+        status = launch_or_fail(c, c->lists[JOIN], args, fkda_least(items[step], c->plan->sms),
                                 FKDA_JOIN_CTA_THREADS, EARLY);
     }
     return status;
@@ -237,7 +261,7 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     const fkda_hopper_plan *plan = c->plan;
     flash_kda_status status = FLASH_KDA_OK;
     if (!args->cut.equal_lengths)
-        status = launch_or_fail(c, c->segments[LIST], args, 1, FKDA_LIST_THREADS, IN_ORDER);
+        status = launch_or_fail(c, c->lists[LIST], args, 1, FKDA_LIST_THREADS, IN_ORDER);
     if (status != FLASH_KDA_OK) return status;
 
     args->work = FKDA_FIRST_SEGMENTS;
@@ -294,19 +318,26 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     const fkda_hopper_plan *plan)
 {
     const int ordinal = problem->shape.device.index;
+    const bool general = problem->shape.features & GENERAL_FEATURES;
+    fkda_module *const fwd = general ? &general_fwd_module : &fwd_module, *const segments =
+                                                                              general
+                                                                                  ? &general_segments_module
+                                                                                  : &segments_module;
     int launches = 0;
     const call c = {.driver = driver,
                     .problem = problem,
                     .plan = plan,
-                    .fwd = fwd_module.functions[ordinal],
-                    .segments = segments_module.functions[ordinal],
+                    .fwd = fwd->functions[ordinal],
+                    .segments = segments->functions[ordinal],
+                    .lists = segments_module.functions[ordinal],
                     .launches = &launches};
-    flash_kda_status status = fkda_load_module(driver, &fwd_module, ordinal);
+    flash_kda_status status = fkda_load_module(driver, fwd, ordinal);
     if (status != FLASH_KDA_OK) return status;
     if (plan->strategy == FKDA_HOPPER_WHOLE) return run_whole(&c);
 
     fkda_hopper_fwd_args args;
     status = fkda_load_module(driver, &segments_module, ordinal);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, segments, ordinal);
     if (status == FLASH_KDA_OK) status = make_args(&c, CHUNK, &args);
     if (status != FLASH_KDA_OK) return status;
     args.cut = fkda_hopper_cut(problem, plan);
