@@ -30,6 +30,8 @@ template <class Cta, class SomeSchedule, bool general = false>
 struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
     static constexpr bool GENERAL = general;
+    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). */
+    static constexpr bool PIECES = general && Cta::OUTPUTS;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
     static constexpr Registers REGISTERS = Phase::REGISTERS;

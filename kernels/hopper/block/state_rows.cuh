@@ -83,7 +83,8 @@ template <class Block> struct StateRows {
     }
 
     /*
-     * Loads the state before a work item: from memory, or zeros or the identity.
+     * Loads the state before a work item: from memory, or zeros or the identity, unless the item goes on with
+     * the state that is here.
      *
      * Nothing here branches: behind a branch ptxas would put wgmma products one after the other. All loads of
      * one type are issued before those of the next type, because a load into a register waits for the
@@ -96,7 +97,12 @@ template <class Block> struct StateRows {
                    is_fp32 = item.initial && !is_bf16 && !is_image;
         const int begin = state_begin(item);
         const char *from = static_cast<const char *>(global_memory(item.initial));
-        float raw[DIM / 8][4] = {};
+        const bool keeps = Block::PIECES && item.attributes & KEEPS_STATE;
+        float raw[DIM / 8][4];
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) raw[s][r] = keeps ? state[s][r] : 0.0f;
         if constexpr (STARTS_FROM_STATES) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32);
         if constexpr (Block::OUTPUTS)
             load_tiles_image<0>(raw, from + row_group(item) * sizeof(StateImage::tile[0]) + 16 * lane,

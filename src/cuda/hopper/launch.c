@@ -48,7 +48,7 @@ static fkda_module general_segments_module = {
 /* The options that only the general kernels know. */
 enum {
     GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT | FKDA_BETA_KIND |
-                       FKDA_NORMALISED
+                       FKDA_NORMALISED | FKDA_CHECKPOINTS
 };
 
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
@@ -170,6 +170,8 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
 {
     const fkda_problem *p = c->problem;
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
+    if (args->fwd.checkpoints.states.data && chunk == FKDA_HOPPER_CHUNK_PAIR)
+        args->saved = (char *)p->workspace + c->plan->memory.saved;
     if (p->shape.batch * p->shape.tokens == 0)
         return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
     const struct {
@@ -240,7 +242,7 @@ static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, i
     const int64_t items[] = {[FKDA_JOIN_COMPOSE] = 2 * grouped,
                              [FKDA_JOIN_CHAIN] = cut_heads * row_groups,
                              [FKDA_JOIN_EXPAND] = grouped};
-    const bool in_groups = c->plan->slots > FKDA_MAPS_CHAINED + 2;
+    const bool in_groups = c->plan->groups > 0 && c->plan->slots > FKDA_MAPS_CHAINED + 2;
     flash_kda_status status = FLASH_KDA_OK;
     for (int step = FKDA_JOIN_COMPOSE; step <= FKDA_JOIN_EXPAND && status == FLASH_KDA_OK; step++) {
         if (step != FKDA_JOIN_CHAIN && !in_groups) continue;
