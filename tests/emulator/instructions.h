@@ -350,6 +350,10 @@ inline float load_shared(const float *from)
 {
     return *from;
 }
+inline uint32_t load_shared_16(uint32_t address)
+{
+    return *reinterpret_cast<const uint16_t *>(shared_memory(address));
+}
 inline int uniform(int x)
 {
     if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be equal in all lanes is not");

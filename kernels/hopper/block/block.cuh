@@ -32,7 +32,9 @@ struct Block : SomeSchedule::template Phase<Cta> {
     static constexpr bool GENERAL = general;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
-    static constexpr Registers REGISTERS = Phase::REGISTERS;
+    /* The preparation of a general block needs more registers than a relay's output phase gives others. */
+    static constexpr Registers REGISTERS =
+        GENERAL && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
     static constexpr int SLOTS = Cta::OWN_SLOTS + Cta::RECEIVED_SLOTS;
     static constexpr int SUBCHUNKS = Cta::CHUNK / SUBCHUNK;
     static constexpr int RECURRENCE_WARPS = Cta::ROWS / 16;

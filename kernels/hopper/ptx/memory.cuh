@@ -25,6 +25,14 @@ __device__ __forceinline__ float load_shared(const float *from)
     return x;
 }
 
+/* The 16 bits at an address in shared memory. */
+__device__ __forceinline__ uint32_t load_shared_16(uint32_t address)
+{
+    uint16_t x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+    return x;
+}
+
 /* The next three load from global memory without a branch, and change nothing if !valid. The offset from
  * `from` is a template argument, which the instruction encodes. */
 
