@@ -122,12 +122,15 @@ struct GateOfCall {
     {
         return is_bounded() || is_softplus() ? -INFINITY : 0.0f;
     }
-    __device__ HeadGate of_head(float a_log, float lower_bound, int head) const
+    __device__ float slope(float a_log) const
     {
-        if (is_bounded())
-            return {hopper_sigmoid_gate_slope(a_log), hopper_sigmoid_gate_inverse_bound(lower_bound), head};
-        /* sigmoid_gate_slope is -exp(A_log) log2(e). */
-        return {LOG2_E, is_softplus() ? sigmoid_gate_slope(a_log) * 0.6931471805599453f : 0.0f, head};
+        return is_bounded() ? hopper_sigmoid_gate_slope(a_log) : LOG2_E;
+    }
+    /* HeadGate::inverse_bound. sigmoid_gate_slope is -exp(A_log) log2(e). */
+    __device__ float factor(float a_log, float lower_bound) const
+    {
+        if (is_bounded()) return hopper_sigmoid_gate_inverse_bound(lower_bound);
+        return is_softplus() ? sigmoid_gate_slope(a_log) * 0.6931471805599453f : 0.0f;
     }
     __device__ float offset(float dt_bias, float slope) const
     {

@@ -350,6 +350,10 @@ inline float load_shared(const float *from)
 {
     return *from;
 }
+inline uint32_t load_shared_16(uint32_t address)
+{
+    return *reinterpret_cast<const uint16_t *>(shared_memory(address));
+}
 inline int uniform(int x)
 {
     if (__shfl_sync(~0u, x, 0) != x) emulator::fail("a number that should be equal in all lanes is not");
@@ -458,6 +462,16 @@ template <int elements> void load_two_if(float &x, float &y, const void *from, b
 template <int elements> void load_pair_if(float &x, const void *from, bool valid)
 {
     if (valid) memcpy(&x, static_cast<const uint16_t *>(from) + elements, 4);
+}
+template <int elements> void load_one_if(float &x, const void *from, bool valid)
+{
+    if (valid) memcpy(&x, static_cast<const float *>(from) + elements, 4);
+}
+template <int elements> void load_bf16_if(float &x, const void *from, bool valid)
+{
+    uint32_t bits = 0;
+    if (valid) memcpy(&bits, static_cast<const uint16_t *>(from) + elements, 2);
+    if (valid) memcpy(&x, &bits, 4);
 }
 template <int tiles> void load_four_if(float (&x)[4], const void *from, bool valid)
 {

@@ -31,7 +31,6 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     using Base::args, Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
     using Sums = typename Base::Sums;
-    using GatesInMemory = typename Base::GatesInMemory;
     static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
     static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
@@ -69,17 +68,16 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         for (int i = 0; i < SHARE / 32; i++)
             bias[i] = load_parameter(args.dt_bias, head * DIM + warp * SHARE + 32 * i + lane);
         const float A_log = load_parameter(args.A_log, head);
-        if constexpr (Block::GENERAL)
-            gate_here = call.of_head(A_log, args.lower_bound, head);
-        else
-            gate_here = {hopper_sigmoid_gate_slope(A_log),
-                         hopper_sigmoid_gate_inverse_bound(args.lower_bound), head};
+        const float slope = Block::GENERAL ? call.slope(A_log) : hopper_sigmoid_gate_slope(A_log);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             shared.gate_offset[team][warp * SHARE + 32 * i + lane] =
-                Block::GENERAL ? call.offset(bias[i], gate_here.slope)
-                               : hopper_sigmoid_gate_offset(bias[i], gate_here.slope);
+                Block::GENERAL ? call.offset(bias[i], slope) : hopper_sigmoid_gate_offset(bias[i], slope);
+        gate_here = {slope,
+                     Block::GENERAL ? call.factor(A_log, args.lower_bound)
+                                    : hopper_sigmoid_gate_inverse_bound(args.lower_bound),
+                     head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
         __syncwarp();
     }
@@ -250,20 +248,12 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16)
-                this->prepare_slice(sub, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
-                                    &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
-                                    gamma + first + c, gates_in_memory(at, first + c, repairs), sums);
+                this->prepare_slice(
+                    {at, sub, first + c, repairs}, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                    &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK, gamma + first + c, sums);
         }
         if (SAVES_REGISTERS) this->find_place();
         return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE], norms(slot, round)[0]);
-    }
-
-    __device__ GatesInMemory gates_in_memory(const ChunkCursor<Block> &at, int channel, bool repairs) const
-    {
-        if constexpr (!Block::GENERAL) return {};
-        const fkda_token_strides &stride = args.g_strides;
-        return {static_cast<const float *>(args.g) + at.place(stride, 0) + channel, stride.token, at.left,
-                repairs};
     }
 
     /* Ends the preparation of a chunk in an own slot: what the recurrence and the solver get. */

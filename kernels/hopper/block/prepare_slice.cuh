@@ -22,10 +22,10 @@ template <class Block> struct SlicePreparation {
     static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
     static_assert(SUBCHUNKS <= 2, "a subchunk has at most one other subchunk");
     static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
-    /* With two subchunks registers are short. Threads then find their place anew for each chunk, and read the
+    /* With two subchunks registers are short, and in a general block too. Threads then find their place anew for each chunk, and read the
      * gate's constants from shared memory for each use, so that what is made from them need not be kept in
      * between. */
-    static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2;
+    static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2 || Block::GENERAL;
     const fkda_fwd_args &args;
     Shared<Block> &shared;
     int team, warp, lane, g, t; /* warp: of the team */
@@ -60,32 +60,41 @@ template <class Block> struct SlicePreparation {
         float within[SUBCHUNKS][3][4], across[2][2][4];
     };
 
-    /* The raw gates of a chunk in fp32, which come from global memory: row 0 is the chunk's first token, of which
-     * `at` is the first channel of the slice. */
-    struct GatesInMemory {
-        const float *at;
-        long long step; /* from a token to the next one */
-        int left;       /* tokens of the work item from the chunk's first one on */
-        bool repairs;   /* NaN counts as no decay: see bad_tokens.cuh */
+    /* Where a slice is, for what a general block does not take from the layout of fragments. */
+    struct SlicePlace {
+        const ChunkCursor<Block> &chunk;
+        int sub;      /* the subchunk */
+        int channel;  /* the slice's first */
+        bool repairs; /* gates that are NaN do not decay: see bad_tokens.cuh */
     };
 
-    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of subchunk
-     * `sub`, in a general block. `at` and `offset` are as in accumulate_gates(). */
+    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. The lane's place is found anew, so that
+     * addresses are not kept from slice to slice. */
+    __device__ void load_gates(float (&x)[2][4], const SlicePlace &place) const
+    {
+        int cta, thread;
+        read_indices(cta, thread);
+        const float none = GateOfCall{args.gate}.neutral();
+        const int token = place.sub * SUBCHUNK + thread % 4 * 2, channel = place.channel + thread % 32 / 4;
+        const fkda_token_strides &stride = args.g_strides;
+        const float *from = static_cast<const float *>(args.g) + place.chunk.place(stride, token) + channel;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int ahead = i / 2 * 8 + i % 2;
+            const bool valid = token + ahead < place.chunk.left;
+#pragma unroll
+            for (int b = 0; b < 2; b++) x[b][i] = valid ? __ldg(from + ahead * stride.token + 8 * b) : none;
+        }
+    }
+
+    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in a general
+     * block. `at` and `offset` are as in accumulate_gates(). */
     __device__ void find_decays(float (&x)[2][4], uint32_t at, const float *offset,
-                                const GatesInMemory &memory, int sub) const
+                                const SlicePlace &place) const
     {
         const GateOfCall call = {args.gate};
         if (args.g_is_f32) {
-            const int token = sub * SUBCHUNK + 2 * t;
-            const float *from = memory.at + token * memory.step + g;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int ahead = i / 2 * 8 + i % 2;
-                const bool valid = token + ahead < memory.left;
-#pragma unroll
-                for (int b = 0; b < 2; b++)
-                    x[b][i] = valid ? __ldg(from + ahead * memory.step + 8 * b) : call.neutral();
-            }
+            load_gates(x, place);
         } else {
             uint32_t raw[4];
             load_matrices_transposed(raw, at);
@@ -99,7 +108,7 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             activate_gates(x[b], call, gate_of_head, offset[8 * b + g]);
-            if (args.g_is_f32 && memory.repairs)
+            if (args.g_is_f32 && place.repairs)
 #pragma unroll
                 for (int i = 0; i < 4; i++) x[b][i] = x[b][i] == x[b][i] ? x[b][i] : 0.0f;
         }
@@ -116,12 +125,12 @@ template <class Block> struct SlicePreparation {
      *
      * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels.
      */
-    __device__ void accumulate_gates(uint32_t at, const float *offset, const GatesInMemory &memory, int sub,
+    __device__ void accumulate_gates(uint32_t at, const float *offset, const SlicePlace &place,
                                      float (&sum)[2][4]) const
     {
         if constexpr (Block::GENERAL) {
             float x[2][4];
-            find_decays(x, at, offset, memory, sub);
+            find_decays(x, at, offset, place);
 #pragma unroll
             for (int b = 0; b < 2; b++) add_up(x[b], sum[b]);
             return;
@@ -161,114 +170,94 @@ template <class Block> struct SlicePreparation {
     /* ---- Unbounded gates ---- */
 
     /*
-     * The products of a subchunk with itself are of k exp(G - G_0) with k exp(G_0 - G), where G_0 is the decay of
-     * the first token, which no product contains. exp(G_0 - G) is at most 2^WIDEST in the range of fp32 and tf32.
-     * A row is *wide* in a slice if G_0 - G is larger in one of the slice's channels. The slice's part of its
-     * products is then computed directly, pair by pair, with exp(G_i - G_j) of each channel.
+     * In a general block the products of a subchunk with itself are of k exp(G - G_0) with k exp(G_0 - G). G_0 is the
+     * decay of the first token, which no product contains. G_0 - G, in log2, is at most WIDEST, where exp(G_0 - G)
+     * is in the range of fp32 and tf32, or else the element is *wide*. A wide element is left out of the products
+     * on the tensor core, and add_wide_elements() computes what its row gets in its channel pair by pair, with exp(G_i
+     * - G_j). WIDEST is above the 108 that gates at the bound of -5 can reach.
      *
-     * Whether a row is wide depends on the tokens up to the row's own alone, and the operands of wide rows and of
-     * their columns are zeros, so that a token changes no bit of the tokens before it.
+     * Whether an element is wide depends on the tokens up to its own alone, so a token changes no bit of the
+     * tokens before it. In K~ and Q~ wide elements are zeros, as they would be in fp16.
      */
     static constexpr float WIDEST = 110.0f;
 
-    /* What is between the first token and this lane's tokens, in log2. */
-    struct Width {
-        float first[2][2]; /* the first token's sums, in this lane's channels: b, channel */
-        bool wide[2];      /* the rows of tokens g and g + 8 */
-        bool any;          /* whether any row of the slice is wide: equal in all lanes */
-
-        __device__ float lead(int b, int i) const
-        {
-            return ex2(first[b][i]);
-        }
-    };
-
-    __device__ Width find_width(const float (&sum)[2][4]) const
+    /* The first token's sum in channel 8 b + 2 t + i. */
+    __device__ float first_sum(const float (&sum)[2][4], int b, int i) const
     {
-        Width x = {};
+        return __shfl_sync(~0u, sum[b][i], t);
+    }
+
+    /* Whether the slice has wide elements. */
+    __device__ bool is_wide(const float (&sum)[2][4]) const
+    {
         float least = 0.0f;
 #pragma unroll
         for (int b = 0; b < 2; b++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                x.first[b][i] = __shfl_sync(~0u, sum[b][i], t);
-                least = fminf(least, sum[b][2 + i] - x.first[b][i]); /* token g + 8 comes after token g */
-            }
-        x.any = __any_sync(~0u, least < -WIDEST);
-        if (__builtin_expect(x.any, 0))
+            for (int i = 0; i < 2; i++) /* token g + 8 comes after token g */
+                least = fminf(least, sum[b][2 + i] - first_sum(sum, b, i));
+        return __any_sync(~0u, least < -WIDEST);
+    }
+
+    /* Raw k or q of a token of the subchunk in channel c of the slice, of which `at` is a lane's row. */
+    static __device__ float element(uint32_t at, int lane, int which, int token, int c)
+    {
+        const uint32_t tile = (at & ~0x70u) - lane % 16 * ROW,
+                       unit = ((at >> 4 & 7) ^ (lane / 16) ^ (lane % 8)) + c / 8;
+        return bf16_low(load_shared_16(tile + which * Block::HALF_TOKENS + token * ROW +
+                                       (unit ^ token % 8) * 16 + c % 8 * 2));
+    }
+
+    /* Adds the products of wide elements to `within`, in the units of products in tf32. Written for little code and few
+     * registers: places are found anew for each channel. */
+    __device__ void add_wide_elements(float (&within)[3][4], const float (&sum)[2][4], uint32_t at,
+                                      const float *first_factor) const
+    {
+#pragma unroll 1
+        for (int c = 0; c < 16; c++) {
+            int cta, thread;
+            read_indices(cta, thread);
+            const int lane_here = thread % 32, row = lane_here / 4, column = thread % 4 * 2,
+                      of = c / 2 % 4; /* `of`: lane of a quad */
+            float own[2];             /* of tokens g and g + 8 */
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                own[e] = c < 8 ? (c % 2 ? sum[0][2 * e + 1] : sum[0][2 * e])
+                               : (c % 2 ? sum[1][2 * e + 1] : sum[1][2 * e]);
+            const float least = __shfl_sync(~0u, own[0], of) - WIDEST;
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                int wide = false;
+                const float row_sum = __shfl_sync(~0u, own[e], 4 * row + of);
+                const float *factor = first_factor + 8 * e + row;
+                const float row_k =
+                    element(at, lane_here, K, 8 * e + row, c) * (*factor * (1.0f / UNTRUNCATE));
+                float row_q;
+                if (Block::OUTPUTS)
+                    row_q = element(at, lane_here, Q, 8 * e + row, c) *
+                            (factor[Block::CHUNK] * (1.0f / UNTRUNCATE));
 #pragma unroll
-                for (int b = 0; b < 2; b++)
+                for (int f = 0; f <= e; f++)
 #pragma unroll
-                    for (int i = 0; i < 2; i++) wide |= sum[b][2 * e + i] - x.first[b][i] < -WIDEST;
-                wide |= __shfl_xor_sync(~0u, wide, 1);
-                x.wide[e] = wide | __shfl_xor_sync(~0u, wide, 2);
+                    for (int j = 0; j < 2; j++) {
+                        const int token = 8 * f + column + j;
+                        const float column_sum = __shfl_sync(~0u, own[f], 4 * (column + j) + of);
+                        if (!(row_sum < least)) continue;
+                        float(&to)[4] = within[Block::OUTPUTS ? e + f : f];
+                        const int n = Block::OUTPUTS ? j : 2 * e + j;
+                        /* What is above the diagonal counts for nothing, and must be finite. */
+                        const float column_k = element(at, lane_here, K, token, c) * first_factor[token] *
+                                               ex2(fminf(row_sum - column_sum, 0.0f));
+                        to[n] = __fmaf_rn(row_k, column_k, to[n]);
+                        if (Block::OUTPUTS) to[2 + j] = __fmaf_rn(row_q, column_k, to[2 + j]);
+                    }
             }
-        return x;
-    }
-
-    /* The channel of `pair`, two neighbours in bf16, times a factor. */
-    static __device__ float element(uint32_t pair, int i, float factor)
-    {
-        return (i ? bf16_high(pair) : bf16_low(pair)) * factor;
-    }
-
-    /* Adds a slice's part of the products of wide rows to `within`, in the units of products in tf32. Element i of
-     * half b of the slice's channels is at lane t = channel of each token's quad. */
-    __device__ void add_wide_rows(float (&within)[3][4], const Width &width, const float (&sum)[2][4],
-                                  const uint32_t (&raw_k)[4], const uint32_t (&raw_q)[4],
-                                  const float *factor) const
-    {
-#pragma unroll
-        for (int b = 0; b < 2; b++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll 1
-                for (int of = 0; of < 4; of++) {
-                    float row_sum[2], row_k[2], row_q[2]; /* of tokens g and g + 8 */
-                    float column_sum[2][2], column_k[2][2];
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const float own_sum = sum[b][2 * e + i],
-                                    own_k = element(raw_k[2 * b + e], i, factor[8 * e]);
-                        row_sum[e] = __shfl_sync(~0u, own_sum, 4 * g + of);
-                        row_k[e] = __shfl_sync(~0u, own_k, 4 * g + of) * (1.0f / UNTRUNCATE);
-                        if (Block::OUTPUTS)
-                            row_q[e] =
-                                __shfl_sync(~0u, element(raw_q[2 * b + e], i, factor[Block::CHUNK + 8 * e]),
-                                            4 * g + of) *
-                                (1.0f / UNTRUNCATE);
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            column_sum[e][j] = __shfl_sync(~0u, own_sum, 4 * (2 * t + j) + of);
-                            column_k[e][j] = __shfl_sync(~0u, own_k, 4 * (2 * t + j) + of);
-                        }
-                    }
-                    /* Row 8 e + g, columns 8 f + 2 t and the next one. What is above the diagonal counts for
-                     * nothing, and must be finite. */
-#pragma unroll
-                    for (int tile = 0; tile < 3; tile++) {
-                        const int e = tile > 0, f = tile > 1;
-                        float(&to_k)[4] = within[Block::OUTPUTS ? tile : f];
-                        const int at = Block::OUTPUTS ? 0 : 2 * e;
-                        if (!width.wide[e]) continue;
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const float with =
-                                column_k[f][j] * ex2(fminf(row_sum[e] - column_sum[f][j], 0.0f));
-                            to_k[at + j] = __fmaf_rn(row_k[e], with, to_k[at + j]);
-                            if (Block::OUTPUTS) to_k[2 + j] = __fmaf_rn(row_q[e], with, to_k[2 + j]);
-                        }
-                    }
-                }
+        }
     }
 
     /* ---- A slice ---- */
 
     /*
-     * Prepares 16 channels of subchunk `sub`: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
+     * Prepares 16 channels of a subchunk: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
      * adds the products over the 16 channels to `sums`. The products of the subchunk with itself go to the
      * last element of `within`, from which Preparation::prepare() moves those of the first subchunk to
      * within[0] before the second subchunk begins.
@@ -282,31 +271,38 @@ template <class Block> struct SlicePreparation {
      * `factor` the inverse norm of this lane's first token, and `gamma` has the channels' sums over all
      * tokens so far.
      */
-    __device__ void prepare_slice(int sub, uint32_t at, const float *offset, const float *factor,
-                                  float *gamma, const GatesInMemory &memory, Sums &sums) const
+    __device__ void prepare_slice(const SlicePlace &place, uint32_t at, const float *offset,
+                                  const float *factor, float *gamma, Sums &sums) const
     {
-        const bool second = SUBCHUNKS == 2 && sub == 1;
+        const bool second = SUBCHUNKS == 2 && place.sub == 1;
         float sum[2][4], over[2][2]; /* over: the decay over this subchunk */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
-        accumulate_gates(at, offset, memory, sub, sum);
-        load_matrices(raw_k, at + K * Block::HALF_TOKENS);
-        if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
+        accumulate_gates(at, offset, place, sum);
+        float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
+        bool wide = false;
+        if constexpr (Block::GENERAL) {
+            wide = is_wide(sum);
+            if (__builtin_expect(wide, 0)) add_wide_elements(within, sum, at, factor - g);
+        }
 
         /* ---- Elements, and products of the subchunk with itself ---- */
-        float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
-        Width width = {};
-        if (Block::GENERAL) width = find_width(sum);
 #pragma unroll
         for (int b = 0; b < 2; b++) {
+            if (b == 0 || (Block::GENERAL && SUBCHUNKS == 2)) {
+                load_matrices(raw_k, at + K * Block::HALF_TOKENS);
+                if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
+            }
             float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
+            float first[2];                             /* what decays are counted from */
+#pragma unroll
+            for (int i = 0; i < 2; i++) first[i] = Block::GENERAL ? first_sum(sum, b, i) : 0.0f;
 #pragma unroll
             for (int e = 0; e < 2; e++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const uint32_t pair_k = raw_k[2 * b + e];
                     const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
-                    const float log2 =
-                        Block::GENERAL ? sum[b][2 * e + i] - width.first[b][i] : sum[b][2 * e + i];
+                    const float log2 = Block::GENERAL ? sum[b][2 * e + i] - first[i] : sum[b][2 * e + i];
                     const float up = ex2(log2);
                     k_up[e][i] = k * up;
                     if (Block::OUTPUTS) {
@@ -317,32 +313,13 @@ template <class Block> struct SlicePreparation {
                     k_down[e][i] = k * ex2(-log2);
                     if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
-            if constexpr (Block::GENERAL) {
-                const float lead[2] = {width.lead(b, 0), width.lead(b, 1)};
+            if (Block::GENERAL && __builtin_expect(wide, 0))
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int n = 2 * b + e;
-                    k_decayed[n] = pack_half(k_up[e][0] * lead[0], k_up[e][1] * lead[1]);
-                    if (Block::OUTPUTS) q_decayed[n] = pack_half(q_up[e][0] * lead[0], q_up[e][1] * lead[1]);
-                    rest[n] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
-                }
-                over[b][0] *= lead[0], over[b][1] *= lead[1];
-                if (__builtin_expect(width.any, 0)) {
-                    const float last[2] = {__shfl_sync(~0u, sum[b][2], 4 * 7 + t),
-                                           __shfl_sync(~0u, sum[b][3], 4 * 7 + t)};
+                for (int e = 0; e < 2; e++)
 #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float k_rest[2];
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            k_rest[i] = element(raw_k[2 * b + e], i, factor[8 * e]) *
-                                        ex2(last[i] - sum[b][2 * e + i]);
-                            if (width.wide[e]) k_up[e][i] = q_up[e][i] = k_down[e][i] = 0.0f;
-                        }
-                        rest[2 * b + e] = pack_half(k_rest[0], k_rest[1]);
-                    }
-                }
-            }
+                    for (int i = 0; i < 2; i++)
+                        if (sum[b][2 * e + i] - first[i] < -WIDEST)
+                            k_up[e][i] = q_up[e][i] = k_down[e][i] = 0.0f;
             if constexpr (Block::OUTPUTS) {
                 mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
                          k_down[0][1]);
@@ -356,16 +333,32 @@ template <class Block> struct SlicePreparation {
                 mma_tf32(within[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
                          k_down[1][1]);
             }
-            if constexpr (!Block::GENERAL)
+            if constexpr (Block::GENERAL) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) { /* from here on decays are counted from the subchunk's start */
+                    const float lead = ex2(first_sum(sum, b, i));
+#pragma unroll
+                    for (int e = 0; e < 2; e++) k_up[e][i] *= lead, q_up[e][i] *= lead;
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
+                if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
+                rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
+            }
+            if (Block::GENERAL && __builtin_expect(wide, 0)) {
+                const float last[2] = {__shfl_sync(~0u, sum[b][2], 4 * 7 + t),
+                                       __shfl_sync(~0u, sum[b][3], 4 * 7 + t)};
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
-                    if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
-                    rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
+                    const uint32_t pair_k = raw_k[2 * b + e];
+                    rest[2 * b + e] =
+                        pack_half(bf16_low(pair_k) * factor[8 * e] * ex2(last[0] - sum[b][2 * e]),
+                                  bf16_high(pair_k) * factor[8 * e] * ex2(last[1] - sum[b][2 * e + 1]));
                 }
+            }
         }
-        if (Block::GENERAL && __builtin_expect(width.any, 0))
-            add_wide_rows(within, width, sum, raw_k, raw_q, factor);
         store_matrices(at, rest);
 
         /* ---- The second subchunk with the first one ---- */
@@ -384,6 +377,9 @@ template <class Block> struct SlicePreparation {
             for (int b = 0; b < 2; b++) {
                 float2 &all = *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
                 const float2 first = all;
+                if (Block::GENERAL)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) over[b][i] = ex2(__shfl_sync(~0u, sum[b][2 + i], 4 * 7 + t));
                 const uint32_t over_first = pack_half(ex2(first.x), ex2(first.y)),
                                over_second = pack_half(over[b][0], over[b][1]);
 #pragma unroll

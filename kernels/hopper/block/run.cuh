@@ -92,18 +92,20 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     end_phase(second);
 }
 
-template <bool general> static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
+template <bool general, bool states = general>
+static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
 {
-    run_two_phases<Block<MapCta, Relay, general>, Block<PairCta, Relay, general>, RelayAssignment>(
-        all, [&] { return RelayAssignment::has_map_phase(all); });
+    run_two_phases<Block<MapCta, Relay, general, states>, Block<PairCta, Relay, general, states>,
+                   RelayAssignment>(all, [&] { return RelayAssignment::has_map_phase(all); });
 }
 
 /* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------ */
 
-template <bool general> static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
+template <bool general, bool states = general>
+static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
-    using Solo = Block<SoloCta, Mixed, general>;
-    using Pair = Block<PairCta, Mixed, general>;
+    using Solo = Block<SoloCta, Mixed, general, states>;
+    using Pair = Block<PairCta, Mixed, general, states>;
     using Usual = Block<PairCta, Mixed>;
     static_assert(offsetof(Shared<Pair>, assignment) == offsetof(Shared<Usual>, assignment),
                   "the schedule looks where a block that is not general has its assignment");
@@ -126,7 +128,7 @@ template <bool general> static __device__ __forceinline__ void run_mixed(const f
     __syncwarp();
     cluster_sync();
     if (assignment.is != MixedAssignment::REST_SOLO) {
-        run_two_phases<Block<MapCta, Mixed, general>, Pair, LongAssignment>(
+        run_two_phases<Block<MapCta, Mixed, general, states>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
         return;
     }
