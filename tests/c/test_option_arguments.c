@@ -549,8 +549,8 @@ static void allowed(void)
     CHECK(empty != FLASH_KDA_INVALID_VALUE && empty != FLASH_KDA_INVALID_DTYPE, "%s", flash_kda_last_error());
 }
 
-/* Programs that were built with headers that lack some of the last fields. What is behind their smaller struct
- * is not the struct's, and the fields mean "default". */
+/* Programs that were built with headers that lack some of the last fields. What is behind their smaller
+ * struct is not the struct's, and the fields mean "default". */
 static void older_structs(void)
 {
     static const size_t sizes[] = {
