@@ -358,7 +358,8 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fk
     out->cu_seqlens = p->cu_seqlens.data;
     out->cu_seqlens_is_i32 = p->cu_seqlens.dtype == FLASH_KDA_I32;
     out->scale = p->scale;
-    out->lower_bound = p->lower_bound;
+    /* With another gate it may be any number, and kernels need not look out for one. */
+    out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
     out->interrupt = p->interrupt;
