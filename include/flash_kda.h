@@ -267,9 +267,9 @@ typedef struct flash_kda_fwd_params {
     int32_t state_k_first;    /* 1: all states are [.., K, V]; 0: [.., V, K] */
 } flash_kda_fwd_params;
 
-/* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, data types,
- * kernel, cpu_threads, batch_invariant, max_seqlen, cut and the fields from checkpoint_every on only: no
- * pointer needs to be set. An optional tensor counts as there if its ndim is not 0. */
+/* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
+ * cpu_threads, batch_invariant, max_seqlen, cut, and on which optional tensors there are: no pointer needs to
+ * be set (an optional tensor counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 
