@@ -130,7 +130,7 @@ void draw_pool(rng *r, problem *p)
     for (int64_t n = 0; n < p->sequences; n++)
         p->state_indices[n] = one_in(r, 5) ? first - 1 - below(r, first + 3) : free_slots[n];
     for (int64_t i = 0; i < slots * p->heads * DIM * DIM; i++)
-        p->initial_state[i] = float_from_bf16(bf16_from_float((float)(0.5 * rng_normal(r))));
+        p->initial_state[i] = (float)(rng_bits(r) >> 57) * 0x1p-6f - 1.0f; /* exact in bf16 */
     free(free_slots);
 }
 

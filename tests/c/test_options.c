@@ -386,7 +386,8 @@ static void try_draw(uint64_t seed)
 static void try_seeds(uint64_t share, void (*try)(uint64_t seed))
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1);
-    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : 2000);
+    const bool is_variant = strncmp(test.kernel, "cpu-", 4) == 0; /* The kernel "cpu" has all draws. */
+    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : is_variant ? 500 : 2000);
     const uint64_t count = asked / share + 1;
     not_taken = 0;
     memset(&total, 0, sizeof total);
@@ -640,6 +641,92 @@ static void prefixes(void)
     try_seeds(8, try_prefix);
 }
 
+/* ---- Tokens change nothing before them ----------------------------------------------------------------- */
+
+/* Replaces all inputs of one sequence's tokens from `from` on, of all heads: by other numbers, now and then by
+ * NaN or infinity. */
+static void replace_tokens(rng *r, problem *p, int64_t from, int64_t end)
+{
+    static const uint16_t bad[] = {0x7fc0, 0x7f80, 0xff80};
+    for (int64_t i = from * p->heads * DIM; i < end * p->heads * DIM; i++) {
+        const bool is_bad = one_in(r, 200);
+        p->v[i] = is_bad ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -2.0, 2.0));
+        p->g[i] =
+            is_bad && one_in(r, 2) ? bad[below(r, 3)] : bf16_from_float(-(float)rng_uniform(r, 0.0, 90.0));
+        if (p->g_f32) p->g_f32[i] = float_from_bf16(p->g[i]);
+    }
+    for (int64_t i = from * p->qk_heads * DIM; i < end * p->qk_heads * DIM; i++) {
+        p->q[i] = one_in(r, 400) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -2.0, 2.0));
+        p->k[i] = one_in(r, 400) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -2.0, 2.0));
+    }
+    for (int64_t i = from * p->heads; i < end * p->heads; i++) {
+        p->beta[i] = one_in(r, 8) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, 0.0, 1.0));
+        if (p->beta_f32) p->beta_f32[i] = float_from_bf16(p->beta[i]);
+    }
+}
+
+/* What is compared after the tokens `from` to `end` - 1 of sequence n were replaced. */
+typedef struct change {
+    const problem *p;
+    int64_t n, begin, from, end;
+    const outputs *before, *after;
+    size_t row_bytes; /* of checkpoint_states */
+} change;
+
+static void check_early_checkpoint(void *context, int64_t n, int64_t offset, int64_t row)
+{
+    const change *c = context;
+    const size_t at = (size_t)row * c->row_bytes;
+    if (n == c->n && c->begin + offset > c->from) return;
+    CHECK(memcmp((char *)c->before->checkpoints + at, (char *)c->after->checkpoints + at, c->row_bytes) == 0,
+          "the checkpoint of sequence %lld after %lld tokens depends on tokens from %lld of sequence %lld on",
+          (long long)n, (long long)offset, (long long)(c->from - c->begin), (long long)c->n);
+}
+
+static void check_change(change *c, const call_options *options)
+{
+    const int64_t row = c->p->heads * DIM;
+    const size_t bytes = slot_bytes(c->p, options->bf16_state);
+    for (int64_t t = 0; t < c->p->batch * c->p->tokens; t++)
+        if (t < c->from || t >= c->end)
+            CHECK(memcmp(c->before->out + t * row, c->after->out + t * row, (size_t)row * 2) == 0,
+                  "out of token %lld depends on tokens from %lld on", (long long)t, (long long)c->from);
+    for (int64_t n = 0; c->before->state && n < c->p->sequences; n++) {
+        const int64_t slot = problem_final_slot(c->p, c->before->slots, n);
+        if (n == c->n || slot < 0) continue;
+        CHECK(memcmp((char *)c->before->state + (size_t)slot * bytes,
+                     (char *)c->after->state + (size_t)slot * bytes, bytes) == 0,
+              "the state of sequence %lld depends on sequence %lld", (long long)n, (long long)c->n);
+    }
+    if (c->before->checkpoints) problem_checkpoints(c->p, check_early_checkpoint, c);
+}
+
+static void try_later_tokens(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    const drawing how = what_to_draw(&r);
+    problem *p = draw_problem(&r, how), *q = problem_copy(p);
+    const call_options options = draw_options(&r, how, p);
+    change c = {.p = p, .n = below(&r, p->sequences), .row_bytes = slot_bytes(p, options.bf16_checkpoints)};
+    problem_sequence(p, c.n, &c.begin, &c.end);
+    c.from = c.begin + below(&r, c.end - c.begin + 1);
+    replace_tokens(&r, q, c.from, c.end);
+    say(seed, p, &options);
+    outputs before = run_with(p, options), after = run_with(q, options);
+    c.before = &before;
+    c.after = &after;
+    if (before.taken && after.taken) check_change(&c, &options);
+    free_outputs(&before);
+    free_outputs(&after);
+    problem_free(p);
+    problem_free(q);
+}
+
+static void later_tokens(void)
+{
+    try_seeds(4, try_later_tokens);
+}
+
 /* ---- Indices that are not allowed, on a GPU ------------------------------------------------------------ */
 
 static int64_t draw_wild(rng *r, bool is_i32)
@@ -745,8 +832,8 @@ static void wild(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"drawn", drawn},     {"strides", strides},   {"k-first", k_first},   {"pool", pool},
-        {"grouped", grouped}, {"prefixes", prefixes}, {"wild-indices", wild},
+        {"drawn", drawn},     {"strides", strides},   {"k-first", k_first},           {"pool", pool},
+        {"grouped", grouped}, {"prefixes", prefixes}, {"later-tokens", later_tokens}, {"wild-indices", wild},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
