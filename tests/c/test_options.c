@@ -643,8 +643,8 @@ static void prefixes(void)
 
 /* ---- Tokens change nothing before them ----------------------------------------------------------------- */
 
-/* Replaces all inputs of one sequence's tokens from `from` on, of all heads: by other numbers, now and then by
- * NaN or infinity. */
+/* Replaces all inputs of one sequence's tokens from `from` on, of all heads: by other numbers, now and then
+ * by NaN or infinity. */
 static void replace_tokens(rng *r, problem *p, int64_t from, int64_t end)
 {
     static const uint16_t bad[] = {0x7fc0, 0x7f80, 0xff80};
