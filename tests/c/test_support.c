@@ -128,7 +128,7 @@ static void change_byte(const call *c, const problem *p, int number, rng *r)
     must(flash_kda_copy(test.device, byte, cpu, &before, 1));
 }
 
-/* A write to a gap, a slot or a row that is not the call's must be found, wherever it is, and no other one. */
+/* A write to a gap, a slot or a row that is not the call's must be found, wherever it is, and no other. */
 static void gaps(void)
 {
     static const layout layouts[] = {LAYOUT_PADDED, LAYOUT_HEAD_MAJOR, LAYOUT_FUSED, LAYOUT_REVERSED};
