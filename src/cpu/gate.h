@@ -54,11 +54,12 @@ static inline vec softplus_gate(const gate_constants *gate, vec g, vec bias)
     return -gate->rate * (more + log2_1_plus(exp2_at_most_1(choose(y > 0.0f, -y, y))));
 }
 
-/* log2(e) g. A g above 0 is not allowed, and a very large one must still show in the results. */
+/* log2(e) g. A g above 0 is not allowed. Above the range of exp2_at_most_1() it becomes infinity, which makes
+ * NaN of the token's decay. */
 static inline vec activated_gate(vec g)
 {
     const vec y = g * LOG2E;
-    return choose(y > 125.0f, splat(125.0f), y);
+    return choose(y > 125.0f, splat(INFINITY), y);
 }
 
 #endif
