@@ -64,19 +64,35 @@ static const argument counted[FLASH_KDA_CHECKED_TENSORS] = {
     ARG_Q, ARG_K, ARG_V, ARG_G, ARG_BETA, ARG_A_LOG, ARG_DT_BIAS, ARG_INITIAL_STATE, ARG_OUT, ARG_FINAL_STATE,
 };
 
+/* Adds the values of elements first to first + count - 1. */
+static void count_values(flash_kda_nonfinite *record, const flash_kda_tensor *t, const void *values,
+                         int64_t first, int64_t count)
+{
+    for (int64_t i = first; i < first + count; i++) {
+        const float value = t->dtype == FLASH_KDA_BF16 ? float_from_bf16(((const uint16_t *)values)[i])
+                                                       : ((const float *)values)[i];
+        if (isfinite(value)) continue;
+        record->count++;
+        if (record->first < 0 || i < record->first) record->first = i;
+    }
+}
+
 static flash_kda_nonfinite count_nonfinite(const call *c, argument which)
 {
     const flash_kda_tensor *t = &c->places[which].view;
+    const problem *p = c->problem;
+    const bool is_initial = which == ARG_INITIAL_STATE, is_state = is_initial || which == ARG_FINAL_STATE;
     flash_kda_nonfinite record = {0, -1};
     int64_t count = t->ndim ? 1 : 0;
     for (int i = 0; i < t->ndim; i++) count *= t->shape[i];
     if (count == 0) return record;
     void *values = call_read(c, which);
-    for (int64_t i = 0; i < count; i++) {
-        const float value =
-            t->dtype == FLASH_KDA_BF16 ? float_from_bf16(((uint16_t *)values)[i]) : ((float *)values)[i];
-        if (isfinite(value)) continue;
-        if (record.count++ == 0) record.first = i;
+    if (!is_state) count_values(&record, t, values, 0, count);
+    for (int64_t n = 0; is_state && n < p->sequences; n++) { /* the states that the call uses */
+        const int64_t slot =
+            is_initial ? problem_initial_slot(p, t->shape[0], n) : problem_final_slot(p, t->shape[0], n);
+        const int64_t of_slot = p->heads * DIM * DIM;
+        if (slot >= 0) count_values(&record, t, values, slot * of_slot, of_slot);
     }
     free(values);
     return record;
