@@ -46,7 +46,7 @@ const char *const argument_names[ARGS] = {
     [ARG_CHECKPOINT_STARTS] = "checkpoint_starts",
 };
 
-static flash_kda_tensor *param_of(flash_kda_fwd_params *p, argument which)
+static flash_kda_tensor *param_of(flash_kda_fwd_params *p, call_tensor which)
 {
     flash_kda_tensor *const all[ARGS] = {
         [ARG_Q] = &p->q,
@@ -205,7 +205,7 @@ static const void *narrow_floats(const float *wide, int64_t count, void **made)
 }
 
 /* What an argument holds before a call, contiguous; NULL if it is an output. The caller frees *made. */
-static const void *contents_of(const call *c, const problem *p, argument which, void **made)
+static const void *contents_of(const call *c, const problem *p, call_tensor which, void **made)
 {
     const flash_kda_tensor *t = &c->places[which].view;
     const int64_t *integers = NULL;
@@ -245,10 +245,10 @@ static unsigned char *image_of(const call *c, const problem *p, int b)
     unsigned char *image = allocate(bytes, 1);
     memset(image, b == ARG_NONFINITE ? RECORD_BYTE : NAN_BYTE, bytes);
     for (int a = 0; a < ARGS; a++) {
-        const place *at = &c->places[a];
+        const tensor_place *at = &c->places[a];
         void *made;
         if (!is_in(c, a, b)) continue;
-        const void *contents = contents_of(c, p, (argument)a, &made);
+        const void *contents = contents_of(c, p, (call_tensor)a, &made);
         if (contents) scatter(&at->view, image + at->offset, contents);
         free(made);
     }
@@ -270,7 +270,7 @@ static bool is_output(int a)
 }
 
 /* Gives a tensor a buffer of its own, `bytes` long. */
-static void place_alone(call *c, argument which, size_t offset, size_t bytes)
+static void place_alone(call *c, call_tensor which, size_t offset, size_t bytes)
 {
     buffer *b = &c->buffers[which];
     *b = (buffer){
@@ -279,15 +279,15 @@ static void place_alone(call *c, argument which, size_t offset, size_t bytes)
     c->places[which].offset = offset;
 }
 
-static void place_contiguous(call *c, argument which, flash_kda_tensor t)
+static void place_contiguous(call *c, call_tensor which, flash_kda_tensor t)
 {
     if (!t.ndim) return;
     c->places[which].view = t;
     place_alone(c, which, 0, (size_t)elements_of(&t) * element_size(t.dtype));
 }
 
-/* Sets the strides of [B, T, H, D] or [B, T, H] so that the dimensions `order` lie in memory from outermost to
- * innermost, each with a gap of that many elements after its last element. Returns the elements in all. */
+/* Sets the strides of [B, T, H, D] or [B, T, H] so that the dimensions `order` lie in memory from outermost
+ * to innermost, each with a gap of that many elements after its last element. Returns the elements in all. */
 static int64_t lay_out(flash_kda_tensor *t, const int *order, const int64_t *gaps)
 {
     int64_t step = 1;
@@ -300,7 +300,7 @@ static int64_t lay_out(flash_kda_tensor *t, const int *order, const int64_t *gap
 }
 
 /* A place in memory of its own for a tensor of rows of tokens. */
-static void place_rows(call *c, argument which, flash_kda_tensor t, layout how)
+static void place_rows(call *c, call_tensor which, flash_kda_tensor t, layout how)
 {
     static const int plain[] = {0, 1, 2, 3}, head_major[] = {0, 2, 1, 3}, token_major[] = {1, 0, 2, 3};
     const size_t size = element_size(t.dtype);
@@ -351,8 +351,8 @@ static void place_slices(call *c, const flash_kda_tensor *tensors, size_t size)
     for (int a = 0; a < STRIDED_ARGS; a++) {
         const flash_kda_tensor *t = &tensors[a];
         if (c->options.layouts[a] != LAYOUT_FUSED || element_size(t->dtype) != size) continue;
-        place *at = &c->places[a];
-        *at = (place){.buffer = number, .offset = (size_t)first[a] * size, .view = *t};
+        tensor_place *at = &c->places[a];
+        *at = (tensor_place){.buffer = number, .offset = (size_t)first[a] * size, .view = *t};
         at->view.stride[1] = width;
         at->view.stride[0] = width * t->shape[1];
         if (b->bytes == 0) at->offset = 0;
@@ -367,11 +367,11 @@ static void place_tokens(call *c)
     place_slices(c, tensors, 4);
     for (int a = 0; a < STRIDED_ARGS; a++)
         if (c->options.layouts[a] != LAYOUT_FUSED)
-            place_rows(c, (argument)a, tensors[a], c->options.layouts[a]);
+            place_rows(c, (call_tensor)a, tensors[a], c->options.layouts[a]);
 }
 
 /* Slots may be part of a larger record: states begin `gap` elements after the start of the buffer. */
-static void place_states(call *c, argument which, int64_t slots, bool is_bf16, int64_t gap)
+static void place_states(call *c, call_tensor which, int64_t slots, bool is_bf16, int64_t gap)
 {
     const int64_t shape[] = {slots, c->problem->heads, DIM, DIM};
     flash_kda_tensor t = tensor_of(NULL, is_bf16 ? FLASH_KDA_BF16 : FLASH_KDA_F32, 4, shape);
@@ -397,7 +397,7 @@ static void place_all_states(call *c)
         place_states(c, ARG_CHECKPOINT_STATES, p->checkpoint_rows, o->bf16_checkpoints, o->row_gap);
 }
 
-static void place_integers(call *c, argument which, flash_kda_tensor t, bool is_i32)
+static void place_integers(call *c, call_tensor which, flash_kda_tensor t, bool is_i32)
 {
     if (t.ndim && is_i32) t.dtype = FLASH_KDA_I32;
     place_contiguous(c, which, t);
@@ -432,7 +432,7 @@ static void place_everything(call *c)
 }
 
 /* The argument as the call gets it, still without memory. */
-static flash_kda_tensor argument_of(const call *c, argument which)
+static flash_kda_tensor argument_of(const call *c, call_tensor which)
 {
     flash_kda_tensor t = c->places[which].view;
     const bool is_state =
@@ -474,7 +474,7 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     if (options.tells_longest) c->params.max_seqlen = longest_sequence(p);
     c->params.out = c->params.v;
     place_everything(c);
-    for (int a = 0; a < ARGS; a++) *param_of(&c->params, (argument)a) = argument_of(c, (argument)a);
+    for (int a = 0; a < ARGS; a++) *param_of(&c->params, (call_tensor)a) = argument_of(c, (call_tensor)a);
     size_t workspace_size = 0;
     flash_kda_status status =
         options.for_reference ? FLASH_KDA_OK : flash_kda_fwd_workspace_size(&c->params, &workspace_size);
@@ -485,11 +485,11 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     c->params.workspace = workspace_size ? interior(&c->buffers[WORKSPACE]) : NULL;
     c->params.workspace_size = workspace_size;
     for (int a = 0; a < ARGS; a++) {
-        const place *at = &c->places[a];
+        const tensor_place *at = &c->places[a];
         buffer *b = &c->buffers[at->buffer];
         if (!at->view.ndim) continue;
         if (!b->base) buffer_create(b);
-        param_of(&c->params, (argument)a)->data = (char *)interior(b) + at->offset;
+        param_of(&c->params, (call_tensor)a)->data = (char *)interior(b) + at->offset;
     }
     for (int i = 0; i < BUFFERS; i++)
         if (c->buffers[i].base) fill_buffer(c, i);
@@ -523,9 +523,9 @@ flash_kda_status call_run(call *c)
     return status == FLASH_KDA_OK ? flash_kda_synchronize(c->params.device, c->params.stream) : status;
 }
 
-void *call_read(const call *c, argument which)
+void *call_read(const call *c, call_tensor which)
 {
-    const place *at = &c->places[which];
+    const tensor_place *at = &c->places[which];
     unsigned char *all = buffer_read(&c->buffers[at->buffer]),
                   *elements = allocate((size_t)elements_of(&at->view), element_size(at->view.dtype));
     gather(&at->view, all + at->offset, elements);
@@ -534,21 +534,21 @@ void *call_read(const call *c, argument which)
 }
 
 /* Writes a part of a tensor, which begins `first` elements after the tensor's first one. */
-static void write_part(call *c, argument which, flash_kda_tensor part, int64_t first, const void *contents)
+static void write_part(call *c, call_tensor which, flash_kda_tensor part, int64_t first, const void *contents)
 {
-    const place *at = &c->places[which];
+    const tensor_place *at = &c->places[which];
     unsigned char *all = buffer_read(&c->buffers[at->buffer]);
     scatter(&part, all + at->offset + first * (int64_t)element_size(part.dtype), contents);
     buffer_write(&c->buffers[at->buffer], all);
     free(all);
 }
 
-void call_write(call *c, argument which, const void *contents)
+void call_write(call *c, call_tensor which, const void *contents)
 {
     write_part(c, which, c->places[which].view, 0, contents);
 }
 
-void call_write_slot(call *c, argument which, int64_t slot, const void *contents)
+void call_write_slot(call *c, call_tensor which, int64_t slot, const void *contents)
 {
     flash_kda_tensor one = c->places[which].view;
     one.shape[0] = 1;
@@ -576,7 +576,7 @@ void call_read_nonfinite(const call *c, flash_kda_nonfinite records[FLASH_KDA_CH
 
 /* The contents of a buffer after a call, and what they may be. */
 typedef struct inspection {
-    const place *at;
+    const tensor_place *at;
     unsigned char *now;
     const unsigned char *image;
 } inspection;

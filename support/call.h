@@ -28,7 +28,7 @@ static inline bool mode_writes(state_mode mode)
 }
 
 /* The arguments of a call that are tensors. Those that may have strides come first. */
-typedef enum argument {
+typedef enum call_tensor {
     ARG_Q,
     ARG_K,
     ARG_V,
@@ -49,7 +49,7 @@ typedef enum argument {
     ARG_CHECKPOINT_INDICES,
     ARG_CHECKPOINT_STARTS,
     ARGS,
-} argument;
+} call_tensor;
 extern const char *const argument_names[ARGS];
 
 /* How q, k, v, g, beta or out lies in memory. */
@@ -91,11 +91,11 @@ typedef struct call_options {
 } call_options;
 
 /* Where a tensor argument is. */
-typedef struct place {
+typedef struct tensor_place {
     int buffer;            /* its number in the call */
     size_t offset;         /* bytes from the start of the buffer to the first element */
     flash_kda_tensor view; /* with states as [.., V, K], whatever their order in memory; ndim 0: absent */
-} place;
+} tensor_place;
 
 enum { BUFFERS = ARGS + 3 };
 
@@ -104,7 +104,7 @@ typedef struct call {
     call_options options;
     int64_t rows, states;
     const problem *problem; /* must outlive the call */
-    place places[ARGS];
+    tensor_place places[ARGS];
     buffer buffers[BUFFERS]; /* one for each argument that has its own, two of slices, and the workspace */
 } call;
 
@@ -121,22 +121,23 @@ void call_poison(call *c);
 flash_kda_status call_run(call *c);
 
 /* The bits of a tensor, contiguous, states as [.., V, K]. The caller frees them. */
-void *call_read(const call *c, argument which);
+void *call_read(const call *c, call_tensor which);
 
-/* Writes a tensor, contiguous and in its own type, with states as [.., V, K]; or one slot of a tensor of states. */
-void call_write(call *c, argument which, const void *contents);
-void call_write_slot(call *c, argument which, int64_t slot, const void *contents);
+/* Writes a tensor, or one slot of a tensor of states, from contiguous elements of its type; states are
+ * [.., V, K]. */
+void call_write(call *c, call_tensor which, const void *contents);
+void call_write_slot(call *c, call_tensor which, int64_t slot, const void *contents);
 
-/* The bits of out, bf16 [B, T, HV, DIM], and of the final state, bf16 or f32 [slots, HV, DIM, DIM]. The caller
- * frees them. */
+/* The bits of out, bf16 [B, T, HV, DIM], and of the final state, bf16 or f32 [slots, HV, DIM, DIM]. The
+ * caller frees them. */
 uint16_t *call_read_out(const call *c);
 void *call_read_state(const call *c);
 
 /* What a call with counts_nonfinite has counted. */
 void call_read_nonfinite(const call *c, flash_kda_nonfinite records[FLASH_KDA_CHECKED_TENSORS]);
 
-/* The name of the first buffer of which a byte was written that is no element of an output, no slot in which a
- * sequence ends and no row of a checkpoint; NULL if there is none. */
+/* The name of the first buffer of which a byte was written that no call may write; NULL if there is none. A
+ * call may write elements of out and nonfinite, slots in which a sequence ends, and rows of checkpoints. */
 const char *call_damage(const call *c, const problem *p);
 
 /* Whether all buffers but the workspace are still as call_poison() left them. */

@@ -22,7 +22,8 @@ extern const char *const decays_names[DECAY_KINDS];
  * much, up to roundings of g. With gate, without_A_log and without_dt_bias set before. */
 void fill_decays(problem *p, decays how, bool is_f32, uint64_t seed);
 
-/* Replaces g and beta, filled before, by fp32 tensors of nearly the same numbers, which bf16 does not have. */
+/* Replaces g and beta, filled before, by fp32 tensors of nearly the same numbers, which bf16 does not have.
+ */
 void widen_gates(problem *p, uint64_t seed);
 void widen_betas(problem *p, uint64_t seed);
 

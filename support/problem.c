@@ -144,14 +144,14 @@ void problem_checkpoints(const problem *p,
                          void (*found)(void *context, int64_t n, int64_t offset, int64_t row), void *context)
 {
     const int64_t columns = p->checkpoint_columns ? p->checkpoint_columns : 1;
-    int64_t next = 0; /* row with checkpoint_every */
+    uint64_t next = 0; /* row with checkpoint_every; starts may be any number */
     for (int64_t n = 0; p->checkpoint_rows && n < p->sequences; n++) {
         int64_t begin, end;
         problem_sequence(p, n, &begin, &end);
         if (p->checkpoint_every) {
-            if (p->checkpoint_starts) next = p->checkpoint_starts[n];
+            if (p->checkpoint_starts) next = (uint64_t)p->checkpoint_starts[n];
             for (int64_t at = p->checkpoint_every; at <= end - begin; at += p->checkpoint_every, next++)
-                if (next >= 0 && next < p->checkpoint_rows) found(context, n, at, next);
+                if (next < (uint64_t)p->checkpoint_rows) found(context, n, at, (int64_t)next);
             continue;
         }
         for (int64_t i = n * columns; i < (n + 1) * columns; i++) {

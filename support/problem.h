@@ -68,7 +68,8 @@ int64_t problem_final_slot(const problem *p, int64_t slots, int64_t n);
 void problem_checkpoints(const problem *p,
                          void (*found)(void *context, int64_t n, int64_t offset, int64_t row), void *context);
 
-/* The tensors of the problem in CPU memory as arguments; out, final_state and checkpoint_states are absent. */
+/* The tensors of the problem in CPU memory as arguments; out, final_state and checkpoint_states are absent.
+ */
 flash_kda_fwd_params problem_params(const problem *p, bool with_initial_state);
 
 /* A contiguous tensor of that shape. */

@@ -1,11 +1,13 @@
 /*
- * Calls with every option of the forward pass, drawn from a seed: shapes, grouped heads, gates, betas, strides,
- * state pools and checkpoints. Every output, state and checkpoint is held to the fp64 recurrence, and every byte
- * that is no element of one must be as before.
+ * Calls with every option of the forward pass, drawn from a seed: shapes, grouped heads, gates, betas,
+ * strides, state pools and checkpoints. Every output, state and checkpoint is held to the fp64 recurrence,
+ * and every byte that is no element of one must be as before.
  *
  * FLASH_KDA_TEST_PROBLEMS says how many calls are tried, FLASH_KDA_TEST_SEED where they begin, and
  * FLASH_KDA_TEST_OPTIONS which options they may have (draw.c has the names). A kernel may answer that it does
- * not take an option. Such draws are counted, and with FLASH_KDA_TEST_ALL_TAKEN=1 they are failures:
+ * not take an option. Such calls are counted, and with FLASH_KDA_TEST_ALL_TAKEN=1 they are failures. With
+ * FLASH_KDA_TEST_REFERENCE=1 the reference computes calls on the CPU in place of a kernel, from tensors as
+ * they lie in memory, which tests this file and what the reference makes of strides:
  *
  *     FLASH_KDA_TEST_PROBLEMS=2000 FLASH_KDA_TEST_ALL_TAKEN=1 build/tests/test_options --device cuda:0
  *     FLASH_KDA_TEST_OPTIONS=strides,k-first build/tests/test_options --device cpu drawn
@@ -16,8 +18,9 @@
 #include <string.h>
 
 #include "draw.h"
+#include "records.h"
 
-/* ---- Running a call ------------------------------------------------------------------------------------ */
+/* ---- Running a call ----------------------------------------------------------------------------------- */
 
 /* The outputs of a call, contiguous, states as [.., V, K] whatever the call's order is. */
 typedef struct outputs {
@@ -49,80 +52,31 @@ static bool is_not_taken(flash_kda_status status)
     return true;
 }
 
-/* How outputs come about: by the kernel, or by the reference in its place, which tests what is in this file. */
-typedef flash_kda_status (*runner)(call *c);
-
 static uint64_t number_from(const char *variable, uint64_t otherwise)
 {
     const char *text = getenv(variable);
     return text ? strtoull(text, NULL, 10) : otherwise;
 }
 
-/* ---- Counts of values that are not finite --------------------------------------------------------------- */
-
-static const argument counted[FLASH_KDA_CHECKED_TENSORS] = {
-    ARG_Q, ARG_K, ARG_V, ARG_G, ARG_BETA, ARG_A_LOG, ARG_DT_BIAS, ARG_INITIAL_STATE, ARG_OUT, ARG_FINAL_STATE,
-};
-
-/* Adds the values of elements first to first + count - 1. */
-static void count_values(flash_kda_nonfinite *record, const flash_kda_tensor *t, const void *values,
-                         int64_t first, int64_t count)
+static bool by_reference(void)
 {
-    for (int64_t i = first; i < first + count; i++) {
-        const float value = t->dtype == FLASH_KDA_BF16 ? float_from_bf16(((const uint16_t *)values)[i])
-                                                       : ((const float *)values)[i];
-        if (isfinite(value)) continue;
-        record->count++;
-        if (record->first < 0 || i < record->first) record->first = i;
-    }
+    return number_from("FLASH_KDA_TEST_REFERENCE", 0) && test.device.type == FLASH_KDA_CPU;
 }
 
-static flash_kda_nonfinite count_nonfinite(const call *c, argument which)
-{
-    const flash_kda_tensor *t = &c->places[which].view;
-    const problem *p = c->problem;
-    const bool is_initial = which == ARG_INITIAL_STATE, is_state = is_initial || which == ARG_FINAL_STATE;
-    flash_kda_nonfinite record = {0, -1};
-    int64_t count = t->ndim ? 1 : 0;
-    for (int i = 0; i < t->ndim; i++) count *= t->shape[i];
-    if (count == 0) return record;
-    void *values = call_read(c, which);
-    if (!is_state) count_values(&record, t, values, 0, count);
-    for (int64_t n = 0; is_state && n < p->sequences; n++) { /* the states that the call uses */
-        const int64_t slot =
-            is_initial ? problem_initial_slot(p, t->shape[0], n) : problem_final_slot(p, t->shape[0], n);
-        const int64_t of_slot = p->heads * DIM * DIM;
-        if (slot >= 0) count_values(&record, t, values, slot * of_slot, of_slot);
-    }
-    free(values);
-    return record;
-}
+static flash_kda_status run_reference(call *c);
 
-/* `inputs` are the records of the inputs, from before the call. */
-static void check_records(const call *c, const flash_kda_nonfinite *inputs)
-{
-    flash_kda_nonfinite got[FLASH_KDA_CHECKED_TENSORS];
-    call_read_nonfinite(c, got);
-    for (int i = 0; i < FLASH_KDA_CHECKED_TENSORS; i++) {
-        const flash_kda_nonfinite want =
-            i < FLASH_KDA_CHECKED_OUT ? inputs[i] : count_nonfinite(c, counted[i]);
-        CHECK(got[i].count == want.count && got[i].first == want.first,
-              "nonfinite of %s is %lld, first %lld; it must be %lld, first %lld", argument_names[counted[i]],
-              (long long)got[i].count, (long long)got[i].first, (long long)want.count, (long long)want.first);
-    }
-}
-
-static outputs run_with(const problem *p, call_options options, runner run)
+static outputs run_with(const problem *p, call_options options)
 {
     call c;
     outputs o = {0};
+    options.for_reference = by_reference();
+    options.counts_nonfinite &= !options.for_reference;
     flash_kda_nonfinite inputs[FLASH_KDA_CHECKED_TENSORS];
     flash_kda_status status = call_open(&c, p, options);
     if (is_not_taken(status)) return o;
     if (!CHECK(status == FLASH_KDA_OK, "workspace size: %s", flash_kda_last_error())) return o;
-    for (int i = 0; options.counts_nonfinite && i < FLASH_KDA_CHECKED_OUT; i++)
-        inputs[i] = count_nonfinite(&c, counted[i]);
-    status = run(&c);
+    if (options.counts_nonfinite) records_of_inputs(&c, inputs);
+    status = options.for_reference ? run_reference(&c) : call_run(&c);
     if (is_not_taken(status)) {
         CHECK(call_untouched(&c), "a call that was not taken wrote to an output");
     } else if (CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) {
@@ -139,10 +93,10 @@ static outputs run_with(const problem *p, call_options options, runner run)
     return o;
 }
 
-/* ---- The reference in the place of a kernel ------------------------------------------------------------- */
+/* ---- The reference in the place of a kernel ------------------------------------------------------------ */
 
 /* A state of all heads, rounded to the type of an argument. */
-static void store_state(call *c, argument which, int64_t slot, const double *state)
+static void store_state(call *c, call_tensor which, int64_t slot, const double *state)
 {
     const int64_t count = c->problem->heads * DIM * DIM;
     float *wide = allocate((size_t)count, sizeof *wide);
@@ -202,7 +156,7 @@ static flash_kda_status run_reference(call *c)
     return status;
 }
 
-/* ---- Errors -------------------------------------------------------------------------------------------- */
+/* ---- Errors ------------------------------------------------------------------------------------------- */
 
 typedef struct sums {
     double wrong, all;
@@ -338,7 +292,7 @@ static void check_total(void)
           error_of(total.state), limits.state);
 }
 
-/* ---- Groups -------------------------------------------------------------------------------------------- */
+/* ---- Groups ------------------------------------------------------------------------------------------- */
 
 static int64_t most_tokens(void)
 {
@@ -373,16 +327,14 @@ static void say(uint64_t seed, const problem *p, const call_options *options)
     trying("seed %llu: %s", (unsigned long long)seed, describe(p, options, text));
 }
 
-static void try_draw(uint64_t seed, runner run)
+static void try_draw(uint64_t seed)
 {
     rng r = rng_seed(seed);
     const drawing how = what_to_draw(&r);
     problem *p = draw_problem(&r, how);
     call_options options = draw_options(&r, how, p);
-    options.for_reference = run == run_reference;
-    options.counts_nonfinite &= !options.for_reference;
     say(seed, p, &options);
-    outputs o = run_with(p, options, run);
+    outputs o = run_with(p, options);
     if (o.taken) {
         answer truth = problem_solve(p, mode_reads(options.mode));
         check_outputs(p, &truth, &o, &options, limits_of_draw());
@@ -396,43 +348,367 @@ static void try_draw(uint64_t seed, runner run)
 static void try_seeds(uint64_t share, void (*try)(uint64_t seed))
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1);
-    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : 400);
+    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : 2000);
     const uint64_t count = asked / share + 1;
     not_taken = 0;
     memset(&total, 0, sizeof total);
     for (uint64_t i = 0; i < count; i++) try(first + i);
     if (not_taken)
-        printf("    %ld of %llu draws have a call that kernel %s does not take\n", not_taken,
-               (unsigned long long)count, test.kernel);
-}
-
-static void try_kernel(uint64_t seed)
-{
-    try_draw(seed, call_run);
+        printf("    kernel %s does not take %ld calls of %llu draws\n", test.kernel, not_taken,
+               (unsigned long long)count);
 }
 
 static void drawn(void)
 {
-    try_seeds(1, try_kernel);
+    try_seeds(1, try_draw);
     check_total();
 }
 
-static void try_reference(uint64_t seed)
+/* ---- Calls that must have equal bits ------------------------------------------------------------------- */
+
+/* The bytes of a state of all heads. */
+static size_t slot_bytes(const problem *p, bool is_bf16)
 {
-    try_draw(seed, run_reference);
+    return (size_t)(p->heads * DIM * DIM) * (is_bf16 ? 2 : 4);
 }
 
-/* Of the draws themselves, and of the reference on strides. */
-static void reference(void)
+static void check_equal_out(const problem *p, const outputs *a, const outputs *b, const char *why)
 {
-    if (test.device.type == FLASH_KDA_CPU && strcmp(test.kernel, "cpu") == 0) try_seeds(4, try_reference);
+    const int64_t at = first_difference(a->out, b->out, sizeof *a->out, problem_rows(p) * DIM);
+    CHECK(at < 0, "out[%lld] depends on %s", (long long)at, why);
+}
+
+/* The states in which the sequences of two problems end, which may be in different slots. */
+static void check_equal_states(const problem *p, const outputs *a, const problem *q, const outputs *b,
+                               bool is_bf16, const char *why)
+{
+    const size_t bytes = slot_bytes(p, is_bf16);
+    for (int64_t n = 0; a->state && b->state && n < p->sequences; n++) {
+        const int64_t i = problem_final_slot(p, a->slots, n), j = problem_final_slot(q, b->slots, n);
+        if (i < 0 || j < 0) continue;
+        CHECK(memcmp((char *)a->state + (size_t)i * bytes, (char *)b->state + (size_t)j * bytes, bytes) == 0,
+              "the final state of sequence %lld depends on %s", (long long)n, why);
+    }
+}
+
+static void check_equal_checkpoints(const problem *p, const outputs *a, const outputs *b, bool is_bf16,
+                                    const char *why)
+{
+    if (!a->checkpoints || !b->checkpoints) return;
+    const int64_t at =
+        first_difference(a->checkpoints, b->checkpoints, slot_bytes(p, is_bf16), p->checkpoint_rows);
+    CHECK(at < 0, "row %lld of checkpoint_states depends on %s", (long long)at, why);
+}
+
+/* Runs a problem in two ways, in which nothing may differ. `q` is NULL, or a problem with other slots or with
+ * heads of q and k repeated, and else the same. */
+static void check_equal_calls(const problem *p, call_options how, const problem *q, call_options other,
+                              const char *why)
+{
+    outputs a = run_with(p, how), b = run_with(q ? q : p, other);
+    if (a.taken && b.taken) {
+        check_equal_out(p, &a, &b, why);
+        check_equal_states(p, &a, q ? q : p, &b, how.bf16_state, why);
+        check_equal_checkpoints(p, &a, &b, how.bf16_checkpoints, why);
+    }
+    free_outputs(&a);
+    free_outputs(&b);
+}
+
+/* Strided equals contiguous. */
+static void try_strides(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    drawing how = what_to_draw(&r);
+    how.options |= 1 << OPTION_STRIDES;
+    problem *p = draw_problem(&r, how);
+    const call_options options = draw_options(&r, how, p);
+    call_options plain = without_layouts(options);
+    plain.i32_seqlens = !options.i32_seqlens;
+    plain.i32_state_indices = !options.i32_state_indices;
+    plain.i32_offsets = !options.i32_offsets;
+    plain.i32_checkpoint_rows = !options.i32_checkpoint_rows;
+    say(seed, p, &options);
+    check_equal_calls(p, options, NULL, plain, "strides and types of indices");
+    problem_free(p);
+}
+
+static void strides(void)
+{
+    try_seeds(4, try_strides);
+}
+
+/* K-first states are the transposed ones. */
+static void try_k_first(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    const drawing how = what_to_draw(&r);
+    problem *p = draw_problem(&r, how);
+    call_options v_first = draw_options(&r, how, p), k_first;
+    v_first.k_first = false;
+    k_first = v_first;
+    k_first.k_first = true;
+    say(seed, p, &k_first);
+    check_equal_calls(p, v_first, NULL, k_first, "the order of the states");
+    problem_free(p);
+}
+
+static void k_first(void)
+{
+    try_seeds(8, try_k_first);
+}
+
+/* A pool in place, a pool with a final_state of its own, and dense states. A sequence without a slot has no
+ * initial state in the dense call. */
+static void try_pool(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    drawing how = what_to_draw(&r);
+    how.options &= ~(1 << OPTION_POOL);
+    problem *pool = draw_problem(&r, how);
+    draw_pool(&r, pool);
+    problem *dense = problem_copy(pool);
+    const size_t count = (size_t)(pool->heads * DIM * DIM), bytes = count * sizeof(float);
+    free(dense->state_indices);
+    free(dense->initial_state);
+    dense->state_indices = NULL;
+    dense->slots = dense->sequences;
+    dense->first_slot = 0;
+    dense->initial_state = allocate((size_t)dense->slots * count, sizeof(float));
+    for (int64_t n = 0; n < pool->sequences; n++) {
+        const int64_t slot = problem_initial_slot(pool, pool->slots, n);
+        if (slot >= 0)
+            memcpy(dense->initial_state + (size_t)n * count, pool->initial_state + (size_t)slot * count,
+                   bytes);
+    }
+    call_options options = draw_options(&r, how, pool), of_dense = options;
+    options.mode = one_in(&r, 2) ? STATE_IN_PLACE : STATE_BOTH;
+    of_dense.mode = one_in(&r, 2) ? STATE_IN_PLACE : STATE_BOTH;
+    say(seed, pool, &options);
+    check_equal_calls(pool, options, dense, of_dense, "slots");
+    problem_free(pool);
+    problem_free(dense);
+}
+
+static void pool(void)
+{
+    try_seeds(4, try_pool);
+}
+
+/* Grouped heads equal heads of q and k that are repeated. */
+static void try_grouped(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    drawing how = what_to_draw(&r);
+    how.options |= 1 << OPTION_GROUPED;
+    problem *p = draw_problem(&r, how), *repeated = problem_copy(p);
+    repeated->qk_heads = p->heads;
+    for (int64_t row = 0; row < problem_rows(p); row++) {
+        const int64_t token = row / p->heads, head = row % p->heads / (p->heads / p->qk_heads),
+                      from = (token * p->qk_heads + head) * DIM;
+        memcpy(repeated->q + row * DIM, p->q + from, DIM * sizeof *p->q);
+        memcpy(repeated->k + row * DIM, p->k + from, DIM * sizeof *p->k);
+    }
+    const call_options options = draw_options(&r, how, p);
+    say(seed, p, &options);
+    check_equal_calls(p, options, repeated, options, "how q and k are repeated");
+    problem_free(p);
+    problem_free(repeated);
+}
+
+static void grouped(void)
+{
+    try_seeds(4, try_grouped);
+}
+
+/* The first tokens of one sequence of a problem, as a problem of its own. */
+static problem *prefix_of(const problem *p, int64_t n, int64_t length)
+{
+    problem *one = problem_create(1, length, p->heads);
+    const int64_t state = p->heads * DIM * DIM, slot = problem_initial_slot(p, p->slots, n);
+    int64_t begin, end;
+    problem_sequence(p, n, &begin, &end);
+    one->qk_heads = p->qk_heads;
+    const size_t rows = (size_t)(length * p->heads), qk_rows = (size_t)(length * p->qk_heads),
+                 first = (size_t)(begin * p->heads), qk_first = (size_t)(begin * p->qk_heads);
+    memcpy(one->q, p->q + qk_first * DIM, qk_rows * DIM * sizeof *p->q);
+    memcpy(one->k, p->k + qk_first * DIM, qk_rows * DIM * sizeof *p->k);
+    memcpy(one->v, p->v + first * DIM, rows * DIM * sizeof *p->v);
+    memcpy(one->g, p->g + first * DIM, rows * DIM * sizeof *p->g);
+    memcpy(one->beta, p->beta + first, rows * sizeof *p->beta);
+    if (p->g_f32) {
+        one->g_f32 = allocate(rows * DIM, sizeof *p->g_f32);
+        memcpy(one->g_f32, p->g_f32 + first * DIM, rows * DIM * sizeof *p->g_f32);
+    }
+    if (p->beta_f32) {
+        one->beta_f32 = allocate(rows, sizeof *p->beta_f32);
+        memcpy(one->beta_f32, p->beta_f32 + first, rows * sizeof *p->beta_f32);
+    }
+    memcpy(one->A_log, p->A_log, (size_t)p->heads * sizeof *p->A_log);
+    memcpy(one->dt_bias, p->dt_bias, (size_t)p->heads * DIM * sizeof *p->dt_bias);
+    if (slot >= 0) memcpy(one->initial_state, p->initial_state + slot * state, (size_t)state * sizeof(float));
+    one->scale = p->scale, one->lower_bound = p->lower_bound, one->gate = p->gate;
+    one->beta_kind = p->beta_kind, one->qk_is_normalised = p->qk_is_normalised;
+    one->without_A_log = p->without_A_log, one->without_dt_bias = p->without_dt_bias;
+    return one;
+}
+
+/* What is known of the call whose checkpoints are compared. */
+typedef struct prefix_check {
+    const problem *p;
+    call_options options;
+    const outputs *whole;
+} prefix_check;
+
+static void check_prefix(void *context, int64_t n, int64_t offset, int64_t row)
+{
+    const prefix_check *c = context;
+    const size_t bytes = slot_bytes(c->p, c->options.bf16_state);
+    problem *one = prefix_of(c->p, n, offset);
+    call_options options = without_layouts(c->options);
+    if (!mode_reads(options.mode)) memset(one->initial_state, 0, (size_t)(one->heads * DIM * DIM) * 4);
+    options.mode = STATE_BOTH;
+    outputs o = run_with(one, options);
+    if (o.taken)
+        CHECK(memcmp((char *)c->whole->checkpoints + (size_t)row * bytes, o.state, bytes) == 0,
+              "the checkpoint of sequence %lld after %lld tokens is not the final state of these tokens",
+              (long long)n, (long long)offset);
+    free_outputs(&o);
+    problem_free(one);
+}
+
+/* With batch_invariant a checkpoint has the bits of the final state of a call whose sequence ends there. */
+static void try_prefix(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    drawing how = what_to_draw(&r);
+    how.options &= ~(1 << OPTION_CHECKPOINTS);
+    problem *p = draw_problem(&r, how);
+    draw_checkpoints(&r, p);
+    call_options options = draw_options(&r, how, p);
+    options.batch_invariant = true;
+    options.counts_nonfinite = false;
+    options.bf16_checkpoints = options.bf16_state;
+    say(seed, p, &options);
+    outputs whole = run_with(p, options);
+    prefix_check check = {p, options, &whole};
+    if (whole.taken) problem_checkpoints(p, check_prefix, &check);
+    free_outputs(&whole);
+    problem_free(p);
+}
+
+static void prefixes(void)
+{
+    try_seeds(8, try_prefix);
+}
+
+/* ---- Indices that are not allowed, on a GPU ------------------------------------------------------------ */
+
+static int64_t draw_wild(rng *r, bool is_i32)
+{
+    static const int64_t wild[] = {-1, INT32_MIN, INT32_MAX, 1 << 20, INT64_MIN, INT64_MAX, 1LL << 40, 17};
+    return is_i32 ? wild[below(r, 4)] : wild[below(r, 8)];
+}
+
+static void make_wild(rng *r, int64_t *values, int64_t count, bool is_i32)
+{
+    for (int64_t i = 0; values && i < count; i++)
+        if (one_in(r, 2)) values[i] = draw_wild(r, is_i32);
+}
+
+/* The checkpoints of a problem, one after the other. */
+typedef struct checkpoint_list {
+    int64_t (*all)[3]; /* sequence, offset, row */
+    int64_t count;
+} checkpoint_list;
+
+static void list_checkpoint(void *context, int64_t n, int64_t offset, int64_t row)
+{
+    checkpoint_list *l = context;
+    int64_t *to = l->all ? l->all[l->count] : NULL;
+    if (to) to[0] = n, to[1] = offset, to[2] = row;
+    l->count++;
+}
+
+/* Gives a problem the checkpoints of the list as offsets. A row that gets several of them may hold any, so it
+ * is left out. */
+static void set_checkpoints(problem *p, const checkpoint_list *l)
+{
+    const int64_t columns = l->count ? l->count : 1, count = p->sequences * columns;
+    free(p->checkpoint_offsets);
+    free(p->checkpoint_indices);
+    free(p->checkpoint_starts);
+    p->checkpoint_every = 0;
+    p->checkpoint_starts = NULL;
+    p->checkpoint_columns = columns;
+    p->checkpoint_offsets = allocate((size_t)count, sizeof *p->checkpoint_offsets);
+    p->checkpoint_indices = allocate((size_t)count, sizeof *p->checkpoint_indices);
+    for (int64_t i = 0; i < l->count; i++) {
+        int64_t in_row = 0;
+        for (int64_t j = 0; j < l->count; j++) in_row += l->all[j][2] == l->all[i][2];
+        if (in_row > 1) continue;
+        p->checkpoint_offsets[l->all[i][0] * columns + i] = l->all[i][1];
+        p->checkpoint_indices[l->all[i][0] * columns + i] = l->all[i][2];
+    }
+}
+
+/* Replaces what is not allowed by what means the same and is. */
+static problem *allowed(const problem *p)
+{
+    problem *q = problem_copy(p);
+    checkpoint_list l = {0};
+    for (int64_t n = 0; p->state_indices && n < p->sequences; n++)
+        if (problem_final_slot(p, p->slots, n) < 0) q->state_indices[n] = -1;
+    problem_checkpoints(p, list_checkpoint, &l);
+    l.all = allocate((size_t)l.count, sizeof *l.all);
+    l.count = 0;
+    problem_checkpoints(p, list_checkpoint, &l);
+    if (p->checkpoint_rows) set_checkpoints(q, &l);
+    free(l.all);
+    return q;
+}
+
+/* Wrong numbers on a GPU are left out, and touch no other memory. */
+static void try_wild(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    drawing how = what_to_draw(&r);
+    how.options &= ~(1 << OPTION_POOL | 1 << OPTION_CHECKPOINTS);
+    problem *p = draw_problem(&r, how);
+    const int what = 1 + (int)below(&r, 3);
+    if (what & 1) draw_pool(&r, p);
+    if (what & 2) draw_checkpoints(&r, p);
+    call_options options = draw_options(&r, how, p);
+    const int64_t columns = p->checkpoint_columns ? p->checkpoint_columns : 1;
+    options.final_slots = 0; /* one allowed() for both states */
+    make_wild(&r, p->state_indices, p->sequences, options.i32_state_indices);
+    make_wild(&r, p->checkpoint_offsets, p->sequences * columns, options.i32_offsets);
+    make_wild(&r, p->checkpoint_indices, p->sequences * columns, options.i32_checkpoint_rows);
+    make_wild(&r, p->checkpoint_starts, p->sequences, options.i32_checkpoint_rows);
+    if (p->checkpoint_every && !p->checkpoint_starts) p->checkpoint_rows = 1;
+    say(seed, p, &options);
+    outputs o = run_with(p, options);
+    if (o.taken) {
+        problem *q = allowed(p);
+        answer truth = problem_solve(q, mode_reads(options.mode));
+        check_outputs(q, &truth, &o, &options, limits_of_draw());
+        answer_free(&truth);
+        problem_free(q);
+    }
+    free_outputs(&o);
+    problem_free(p);
+}
+
+static void wild(void)
+{
+    if (test.device.type == FLASH_KDA_CUDA) try_seeds(4, try_wild);
 }
 
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"drawn", drawn},
-        {"reference", reference},
+        {"drawn", drawn},     {"strides", strides},   {"k-first", k_first},   {"pool", pool},
+        {"grouped", grouped}, {"prefixes", prefixes}, {"wild-indices", wild},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
