@@ -8,8 +8,9 @@
  * tensor's record with one atomicAdd and one atomicMin. Sums and minima of integers do not depend on the
  * order of the CTAs.
  *
- * A tensor that is not contiguous consists of runs of neighbours. A warp takes a part of a run at a time. Where
- * vectors of 16 bytes do not fit the runs, which happens in beta alone, each thread takes elements one by one.
+ * A tensor that is not contiguous consists of runs of neighbours. A warp takes a part of a run at a time.
+ * Where vectors of 16 bytes do not fit the runs, which happens in beta alone, each thread takes elements one
+ * by one.
  *
  * Optimizations.
  * - A CTA without a hit does no atomic. The first CTA of a tensor is the exception: the host has set all bits

@@ -16,16 +16,16 @@
  *     O = scale (Q~' S + P U)
  *     S = diag(2^G_last) S + Kr^T U
  *
- * L and P of bounded gates are products of two matrices (prepare.h). For unbounded gates, keys fade row by row
- * (unbounded.h).
+ * L and P of bounded gates are products of two matrices (prepare.h). For unbounded gates, keys fade row by
+ * row (unbounded.h).
  *
- * Chunks begin at multiples of 16 tokens of the sequence whatever the tokens hold, and so does every checkpoint
- * lie between two chunks. A checkpoint has the bits that the final state of a sequence that ends there has.
+ * Chunks begin at multiples of 16 tokens of the sequence, whatever the tokens hold. So every checkpoint lies
+ * between two chunks, and has the bits of the final state of a sequence that ends there.
  *
  * A token changes no bit of the tokens before it, whatever it holds: factors of a token depend on the chunk's
  * tokens up to it alone, sums over tokens run from the first token on, and of L and P only entries on and
- * below the diagonal are used. Every sum runs in an order that depends neither on the number of threads nor on
- * the range of value channels, so results do not depend on them either.
+ * below the diagonal are used. Every sum runs in an order that depends neither on the number of threads nor
+ * on the range of value channels, so results do not depend on them either.
  */
 #include "../checkpoints.h"
 #include "variant.h"

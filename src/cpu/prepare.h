@@ -1,5 +1,5 @@
-/* The part of a chunk that needs neither the state nor the values: norms, write strengths, and the products of
- * keys and queries for bounded gates. Part of head.h, which has the formulas.
+/* The part of a chunk that needs neither the state nor the values: norms, write strengths, and the products
+ * of keys and queries for bounded gates. Part of head.h, which has the formulas.
  *
  * With G the running sum of the log2 decays from the chunk's first token on, and a constant c:
  *

@@ -1,5 +1,5 @@
-/* The part of a chunk that needs the state, for the value channels of a strip: what is read from the state, what
- * is written into it, and the output. Part of head.h. */
+/* The part of a chunk that needs the state, for the value channels of a strip: what is read from the state,
+ * what is written into it, and the output. Part of head.h. */
 #ifndef FKDA_CPU_RECURRENCE_H
 #define FKDA_CPU_RECURRENCE_H
 

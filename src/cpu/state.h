@@ -1,5 +1,5 @@
-/* States between memory and the scratch. In memory a state is [V, K], or [K, V] with state_k_first, of bf16 or
- * fp32. The scratch has it as [V / STRIP][K][STRIP]. Part of head.h. */
+/* States between memory and the scratch. In memory a state is [V, K], or [K, V] with state_k_first, of bf16
+ * or fp32. The scratch has it as [V / STRIP][K][STRIP]. Part of head.h. */
 #ifndef FKDA_CPU_STATE_H
 #define FKDA_CPU_STATE_H
 

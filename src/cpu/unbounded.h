@@ -3,16 +3,16 @@
  *
  * Algorithm
  *
- * A factor 2^-G would leave fp32's range, so the keys fade token by token, as the state does. With d_i = 2^g_i
- * the decay of token i, row after row:
+ * A factor 2^-G would leave fp32's range, so the keys fade token by token, as the state does. With the decay
+ * d_i = 2^g_i of token i, row after row:
  *
  *     B_j = d_i B_j for j < i      B_i = k_i
  *     L_ij = b_i k_i . B_j         P_ij = q_i . B_j
  *
  * B_j is k_j 2^(G_i - G_j), and after the last row it is Kr_j. Likewise K~'_i = k_i d_0 ... d_i. No decay is
- * above 1, nothing is divided or subtracted, and a product is 0 only where it is below 2^-126. So a slow token
- * keeps its accuracy beside a token that forgets everything, and no gate needs a clamp or a shorter chunk. The
- * time does not depend on the gates.
+ * above 1, nothing is divided or subtracted, and a product is 0 only where it is below 2^-126. So a slow
+ * token keeps its accuracy beside a token that forgets everything, and no gate needs a clamp or a shorter
+ * chunk. The time does not depend on the gates.
  *
  * Optimizations
  *
@@ -68,8 +68,8 @@ enum {
     FADED_SUMS = 2 * FADED_ROWS * FADED_COLUMNS, /* of L and of P */
 };
 
-/* Rows i to i + 3 of L and P in columns from j on. `diagonal` is the row, counted from i, in whose diagonal the
- * first column is, and negative if the column is before all rows. */
+/* Rows i to i + 3 of L and P in columns from j on. `diagonal` is the row, counted from i, in whose diagonal
+ * the first column is, and negative if the column is before all rows. */
 INLINE void faded_products(scratch *s, int i, int j, int diagonal)
 {
     vec sums[FADED_SUMS] = {{0}};

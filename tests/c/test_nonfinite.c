@@ -281,7 +281,7 @@ static void empty(void)
     problem_free(p);
 }
 
-/* ---- Drawn calls: strides, fp32 inputs, grouped heads and pools ------------------------------------------ */
+/* ---- Drawn calls: strides, fp32 inputs, grouped heads and pools ---------------------------------------- */
 
 /* The tensors of a problem as it gives them to a call; q and k have fewer rows. */
 static values drawn_input(const problem *p, int i)
