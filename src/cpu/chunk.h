@@ -24,18 +24,18 @@ typedef struct scratch {
     float mix[CHUNK][CHUNK];      /* P; entries above the diagonal mean nothing */
     float read[2 * CHUNK][STRIP]; /* K~' S and Q~' S */
     float u[CHUNK][STRIP];
-    /* The decay of the state over the chunk is fade + keep. The decay of a slow channel, rounded to fp32
-     * itself, would be wrong by the same amount chunk after chunk. So its fade is 2^G_last - 1 and its keep
-     * is 1. A fast channel, which only unbounded gates have, has the fade 2^G_last and the keep 0. */
-    float fade[K], keep[K];
+    float to_last[K]; /* 2^(G_last + c), of bounded gates */
+    /* 2^G_last - 1. The decay of a slow channel, rounded to fp32 itself, would be wrong by the same amount
+     * chunk after chunk. */
+    float decay_1[K];
     float bias[K];
     float scale[2 * CHUNK], unit[2 * CHUNK]; /* their products are 1 / |k_i| and 1 / |q_i| */
     float write[CHUNK];                      /* b */
     float state[V / STRIP][K][STRIP];
-    union {
-        float to_last[K];      /* of bounded gates: 2^(G_last + c) */
-        float decay[CHUNK][K]; /* of unbounded gates: 2^g_i */
-    };
+    /* Of unbounded gates: 2^G_last of a channel that forgets more than half, whose decay_1 is 0, as 2^G_last
+     * - 1 would lose what is left. 1 for other channels. */
+    float factor[K];
+    float decay[CHUNK][K]; /* 2^g_i, of unbounded gates */
     /* The last tokens of a sequence, with rows of zeros after them that fill the chunk. padded_g and
      * padded_beta have the type of g and beta. */
     uint16_t padded_q[CHUNK][K], padded_k[CHUNK][K], padded_v[CHUNK][V];

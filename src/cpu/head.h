@@ -65,10 +65,8 @@ static void run_chunk(const fkda_problem *p, scratch *s, const piece *x, const t
         read_state(s, state);
         solve(s, t, v);
         write_out(s, t, v, p->scale);
-        if (p->gate == FLASH_KDA_GATE_BOUNDED)
-            update_state(s, state, true);
-        else
-            update_state(s, state, false);
+        if (p->gate != FLASH_KDA_GATE_BOUNDED) fade_fast_channels(s, state);
+        update_state(s, state);
     }
 }
 
@@ -105,7 +103,7 @@ static bool run_head(const fkda_problem *p, const int64_t *first_rows, int64_t n
     return true;
 }
 
-_Static_assert((int)FKDA_CHECKPOINT_UNIT == (int)CHUNK, "a checkpoint lies between two chunks");
+_Static_assert(FKDA_CHECKPOINT_UNIT % CHUNK == 0, "a checkpoint lies between two chunks");
 
 const fkda_cpu_variant FKDA_VARIANT = {
     .kernel = FKDA_KERNEL,

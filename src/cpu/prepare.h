@@ -95,7 +95,7 @@ INLINE void decay_channels(scratch *s, const tokens *t, const gate_constants *ga
     for (int i = 1; i < CHUNK; i++) exponent[i] = exponent[i - 1] + gates[i];
 
     *vec_at(s->to_last + k) = exp2_near(exponent[CHUNK - 1]) * gate->up;
-    *vec_at(s->fade + k) = exp2_minus_1(exponent[CHUNK - 1]);
+    *vec_at(s->decay_1 + k) = exp2_minus_1(exponent[CHUNK - 1]);
 
     UNROLL
     for (int i = 0; i < CHUNK; i++) {

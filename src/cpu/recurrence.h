@@ -82,8 +82,18 @@ static inline void write_out(const scratch *s, const tokens *t, int64_t v, float
     }
 }
 
-/* S = diag(decay) S + Kr^T u. Bounded gates keep all channels (keep = 1). */
-INLINE void update_state(const scratch *s, float (*state)[STRIP], bool is_bounded)
+/* Lets the channels fade that forget more than half in a chunk of unbounded gates. */
+static inline void fade_fast_channels(const scratch *s, float (*state)[STRIP])
+{
+    for (int k = 0; k < K; k++) {
+        const float factor = s->factor[k];
+        if (factor == 1.0f) continue;
+        for (int c = 0; c < STRIP; c += LANES) *vec_at(state[k] + c) *= factor;
+    }
+}
+
+/* S = diag(1 + decay_1) S + Kr^T u */
+static inline void update_state(const scratch *s, float (*state)[STRIP])
 {
     for (int k = 0; k < K; k += ROWS) {
         vec sum[ROWS][COLUMNS];
@@ -92,8 +102,7 @@ INLINE void update_state(const scratch *s, float (*state)[STRIP], bool is_bounde
             UNROLL
             for (int c = 0; c < COLUMNS; c++) {
                 vec old = load(state[k + r] + c * LANES);
-                const vec kept = is_bounded ? old : (vec)(s->keep[k + r] * old);
-                sum[r][c] = s->fade[k + r] * old + kept;
+                sum[r][c] = s->decay_1[k + r] * old + old;
             }
         }
         for (int i = 0; i < CHUNK; i++) {

@@ -58,8 +58,8 @@ INLINE void load_channels(scratch *s, const tokens *t, const gate_constants *gat
         *vec_at(s->kq[CHUNK + i] + k) = load_query(s, t, i, k);
     }
     const ivec is_slow = sum > -1.0f;
-    *vec_at(s->fade + k) = choose(is_slow, exp2_minus_1(sum), exp2_at_most_1(sum));
-    *vec_at(s->keep + k) = choose(is_slow, splat(1.0f), splat(0.0f));
+    *vec_at(s->decay_1 + k) = choose(is_slow, exp2_minus_1(sum), splat(0.0f));
+    *vec_at(s->factor + k) = choose(is_slow, splat(1.0f), exp2_at_most_1(sum));
 }
 
 enum {
