@@ -358,7 +358,8 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fk
     out->cu_seqlens = p->cu_seqlens.data;
     out->cu_seqlens_is_i32 = p->cu_seqlens.dtype == FLASH_KDA_I32;
     out->scale = p->scale;
-    out->lower_bound = p->lower_bound;
+    /* With another gate it may be any number, and kernels need not look out for one. */
+    out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
     out->interrupt = p->interrupt;
@@ -421,8 +422,8 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     TRY(check_tensors(p, &out->shape, purpose));
     if (purpose == FKDA_FOR_FWD) TRY(fkda_check_overlap(p));
     TRY(fill_options(p, purpose, &out->shape));
+    if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */
     fill_problem(p, purpose, out);
-    if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK;
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
     if (fkda_interrupted(out))
         return fkda_fail(FLASH_KDA_INTERRUPTED,

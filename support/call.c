@@ -121,11 +121,6 @@ static bool bands_intact(const buffer *b)
 
 /* ---- Elements of tensors with strides ------------------------------------------------------------------ */
 
-static size_t element_size(int32_t dtype)
-{
-    return dtype == FLASH_KDA_BOOL ? 1 : dtype_size(dtype);
-}
-
 static int64_t elements_of(const flash_kda_tensor *t)
 {
     int64_t count = 1;
@@ -164,7 +159,7 @@ static void walk_on(walk *w)
 /* Copies a tensor between memory with its strides and contiguous memory. */
 static void gather(const flash_kda_tensor *t, const unsigned char *strided, unsigned char *contiguous)
 {
-    const size_t size = element_size(t->dtype);
+    const size_t size = dtype_size(t->dtype);
     for (walk w = walk_start(t); w.left > 0; walk_on(&w), contiguous += (size_t)w.width * size) {
         const unsigned char *row = strided + w.at * (int64_t)size;
         if (w.step == 1)
@@ -177,7 +172,7 @@ static void gather(const flash_kda_tensor *t, const unsigned char *strided, unsi
 
 static void scatter(const flash_kda_tensor *t, unsigned char *strided, const unsigned char *contiguous)
 {
-    const size_t size = element_size(t->dtype);
+    const size_t size = dtype_size(t->dtype);
     for (walk w = walk_start(t); w.left > 0; walk_on(&w), contiguous += (size_t)w.width * size) {
         unsigned char *row = strided + w.at * (int64_t)size;
         if (w.step == 1)
@@ -283,7 +278,7 @@ static void place_contiguous(call *c, call_tensor which, flash_kda_tensor t)
 {
     if (!t.ndim) return;
     c->places[which].view = t;
-    place_alone(c, which, 0, (size_t)elements_of(&t) * element_size(t.dtype));
+    place_alone(c, which, 0, (size_t)elements_of(&t) * dtype_size(t.dtype));
 }
 
 /* Sets the strides of [B, T, H, D] or [B, T, H] so that the dimensions `order` lie in memory from outermost
@@ -303,7 +298,7 @@ static int64_t lay_out(flash_kda_tensor *t, const int *order, const int64_t *gap
 static void place_rows(call *c, call_tensor which, flash_kda_tensor t, layout how)
 {
     static const int plain[] = {0, 1, 2, 3}, head_major[] = {0, 2, 1, 3}, token_major[] = {1, 0, 2, 3};
-    const size_t size = element_size(t.dtype);
+    const size_t size = dtype_size(t.dtype);
     const int64_t unit = c->options.odd_gaps ? 1 : 16 / (int64_t)size;
     const int64_t none[4] = {0}, gaps[4] = {3 * unit, 2 * unit, unit, 0}, of_beta[3] = {7, 3, 1};
     const bool is_beta = which == ARG_BETA;
@@ -338,7 +333,7 @@ static void place_slices(call *c, const flash_kda_tensor *tensors, size_t size)
     bool any = false;
     for (int a = 0; a < STRIDED_ARGS; a++) {
         const flash_kda_tensor *t = &tensors[a];
-        if (c->options.layouts[a] != LAYOUT_FUSED || element_size(t->dtype) != size) continue;
+        if (c->options.layouts[a] != LAYOUT_FUSED || dtype_size(t->dtype) != size) continue;
         any = true;
         first[a] = width;
         width += t->shape[2] * (t->ndim == 4 ? DIM : 1);
@@ -350,7 +345,7 @@ static void place_slices(call *c, const flash_kda_tensor *tensors, size_t size)
                   .band = NAN_BYTE};
     for (int a = 0; a < STRIDED_ARGS; a++) {
         const flash_kda_tensor *t = &tensors[a];
-        if (c->options.layouts[a] != LAYOUT_FUSED || element_size(t->dtype) != size) continue;
+        if (c->options.layouts[a] != LAYOUT_FUSED || dtype_size(t->dtype) != size) continue;
         tensor_place *at = &c->places[a];
         *at = (tensor_place){.buffer = number, .offset = (size_t)first[a] * size, .view = *t};
         at->view.stride[1] = width;
@@ -375,7 +370,7 @@ static void place_states(call *c, call_tensor which, int64_t slots, bool is_bf16
 {
     const int64_t shape[] = {slots, c->problem->heads, DIM, DIM};
     flash_kda_tensor t = tensor_of(NULL, is_bf16 ? FLASH_KDA_BF16 : FLASH_KDA_F32, 4, shape);
-    const size_t size = element_size(t.dtype);
+    const size_t size = dtype_size(t.dtype);
     t.stride[0] += gap * 8;
     const int64_t elements = gap * 8 + slots * t.stride[0];
     if (c->options.k_first) t.stride[2] = 1, t.stride[3] = DIM;
@@ -527,7 +522,7 @@ void *call_read(const call *c, call_tensor which)
 {
     const tensor_place *at = &c->places[which];
     unsigned char *all = buffer_read(&c->buffers[at->buffer]),
-                  *elements = allocate((size_t)elements_of(&at->view), element_size(at->view.dtype));
+                  *elements = allocate((size_t)elements_of(&at->view), dtype_size(at->view.dtype));
     gather(&at->view, all + at->offset, elements);
     free(all);
     return elements;
@@ -538,7 +533,7 @@ static void write_part(call *c, call_tensor which, flash_kda_tensor part, int64_
 {
     const tensor_place *at = &c->places[which];
     unsigned char *all = buffer_read(&c->buffers[at->buffer]);
-    scatter(&part, all + at->offset + first * (int64_t)element_size(part.dtype), contents);
+    scatter(&part, all + at->offset + first * (int64_t)dtype_size(part.dtype), contents);
     buffer_write(&c->buffers[at->buffer], all);
     free(all);
 }
@@ -584,7 +579,7 @@ typedef struct inspection {
 /* Puts back what a part of a tensor held before the call. */
 static void put_back(const inspection *i, flash_kda_tensor part, int64_t first)
 {
-    const size_t size = element_size(part.dtype), bytes = (size_t)elements_of(&part) * size;
+    const size_t size = dtype_size(part.dtype), bytes = (size_t)elements_of(&part) * size;
     const size_t at = i->at->offset + (size_t)(first * (int64_t)size);
     unsigned char *before = allocate(bytes, 1);
     gather(&part, i->image + at, before);
