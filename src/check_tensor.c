@@ -76,7 +76,7 @@ bool fkda_is_contiguous(const flash_kda_tensor *t)
     return is_empty(t) || is_contiguous_from(t, 0);
 }
 
-/* The strides of an empty tensor mean nothing either. An absent tensor, of the reference, has no dimensions. */
+/* The strides of an empty tensor mean nothing either. An absent tensor may have no dimensions. */
 int64_t fkda_stride_of(const flash_kda_tensor *t, int dimension)
 {
     if (t->shape[dimension] > 1 && !is_empty(t)) return t->stride[dimension];
