@@ -512,6 +512,11 @@ void call_poison(call *c)
         if (c->buffers[i].base && is_written(c, i)) fill_buffer(c, i);
 }
 
+void *call_data(const call *c, call_tensor which)
+{
+    return interior(&c->buffers[c->places[which].buffer]);
+}
+
 flash_kda_status call_run(call *c)
 {
     flash_kda_status status = flash_kda_fwd(&c->params);

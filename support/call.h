@@ -117,6 +117,9 @@ void call_close(call *c);
  * state with the initial one, and the records of nonfinite with what no call writes. */
 void call_poison(call *c);
 
+/* The start of the buffer that a tensor is in. */
+void *call_data(const call *c, call_tensor which);
+
 /* Calls flash_kda_fwd() on what call_poison() left, and waits until it is done. */
 flash_kda_status call_run(call *c);
 
