@@ -229,8 +229,9 @@ static void check_states(sums s, bool is_bf16, const char *what, bars limits)
     if (s.elements == 0) return;
     if (!is_bf16) add_to(&total.state, s);
     const double bar = is_bf16 ? bar_of_bf16_state(limits.state) : limits.state;
-    CHECK(error_of(s) <= bar, "%s has relative error %.3g; it must be at most %.3g", what, error_of(s), bar);
-    check_error(is_bf16 ? "bf16 state" : "state", error_of(s), bar);
+    if (CHECK(error_of(s) <= bar, "%s has relative error %.3g; it must be at most %.3g", what, error_of(s),
+              bar))
+        check_error(is_bf16 ? "bf16 state" : "state", error_of(s), bar);
 }
 
 /* The sums of a tensor of checkpoints, for problem_checkpoints(). */
