@@ -11,8 +11,8 @@
 enum {
     FKDA_CPU_FEATURES = 0,
     FKDA_PORTABLE_FEATURES = 0,
-    FKDA_HOPPER_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
-                           FKDA_BETA_KIND | FKDA_NORMALISED,
+    FKDA_HOPPER_FEATURES = FKDA_STRIDES | FKDA_POOL | FKDA_GROUPED | FKDA_SOFTPLUS | FKDA_ACTIVATED |
+                           FKDA_NO_PARAMETER | FKDA_FP32_INPUT | FKDA_BETA_KIND | FKDA_NORMALISED,
 };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \

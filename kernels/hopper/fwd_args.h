@@ -40,8 +40,8 @@ typedef struct fkda_tma_descriptor {
         unsigned long long opaque[16];
 } fkda_tma_descriptor;
 
-/* TMA descriptors are of the tensors [tokens, heads, 2, 64], in boxes of one chunk of tokens by 64 channels,
- * with coordinates in the order channel, token, half, head, and rows of 128 bytes swizzled in shared
+/* TMA descriptors are of the tensors [B, T, heads, 128], in boxes of one chunk of tokens by 64 channels, with
+ * coordinates in the order channel, token, head, row of the batch, and rows of 128 bytes swizzled in shared
  * memory. */
 typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance.Padding): one a launch */
     fkda_fwd_args fwd;

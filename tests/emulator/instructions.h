@@ -475,14 +475,14 @@ inline void fence_async_proxy_of_all_memory()
 {
     emulator::fence_async_proxy();
 }
-inline void copy_box(void *to, const fkda_tma_descriptor *descriptor, int token, int half, int head,
+inline void copy_box(void *to, const fkda_tma_descriptor *descriptor, int half, int token, int head, int row,
                      uint64_t *barrier)
 {
     const emulator::Descriptor tensor = emulator::descriptor_of(descriptor->opaque);
     const uint32_t at = shared_address(to) & 0xffffff;
     unsigned char *shared = emulator::thread().shared;
     emulator::later([=] {
-        const int32_t first[] = {0, token, half, head};
+        const int32_t first[] = {64 * half, token, head, row};
         emulator::mbarrier_complete_bytes(barrier, emulator::copy_box(tensor, first, shared, at));
     });
 }

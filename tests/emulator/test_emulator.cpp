@@ -96,7 +96,7 @@ template <bool wait> static void copy()
     if (threadIdx.x == 0) {
         fkda::mbarrier_init(&memory().barrier, 1);
         fkda::mbarrier_arrive_expecting(&memory().barrier, sizeof memory().tile);
-        fkda::copy_box(memory().tile, &tensor_descriptor, 0, 0, 0, &memory().barrier);
+        fkda::copy_box(memory().tile, &tensor_descriptor, 0, 0, 0, 0, &memory().barrier);
     }
     __syncthreads();
     if (wait) fkda::mbarrier_wait(&memory().barrier, 0);

@@ -101,12 +101,12 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
         uint32_t g[4] = {none, none, none, none};
         Eight k = {}, q = {};
         if (token < at.left) {
-            const long long from =
-                ((at.token + token) * args.heads + at.head) * DIM + first_channel + 8 * unit;
+            const int channel = first_channel + 8 * unit;
+            const long long from = at.place(args.g_strides, token) + channel;
             const Eight raw = Block::GENERAL && args.g_is_f32 ? Eight{} : load_eight(args.g, from);
             bool bad = __float_as_uint(key_factor[token]) == __float_as_uint(BAD_KEY);
-            if (!bad) k = load_eight(args.k, from);
-            if (Block::OUTPUTS) q = load_eight(args.q, from);
+            if (!bad) k = load_eight(args.k, at.place(args.k_strides, token, args.group) + channel);
+            if (Block::OUTPUTS) q = load_eight(args.q, at.place(args.q_strides, token, args.group) + channel);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
                 float log2_decay;

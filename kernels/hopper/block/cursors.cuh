@@ -66,12 +66,19 @@ template <class Block> struct ChunkCursor {
     WorkCursor items;
     int head;
     int left; /* tokens of the work item from this chunk's first one on; none after the last chunk of all */
-    long long token; /* the chunk's first one, counted over the whole tensor */
+    int row, token; /* the row of the batch, and the chunk's first token, counted in this row */
 
     /* Starts at chunk number `chunks` of all work items. */
-    __device__ ChunkCursor(WorkRing &work, int chunks) : items(work), head(0), left(0), token(0)
+    __device__ ChunkCursor(WorkRing &work, int chunks) : items(work), head(0), left(0), row(0), token(0)
     {
         skip(chunks * CHUNK);
+    }
+
+    /* Where the chunk's token number `i` begins in a tensor with these strides, in elements. `group` heads of
+     * the work items share a head of the tensor. */
+    __device__ long long place(const fkda_token_strides &strides, int i, int group = 1) const
+    {
+        return token_place(strides, row, token + i, group == 1 ? head : head / group);
     }
 
     __device__ bool done() const
@@ -97,7 +104,7 @@ template <class Block> struct ChunkCursor {
                 left = 0;
                 return;
             }
-            head = item.head, left = item.length - over, token = item.begin + over;
+            head = item.head, left = item.length - over, row = item.row, token = item.token + over;
         }
     }
 };

@@ -62,8 +62,11 @@ template <class Block> struct Loader {
         if (!Block::LOADER_FINDS_NORMS || without_norms == 0 ||
             !mbarrier_test(&shared.chunk_ring.loaded[to_norm.index], to_norm.parity))
             return false;
+        int cta, thread = static_cast<int>(threadIdx.x);
+        if (Block::GENERAL)
+            read_indices(cta, thread); /* places are found anew, because registers are scarce */
         store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], args.fwd,
-                              0, threadIdx.x & 31);
+                              0, thread & 31);
         mbarrier_arrive_warp(&shared.chunk_ring.normed[to_norm.index]);
         to_norm.advance(1);
         without_norms--;
@@ -104,11 +107,12 @@ template <class Block> struct Loader {
 #pragma unroll
         for (int i = 0; i < Block::ROWS / 64; i++)
             if (i < of.boxes)
-                copy_box(shared.tokens[slot].v[i], &args.v, of.token, of.first_box + i, of.head, barrier);
+                copy_box(shared.tokens[slot].v[i], &args.v, of.first_box + i, of.token, of.head, of.row,
+                         barrier);
     }
 
     /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next
-     * sequence, and past the end of the tensor zeros. The preparation clears g, k and q there, and the
+     * sequence, and past the end of the batch row zeros. The preparation clears g, k and q there, and the
      * recurrence clears v. */
     __device__ void load(const ValueBoxes &values)
     {
@@ -127,10 +131,13 @@ template <class Block> struct Loader {
 #pragma unroll
             for (int half = 0; half < DIM / 64; half++) {
                 if (with_g)
-                    copy_box(to.half[half].tile[G], &args.g, values.token, half, values.head, barrier);
-                copy_box(to.half[half].tile[K], &args.k, values.token, half, values.head, barrier);
+                    copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
+                             barrier);
+                copy_box(to.half[half].tile[K], &args.k, half, values.token, values.qk_head, values.row,
+                         barrier);
                 if constexpr (Block::OUTPUTS)
-                    copy_box(to.half[half].tile[Q], &args.q, values.token, half, values.head, barrier);
+                    copy_box(to.half[half].tile[Q], &args.q, half, values.token, values.qk_head, values.row,
+                             barrier);
             }
             copy_values(own.index, values, barrier);
         }
@@ -191,8 +198,13 @@ template <class Block> struct Loader {
         int chunks = 0; /* so far */
         do {
             const WorkItem now = item; /* an empty one at first */
-            ValueBoxes values = {static_cast<int>(now.begin), now.head, now.first_row / 64,
-                                 !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64, false};
+            ValueBoxes values = {now.row,
+                                 now.token,
+                                 now.head,
+                                 now.qk_head,
+                                 now.first_row / 64,
+                                 !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64,
+                                 false};
             bool first = true;
             for (int left = now.length; left > 0 || first; left -= Block::CHUNK, first = false) {
                 if (left > 0) {

@@ -77,8 +77,12 @@ template <class Block> struct SlicePreparation {
         const float none = GateOfCall{args.gate}.neutral();
         const int token = place.sub * SUBCHUNK + thread % 4 * 2, channel = place.channel + thread % 32 / 4;
         const fkda_token_strides &stride = args.g_strides;
-        const float *from = static_cast<const float *>(args.g) + (place.chunk.token + token) * stride.token +
-                            place.chunk.head * stride.head + channel;
+        const int zero =
+            thread / FKDA_HOPPER_THREADS; /* the compiler does not know, and finds no place ahead */
+        const float *from =
+            static_cast<const float *>(args.g) +
+            token_place(stride, place.chunk.row + zero, place.chunk.token + token, place.chunk.head + zero) +
+            channel;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int ahead = i / 2 * 8 + i % 2;

@@ -236,9 +236,9 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
     {
-        char *to =
-            static_cast<char *>(args.out) + 2 * (((item.begin + lane / 2) * args.heads + item.head) * DIM +
-                                                 item.first_row + warp_row() + lane % 2 * 8);
+        char *to = static_cast<char *>(args.out) +
+                   2 * (token_place(args.out_strides, item.row, item.token + lane / 2, item.head) +
+                        item.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
         is_map = item.attributes & IS_MAP;
         if (item.attributes & AWAITS_INITIAL) await_flag(&item.flags[warp_row() >> 4]);

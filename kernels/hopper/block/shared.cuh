@@ -33,7 +33,7 @@ template <class Block> struct ChunkRing {
 
 /* Where the values of a chunk come from, in boxes of 64 rows. */
 struct ValueBoxes {
-    int token, head, first_box, boxes;
+    int row, token, head, qk_head, first_box, boxes;
     bool after_maps; /* the slot holds maps of the join phase before it may hold the chunk */
 };
 

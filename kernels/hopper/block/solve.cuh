@@ -201,9 +201,10 @@ __device__ __forceinline__ Beta<Block> load_beta(const fkda_fwd_args &args, cons
 {
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
+    const long long from = at.place(args.beta_strides, token);
     if (Block::GENERAL && token < at.left && args.beta_is_f32)
-        return __ldg(static_cast<const uint32_t *>(args.beta) + (at.token + token) * args.heads + at.head);
-    return token < at.left ? __ldg(beta + (at.token + token) * args.heads + at.head) : 0;
+        return __ldg(static_cast<const uint32_t *>(args.beta) + from);
+    return token < at.left ? __ldg(beta + from) : 0;
 }
 
 /* Strengths in fp16 must not overflow, also where they meet zeros of a triangle. */

@@ -27,13 +27,15 @@ __device__ __forceinline__ void fence_async_proxy_of_all_memory()
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-/* Copies a box of a tensor to shared memory. fkda_hopper_fwd_args says what the coordinates are. */
-__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *descriptor, int token, int half,
-                                         int head, uint64_t *barrier)
+/* Copies a box to shared memory: half of the 128 channels of a head, of a chunk of tokens from `token` on, in
+ * a row of the batch. fkda_hopper_fwd_args has the descriptors. */
+__device__ __forceinline__ void copy_box(void *to, const fkda_tma_descriptor *descriptor, int half, int token,
+                                         int head, int row, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
-                 "l"(descriptor), "r"(0), "r"(token), "r"(half), "r"(head), "r"(shared_address(barrier))
+                 "l"(descriptor), "r"(64 * half), "r"(token), "r"(head), "r"(row),
+                 "r"(shared_address(barrier))
                  : "memory");
 }
 

@@ -216,7 +216,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
     /* Takes the first `tokens` tokens from the item; the state comes from the border where the share ends. */
     __device__ void begin_at_border(WorkItem &item, int tokens) const
     {
-        item.begin += tokens, item.length -= tokens;
+        item.token += tokens, item.length -= tokens;
         item.initial = border_state(share_number + 1);
         item.flags = border_flags(share_number + 1);
         item.attributes = (item.attributes & ~INITIAL_BF16) | INITIAL_IMAGE | AWAITS_INITIAL;

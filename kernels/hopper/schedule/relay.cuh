@@ -22,7 +22,7 @@
  * States in place. If the final state is the same tensor as the initial state, the last segment's pair must
  * not overwrite what a spare pair has yet to read. Once the spare pair has read the state, it sets flags of
  * the first segment's slot, which nothing else uses. The last segment's pair waits for these flags before it
- * stores.
+ * stores. The same holds for state pools, in which a sequence finds both of its states by one index.
  *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long.
  *

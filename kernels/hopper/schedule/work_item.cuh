@@ -9,14 +9,16 @@
 #ifndef FKDA_HOPPER_WORK_ITEM_CUH
 #define FKDA_HOPPER_WORK_ITEM_CUH
 
+#include "../../common/slots.cuh"
 #include "cut.cuh"
 
 namespace fkda
 {
 
 struct WorkItem {
-    long long begin;     /* first token, counted over the whole tensor */
-    int head, length;    /* length: tokens */
+    int row, token;      /* the row of the batch, and the first token, counted in this row */
+    int head, qk_head;   /* the head, and its head of q and k */
+    int length;          /* tokens */
     int first_row;       /* of the state's 128 */
     int attributes;      /* bits, see below */
     const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
@@ -41,6 +43,13 @@ enum {
     AWAITS_READ = 2048,  /* `final` may be overwritten once the warp's read flag is set */
 };
 
+/* Where a token of a head begins in a tensor with these strides, in elements. */
+__device__ __forceinline__ long long token_place(const fkda_token_strides &strides, int row, int token,
+                                                 int head)
+{
+    return row * strides.batch + token * strides.token + head * strides.head;
+}
+
 /* Makes work items of segments; the base of every schedule's source. */
 template <class Block> struct WorkItemMaker {
     const fkda_fwd_args &args;
@@ -54,7 +63,9 @@ template <class Block> struct WorkItemMaker {
 
     static __device__ WorkItem none()
     {
-        return {0, 0, 0, 0, NO_WORK, nullptr, nullptr, nullptr, nullptr};
+        WorkItem item = {};
+        item.attributes = NO_WORK;
+        return item;
     }
 
     /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each.
@@ -62,43 +73,46 @@ template <class Block> struct WorkItemMaker {
      * after it. */
     __device__ WorkItem item_of(const fkda_segment &s, int h) const
     {
-        const long long state_index = static_cast<long long>(s.sequence) * args.heads + h;
+        const int row = args.cu_seqlens ? 0 : s.sequence,
+                  token = static_cast<int>(s.begin - row * args.tokens),
+                  qk_head = args.group == 1 ? h : h / args.group;
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
             s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
         if (!Block::OUTPUTS) {
             float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            WorkItem item = {s.begin, h, s.length, 0, rank == 0 ? IS_MAP : 0, nullptr, to, nullptr, nullptr};
-            if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST)
-                take_initial(item, state_index);
+            WorkItem item = {row,     token, h,       qk_head, s.length, 0, rank == 0 ? IS_MAP : 0,
+                             nullptr, to,    nullptr, nullptr};
+            if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, s.sequence);
             return item;
         }
-        WorkItem item = {s.begin, h, s.length, Block::ROWS * rank, 0, nullptr, nullptr, nullptr, nullptr};
+        WorkItem item = {row, token,   h,       qk_head, s.length, Block::ROWS * rank,
+                         0,   nullptr, nullptr, nullptr, nullptr};
         if (s.position & FKDA_SEGMENT_FIRST)
-            take_initial(item, state_index);
+            take_initial(item, s.sequence);
         else
             item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
         if (!(s.position & FKDA_SEGMENT_LAST)) { /* states after later segments have come from the join */
             if (s.position & FKDA_SEGMENT_FIRST)
                 item.final = cut.cut.states + next_slot, item.attributes |= FINAL_IMAGE;
-        } else if (args.final_state.data) {
-            item.final = caller_state(args.final_state.data, state_index);
+        } else {
+            item.final = caller_state(args.final_state, find_final_state(args, s.sequence, h));
             if (args.state_is_bf16) item.attributes |= FINAL_BF16;
         }
         return item;
     }
 
-    /* The caller's initial state, if there is one. */
-    __device__ void take_initial(WorkItem &item, long long state_index) const
+    /* The caller's initial state, if the sequence has one. */
+    __device__ void take_initial(WorkItem &item, int sequence) const
     {
-        if (!args.initial_state.data) return;
-        item.initial = caller_state(args.initial_state.data, state_index);
+        item.initial = caller_state(args.initial_state, find_initial_state(args, sequence, item.head));
         if (args.state_is_bf16) item.attributes |= INITIAL_BF16;
     }
 
-    __device__ void *caller_state(void *states, long long state_index) const
+    /* `at` is from find_initial_state() or find_final_state(). Null if there is no such state. */
+    __device__ void *caller_state(const fkda_state_args &states, long long at) const
     {
-        return static_cast<char *>(states) + state_index * (DIM * DIM) * (args.state_is_bf16 ? 2 : 4);
+        return at == NO_SLOT ? nullptr : static_cast<char *>(states.data) + at * (args.state_is_bf16 ? 2 : 4);
     }
 };
 

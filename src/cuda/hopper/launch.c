@@ -149,15 +149,15 @@ static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
     return result ? fail(c, "cuMemsetD32Async", result) : FLASH_KDA_OK;
 }
 
-/* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [tokens, heads, 2, 64] in boxes of a chunk
- * of tokens by 64 channels. */
+/* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [B, T, heads, 128] in boxes of a chunk of
+ * tokens by 64 channels. */
 static CUresult describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
-                                const fkda_token_view *t, int64_t tokens, int chunk)
+                                const fkda_token_view *t, const fkda_shape *shape, int chunk)
 {
     enum { HALF = FKDA_DIM / 2, BYTES = 2 };
-    const uint64_t sizes[] = {HALF, (uint64_t)tokens, 2, (uint64_t)t->heads};
-    const uint64_t strides[] = {(uint64_t)t->token_stride * BYTES, HALF * BYTES,
-                                (uint64_t)t->head_stride * BYTES};
+    const uint64_t sizes[] = {FKDA_DIM, (uint64_t)shape->tokens, (uint64_t)t->heads, (uint64_t)shape->batch};
+    const uint64_t strides[] = {(uint64_t)t->token_stride * BYTES, (uint64_t)t->head_stride * BYTES,
+                                (uint64_t)t->batch_stride * BYTES};
     const uint32_t box[] = {HALF, (uint32_t)chunk, 1, 1}, every[] = {1, 1, 1, 1};
     return driver->cuTensorMapEncodeTiled(descriptor, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, t->data, sizes,
                                           strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -169,16 +169,17 @@ static CUresult describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *
 static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args *args)
 {
     const fkda_problem *p = c->problem;
-    const int64_t tokens = p->shape.batch * p->shape.tokens;
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
-    if (tokens == 0) return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
+    if (p->shape.batch * p->shape.tokens == 0)
+        return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
     const struct {
         fkda_tma_descriptor *descriptor;
         const fkda_token_view *tensor;
     } all[] = {{&args->q, &p->q}, {&args->k, &p->k}, {&args->g, &p->g}, {&args->v, &p->v}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         if (all[i].tensor->dtype == FLASH_KDA_F32) continue; /* kernels load gates in fp32 without TMA */
-        const CUresult result = describe_tensor(c->driver, all[i].descriptor, all[i].tensor, tokens, chunk);
+        const CUresult result =
+            describe_tensor(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
     }
     return FLASH_KDA_OK;
