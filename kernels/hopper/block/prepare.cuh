@@ -237,7 +237,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         place.channel += warp * SHARE;
         auto &half = shared.tokens[slot].half[place.channel / 64];
         this->prepare_slice(place,
-                            (shared_address(&half) + matrix_row(lane) ^ 2 * (place.channel % 64)) +
+                            ((shared_address(&half) + matrix_row(lane)) ^ (2 * (place.channel % 64))) +
                                 place.sub * SUBCHUNK_BYTES,
                             &shared.gate_offset[team][place.channel],
                             norms(slot, round)[0] + g + place.sub * SUBCHUNK,
