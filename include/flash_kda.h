@@ -190,30 +190,31 @@ typedef struct flash_kda_tensor {
  * wait for them. Without nonfinite nothing of this costs anything.
  *
  * Strides. q, k, v, g and out may have any strides between rows of the batch, tokens and heads; their last
- * dimension is contiguous. On a GPU these strides are multiples of 16 bytes and at most 2^31 - 1 elements. beta
- * may have any strides. A state is contiguous, with any stride between states, a multiple of 16 bytes on a
- * GPU. All other tensors are contiguous. The stride of a dimension of size 1 means nothing. q, k, v, g, out,
- * dt_bias and states are 16-byte aligned, other tensors are aligned to an element. Elements of an output must
- * not share memory: out, nonfinite, checkpoint_states and the workspace must not overlap any other tensor, and
- * final_state no other than initial_state. Interleaved slices of one tensor do not overlap. T may be 0, and so
- * may any sequence's length: its final state is its initial state.
+ * dimension is contiguous. On a GPU these strides are multiples of 16 bytes and not negative, and those
+ * between tokens and between heads are at most 2^31 - 1 elements. beta may have any strides. A state is
+ * contiguous, with any stride between states, a multiple of 16 bytes on a GPU. All other tensors are
+ * contiguous. The stride of a dimension of size 1 means nothing. q, k, v, g, out, dt_bias and states are
+ * 16-byte aligned, other tensors are aligned to an element. Elements of an output must not share memory: out,
+ * nonfinite, checkpoint_states and the workspace must not overlap any other tensor, and final_state no other
+ * than initial_state. Interleaved slices of one tensor do not overlap. T may be 0, and so may any sequence's
+ * length: its final state is its initial state.
  *
  * State pools. With state_indices, sequence n starts from initial_state[state_indices[n]] and ends in
  * final_state[state_indices[n]]. An index below first_slot means that the sequence starts from zeros and
  * writes no final state. An index beyond a tensor's slots means the same for this tensor on a GPU, and is
  * refused on the CPU. If two sequences have one slot and one of them writes it, the results of both are
- * unspecified. has_initial_state, with or without state_indices, makes a sequence start from zeros where it is
- * false.
+ * unspecified. has_initial_state, with or without state_indices, makes a sequence start from zeros where it
+ * is false.
  *
  * Checkpoints are states from inside sequences: checkpoint_states gets the state after as many tokens of
  * sequence n as checkpoint_offsets[n, c] says, in row checkpoint_indices[n, c]; without checkpoint_indices in
  * row n C + c. An offset of 0 or less asks for none. Offsets are multiples of 16 and at most the sequence's
  * length; they need no order and may repeat. With checkpoint_every = e instead, sequence n has checkpoints
  * after e, 2 e, ... tokens, up to its length, in rows from checkpoint_starts[n] on; without checkpoint_starts
- * the rows of all sequences follow each other. Offsets and rows that are not allowed are refused on the CPU. On
- * a GPU they are left out. If two checkpoints have one row, it holds one of them. Rows without a checkpoint
- * stay as they are. With batch_invariant a checkpoint is, bit for bit, the final state of a call whose
- * sequence ends there.
+ * the rows of all sequences follow each other. Offsets and rows that are not allowed are refused on the CPU.
+ * On a GPU they are left out. If two checkpoints have one row, it holds one of them. Rows without a
+ * checkpoint stay as they are. With batch_invariant a checkpoint is, bit for bit, the final state of a call
+ * whose sequence ends there.
  */
 typedef struct flash_kda_fwd_params {
     size_t struct_size;
@@ -267,8 +268,8 @@ typedef struct flash_kda_fwd_params {
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
- * cpu_threads, batch_invariant, max_seqlen and cut only: no pointer needs to be set (cu_seqlens counts if its
- * ndim is not 0). */
+ * cpu_threads, batch_invariant, max_seqlen, cut, and on which optional tensors there are: no pointer needs to
+ * be set (an optional tensor counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 
@@ -286,10 +287,10 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 
 /* The definition: the recurrence above, token by token in fp64, for tensors in CPU memory. Writes
  * out64 [B, T, HV, V] and, unless NULL, state64 [N, HV, V, K] with every sequence's final state, and
- * checkpoints64 [rows, HV, V, K], of which rows without a checkpoint stay as they are. V comes before K whatever
- * state_k_first says. params->out, params->final_state, params->nonfinite and params->checkpoint_states are
- * not written; the first three may be absent, and checkpoint_states needs its shape alone. Slow, and meant for
- * tests. */
+ * checkpoints64 [rows, HV, V, K], of which rows without a checkpoint stay as they are. V comes before K
+ * whatever state_k_first says. params->out, params->final_state, params->nonfinite and
+ * params->checkpoint_states are not written; the first three may be absent, and checkpoint_states needs its
+ * shape alone. Slow, and meant for tests. */
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
 

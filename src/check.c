@@ -51,7 +51,7 @@ static bool has_checkpoints(const flash_kda_fwd_params *p, fkda_purpose purpose)
 static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_shape *out)
 {
     TRY(fkda_check_rank(&p->q, "q", "[B, T, H, K]", 4));
-    TRY(fkda_check_rank(&p->v, "v", "[B, T, H, V]", 4));
+    TRY(fkda_check_rank(&p->v, "v", "[B, T, HV, V]", 4));
     int64_t B = p->q.shape[0], T = p->q.shape[1], N = B;
     const int64_t H = p->q.shape[2], HV = p->v.shape[2];
     if (p->q.shape[3] != FKDA_DIM)
@@ -77,8 +77,8 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
     if (__builtin_mul_overflow(B, T, &tokens) || __builtin_mul_overflow(tokens, HV, &elements) ||
         __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || elements > FKDA_MAX_TENSOR_BYTES ||
         tokens > MAX_TOKENS)
-        return INVALID("v has B * T = %lld * %lld tokens of %lld heads; there must be at most %lld tokens, "
-                       "and a tensor must fit in memory",
+        return INVALID("q has B * T = %lld * %lld tokens and v has HV = %lld heads; there must be at most "
+                       "%lld tokens, and a tensor must fit in memory",
                        (long long)B, (long long)T, (long long)HV, (long long)MAX_TOKENS);
     if (__builtin_mul_overflow(N, HV, &tasks) || tasks > MAX_STATES ||
         __builtin_mul_overflow(tasks, 4 * FKDA_DIM * FKDA_DIM, &states))
@@ -96,6 +96,13 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
     return FLASH_KDA_OK;
 }
 
+/* C: offsets of a sequence. The fields of an absent tensor mean nothing. */
+static int64_t columns_of(const flash_kda_fwd_params *p, fkda_purpose purpose)
+{
+    const flash_kda_tensor *offsets = &p->checkpoint_offsets;
+    return has(offsets, purpose) && offsets->ndim == 2 ? offsets->shape[1] : 1;
+}
+
 static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_shape *s,
                                       fkda_purpose purpose)
 {
@@ -105,10 +112,10 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
     const char *const state_dims = p->state_k_first ? (slots == ANY ? "[slots, HV, K, V]" : "[N, HV, K, V]")
                                                     : (slots == ANY ? "[slots, HV, V, K]" : "[N, HV, V, K]");
     const int64_t seqlens = s->has_cu_seqlens ? N + 1 : 0;
-    const int64_t columns = p->checkpoint_offsets.ndim == 2 ? p->checkpoint_offsets.shape[1] : 1;
-    const int by_column = p->checkpoint_offsets.ndim == 2 ? 2 : 1;
+    const int64_t columns = columns_of(p, purpose);
+    const int by_column = has(&p->checkpoint_offsets, purpose) && p->checkpoint_offsets.ndim == 2 ? 2 : 1;
     const char *const offset_dims = by_column == 2 ? "[N, C]" : "[N]";
-    const bool takes_A_log = p->gate != FLASH_KDA_GATE_SOFTPLUS, of_reference = purpose == FKDA_FOR_REFERENCE;
+    const bool of_reference = purpose == FKDA_FOR_REFERENCE;
     const struct {
         const flash_kda_tensor *tensor;
         bool optional;
@@ -120,7 +127,7 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
         {&p->g, false, {"g", "[B, T, HV, K]", 4, {B, T, HV, D}, {BF16, F32}, 16, FKDA_ROWS, false}},
         {&p->beta, false, {"beta", "[B, T, HV]", 3, {B, T, HV}, {BF16, F32}, 0, FKDA_FREE, false}},
         {&p->out, of_reference, {"out", "[B, T, HV, V]", 4, {B, T, HV, D}, {BF16}, 16, FKDA_ROWS, true}},
-        {&p->A_log, takes_A_log, {"A_log", "HV", 0, {HV}, {F32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->A_log, true, {"A_log", "HV", 0, {HV}, {F32}, 0, FKDA_CONTIGUOUS, false}},
         {&p->dt_bias, true, {"dt_bias", "HV * K", 0, {HV * D}, {F32}, 16, FKDA_CONTIGUOUS, false}},
         {&p->initial_state,
          true,
@@ -164,7 +171,11 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
         TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, seqlens, with_memory,
                               p->device.type == FLASH_KDA_CUDA));
     }
-    if (p->initial_state.data && p->final_state.data && p->initial_state.dtype != p->final_state.dtype)
+    if (columns > INT32_MAX)
+        return INVALID("checkpoint_offsets has C = %lld offsets for each sequence; there must be at most %d",
+                       (long long)columns, INT32_MAX);
+    if (has(&p->initial_state, purpose) && has(&p->final_state, purpose) &&
+        p->initial_state.dtype != p->final_state.dtype)
         return fkda_fail(FLASH_KDA_INVALID_DTYPE,
                          "final_state has dtype %s and initial_state %s; they must have the same",
                          fkda_dtype_name(p->final_state.dtype), fkda_dtype_name(p->initial_state.dtype));
@@ -177,20 +188,32 @@ static flash_kda_status check_combinations(const flash_kda_fwd_params *p, fkda_p
     const bool states = has_checkpoints(p, purpose), offsets = has(&p->checkpoint_offsets, purpose),
                every = p->checkpoint_every != 0;
     if (p->gate == FLASH_KDA_GATE_ACTIVATED && has(&p->A_log, purpose))
-        return INVALID("A_log is given, and g is the log decay itself; A_log must be absent");
+        return INVALID("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay "
+                       "itself; it must be absent");
     if (p->gate == FLASH_KDA_GATE_ACTIVATED && has(&p->dt_bias, purpose))
-        return INVALID("dt_bias is given, and g is the log decay itself; dt_bias must be absent");
+        return INVALID("dt_bias is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log "
+                       "decay itself; it must be absent");
+    if (p->gate == FLASH_KDA_GATE_SOFTPLUS && !has(&p->A_log, purpose))
+        return INVALID("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS");
     if (p->first_slot && !has(&p->state_indices, purpose))
         return INVALID("first_slot is %lld without state_indices; it must be 0", (long long)p->first_slot);
     if (offsets && every)
-        return INVALID("checkpoint_offsets is given with checkpoint_every = %lld; it must be one of them",
+        return INVALID("checkpoint_offsets is given with checkpoint_every = %lld; only one of them must say "
+                       "where the checkpoints are",
                        (long long)p->checkpoint_every);
+    if (offsets && p->checkpoint_offsets.ndim != 1 && p->checkpoint_offsets.ndim != 2)
+        return INVALID("checkpoint_offsets has %d dimensions; it must have 1 or 2: [N] or [N, C]",
+                       p->checkpoint_offsets.ndim);
     if (states && !offsets && !every)
         return INVALID("checkpoint_states is given without checkpoint_offsets and with checkpoint_every = 0; "
                        "one of them must say where the checkpoints are");
-    if (!states && (offsets || every))
-        return INVALID("%s is given without checkpoint_states; checkpoint_states must be given too",
-                       offsets ? "checkpoint_offsets" : "checkpoint_every");
+    if (!states && every)
+        return INVALID("checkpoint_every is %lld without checkpoint_states; checkpoint_states must be given "
+                       "too",
+                       (long long)p->checkpoint_every);
+    if (!states && offsets)
+        return INVALID("checkpoint_offsets is given without checkpoint_states; checkpoint_states must be "
+                       "given too");
     if (has(&p->checkpoint_indices, purpose) && !offsets)
         return INVALID("checkpoint_indices is given without checkpoint_offsets; it must be absent");
     if (has(&p->checkpoint_starts, purpose) && !every)
@@ -299,13 +322,14 @@ static fkda_index_view index_view(const flash_kda_tensor *t)
     return (fkda_index_view){t->data, t->dtype == FLASH_KDA_I32};
 }
 
-static fkda_checkpoints checkpoints_of(const flash_kda_fwd_params *p, bool wanted)
+static fkda_checkpoints checkpoints_of(const flash_kda_fwd_params *p, fkda_purpose purpose)
 {
+    const bool wanted = has_checkpoints(p, purpose);
     return (fkda_checkpoints){.wanted = wanted,
                               .states = state_view(&p->checkpoint_states, wanted),
                               .offsets = index_view(&p->checkpoint_offsets),
                               .indices = index_view(&p->checkpoint_indices),
-                              .columns = p->checkpoint_offsets.ndim == 2 ? p->checkpoint_offsets.shape[1] : 1,
+                              .columns = columns_of(p, purpose),
                               .starts = index_view(&p->checkpoint_starts),
                               .every = p->checkpoint_every};
 }
@@ -330,11 +354,12 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fk
     out->state_indices = index_view(&p->state_indices);
     out->has_initial_state = p->has_initial_state.data;
     out->first_slot = p->first_slot;
-    out->checkpoints = checkpoints_of(p, has_checkpoints(p, purpose));
+    out->checkpoints = checkpoints_of(p, purpose);
     out->cu_seqlens = p->cu_seqlens.data;
     out->cu_seqlens_is_i32 = p->cu_seqlens.dtype == FLASH_KDA_I32;
     out->scale = p->scale;
-    out->lower_bound = p->lower_bound;
+    /* With another gate it may be any number, and kernels need not look out for one. */
+    out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
     out->interrupt = p->interrupt;
@@ -393,12 +418,12 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     TRY(check_sizes(p, purpose, &out->shape));
     TRY(check_kinds(p));
     TRY(check_scalars(p, out->shape.tokens));
-    TRY(check_tensors(p, &out->shape, purpose));
     TRY(check_combinations(p, purpose));
-    TRY(fill_options(p, purpose, &out->shape));
-    fill_problem(p, purpose, out);
-    if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK;
+    TRY(check_tensors(p, &out->shape, purpose));
     if (purpose == FKDA_FOR_FWD) TRY(fkda_check_overlap(p));
+    TRY(fill_options(p, purpose, &out->shape));
+    if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */
+    fill_problem(p, purpose, out);
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
     if (fkda_interrupted(out))
         return fkda_fail(FLASH_KDA_INTERRUPTED,

@@ -27,35 +27,41 @@ static flash_kda_status check_slots(const fkda_problem *p, const fkda_state_view
     if (!states->data) return FLASH_KDA_OK;
     for (int64_t n = 0; n < p->shape.sequences; n++) {
         const int64_t slot = fkda_index_at(&p->state_indices, n);
-        if (slot >= states->slots)
-            return INVALID("state_indices[%lld] is %lld; %s has %lld slots, so it must be less", (long long)n,
-                           (long long)slot, name, (long long)states->slots);
+        if (slot >= p->first_slot && slot >= states->slots)
+            return INVALID("state_indices[%lld] is %lld; it must be less than %lld, the slots of %s",
+                           (long long)n, (long long)slot, (long long)states->slots, name);
     }
     return FLASH_KDA_OK;
 }
 
-/* The name of entry i of checkpoint_offsets: "checkpoint_offsets[3, 1]". */
-static const char *entry_text(const fkda_checkpoints *c, const char *tensor, int64_t i, char text[64])
+/* The name of entry i of a tensor with one element for each offset: "checkpoint_offsets[3, 1]". */
+static const char *entry_text(const fkda_checkpoints *c, const char *tensor, int64_t i, char text[96])
 {
     if (c->columns == 1)
-        snprintf(text, 64, "%s[%lld]", tensor, (long long)i);
+        snprintf(text, 96, "%s[%lld]", tensor, (long long)i);
     else
-        snprintf(text, 64, "%s[%lld, %lld]", tensor, (long long)(i / c->columns),
+        snprintf(text, 96, "%s[%lld, %lld]", tensor, (long long)(i / c->columns),
                  (long long)(i % c->columns));
     return text;
 }
 
-static flash_kda_status check_row(const fkda_checkpoints *c, int64_t row, const char *entry)
+/* The row of offset i, which asks for a checkpoint. */
+static flash_kda_status check_row(const fkda_checkpoints *c, int64_t i)
 {
-    if (row >= 0 && row < c->states.slots) return FLASH_KDA_OK;
-    return INVALID("%s leads to row %lld; checkpoint_states has %lld rows", entry, (long long)row,
-                   (long long)c->states.slots);
+    const int64_t row = c->indices.data ? fkda_index_at(&c->indices, i) : i, rows = c->states.slots;
+    char entry[96];
+    if (row >= 0 && row < rows) return FLASH_KDA_OK;
+    if (c->indices.data)
+        return INVALID("%s is %lld; it must be at least 0 and less than %lld, the rows of checkpoint_states",
+                       entry_text(c, "checkpoint_indices", i, entry), (long long)row, (long long)rows);
+    return INVALID("checkpoint_states has %lld rows; it must have row %lld for %s", (long long)rows,
+                   (long long)row, entry_text(c, "checkpoint_offsets", i, entry));
 }
 
 static flash_kda_status check_offsets(const fkda_problem *p)
 {
     const fkda_checkpoints *c = &p->checkpoints;
-    char entry[64];
+    char entry[96];
     for (int64_t n = 0; n < p->shape.sequences; n++) {
         const fkda_sequence sequence = fkda_sequence_at(p, n);
         const int64_t length = sequence.end - sequence.begin;
@@ -63,13 +69,11 @@ static flash_kda_status check_offsets(const fkda_problem *p)
             const int64_t offset = fkda_index_at(&c->offsets, i);
             if (offset <= 0) continue;
             if (offset % FKDA_CHECKPOINT_UNIT || offset > length)
-                return INVALID(
-                    "%s is %lld; it must be a multiple of %d and at most the sequence's %lld tokens",
-                    entry_text(c, "checkpoint_offsets", i, entry), (long long)offset, FKDA_CHECKPOINT_UNIT,
-                    (long long)length);
-            const char *from = c->indices.data ? "checkpoint_indices" : "checkpoint_offsets";
-            TRY(check_row(c, c->indices.data ? fkda_index_at(&c->indices, i) : i,
-                          entry_text(c, from, i, entry)));
+                return INVALID("%s is %lld; it must be a multiple of %d and at most %lld, the tokens of "
+                               "sequence %lld",
+                               entry_text(c, "checkpoint_offsets", i, entry), (long long)offset,
+                               FKDA_CHECKPOINT_UNIT, (long long)length, (long long)n);
+            TRY(check_row(c, i));
         }
     }
     return FLASH_KDA_OK;
@@ -78,21 +82,22 @@ static flash_kda_status check_offsets(const fkda_problem *p)
 static flash_kda_status check_every(const fkda_problem *p)
 {
     const fkda_checkpoints *c = &p->checkpoints;
-    char entry[64];
-    int64_t next = 0;
+    int64_t all = 0; /* checkpoints */
     for (int64_t n = 0; n < p->shape.sequences; n++) {
         const fkda_sequence sequence = fkda_sequence_at(p, n);
-        const int64_t rows = (sequence.end - sequence.begin) / c->every,
-                      first = c->starts.data ? fkda_index_at(&c->starts, n) : next;
-        next = first + rows;
-        if (!rows) continue;
-        if (c->starts.data)
-            snprintf(entry, sizeof entry, "checkpoint_starts[%lld]", (long long)n);
-        else
-            snprintf(entry, sizeof entry, "checkpoint_every = %lld", (long long)c->every);
-        TRY(check_row(c, first, entry));
-        TRY(check_row(c, next - 1, entry));
+        const int64_t count = (sequence.end - sequence.begin) / c->every;
+        all += count;
+        if (!count || !c->starts.data) continue;
+        const int64_t first = fkda_index_at(&c->starts, n), last = c->states.slots - count;
+        if (first < 0 || first > last)
+            return INVALID("checkpoint_starts[%lld] is %lld; it must leave room for %lld checkpoints among "
+                           "the %lld rows of checkpoint_states",
+                           (long long)n, (long long)first, (long long)count, (long long)c->states.slots);
     }
+    if (!c->starts.data && all > c->states.slots)
+        return INVALID("checkpoint_states has %lld rows; it must have at least %lld for all checkpoints of "
+                       "checkpoint_every = %lld",
+                       (long long)c->states.slots, (long long)all, (long long)c->every);
     return FLASH_KDA_OK;
 }
 

@@ -76,11 +76,13 @@ bool fkda_is_contiguous(const flash_kda_tensor *t)
     return is_empty(t) || is_contiguous_from(t, 0);
 }
 
+/* The strides of an empty tensor mean nothing either. */
 int64_t fkda_stride_of(const flash_kda_tensor *t, int dimension)
 {
-    if (t->shape[dimension] > 1) return t->stride[dimension];
+    if (t->shape[dimension] > 1 && !is_empty(t)) return t->stride[dimension];
     if (dimension == t->ndim - 1) return 1;
-    return fkda_stride_of(t, dimension + 1) * t->shape[dimension + 1];
+    const int64_t size = t->shape[dimension + 1];
+    return fkda_stride_of(t, dimension + 1) * (size > 1 ? size : 1);
 }
 
 static flash_kda_status refuse_layout(const flash_kda_tensor *t, const fkda_requirement *r)
@@ -184,7 +186,7 @@ static flash_kda_status refuse_shape(const flash_kda_tensor *t, const fkda_requi
     int64_t want[4];
     char was[96], must[96], source[64] = "";
     for (int i = 0; i < r->ndim; i++) want[i] = r->shape[i] == FKDA_ANY_SIZE ? t->shape[i] : r->shape[i];
-    if (seqlens && strncmp(r->dims, "[N,", 3) == 0)
+    if (seqlens && (strncmp(r->dims, "[N,", 3) == 0 || strcmp(r->dims, "[N]") == 0))
         snprintf(source, sizeof source, ", with N from the %lld entries of cu_seqlens", (long long)seqlens);
     return INVALID("%s has shape %s; it must be %s = %s%s", r->name, numbers_text(t->shape, r->ndim, was),
                    r->dims, numbers_text(want, r->ndim, must), source);
@@ -196,7 +198,7 @@ static flash_kda_status check_elements(const flash_kda_tensor *t, const fkda_req
     int64_t elements = 1;
     char was[96];
     if (t->ndim < 0 || t->ndim > 4)
-        return INVALID("%s has %d dimensions; it must have at most 4", r->name, t->ndim);
+        return INVALID("%s has %d dimensions; it must have 0 to 4", r->name, t->ndim);
     TRY(fkda_check_rank(t, r->name, r->dims, t->ndim));
     for (int i = 0; i < t->ndim; i++)
         if (__builtin_mul_overflow(elements, t->shape[i], &elements)) elements = FKDA_ANY_SIZE;
@@ -232,39 +234,82 @@ flash_kda_status fkda_check_tensor(const flash_kda_tensor *t, const fkda_require
 
 /* ---- Tensors that share memory ---- */
 
-/* The memory of one argument: `width` bytes from `data` on, or, with a period, `width` bytes of each period,
- * up to `bytes` in all. bytes is 0 if the argument is absent or empty. */
+/* The memory of one argument: stretches of `width` bytes, repeated by `levels` nested steps, the largest step
+ * first. `bytes` is what lies between its first and its last byte, 0 if the argument is absent or empty. */
 typedef struct extent {
     const char *name;
     uintptr_t begin;
     size_t bytes;
-    uint64_t period, width;
+    int levels;
+    int64_t step[4], count[4]; /* in bytes; how often */
+    int64_t width;
 } extent;
+
+/* Adds a dimension with a larger step than those before it, at the place of the largest. */
+static void add_level(extent *e, int64_t step, int64_t count)
+{
+    if (step <= e->width && e->levels == 0) { /* The next stretch begins in or right behind the last one. */
+        e->width += step * (count - 1);
+        return;
+    }
+    if (e->levels && step == e->step[0] * e->count[0]) { /* The dimension continues the one before it. */
+        e->count[0] *= count;
+        return;
+    }
+    for (int i = e->levels++; i > 0; i--) e->step[i] = e->step[i - 1], e->count[i] = e->count[i - 1];
+    e->step[0] = step;
+    e->count[0] = count;
+}
 
 static extent extent_of(const char *name, const flash_kda_tensor *t)
 {
     extent e = {.name = name};
     if (!t->data || is_empty(t)) return e; /* the other fields of an absent tensor mean nothing */
     const int64_t size = (int64_t)fkda_dtype_size(t->dtype);
-    int64_t before = 0, after = 0; /* elements before and after the first one */
-    for (int i = 0; i < t->ndim; i++) {
-        const int64_t step = t->shape[i] > 1 ? t->stride[i] : 0, reach = step * (t->shape[i] - 1);
-        if (reach < 0) before -= reach;
-        if (reach > 0) after += reach;
+    int64_t before = 0, reach = 0; /* bytes in front of the first element, and to the last one in memory */
+    bool done[4] = {false};
+    e.width = size;
+    for (int round = 0; round < t->ndim; round++) {
+        int next = -1; /* the dimension with the smallest step that is left */
+        for (int i = 0; i < t->ndim; i++)
+            if (!done[i] && t->shape[i] > 1 && t->stride[i] != 0 &&
+                (next < 0 || llabs(t->stride[i]) < llabs(t->stride[next])))
+                next = i;
+        if (next < 0) break;
+        done[next] = true;
+        const int64_t step = llabs(t->stride[next]) * size, over = step * (t->shape[next] - 1);
+        if (t->stride[next] < 0) before += over;
+        reach += over;
+        add_level(&e, step, t->shape[next]);
     }
-    e.begin = (uintptr_t)t->data - (uintptr_t)(before * size);
-    e.bytes = (size_t)((before + after + 1) * size);
-    e.width = e.bytes;
-    /* Periods are those of tokens, or of slots: the largest stride, if what is inside is narrower. */
-    int64_t period = 0, inside = 0;
-    for (int i = 0; i < t->ndim; i++)
-        if (t->shape[i] > 1 && t->stride[i] > period) period = t->stride[i];
-    for (int i = 0; i < t->ndim; i++)
-        if (t->shape[i] > 1 && t->stride[i] < period) inside += t->stride[i] * (t->shape[i] - 1);
-    if (before || inside + 1 >= period) return e;
-    e.period = (uint64_t)(period * size);
-    e.width = (uint64_t)((inside + 1) * size);
+    e.begin = (uintptr_t)t->data - (uintptr_t)before;
+    e.bytes = (size_t)(reach + size);
     return e;
+}
+
+/* The bytes between the first and the last one of what a level repeats. */
+static int64_t inner_bytes(const extent *e, int level)
+{
+    int64_t bytes = e->width;
+    for (int i = level + 1; i < e->levels; i++) bytes += e->step[i] * (e->count[i] - 1);
+    return bytes;
+}
+
+/* Whether b, which begins `apart` bytes after a, shares memory with a. Only the levels from `level` on count.
+ * Tensors whose steps differ count as sharing what lies between their ends. */
+static bool levels_overlap(const extent *a, const extent *b, int level, int64_t apart)
+{
+    const int64_t all_of_a = inner_bytes(a, level - 1), all_of_b = inner_bytes(b, level - 1);
+    if (apart >= all_of_a || apart <= -all_of_b) return false;
+    if (level >= a->levels || level >= b->levels || a->step[level] != b->step[level]) return true;
+    const int64_t step = a->step[level], inner_a = inner_bytes(a, level), inner_b = inner_bytes(b, level);
+    if (inner_a > step || inner_b > step) return true;
+    /* Repetition i of a can only meet the repetitions of b that begin less than a step away from it. */
+    for (int64_t between = apart / step - 1; between <= apart / step + 1; between++) {
+        if (between > a->count[level] - 1 || between < -(b->count[level] - 1)) continue;
+        if (levels_overlap(a, b, level + 1, apart - between * step)) return true;
+    }
+    return false;
 }
 
 static bool overlap(const extent *a, const extent *b)
@@ -273,11 +318,8 @@ static bool overlap(const extent *a, const extent *b)
     const extent *low = a->begin < b->begin ? a : b, *high = low == a ? b : a;
     const uint64_t apart = high->begin - low->begin;
     if (!a->bytes || !b->bytes || apart >= low->bytes) return false;
-    if (!a->period || a->period != b->period) return true;
-    /* Both have the same period, so it is enough to look at one: high's stretch begins `at` bytes after
-     * one of low's. */
-    const uint64_t at = apart % low->period;
-    return at < low->width || at + high->width > low->period;
+    if (!a->levels || !b->levels) return true;
+    return levels_overlap(low, high, 0, (int64_t)apart);
 }
 
 flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
@@ -302,7 +344,8 @@ flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
         [OUT] = extent_of("out", &p->out),
         [NONFINITE] = extent_of("nonfinite", &p->nonfinite),
         [CHECKPOINTS] = extent_of("checkpoint_states", &p->checkpoint_states),
-        [WORKSPACE] = {"workspace", (uintptr_t)p->workspace, p->workspace ? p->workspace_size : 0, 0, 0},
+        [WORKSPACE] =
+            {"workspace", (uintptr_t)p->workspace, p->workspace ? p->workspace_size : 0, 0, {0}, {0}, 0},
     };
     const bool same_slots = p->initial_state.shape[0] < 2 || p->final_state.shape[0] < 2 ||
                             p->initial_state.stride[0] == p->final_state.stride[0];
@@ -311,8 +354,8 @@ flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
             if (!overlap(&all[w], &all[i])) continue;
             if (w == FINAL && i == INITIAL) {
                 if (all[w].begin == all[i].begin && same_slots) continue;
-                return INVALID(
-                    "final_state overlaps initial_state in part; they must be the same memory or apart");
+                return INVALID("final_state overlaps initial_state in part; they must be apart, or the same "
+                               "memory with the same strides");
             }
             return INVALID("%s overlaps %s; it must have memory of its own", all[w].name, all[i].name);
         }

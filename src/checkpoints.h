@@ -9,8 +9,8 @@
 
 enum { FKDA_NO_CHECKPOINT = -1, FKDA_CHECKPOINT_UNIT = 16 /* tokens, of which offsets are multiples */ };
 
-/* With checkpoint_every and without checkpoint_starts: first_rows[n] becomes the row of the first checkpoint of
- * sequence n. */
+/* With checkpoint_every and without checkpoint_starts: first_rows[n] becomes the row of the first checkpoint
+ * of sequence n. */
 static inline void fkda_checkpoint_rows(const fkda_problem *p, int64_t *first_rows)
 {
     int64_t next = 0;
@@ -46,8 +46,9 @@ static inline int64_t fkda_next_checkpoint(const fkda_problem *p, int64_t n, int
     return next;
 }
 
-/* The rows that get the state of sequence n after `offset` tokens, one a call: `*column` is 0 at first. Returns
- * FKDA_NO_CHECKPOINT after the last one. `first_rows` is from fkda_checkpoint_rows() where it is needed. */
+/* The rows that get the state of sequence n after `offset` tokens, one a call: `*column` is 0 at first.
+ * Returns FKDA_NO_CHECKPOINT after the last one. `first_rows` is from fkda_checkpoint_rows() where it is
+ * needed. */
 static inline int64_t fkda_next_checkpoint_row(const fkda_problem *p, const int64_t *first_rows, int64_t n,
                                                int64_t offset, int64_t *column)
 {
@@ -55,8 +56,9 @@ static inline int64_t fkda_next_checkpoint_row(const fkda_problem *p, const int6
     while (*column < (c->every ? 1 : c->columns)) {
         const int64_t i = n * c->columns + (*column)++;
         int64_t row = i;
-        if (c->every)
-            row = (c->starts.data ? fkda_index_at(&c->starts, n) : first_rows[n]) + offset / c->every - 1;
+        if (c->every) /* without overflow, whatever starts has become since it was checked */
+            row = (int64_t)((uint64_t)(c->starts.data ? fkda_index_at(&c->starts, n) : first_rows[n]) +
+                            (uint64_t)(offset / c->every - 1));
         else if (fkda_index_at(&c->offsets, i) != offset)
             continue;
         else if (c->indices.data)

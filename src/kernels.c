@@ -164,10 +164,17 @@ static const char *feature_text(int32_t features)
 
 static flash_kda_status refuse_features(const fkda_kernel *k, int32_t missing)
 {
-    return fkda_fail(
-        FLASH_KDA_UNAVAILABLE,
-        "kernel is \"%s\", which does not take %s; without a kernel's name one that does is chosen",
-        k->info.name, feature_text(missing));
+    return fkda_fail(FLASH_KDA_UNAVAILABLE, "kernel is \"%s\", which does not take %s", k->info.name,
+                     feature_text(missing));
+}
+
+/* `k` is the last kernel that the device runs. */
+static flash_kda_status refuse_all(const fkda_kernel *k, int32_t missing)
+{
+    return fkda_fail(FLASH_KDA_UNAVAILABLE,
+                     "no kernel of the device takes all that the call asks for; the last of them is \"%s\", "
+                     "which does not take %s",
+                     k->info.name, feature_text(missing));
 }
 
 flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int32_t features,
@@ -197,7 +204,7 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int
         *kernel = &kernels[i];
         return FLASH_KDA_OK;
     }
-    if (unable) return refuse_features(unable, features & ~unable->features);
+    if (unable) return refuse_all(unable, features & ~unable->features);
     return fkda_fail(FLASH_KDA_UNAVAILABLE,
                      "device is CUDA device %d of compute capability %d.%d; the library needs at least 8.0",
                      device.index, capability / 10, capability % 10);

@@ -143,6 +143,7 @@ bool parse_cut(const char *text, flash_kda_cut *cut)
 size_t dtype_size(int32_t dtype)
 {
     switch (dtype) {
+    case FLASH_KDA_BOOL: return 1;
     case FLASH_KDA_BF16:
     case FLASH_KDA_F16: return 2;
     case FLASH_KDA_I64:

@@ -1,45 +1,15 @@
 /* Every wrong argument is refused with its sentence, and nothing is written. */
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "harness.h"
+#include "refusals.h"
 
 /* B = 2, T = 5, H = 3; or two sequences of 4 and 6 tokens. */
 static problem *fixed_problem, *ragged_problem;
 static call fixed, with_seqlens;
 
-static const char *text(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static const char *text(const char *format, ...)
-{
-    static char words[512];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(words, sizeof words, format, args);
-    va_end(args);
-    return words;
-}
-
-static void expect(const call *c, const flash_kda_fwd_params *params, flash_kda_status want,
-                   const char *sentence)
-{
-    trying("expected: %s", sentence);
-    flash_kda_status got = flash_kda_fwd(params);
-    CHECK(got == want, "%s; it must be %s", flash_kda_status_string(got), flash_kda_status_string(want));
-    CHECK(strcmp(flash_kda_last_error(), sentence) == 0, "the sentence is: %s", flash_kda_last_error());
-    must(flash_kda_synchronize(test.device, NULL));
-    CHECK(call_untouched(c), "an output was written");
-}
-
-/* REFUSED(call, status, sentence, changes): the call's parameters `p` after the changes are refused. */
-#define REFUSED(c, status, sentence, ...)                                                                    \
-    do {                                                                                                     \
-        flash_kda_fwd_params p = (c).params;                                                                 \
-        __VA_ARGS__;                                                                                         \
-        expect(&(c), &p, FLASH_KDA_##status, sentence);                                                      \
-    } while (0)
 #define INVALID(sentence, ...) REFUSED(fixed, INVALID_VALUE, sentence, __VA_ARGS__)
 #define DTYPE(sentence, ...) REFUSED(fixed, INVALID_DTYPE, sentence, __VA_ARGS__)
 #define SEQLENS(sentence, ...) REFUSED(with_seqlens, INVALID_VALUE, sentence, __VA_ARGS__)
@@ -49,7 +19,8 @@ static const size_t OLDEST = offsetof(flash_kda_fwd_params, workspace);
 
 static void structs(void)
 {
-    expect(&fixed, NULL, FLASH_KDA_INVALID_VALUE, "params is null; it must point to a flash_kda_fwd_params");
+    expect_refusal(&fixed, NULL, FLASH_KDA_INVALID_VALUE,
+                   "params is null; it must point to a flash_kda_fwd_params");
     const char *size =
         "params->struct_size is %zu; it must be sizeof(flash_kda_fwd_params) = %zu (in older headers "
         "%zu or more)";
@@ -69,17 +40,15 @@ static void null_pointers(void)
     INVALID("g is null; it must point to its 7680 bytes", p.g.data = NULL);
     INVALID("beta is null; it must point to its 60 bytes", p.beta.data = NULL);
     INVALID("out is null; it must point to its 7680 bytes", p.out.data = NULL);
-    INVALID("A_log is null; it must point to its 12 bytes", p.A_log.data = NULL);
-    INVALID("dt_bias is null; it must point to its 1536 bytes", p.dt_bias.data = NULL);
 }
 
 static void sizes(void)
 {
     INVALID("q has 3 dimensions; it must have 4: [B, T, H, K]", p.q.ndim = 3);
-    INVALID("beta has 4 dimensions; it must have 3: [B, T, H]", p.beta.ndim = 4);
-    INVALID("A_log has 0 dimensions; it must have 1: [H]", p.A_log.ndim = 0);
-    INVALID("out has 1000 dimensions; it must have 4: [B, T, H, V]", p.out.ndim = 1000);
-    INVALID("dt_bias has -1 dimensions; it must have 2: [H, K]", p.dt_bias.ndim = -1);
+    INVALID("beta has 4 dimensions; it must have 3: [B, T, HV]", p.beta.ndim = 4);
+    INVALID("A_log has shape []; it must have HV = 3 elements", p.A_log.ndim = 0);
+    INVALID("out has 1000 dimensions; it must have 4: [B, T, HV, V]", p.out.ndim = 1000);
+    INVALID("dt_bias has -1 dimensions; it must have 0 to 4", p.dt_bias.ndim = -1);
     INVALID("q has size -1 in dimension 0; sizes must not be negative", p.q.shape[0] = -1);
     INVALID("q has size -5 in dimension 1; sizes must not be negative", p.q.shape[1] = -5);
     INVALID("v has size -128 in dimension 3; sizes must not be negative", p.v.shape[3] = -128);
@@ -93,50 +62,56 @@ static void sizes(void)
     INVALID("v has V = 64; the head size V must be 128", p.v.shape[3] = 64);
     INVALID("v has V = 0; the head size V must be 128", p.v.shape[3] = 0);
     INVALID("k has shape [2, 4, 3, 128]; it must be [B, T, H, K] = [2, 5, 3, 128]", p.k.shape[1] = 4);
-    INVALID("v has shape [2, 5, 6, 128]; it must be [B, T, H, V] = [2, 5, 3, 128]", p.v.shape[2] = 6);
-    INVALID("g has shape [1, 5, 3, 128]; it must be [B, T, H, K] = [2, 5, 3, 128]", p.g.shape[0] = 1);
-    INVALID("beta has shape [2, 5, 1]; it must be [B, T, H] = [2, 5, 3]", p.beta.shape[2] = 1);
-    INVALID("out has shape [2, 6, 3, 128]; it must be [B, T, H, V] = [2, 5, 3, 128]", p.out.shape[1] = 6);
-    INVALID("A_log has shape [2]; it must be [H] = [3]", p.A_log.shape[0] = 2);
-    INVALID("dt_bias has shape [3, 64]; it must be [H, K] = [3, 128]", p.dt_bias.shape[1] = 64);
-    INVALID("initial_state has shape [1, 3, 128, 128]; it must be [N, H, V, K] = [2, 3, 128, 128]",
+    INVALID("k has shape [2, 5, 1, 128]; it must be [B, T, H, K] = [2, 5, 3, 128]", p.k.shape[2] = 1);
+    INVALID("v has HV = 4 heads and q has H = 3; HV must be a multiple of H", p.v.shape[2] = 4);
+    INVALID("v has HV = 0 heads and q has H = 3; HV must be a multiple of H", p.v.shape[2] = 0);
+    INVALID("v has HV = 3 heads and q has H = 6; HV must be a multiple of H", p.q.shape[2] = 6);
+    INVALID("v has shape [2, 4, 3, 128]; it must be [B, T, HV, V] = [2, 5, 3, 128]", p.v.shape[1] = 4);
+    INVALID("g has shape [2, 5, 3, 128]; it must be [B, T, HV, K] = [2, 5, 6, 128]", p.v.shape[2] = 6);
+    INVALID("g has shape [1, 5, 3, 128]; it must be [B, T, HV, K] = [2, 5, 3, 128]", p.g.shape[0] = 1);
+    INVALID("beta has shape [2, 5, 1]; it must be [B, T, HV] = [2, 5, 3]", p.beta.shape[2] = 1);
+    INVALID("out has shape [2, 6, 3, 128]; it must be [B, T, HV, V] = [2, 5, 3, 128]", p.out.shape[1] = 6);
+    INVALID("A_log has shape [2]; it must have HV = 3 elements", p.A_log.shape[0] = 2);
+    INVALID("dt_bias has shape [3, 64]; it must have HV * K = 384 elements", p.dt_bias.shape[1] = 64);
+    INVALID("initial_state has shape [1, 3, 128, 128]; it must be [N, HV, V, K] = [2, 3, 128, 128]",
             p.initial_state.shape[0] = 1);
-    INVALID("final_state has shape [2, 3, 64, 128]; it must be [N, H, V, K] = [2, 3, 128, 128]",
+    INVALID("final_state has shape [2, 3, 64, 128]; it must be [N, HV, V, K] = [2, 3, 128, 128]",
             p.final_state.shape[2] = 64);
-    INVALID("initial_state has 3 dimensions; it must have 4: [N, H, V, K]", p.initial_state.ndim = 3);
-    SEQLENS("initial_state has shape [1, 3, 128, 128]; it must be [N, H, V, K] = [2, 3, 128, 128], with N "
-            "from the 3 "
-            "entries of cu_seqlens",
+    INVALID("initial_state has 3 dimensions; it must have 4: [N, HV, V, K]", p.initial_state.ndim = 3);
+    SEQLENS("initial_state has shape [1, 3, 128, 128]; it must be [N, HV, V, K] = [2, 3, 128, 128], with N "
+            "from the 3 entries of cu_seqlens",
             p.initial_state.shape[0] = 1);
-    SEQLENS("final_state has shape [2, 3, 128, 128]; it must be [N, H, V, K] = [1, 3, 128, 128], with N from "
-            "the 2 "
-            "entries of cu_seqlens",
-            p.cu_seqlens.shape[0] = 2, p.initial_state.shape[0] = 1);
+    SEQLENS(
+        "final_state has shape [2, 3, 128, 128]; it must be [N, HV, V, K] = [1, 3, 128, 128], with N from "
+        "the 2 entries of cu_seqlens",
+        p.cu_seqlens.shape[0] = 2, p.initial_state.shape[0] = 1);
 }
 
 static void overflowing_sizes(void)
 {
     const long long huge = 1LL << 62;
-    const char *many = "q has B * T = %lld * %lld tokens of %lld heads; there must be at most 2147482623 "
-                       "tokens, and a tensor must fit in memory";
+    const char *many = "q has B * T = %lld * %lld tokens and v has HV = %lld heads; there must be at most "
+                       "2147482623 tokens, and a tensor must fit in memory";
 #define TOKENS(b, t, h)                                                                                      \
     INVALID(text(many, (long long)(b), (long long)(t), (long long)(h)), p.q.shape[0] = b, p.q.shape[1] = t,  \
-            p.q.shape[2] = h)
+            p.q.shape[2] = p.v.shape[2] = h)
     TOKENS(2, INT64_MAX, 3);
     TOKENS(huge, huge, 3);
     TOKENS(2, 1 << 30, 3);
     TOKENS(1, INT32_MAX, 1);
     TOKENS(1, 1 << 30, huge);
-    INVALID(text("there are N * H = 2 * %lld states; there must be at most 2147482623", huge),
-            p.q.shape[1] = 0, p.q.shape[2] = huge);
-    INVALID("there are N * H = 70000 * 70000 states; there must be at most 2147482623", p.q.shape[0] = 70000,
-            p.q.shape[1] = 0, p.q.shape[2] = 70000);
-    SEQLENS(text("there are N * H = %lld * 3 states; there must be at most 2147482623", huge),
+    INVALID(text("there are N * HV = 2 * %lld states; there must be at most 2147482623", huge),
+            p.q.shape[1] = 0, p.q.shape[2] = p.v.shape[2] = huge);
+    INVALID("there are N * HV = 70000 * 70000 states; there must be at most 2147482623", p.q.shape[0] = 70000,
+            p.q.shape[1] = 0, p.q.shape[2] = 1, p.v.shape[2] = 70000);
+    SEQLENS(text("there are N * HV = %lld * 3 states; there must be at most 2147482623", huge),
             p.cu_seqlens.shape[0] = huge + 1);
-    SEQLENS("there are N * H = 715827882 * 3 states; there must be at most 2147482623",
+    SEQLENS("there are N * HV = 715827882 * 3 states; there must be at most 2147482623",
             p.cu_seqlens.shape[0] = 715827883);
-    INVALID("q has H = 16777216; there must be at most 16777215 heads", p.q.shape[1] = 0,
-            p.q.shape[2] = 1 << 24);
+    INVALID("v has HV = 16777216; there must be at most 16777215 heads", p.q.shape[1] = 0,
+            p.v.shape[2] = 1 << 24, p.q.shape[2] = 1);
+    INVALID("A_log has shape [4611686018427387904, 4]; it must have HV = 3 elements", p.A_log.ndim = 2,
+            p.A_log.shape[0] = huge, p.A_log.shape[1] = 4);
 #undef TOKENS
 }
 
@@ -145,8 +120,9 @@ static void dtypes(void)
     DTYPE("q has dtype float32; it must be bfloat16", p.q.dtype = FLASH_KDA_F32);
     DTYPE("k has dtype float16; it must be bfloat16", p.k.dtype = FLASH_KDA_F16);
     DTYPE("v has dtype float64; it must be bfloat16", p.v.dtype = FLASH_KDA_F64);
-    DTYPE("g has dtype float32; it must be bfloat16", p.g.dtype = FLASH_KDA_F32);
-    DTYPE("beta has dtype float32; it must be bfloat16", p.beta.dtype = FLASH_KDA_F32);
+    DTYPE("g has dtype float16; it must be bfloat16 or float32", p.g.dtype = FLASH_KDA_F16);
+    DTYPE("beta has dtype int64; it must be bfloat16 or float32", p.beta.dtype = FLASH_KDA_I64);
+    DTYPE("beta has dtype bool; it must be bfloat16 or float32", p.beta.dtype = FLASH_KDA_BOOL);
     DTYPE("out has dtype float32; it must be bfloat16", p.out.dtype = FLASH_KDA_F32);
     DTYPE("A_log has dtype bfloat16; it must be float32", p.A_log.dtype = FLASH_KDA_BF16);
     DTYPE("dt_bias has dtype bfloat16; it must be float32", p.dt_bias.dtype = FLASH_KDA_BF16);
@@ -165,42 +141,83 @@ static void dtypes(void)
 
 static void strides(void)
 {
-    INVALID("q has strides [1920, 385, 128, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
-            p.q.stride[1] = 385);
-    INVALID("k has strides [1920, 384, 128, 2]; it must be contiguous, with strides [1920, 384, 128, 1]",
+    INVALID("k has strides [1920, 384, 128, 2]; its last dimension must be contiguous, with stride 1",
             p.k.stride[3] = 2);
-    INVALID("v has strides [0, 384, 128, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
-            p.v.stride[0] = 0);
-    INVALID("g has strides [1920, -384, 128, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
-            p.g.stride[1] = -384);
-    INVALID("beta has strides [15, 1, 5]; it must be contiguous, with strides [15, 3, 1]",
-            p.beta.stride[1] = 1, p.beta.stride[2] = 5);
-    INVALID("out has strides [1920, 128, 640, 1]; it must be contiguous, with strides [1920, 384, 128, 1]",
-            p.out.stride[1] = 128, p.out.stride[2] = 640);
+    INVALID("q has strides [1920, 384, 1, 3]; its last dimension must be contiguous, with stride 1",
+            p.q.stride[2] = 1, p.q.stride[3] = 3);
+    INVALID("out has strides [1920, 384, 128, -1]; its last dimension must be contiguous, with stride 1",
+            p.out.stride[3] = -1);
     INVALID("A_log has strides [2]; it must be contiguous, with strides [1]", p.A_log.stride[0] = 2);
     INVALID("dt_bias has strides [1, 3]; it must be contiguous, with strides [128, 1]",
             p.dt_bias.stride[0] = 1, p.dt_bias.stride[1] = 3);
-    INVALID("final_state has strides [49152, 16384, 1, 128]; it must be contiguous, with strides "
-            "[49152, 16384, 128, 1]",
+    INVALID("final_state has strides [49152, 16384, 1, 128]; all but its first dimension must be contiguous, "
+            "with strides [16384, 128, 1]",
             p.final_state.stride[2] = 1, p.final_state.stride[3] = 128);
+    INVALID("initial_state has strides [49152, 16400, 128, 1]; all but its first dimension must be "
+            "contiguous, with strides [16384, 128, 1]",
+            p.initial_state.stride[1] = 16400);
     SEQLENS("cu_seqlens has strides [2]; it must be contiguous, with strides [1]",
             p.cu_seqlens.stride[0] = 2);
 }
 
-/* Moves a tensor by some bytes, and expects the sentence about alignment. */
-static void misaligned(const call *c, size_t tensor_offset, const char *name, size_t by, size_t alignment)
+/* Strides with which a tensor would not fit in memory, and those of outputs that share memory. */
+static void far_and_near(void)
 {
-    flash_kda_fwd_params p = c->params;
-    flash_kda_tensor *t = (flash_kda_tensor *)((char *)&p + tensor_offset);
-    t->data = (char *)t->data + by;
-    expect(c, &p, FLASH_KDA_INVALID_VALUE,
-           text("%s is at address %p; it must be aligned to %zu bytes", name, t->data, alignment));
+    const long long huge = 1LL << 62;
+#define FAR(name, step, dimension)                                                                           \
+    INVALID(text(#name " has stride %lld in dimension %d; the tensor must fit in memory", (long long)(step), \
+                 dimension),                                                                                 \
+            p.name.stride[dimension] = step)
+    FAR(q, huge, 0);
+    FAR(k, INT64_MAX, 1);
+    FAR(v, INT64_MIN, 2);
+    FAR(g, -huge, 1);
+    FAR(beta, huge, 2);
+    FAR(beta, INT64_MIN, 0);
+    FAR(out, 1LL << 47, 1);
+    FAR(initial_state, huge, 0);
+    FAR(final_state, INT64_MAX, 0);
+#undef FAR
+#define NEAR(name, stride_, dimension, least)                                                                \
+    INVALID(text(#name " has stride %d in dimension %d; its elements must not share memory, so it must be "  \
+                       "at least %d",                                                                        \
+                 stride_, dimension, least),                                                                 \
+            p.name.stride[dimension] = stride_)
+    NEAR(out, 0, 0, 1);
+    NEAR(out, 376, 1, 384);
+    NEAR(out, 120, 2, 128);
+    NEAR(out, 1912, 0, 1920);
+    NEAR(final_state, 49144, 0, 49152);
+    NEAR(final_state, 0, 0, 1);
+#undef NEAR
+}
+
+/* What a GPU cannot do. */
+static void gpu_strides(void)
+{
+    if (test.device.type != FLASH_KDA_CUDA) return;
+#define ODD(name, stride_, dimension, unit)                                                                  \
+    INVALID(text(#name                                                                                       \
+                 " has stride %lld in dimension %d; on a GPU it must be a multiple of 16 bytes, which "      \
+                 "are %d elements, and not negative",                                                        \
+                 (long long)(stride_), dimension, unit),                                                     \
+            p.name.stride[dimension] = stride_)
+    ODD(q, 388, 1, 8);
+    ODD(k, -128, 2, 8);
+    ODD(v, 1924, 0, 8);
+    ODD(g, 129, 2, 8);
+    ODD(out, 392 + 4, 1, 8);
+    ODD(initial_state, 49154, 0, 4);
+    ODD(final_state, -49152, 0, 4);
+#undef ODD
+    INVALID("q has stride 2147483648 in dimension 1; on a GPU it must be at most 2147483647",
+            p.q.stride[1] = 1LL << 31);
+    INVALID("out has stride 4294967296 in dimension 2; on a GPU it must be at most 2147483647",
+            p.out.stride[2] = 1LL << 32);
 }
 
 static void alignment(void)
 {
-#define MISALIGNED(c, name, by, alignment)                                                                   \
-    misaligned(&(c), offsetof(flash_kda_fwd_params, name), #name, by, alignment)
     MISALIGNED(fixed, q, 2, 16);
     MISALIGNED(fixed, k, 8, 16);
     MISALIGNED(fixed, v, 1, 16);
@@ -212,7 +229,6 @@ static void alignment(void)
     MISALIGNED(fixed, initial_state, 4, 16);
     MISALIGNED(fixed, final_state, 8, 16);
     MISALIGNED(with_seqlens, cu_seqlens, 4, 8);
-#undef MISALIGNED
 }
 
 static void scalars(void)
@@ -270,8 +286,11 @@ static void overlaps(void)
     INVALID("out overlaps dt_bias; it must have memory of its own", p.out.data = p.dt_bias.data);
     INVALID("final_state overlaps g; it must have memory of its own",
             p.g.data = p.final_state.data); /* the larger one */
-    INVALID("final_state overlaps initial_state in part; they must be the same memory or apart",
-            p.final_state.data = (char *)p.initial_state.data + 16);
+    const char *in_part =
+        "final_state overlaps initial_state in part; they must be apart, or the same memory "
+        "with the same strides";
+    INVALID(in_part, p.final_state.data = (char *)p.initial_state.data + 16);
+    INVALID(in_part, p.final_state.data = p.initial_state.data, p.final_state.stride[0] += 64);
     INVALID("workspace overlaps out; it must have memory of its own", p.workspace = p.out.data,
             p.workspace_size = 64);
     /* A workspace that begins just before out and ends beyond the last address. */
@@ -482,7 +501,7 @@ static void others(void)
     SAYS(flash_kda_reference(NULL, &one, NULL, NULL), INVALID_VALUE,
          "params is null; it must point to a flash_kda_fwd_params");
     SAYS(flash_kda_reference(&fixed.params, NULL, NULL, NULL), INVALID_VALUE,
-         "out64 is null; it must point to [B, T, H, V] doubles");
+         "out64 is null; it must point to [B, T, HV, V] doubles");
 #undef SAYS
     CHECK(flash_kda_free(test.device, NULL) == FLASH_KDA_OK, "freeing NULL is an error");
     CHECK(strcmp(flash_kda_status_string((flash_kda_status)77), "unknown flash_kda_status") == 0, "77");
@@ -510,6 +529,8 @@ static void arguments(void)
     overflowing_sizes();
     dtypes();
     strides();
+    far_and_near();
+    gpu_strides();
     alignment();
     scalars();
     records();

@@ -1,4 +1,4 @@
-/* flash_kda_fwd_for() and flash_kda_reference_for(, NULL), with an interpreter that counts what is asked of it. */
+/* flash_kda_fwd_for() and flash_kda_reference_for(), with an interpreter that counts what is asked of it. */
 #define _POSIX_C_SOURCE 200809L
 #include <pthread.h>
 #include <stdatomic.h>

@@ -72,6 +72,117 @@ static void guards(void)
     problem_free(p);
 }
 
+/* Whether a call may write a byte, which is `at` bytes after the start of a buffer. */
+static bool may_be_written(const call *c, int number, int64_t at)
+{
+    static const int outputs[] = {ARG_OUT, ARG_FINAL_STATE, ARG_CHECKPOINT_STATES};
+    static const int64_t written[][2] = {{0}, {3}, {0, 4}}, /* batch rows, slots, rows of spread_problem() */
+        counts[] = {1, 1, 2};
+    for (int o = 0; o < 3; o++) {
+        const tensor_place *place = &c->places[outputs[o]];
+        const flash_kda_tensor *t = &place->view;
+        const int64_t size = (int64_t)dtype_size(t->dtype),
+                      elements = t->shape[1] * t->shape[2] * t->shape[3];
+        for (int64_t i = 0; place->buffer == number && i < counts[o] * elements; i++) {
+            const int64_t first = written[o][i / elements], j = i % elements / (t->shape[2] * t->shape[3]),
+                          k = i / t->shape[3] % t->shape[2], l = i % t->shape[3];
+            const int64_t element = (int64_t)place->offset + size * (first * t->stride[0] + j * t->stride[1] +
+                                                                     k * t->stride[2] + l * t->stride[3]);
+            if (at >= element && at < element + size) return true;
+        }
+    }
+    return false;
+}
+
+/* Two sequences, of which the first has no slot and ends in no memory, and checkpoints in rows 0 and 4. */
+static problem *spread_problem(void)
+{
+    static const int64_t lengths[] = {17, 33}, offsets[] = {16, 32}, rows[] = {4, 0};
+    problem *p = problem_create_ragged(lengths, 2, 1);
+    fill_case(p, find_case("random"), 1);
+    problem_make_pool(p, 4);
+    p->first_slot = 1;
+    p->state_indices[0] = 0;
+    p->state_indices[1] = 3;
+    p->checkpoint_rows = 5;
+    p->checkpoint_offsets = allocate(2, sizeof *p->checkpoint_offsets);
+    p->checkpoint_indices = allocate(2, sizeof *p->checkpoint_indices);
+    for (int i = 0; i < 2; i++) p->checkpoint_offsets[i] = offsets[i], p->checkpoint_indices[i] = rows[i];
+    return p;
+}
+
+/* Changes a byte anywhere in a buffer, and back again. */
+static void change_byte(const call *c, const problem *p, int number, rng *r)
+{
+    const flash_kda_device cpu = {FLASH_KDA_CPU, 0};
+    const int64_t at = (int64_t)(rng_bits(r) % c->buffers[number].bytes);
+    char *const byte = (char *)call_buffer(c, number) + at;
+    char before, changed;
+    must(flash_kda_copy(cpu, &before, test.device, byte, 1));
+    changed = (char)(before ^ 0x11);
+    must(flash_kda_copy(test.device, byte, cpu, &changed, 1));
+    const bool damaged = call_damage(c, p), allowed = may_be_written(c, number, at);
+    CHECK(damaged != allowed, "buffer %d: byte %lld %s", number, (long long)at,
+          allowed ? "may be written" : "was written, and it was not seen");
+    CHECK(!call_untouched(c), "buffer %d: a change of byte %lld was not seen", number, (long long)at);
+    must(flash_kda_copy(test.device, byte, cpu, &before, 1));
+}
+
+/* A write to a gap, a slot or a row that is not the call's must be found, wherever it is, and no other. */
+static void gaps(void)
+{
+    static const layout layouts[] = {LAYOUT_PADDED, LAYOUT_HEAD_MAJOR, LAYOUT_FUSED, LAYOUT_REVERSED};
+    rng r = rng_seed(1);
+    problem *p = spread_problem();
+    for (int l = 0; l < 4; l++) {
+        call c;
+        call_options options = options_of(l % 2 ? STATE_BOTH : STATE_IN_PLACE, l == 2);
+        options.for_reference = true;
+        options.slot_gap = options.final_gap = options.row_gap = 3;
+        options.k_first = l % 2;
+        for (int a = 0; a < STRIDED_ARGS; a++) options.layouts[a] = layouts[l];
+        must(call_open(&c, p, options));
+        trying("layout %d", (int)layouts[l]);
+        for (int a = 0; a < ARGS; a++)
+            for (int i = 0; c.places[a].view.ndim && i < 30; i++) change_byte(&c, p, c.places[a].buffer, &r);
+        CHECK(call_untouched(&c) && !call_damage(&c, p), "something has changed");
+        call_close(&c);
+    }
+    problem_free(p);
+}
+
+/* What is written to a tensor is read from it, whatever its layout is. */
+static void layouts(void)
+{
+    problem *p = problem_create(2, 3, 2);
+    fill_case(p, find_case("random"), 1);
+    for (int l = 0; l < LAYOUTS; l++) {
+        call c;
+        call_options options = options_of(STATE_BOTH, false);
+        options.for_reference = options.k_first = true;
+        for (int a = 0; a < STRIDED_ARGS; a++) options.layouts[a] = (layout)l;
+        must(call_open(&c, p, options));
+        void *v = call_read(&c, ARG_V), *initial = call_read(&c, ARG_INITIAL_STATE);
+        CHECK(memcmp(v, p->v, (size_t)c.rows * DIM * 2) == 0, "layout %d: v is not the problem's", l);
+        CHECK(memcmp(initial, p->initial_state, (size_t)c.states * DIM * DIM * 4) == 0,
+              "layout %d: initial_state is not the problem's", l);
+        call_write(&c, ARG_OUT, p->g);
+        call_write_slot(&c, ARG_FINAL_STATE, 1, p->initial_state);
+        uint16_t *out = call_read_out(&c);
+        float *final = call_read_state(&c);
+        CHECK(memcmp(out, p->g, (size_t)c.rows * DIM * 2) == 0, "layout %d: out was not written", l);
+        CHECK(memcmp(final + 2 * DIM * DIM, p->initial_state, sizeof(float) * 2 * DIM * DIM) == 0,
+              "layout %d: slot 1 was not written", l);
+        CHECK(!call_damage(&c, p), "layout %d: something else was written", l);
+        free(v);
+        free(initial);
+        free(out);
+        free(final);
+        call_close(&c);
+    }
+    problem_free(p);
+}
+
 static void random_numbers(void)
 {
     rng r = rng_seed(1);
@@ -216,8 +327,10 @@ static void not_finite(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"comparison", comparison},         {"rounding", rounding}, {"guards", guards},
-        {"random-numbers", random_numbers}, {"files", files},       {"names", names},
+        {"comparison", comparison}, {"rounding", rounding},
+        {"guards", guards},         {"gaps", gaps},
+        {"layouts", layouts},       {"random-numbers", random_numbers},
+        {"files", files},           {"names", names},
         {"not-finite", not_finite},
     };
     harness_start(argc, argv);
