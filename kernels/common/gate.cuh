@@ -100,10 +100,11 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
 
 /* ---- Hopper, every gate ---- */
 
-/* The general kernels keep the constants of each gate in a HeadGate. With z = g slope + offset the log2 decay is
+/* The general kernels keep the constants of each gate in a HeadGate. With z = g slope + offset the log2 decay
+ * is
  *
  *     bounded      1 / (inverse_bound 2^z + inverse_bound)
- *     softplus     rate log2(1 + 2^z)                             rate = -exp(A_log), in place of inverse_bound
+ *     softplus     rate log2(1 + 2^z)                         rate = -exp(A_log), in place of inverse_bound
  *     activated    z
  *
  * Tokens past the end of a sequence have a raw gate that decays by exactly nothing: `neutral`. */
@@ -139,8 +140,9 @@ struct GateOfCall {
     }
 };
 
-/* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before. Sums
- * of decays then stay so small that their differences are exact enough. What is not a decay counts as none. */
+/* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before.
+ * Sums of decays then stay so small that their differences are exact enough. What is not a decay counts as
+ * none. */
 constexpr float LARGEST_DECAY = -128.0f;
 
 __device__ __forceinline__ float hold_log2_decay(float x)
@@ -150,8 +152,8 @@ __device__ __forceinline__ float hold_log2_decay(float x)
 }
 
 /*
- * log2(1 + 2^z), with a relative error of 4e-7 everywhere: slow channels have z far below zero, and their decays
- * add up over thousands of tokens.
+ * log2(1 + 2^z), with a relative error of 4e-7 everywhere: slow channels have z far below zero, and their
+ * decays add up over thousands of tokens.
  *
  * With t = 2^-|z| in (0, 1] it is max(z, 0) + log2(1 + t). The polynomial is log2(1 + t) / t, with the
  * coefficients that make its largest relative error least.

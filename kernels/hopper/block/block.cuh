@@ -9,8 +9,9 @@
  *   fkda_hopper_mixed   Block<MapCta, Mixed>, then Block<PairCta, Mixed>; or Block<SoloCta, Mixed>
  *
  * The kernels fkda_hopper_general_solo and so on have the same blocks with GENERAL: these blocks take every
- * gate, write strength and type of input, and look at the call's options while they run. Blocks without GENERAL
- * take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be normalised.
+ * gate, write strength and type of input, and look at the call's options while they run. Blocks without
+ * GENERAL take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be
+ * normalised.
  */
 #ifndef FKDA_HOPPER_BLOCK_CUH
 #define FKDA_HOPPER_BLOCK_CUH

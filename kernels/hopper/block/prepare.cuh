@@ -229,8 +229,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             .inverse_norm[Block::LOADER_FINDS_NORMS ? slot : team][WARPS == Block::PARTIALS ? round : 0];
     }
 
-    /* Prepares a slice whose channel is counted from the warp's first one. What leads to the slice is found anew, so
-     * that no register keeps it meanwhile. */
+    /* Prepares a slice whose channel is counted from the warp's first one. What leads to the slice is found
+     * anew, so that no register keeps it meanwhile. */
     __device__ void find_and_prepare_slice(int slot, int round, SlicePlace place, Sums &sums)
     {
         this->find_place();
@@ -264,7 +264,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16)
-                if constexpr (Block::GENERAL)
+                if constexpr (Block::GENERAL && !Block::MIXED)
                     find_and_prepare_slice(slot, round, {at, sub, c, repairs}, sums);
                 else
                     this->prepare_slice({at, sub, first + c, repairs},

@@ -22,9 +22,9 @@ template <class Block> struct SlicePreparation {
     static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
     static_assert(SUBCHUNKS <= 2, "a subchunk has at most one other subchunk");
     static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
-    /* With two subchunks registers are short, and in a general block too. Threads then find their place anew for each chunk, and read the
-     * gate's constants from shared memory for each use, so that what is made from them need not be kept in
-     * between. */
+    /* With two subchunks registers are short, and in a general block too. Threads then find their place anew
+     * for each chunk, and read the gate's constants from shared memory for each use, so that what is made
+     * from them need not be kept in between. */
     static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2 || Block::GENERAL;
     const fkda_fwd_args &args;
     Shared<Block> &shared;
@@ -68,8 +68,8 @@ template <class Block> struct SlicePreparation {
         bool repairs; /* gates that are NaN do not decay: see bad_tokens.cuh */
     };
 
-    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. The lane's place is found anew, so that
-     * addresses are not kept from slice to slice. */
+    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. The lane's place is found anew, so
+     * that addresses are not kept from slice to slice. */
     __device__ void load_gates(float (&x)[2][4], const SlicePlace &place) const
     {
         int cta, thread;
@@ -92,8 +92,8 @@ template <class Block> struct SlicePreparation {
         }
     }
 
-    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in a general
-     * block. `at` and `offset` are as in accumulate_gates(). */
+    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in a
+     * general block. `at` and `offset` are as in accumulate_gates(). */
     __device__ void find_decays(float (&x)[2][4], uint32_t at, const float *offset,
                                 const SlicePlace &place) const
     {
@@ -175,11 +175,12 @@ template <class Block> struct SlicePreparation {
     /* ---- Unbounded gates ---- */
 
     /*
-     * In a general block the products of a subchunk with itself are of k exp(G - G_0) with k exp(G_0 - G). G_0 is the
-     * decay of the first token, which no product contains. G_0 - G, in log2, is at most WIDEST, where exp(G_0 - G)
-     * is in the range of fp32 and tf32, or else the element is *wide*. A wide element is left out of the products
-     * on the tensor core, and add_wide_elements() computes what its row gets in its channel pair by pair, with exp(G_i
-     * - G_j). WIDEST is above the 108 that gates at the bound of -5 can reach.
+     * In a general block the products of a subchunk with itself are of k exp(G - G_0) with k exp(G_0 - G).
+     * G_0 is the decay of the first token, which no product contains. G_0 - G, in log2, is at most WIDEST,
+     * where exp(G_0 - G) is in the range of fp32 and tf32, or else the element is *wide*. A wide element is
+     * left out of the products on the tensor core, and add_wide_elements() computes what its row gets in its
+     * channel pair by pair, with exp(G_i - G_j). WIDEST is above the 108 that gates at the bound of -5 can
+     * reach.
      *
      * Whether an element is wide depends on the tokens up to its own alone, so a token changes no bit of the
      * tokens before it. In K~ and Q~ wide elements are zeros, as they would be in fp16.
@@ -213,8 +214,8 @@ template <class Block> struct SlicePreparation {
                                        (unit ^ token % 8) * 16 + c % 8 * 2));
     }
 
-    /* Adds the products of wide elements to `within`, in the units of products in tf32. Written for little code and few
-     * registers: places are found anew for each channel. */
+    /* Adds the products of wide elements to `within`, in the units of products in tf32. Written for little
+     * code and few registers: places are found anew for each channel. */
     __device__ void add_wide_elements(float (&within)[3][4], const float (&sum)[2][4], uint32_t at,
                                       const float *first_factor) const
     {
