@@ -264,7 +264,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16)
-                if constexpr (Block::GENERAL && !Block::MIXED)
+                if constexpr (Block::GENERAL)
                     find_and_prepare_slice(slot, round, {at, sub, c, repairs}, sums);
                 else
                     this->prepare_slice({at, sub, first + c, repairs},
