@@ -105,7 +105,7 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
  *
  *     bounded      1 / (inverse_bound 2^z + inverse_bound)
  *     softplus     rate log2(1 + 2^z)                         rate = -exp(A_log), in place of inverse_bound
- *     activated    z
+ *     activated    z, where what is above zero is not a decay and counts as none
  *
  * Tokens past the end of a sequence have a raw gate that decays by exactly nothing: `neutral`. */
 struct GateOfCall {
@@ -141,14 +141,11 @@ struct GateOfCall {
 };
 
 /* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before.
- * Sums of decays then stay so small that their differences are exact enough. What is not a decay counts as
- * none. */
-constexpr float LARGEST_DECAY = -128.0f;
-
+ * Sums of decays then stay so small that their differences are exact enough. */
 __device__ __forceinline__ float hold_log2_decay(float x)
 {
-    x = x < LARGEST_DECAY ? LARGEST_DECAY : x; /* fmaxf would hide a NaN */
-    return x > 0.0f ? 0.0f : x;
+    constexpr float LARGEST_DECAY = -128.0f;
+    return x < LARGEST_DECAY ? LARGEST_DECAY : x; /* fmaxf would hide a NaN */
 }
 
 /*
@@ -185,10 +182,11 @@ __device__ __forceinline__ void activate_gates(float (&x)[count], GateOfCall cal
             x[i] = rcp(__fmaf_rn(ex2(x[i]), gate.inverse_bound, gate.inverse_bound));
     } else if (call.is_softplus()) {
 #pragma unroll
-        for (int i = 0; i < count; i++) x[i] = gate.inverse_bound * log2_of_1_plus_ex2(x[i]);
-    }
+        for (int i = 0; i < count; i++) x[i] = hold_log2_decay(gate.inverse_bound * log2_of_1_plus_ex2(x[i]));
+    } else {
 #pragma unroll
-    for (int i = 0; i < count; i++) x[i] = hold_log2_decay(x[i]);
+        for (int i = 0; i < count; i++) x[i] = hold_log2_decay(x[i] > 0.0f ? 0.0f : x[i]);
+    }
 }
 
 } // namespace fkda

@@ -331,12 +331,23 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         }
     }
 
+    /* Asks for the gates in fp32 of the team's next chunk, if it belongs to the same work item. */
+    __device__ void prefetch_gates(const ChunkCursor<Block> &at) const
+    {
+        constexpr int AHEAD = Block::CTAS * Block::TEAMS * Block::CHUNK;
+        if (lane < Block::CHUNK && AHEAD + lane < at.left)
+            prefetch_to_l2(static_cast<const float *>(args.g) + at.place(args.g_strides, AHEAD + lane) +
+                               warp * SHARE,
+                           SHARE * 4);
+    }
+
     /* Waits for the inputs of a chunk in an own slot, and for what else its preparation needs. */
     __device__ void begin_chunk(const Slot<Block::OWN_SLOTS> &slot, const ChunkCursor<Block> &at,
                                 bool finds_norms, int round)
     {
         constexpr int RING = Block::OWN_SLOTS;
         if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
+        if (Block::GENERAL && args.g_is_f32) prefetch_gates(at);
         /* If another team had the slot in the round before, this team does not know whether that round is
          * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
         static_assert(RING >= Block::TEAMS, "a team's next slot is another one than its last slot");
