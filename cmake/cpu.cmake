@@ -1,4 +1,5 @@
-# The CPU backend: one source for the forward pass of a head (head.h), compiled once for each instruction set.
+# The CPU backend: one source for the forward pass of a head (head.h and what it includes), compiled once for
+# each instruction set.
 set(flash_kda_cpu_variants src/cpu/portable.c)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND flash_kda_cpu_variants src/cpu/avx2.c src/cpu/avx512.c)

@@ -120,7 +120,7 @@ typedef enum flash_kda_checked_tensor {
 /* What was counted in one tensor: a row of flash_kda_fwd_params.nonfinite. */
 typedef struct flash_kda_nonfinite {
     int64_t count; /* values that are NaN or an infinity; 0 in a tensor that is absent or empty */
-    int64_t first; /* the index of the first of them, counted from the tensor's start in elements; -1: none */
+    int64_t first; /* the index of the first of them, as if the tensor were contiguous; -1: none */
 } flash_kda_nonfinite;
 
 typedef struct flash_kda_device {
@@ -187,7 +187,10 @@ typedef struct flash_kda_tensor {
  * cu_seqlens says, and an infinity in g or beta counts although it is a number to the sigmoid. The counts and
  * places are exact, and out and final_state have the same bits as without nonfinite. On a GPU the counting is
  * a memset and two kernels more on the call's stream, each of which reads its tensors once; the call does not
- * wait for them. Without nonfinite nothing of this costs anything.
+ * wait for them. Without nonfinite nothing of this costs anything. With state_indices the rows of
+ * initial_state and final_state count the states that sequences start from and end in, each once for every
+ * such sequence, and "first" is an index into all slots. Other slots are not looked at, nor is an initial
+ * state for which has_initial_state is false. Checkpoints are not counted.
  *
  * Strides. q, k, v, g and out may have any strides between rows of the batch, tokens and heads; their last
  * dimension is contiguous. On a GPU these strides are multiples of 16 bytes and not negative, and those

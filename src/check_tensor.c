@@ -76,11 +76,11 @@ bool fkda_is_contiguous(const flash_kda_tensor *t)
     return is_empty(t) || is_contiguous_from(t, 0);
 }
 
-/* The strides of an empty tensor mean nothing either. */
+/* The strides of an empty tensor mean nothing either. An absent tensor may have no dimensions. */
 int64_t fkda_stride_of(const flash_kda_tensor *t, int dimension)
 {
     if (t->shape[dimension] > 1 && !is_empty(t)) return t->stride[dimension];
-    if (dimension == t->ndim - 1) return 1;
+    if (dimension >= t->ndim - 1) return 1;
     const int64_t size = t->shape[dimension + 1];
     return fkda_stride_of(t, dimension + 1) * (size > 1 ? size : 1);
 }

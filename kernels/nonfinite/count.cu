@@ -8,6 +8,10 @@
  * tensor's record with one atomicAdd and one atomicMin. Sums and minima of integers do not depend on the
  * order of the CTAs.
  *
+ * A tensor that is not contiguous consists of runs of neighbours. A warp takes a part of a run at a time.
+ * Where vectors of 16 bytes do not fit the runs, which happens in beta alone, each thread takes elements one
+ * by one.
+ *
  * Optimizations.
  * - A CTA without a hit does no atomic. The first CTA of a tensor is the exception: the host has set all bits
  *   of the records in one memset, so that a record starts as count -1 and, for the unsigned atomicMin, the
@@ -90,6 +94,80 @@ __device__ void look_at_tensor(const fkda_count_tensor &tensor, int cta, Found &
     if (cta == 0 && thread < tensor.elements - behind) look_at_element(data, behind + thread, found);
 }
 
+/* Where a run begins, in elements behind the data, and the index of its first element. */
+struct Run {
+    long long offset, index; /* index below 0: no such memory belongs to the call */
+};
+
+__device__ inline long long find_slot(const fkda_count_pool &pool, long long sequence)
+{
+    if (pool.has_initial_state && !pool.has_initial_state[sequence]) return -1;
+    if (!pool.state_indices) return sequence;
+    const long long slot = pool.indices_are_i32
+                               ? static_cast<const int *>(pool.state_indices)[sequence]
+                               : static_cast<const long long *>(pool.state_indices)[sequence];
+    return slot < pool.first_slot || slot >= pool.slots ? -1 : slot;
+}
+
+__device__ inline Run find_run(const fkda_count_tensor &tensor, long long r)
+{
+    if (tensor.pool.slots) {
+        const long long slot = find_slot(tensor.pool, r);
+        return {slot * tensor.strides[2], slot * tensor.run};
+    }
+    const long long k = r % tensor.sizes[1], rest = r / tensor.sizes[1], j = rest % tensor.sizes[0],
+                    i = rest / tensor.sizes[0];
+    return {i * tensor.strides[0] + j * tensor.strides[1] + k * tensor.strides[2], r * tensor.run};
+}
+
+template <class Element> __device__ void look_at_runs(const fkda_count_tensor &tensor, int cta, Found &found)
+{
+    constexpr int IN_VECTOR = 16 / sizeof(Element), PART = 32 * FKDA_COUNT_VECTORS; /* vectors */
+    const Element *data = static_cast<const Element *>(tensor.data);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long vectors = tensor.run / IN_VECTOR, parts = (vectors + PART - 1) / PART,
+                    all = tensor.elements / tensor.run * parts,
+                    step = static_cast<long long>(tensor.ctas) * (FKDA_COUNT_THREADS / 32);
+    for (long long at = static_cast<long long>(cta) * (FKDA_COUNT_THREADS / 32) + warp; at < all;
+         at += step) {
+        const Run run = find_run(tensor, at / parts);
+        const long long first = at % parts * PART + lane;
+        if (run.index < 0) continue;
+        const uint4 *from = reinterpret_cast<const uint4 *>(data + run.offset);
+        uint4 loaded[FKDA_COUNT_VECTORS];
+#pragma unroll
+        for (int i = 0; i < FKDA_COUNT_VECTORS; i++)
+            loaded[i] = first + 32 * i < vectors ? __ldg(from + first + 32 * i) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < FKDA_COUNT_VECTORS; i++)
+            look_at_vector<Element>(loaded[i], run.index + (first + 32 * i) * IN_VECTOR, found);
+    }
+}
+
+template <class Element>
+__device__ void look_at_elements(const fkda_count_tensor &tensor, int cta, Found &found)
+{
+    const Element *data = static_cast<const Element *>(tensor.data);
+    const long long step = static_cast<long long>(tensor.ctas) * FKDA_COUNT_THREADS;
+    long long at = static_cast<long long>(cta) * FKDA_COUNT_THREADS + threadIdx.x;
+    for (; at < tensor.elements; at += step) {
+        const Run run = find_run(tensor, at / tensor.run);
+        const long long inside = at % tensor.run;
+        if (run.index >= 0 && is_nonfinite<Element>(data[run.offset + inside], 0))
+            found.add(1, run.index + inside);
+    }
+}
+
+template <class Element> __device__ void look_at(const fkda_count_tensor &tensor, int cta, Found &found)
+{
+    if (tensor.run == tensor.elements && !tensor.pool.slots)
+        look_at_tensor<Element>(tensor, cta, found);
+    else if (tensor.by_vectors)
+        look_at_runs<Element>(tensor, cta, found);
+    else
+        look_at_elements<Element>(tensor, cta, found);
+}
+
 /* The sum and the minimum over the CTA, for thread 0. */
 __device__ __forceinline__ void reduce(Found &found)
 {
@@ -122,9 +200,9 @@ extern "C" __global__ void __launch_bounds__(FKDA_COUNT_THREADS, FKDA_COUNT_CTAS
     const int cta = static_cast<int>(blockIdx.x) - tensor.first_cta;
     Found found;
     if (tensor.is_bf16)
-        look_at_tensor<uint16_t>(tensor, cta, found);
+        look_at<uint16_t>(tensor, cta, found);
     else
-        look_at_tensor<uint32_t>(tensor, cta, found);
+        look_at<uint32_t>(tensor, cta, found);
     reduce(found);
     if (threadIdx.x != 0 || (cta != 0 && found.count == 0)) return;
     unsigned long long *record = reinterpret_cast<unsigned long long *>(tensor.record);

@@ -4,6 +4,7 @@
 #endif
 #include <stdio.h>
 
+#include "../checkpoints.h"
 #include "../errors.h"
 #include "../kernel.h"
 #include "../plan.h"
@@ -36,7 +37,9 @@ flash_kda_status fkda_cpu_make_plan(fkda_plan *plan)
     best->variant = fkda_cpu_find_variant(s->kernel->info.name);
     best->threads = heads * best->split < threads ? (int)(heads * best->split) : threads;
     if (best->threads < 1) best->threads = 1;
-    plan->workspace_bytes = (size_t)best->threads * best->variant->scratch_size;
+    best->first_rows_at = (size_t)best->threads * best->variant->scratch_size;
+    plan->workspace_bytes = best->first_rows_at;
+    if (s->features & FKDA_CHECKPOINTS) plan->workspace_bytes += (size_t)s->sequences * sizeof(int64_t);
     return FLASH_KDA_OK;
 }
 
@@ -66,6 +69,7 @@ static void restore_tiny_results(unsigned before)
 typedef struct job {
     const fkda_problem *problem;
     const fkda_cpu_plan *plan;
+    const int64_t *first_rows; /* of the sequences' checkpoints (checkpoints.h) */
 } job;
 
 static bool run_piece(void *context, int64_t index, int worker)
@@ -77,15 +81,17 @@ static bool run_piece(void *context, int64_t index, int worker)
     if (fkda_interrupted(p)) return false; /* a sequence may have no token at which its head would ask */
     void *scratch = (char *)p->workspace + (size_t)worker * j->plan->variant->scratch_size;
     unsigned before = flush_tiny_results();
-    const bool finished =
-        j->plan->variant->run_head(p, head / heads, head % heads, first, first + channels, scratch);
+    const bool finished = j->plan->variant->run_head(p, j->first_rows, head / heads, head % heads, first,
+                                                     first + channels, scratch);
     restore_tiny_results(before);
     return finished;
 }
 
 flash_kda_status fkda_cpu_run(const fkda_problem *p, const fkda_plan *plan)
 {
-    job j = {.problem = p, .plan = &plan->cpu};
+    int64_t *first_rows = (int64_t *)((char *)p->workspace + plan->cpu.first_rows_at);
+    job j = {.problem = p, .plan = &plan->cpu, .first_rows = first_rows};
+    if (fkda_needs_checkpoint_rows(p)) fkda_checkpoint_rows(p, first_rows);
     const int64_t pieces = p->shape.sequences * p->shape.heads * plan->cpu.split;
     return fkda_parallel_for(plan->cpu.threads, pieces, run_piece, &j) ? FLASH_KDA_OK : fkda_interruption();
 }

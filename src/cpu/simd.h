@@ -15,6 +15,9 @@ typedef uint32_t uvec __attribute__((vector_size(4 * FKDA_LANES), may_alias));
 typedef uint16_t bf16vec __attribute__((vector_size(2 * FKDA_LANES), may_alias));
 typedef uint16_t bf16vec_unaligned __attribute__((vector_size(2 * FKDA_LANES), may_alias, aligned(2)));
 
+/* For functions with an argument that callers pass as a constant: each call becomes code of its own. */
+#define INLINE __attribute__((always_inline)) static inline
+
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -97,6 +100,25 @@ static inline vec exp2_minus_1(vec x)
 {
     vec power, fraction = exp2_fraction(x, &power);
     return fraction * power + (power - 1.0f);
+}
+
+/* 2^x for any x up to 125: 0 below 2^-126, and NaN for NaN. */
+static inline vec exp2_at_most_1(vec x)
+{
+    const ivec is_tiny = x < -126.0f;
+    return choose(is_tiny, splat(0.0f), exp2_near(choose(is_tiny, splat(-126.0f), x)));
+}
+
+/* log2(1 + t) for t in [0, 1], and NaN for NaN. The relative error is small near 0 too. It is a series in
+ * z = t / (2 + t), as log(1 + t) = 2 artanh(z), with coefficients fitted to [0, 1/3]. */
+static inline vec log2_1_plus(vec t)
+{
+    const vec z = t / (t + 2.0f), w = z * z;
+    vec p = w * 4.06527430e-1f + 4.03386235e-1f;
+    p = p * w + 5.77437401e-1f;
+    p = p * w + 9.61791635e-1f;
+    p = p * w + 2.88539004f;
+    return p * z;
 }
 
 /* 1 / (1 + 2^x) for any x. Where |x| is beyond exp2_near()'s range, the result is below 2^-124 or is 1. */

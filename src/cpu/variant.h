@@ -9,9 +9,10 @@ typedef struct fkda_cpu_variant {
     const char *arch;    /* "x86-64 avx512", ... */
     size_t scratch_size; /* of one worker, a multiple of 64 bytes */
     /* Computes all tokens of sequence n and head h, for value channels v_begin to v_end - 1, which are
-     * multiples of 32. The scratch is 64-byte aligned. Returns false if the call was interrupted. */
-    bool (*run_head)(const fkda_problem *problem, int64_t n, int64_t h, int v_begin, int v_end,
-                     void *scratch);
+     * multiples of 32. first_rows is from fkda_checkpoint_rows() where it is needed (checkpoints.h). The
+     * scratch is 64-byte aligned. Returns false if the call was interrupted. */
+    bool (*run_head)(const fkda_problem *problem, const int64_t *first_rows, int64_t n, int64_t h,
+                     int v_begin, int v_end, void *scratch);
 } fkda_cpu_variant;
 
 extern const fkda_cpu_variant fkda_cpu_portable;

@@ -14,6 +14,7 @@
 
 #include "cases.h"
 #include "harness.h"
+#include "kinds.h"
 
 enum { HEADS = 2, BAD_HEAD = 1, SEQUENCES = 3 };
 static const int64_t lengths[SEQUENCES] = {20, 37, 18}; /* the second sequence has the bad token */
@@ -22,7 +23,7 @@ typedef struct tensor {
     const char *name;
     uint16_t *data;
     int64_t row;      /* elements of a token and head */
-    bool any_value;   /* infinities are valid values: a sigmoid makes numbers of them */
+    bool any_value;   /* infinities are valid values, of which gates make numbers, or nothing is promised */
     bool reads_state; /* the token's own output alone depends on it */
 } tensor;
 
@@ -82,7 +83,18 @@ static bool is_tried(int64_t token, int64_t length)
     return !test.quick || token % 16 < 2 || token % 8 == 7 || token == length - 1;
 }
 
-static void try_bad_tokens(const int64_t *of_lengths, bool all_values)
+/* Whether the kernel under test takes the problem's gate. */
+static bool gate_is_taken(const problem *p)
+{
+    call c;
+    const flash_kda_status status = call_open(&c, p, options_of(STATE_BOTH, false));
+    if (status == FLASH_KDA_OK) call_close(&c);
+    CHECK(status == FLASH_KDA_OK || status == FLASH_KDA_UNAVAILABLE, "%s", flash_kda_last_error());
+    return status == FLASH_KDA_OK;
+}
+
+/* `decays` means something for gates without a bound. */
+static void try_bad_tokens(const int64_t *of_lengths, bool all_values, flash_kda_gate gate, decays how)
 {
     static const struct {
         const char *name;
@@ -90,6 +102,12 @@ static void try_bad_tokens(const int64_t *of_lengths, bool all_values)
     } values[] = {{"NaN", 0x7fc0}, {"inf", 0x7f80}, {"-inf", 0xff80}};
     problem *p = problem_create_ragged(of_lengths, SEQUENCES, HEADS);
     fill_case(p, find_case("channels from fast to slow"), 7);
+    p->gate = gate;
+    if (gate != FLASH_KDA_GATE_BOUNDED) fill_decays(p, how, false, 7);
+    if (!gate_is_taken(p)) {
+        problem_free(p);
+        return;
+    }
     const tensor tensors[] = {{"q", p->q, DIM, false, true},
                               {"k", p->k, DIM, false, false},
                               {"v", p->v, DIM, false, false},
@@ -125,14 +143,23 @@ static void try_bad_tokens(const int64_t *of_lengths, bool all_values)
 
 static void one_bad_token(void)
 {
-    try_bad_tokens(lengths, true);
+    try_bad_tokens(lengths, true, FLASH_KDA_GATE_BOUNDED, DECAYS_NONE);
+}
+
+/* Gates without a bound, with tokens that forget everything and tokens that forget nothing. */
+static void bad_token_of_unbounded_gates(void)
+{
+    try_bad_tokens(lengths, true, FLASH_KDA_GATE_SOFTPLUS, DECAYS_MIXED);
+    try_bad_tokens(lengths, true, FLASH_KDA_GATE_ACTIVATED, DECAYS_ISOLATED);
 }
 
 /* In a sequence that is cut into segments. */
 static void bad_token_of_long_sequence(void)
 {
     static const int64_t long_lengths[] = {20, 700, 18};
-    if (test.cut != FLASH_KDA_CUT_NEVER) try_bad_tokens(long_lengths, false);
+    if (test.cut == FLASH_KDA_CUT_NEVER) return;
+    try_bad_tokens(long_lengths, false, FLASH_KDA_GATE_BOUNDED, DECAYS_NONE);
+    try_bad_tokens(long_lengths, false, FLASH_KDA_GATE_SOFTPLUS, DECAYS_ISOLATED_TOKENS);
 }
 
 /* Several bad tokens in one chunk, of several tensors: the first one counts. */
@@ -268,6 +295,7 @@ static void sizes_of_keys(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {{"one-bad-token", one_bad_token},
+                                   {"unbounded-gates", bad_token_of_unbounded_gates},
                                    {"long-sequence", bad_token_of_long_sequence},
                                    {"many-bad-tokens", many_bad_tokens},
                                    {"huge-value", huge_value},

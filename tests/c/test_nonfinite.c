@@ -5,10 +5,12 @@
  * CTest runs this program for every kernel and cut, on the emulator too.
  */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "harness.h"
+#include "draw.h"
+#include "records.h"
 
 enum { TENSORS = FLASH_KDA_CHECKED_TENSORS };
 
@@ -60,7 +62,7 @@ static void *move(flash_kda_tensor *t, const void *contents, size_t count, size_
     return memory;
 }
 
-static void check_records(const problem *p, const call *c, const result *r)
+static void check_plain_records(const problem *p, const call *c, const result *r)
 {
     const int64_t rows = problem_rows(p), states = problem_states(p) * DIM * DIM;
     const call_options *options = &c->options;
@@ -111,7 +113,7 @@ static void try_problem(const problem *p, call_options options, offsets at, cons
         CHECK(!damaged, "memory around %s was written, or it is an input and changed", damaged);
         result r = {.out = call_read_out(&c)};
         if (mode_writes(options.mode)) r.state = call_read_state(&c);
-        check_records(p, &c, &r);
+        check_plain_records(p, &c, &r);
         if (plain) {
             CHECK(equal(plain->out, r.out, problem_rows(p) * DIM, 2), "out differs with the option");
             CHECK(equal(plain->state, r.state, problem_states(p) * DIM * DIM, options.bf16_state ? 2 : 4),
@@ -279,6 +281,63 @@ static void empty(void)
     problem_free(p);
 }
 
+/* ---- Drawn calls: strides, fp32 inputs, grouped heads and pools ---------------------------------------- */
+
+/* The tensors of a problem as it gives them to a call; q and k have fewer rows. */
+static values drawn_input(const problem *p, int i)
+{
+    const int64_t rows = problem_rows(p), of_slot = p->heads * DIM * DIM;
+    if (i == FLASH_KDA_CHECKED_Q || i == FLASH_KDA_CHECKED_K)
+        return bf16_values(i == FLASH_KDA_CHECKED_Q ? p->q : p->k, problem_qk_rows(p) * DIM);
+    if (i == FLASH_KDA_CHECKED_G && p->g_f32) return f32_values(p->g_f32, rows * DIM);
+    if (i == FLASH_KDA_CHECKED_BETA && p->beta_f32) return f32_values(p->beta_f32, rows);
+    if (i == FLASH_KDA_CHECKED_INITIAL_STATE) return f32_values(p->initial_state, p->slots * of_slot);
+    return input(p, i);
+}
+
+static void spoil(rng *r, problem *p)
+{
+    for (int i = 0; i < FLASH_KDA_CHECKED_OUT; i++) {
+        const values x = drawn_input(p, i);
+        const int64_t most[] = {0, 1, 3, 40}, count = x.count ? most[rng_bits(r) % 4] : 0;
+        for (int64_t n = 0; n < count; n++)
+            set_bits(x, (int64_t)(rng_bits(r) % (uint64_t)x.count), special[rng_bits(r) % 4].bits);
+    }
+}
+
+/* Whether the kernel takes the call. */
+static bool try_drawn(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    const drawing how = {draw_subset(&r, ALL_OPTIONS), test.quick ? 150 : 1000};
+    call c;
+    flash_kda_nonfinite inputs[TENSORS];
+    char text[160];
+    problem *p = draw_problem(&r, how);
+    call_options options = draw_options(&r, how, p);
+    options.counts_nonfinite = true;
+    spoil(&r, p);
+    trying("seed %llu: %s", (unsigned long long)seed, describe(p, &options, text));
+    flash_kda_status status = call_open(&c, p, options);
+    if (status == FLASH_KDA_OK) {
+        records_of_inputs(&c, inputs);
+        status = call_run(&c);
+        if (status == FLASH_KDA_OK) check_records(&c, inputs);
+        call_close(&c);
+    }
+    CHECK(status == FLASH_KDA_OK || status == FLASH_KDA_UNAVAILABLE, "%s", flash_kda_last_error());
+    problem_free(p);
+    return status == FLASH_KDA_OK;
+}
+
+static void drawn(void)
+{
+    const int count = test.device.type == FLASH_KDA_CPU ? test.quick ? 60 : 400 : test.quick ? 20 : 200;
+    int taken = 0;
+    for (int seed = 1; seed <= count; seed++) taken += try_drawn((uint64_t)seed);
+    if (taken < count) printf("    %d of %d draws have a call that is not taken\n", count - taken, count);
+}
+
 /* A call that is stopped before it begins writes no record. */
 static void interrupted(void)
 {
@@ -299,8 +358,9 @@ static void interrupted(void)
 
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"places", places},       {"many", many},   {"states", states},
-                                   {"unaligned", unaligned}, {"empty", empty}, {"interrupted", interrupted}};
+    static const group groups[] = {{"places", places},          {"many", many},   {"states", states},
+                                   {"unaligned", unaligned},    {"empty", empty}, {"drawn", drawn},
+                                   {"interrupted", interrupted}};
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }

@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "draw.h"
+#include "records.h"
 
 /* ---- Running a call ----------------------------------------------------------------------------------- */
 
@@ -57,44 +58,6 @@ static uint64_t number_from(const char *variable, uint64_t otherwise)
     return text ? strtoull(text, NULL, 10) : otherwise;
 }
 
-/* ---- Counts of values that are not finite -------------------------------------------------------------- */
-
-static const call_tensor counted[FLASH_KDA_CHECKED_TENSORS] = {
-    ARG_Q, ARG_K, ARG_V, ARG_G, ARG_BETA, ARG_A_LOG, ARG_DT_BIAS, ARG_INITIAL_STATE, ARG_OUT, ARG_FINAL_STATE,
-};
-
-static flash_kda_nonfinite count_nonfinite(const call *c, call_tensor which)
-{
-    const flash_kda_tensor *t = &c->places[which].view;
-    flash_kda_nonfinite record = {0, -1};
-    int64_t count = t->ndim ? 1 : 0;
-    for (int i = 0; i < t->ndim; i++) count *= t->shape[i];
-    if (count == 0) return record;
-    void *values = call_read(c, which);
-    for (int64_t i = 0; i < count; i++) {
-        const float value =
-            t->dtype == FLASH_KDA_BF16 ? float_from_bf16(((uint16_t *)values)[i]) : ((float *)values)[i];
-        if (isfinite(value)) continue;
-        if (record.count++ == 0) record.first = i;
-    }
-    free(values);
-    return record;
-}
-
-/* `inputs` are the records of the inputs, from before the call. */
-static void check_records(const call *c, const flash_kda_nonfinite *inputs)
-{
-    flash_kda_nonfinite got[FLASH_KDA_CHECKED_TENSORS];
-    call_read_nonfinite(c, got);
-    for (int i = 0; i < FLASH_KDA_CHECKED_TENSORS; i++) {
-        const flash_kda_nonfinite want =
-            i < FLASH_KDA_CHECKED_OUT ? inputs[i] : count_nonfinite(c, counted[i]);
-        CHECK(got[i].count == want.count && got[i].first == want.first,
-              "nonfinite of %s is %lld, first %lld; it must be %lld, first %lld", argument_names[counted[i]],
-              (long long)got[i].count, (long long)got[i].first, (long long)want.count, (long long)want.first);
-    }
-}
-
 static bool by_reference(void)
 {
     return number_from("FLASH_KDA_TEST_REFERENCE", 0) && test.device.type == FLASH_KDA_CPU;
@@ -112,8 +75,7 @@ static outputs run_with(const problem *p, call_options options)
     flash_kda_status status = call_open(&c, p, options);
     if (is_not_taken(status)) return o;
     if (!CHECK(status == FLASH_KDA_OK, "workspace size: %s", flash_kda_last_error())) return o;
-    for (int i = 0; options.counts_nonfinite && i < FLASH_KDA_CHECKED_OUT; i++)
-        inputs[i] = count_nonfinite(&c, counted[i]);
+    if (options.counts_nonfinite) records_of_inputs(&c, inputs);
     status = options.for_reference ? run_reference(&c) : call_run(&c);
     if (is_not_taken(status)) {
         CHECK(call_untouched(&c), "a call that was not taken wrote to an output");

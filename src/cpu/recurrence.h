@@ -1,0 +1,127 @@
+/* The part of a chunk that needs the state, for the value channels of a strip: what is read from the state,
+ * what is written into it, and the output. Part of head.h. */
+#ifndef FKDA_CPU_RECURRENCE_H
+#define FKDA_CPU_RECURRENCE_H
+
+#include "chunk.h"
+
+/* read = [K~'; Q~'] S */
+static inline void read_state(scratch *s, float (*state)[STRIP])
+{
+    for (int row = 0; row < 2 * CHUNK; row += ROWS) {
+        vec sum[ROWS][COLUMNS] = {{{0}}};
+        for (int k = 0; k < K; k++) {
+            vec part[COLUMNS];
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) part[c] = load(state[k] + c * LANES);
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                vec a = splat(s->kq[row + r][k]);
+                UNROLL
+                for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * part[c];
+            }
+        }
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) *vec_at(s->read[row + r] + c * LANES) = sum[r][c];
+        }
+    }
+}
+
+/* u = (I + L)^-1 diag(b) (v - K~' S) by forward substitution, in strips of ROWS rows. */
+static inline void solve(scratch *s, const tokens *t, int64_t v)
+{
+    for (int row = 0; row < CHUNK; row += ROWS) {
+        for (int c = 0; c < STRIP; c += LANES) {
+            vec u[ROWS];
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                vec value = load_bf16(bf16_row(t->v, row + r) + v + c);
+                u[r] = s->write[row + r] * (value - load(s->read[row + r] + c));
+            }
+            for (int j = 0; j < row; j++) {
+                vec above = load(s->u[j] + c);
+                UNROLL
+                for (int r = 0; r < ROWS; r++) u[r] -= s->lower[row + r][j] * above;
+            }
+            UNROLL
+            for (int j = 0; j < ROWS; j++) {
+                UNROLL
+                for (int r = j + 1; r < ROWS; r++) u[r] -= s->lower[row + r][row + j] * u[j];
+                *vec_at(s->u[row + j] + c) = u[j];
+            }
+        }
+    }
+}
+
+/* out = scale (Q~' S + P u) */
+static inline void write_out(const scratch *s, const tokens *t, int64_t v, float scale)
+{
+    for (int row = 0; row < t->count; row += ROWS) {
+        for (int c = 0; c < STRIP; c += LANES) {
+            vec sum[ROWS];
+            UNROLL
+            for (int r = 0; r < ROWS; r++) sum[r] = load(s->read[CHUNK + row + r] + c);
+            for (int j = 0; j < row; j++) {
+                vec u = load(s->u[j] + c);
+                UNROLL
+                for (int r = 0; r < ROWS; r++) sum[r] += s->mix[row + r][j] * u;
+            }
+            UNROLL
+            for (int j = 0; j < ROWS; j++) {
+                vec u = load(s->u[row + j] + c);
+                UNROLL
+                for (int r = j; r < ROWS; r++) sum[r] += s->mix[row + r][row + j] * u;
+            }
+            UNROLL
+            for (int r = 0; r < ROWS; r++)
+                if (row + r < t->count)
+                    store_bf16(t->out + (row + r) * t->out_stride + v + c, scale * sum[r]);
+        }
+    }
+}
+
+/* Lets the channels fade that forget more than half in a chunk of unbounded gates. */
+static inline void fade_fast_channels(const scratch *s, float (*state)[STRIP])
+{
+    for (int k = 0; k < K; k++) {
+        const float factor = s->factor[k];
+        if (factor == 1.0f) continue;
+        for (int c = 0; c < STRIP; c += LANES) *vec_at(state[k] + c) *= factor;
+    }
+}
+
+/* S = diag(1 + decay_1) S + Kr^T u */
+static inline void update_state(const scratch *s, float (*state)[STRIP])
+{
+    for (int k = 0; k < K; k += ROWS) {
+        vec sum[ROWS][COLUMNS];
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) {
+                vec old = load(state[k + r] + c * LANES);
+                sum[r][c] = s->decay_1[k + r] * old + old;
+            }
+        }
+        for (int i = 0; i < CHUNK; i++) {
+            vec u[COLUMNS];
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) u[c] = load(s->u[i] + c * LANES);
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                vec a = splat(s->kr[i][k + r]);
+                UNROLL
+                for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * u[c];
+            }
+        }
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) *vec_at(state[k + r] + c * LANES) = sum[r][c];
+        }
+    }
+}
+
+#endif
