@@ -100,11 +100,12 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
 
 /* ---- Hopper, every gate ---- */
 
-/* The general kernels keep the constants of each gate in a HeadGate. With z = g slope + offset the log2 decay is
+/* The general kernels keep the constants of each gate in a HeadGate. With z = g slope + offset the log2 decay
+ * is
  *
  *     bounded      1 / (inverse_bound 2^z + inverse_bound)
- *     softplus     rate log2(1 + 2^z)                             rate = -exp(A_log), in place of inverse_bound
- *     activated    z
+ *     softplus     rate log2(1 + 2^z)                         rate = -exp(A_log), in place of inverse_bound
+ *     activated    z, where what is above zero is not a decay and counts as none
  *
  * Tokens past the end of a sequence have a raw gate that decays by exactly nothing: `neutral`. */
 struct GateOfCall {
@@ -139,19 +140,17 @@ struct GateOfCall {
     }
 };
 
-/* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before. Sums
- * of decays then stay so small that their differences are exact enough. What is not a decay counts as none. */
-constexpr float LARGEST_DECAY = -128.0f;
-
+/* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before.
+ * Sums of decays then stay so small that their differences are exact enough. */
 __device__ __forceinline__ float hold_log2_decay(float x)
 {
-    x = x < LARGEST_DECAY ? LARGEST_DECAY : x; /* fmaxf would hide a NaN */
-    return x > 0.0f ? 0.0f : x;
+    constexpr float LARGEST_DECAY = -128.0f;
+    return x < LARGEST_DECAY ? LARGEST_DECAY : x; /* fmaxf would hide a NaN */
 }
 
 /*
- * log2(1 + 2^z), with a relative error of 4e-7 everywhere: slow channels have z far below zero, and their decays
- * add up over thousands of tokens.
+ * log2(1 + 2^z), with a relative error of 4e-7 everywhere: slow channels have z far below zero, and their
+ * decays add up over thousands of tokens.
  *
  * With t = 2^-|z| in (0, 1] it is max(z, 0) + log2(1 + t). The polynomial is log2(1 + t) / t, with the
  * coefficients that make its largest relative error least.
@@ -183,10 +182,11 @@ __device__ __forceinline__ void activate_gates(float (&x)[count], GateOfCall cal
             x[i] = rcp(__fmaf_rn(ex2(x[i]), gate.inverse_bound, gate.inverse_bound));
     } else if (call.is_softplus()) {
 #pragma unroll
-        for (int i = 0; i < count; i++) x[i] = gate.inverse_bound * log2_of_1_plus_ex2(x[i]);
-    }
+        for (int i = 0; i < count; i++) x[i] = hold_log2_decay(gate.inverse_bound * log2_of_1_plus_ex2(x[i]));
+    } else {
 #pragma unroll
-    for (int i = 0; i < count; i++) x[i] = hold_log2_decay(x[i]);
+        for (int i = 0; i < count; i++) x[i] = hold_log2_decay(x[i] > 0.0f ? 0.0f : x[i]);
+    }
 }
 
 } // namespace fkda

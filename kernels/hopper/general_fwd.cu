@@ -1,7 +1,7 @@
 /*
- * The kernels of fwd.cu for calls with another gate, other write strengths, inputs in fp32, or q and k that are
- * normalised already: with every option that concerns arithmetic. They look at the options while they run. The
- * kernels of fwd.cu know none of them, so that the usual call pays nothing for them.
+ * The kernels of fwd.cu for calls with another gate, other write strengths, inputs in fp32, or q and k that
+ * are normalised already: with every option that concerns arithmetic. They look at the options while they
+ * run. The kernels of fwd.cu know none of them, so that the usual call pays nothing for them.
  */
 #include "block/run.cuh"
 

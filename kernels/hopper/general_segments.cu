@@ -1,5 +1,6 @@
 /* The kernels of segments.cu that look at tokens, for calls with every option that concerns arithmetic, as
- * general_fwd.cu has those of fwd.cu. The list and the join do not look at tokens and are the same for all. */
+ * general_fwd.cu has those of fwd.cu. The list and the join do not look at tokens and are the same for all.
+ * */
 #include "block/run.cuh"
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)

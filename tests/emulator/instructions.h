@@ -350,6 +350,15 @@ inline float load_shared(const float *from)
 {
     return *from;
 }
+inline float load_ahead(const float *from)
+{
+    return *from;
+}
+inline void prefetch_to_l2(const void *from, int bytes)
+{
+    if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+        emulator::fail("prefetch_to_l2 of %d bytes at %p", bytes, from);
+}
 inline uint32_t load_shared_16(uint32_t address)
 {
     return *reinterpret_cast<const uint16_t *>(shared_memory(address));

@@ -59,9 +59,9 @@ constexpr float BAD_KEY = -0.0f;
 
 /* 1 / |x| of a token whose sum of squares was not finite; `at` is its first channel in q or k.
  *
- * The squares of finite elements above 2^60 overflow; scaled down they do not. A key that is not finite itself
- * gets BAD_KEY and a query NaN. If q and k are used as they are, a key that comes here is bad even if it is
- * finite, since it would leave the range of fp16. */
+ * The squares of finite elements above 2^60 overflow; scaled down they do not. A key that is not finite
+ * itself gets BAD_KEY and a query NaN. If q and k are used as they are, a key that comes here is bad even if
+ * it is finite, since it would leave the range of fp16. */
 template <class Block>
 __device__ __forceinline__ float unusual_inverse_norm(const fkda_fwd_args &args, bool is_key, long long at)
 {

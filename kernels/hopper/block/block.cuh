@@ -9,11 +9,12 @@
  *   fkda_hopper_mixed   Block<MapCta, Mixed>, then Block<PairCta, Mixed>; or Block<SoloCta, Mixed>
  *
  * The kernels fkda_hopper_general_solo and so on have the same blocks with GENERAL: these blocks take every
- * gate, write strength and type of input, and look at the call's options while they run. Blocks without GENERAL
- * take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be normalised.
+ * gate, write strength and type of input, and look at the call's options while they run. Blocks without
+ * GENERAL take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be
+ * normalised.
  *
- * The kernels fkda_hopper_states_solo and so on have the same blocks with STATES, as the general ones have: these
- * blocks write checkpoints and take states with K first. Their arithmetic is the usual one to the bit.
+ * The kernels fkda_hopper_states_solo and so on have the same blocks with STATES, as the general ones have:
+ * these blocks write checkpoints and take states with K first. Their arithmetic is the usual one to the bit.
  */
 #ifndef FKDA_HOPPER_BLOCK_CUH
 #define FKDA_HOPPER_BLOCK_CUH
@@ -34,8 +35,8 @@ struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
     static constexpr bool GENERAL = general;
     static constexpr bool STATES = states;
-    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). The mixed schedule has
-     * no registers left for them, and calls with checkpoints are planned without it. */
+    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). The mixed schedule
+     * has no registers left for them, and calls with checkpoints are planned without it. */
     static constexpr bool PIECES = states && Cta::OUTPUTS && !SomeSchedule::MIXED;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;

@@ -68,8 +68,11 @@ template <class Block> struct Loader {
         if (!Block::LOADER_FINDS_NORMS || without_norms == 0 ||
             !mbarrier_test(&shared.chunk_ring.loaded[to_norm.index], to_norm.parity))
             return false;
+        int cta, thread = static_cast<int>(threadIdx.x);
+        if (Block::GENERAL)
+            read_indices(cta, thread); /* places are found anew, because registers are scarce */
         store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], args.fwd,
-                              0, threadIdx.x & 31);
+                              0, thread & 31);
         mbarrier_arrive_warp(&shared.chunk_ring.normed[to_norm.index]);
         to_norm.advance(1);
         without_norms--;

@@ -15,8 +15,9 @@ namespace fkda
 constexpr float LARGEST_SQUARES = 0x1p15f;
 
 /*
- * Stores 1 / |x| of a subchunk's tokens: 0 or NaN if the sum of squares is not finite (bad_tokens.cuh). If q and
- * k are used as they are, it stores 1, or 0 if the sum of squares is too large for fp16 or not finite. x points to the subchunk's q or k in the first half of the channels; the second half lies sizeof(Half) behind
+ * Stores 1 / |x| of a subchunk's tokens: 0 or NaN if the sum of squares is not finite (bad_tokens.cuh). If q
+ * and k are used as they are, it stores 1, or 0 if the sum of squares is too large for fp16 or not finite. x
+ * points to the subchunk's q or k in the first half of the channels; the second half lies sizeof(Half) behind
  * it.
  *
  * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer

@@ -31,6 +31,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     using Base::args, Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
     using Sums = typename Base::Sums;
+    using SlicePlace = typename Base::SlicePlace;
     static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
     static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
@@ -228,6 +229,21 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             .inverse_norm[Block::LOADER_FINDS_NORMS ? slot : team][WARPS == Block::PARTIALS ? round : 0];
     }
 
+    /* Prepares a slice whose channel is counted from the warp's first one. What leads to the slice is found
+     * anew, so that no register keeps it meanwhile. */
+    __device__ void find_and_prepare_slice(int slot, int round, SlicePlace place, Sums &sums)
+    {
+        this->find_place();
+        place.channel += warp * SHARE;
+        auto &half = shared.tokens[slot].half[place.channel / 64];
+        this->prepare_slice(place,
+                            ((shared_address(&half) + matrix_row(lane)) ^ (2 * (place.channel % 64))) +
+                                place.sub * SUBCHUNK_BYTES,
+                            &shared.gate_offset[team][place.channel],
+                            norms(slot, round)[0] + g + place.sub * SUBCHUNK,
+                            shared.stage[slot].gamma_minus_1 + place.channel, sums);
+    }
+
     /* All slices of this warp. Returns whether it needs a second try (bad_tokens.cuh), which `repairs`. */
     __device__ bool prepare_slices(int slot, int round, const ChunkCursor<Block> &at, bool repairs,
                                    Sums &sums)
@@ -248,9 +264,13 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16)
-                this->prepare_slice(
-                    {at, sub, first + c, repairs}, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
-                    &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK, gamma + first + c, sums);
+                if constexpr (Block::GENERAL)
+                    find_and_prepare_slice(slot, round, {at, sub, c, repairs}, sums);
+                else
+                    this->prepare_slice({at, sub, first + c, repairs},
+                                        (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                                        &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
+                                        gamma + first + c, sums);
         }
         if (SAVES_REGISTERS) this->find_place();
         return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE], norms(slot, round)[0]);
@@ -311,12 +331,23 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         }
     }
 
+    /* Asks for the gates in fp32 of the team's next chunk, if it belongs to the same work item. */
+    __device__ void prefetch_gates(const ChunkCursor<Block> &at) const
+    {
+        constexpr int AHEAD = Block::CTAS * Block::TEAMS * Block::CHUNK;
+        if (lane < Block::CHUNK && AHEAD + lane < at.left)
+            prefetch_to_l2(static_cast<const float *>(args.g) + at.place(args.g_strides, AHEAD + lane) +
+                               warp * SHARE,
+                           SHARE * 4);
+    }
+
     /* Waits for the inputs of a chunk in an own slot, and for what else its preparation needs. */
     __device__ void begin_chunk(const Slot<Block::OWN_SLOTS> &slot, const ChunkCursor<Block> &at,
                                 bool finds_norms, int round)
     {
         constexpr int RING = Block::OWN_SLOTS;
         if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
+        if (Block::GENERAL && args.g_is_f32) prefetch_gates(at);
         /* If another team had the slot in the round before, this team does not know whether that round is
          * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
         static_assert(RING >= Block::TEAMS, "a team's next slot is another one than its last slot");

@@ -22,9 +22,9 @@ template <class Block> struct SlicePreparation {
     static constexpr int WARPS = Block::TEAM_WARPS, SUBCHUNKS = Block::SUBCHUNKS;
     static_assert(SUBCHUNKS <= 2, "a subchunk has at most one other subchunk");
     static constexpr uint32_t ONE = 0x3f80; /* in bf16 */
-    /* With two subchunks registers are short, and in a general block too. Threads then find their place anew for each chunk, and read the
-     * gate's constants from shared memory for each use, so that what is made from them need not be kept in
-     * between. */
+    /* With two subchunks registers are short, and in a general block too. Threads then find their place anew
+     * for each chunk, and read the gate's constants from shared memory for each use, so that what is made
+     * from them need not be kept in between. */
     static constexpr bool SAVES_REGISTERS = SUBCHUNKS == 2 || Block::GENERAL;
     const fkda_fwd_args &args;
     Shared<Block> &shared;
@@ -68,8 +68,8 @@ template <class Block> struct SlicePreparation {
         bool repairs; /* gates that are NaN do not decay: see bad_tokens.cuh */
     };
 
-    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. The lane's place is found anew, so that
-     * addresses are not kept from slice to slice. */
+    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. The lane's place is found anew, so
+     * that addresses are not kept from slice to slice. */
     __device__ void load_gates(float (&x)[2][4], const SlicePlace &place) const
     {
         int cta, thread;
@@ -77,18 +77,24 @@ template <class Block> struct SlicePreparation {
         const float none = GateOfCall{args.gate}.neutral();
         const int token = place.sub * SUBCHUNK + thread % 4 * 2, channel = place.channel + thread % 32 / 4;
         const fkda_token_strides &stride = args.g_strides;
-        const float *from = static_cast<const float *>(args.g) + place.chunk.place(stride, token) + channel;
+        const int zero =
+            thread / FKDA_HOPPER_THREADS; /* the compiler does not know, and finds no place ahead */
+        const float *from =
+            static_cast<const float *>(args.g) +
+            token_place(stride, place.chunk.row + zero, place.chunk.token + token, place.chunk.head + zero) +
+            channel;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int ahead = i / 2 * 8 + i % 2;
             const bool valid = token + ahead < place.chunk.left;
 #pragma unroll
-            for (int b = 0; b < 2; b++) x[b][i] = valid ? __ldg(from + ahead * stride.token + 8 * b) : none;
+            for (int b = 0; b < 2; b++)
+                x[b][i] = valid ? load_ahead(from + ahead * stride.token + 8 * b) : none;
         }
     }
 
-    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in a general
-     * block. `at` and `offset` are as in accumulate_gates(). */
+    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in a
+     * general block. `at` and `offset` are as in accumulate_gates(). */
     __device__ void find_decays(float (&x)[2][4], uint32_t at, const float *offset,
                                 const SlicePlace &place) const
     {
@@ -170,32 +176,21 @@ template <class Block> struct SlicePreparation {
     /* ---- Unbounded gates ---- */
 
     /*
-     * In a general block the products of a subchunk with itself are of k exp(G - G_0) with k exp(G_0 - G). G_0 is the
-     * decay of the first token, which no product contains. G_0 - G, in log2, is at most WIDEST, where exp(G_0 - G)
-     * is in the range of fp32 and tf32, or else the element is *wide*. A wide element is left out of the products
-     * on the tensor core, and add_wide_elements() computes what its row gets in its channel pair by pair, with exp(G_i
-     * - G_j). WIDEST is above the 108 that gates at the bound of -5 can reach.
+     * If the sum of a token's and a channel's log2 decay is below -WIDEST, exp(-G) leaves the range of fp32
+     * and tf32, and the element of this token and channel is *wide*. In a general block wide elements are
+     * left out of the products on the tensor core, and add_wide_elements() computes what a wide element's row
+     * gets in its channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5
+     * that 16 gates at the bound of -5 reach.
      *
      * Whether an element is wide depends on the tokens up to its own alone, so a token changes no bit of the
      * tokens before it. In K~ and Q~ wide elements are zeros, as they would be in fp16.
      */
-    static constexpr float WIDEST = 110.0f;
+    static constexpr float WIDEST = 116.0f;
 
-    /* The first token's sum in channel 8 b + 2 t + i. */
-    __device__ float first_sum(const float (&sum)[2][4], int b, int i) const
+    /* Whether the slice has wide elements: token g + 8 comes after token g. */
+    static __device__ bool is_wide(const float (&sum)[2][4])
     {
-        return __shfl_sync(~0u, sum[b][i], t);
-    }
-
-    /* Whether the slice has wide elements. */
-    __device__ bool is_wide(const float (&sum)[2][4]) const
-    {
-        float least = 0.0f;
-#pragma unroll
-        for (int b = 0; b < 2; b++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) /* token g + 8 comes after token g */
-                least = fminf(least, sum[b][2 + i] - first_sum(sum, b, i));
+        const float least = fminf(fminf(sum[0][2], sum[0][3]), fminf(sum[1][2], sum[1][3]));
         return __any_sync(~0u, least < -WIDEST);
     }
 
@@ -208,8 +203,8 @@ template <class Block> struct SlicePreparation {
                                        (unit ^ token % 8) * 16 + c % 8 * 2));
     }
 
-    /* Adds the products of wide elements to `within`, in the units of products in tf32. Written for little code and few
-     * registers: places are found anew for each channel. */
+    /* Adds the products of wide elements to `within`, in the units of products in tf32. Written for little
+     * code and few registers: places are found anew for each channel. */
     __device__ void add_wide_elements(float (&within)[3][4], const float (&sum)[2][4], uint32_t at,
                                       const float *first_factor) const
     {
@@ -224,7 +219,6 @@ template <class Block> struct SlicePreparation {
             for (int e = 0; e < 2; e++)
                 own[e] = c < 8 ? (c % 2 ? sum[0][2 * e + 1] : sum[0][2 * e])
                                : (c % 2 ? sum[1][2 * e + 1] : sum[1][2 * e]);
-            const float least = __shfl_sync(~0u, own[0], of) - WIDEST;
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const float row_sum = __shfl_sync(~0u, own[e], 4 * row + of);
@@ -241,7 +235,7 @@ template <class Block> struct SlicePreparation {
                     for (int j = 0; j < 2; j++) {
                         const int token = 8 * f + column + j;
                         const float column_sum = __shfl_sync(~0u, own[f], 4 * (column + j) + of);
-                        if (!(row_sum < least)) continue;
+                        if (!(row_sum < -WIDEST)) continue;
                         float(&to)[4] = within[Block::OUTPUTS ? e + f : f];
                         const int n = Block::OUTPUTS ? j : 2 * e + j;
                         /* What is above the diagonal counts for nothing, and must be finite. */
@@ -293,24 +287,20 @@ template <class Block> struct SlicePreparation {
                 if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
             }
             float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
-            float first[2];                             /* what decays are counted from */
-#pragma unroll
-            for (int i = 0; i < 2; i++) first[i] = Block::GENERAL ? first_sum(sum, b, i) : 0.0f;
 #pragma unroll
             for (int e = 0; e < 2; e++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const uint32_t pair_k = raw_k[2 * b + e];
                     const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
-                    const float log2 = Block::GENERAL ? sum[b][2 * e + i] - first[i] : sum[b][2 * e + i];
-                    const float up = ex2(log2);
+                    const float up = ex2(sum[b][2 * e + i]);
                     k_up[e][i] = k * up;
                     if (Block::OUTPUTS) {
                         const uint32_t pair_q = raw_q[2 * b + e];
                         q_up[e][i] =
                             (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Block::CHUNK + 8 * e] * up;
                     }
-                    k_down[e][i] = k * ex2(-log2);
+                    k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
             if (Block::GENERAL && __builtin_expect(wide, 0))
@@ -318,8 +308,7 @@ template <class Block> struct SlicePreparation {
                 for (int e = 0; e < 2; e++)
 #pragma unroll
                     for (int i = 0; i < 2; i++)
-                        if (sum[b][2 * e + i] - first[i] < -WIDEST)
-                            k_up[e][i] = q_up[e][i] = k_down[e][i] = 0.0f;
+                        if (sum[b][2 * e + i] < -WIDEST) k_up[e][i] = q_up[e][i] = k_down[e][i] = 0.0f;
             if constexpr (Block::OUTPUTS) {
                 mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
                          k_down[0][1]);
@@ -332,14 +321,6 @@ template <class Block> struct SlicePreparation {
                          k_down[0][1]);
                 mma_tf32(within[1], k_up[0][0], k_up[1][0], k_up[0][1], k_up[1][1], k_down[1][0],
                          k_down[1][1]);
-            }
-            if constexpr (Block::GENERAL) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) { /* from here on decays are counted from the subchunk's start */
-                    const float lead = ex2(first_sum(sum, b, i));
-#pragma unroll
-                    for (int e = 0; e < 2; e++) k_up[e][i] *= lead, q_up[e][i] *= lead;
-                }
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -377,9 +358,6 @@ template <class Block> struct SlicePreparation {
             for (int b = 0; b < 2; b++) {
                 float2 &all = *reinterpret_cast<float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
                 const float2 first = all;
-                if (Block::GENERAL)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) over[b][i] = ex2(__shfl_sync(~0u, sum[b][2 + i], 4 * 7 + t));
                 const uint32_t over_first = pack_half(ex2(first.x), ex2(first.y)),
                                over_second = pack_half(over[b][0], over[b][1]);
 #pragma unroll

@@ -104,7 +104,6 @@ static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all
 template <bool general, bool states = general>
 static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
-    using Solo = Block<SoloCta, Mixed, general, states>;
     using Pair = Block<PairCta, Mixed, general, states>;
     using Usual = Block<PairCta, Mixed>;
     static_assert(offsetof(Shared<Pair>, assignment) == offsetof(Shared<Usual>, assignment),
@@ -127,17 +126,23 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     }
     __syncwarp();
     cluster_sync();
-    if (assignment.is != MixedAssignment::REST_SOLO) {
+    /* A general kernel has no solo CTAs here: with three sets of roles it would have spills. Pairs then
+     * compute the rest, whatever the estimate says. */
+    if (general || assignment.is != MixedAssignment::REST_SOLO) {
         run_two_phases<Block<MapCta, Mixed, general, states>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
         return;
     }
-    const MixedAssignment own = assignment;
-    __syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks */
-    if (threadIdx.x == 0) mixed_assignment<Solo>() = own;
-    __syncthreads();
-    read_indices(cta, thread);
-    run_block<Solo>(all.solo, thread);
+    if constexpr (!general) {
+        using Solo = Block<SoloCta, Mixed, general, states>;
+        const MixedAssignment own = assignment;
+        *__syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks
+        * */
+        if (threadIdx.x == 0) mixed_assignment<Solo>() = own;
+        __syncthreads();
+        read_indices(cta, thread);
+        run_block<Solo>(all.solo, thread);
+    }
 }
 
 } // namespace fkda

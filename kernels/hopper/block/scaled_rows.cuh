@@ -12,8 +12,9 @@
  * (Stage::divisor). This last rule is needed because such a chunk checks v * divisor, and not v, against 16
  * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
- * These bounds are for keys that are normalised and for write strengths of at most 1. In a call without them a
- * general block chooses scales every 128 tokens whatever v is, because the state can then grow by more than v.
+ * These bounds are for keys that are normalised and for write strengths of at most 1. In a call without them
+ * a general block chooses scales every 128 tokens whatever v is, because the state can then grow by more than
+ * v.
  *
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.

@@ -223,8 +223,8 @@ __device__ __forceinline__ float write_strength(const fkda_fwd_args &args, Beta<
     return args.beta_kind == TWICE_SIGMOID ? 2.0f * b : b;
 }
 
-/* The bits of the largest |b| of the warp. Bits of numbers that are not negative compare as the numbers do, and
- * a NaN is larger than any number. */
+/* The bits of the largest |b| of the warp. Bits of numbers that are not negative compare as the numbers do,
+ * and a NaN is larger than any number. */
 template <class Block> __device__ __forceinline__ uint32_t largest_of_warp(float b)
 {
     return __reduce_max_sync(~0u, __float_as_uint(Block::GENERAL ? fabsf(b) : b));

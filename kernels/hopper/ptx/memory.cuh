@@ -25,6 +25,20 @@ __device__ __forceinline__ float load_shared(const float *from)
     return x;
 }
 
+/* Loads from global memory, and lets the 256 bytes around it come to L2. */
+__device__ __forceinline__ float load_ahead(const float *from)
+{
+    float x;
+    asm("ld.global.nc.L2::256B.f32 %0, [%1];" : "=f"(x) : "l"(from));
+    return x;
+}
+
+/* Lets `bytes` bytes come to L2; both are multiples of 16. */
+__device__ __forceinline__ void prefetch_to_l2(const void *from, int bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+}
+
 /* The 16 bits at an address in shared memory. */
 __device__ __forceinline__ uint32_t load_shared_16(uint32_t address)
 {

@@ -1,5 +1,5 @@
-/* Launches the kernels of kernels/hopper as a plan says: those of fwd.cu and segments.cu, or for calls with an
- * option that concerns arithmetic those of general_fwd.cu and general_segments.cu. */
+/* Launches the kernels of kernels/hopper as a plan says: those of fwd.cu and segments.cu, or for calls with
+ * an option that concerns arithmetic those of general_fwd.cu and general_segments.cu. */
 #include "launch.h"
 
 #include "../../errors.h"

@@ -9,8 +9,9 @@
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
  *   cut never            Every sequence stays whole.
- *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a sequence
- *                        is cut depends on its own length alone, and a shorter one is cut at the same places.
+ *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a
+ *                        sequence is cut depends on its own length alone, and a shorter one is cut at the
+ *                        same places.
  *   cut always           Segments are so long that all tokens of all heads give about one segment of one
  *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
  *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
