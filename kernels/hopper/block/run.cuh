@@ -136,8 +136,8 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     if constexpr (!general) {
         using Solo = Block<SoloCta, Mixed, general, states>;
         const MixedAssignment own = assignment;
-        *__syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks
-        * */
+        /* All threads have read the assignment when a solo CTA has chunks in its place. */
+        __syncthreads();
         if (threadIdx.x == 0) mixed_assignment<Solo>() = own;
         __syncthreads();
         read_indices(cta, thread);
