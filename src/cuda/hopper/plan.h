@@ -22,6 +22,13 @@
 #include "../../../kernels/hopper/fwd_shape.h"
 #include "../../problem.h"
 
+/* The options that only the general kernels know, and those that the kernels with "states" know too. */
+enum {
+    FKDA_HOPPER_GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
+                                   FKDA_BETA_KIND | FKDA_NORMALISED,
+    FKDA_HOPPER_STATES_FEATURES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
+};
+
 typedef enum fkda_hopper_strategy {
     FKDA_HOPPER_WHOLE,
     FKDA_HOPPER_PASSES,
