@@ -24,7 +24,11 @@ template <int rows> static __device__ void forward(const fkda_fwd_args &args)
     const int thread = threadIdx.x, first_row = blockIdx.x % ctas_per_head * rows;
     /* One thread reads cu_seqlens for all: if it changed meanwhile, threads with different numbers of chunks
      * would wait for each other for ever. */
-    if (thread == 0) shared.task = find_task(args, index / args.heads, index % args.heads, CHUNK);
+    if (thread == 0) {
+        const int sequence = index / args.heads;
+        shared.task = find_task(args, sequence, index % args.heads, CHUNK);
+        shared.addresses = find_addresses(args, shared.task, sequence);
+    }
     __syncthreads();
     const Task task = shared.task;
     if (thread < FKDA_PORTABLE_PREPARE_THREADS)

@@ -26,23 +26,20 @@ template <int rows> struct Preparation {
     Scratch &scratch;
     Stage &stage;
     int team, thread, warp, pair,
-        t;          /* thread: of the team; pair: the lane has tokens 2 pair and 2 pair + 1 */
-    int channel;    /* the first of eight */
-    float bound;    /* of the gate */
-    long long base; /* this lane's first channel at the task's first token, in elements of the tensor */
-    int step;       /* elements from a token to the next one */
+        t;       /* thread: of the team; pair: the lane has tokens 2 pair and 2 pair + 1 */
+    int channel; /* the first of eight */
+    float bound; /* of the gate */
 
     __device__ Preparation(const fkda_fwd_args &a, const Task &k, Shared &s, int id)
         : args(a), task(k), shared(s), scratch(s.scratch[id / TEAM_THREADS]),
           stage(s.stage[id / TEAM_THREADS]), team(id / TEAM_THREADS), thread(id % TEAM_THREADS),
           warp(thread / 32), pair(thread % 32 / 4), t(thread % 4), channel(32 * warp + 8 * t),
-          bound(sigmoid_gate_bound(a.lower_bound)), base((k.begin * a.heads + k.head) * DIM + channel),
-          step(a.heads * DIM)
+          bound(sigmoid_gate_bound(a.lower_bound))
     {
-        const float slope = sigmoid_gate_slope(a.A_log[k.head]);
+        const float slope = sigmoid_gate_slope(a.A_log ? a.A_log[k.head] : 0.0f);
+        const float dt_bias = a.dt_bias ? a.dt_bias[k.head * DIM + channel + pair] : 0.0f;
         if (thread % 32 == 0) scratch.gate_slope[warp] = slope;
-        scratch.gate_offset[channel + pair] =
-            sigmoid_gate_offset(a.dt_bias[k.head * DIM + channel + pair], slope);
+        scratch.gate_offset[channel + pair] = sigmoid_gate_offset(dt_bias, slope);
         __syncwarp(); /* a warp reads only what its own lanes have written */
     }
 
@@ -54,27 +51,38 @@ template <int rows> struct Preparation {
 
     /* ---- Loading ---- */
 
-    /* Where this lane's channels of a token are, in elements of the tensor. */
-    __device__ long long at(int token) const
+    /* This lane's first channel of a token of q, k, v or g, in a tensor whose elements have that many bytes.
+     * `tensor` is from Addresses. Strides between tokens have 31 bits, which flash_kda_fwd() checks. */
+    __device__ const char *at(const char *tensor, const fkda_token_strides &strides, int token,
+                              int element_bytes = 2) const
     {
-        return base + static_cast<long long>(token) * step;
+        const int step = static_cast<int>(strides.token);
+        return tensor + (static_cast<long long>(token) * step + channel) * element_bytes;
     }
 
     /* Loads this lane's two tokens of q, k or g; zeros past the end of the sequence. */
-    __device__ void load(Eight (&x)[2], const void *tensor, int chunk) const
+    __device__ void load(Eight (&x)[2], const char *tensor, const fkda_token_strides &strides,
+                         int chunk) const
     {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int token = chunk * CHUNK + 2 * pair + e;
-            x[e] = token < task.length ? load_eight(tensor, at(token)) : Eight{};
+            x[e] = token < task.length ? load_eight(at(tensor, strides, token), 0) : Eight{};
         }
+    }
+
+    __device__ void load_inputs(Eight (&q)[2], Eight (&k)[2], Eight (&g)[2], int chunk) const
+    {
+        load(g, shared.addresses.g, args.g_strides, chunk);
+        load(q, shared.addresses.q, args.q_strides, chunk);
+        load(k, shared.addresses.k, args.k_strides, chunk);
     }
 
     /* Starts the copies of a chunk's values. A group of copies is committed even if there is no such chunk,
      * so that copy_async_wait counts chunks. */
     __device__ void load_values(int chunk) const
     {
-        const uint16_t *from = static_cast<const uint16_t *>(args.v);
+        const char *from = shared.addresses.v;
         if (chunk < task.chunks) {
             __nv_bfloat16(&to)[CHUNK][DIM] = shared.v[slot<V_STAGES>(chunk)];
             const int column = value_column(2 * pair, channel);
@@ -83,7 +91,8 @@ template <int rows> struct Preparation {
                 int token = chunk * CHUNK + 2 * pair + e;
                 bool valid = token < task.length;
                 /* value_column(2 * pair + 1, channel) is column ^ 8 */
-                copy_async_16(&to[2 * pair + e][column ^ 8 * e], valid ? from + at(token) : from, valid);
+                copy_async_16(&to[2 * pair + e][column ^ 8 * e],
+                              valid ? at(from, args.v_strides, token) : from, valid);
             }
         }
         copy_async_commit();
@@ -96,9 +105,8 @@ template <int rows> struct Preparation {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int token = chunk * CHUNK + thread / CHUNK + 8 * e;
-            const uint16_t *beta =
-                static_cast<const uint16_t *>(args.beta) + task.begin * args.heads + task.head;
-            logit[e] = token < task.length ? __ldg(beta + static_cast<long long>(token) * args.heads) : 0;
+            const uint16_t *beta = reinterpret_cast<const uint16_t *>(shared.addresses.beta);
+            logit[e] = token < task.length ? __ldg(beta + token * args.beta_strides.token) : 0;
         }
     }
 
@@ -309,9 +317,7 @@ template <int rows> struct Preparation {
         if (thread % 32 == 0) scratch.first_bad[warp] = NO_TOKEN;
         __syncwarp();
         load_values(team);
-        load(g, args.g, team);
-        load(q, args.q, team);
-        load(k, args.k, team);
+        load_inputs(q, k, g, team);
         for (int chunk = team; chunk < task.chunks; chunk += STAGES) {
             const int next = chunk + STAGES; /* loaded as soon as registers of this chunk are free */
             float sum[2][8];
@@ -326,9 +332,7 @@ template <int rows> struct Preparation {
             load_beta(beta, chunk);
             if (__builtin_expect(store_gamma(sum), 0)) {
                 const int here = __shfl_sync(~0u, chunk, 0); /* so that no address is kept for this */
-                load(g, args.g, here);
-                load(q, args.q, here);
-                load(k, args.k, here);
+                load_inputs(q, k, g, here);
                 find_all_norms(q, k, q_factor, k_factor);
                 accumulate_gates(g, here, sum, true);
                 decay(q, k, q_factor, k_factor, sum);
@@ -336,9 +340,7 @@ template <int rows> struct Preparation {
             }
             note_bad_beta(beta);
             load_values(next);
-            load(g, args.g, next);
-            load(q, args.q, next);
-            load(k, args.k, next);
+            load_inputs(q, k, g, next);
             sync();
             add_products(stage, scratch, task, beta, chunk, thread);
             const bool any_bad = first_bad_token(scratch) != NO_TOKEN;

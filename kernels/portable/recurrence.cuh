@@ -30,44 +30,39 @@ template <int rows> struct Recurrence {
     const Task &task;
     Shared &shared;
     int lane, g, t;
-    int first_row;       /* of V, of this warp */
-    long long out_begin; /* where this lane's rows of the first token's output are, in elements */
+    int first_row; /* of V, of this warp */
     /* state[j][h]: rows g, g, g + 8, g + 8 and channels 16 j + 4 t + 2 h, + 1, + 0, + 1 */
     float state[DIM / 16][2][4];
 
     __device__ Recurrence(const fkda_fwd_args &a, const Task &k, Shared &s, int thread, int row)
         : args(a), task(k), shared(s), lane(thread % 32), g(lane / 4), t(lane % 4),
-          first_row(row + thread / 32 * FKDA_PORTABLE_ROWS_PER_WARP),
-          out_begin((k.begin * a.heads + k.head) * DIM + first_row + 2 * t)
+          first_row(row + thread / 32 * FKDA_PORTABLE_ROWS_PER_WARP)
     {
     }
 
     /* ---- The state from and to memory ---- */
 
-    /* Where this lane's part of the head's state begins, in elements. The indices are read again here, so
-     * that the address does not occupy registers from the first chunk to the last one. */
-    __device__ long long state_begin() const
+    /* Where this lane's part of a head's state begins, in elements of the state. */
+    __device__ int state_begin() const
     {
-        int cta, id;
-        read_indices(cta, id);
-        int row = cta % (DIM / rows) * rows + (id - FKDA_PORTABLE_PREPARE_THREADS) / 32 * 16 + id % 32 / 4;
-        return static_cast<long long>(cta / (DIM / rows)) * (DIM * DIM) + (row * DIM + id % 4 * 4);
+        return (first_row + g) * DIM + 4 * t;
     }
 
     __device__ void load_state()
     {
-        const long long begin = state_begin();
+        const bool is_there = shared.addresses.initial_state != NO_SLOT;
+        const long long begin = shared.addresses.initial_state + state_begin();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float4 x = make_float4(0, 0, 0, 0);
-                if (args.initial_state.data && args.state_is_bf16) {
+                if (is_there && args.state_is_bf16) {
                     uint2 b = *reinterpret_cast<const uint2 *>(
                         static_cast<const uint16_t *>(args.initial_state.data) + begin + 8 * r * DIM +
                         16 * j);
                     x = make_float4(bf16_low(b.x), bf16_high(b.x), bf16_low(b.y), bf16_high(b.y));
-                } else if (args.initial_state.data) {
+                } else if (is_there) {
                     x = *reinterpret_cast<const float4 *>(
                         static_cast<const float *>(args.initial_state.data) + begin + 8 * r * DIM + 16 * j);
                 }
@@ -78,7 +73,7 @@ template <int rows> struct Recurrence {
 
     __device__ void store_state() const
     {
-        const long long begin = state_begin();
+        const long long begin = shared.addresses.final_state + state_begin();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++)
 #pragma unroll
@@ -181,8 +176,9 @@ template <int rows> struct Recurrence {
             uint32_t high = transpose_matrix(pack_bf16(o[i][2] * args.scale, o[i][3] * args.scale));
             int token = chunk * CHUNK + 8 * i + g;
             if (token >= task.length) continue;
-            long long at = out_begin + static_cast<long long>(token) * (args.heads * DIM);
-            uint32_t *to = reinterpret_cast<uint32_t *>(static_cast<uint16_t *>(args.out) + at);
+            const int step = static_cast<int>(args.out_strides.token);
+            char *row = shared.addresses.out + static_cast<long long>(token) * step * 2;
+            uint32_t *to = reinterpret_cast<uint32_t *>(row) + first_row / 2 + t;
             to[0] = low;
             to[4] = high;
         }
@@ -221,7 +217,7 @@ template <int rows> struct Recurrence {
             if (chunk + STAGES < task.chunks) barrier_arrive<EMPTY, STAGE_THREADS<rows>>(slot<STAGES>(chunk));
             store_output(chunk, o);
         }
-        if (args.final_state.data) store_state();
+        if (shared.addresses.final_state != NO_SLOT) store_state();
     }
 };
 

@@ -16,6 +16,7 @@
 #include "../common/elements.cuh"
 #include "../common/gate.cuh"
 #include "../common/task.cuh"
+#include "addresses.cuh"
 #include "fwd_shape.h"
 
 namespace fkda
@@ -85,6 +86,7 @@ struct Shared {
     Scratch scratch[STAGES];
     __nv_bfloat16 v[V_STAGES][CHUNK][DIM];
     __align__(16) Task task; /* of the CTA */
+    Addresses addresses;
 };
 static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in step");
 
