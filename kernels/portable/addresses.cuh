@@ -1,7 +1,7 @@
 /*
- * Where a head of a sequence is in the tensors of a call. One thread of a CTA finds this before the roles begin,
- * and the roles read it from shared memory where they need it, so that no address occupies registers from the
- * first chunk to the last one.
+ * Where a head of a sequence is in the tensors of a call. One thread of a CTA finds this before the roles
+ * begin, and the roles read it from shared memory where they need it, so that no address occupies registers
+ * from the first chunk to the last one.
  */
 #ifndef FKDA_PORTABLE_ADDRESSES_CUH
 #define FKDA_PORTABLE_ADDRESSES_CUH

@@ -13,6 +13,7 @@
 #ifndef FKDA_PORTABLE_SHARED_CUH
 #define FKDA_PORTABLE_SHARED_CUH
 
+#include "../../include/flash_kda.h"
 #include "../common/elements.cuh"
 #include "../common/gate.cuh"
 #include "../common/task.cuh"
@@ -50,6 +51,7 @@ struct Stage {
     float solve[CHUNK][CHUNK + 8];
     float attend[CHUNK][CHUNK + 8];
     float gamma_minus_1[DIM];
+    int is_checkpoint; /* the state after the chunk is one */
 };
 
 /* The scratch of a team. */
@@ -61,6 +63,7 @@ struct Scratch {
     float gate_slope[TEAM_WARPS]; /* each warp has its own */
     int first_bad[TEAM_WARPS];    /* the first bad token (bad_tokens.cuh) that each warp knows of */
     float gate_offset[DIM];
+    int checkpoint; /* the next one after the team's last chunk, in tokens, or NO_CHECKPOINT */
 };
 
 /* The column of four channels of a row in minus_k_decayed and q_decayed. */
