@@ -8,7 +8,11 @@
 #include "kernel.h"
 
 /* What each kernel knows beyond the plainest call. */
-enum { FKDA_CPU_FEATURES = FKDA_ALL_FEATURES, FKDA_PORTABLE_FEATURES = 0, FKDA_HOPPER_FEATURES = 0 };
+enum {
+    FKDA_CPU_FEATURES = FKDA_ALL_FEATURES,
+    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES,
+    FKDA_HOPPER_FEATURES = 0,
+};
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
     {                                                                                                        \
