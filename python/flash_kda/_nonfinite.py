@@ -21,13 +21,18 @@ CHECKED_ARRAYS = (
 _DIM = 128
 
 
-def describe(nonfinite: Any, q: Any, cu_seqlens: Any) -> list[str]:
+def describe(
+    nonfinite: Any, q: Any, cu_seqlens: Any, v: Any, initial_state: Any, final_state: Any
+) -> list[str]:
     shape = tuple(nonfinite.shape)
     if shape != (len(CHECKED_ARRAYS), 2):
         raise ValueError(
             f"nonfinite has shape {list(shape)}; it must be [tensors, 2] = [{len(CHECKED_ARRAYS)}, 2]"
         )
-    shapes = _shapes(tuple(q.shape), cu_seqlens)
+    shapes = _shapes(tuple(q.shape), cu_seqlens, v)
+    for name, state in (("initial_state", initial_state), ("final_state", final_state)):
+        if state is not None:
+            shapes[name] = tuple(state.shape)
     sentences = []
     for name, (count, first) in zip(CHECKED_ARRAYS, nonfinite.tolist()):
         values = math.prod(shapes[name])
@@ -45,13 +50,14 @@ def describe(nonfinite: Any, q: Any, cu_seqlens: Any) -> list[str]:
     return sentences
 
 
-def _shapes(q: tuple[int, ...], cu_seqlens: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(q: tuple[int, ...], cu_seqlens: Any, v: Any) -> dict[str, tuple[int, ...]]:
     if len(q) != 4:
         raise ValueError(f"q has {len(q)} dimensions; it must have 4: [B, T, H, K]")
     B, T, H, _ = q
-    states = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1, H, _DIM, _DIM)
-    rows = dict.fromkeys(("q", "k", "v", "g", "out"), q)
-    others = {"beta": (B, T, H), "A_log": (H,), "dt_bias": (H, _DIM)}
+    HV = H if v is None else v.shape[2]
+    states = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1, HV, _DIM, _DIM)
+    rows = {"q": q, "k": q, **dict.fromkeys(("v", "g", "out"), (B, T, HV, _DIM))}
+    others = {"beta": (B, T, HV), "A_log": (HV,), "dt_bias": (HV, _DIM)}
     return {**rows, **others, "initial_state": states, "final_state": states}
 
 

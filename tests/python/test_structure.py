@@ -19,8 +19,9 @@ LEVELS = [
     {"_lib", "_later", "_nonfinite"},
     {"_options", "_interruptible", "_installed"},
     {"_call", "_layout"},
-    {"_arrays", "_fla"},
-    {"_torch", "_reference"},
+    {"_arrays"},
+    {"_torch", "_functional", "_shapes"},
+    {"_reference", "_chunk_kda", "_fla"},
     {"__init__", "__main__"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
@@ -80,6 +81,9 @@ LOOK = (
     "_layout.for_c",
     "_layout.readable",
     "_layout.taken_as",
+    "_layout._fits",
+    "_layout._is_copied",
+    "_layout._strides_fit",
     "_layout._has_own_elements",
 )
 
@@ -106,13 +110,28 @@ def test_options_are_parameters_of_fwd():
     parameters = inspect.signature(flash_kda.fwd).parameters.values()
     arrays = _options.OPTIONAL_ARRAYS
     keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in arrays]
-    assert keywords == [(f.name, f.default) for f in fields(_options.Options) if f.name != "given"]
+    assert keywords == [
+        (f.name, f.default) for f in fields(_options.Options) if f.name not in ("given", "has_lower_bound")
+    ]
 
 
 def test_equal_options_are_one_object():
-    given = (True, False, True, False)
+    given = _options.bits_of("A_log", "dt_bias", "initial_state", "cu_seqlens")
     options = _options.known_options(given, "cpu", 2, True, 5000, "never")
     assert options is _options.known_options(given, "cpu", 2, True, int("5000"), "never")
     assert options is not _options.known_options(given, "cpu", 2, True, 5001, "never")
-    assert options.names == (*_options.REQUIRED_ARRAYS, "initial_state", "cu_seqlens")
+    every = [f.default for f in fields(_options.Options)][6:]
+    assert options is _options.known_options(given, "cpu", 2, True, 5000, "never", *every)
+    assert _options.defaults_for[given] is _options.known_options(given)
+    assert options.names == (*_options.REQUIRED_ARRAYS, "A_log", "dt_bias", "initial_state", "cu_seqlens")
     assert [options.names[i] for i in options.written] == ["out"]
+
+
+def test_the_operator_keeps_the_positions_of_its_arguments():
+    """Exported programs hold positions."""
+    first = ("initial_state", "final_state", "cu_seqlens", "nonfinite")
+    first += ("kernel", "threads", "batch_invariant", "max_seqlen", "cut")
+    assert _options.OPERATOR_ARGUMENTS[: len(first)] == first
+    assert sorted((*_options.OPERATOR_ARGUMENTS, "A_log", "dt_bias")) == sorted(
+        (*_options.OPTIONAL_ARRAYS, *_options.OPTION_NAMES)
+    )
