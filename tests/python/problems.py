@@ -86,7 +86,10 @@ def to_torch(arguments, device):
             return torch.from_numpy(x.view(np.uint16).copy()).view(torch.bfloat16).to(device)
         return torch.from_numpy(x.copy()).to(device)
 
-    return {name: convert(x) for name, x in arguments.items()}
+    tensors = {name: convert(x) for name, x in arguments.items()}
+    if arguments.get("workspace") is not None:  # which PyTorch's allocator aligns
+        tensors["workspace"] = torch.empty(arguments["workspace"].shape, dtype=torch.uint8, device=device)
+    return tensors
 
 
 def to_numpy(arguments):
@@ -203,6 +206,7 @@ def add_checkpoints(a, kind, lengths, dtype, integers, rng):
     else:
         columns = 1 if kind == "offsets" else 3
         offsets = np.array([[16 * rng.integers(-1, length // 16 + 1) for _ in range(columns)] for length in lengths])
+        offsets[0, 0] = lengths[0] // 16 * 16
         a["checkpoint_offsets"] = (offsets[:, 0] if columns == 1 else offsets).astype(integers)
         count = N * columns + 2
         if kind == "indices":
