@@ -504,17 +504,17 @@ def get_workspace_size(
         largest_batch: True: the workspace is for batches of at most T_total tokens and at most N sequences. A
             smaller batch can need more than the largest one, since the host then cuts sequences in another
             way. So the size is the largest over many batches, with a quarter on top for those between them.
-        options: what else the call asks for: cut, first_slot and the last arguments of `explain`. cut is
-            "auto" by default: its other values, which are meant for tests and benchmarks, may need more.
+        options: what else the call asks for: threads, cut and the last arguments of `explain`. Without them
+            the size is enough for calls with pools, checkpoints and any gate, too. cut is "auto" by default:
+            its other values, which are meant for tests and benchmarks, may need more.
 
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range.
     """
-    if "threads" in options and not options["threads"]:
-        del options["threads"]
-    shape = _shapes.Shape(T_total, H, N, HV, kernel=kernel, max_seqlen=max_seqlen or 0, **options)
-    return _shapes.workspace_size(shape, device, batch_invariant, max_seqlen, largest_batch)
+    return _shapes.workspace_size(
+        (T_total, H, N, HV), device, batch_invariant, max_seqlen, largest_batch, {"kernel": kernel, **options}
+    )
 
 
 def explain(

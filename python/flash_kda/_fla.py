@@ -37,7 +37,7 @@ def _why_not_kernel(device: tuple[int, int], HV: int, options: tuple[tuple[str, 
     """Why no kernel of the device computes with these options, or ""."""
     shape = _shapes.Shape(64, 1, 1, HV, **dict(options))
     try:
-        _lib.workspace_size(shape.params(_lib.Device(*device), 1, 64, 1))
+        _lib.workspace_size(shape.params(_lib.Device(*device)))
     except (RuntimeError, ValueError) as error:
         return str(error)
     return ""

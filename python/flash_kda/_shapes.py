@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -44,26 +43,25 @@ class Shape:
         ).checked()
         self.lower_bound = 0.0 if lower_bound is None else lower_bound
 
-    def params(self, device: _lib.Device, rows: int, T_total: int, N: int) -> _lib.FwdParams:
-        """The struct of a call with that many tokens and sequences, without the memory of its arrays. rows:
-        1, with cu_seqlens, or N, without."""
-        T = T_total // rows
+    def params(self, device: _lib.Device) -> _lib.FwdParams:
+        """The struct of a call of that shape, without the memory of its arrays."""
         params = _lib.new_params()
         params.device = device
         self.options.apply_to(params)
         f32, bf16 = _lib.F32, _lib.BF16
         gate = f32 if self.fp32_gate else bf16
+        T, N = self.T_total, self.N
         shapes = {
-            "q": (bf16, (rows, T, self.H, 128)),
-            "k": (bf16, (rows, T, self.H, 128)),
-            "v": (bf16, (rows, T, self.HV, 128)),
-            "g": (gate, (rows, T, self.HV, 128)),
-            "beta": (gate, (rows, T, self.HV)),
-            "out": (bf16, (rows, T, self.HV, 128)),
+            "q": (bf16, (1, T, self.H, 128)),
+            "k": (bf16, (1, T, self.H, 128)),
+            "v": (bf16, (1, T, self.HV, 128)),
+            "g": (gate, (1, T, self.HV, 128)),
+            "beta": (gate, (1, T, self.HV)),
+            "out": (bf16, (1, T, self.HV, 128)),
         }
         if self.options.given & BIT["A_log"]:
             shapes |= {"A_log": (f32, (self.HV,)), "dt_bias": (f32, (self.HV, 128))}
-        if rows == 1:
+        if N > 1:  # one sequence needs none
             shapes["cu_seqlens"] = (_lib.I64, (N + 1,))
         if self.with_state_indices:
             shapes["state_indices"] = (_lib.I64, (N,))
@@ -75,6 +73,19 @@ class Shape:
             _lib.set_shape(getattr(params, name), dtype, shape)
         params.lower_bound = self.lower_bound
         return params
+
+
+_ROWS = ("q", "k", "v", "g", "beta", "out")
+
+
+def _resize(params: _lib.FwdParams, T_total: int, N: int, rows: int) -> None:
+    """Gives the struct of a call other sizes. rows: 1, with cu_seqlens, or N, without."""
+    for name in _ROWS:
+        tensor = getattr(params, name)
+        tensor.shape[0], tensor.shape[1] = rows, T_total // rows
+    params.cu_seqlens.ndim = rows == 1
+    params.cu_seqlens.dtype, params.cu_seqlens.shape[0] = _lib.I64, N + 1
+    params.state_indices.shape[0] = params.checkpoint_offsets.shape[0] = N
 
 
 def _checked(name: str, value: Any, least: int) -> int:
@@ -104,15 +115,12 @@ def _device_of(device: Any) -> _lib.DeviceInfo:
 
 
 def explain(device: Any, shape: Shape) -> str:
-    params = shape.params(_device_of(device).device, 1, shape.T_total, shape.N)
-    if shape.N == 1:
-        params.cu_seqlens.ndim = 0  # one sequence needs none
-    return _lib.explain(params)
+    return _lib.explain(shape.params(_device_of(device).device))
 
 
 # Ratio of neighbouring sizes among those that _batches_up_to tries, and what is added to the largest workspace
 # that they need, in percent, for the sizes between them.
-_STEP_OF_TOKENS, _STEP_OF_SEQUENCES, _PERCENT_BETWEEN = 1.04, 1.5, 25
+_STEP_OF_TOKENS, _STEP_OF_SEQUENCES, _PERCENT_BETWEEN = 1.08, 2, 25
 _FEWEST_TOKENS = 128  # fewer are never cut into segments, on any device
 
 
@@ -129,32 +137,61 @@ def _batches_up_to(T_total: int, N: int) -> Iterator[tuple[int, int]]:
     return itertools.product(tokens, [*_geometric(N, 2, _STEP_OF_SEQUENCES), 1])
 
 
+# What a call may ask for that can change its workspace: each of these rows, where the caller does not say it.
+_MAY_ASK: tuple[dict[str, Any], ...] = (
+    {},
+    {"with_state_indices": True, "checkpoints": 1, "lower_bound": None, "fp32_gate": True},
+    {"with_state_indices": True, "checkpoints": 1, "use_gate_in_kernel": False, "fp32_gate": True},
+)
+
+
 def workspace_size(
+    sizes: tuple[Any, ...],
+    device: Any,
+    batch_invariant: bool | None,
+    max_seqlen: int | None,
+    largest_batch: bool,
+    asked: dict[str, Any],
+) -> int:
+    """sizes: T_total, H, N and HV. asked: the options that the caller names."""
+    most = 0
+    for may in _MAY_ASK:
+        options = {**may, **asked}
+        if options.get("checkpoint_every") is not None:
+            options["checkpoints"] = 0
+        shape = Shape(*sizes, max_seqlen=max_seqlen or 0, batch_invariant=bool(batch_invariant), **options)
+        most = max(most, _largest(shape, device, batch_invariant, max_seqlen, largest_batch))
+    return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
+
+
+def _largest(
     shape: Shape, device: Any, batch_invariant: bool | None, max_seqlen: int | None, largest_batch: bool
 ) -> int:
+    """The largest workspace of calls of a shape, or of smaller batches too."""
+    most = 0
+    batches = [(shape.T_total, shape.N)]
+    if largest_batch:
+        batches = [*_batches_up_to(shape.T_total, shape.N)]
+    invariance = (False, True) if batch_invariant is None else (batch_invariant,)
     infos = _lib.device_infos() if device is None else [_device_of(device)]
-    kernels = [
-        (info.device, kernel)
-        for info in infos
-        for kernel in _lib.kernel_infos()
-        if info.kernel
-        and kernel.device_type == info.device.type
-        and shape.options.kernel in (None, kernel.name.decode())
-    ]
-    batches = _batches_up_to(shape.T_total, shape.N) if largest_batch else [(shape.T_total, shape.N)]
-    sizes = [0]
-    for T_total, N in batches:
-        longest = {0, T_total} if max_seqlen is None else {max_seqlen}
-        if largest_batch:
-            average = -(-T_total // N)
-            longest = {min(length, T_total) for length in (*longest, average, 8 * average)}
-        rows = {1, N} if T_total % N == 0 else {1}
-        invariance = (False, True) if batch_invariant is None else (batch_invariant,)
-        for (where, kernel), row, length, invariant in itertools.product(kernels, rows, longest, invariance):
-            params = shape.params(where, row, T_total=T_total, N=N)
-            params.kernel, params.batch_invariant = kernel.name, invariant
-            params.max_seqlen = length if row == 1 else 0  # which changes nothing without cu_seqlens
-            with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
-                sizes.append(_lib.workspace_size(params))
-    most = max(sizes)
-    return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
+    for info, kernel in itertools.product(infos, _lib.kernel_infos()):
+        is_named = shape.options.kernel in (None, kernel.name.decode())
+        if not info.kernel or kernel.device_type != info.device.type or not is_named:
+            continue
+        params = shape.params(info.device)
+        params.kernel = kernel.name
+        for T_total, N in batches:
+            longest = {0, T_total} if max_seqlen is None else {max_seqlen}
+            if largest_batch:
+                average = -(-T_total // N)
+                longest = {min(length, T_total) for length in (*longest, average, 8 * average)}
+            rows = {1, N} if T_total % N == 0 else {1}
+            for row, length, invariant in itertools.product(rows, longest, invariance):
+                _resize(params, T_total, N, row)
+                params.batch_invariant = invariant
+                params.max_seqlen = length if row == 1 else 0  # which changes nothing without cu_seqlens
+                try:
+                    most = max(most, _lib.workspace_size(params))
+                except RuntimeError:  # this kernel cannot run on this device, or not with these options
+                    break
+    return most

@@ -23,16 +23,7 @@ def test_workspace(library, mode, options):
     if library == "torch":
         pytest.importorskip("torch")
     a = make_any(**options, seed=1)
-    size = flash_kda.get_workspace_size(
-        109,
-        1,
-        4,
-        HV=2,
-        device="cpu",
-        lower_bound=a["lower_bound"],
-        with_state_indices="pool" in options,
-        checkpoints=3 if "checkpoints" in options else 0,
-    )
+    size = flash_kda.get_workspace_size(109, 1, 4, HV=2, device="cpu")
     assert size > 0
     plain = run_any(a)
     a["workspace"] = aligned(size)
@@ -93,7 +84,9 @@ def test_it_may_be_larger_and_of_any_shape():
 )
 def test_wrong_workspace(library, workspace, exception, sentence):
     a = make_any(seed=5)
-    size = flash_kda.get_workspace_size(109, 1, 4, HV=2, device="cpu")
+    size = flash_kda.get_workspace_size(
+        109, 1, 4, HV=2, device="cpu", kernel="cpu", lower_bound=-5.0, checkpoints=0, use_gate_in_kernel=True
+    )
     a["workspace"] = workspace(size)
     before = copied(a)
     given = a
