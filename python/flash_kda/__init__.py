@@ -131,8 +131,8 @@ def fwd(
 
     (Kimi Linear, arXiv:2510.26692, with the gate bounded from below: the "safe gate" of
     flash-linear-attention. Options below choose other gates and betas.) B batch rows, T tokens a row, H heads
-    of q and k, HV heads of v, N sequences, K = V = 128 channels. HV is a multiple of H: value head j uses head
-    j // (HV // H) of q and k.
+    of q and k, HV heads of v, N sequences, K = V = 128 channels. HV is a multiple of H: value head j uses
+    head j // (HV // H) of q and k.
 
     Args:
         q, k: bf16 [B, T, H, K], query and key, before their L2 norm.
@@ -181,9 +181,9 @@ def fwd(
             call in flight needs a workspace of its own; calls that follow each other on a stream may share
             one.
         state_indices: int32 or int64 [N] on the device, or None. initial_state and final_state are then pools
-            of slots: sequence n starts from slot state_indices[n] and ends in that slot. If two sequences have
-            one slot and one of them writes it, the results of both are unspecified. An index beyond the pool
-            is refused on the CPU; on a GPU the sequence starts from zeros and its state is not written.
+            of slots: sequence n starts from slot state_indices[n] and ends in that slot. If two sequences
+            have one slot and one of them writes it, the results of both are unspecified. An index beyond the
+            pool is refused on the CPU; on a GPU the sequence starts from zeros and its state is not written.
         first_slot: an index below it means that the sequence starts from zeros and writes no final state.
         has_initial_state: bool [N] on the device, or None. Where it is False, the sequence starts from zeros;
             its final state is written all the same.
@@ -191,13 +191,13 @@ def fwd(
             sequences; checkpoint_offsets or checkpoint_every says which. Rows without a checkpoint stay as
             they are. With batch_invariant a checkpoint has the bits of the final state of a sequence that
             ends there.
-        checkpoint_offsets: int32 or int64 [N] or [N, C] on the device: after how many tokens of sequence n its
-            state is wanted. Offsets are multiples of 16, at most the sequence's length, and need no order; 0
-            and less ask for none. A wrong one is refused on the CPU and left out on a GPU.
+        checkpoint_offsets: int32 or int64 [N] or [N, C] on the device: after how many tokens of sequence n
+            its state is wanted. Offsets are multiples of 16, at most the sequence's length, and need no
+            order; 0 and less ask for none. A wrong one is refused on the CPU and left out on a GPU.
         checkpoint_indices: the same shape, int32 or int64, or None: the row for each of these states. None:
             row n C + c. A row beyond the rows is refused on the CPU and left out on a GPU.
-        checkpoint_every: instead of checkpoint_offsets, a multiple e of 16: states after e, 2 e, ... tokens of
-            each sequence are wanted.
+        checkpoint_every: instead of checkpoint_offsets, a multiple e of 16: states after e, 2 e, ... tokens
+            of each sequence are wanted.
         checkpoint_starts: int32 or int64 [N] on the device, or None: the row of the first of these states of
             sequence n, which the others follow. None: the rows of all sequences follow each other.
         use_gate_in_kernel: False: g is the log decay g_t itself, at most 0, and A_log and dt_bias are None.
@@ -207,13 +207,14 @@ def fwd(
         allow_neg_eigval: True: b_t = 2 sigmoid(beta), in (0, 2). Not with use_beta_sigmoid_in_kernel=False.
         state_v_first: False: all states are [.., K, V], checkpoints and pools too.
 
-    All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and heads;
-    their last dimension is contiguous. beta may have any strides. A state is contiguous, with any stride
-    between states. All other arrays are contiguous. On a GPU the strides of q, k, v, g, out and states are
-    multiples of 16 bytes. q, k, v, g, out, dt_bias and states are aligned to 16 bytes, the workspace to 64,
-    and all others to an element. What is written shares no elements with anything else, except final_state
-    with initial_state, and is no array of a library whose arrays are immutable, as JAX's are (see `compute`).
-    T may be 0, and so may a sequence's length. Integers may be of any type that has `__index__`.
+    All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and
+    heads; their last dimension is contiguous. beta may have any strides. A state is contiguous, with any
+    stride between states. All other arrays are contiguous. On a GPU the strides of q, k, v, g, out and
+    states are multiples of 16 bytes. q, k, v, g, out, dt_bias and states are aligned to 16 bytes, the
+    workspace to 64, and all others to an element. What is written shares no elements with anything else,
+    except final_state with initial_state, and is no array of a library whose arrays are immutable, as JAX's
+    are (see `compute`). T may be 0, and so may a sequence's length. Integers may be of any type that has
+    `__index__`.
 
     PyTorch tensors may also be as layers hold them. The call then makes the tensor that it needs, which takes
     time and memory in every call:
@@ -371,17 +372,18 @@ def compute(
     Args:
         output_final_state: whether the final state is wanted, too.
         options: `kernel`, `state_indices` and all other arguments that `fwd` takes by keyword alone. With
-            checkpoint_offsets or checkpoint_every the call makes checkpoint_states if it is not given, in fp32
-            and with zeros where there is no checkpoint. `checkpoint_rows` says how many rows it has; without
-            checkpoint_indices and checkpoint_starts, which may name any row, the call knows it by itself.
+            checkpoint_offsets or checkpoint_every the call makes checkpoint_states if it is not given, in
+            fp32 and with zeros where there is no checkpoint. `checkpoint_rows` says how many rows it has;
+            without checkpoint_indices and checkpoint_starts, which may name any row, the call knows it by
+            itself.
     The other arguments are as for `fwd`.
 
     Returns:
-        out [B, T, HV, V] in bf16, and the final state [N, HV, V, K] or None. With state_indices the final state
-        is a changed copy of the pool initial_state. If checkpoints are asked for, checkpoint_states comes
-        third. The state has the dtype of initial_state, or fp32 without one. All are of v's library and on
-        v's device: PyTorch tensors, NumPy arrays, JAX arrays, or arrays of a library that follows the Python
-        array API standard.
+        out [B, T, HV, V] in bf16, and the final state [N, HV, V, K] or None. With state_indices the final
+        state is a changed copy of the pool initial_state. If checkpoints are asked for, checkpoint_states
+        comes third. The state has the dtype of initial_state, or fp32 without one. All are of v's library
+        and on v's device: PyTorch tensors, NumPy arrays, JAX arrays, or arrays of a library that follows the
+        Python array API standard.
 
     Inside of `jax.jit`, `jax.grad` and `jax.vmap` arrays are tracers, which have no memory and are refused.
     Under `jax.jit` the call can go through `jax.pure_callback`, which copies arrays to the CPU and back.
@@ -441,20 +443,21 @@ def chunk_kda(
         output_final_state: whether the final state is wanted.
         allow_neg_eigval: with use_beta_sigmoid_in_kernel, 2 sigmoid(beta).
         safe_gate: with use_gate_in_kernel, lower_bound must be in [-5, 0). The flag changes no result.
-        lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)), or
-            with None -exp(A_log) * softplus(g + dt_bias).
+        lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
+            or with None -exp(A_log) * softplus(g + dt_bias).
         disable_recompute: of the backward pass; changes nothing.
         return_intermediate_states: whether the state before each chunk is wanted, too; in
             torch.inference_mode() alone.
         state_v_first: states are [.., V, K] instead of [.., K, V].
         cu_seqlens: int64 or int32 [N + 1], where sequences begin, with B = 1.
-        cu_seqlens_cpu: the same in CPU memory. The longest sequence is then known, as with max_seqlen of `fwd`.
+        cu_seqlens_cpu: the same in CPU memory. The longest sequence is then known, as with max_seqlen of
+            `fwd`.
         cp_context: must be None.
         use_graph, max_num_seqs: for CUDA graphs whose sequences change between replays. Calls can always be
             captured, so the flag only makes the intermediate states have the most rows that there can be.
-        kwargs: A_log (HV elements, or None with a lower_bound), dt_bias (HV * K elements, or None), chunk_size
-            (tokens between intermediate states: 64, or 32), transpose_state_layout (an older name of
-            state_v_first).
+        kwargs: A_log (HV elements, or None with a lower_bound), dt_bias (HV * K elements, or None),
+            chunk_size (tokens between intermediate states: 64, or 32), transpose_state_layout (an older name
+            of state_v_first).
 
     Returns:
         (out, final_state): bf16 [B, T, HV, V], and fp32 [N, HV, K, V] or None. With
@@ -500,7 +503,8 @@ def get_workspace_size(
         HV: heads of v, if they are more than H.
         device: as for `explain`; None: the size is the largest over the devices of this machine.
         kernel: the kernel that the call names; None: the size is the largest over all kernels of the device.
-        batch_invariant, max_seqlen: what the call passes; None: the size is the largest over what it may pass.
+        batch_invariant, max_seqlen: what the call passes; None: the size is the largest over what it may
+            pass.
         largest_batch: True: the workspace is for batches of at most T_total tokens and at most N sequences. A
             smaller batch can need more than the largest one, since the host then cuts sequences in another
             way. So the size is the largest over many batches, with a quarter on top for those between them.
@@ -647,8 +651,8 @@ def reference(
     """The recurrence in the docstring of `fwd`, token by token in fp64 on the CPU: slow, and meant for tests.
 
     Takes the arguments of `fwd` as PyTorch tensors or JAX arrays (of any device), NumPy arrays, or arrays in
-    CPU memory that have DLPack's two methods, and by keyword what `fwd` takes by keyword, except workspace and
-    nonfinite. Options that change no result (kernel, threads, ...) are taken and change nothing.
+    CPU memory that have DLPack's two methods, and by keyword what `fwd` takes by keyword, except workspace
+    and nonfinite. Options that change no result (kernel, threads, ...) are taken and change nothing.
 
     Returns the output [B, T, HV, V] and the final state [N, HV, V, K] in fp64: CPU tensors if q is a tensor,
     else NumPy arrays. With state_indices, too, row n of the final state is the state of sequence n. With

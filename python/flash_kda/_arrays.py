@@ -155,9 +155,7 @@ def check_makes_arrays(v: Any) -> None:
         )
 
 
-def empty_like(
-    v: Any, shape: tuple[int, ...], is_fp32: bool, with_zeros: bool = False
-) -> tuple[Any, Any]:
+def empty_like(v: Any, shape: tuple[int, ...], is_fp32: bool, with_zeros: bool = False) -> tuple[Any, Any]:
     """A new array of v's library on v's device, of v's dtype or fp32, and what fwd takes to write it."""
     make = "zeros" if with_zeros else "empty"
     if is_numpy(v):
@@ -178,7 +176,7 @@ def copy_of(name: str, x: Any) -> tuple[Any, Any]:
     device_of(name, x)  # refuses what is no array
     if not hasattr(x, "__array_namespace__"):
         raise TypeError(
-            f"{name} is of type {type(x).__module__}.{type(x).__name__}, of which flash_kda cannot make a copy"
+            f"{name} is of type {type(x).__module__}.{type(x).__name__}, which flash_kda cannot copy"
         )
     array = x.__array_namespace__().asarray(x, copy=True)
     return array, _writable(array)

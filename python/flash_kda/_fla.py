@@ -2,9 +2,10 @@
 
 flash-linear-attention (FLA) has a backend of its own that calls a package named flash_kda. The backend knows
 MoonshotAI's interface: it takes no softplus gate, no states with K first, no more value heads than heads of q
-and k, and it looks neither at the device nor at everything that `flash_kda.fwd` refuses; in 0.5.1 and 0.5.2 it
-also drops `allow_neg_eigval`. So this module replaces that backend, in FLA's own registry, by one that takes
-each call that `flash_kda.chunk_kda` can serve, and says no to all others. FLA then computes these by itself.
+and k, and it looks neither at the device nor at everything that `flash_kda.fwd` refuses; in 0.5.1 and 0.5.2
+it also drops `allow_neg_eigval`. So this module replaces that backend, in FLA's own registry, by one that
+takes each call that `flash_kda.chunk_kda` can serve, and says no to all others. FLA then computes these by
+itself.
 
 FLA imports flash_kda in the middle of the first call that it hands over, if nobody did before. That call was
 taken by FLA's own backend, so it goes back to FLA, which then asks this one: see `_give_back`.
@@ -133,7 +134,8 @@ def _chunk_kda_of_package() -> Any:
 def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
     """A class like FLA's backend that takes what this package can serve."""
     signature = inspect.signature(inspect.unwrap(chunk_kda))
-    takes = {*inspect.signature(_chunk_kda_of_package()).parameters, "A_log", "dt_bias", "chunk_size"}
+    ours = inspect.signature(_chunk_kda_of_package()).parameters.values()
+    takes = {p.name for p in ours if p.kind is not p.VAR_KEYWORD} | {"A_log", "dt_bias", "chunk_size"}
 
     def named(args: tuple, kwargs: dict) -> dict[str, Any]:
         """The arguments of a call by name. FLA's backend has them in another order than chunk_kda itself."""
@@ -141,7 +143,8 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
             return kwargs
         arguments = signature.bind(*args, **kwargs).arguments
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        return {**arguments, **arguments.pop(rest, {})} if rest else dict(arguments)
+        more = arguments.pop(rest, {}) if rest else {}
+        return {**arguments, **more}
 
     class Backend(theirs):
         def chunk_kda_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:

@@ -39,7 +39,8 @@ def new_results(
 
 
 def checkpoint_rows(v_shape: Any, cu_seqlens: Any, options: dict) -> int | None:
-    """How many rows checkpoints need, or None if none are asked for. Takes checkpoint_rows out of the options.
+    """How many rows checkpoints need, or None if none are asked for. Takes checkpoint_rows out of the
+    options.
 
     Raises:
         ValueError: the number depends on numbers in arrays, and the caller does not say it.

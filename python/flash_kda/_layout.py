@@ -2,8 +2,8 @@
 
 Engines hand over views: slices of one buffer that holds q, k and v, columns of a projection, states that
 share pages with others, and the gate's parameters in the shapes of their layers. C takes most of them as they
-are. A tensor is copied only where C refuses it: its last dimension has gaps, or on a GPU one of its strides or
-its address is no multiple of 16 bytes. The docstring of `fwd` lists what is copied or converted.
+are. A tensor is copied only where C refuses it: its last dimension has gaps, or on a GPU one of its strides
+or its address is no multiple of 16 bytes. The docstring of `fwd` lists what is copied or converted.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ def _strides_fit(name: str, t: Any, on_gpu: bool) -> bool:
 
 def _fits(name: str, t: Any, on_gpu: bool) -> bool:
     """Whether C takes the tensor's memory as it is."""
-    if name not in _FREE and (name in _ROWS or name in _SLOTS or name == "dt_bias"):
-        if t.data_ptr() % _UNIT:
-            return False
+    if (name in _ROWS or name in _SLOTS or name == "dt_bias") and t.data_ptr() % _UNIT:
+        return False
     return t.is_contiguous() or _strides_fit(name, t, on_gpu)
 
 

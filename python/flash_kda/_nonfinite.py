@@ -30,13 +30,15 @@ def describe(
             f"nonfinite has shape {list(shape)}; it must be [tensors, 2] = [{len(CHECKED_ARRAYS)}, 2]"
         )
     shapes = _shapes(tuple(q.shape), cu_seqlens, v)
-    for name, state in (("initial_state", initial_state), ("final_state", final_state)):
-        if state is not None:
-            shapes[name] = tuple(state.shape)
+    pools = {"initial_state": initial_state, "final_state": final_state}
+    pools = {name: tuple(state.shape) for name, state in pools.items() if state is not None}
+    shapes |= pools
     sentences = []
     for name, (count, first) in zip(CHECKED_ARRAYS, nonfinite.tolist()):
         values = math.prod(shapes[name])
-        if not (0 <= count <= values and -1 <= first < values and (count == 0) == (first == -1)):
+        # Several sequences may start from one slot of a pool, whose values then count once for each of them.
+        fits = (count <= values or name in pools) and -1 <= first < values
+        if not (count >= 0 and fits and (count == 0) == (first == -1)):
             raise ValueError(
                 f"nonfinite has count {count} and first place {first} for {name}; a call of fwd with such a "
                 f"q cannot have counted this in {values} values"

@@ -10,7 +10,8 @@ and whether an earlier call's struct can be reused. To add an option, change
 
 1. _options.py: one field of `Options`, at the end of those that `_option` makes;
 2. _lib.py: the struct's field in `FwdParams`, as include/flash_kda.h has it;
-3. __init__.py, `fwd`: the parameter, its lines in the docstring, whether it has its default in `is_plain`, and
+3. __init__.py, `fwd`: the parameter, its lines in the docstring, whether it has its default in `is_plain`,
+and
    its value where `fwd` calls `known_options`; in `_SHAPE_OPTIONS` its name if the option changes what runs.
 
 To add an optional array, change
@@ -187,8 +188,8 @@ class Options:
             for name in ("A_log", "dt_bias"):
                 if self.given & BIT[name]:
                     raise ValueError(
-                        f"{name} is given and use_gate_in_kernel is False; g is then the log decay itself, so "
-                        f"{name} must be None"
+                        f"{name} is given and use_gate_in_kernel is False; g is then the log decay "
+                        f"itself, so {name} must be None"
                     )
 
     def apply_to(self, params: _lib.FwdParams) -> None:

@@ -59,8 +59,8 @@ def reference(
         tensor.data = view.pointer or _EMPTY
 
     # C checks that the arrays fit each other before it writes, so results of wrong arrays may have any size.
-    N = (shapes["cu_seqlens"] if "cu_seqlens" in shapes else shapes["q"])[:1] or (0,)
-    N = max(N[0] - ("cu_seqlens" in shapes), 0)
+    borders = shapes["cu_seqlens"] if "cu_seqlens" in shapes else shapes["q"]
+    N = max((borders or (0,))[0] - ("cu_seqlens" in shapes), 0)
     heads = shapes["v"][2:3] or (0,)
     out, state = _new(q, shapes["v"]), _new(q, (N, *heads, _DIM, _DIM))
     results = [out, state]

@@ -27,7 +27,13 @@ class Shape:
         use_gate_in_kernel: bool = True,
         **options: Any,
     ):
-        sizes = {"T_total": T_total, "H": H, "N": N, "HV": H if HV is None else HV, "checkpoints": checkpoints}
+        sizes = {
+            "T_total": T_total,
+            "H": H,
+            "N": N,
+            "HV": H if HV is None else HV,
+            "checkpoints": checkpoints,
+        }
         self.T_total, self.H, self.N, self.HV, self.checkpoints = (
             _checked(name, value, 1 if name in ("H", "N", "HV") else 0) for name, value in sizes.items()
         )
@@ -118,8 +124,8 @@ def explain(device: Any, shape: Shape) -> str:
     return _lib.explain(shape.params(_device_of(device).device))
 
 
-# Ratio of neighbouring sizes among those that _batches_up_to tries, and what is added to the largest workspace
-# that they need, in percent, for the sizes between them.
+# Ratio of neighbouring sizes among those that _batches_up_to tries, and what is added to the largest
+# workspace that they need, in percent, for the sizes between them.
 _STEP_OF_TOKENS, _STEP_OF_SEQUENCES, _PERCENT_BETWEEN = 1.08, 2, 25
 _FEWEST_TOKENS = 128  # fewer are never cut into segments, on any device
 

@@ -361,7 +361,8 @@ def _arrays_and_options(
     q: Any, k: Any, v: Any, g: Any, beta: Any, out: Any, A_log: Any, dt_bias: Any, rest: tuple
 ) -> tuple[list, int, list]:
     """The tensors of a call of the operator, which optional ones it has, and the values of its options."""
-    rest += OPERATOR_DEFAULTS[len(rest) :]  # PyTorch leaves out the last arguments if they have their defaults
+    # PyTorch leaves out the last arguments if they have their defaults.
+    rest += OPERATOR_DEFAULTS[len(rest) :]
     tensors, given = [q, k, v, g, beta, out], 0
     for name, t in (("A_log", A_log), ("dt_bias", dt_bias)):
         if t is not None:

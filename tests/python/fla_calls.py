@@ -116,7 +116,9 @@ def call(change):
 def reference_of(change):
     """What a call returns, in fp64."""
     given = {**contiguous, **flags, **change}
-    options = {n: given[n] for n in given if n.startswith("use_") or n in ("allow_neg_eigval", "state_v_first")}
+    options = {
+        n: given[n] for n in given if n.startswith("use_") or n in ("allow_neg_eigval", "state_v_first")
+    }
     with_gate = given["use_gate_in_kernel"]
     A_log, dt_bias = (given[n] if with_gate else None for n in ("A_log", "dt_bias"))
     return flash_kda.reference(
@@ -152,7 +154,9 @@ import flash_kda  # noqa: E402
 assert flash_kda.fwd.__name__ == "fwd"
 if first in served and not IS_NEW:
     for got, right in zip(import_of_fla, reference_of(served[first])):
-        assert (got - right).norm() <= 2.2e-3 * right.norm(), "the call in whose middle FLA imported flash_kda"
+        assert (got - right).norm() <= 2.2e-3 * right.norm(), (
+            "the call in whose middle FLA imported flash_kda"
+        )
 for name, change in {**calls, **served}.items():
     check_served(name, change)
 assert len(by_fla) == taken_by_fla

@@ -205,12 +205,16 @@ def add_checkpoints(a, kind, lengths, dtype, integers, rng):
         count = sum(rows) + 3
     else:
         columns = 1 if kind == "offsets" else 3
-        offsets = np.array([[16 * rng.integers(-1, length // 16 + 1) for _ in range(columns)] for length in lengths])
+        offsets = np.array(
+            [[16 * rng.integers(-1, length // 16 + 1) for _ in range(columns)] for length in lengths]
+        )
         offsets[0, 0] = lengths[0] // 16 * 16
         a["checkpoint_offsets"] = (offsets[:, 0] if columns == 1 else offsets).astype(integers)
         count = N * columns + 2
         if kind == "indices":
-            a["checkpoint_indices"] = rng.permutation(count)[: N * columns].reshape(N, columns).astype(integers)
+            a["checkpoint_indices"] = (
+                rng.permutation(count)[: N * columns].reshape(N, columns).astype(integers)
+            )
     a["checkpoint_states"] = np.full((count, HV, 128, 128), np.nan, dtype)
 
 

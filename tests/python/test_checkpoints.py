@@ -83,7 +83,9 @@ def test_batch_rows(way):
     after = run_any({**a, "cu_seqlens": None, "checkpoint_states": states, "checkpoint_every": 16}, *way)
     assert after["out"].tobytes() == plain["out"].tobytes()
     sequences = {**a, "checkpoint_states": states, "checkpoint_every": 16}
-    sequences |= {n: x.reshape(1, 80, *x.shape[2:]) for n, x in a.items() if n in ("q", "k", "v", "g", "beta", "out")}
+    sequences |= {
+        n: x.reshape(1, 80, *x.shape[2:]) for n, x in a.items() if n in ("q", "k", "v", "g", "beta", "out")
+    }
     sequences["cu_seqlens"] = np.array([0, 40, 80])
     want = run_any(sequences, *way)
     assert after["checkpoint_states"].tobytes() == want["checkpoint_states"].tobytes()
@@ -111,35 +113,91 @@ def test_compute(library, kind):
 @pytest.mark.parametrize(
     ("kind", "change", "exception", "sentence"),
     [
-        ("offsets", {"checkpoint_offsets": [8, 0, 0, 0]}, ValueError,
-         "checkpoint_offsets[0] is 8; it must be a multiple of 16 and at most the sequence's 50 tokens"),
-        ("offsets", {"checkpoint_offsets": [64, 0, 0, 0]}, ValueError, "checkpoint_offsets[0] is 64; it must be"),
-        ("offsets", {"checkpoint_offsets": [0, 0]}, ValueError,
-         "checkpoint_offsets has shape [2]; it must be [N] = [4]"),
-        ("columns", {"checkpoint_offsets": [[16, 48, 32], [0, 0, 0], [0, 16, 0], [0, 0, 0]]}, ValueError,
-         "checkpoint_offsets[2, 1] is 16; it must be"),
-        ("indices", {"checkpoint_indices": [[99] * 3] * 4, "checkpoint_offsets": [[16] * 3] + [[0] * 3] * 3},
-         ValueError, "checkpoint_indices[0, 0] leads to row 99; checkpoint_states has 14 rows"),
+        (
+            "offsets",
+            {"checkpoint_offsets": [8, 0, 0, 0]},
+            ValueError,
+            "checkpoint_offsets[0] is 8; it must be a multiple of 16 and at most the sequence's 50 tokens",
+        ),
+        (
+            "offsets",
+            {"checkpoint_offsets": [64, 0, 0, 0]},
+            ValueError,
+            "checkpoint_offsets[0] is 64; it must be",
+        ),
+        (
+            "offsets",
+            {"checkpoint_offsets": [0, 0]},
+            ValueError,
+            "checkpoint_offsets has shape [2]; it must be [N] = [4]",
+        ),
+        (
+            "columns",
+            {"checkpoint_offsets": [[16, 48, 32], [0, 0, 0], [0, 16, 0], [0, 0, 0]]},
+            ValueError,
+            "checkpoint_offsets[2, 1] is 16; it must be",
+        ),
+        (
+            "indices",
+            {"checkpoint_indices": [[99] * 3] * 4, "checkpoint_offsets": [[16] * 3] + [[0] * 3] * 3},
+            ValueError,
+            "checkpoint_indices[0, 0] leads to row 99; checkpoint_states has 14 rows",
+        ),
         ("indices", {"checkpoint_indices": [0, 1, 2, 3]}, ValueError, "checkpoint_indices has 1 dimensions"),
-        ("every", {"checkpoint_every": 24}, ValueError,
-         "checkpoint_every is 24; it must be a multiple of 16 tokens, 16 or more, or None"),
+        (
+            "every",
+            {"checkpoint_every": 24},
+            ValueError,
+            "checkpoint_every is 24; it must be a multiple of 16 tokens, 16 or more, or None",
+        ),
         ("every", {"checkpoint_every": 0}, ValueError, "checkpoint_every is 0; it must be a multiple of 16"),
-        ("every", {"checkpoint_every": 16.0}, TypeError, "checkpoint_every is of type float; it must be an int"),
-        ("every", {"checkpoint_every": None}, ValueError,
-         "checkpoint_states is given without checkpoint_offsets and with checkpoint_every=None; one of them"),
-        ("every", {"checkpoint_states": None}, ValueError,
-         "checkpoint_every is given without checkpoint_states; checkpoint_states must be given too"),
+        (
+            "every",
+            {"checkpoint_every": 16.0},
+            TypeError,
+            "checkpoint_every is of type float; it must be an int",
+        ),
+        (
+            "every",
+            {"checkpoint_every": None},
+            ValueError,
+            "checkpoint_states is given without checkpoint_offsets and with checkpoint_every=None; one",
+        ),
+        (
+            "every",
+            {"checkpoint_states": None},
+            ValueError,
+            "checkpoint_every is given without checkpoint_states; checkpoint_states must be given too",
+        ),
         ("every", {"checkpoint_states": lambda x: x[:1]}, ValueError, "checkpoint_every = "),
-        ("every", {"checkpoint_offsets": [0, 0, 0, 0]}, ValueError, "checkpoint_offsets is given with checkpoint_"),
-        ("every", {"checkpoint_states": lambda x: x.astype(np.float64)}, TypeError,
-         "checkpoint_states has dtype float64; it must be float32 or bfloat16"),
+        (
+            "every",
+            {"checkpoint_offsets": [0, 0, 0, 0]},
+            ValueError,
+            "checkpoint_offsets is given with checkpoint_",
+        ),
+        (
+            "every",
+            {"checkpoint_states": lambda x: x.astype(np.float64)},
+            TypeError,
+            "checkpoint_states has dtype float64; it must be float32 or bfloat16",
+        ),
         ("every", {"checkpoint_states": lambda x: x[:, :1]}, ValueError, "checkpoint_states has shape"),
         ("starts", {"checkpoint_starts": [90, 0, 0, 0]}, ValueError, "checkpoint_starts[0] leads to row "),
-        ("starts", {"checkpoint_every": None, "checkpoint_offsets": [0] * 4}, ValueError,
-         "checkpoint_starts is given with checkpoint_every=None; it must be None"),
-        ("offsets", {"checkpoint_offsets": None}, ValueError, "checkpoint_states is given without checkpoint_off"),
+        (
+            "starts",
+            {"checkpoint_every": None, "checkpoint_offsets": [0] * 4},
+            ValueError,
+            "checkpoint_starts is given with checkpoint_every=None; it must be None",
+        ),
+        (
+            "offsets",
+            {"checkpoint_offsets": None},
+            ValueError,
+            "checkpoint_states is given without checkpoint_off",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_wrong_arguments(library, kind, change, exception, sentence):
     a = make_any(LENGTHS, checkpoints=kind, seed=7)
@@ -163,14 +221,29 @@ def test_wrong_arguments(library, kind, change, exception, sentence):
 @pytest.mark.parametrize(
     ("change", "exception", "sentence"),
     [
-        ({"checkpoint_rows": 3}, ValueError, "checkpoint_rows is given without checkpoint_offsets and checkpoint_e"),
-        ({"checkpoint_rows": -1, "checkpoint_every": 16}, ValueError, "checkpoint_rows is -1; it must be 0 or more"),
-        ({"checkpoint_rows": 1.5, "checkpoint_every": 16}, TypeError, "checkpoint_rows is of type float; it must"),
-        ({"checkpoint_every": 16, "checkpoint_starts": np.zeros(4, int)}, ValueError,
-         "checkpoint_starts is given without checkpoint_rows; checkpoint_rows must say how many rows"),
+        (
+            {"checkpoint_rows": 3},
+            ValueError,
+            "checkpoint_rows is given without checkpoint_offsets and checkpoint_e",
+        ),
+        (
+            {"checkpoint_rows": -1, "checkpoint_every": 16},
+            ValueError,
+            "checkpoint_rows is -1; it must be 0 or more",
+        ),
+        (
+            {"checkpoint_rows": 1.5, "checkpoint_every": 16},
+            TypeError,
+            "checkpoint_rows is of type float; it must",
+        ),
+        (
+            {"checkpoint_every": 16, "checkpoint_starts": np.zeros(4, int)},
+            ValueError,
+            "checkpoint_starts is given without checkpoint_rows; checkpoint_rows must say how many rows",
+        ),
         ({"no_such_thing": 1}, TypeError, "unexpected keyword argument 'no_such_thing'"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("call", ["compute", "reference"])
 def test_wrong_arguments_of_functions_that_make_rows(call, change, exception, sentence):
     a = make_any(LENGTHS, seed=8)
@@ -193,7 +266,12 @@ def test_fake_tensors_of_wrong_shapes():
         ("checkpoint_states", lambda x: x[:, :1], ValueError, "checkpoint_states has shape"),
         ("checkpoint_offsets", lambda x: x[:1], ValueError, "checkpoint_offsets has shape"),
         ("state_indices", lambda x: x[:1], ValueError, "state_indices has shape"),
-        ("has_initial_state", lambda x: x.long(), TypeError, "has_initial_state has dtype int64; it must be bool"),
+        (
+            "has_initial_state",
+            lambda x: x.long(),
+            TypeError,
+            "has_initial_state has dtype int64; it must be bool",
+        ),
         ("workspace", lambda x: x.float(), TypeError, "workspace has dtype float32; it must be uint8"),
     ):
         with pytest.raises(exception, match=sentence), mode:

@@ -30,7 +30,19 @@ def arguments(device="cpu", **options):
     row of equal sequences, or with cu_seqlens."""
     a = make_any(**options)
     tensors = to_torch(a, device)
-    names = ("q", "k", "v", "g", "beta", "scale", "initial_state", "cu_seqlens", "A_log", "dt_bias", "lower_bound")
+    names = (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "cu_seqlens",
+        "A_log",
+        "dt_bias",
+        "lower_bound",
+    )
     return {n: tensors[n] for n in names}
 
 
@@ -73,7 +85,12 @@ CALLS = {
     "without a state": {**FUSED, "initial_state": None},
     "gate alone": {"use_gate_in_kernel": True, "beta": "activated", "q": "normalised"},
     "nothing fused": {"beta": "activated", "q": "normalised", "g": "activated"},
-    "nothing fused, parameters given": {"beta": "activated", "q": "normalised", "g": "activated", "A_log": True},
+    "nothing fused, parameters given": {
+        "beta": "activated",
+        "q": "normalised",
+        "g": "activated",
+        "A_log": True,
+    },
 }
 
 
@@ -171,9 +188,7 @@ def test_intermediate_states(device, options):
         call["cu_seqlens_cpu"] = call["cu_seqlens"].cpu()
     chunk = options.get("chunk_size", 64)
     with torch.inference_mode():
-        out, state, h = flash_kda.chunk_kda(
-            **call, output_final_state=True, return_intermediate_states=True
-        )
+        out, state, h = flash_kda.chunk_kda(**call, output_final_state=True, return_intermediate_states=True)
     plain = {n: x for n, x in call.items() if n not in ("chunk_size", "cu_seqlens_cpu", "use_graph")}
     hold((out, state), truth_of(plain), device)
     want = states_before_chunks(plain, chunk, lengths)
@@ -230,7 +245,9 @@ def test_tensors_as_a_layer_holds_them():
 def test_a_gradient_is_refused(name):
     call = call_of("everything fused", lengths=(8,), seed=8)
     call[name] = call[name].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode"):
+    with pytest.raises(
+        RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode"
+    ):
         flash_kda.chunk_kda(**call)
     with torch.no_grad():
         flash_kda.chunk_kda(**call)
@@ -245,21 +262,61 @@ def test_a_gradient_is_refused(name):
         ({"k": lambda x: x[:, :3]}, ValueError, "k has shape [1, 3, 1, 128]; it must be"),
         ({"beta": lambda x: x[0]}, ValueError, "beta has 2 dimensions; it must have 3: [B, T, HV]"),
         ({"v": lambda x: x[0]}, ValueError, "v has 3 dimensions; it must have 4"),
-        ({"lower_bound": None, "safe_gate": True}, ValueError, "lower_bound is None with safe_gate=True; it must"),
-        ({"lower_bound": 0.0, "safe_gate": True}, ValueError, "lower_bound is 0.0 with safe_gate=True; it must"),
+        (
+            {"lower_bound": None, "safe_gate": True},
+            ValueError,
+            "lower_bound is None with safe_gate=True; it must",
+        ),
+        (
+            {"lower_bound": 0.0, "safe_gate": True},
+            ValueError,
+            "lower_bound is 0.0 with safe_gate=True; it must",
+        ),
         ({"lower_bound": -6.0}, ValueError, "lower_bound is -6; it must be in [-5, 0]"),
-        ({"lower_bound": None, "A_log": None}, ValueError, "A_log is None and lower_bound is None; A_log must be"),
-        ({"allow_neg_eigval": True, "use_beta_sigmoid_in_kernel": False}, ValueError, "allow_neg_eigval is True and"),
-        ({"initial_state": lambda x: x.bfloat16()}, TypeError, "initial_state is of torch.bfloat16; it must be a"),
-        ({"initial_state": lambda x: x[:0]}, ValueError, "initial_state has shape [0, 2, 128, 128]; it must be"),
-        ({"cp_context": 1}, ValueError, "cp_context is given; flash_kda computes on one device, so it must be None"),
+        (
+            {"lower_bound": None, "A_log": None},
+            ValueError,
+            "A_log is None and lower_bound is None; A_log must be",
+        ),
+        (
+            {"allow_neg_eigval": True, "use_beta_sigmoid_in_kernel": False},
+            ValueError,
+            "allow_neg_eigval is True and",
+        ),
+        (
+            {"initial_state": lambda x: x.bfloat16()},
+            TypeError,
+            "initial_state is of torch.bfloat16; it must be a",
+        ),
+        (
+            {"initial_state": lambda x: x[:0]},
+            ValueError,
+            "initial_state has shape [0, 2, 128, 128]; it must be",
+        ),
+        (
+            {"cp_context": 1},
+            ValueError,
+            "cp_context is given; flash_kda computes on one device, so it must be None",
+        ),
         ({"chunk_size": 16}, ValueError, "chunk_size is 16; it must be 32 or 64"),
-        ({"return_intermediate_states": True}, ValueError, "return_intermediate_states is True outside of torch.inf"),
-        ({"use_graph": True, "max_num_seqs": 3}, ValueError, "cu_seqlens has 2 entries with max_num_seqs=3; it must"),
-        ({"state_v_first": True, "transpose_state_layout": True}, ValueError, "transpose_state_layout is given with"),
+        (
+            {"return_intermediate_states": True},
+            ValueError,
+            "return_intermediate_states is True outside of torch.inf",
+        ),
+        (
+            {"use_graph": True, "max_num_seqs": 3},
+            ValueError,
+            "cu_seqlens has 2 entries with max_num_seqs=3; it must",
+        ),
+        (
+            {"state_v_first": True, "transpose_state_layout": True},
+            ValueError,
+            "transpose_state_layout is given with",
+        ),
         ({"no_such_thing": 1}, TypeError, "unexpected keyword argument 'no_such_thing'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(change, exception, sentence):
     call = call_of("everything fused", lengths=(8,), seed=9)
     call["safe_gate"] = False

@@ -5,7 +5,18 @@ import pytest
 from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import BETAS, CHECKPOINTS, GATES, copied, hold_any, make_any, run_any, to_numpy, to_torch, truth_of_any
+from problems import (
+    BETAS,
+    CHECKPOINTS,
+    GATES,
+    copied,
+    hold_any,
+    make_any,
+    run_any,
+    to_numpy,
+    to_torch,
+    truth_of_any,
+)
 
 
 def drawn(seed):
@@ -97,7 +108,9 @@ def test_the_operator(device, seed):
     if a["initial_state"] is a["final_state"]:
         a = copied({**a, "initial_state": a["initial_state"].copy()})
     tensors = to_torch(a, device)
-    size = flash_kda.get_workspace_size(sum(options["lengths"]), options["H"], len(options["lengths"]), HV=options["HV"])
+    size = flash_kda.get_workspace_size(
+        sum(options["lengths"]), options["H"], len(options["lengths"]), HV=options["HV"]
+    )
     tensors["workspace"] = torch.empty(size, dtype=torch.uint8, device=device)
     # A workspace holds anything afterwards.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -119,7 +132,9 @@ def test_export_of_options():
 
     def inputs_of(a):
         tensors = to_torch(a, "cpu")
-        return {n: x for n, x in tensors.items() if hasattr(x, "detach") and n not in ("out", "checkpoint_states")}
+        return {
+            n: x for n, x in tensors.items() if hasattr(x, "detach") and n not in ("out", "checkpoint_states")
+        }
 
     with torch.no_grad():
         program = torch.export.export(Layer(), (inputs_of(a),))

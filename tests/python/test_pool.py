@@ -113,7 +113,10 @@ def test_jax():
     expected = truth_of_any({**a, "checkpoint_states": np.zeros(checkpoints.shape, np.float32)})
     hold_any(
         {"final_state": a["initial_state"], "checkpoint_states": np.zeros(checkpoints.shape, np.float32)},
-        {n: np.asarray(x) for n, x in (("out", out), ("final_state", pool), ("checkpoint_states", checkpoints))},
+        {
+            n: np.asarray(x)
+            for n, x in (("out", out), ("final_state", pool), ("checkpoint_states", checkpoints))
+        },
         expected,
     )
     assert np.asarray(given["initial_state"]).tobytes() == a["initial_state"].tobytes()
@@ -130,28 +133,48 @@ def test_compute_returns_a_changed_copy_of_the_pool(library):
     after = to_numpy({**given, "out": out, "final_state": pool})
     hold_any({**a, "final_state": a["initial_state"]}, after, truth_of_any(a))
     given["initial_state"] = None
-    with pytest.raises(ValueError, match="state_indices is given without initial_state; initial_state must be"):
+    with pytest.raises(
+        ValueError, match="state_indices is given without initial_state; initial_state must be"
+    ):
         flash_kda.compute(**given, output_final_state=True)
 
 
 @pytest.mark.parametrize(
     ("change", "exception", "sentence"),
     [
-        ({"state_indices": [0, 1, 7, 2]}, ValueError,
-         "state_indices[2] is 7; initial_state has 7 slots, so it must be less"),
+        (
+            {"state_indices": [0, 1, 7, 2]},
+            ValueError,
+            "state_indices[2] is 7; initial_state has 7 slots, so it must be less",
+        ),
         ({"state_indices": [0, 1, 2]}, ValueError, "state_indices has shape [3]; it must be [N] = [4]"),
-        ({"state_indices": [0.0] * 4}, TypeError, "state_indices has dtype float64; it must be int64 or int32"),
-        ({"has_initial_state": [1, 1, 1, 0]}, TypeError, "has_initial_state has dtype int64; it must be bool"),
+        (
+            {"state_indices": [0.0] * 4},
+            TypeError,
+            "state_indices has dtype float64; it must be int64 or int32",
+        ),
+        (
+            {"has_initial_state": [1, 1, 1, 0]},
+            TypeError,
+            "has_initial_state has dtype int64; it must be bool",
+        ),
         ({"has_initial_state": [True]}, ValueError, "has_initial_state has shape [1]; it must be [N] = [4]"),
         ({"first_slot": -1}, ValueError, "first_slot is -1; it must be 0 (every index is a slot) or more"),
         ({"first_slot": 1.0}, TypeError, "first_slot is of type float; it must be an int"),
         ({"state_indices": None}, ValueError, "initial_state has shape [7, 2, 128, 128]; it must be [N, HV,"),
-        ({"state_indices": None, "initial_state": None, "final_state": None}, ValueError,
-         "first_slot is 1 without state_indices; it must be 0"),
-        ({"initial_state": lambda x: x[:, :1]}, ValueError, "initial_state has shape [7, 1, 128, 128]; it must"),
+        (
+            {"state_indices": None, "initial_state": None, "final_state": None},
+            ValueError,
+            "first_slot is 1 without state_indices; it must be 0",
+        ),
+        (
+            {"initial_state": lambda x: x[:, :1]},
+            ValueError,
+            "initial_state has shape [7, 1, 128, 128]; it must",
+        ),
         ({"final_state": lambda x: x.swapaxes(2, 3)}, ValueError, "final_state has strides"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("library", ["numpy", "torch", "torch compiled"])
 def test_wrong_arguments(library, change, exception, sentence):
     if "compiled" in library and isinstance(change.get("first_slot"), float):

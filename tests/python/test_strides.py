@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 
 import flash_kda
-from problems import copied, hold_any, hold_to, make, make_any, run_any, to_numpy, to_torch, truth, truth_of_any
+from problems import (
+    copied,
+    hold_any,
+    hold_to,
+    make,
+    make_any,
+    run_any,
+    to_numpy,
+    to_torch,
+    truth,
+    truth_of_any,
+)
 
 torch = pytest.importorskip("torch")
 ROWS = ("q", "k", "v", "g", "out")
@@ -21,7 +32,9 @@ def fused(tensors):
     for name, part in zip(("q", "k", "v"), buffer.split(widths, -1)):
         new[name] = part.unflatten(-1, (-1, D))
     g = tensors["g"]
-    new["g"] = torch.cat([g.reshape(B, T, -1), g.new_zeros(B, T, 64)], -1)[..., : HV * D].unflatten(-1, (HV, D))
+    new["g"] = torch.cat([g.reshape(B, T, -1), g.new_zeros(B, T, 64)], -1)[..., : HV * D].unflatten(
+        -1, (HV, D)
+    )
     new["beta"] = torch.cat([tensors["beta"].new_zeros(B, T, 3), tensors["beta"]], -1)[..., 3:]
     whole = tensors["out"].new_full((B, T, HV * D + 128), 5.0)
     new["out"] = whole[..., 64:-64].unflatten(-1, (HV, D))
@@ -46,9 +59,7 @@ def copies(monkeypatch):
         def spy(*args, plain=plain, function=function):
             result = plain(*args)
             if function == "for_c":
-                seen.extend(
-                    name for name, old, new in zip(args[0], args[1], result[0]) if new is not old
-                )
+                seen.extend(name for name, old, new in zip(args[0], args[1], result[0]) if new is not old)
             return result
 
         monkeypatch.setattr(_layout, function, spy)
@@ -84,7 +95,9 @@ def test_slices_are_taken_as_they_are(device, options, mode, copies):
     hold_any(a, after, truth_of_any(a), device)
     for name in ("out", "final_state", "checkpoint_states"):
         if name in plain:
-            assert after[name].tobytes() == plain[name].tobytes(), f"{name} has other bits than contiguous tensors"
+            assert after[name].tobytes() == plain[name].tobytes(), (
+                f"{name} has other bits than contiguous tensors"
+            )
     assert (whole[..., :64] == 5).all()
     assert (whole[..., -64:] == 5).all()
 
@@ -114,7 +127,11 @@ def test_heads_first_and_tokens_backwards():
     for name in ("q", "k", "v", "g", "out"):
         a[name] = np.ascontiguousarray(a[name].transpose(2, 1, 0, 3)[::-1]).transpose(2, 1, 0, 3)[:, :, ::-1]
     flash_kda.fwd(**a)
-    hold_to({n: np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for n, x in a.items()}, expected, "cpu")
+    hold_to(
+        {n: np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for n, x in a.items()},
+        expected,
+        "cpu",
+    )
 
 
 @pytest.mark.parametrize("name", ["q", "g", "out", "initial_state", "final_state", "dt_bias", "A_log"])
@@ -127,7 +144,11 @@ def test_what_is_copied(device, name, copies):
     expected = truth(to_numpy(plain))
     flash_kda.fwd(**tensors)
     assert copies == [name]
-    hold_to(to_numpy({n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}), expected, device)
+    hold_to(
+        to_numpy({n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}),
+        expected,
+        device,
+    )
 
 
 @pytest.mark.parametrize("name", ["q", "out", "final_state", "dt_bias"])
@@ -189,7 +210,7 @@ def test_wrong_layouts_get_their_sentence():
     ):
         tensors = to_torch(a, "cpu")
         tensors[name] = tensors[name].transpose(1, 2)
-        with pytest.raises(ValueError, match="has shape|has strides"):
+        with pytest.raises(ValueError, match=r"has shape|has strides"):
             flash_kda.fwd(**tensors)
         tensors[name] = to_torch(a, "cpu")[name].mT
         with pytest.raises(ValueError, match=sentence):

@@ -18,7 +18,9 @@ def aligned(size, shift=0):
 
 
 @pytest.mark.parametrize(("library", "mode"), MODES)
-@pytest.mark.parametrize("options", [{}, {"pool": True, "checkpoints": "columns", "gate": "softplus"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"pool": True, "checkpoints": "columns", "gate": "softplus"}], ids=str
+)
 def test_workspace(library, mode, options):
     if library == "torch":
         pytest.importorskip("torch")
@@ -52,7 +54,9 @@ def test_it_allocates_nothing_on_a_gpu(cuda):
 
     a = make_any(lengths=(3000, 40, 500), H=2, pool=True, checkpoints="columns", seed=3)
     tensors = to_torch(a, cuda)
-    size = flash_kda.get_workspace_size(3540, 2, 3, checkpoints=3, with_state_indices=True, largest_batch=True)
+    size = flash_kda.get_workspace_size(
+        3540, 2, 3, checkpoints=3, with_state_indices=True, largest_batch=True
+    )
     tensors["workspace"] = torch.empty(size, dtype=torch.uint8, device=cuda)
     flash_kda.fwd(**tensors)
     torch.cuda.synchronize()
@@ -78,7 +82,11 @@ def test_it_may_be_larger_and_of_any_shape():
         (lambda size: aligned(size - 64), ValueError, "workspace has {less} bytes; this call needs {size}"),
         (lambda size: aligned(0), ValueError, "workspace has 0 bytes; this call needs {size}"),
         (lambda size: aligned(size, 16), ValueError, "it must be aligned to 64 bytes"),
-        (lambda size: aligned(size).view(np.float32), TypeError, "workspace has dtype float32; it must be uint8"),
+        (
+            lambda size: aligned(size).view(np.float32),
+            TypeError,
+            "workspace has dtype float32; it must be uint8",
+        ),
         (lambda size: aligned(2 * size)[::2], ValueError, "workspace has strides [2]; it must be contiguous"),
     ],
 )
@@ -92,7 +100,9 @@ def test_wrong_workspace(library, workspace, exception, sentence):
     given = a
     if library == "torch":
         torch = pytest.importorskip("torch")
-        given = {n: torch.from_numpy(x) if n == "workspace" else to_torch({n: x}, "cpu")[n] for n, x in a.items()}
+        given = {
+            n: torch.from_numpy(x) if n == "workspace" else to_torch({n: x}, "cpu")[n] for n, x in a.items()
+        }
     elif library == "dlpack":
         from test_dlpack import wrap
 
@@ -128,7 +138,9 @@ def test_workspace_of_another_device(cuda):
 
     tensors = to_torch(make_any(seed=8), cuda)
     tensors["workspace"] = torch.empty(1 << 20, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="workspace is on cpu and q on cuda:0; all tensors must be on one device"):
+    with pytest.raises(
+        ValueError, match="workspace is on cpu and q on cuda:0; all tensors must be on one device"
+    ):
         flash_kda.fwd(**tensors)
 
 
@@ -180,7 +192,15 @@ def test_wrong_shapes(call, change, exception, sentence):
 
 def test_explain_of_options():
     text = flash_kda.explain(
-        1000, 2, 3, device="cpu", HV=4, lower_bound=None, with_state_indices=True, checkpoints=2, fp32_gate=True
+        1000,
+        2,
+        3,
+        device="cpu",
+        HV=4,
+        lower_bound=None,
+        with_state_indices=True,
+        checkpoints=2,
+        fp32_gate=True,
     )
     assert 'Kernel "cpu"' in text
     assert "Workspace" in text
