@@ -10,9 +10,8 @@ and whether an earlier call's struct can be reused. To add an option, change
 
 1. _options.py: one field of `Options`, at the end of those that `_option` makes;
 2. _lib.py: the struct's field in `FwdParams`, as include/flash_kda.h has it;
-3. __init__.py, `fwd`: the parameter, its lines in the docstring, whether it has its default in `is_plain`,
-and
-   its value where `fwd` calls `known_options`; in `_SHAPE_OPTIONS` its name if the option changes what runs.
+3. __init__.py, `fwd`: the parameter, its lines in the docstring, its default in `is_plain`, and its value
+   where `fwd` calls `known_options`; `explain` and _shapes.py likewise if it changes what runs.
 
 To add an optional array, change
 
