@@ -15,8 +15,8 @@ this.
 from __future__ import annotations
 
 import itertools
-from operator import attrgetter
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, Callable
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
@@ -173,6 +173,33 @@ def _usable_guards() -> Any:
 
 
 _Guards = _usable_guards()
+
+
+def _guards_for(tensors: list) -> Callable[..., bool]:
+    """A function that says whether tensors look like these. PyTorch's guards refuse a tensor that comes twice,
+    as a state does that is updated in place, so they see each tensor once."""
+    first: dict[int, int] = {}
+    unique = [i for i, t in enumerate(tensors) if first.setdefault(id(t), i) == i]
+    once = [tensors[i] for i in unique]
+    check = _Guards(
+        *once,
+        dynamic_dims_sizes=[list(t.shape) for t in once],
+        dynamic_dims_strides=[list(t.stride()) for t in once],
+    ).check
+    if len(unique) == len(tensors):
+        return check
+    again = [(i, first[id(t)]) for i, t in enumerate(tensors) if first[id(t)] != i]
+    pick = itemgetter(*unique)
+
+    def fits(*others: Any) -> bool:
+        for i, j in again:
+            if others[i] is not others[j]:
+                return False
+        return check(*pick(others))
+
+    return fits
+
+
 _calls = PreparedCalls()
 
 
@@ -271,11 +298,7 @@ def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: A
         call = PreparedCall(options, (_DEVICES[device.type], device.index or 0), views)
     if kept:
         # A call that was found gets new guards too: the guards compare inference mode, and the key does not.
-        call.fits = _Guards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
-        ).check
+        call.fits = _guards_for(tensors)
         _calls.keep(key, call)
     _run(call, tensors, scale, lower_bound)
     for wanted, written in copies:

@@ -91,6 +91,33 @@ def test_other_contents_of_one_prepared_call():
             hold_any(a, to_numpy(tensors), truth_of_any(a))
 
 
+@pytest.mark.parametrize("guards", ["PyTorch's guards", "guards in Python"])
+def test_a_state_that_is_updated_in_place_finds_its_prepared_call(guards, monkeypatch):
+    """One tensor is both states. Two tensors that look like it are another call."""
+    torch = pytest.importorskip("torch")
+    from flash_kda import _call, _torch
+
+    if guards == "guards in Python":
+        monkeypatch.setattr(_torch, "_Guards", _torch._PythonGuards)
+    monkeypatch.setattr(_torch, "_calls", _call.PreparedCalls())
+    a = make_any(pool=True, seed=11)
+    expected = truth_of_any(a)
+    tensors = to_torch(a, "cpu")
+    pool = tensors["initial_state"]
+    with torch.no_grad():
+        for apart in (False, True, False):
+            pool.copy_(torch.from_numpy(a["initial_state"]))
+            tensors["final_state"] = pool.clone() if apart else pool
+            flash_kda.fwd(**tensors)
+            names = _torch._calls.latest.options.names
+            assert _torch._calls.latest.fits(*(tensors[name] for name in names))
+            hold_any({"final_state": a["final_state"]}, to_numpy(tensors), expected)
+            other = pool if apart else pool.clone()
+            assert guards != "PyTorch's guards" or not _torch._calls.latest.fits(
+                *(other if name == "final_state" else tensors[name] for name in names)
+            )
+
+
 def test_arrays_of_other_libraries():
     from test_dlpack import wrap
 

@@ -11,7 +11,7 @@ import pytest
 
 import flash_kda
 from flash_kda import _call, _options
-from problems import make, to_torch
+from problems import make_any, to_torch
 
 PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
@@ -76,6 +76,7 @@ def events_of(array, call):
 LOOK = (
     "_arrays._read_numpy",
     "_arrays.fits",
+    "_torch._guards_for",
     "_torch._refuse_unreadable",
     "_torch._why_unreadable",
     "_layout.for_c",
@@ -89,10 +90,13 @@ LOOK = (
 
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])
-@pytest.mark.parametrize("name", ["q", "out", "cu_seqlens", "nonfinite"])
+@pytest.mark.parametrize(
+    "name", ["q", "out", "cu_seqlens", "nonfinite", "state_indices", "checkpoint_states"]
+)
 def test_path_of_an_array_to_c(module, name, monkeypatch):
     """An array passes few functions. Each hands it on to the next, and none returns before C has the call."""
-    a = {**make(lengths=[3, 5]), "nonfinite": np.zeros((10, 2), np.int64)}
+    a = make_any(pool=True, checkpoints="columns")
+    a = {**a, "nonfinite": np.zeros((10, 2), np.int64)}
     if module == "_torch":
         pytest.importorskip("torch")
         a = to_torch(a, "cpu")
