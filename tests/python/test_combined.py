@@ -1,5 +1,7 @@
 """Options together: calls with options, shapes and layouts drawn at random are held to the reference."""
 
+import shutil
+
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
@@ -91,6 +93,33 @@ def test_compiled(device, seed):
     pytest.importorskip("torch")
     a, _ = drawn(seed)
     hold(a, run_any(a, "torch", "aot_eager", device), device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
+def test_inductor(device):
+    """Slices, a pool and checkpoints among other operations, which inductor may fuse and whose buffers it may
+    reuse."""
+    torch = pytest.importorskip("torch")
+    from test_strides import fused
+
+    a = make_any(H=2, HV=2, pool=True, checkpoints="columns", gate="softplus", wide=True, seed=306)
+    want = run_any(a, "torch", device=device)
+    tensors, _ = fused(to_torch(a, device))
+    size = flash_kda.get_workspace_size(a["v"].shape[1], 2, 4)
+    tensors["workspace"] = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def step(x, **tensors):
+        flash_kda.fwd(**{**tensors, "v": tensors["v"] * 1})
+        return tensors["out"] + x
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        result = torch.compile(step, fullgraph=True, backend="inductor")(1.0, **tensors)
+    assert torch.equal(result, tensors["out"] + 1)
+    after = to_numpy({n: x.contiguous() for n, x in tensors.items() if n in want and hasattr(x, "detach")})
+    for name in ("out", "final_state", "checkpoint_states"):
+        assert after[name].tobytes() == want[name].tobytes()
 
 
 @pytest.mark.slow
