@@ -176,6 +176,42 @@ def test_an_address_that_is_not_aligned_is_copied(device, name, guards, monkeypa
     assert memory[-1] == 3
 
 
+# Strides of [1, 20, 2, 128], of [1, 20, 2] for beta, of [3, 2, 128, 128] for states, and whether they are
+# copied: on the CPU, on a GPU.
+STRIDES = [
+    ("q", torch.bfloat16, (15360, 768, 128, 1), False, False),
+    ("q", torch.bfloat16, (5280, 264, 132, 1), False, True),
+    ("q", torch.bfloat16, (1, 136, 2720, 1), False, False),  # the stride of one batch row means nothing
+    ("q", torch.bfloat16, (10240, 512, 256, 2), True, True),
+    ("q", torch.bfloat16, (1 << 40, 1 << 32, 128, 1), False, True),
+    ("k", torch.bfloat16, (0, 0, 0, 1), False, False),
+    ("g", torch.float32, (5280, 264, 132, 1), False, False),
+    ("g", torch.float32, (5240, 262, 130, 1), False, True),
+    ("out", torch.bfloat16, (5280, 264, 132, 1), False, True),
+    ("beta", torch.bfloat16, (101, 5, 2), False, False),
+    ("beta", torch.float32, (0, 7, 3), False, False),
+    ("initial_state", torch.float32, (32772, 16384, 128, 1), False, False),
+    ("initial_state", torch.float32, (32770, 16384, 128, 1), False, True),
+    ("initial_state", torch.float32, (1 << 40, 16384, 128, 1), False, False),
+    ("final_state", torch.bfloat16, (32776, 16384, 128, 1), False, False),
+    ("final_state", torch.bfloat16, (32768, 16384, 1, 128), True, True),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "strides", "on_cpu", "on_gpu"), STRIDES)
+def test_which_strides_are_copied(name, dtype, strides, on_cpu, on_gpu):
+    """Without the memory, so that a GPU's rules are tested on every machine."""
+    from flash_kda import _layout
+
+    shape = (1, 20, 2) if name == "beta" else (3, 2, 128, 128) if "state" in name else (1, 20, 2, 128)
+    t = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    assert _layout.must_copy((name,), [t], False) == on_cpu
+    assert _layout.must_copy((name,), [t], True) == on_gpu
+    if "state" in name:
+        indices = torch.empty(3, dtype=torch.int32)
+        assert not _layout.must_copy((name, "state_indices"), [t, indices], True), "a pool is never copied"
+
+
 def test_strides_that_a_gpu_does_not_take(cuda, copies):
     """A multiple of 16 bytes is taken, any other stride is copied."""
     plain = to_torch(make(T=20, H=1), cuda)
