@@ -268,7 +268,7 @@ def fwd(
         lower_bound is not None
         and workspace is None
         and state_indices is None
-        and not first_slot
+        and first_slot is _ZERO
         and has_initial_state is None
         and checkpoint_states is None
         and checkpoint_offsets is None

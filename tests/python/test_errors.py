@@ -364,7 +364,9 @@ def test_states_that_overlap_in_part():
     a = make(T=4, B=2, initial=np.float32)
     memory = np.full((3, 2, 128, 128), np.nan, np.float32)
     a["initial_state"], a["final_state"] = memory[:2], memory[1:]
-    sentence = "final_state overlaps initial_state in part; they must be the same memory or apart"
+    sentence = (
+        "final_state overlaps initial_state in part; they must be apart, or the same memory with the same"
+    )
     refused(a, {}, ValueError, sentence)
 
 

@@ -172,7 +172,7 @@ def test_compute_returns_a_changed_copy_of_the_pool(library):
         (
             {"state_indices": [0, 1, 7, 2]},
             ValueError,
-            "state_indices[2] is 7; initial_state has 7 slots, so it must be less",
+            "state_indices[2] is 7; it must be less than 7, the slots of initial_state",
         ),
         ({"state_indices": [0, 1, 2]}, ValueError, "state_indices has shape [3]; it must be [N] = [4]"),
         (
@@ -188,7 +188,11 @@ def test_compute_returns_a_changed_copy_of_the_pool(library):
         ({"has_initial_state": [True]}, ValueError, "has_initial_state has shape [1]; it must be [N] = [4]"),
         ({"first_slot": -1}, ValueError, "first_slot is -1; it must be 0 (every index is a slot) or more"),
         ({"first_slot": 1.0}, TypeError, "first_slot is of type float; it must be an int"),
-        ({"state_indices": None}, ValueError, "initial_state has shape [7, 2, 128, 128]; it must be [N, HV,"),
+        (
+            {"state_indices": None, "first_slot": 0},
+            ValueError,
+            "initial_state has shape [7, 2, 128, 128]; it must be [N, HV,",
+        ),
         (
             {"state_indices": None, "initial_state": None, "final_state": None},
             ValueError,
