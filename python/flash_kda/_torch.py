@@ -176,8 +176,8 @@ _Guards = _usable_guards()
 
 
 def _guards_for(tensors: list) -> Callable[..., bool]:
-    """A function that says whether tensors look like these. PyTorch's guards refuse a tensor that comes twice,
-    as a state does that is updated in place, so they see each tensor once."""
+    """A function that says whether tensors look like these. PyTorch's guards refuse a tensor that comes
+    twice, as a state does that is updated in place, so they see each tensor once."""
     first: dict[int, int] = {}
     unique = [i for i, t in enumerate(tensors) if first.setdefault(id(t), i) == i]
     once = [tensors[i] for i in unique]
