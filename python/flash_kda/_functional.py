@@ -27,7 +27,7 @@ def new_results(
             )
         state = makes.copy_of("initial_state", initial_state)
     elif with_state:
-        is_fp32 = getattr(initial_state, "dtype", None) != v.dtype
+        is_fp32 = initial_state is None or initial_state.dtype != v.dtype
         state = makes.empty_like(v, _state_shape(q, v, cu_seqlens), is_fp32)
     rows = checkpoint_rows(v.shape, cu_seqlens, options)
     checkpoints: tuple[Any, Any] = (None, None)
