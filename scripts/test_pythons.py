@@ -2,8 +2,8 @@
 
 The package of the build folder runs as it is, since it has no compiled part that depends on Python. Each
 version gets an environment of its own in BUILD/pythons, with the oldest NumPy that the package supports on
-Pythons that have it and the newest one on the others. PyTorch is left out. Versions are looked for on PATH, as
-python3.9, python3.10 and so on. A version that is not there is named in the last line.
+Pythons that have it and the newest one on the others. PyTorch is left out. Versions are looked for on PATH
+as python3.9, python3.10 and so on, and in ~/.pyenv. The last line names the versions that are not there.
 """
 
 from __future__ import annotations

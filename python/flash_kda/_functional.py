@@ -28,8 +28,8 @@ def new_results(
         state = makes.copy_of("initial_state", initial_state)
     elif with_state:
         is_fp32 = initial_state is None or initial_state.dtype != v.dtype
-        state = makes.empty_like(v, _state_shape(q, v, cu_seqlens), is_fp32)
-    rows = checkpoint_rows(v.shape, cu_seqlens, options)
+        state = makes.empty_like(v, _state_shape(torch_layer, q, v, cu_seqlens), is_fp32)
+    rows = checkpoint_rows(torch_layer, v.shape, options)
     checkpoints: tuple[Any, Any] = (None, None)
     if options.get("checkpoint_states") is not None:
         checkpoints = (options["checkpoint_states"], options["checkpoint_states"])
@@ -38,7 +38,14 @@ def new_results(
     return (*out, *state, *checkpoints)
 
 
-def checkpoint_rows(v_shape: Any, cu_seqlens: Any, options: dict) -> int | None:
+def _shape_of(torch_layer: Any, x: Any) -> tuple[int, ...]:
+    """() for what has no shape. torch.compile of PyTorch 2.4 traces no getattr of a tensor with a default."""
+    if torch_layer is not None and isinstance(x, torch_layer.Tensor):
+        return x.shape
+    return getattr(x, "shape", ())
+
+
+def checkpoint_rows(torch_layer: Any, v_shape: Any, options: dict) -> int | None:
     """How many rows checkpoints need, or None if none are asked for. Takes checkpoint_rows out of the
     options.
 
@@ -66,7 +73,7 @@ def checkpoint_rows(v_shape: Any, cu_seqlens: Any, options: dict) -> int | None:
             )
     if offsets is not None:
         rows = 1
-        for size in getattr(offsets, "shape", ()):
+        for size in _shape_of(torch_layer, offsets):
             rows *= size
         return rows
     if not isinstance(every, int) or every < 1 or len(v_shape) != 4:
@@ -75,10 +82,10 @@ def checkpoint_rows(v_shape: Any, cu_seqlens: Any, options: dict) -> int | None:
     return v_shape[0] * (v_shape[1] // every)
 
 
-def _state_shape(q: Any, v: Any, cu_seqlens: Any) -> tuple[int, ...]:
+def _state_shape(torch_layer: Any, q: Any, v: Any, cu_seqlens: Any) -> tuple[int, ...]:
     """The shape of the final state. Where the arrays have wrong shapes, which fwd refuses, it is any."""
-    rows, channels = v.shape, getattr(q, "shape", v.shape)[-1:]
-    borders: Any = rows[:1] if cu_seqlens is None else getattr(cu_seqlens, "shape", ())
+    rows, channels = v.shape, (_shape_of(torch_layer, q) or v.shape)[-1:]
+    borders: Any = rows[:1] if cu_seqlens is None else _shape_of(torch_layer, cu_seqlens)
     if len(rows) != 4 or len(borders) != 1 or len(channels) != 1:
         return (0, 0, 0, 0)
     N = borders[0] if cu_seqlens is None else max(borders[0] - 1, 0)

@@ -30,7 +30,7 @@ def reference(
     more: dict[str, Any],
 ) -> tuple[Any, ...]:
     check_numbers(scale, 0.0 if lower_bound is None else lower_bound)
-    rows = _functional.checkpoint_rows(getattr(v, "shape", ()), cu_seqlens, more)
+    rows = _functional.checkpoint_rows(None, getattr(v, "shape", ()), more)
     given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
     given |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
     given |= {name: more.pop(name) for name in OPTIONAL_ARRAYS if name in more and name not in _NOT_READ}
