@@ -88,8 +88,9 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     if call["safe_gate"] and call["use_gate_in_kernel"] and (bound is None or not -5 <= bound < 0):
         raise ValueError(f"lower_bound is {bound} with safe_gate=True; it must be in [-5, 0)")
     initial_state = call["initial_state"]
-    if initial_state is not None and getattr(initial_state, "dtype", None) is not torch.float32:
-        kind = getattr(initial_state, "dtype", type(initial_state).__name__)
+    is_tensor = isinstance(initial_state, torch.Tensor)
+    if initial_state is not None and not (is_tensor and initial_state.dtype == torch.float32):
+        kind = initial_state.dtype if is_tensor else type(initial_state).__name__
         raise TypeError(f"initial_state is of {kind}; it must be a tensor of torch.float32")
     if call["return_intermediate_states"]:
         if not torch.is_inference_mode_enabled():
