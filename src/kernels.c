@@ -10,10 +10,8 @@
 /* What each kernel knows beyond the plainest call. */
 enum {
     FKDA_CPU_FEATURES = FKDA_ALL_FEATURES,
-    FKDA_PORTABLE_FEATURES = 0,
-    FKDA_HOPPER_FEATURES = FKDA_STRIDES | FKDA_POOL | FKDA_GROUPED | FKDA_CHECKPOINTS | FKDA_K_FIRST |
-                           FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
-                           FKDA_BETA_KIND | FKDA_NORMALISED,
+    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES,
+    FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES,
 };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
