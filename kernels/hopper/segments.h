@@ -82,11 +82,11 @@ typedef struct fkda_cut {
     fkda_segment *inner; /* list: all segments but the first and the last of each cut sequence */
     fkda_segment *later; /* list: all segments but the first, then the sequences that are not cut */
     fkda_cut_sequence *cut_sequences;
-    float *states;     /* [slot][head][128][128], in the layout StateImage of join/layouts.cuh */
-    float *maps;       /* [slot][head][128][128], in the layout MapImage of join/layouts.cuh */
-    float *composed;   /* [group][head][128][128], a MapImage: the product of a group's maps */
-    int *flags;        /* [slot][head][FKDA_SLOT_FLAGS]; only the relay and the mixed schedule have them */
-    int shortest;      /* a sequence of n tokens is cut into n / shortest segments, unless: */
+    float *states;   /* [slot][head][128][128], in the layout StateImage of join/layouts.cuh */
+    float *maps;     /* [slot][head][128][128], in the layout MapImage of join/layouts.cuh */
+    float *composed; /* [group][head][128][128], a MapImage: the product of a group's maps */
+    int *flags;      /* [slot][head][FKDA_SLOT_FLAGS]; only the relay and the mixed schedule have them */
+    int shortest;    /* a sequence of n tokens is cut into n / shortest segments, unless: */
     /* Later segments begin at 2, 3, 4, ... times `shortest` tokens, and maps have no groups. */
     int in_steps;
     int slots, groups; /* of the workspace: segment slots, and map groups */
