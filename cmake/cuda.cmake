@@ -146,6 +146,8 @@ if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_segments kernels/hopper/segments.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_general_fwd kernels/hopper/general_fwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_general_segments kernels/hopper/general_segments.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_states_fwd kernels/hopper/states_fwd.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_states_segments kernels/hopper/states_segments.cu ARCHS 90a)
   target_sources(flashkda PRIVATE
     src/cuda/hopper/costs.c
     src/cuda/hopper/explain.c

@@ -29,6 +29,7 @@ typedef struct fkda_handoff {
     int *flags;    /* [share border][FKDA_HANDOFF_FLAGS], zeros before the launch: one flag for 16 rows */
 } fkda_handoff;
 enum { FKDA_HANDOFF_FLAGS = 8 };
+enum { FKDA_SAVED_FLOATS = 128 * 128 + 8 * 32 * 4 }; /* of a SavedState */
 
 /* The driver's CUtensorMap, with the alignment it must have. */
 typedef struct fkda_tma_descriptor {
@@ -48,7 +49,8 @@ typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance
     fkda_tma_descriptor q, k, g, v;
     fkda_cut cut;
     fkda_handoff handoff;
-    int work; /* FKDA_SEQUENCES, ...; of fkda_hopper_join FKDA_JOIN_COMPOSE, ... */
+    void *saved; /* workspace for checkpoints: a SavedState (join/layouts.cuh) for each CTA pair, or null */
+    int work;    /* FKDA_SEQUENCES, ...; of fkda_hopper_join FKDA_JOIN_COMPOSE, ... */
 } fkda_hopper_fwd_args;
 
 /* The mixed schedule has both chunk sizes in one launch: boxes of `pair` are chunks of a CTA pair, boxes of

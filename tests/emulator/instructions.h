@@ -472,6 +472,16 @@ template <int elements> void load_pair_if(float &x, const void *from, bool valid
 {
     if (valid) memcpy(&x, static_cast<const uint16_t *>(from) + elements, 4);
 }
+template <int elements> void load_one_if(float &x, const void *from, bool valid)
+{
+    if (valid) memcpy(&x, static_cast<const float *>(from) + elements, 4);
+}
+template <int elements> void load_bf16_if(float &x, const void *from, bool valid)
+{
+    uint32_t bits = 0;
+    if (valid) memcpy(&bits, static_cast<const uint16_t *>(from) + elements, 2);
+    if (valid) memcpy(&x, &bits, 4);
+}
 template <int tiles> void load_four_if(float (&x)[4], const void *from, bool valid)
 {
     if (valid) memcpy(x, static_cast<const float *>(from) + 128 * tiles, 16);

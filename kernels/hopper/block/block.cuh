@@ -12,6 +12,9 @@
  * gate, write strength and type of input, and look at the call's options while they run. Blocks without
  * GENERAL take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be
  * normalised.
+ *
+ * The kernels fkda_hopper_states_solo and so on have the same blocks with STATES, as the general ones have:
+ * these blocks write checkpoints and take states with K first. Their arithmetic is the usual one to the bit.
  */
 #ifndef FKDA_HOPPER_BLOCK_CUH
 #define FKDA_HOPPER_BLOCK_CUH
@@ -27,10 +30,13 @@ constexpr int ROW = 128;     /* bytes of a swizzled row: 64 channels of one toke
 /* Numbers of named barriers; barriers.cuh says who meets there. */
 constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
 
-template <class Cta, class SomeSchedule, bool general = false>
+template <class Cta, class SomeSchedule, bool general = false, bool states = general>
 struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
     static constexpr bool GENERAL = general;
+    static constexpr bool STATES = states;
+    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). */
+    static constexpr bool PIECES = states && Cta::OUTPUTS;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
     /* The preparation of a general block needs more registers than a relay's output phase gives others. */

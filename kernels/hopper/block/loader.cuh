@@ -16,6 +16,7 @@
 
 #include "../schedule/even_shares.cuh"
 #include "../schedule/mixed.cuh"
+#include "../schedule/pieces.cuh"
 #include "norms.cuh"
 #include "shared.cuh"
 
@@ -25,9 +26,9 @@ namespace fkda
 template <class Block> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<Block> &shared;
-    typename Block::Schedule::template Source<Block> source;
+    Pieces<Block> source;
     Slot<ITEMS_AHEAD> published; /* where the next work item goes in the ring of work items */
-    WorkItem item;               /* the last one that the schedule gave out */
+    LoadedItem item;             /* the last one that the source gave out */
     /* The slots of the next chunk that this CTA prepares, and of the next one that the other CTA does. */
     Slot<Block::OWN_SLOTS> own;
     Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> received;
@@ -39,10 +40,15 @@ template <class Block> struct Loader {
     unsigned left_out;              /* chunks still to be loaded whose norms their teams find */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Block> &s, int lane)
-        : args(a), shared(s), source(a, pair_rank<Block>(), lane), published(0), item{}, own(0), received(0),
-          turn(0), rank(pair_rank<Block>()), expected(0), asked_for(0), to_norm(Block::TEAMS),
-          without_norms(0), left_out(Block::TEAMS)
+        : args(a), shared(s), source(a, piece_notes(s), pair_rank<Block>(), lane), published(0), item{},
+          own(0), received(0), turn(0), rank(pair_rank<Block>()), expected(0), asked_for(0),
+          to_norm(Block::TEAMS), without_norms(0), left_out(Block::TEAMS)
     {
+    }
+
+    static __device__ PieceNotes &piece_notes(Shared<Block> &s)
+    {
+        return reinterpret_cast<PieceNotes &>(s.pieces); /* a block without pieces does not use them */
     }
 
     static __device__ void prefetch_descriptors(const fkda_hopper_fwd_args &args, int lane)
@@ -92,7 +98,7 @@ template <class Block> struct Loader {
     {
         wait(&shared.work.ring.empty[published.index], published.parity ^ 1);
         if (elect_lane()) {
-            shared.work.item[published.index] = item;
+            shared.work.item[published.index] = item; /* without what the loader alone needs */
             mbarrier_arrive(&shared.work.ring.full[published.index]);
         }
         __syncwarp();
@@ -114,7 +120,7 @@ template <class Block> struct Loader {
     /* Loads a chunk that this CTA prepares. Past the end of the sequence a box brings tokens of the next
      * sequence, and past the end of the batch row zeros. The preparation clears g, k and q there, and the
      * recurrence clears v. */
-    __device__ void load(const ValueBoxes &values)
+    __device__ void load(const ValueBoxes &values, int qk_head)
     {
         Tokens<Block> &to = shared.tokens[own.index];
         uint64_t *barrier = &shared.chunk_ring.loaded[own.index];
@@ -133,10 +139,9 @@ template <class Block> struct Loader {
                 if (with_g)
                     copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
                              barrier);
-                copy_box(to.half[half].tile[K], &args.k, half, values.token, values.qk_head, values.row,
-                         barrier);
+                copy_box(to.half[half].tile[K], &args.k, half, values.token, qk_head, values.row, barrier);
                 if constexpr (Block::OUTPUTS)
-                    copy_box(to.half[half].tile[Q], &args.q, half, values.token, values.qk_head, values.row,
+                    copy_box(to.half[half].tile[Q], &args.q, half, values.token, qk_head, values.row,
                              barrier);
             }
             copy_values(own.index, values, barrier);
@@ -197,13 +202,13 @@ template <class Block> struct Loader {
         bool begun = false;
         int chunks = 0; /* so far */
         do {
-            const WorkItem now = item; /* an empty one at first */
+            const LoadedItem now = item; /* an empty one at first */
+            const bool no_values = !Block::OUTPUTS && now.attributes & IS_MAP;
             ValueBoxes values = {now.row,
                                  now.token,
                                  now.head,
-                                 now.qk_head,
-                                 now.first_row / 64,
-                                 !Block::OUTPUTS && now.attributes & IS_MAP ? 0 : Block::ROWS / 64,
+                                 static_cast<unsigned char>(now.first_row / 64),
+                                 static_cast<unsigned char>(no_values ? 0 : Block::ROWS / 64),
                                  false};
             bool first = true;
             for (int left = now.length; left > 0 || first; left -= Block::CHUNK, first = false) {
@@ -214,7 +219,7 @@ template <class Block> struct Loader {
                         chunks++;
                     }
                     if (Block::CTAS == 1 || turn == rank)
-                        load(values);
+                        load(values, now.qk_head);
                     else
                         expect(values);
                     values.token += Block::CHUNK, turn ^= 1;

@@ -56,6 +56,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
         keep_in_register(output_place), keep_in_register(value_place);
+        if (Block::PIECES) forget_state();
     }
 
     /* ---- Outputs ---- */
@@ -147,17 +148,18 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     }
 
     /*
-     * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on. In
-     * a pair, every second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
+     * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on, and
+     * which begins `position` tokens behind the start of what the schedule gave out. In a pair, every second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
      * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.
      */
     template <class Store>
-    __device__ void step(int index, int left, float (&read)[READ][4], float (&own)[TILES][4],
+    __device__ void step(int index, int left, int position, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (left & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map), whole = left >= CHUNK;
+        const bool look = (position & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map),
+                   whole = left >= CHUNK;
         Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
             tokens_descriptor + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
@@ -234,6 +236,37 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     /* Whether a CTA may overwrite a state that another one starts from (schedule/relay.cuh). */
     static constexpr bool OVERWRITES_STATES = Block::JOINS && !Block::MIXED;
 
+    /* Whether pieces may go back to a state that a piece before them has saved (schedule/pieces.cuh). */
+    static constexpr bool CHANGES_BACK = Block::PIECES && Block::CTAS == 2;
+
+    /* Leaves the state as it is, with the notes that belong to it. */
+    __device__ void save(const WorkItem &item) const
+    {
+        SavedState &to = *static_cast<SavedState *>(global_memory(item.final));
+        const int rows = Base::row_group(item);
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+            to.rows.tile[rows][s][lane] = make_float4(state[s][0], state[s][1], state[s][2], state[s][3]);
+        to.notes[rows][lane] =
+            make_float4(scale[0], scale[1], __uint_as_float(static_cast<unsigned>(look_again)),
+                        __uint_as_float(static_cast<unsigned>(faint)));
+    }
+
+    /* The scales and notes before a work item, behind load_state(): those of the piece before it, those that
+     * were saved, or those of a new state. */
+    __device__ void take_notes(const WorkItem &item)
+    {
+        float x[4] = {1.0f, 1.0f, 0.0f, 0.0f};
+        if constexpr (CHANGES_BACK) {
+            const SavedState *from = static_cast<const SavedState *>(global_memory(item.initial));
+            load_four_if<0>(x, &from->notes[Base::row_group(item)][lane], item.attributes & RESTORES);
+        }
+        const bool keeps = Block::PIECES && item.attributes & KEEPS_STATE;
+        scale[0] = keeps ? scale[0] : x[0], scale[1] = keeps ? scale[1] : x[1];
+        look_again = __any_sync(~0u, keeps ? look_again : __float_as_uint(x[2]) != 0);
+        faint = __any_sync(~0u, keeps ? faint : __float_as_uint(x[3]) != 0);
+    }
+
     __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
     {
         char *to = static_cast<char *>(args.out) +
@@ -245,15 +278,19 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         load_state(item);
         if constexpr (OVERWRITES_STATES)
             if (item.attributes & SIGNALS_READ) set_flag(&item.read_flags[warp_row() >> 4]);
-        scale[0] = scale[1] = 1.0f;
-        look_again = faint = false;
+        if constexpr (Block::PIECES)
+            take_notes(item);
+        else
+            scale[0] = scale[1] = 1.0f, look_again = faint = false;
         bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
+        if constexpr (Block::PIECES) ready = ready && !(item.attributes & SCALES_CHOSEN);
         if (ready) choose_first_scales(item.length, place);
+        int position = Block::PIECES ? item.attributes >> PHASE_BIT << 4 : 0;
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         int slot = uniform(place.index());
         for (int left = item.length; left > 0; left -= CHUNK) {
             if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
-            step(slot, left, read, own, [&] {
+            step(slot, left, position, read, own, [&] {
                 if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
             });
             SlotCursor<Block> next = place;
@@ -268,13 +305,26 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             }
             wgmma_wait<0>();
             release(place);
-            place = next, slot = next_slot;
+            place = next, slot = next_slot, position += CHUNK;
         }
         if (STORED_LATER && item.length > 0) store_output(0, to - stride, (item.length - 1) % CHUNK + 1);
         if constexpr (OVERWRITES_STATES)
             if (item.attributes & AWAITS_READ) await_flag(&item.read_flags[warp_row() >> 4]);
-        if (item.final) store_state(item, place);
+        if (CHANGES_BACK && item.attributes & SAVES)
+            save(item);
+        else if (item.final)
+            store_state(item, place);
         if (item.attributes & SIGNALS_FINAL) set_flag(&item.flags[warp_row() >> 4]);
+    }
+
+    __device__ void forget_state()
+    {
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) state[s][r] = 0.0f;
+        scale[0] = scale[1] = 0.0f;
+        look_again = faint = false;
     }
 
     /* The warp has read everything that it needs of a chunk. The CTA that sent the chunk is told too. */
@@ -294,9 +344,13 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         /* Of all that a CTA reads, only states in the workspace can come from the previous kernel. */
         if (Block::OUTPUTS) wait_for_previous_kernel();
         for (;; items.finish()) {
-            if constexpr (Block::JOINS)
-                if (shared.join.begins == items.number + 1) RelayJoin<Block>(all, shared).carry_rows();
             const WorkItem &item = items.current(); /* read again for each use: registers are scarce */
+            if constexpr (Block::JOINS)
+                if (item.attributes & JOINS_BEFORE) {
+                    RelayJoin<Block>(all, shared).carry_rows();
+                    if (Block::PIECES)
+                        forget_state(); /* so that it takes no registers while rows are carried */
+                }
             if (item.attributes & NO_WORK) break;
             compute_item(item, place);
         }

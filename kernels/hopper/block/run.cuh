@@ -92,17 +92,19 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     end_phase(second);
 }
 
-template <bool general> static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
+template <bool general, bool states = general>
+static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
 {
-    run_two_phases<Block<MapCta, Relay, general>, Block<PairCta, Relay, general>, RelayAssignment>(
-        all, [&] { return RelayAssignment::has_map_phase(all); });
+    run_two_phases<Block<MapCta, Relay, general, states>, Block<PairCta, Relay, general, states>,
+                   RelayAssignment>(all, [&] { return RelayAssignment::has_map_phase(all); });
 }
 
 /* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------ */
 
-template <bool general> static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
+template <bool general, bool states = general>
+static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
-    using Pair = Block<PairCta, Mixed, general>;
+    using Pair = Block<PairCta, Mixed, general, states>;
     using Usual = Block<PairCta, Mixed>;
     static_assert(offsetof(Shared<Pair>, assignment) == offsetof(Shared<Usual>, assignment),
                   "the schedule looks where a block that is not general has its assignment");
@@ -127,17 +129,17 @@ template <bool general> static __device__ __forceinline__ void run_mixed(const f
     /* A general kernel has no solo CTAs here: with three sets of roles it would have spills. Pairs then compute
      * the rest, whatever the estimate says. */
     if (general || assignment.is != MixedAssignment::REST_SOLO) {
-        run_two_phases<Block<MapCta, Mixed, general>, Pair, LongAssignment>(
+        run_two_phases<Block<MapCta, Mixed, general, states>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
         return;
     }
     if constexpr (!general) {
         const MixedAssignment own = assignment;
         __syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks */
-        if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed>>() = own;
+        if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed, false, states>>() = own;
         __syncthreads();
         read_indices(cta, thread);
-        run_block<Block<SoloCta, Mixed>>(all.solo, thread);
+        run_block<Block<SoloCta, Mixed, false, states>>(all.solo, thread);
     }
 }
 

@@ -33,7 +33,8 @@ template <class Block> struct ChunkRing {
 
 /* Where the values of a chunk come from, in boxes of 64 rows. */
 struct ValueBoxes {
-    int row, token, head, qk_head, first_box, boxes;
+    int row, token, head;
+    unsigned char first_box, boxes;
     bool after_maps; /* the slot holds maps of the join phase before it may hold the chunk */
 };
 
@@ -52,10 +53,22 @@ struct Nothing {
 struct JoinPhase {
     Ring<MAP_QUARTERS_AHEAD> ring;
     uint64_t room_for_maps, room_for_tokens;
-    /* When the CTA's recurrence runs the join phase. */
-    enum { NEVER, BEFORE_FIRST_ITEM, AFTER_FIRST_ITEM } begins;
+    bool has_rows;                       /* false: the CTA takes no part in the join phase */
     int head, first_slot, maps;          /* first_slot: of the segments with maps; maps: how many */
     int first_row_group, row_group_step; /* the CTA carries every row_group_step-th group of 16 rows */
+};
+
+/* What the loader knows of a work item in pieces (schedule/pieces.cuh). */
+struct PieceNotes {
+    bool in_pieces; /* `rest` is what is left of a work item */
+    bool saved;     /* the state before `rest` is in the workspace */
+    WorkItem rest;
+    LoadersNotes of_rest;
+    int begin;           /* tokens of the sequence before `rest` */
+    int offset, column;  /* the next checkpoint; its rows are looked for from this column on */
+    int first_row_is_of; /* this sequence */
+    long long first_row; /* with `every` */
+    long long row;       /* the next row for the checkpoint, or NO_SLOT: not found yet */
 };
 
 /* The end of a phase (end_phase in barriers.cuh). */
@@ -108,6 +121,7 @@ template <class Block> struct Shared {
      * them are never initialised. */
     uint64_t meeting[FOR_RACECHECK ? ITEMS_AHEAD : 1];
     std::conditional_t<Block::MIXED, MixedAssignment, Nothing> assignment;
+    std::conditional_t<Block::PIECES, PieceNotes, Nothing> pieces; /* the loader's */
 };
 template <class Block> constexpr bool FITS = sizeof(Shared<Block>) <= FKDA_HOPPER_SHARED_BYTES;
 static_assert(FITS<Block<SoloCta, EvenShares>> && FITS<Block<PairCta, EvenShares>> &&

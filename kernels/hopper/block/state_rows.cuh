@@ -55,9 +55,15 @@ template <class Block> struct StateRows {
         return (item.first_row + warp_row() + (lane >> 2)) * DIM + 2 * (lane & 3);
     }
 
+    /* The same for a state [K, V]. */
+    __device__ int k_first_begin(const WorkItem &item) const
+    {
+        return 2 * (lane & 3) * DIM + item.first_row + warp_row() + (lane >> 2);
+    }
+
     /* ---- From memory ---- */
 
-    /* The three functions load_tiles_* load the tiles of a state from tile s on, if the state has the type or
+    /* The functions load_tiles_* load the tiles of a state from tile s on, if the state has the type or
      * the layout that the function's name says. */
     template <int s>
     static __device__ void load_tiles_fp32(float (&raw)[DIM / 8][4], const void *from, bool is_fp32)
@@ -75,6 +81,27 @@ template <class Block> struct StateRows {
         load_pair_if<8 * s + 8 * DIM>(x[2], from, is_bf16);
         if constexpr (s + 1 < DIM / 8) load_tiles_bf16<s + 1>(raw, from, is_bf16);
     }
+    /* The same for a state [K, V]: neighbouring lanes have neighbouring rows. */
+    template <int s>
+    static __device__ void load_tiles_k_first_fp32(float (&raw)[DIM / 8][4], const void *from, bool is_fp32)
+    {
+        float(&x)[4] = raw[s];
+        load_one_if<8 * s * DIM>(x[0], from, is_fp32);
+        load_one_if<(8 * s + 1) * DIM>(x[1], from, is_fp32);
+        load_one_if<8 * s * DIM + 8>(x[2], from, is_fp32);
+        load_one_if<(8 * s + 1) * DIM + 8>(x[3], from, is_fp32);
+        if constexpr (s + 1 < DIM / 8) load_tiles_k_first_fp32<s + 1>(raw, from, is_fp32);
+    }
+    template <int s>
+    static __device__ void load_tiles_k_first_bf16(float (&raw)[DIM / 8][4], const void *from, bool is_bf16)
+    {
+        float(&x)[4] = raw[s];
+        load_bf16_if<8 * s * DIM>(x[0], from, is_bf16);
+        load_bf16_if<(8 * s + 1) * DIM>(x[1], from, is_bf16);
+        load_bf16_if<8 * s * DIM + 8>(x[2], from, is_bf16);
+        load_bf16_if<(8 * s + 1) * DIM + 8>(x[3], from, is_bf16);
+        if constexpr (s + 1 < DIM / 8) load_tiles_k_first_bf16<s + 1>(raw, from, is_bf16);
+    }
     template <int s>
     static __device__ void load_tiles_image(float (&raw)[DIM / 8][4], const void *from, bool is_image)
     {
@@ -83,7 +110,8 @@ template <class Block> struct StateRows {
     }
 
     /*
-     * Loads the state before a work item: from memory, or zeros or the identity.
+     * Loads the state before a work item: from memory, or zeros or the identity, unless the item goes on with
+     * the state that is here.
      *
      * Nothing here branches: behind a branch ptxas would put wgmma products one after the other. All loads of
      * one type are issued before those of the next type, because a load into a register waits for the
@@ -94,14 +122,24 @@ template <class Block> struct StateRows {
         const bool is_bf16 = item.initial && item.attributes & INITIAL_BF16,
                    is_image = item.initial && item.attributes & INITIAL_IMAGE,
                    is_fp32 = item.initial && !is_bf16 && !is_image;
+        const bool k_first = Block::STATES && args.state_k_first;
         const int begin = state_begin(item);
         const char *from = static_cast<const char *>(global_memory(item.initial));
-        float raw[DIM / 8][4] = {};
-        if constexpr (STARTS_FROM_STATES) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32);
+        const bool keeps = Block::PIECES && item.attributes & KEEPS_STATE;
+        float raw[DIM / 8][4];
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) raw[s][r] = keeps ? state[s][r] : 0.0f;
+        if constexpr (STARTS_FROM_STATES) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32 && !k_first);
+        if constexpr (STARTS_FROM_STATES && Block::STATES)
+            load_tiles_k_first_fp32<0>(raw, from + 4 * k_first_begin(item), is_fp32 && k_first);
         if constexpr (Block::OUTPUTS)
             load_tiles_image<0>(raw, from + row_group(item) * sizeof(StateImage::tile[0]) + 16 * lane,
                                 is_image);
-        if constexpr (STARTS_FROM_STATES) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16);
+        if constexpr (STARTS_FROM_STATES) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16 && !k_first);
+        if constexpr (STARTS_FROM_STATES && Block::STATES)
+            load_tiles_k_first_bf16<0>(raw, from + 2 * k_first_begin(item), is_bf16 && k_first);
         const int diagonal = warp_row() + (lane >> 2) - 2 * (lane & 3); /* of the identity: row less column */
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
@@ -109,7 +147,7 @@ template <class Block> struct StateRows {
             for (int r = 0; r < 2; r++) {
                 float x = raw[s][2 * r], y = raw[s][2 * r + 1];
                 if constexpr (STARTS_FROM_STATES) {
-                    y = is_bf16 ? bf16_high(__float_as_uint(x)) : y;
+                    y = !is_bf16 ? y : k_first ? bf16_low(__float_as_uint(y)) : bf16_high(__float_as_uint(x));
                     x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
                 }
                 if constexpr (!Block::OUTPUTS) {
@@ -206,6 +244,22 @@ template <class Block> struct StateRows {
                                       state[s][3] * scale[1]);
     }
 
+    /* Stores the state as [K, V]; this lane's part begins at element `begin` of the head's. */
+    __device__ void store_k_first(void *to, int begin, bool is_bf16) const
+    {
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = begin + (8 * s + i % 2) * DIM + i / 2 * 8;
+                const float x = state[s][i] * scale[i / 2];
+                if (is_bf16)
+                    static_cast<uint16_t *>(to)[at] = static_cast<uint16_t>(pack_bf16(x, x));
+                else
+                    static_cast<float *>(to)[at] = x;
+            }
+    }
+
     /* Stores the state after a work item. `after` is at the chunk behind the work item's last one. */
     __device__ void store_state(const WorkItem &item, const SlotCursor<Block> &after) const
     {
@@ -224,6 +278,7 @@ template <class Block> struct StateRows {
         if (!Block::OUTPUTS || item.attributes & FINAL_IMAGE)
             return store_image(static_cast<StateImage *>(to)->tile[row_group(item)]);
         const bool is_bf16 = item.attributes & FINAL_BF16;
+        if (Block::STATES && args.state_k_first) return store_k_first(to, k_first_begin(item), is_bf16);
         const int begin = state_begin(item);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)

@@ -139,7 +139,7 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
     unsigned before = 0; /* work items of the sequences before c */
     for (unsigned c = 0, item = blockIdx.x; c < static_cast<unsigned>(count); c++) {
         const fkda_cut_sequence sequence = Cut::of_first_lane(rules.cut_sequence(static_cast<int>(c)));
-        const int groups = Cut::groups_of(sequence.segments);
+        const int groups = rules.groups_of(sequence.segments);
         const unsigned items = static_cast<unsigned>(chains ? 1 : groups) * heads * row_groups;
         for (; item < before + items; item += gridDim.x) {
             const unsigned within = item - before, row_group = within % row_groups;

@@ -4,6 +4,7 @@
 
 #include "../../common/elements.cuh"
 #include "../../common/task.cuh"
+#include "../fwd_args.h"
 
 namespace fkda
 {
@@ -52,6 +53,13 @@ static_assert(sizeof(MapImage) == DIM * DIM * sizeof(float), "a slot has room fo
 struct StateImage {
     float4 tile[DIM / 16][DIM / 8][32]; /* rows, columns, lane */
 };
+
+/* A state as the recurrence has it between two chunks. */
+struct SavedState {
+    StateImage rows;            /* divided by their scales */
+    float4 notes[DIM / 16][32]; /* of each lane: its two scales, and the bits of look_again and of faint */
+};
+static_assert(sizeof(SavedState) == FKDA_SAVED_FLOATS * sizeof(float), "the workspace has room for it");
 
 } // namespace fkda
 

@@ -33,9 +33,7 @@ static __device__ void assign_join_rows(const Assignment &assignment, JoinPhase 
     const bool none = assignment.maps() == 0 || assignment.spare >= 0 ||
                       assignment.segment >= assignment.pairs_of_head() || row_group < 0 ||
                       row_group >= JOIN_ROW_GROUPS;
-    join.begins = none                                                          ? JoinPhase::NEVER
-                  : assignment.spares_compute_first() || assignment.segment > 0 ? JoinPhase::BEFORE_FIRST_ITEM
-                                                                                : JoinPhase::AFTER_FIRST_ITEM;
+    join.has_rows = !none;
     if (none) return;
     join.head = assignment.head(assignment.head_index);
     join.first_slot = assignment.sequence(assignment.head_index).first_slot + 1;
@@ -112,7 +110,7 @@ template <class Block> struct RelayJoin {
     /* Run by the map fetcher. */
     __device__ void fetch_maps()
     {
-        if (shared.join.begins == JoinPhase::NEVER) return;
+        if (!shared.join.has_rows) return;
         mbarrier_wait(&shared.join.room_for_maps, 0);
 #pragma unroll 1
         for (int group = shared.join.first_row_group; group < JOIN_ROW_GROUPS;

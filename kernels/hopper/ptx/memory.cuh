@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t load_shared_16(uint32_t address)
     return x;
 }
 
-/* The next three load from global memory without a branch, and change nothing if !valid. The offset from
+/* The next five load from global memory without a branch, and change nothing if !valid. The offset from
  * `from` is a template argument, which the instruction encodes. */
 
 /* Two neighbouring fp32, `elements` elements after `from`. */
@@ -65,6 +65,24 @@ template <int elements> __device__ __forceinline__ void load_pair_if(float &x, c
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.b32 %0, [%1 + %3];\n}"
                  : "+f"(x)
                  : "l"(from), "r"(static_cast<int>(valid)), "n"(2 * elements));
+}
+
+/* One fp32, `elements` elements after `from`. */
+template <int elements> __device__ __forceinline__ void load_one_if(float &x, const void *from, bool valid)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.f32 %0, [%1 + %3];\n}"
+                 : "+f"(x)
+                 : "l"(from), "r"(static_cast<int>(valid)), "n"(4 * elements));
+}
+
+/* One bf16, `elements` elements after `from`; the lower half of x gets its bits. */
+template <int elements> __device__ __forceinline__ void load_bf16_if(float &x, const void *from, bool valid)
+{
+    uint32_t bits = __float_as_uint(x);
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.u16 %0, [%1 + %3];\n}"
+                 : "+r"(bits)
+                 : "l"(from), "r"(static_cast<int>(valid)), "n"(2 * elements));
+    x = __uint_as_float(bits);
 }
 
 /* Four fp32, `tiles` tiles of a StateImage (join/layouts.cuh) after `from`. */

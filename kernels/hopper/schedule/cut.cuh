@@ -37,23 +37,26 @@ struct Cut {
         return args.sequences;
     }
 
-    /* A sequence of `length` tokens is cut into length / shortest segments. For a given `shortest`, as with
-     * batch_invariant, the number depends on the length alone. */
+    /* A sequence of `length` tokens is cut into length / shortest segments of about one length. With in_steps,
+     * for batch_invariant, the borders of segments depend on nothing but `shortest`: what comes after a token
+     * then changes no border before it. */
     __device__ int segments_of(int length) const
     {
+        if (cut.in_steps) return length > 0 ? (length - 1) / cut.shortest + 1 : 1;
         return length >= 2 * cut.shortest ? length / cut.shortest : 1;
     }
 
     /* Groups that the maps of a sequence are composed in; 0 if they are joined one after the other. */
-    static __device__ int groups_of(int segments)
+    __device__ int groups_of(int segments) const
     {
         const int maps = segments - 2;
-        return maps > FKDA_MAPS_CHAINED ? (maps + FKDA_GROUP_MAPS - 1) / FKDA_GROUP_MAPS : 0;
+        return maps > FKDA_MAPS_CHAINED && !cut.in_steps ? (maps + FKDA_GROUP_MAPS - 1) / FKDA_GROUP_MAPS : 0;
     }
 
     /* The first chunk of segment i of a sequence of `chunks` chunks. */
     __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
     {
+        if (cut.in_steps) return i * (cut.shortest / CUT_CHUNK);
         if (chunks == cut.relay.chunks && c.segments == cut.relay.segments) return cut.relay.first_chunk[i];
         return equal_begin_of(i, c.segments, chunks);
     }

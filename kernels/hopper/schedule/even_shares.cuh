@@ -163,7 +163,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
 
     /* ---- Its work items ---- */
 
-    __device__ WorkItem next()
+    __device__ LoadedItem next()
     {
         while (entry < entries && (in_turn() || at < end)) {
             const fkda_segment s = Cut::of_first_lane(cut.entry(work, entry));
@@ -173,7 +173,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
             }
             const int chunks = chunks_of(s);
             const int from = at, to = at + weight_of(s);
-            WorkItem item = this->item_of(s, head);
+            LoadedItem item = this->item_of(s, head);
             at = to;
             head += in_turn() ? workers.count() : 1;
             if (head >= args.heads) entry += head / args.heads, head %= args.heads;

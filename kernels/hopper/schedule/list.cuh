@@ -39,7 +39,7 @@ struct SegmentLister {
         for (int first = 0; first < sequences; first += FKDA_LIST_THREADS) {
             const int segments = cut_into(first + thread, sequences);
             int *sums = reinterpret_cast<int *>(scratch), index = segments > 0,
-                group = Cut::groups_of(segments);
+                group = rules.groups_of(segments);
             long long slot = segments;
             const long long new_slots = sum_before(slot, scratch);
             /* Sequences that overlap, by a wrong cu_seqlens, can need more slots than there are. Then these

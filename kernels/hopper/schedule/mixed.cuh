@@ -255,7 +255,7 @@ template <class Block> struct LongOrRest {
         : of_long(all, rank_in_pair, lane), of_rest(all, rank_in_pair, lane)
     {
     }
-    __device__ WorkItem next()
+    __device__ LoadedItem next()
     {
         return of_long.assignment.spare < 0 ? of_long.next() : of_rest.next();
     }

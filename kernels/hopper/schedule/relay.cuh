@@ -144,13 +144,14 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     Assignment assignment;
     int head_index, next_segment; /* of the next work item; past the last segment: there is none */
     bool joins;                   /* the CTA takes part in the join phase */
+    bool before_join;             /* and has not yet met an item that comes after it */
 
     __device__ RelaySource(const fkda_hopper_fwd_args &all, int rank_in_pair, int)
         : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index),
-          joins(false)
+          joins(false), before_join(false)
     {
         if constexpr (Block::JOINS)
-            joins = reinterpret_cast<const Shared<Block> *>(cta_memory())->join.begins != JoinPhase::NEVER;
+            joins = before_join = reinterpret_cast<const Shared<Block> *>(cta_memory())->join.has_rows;
         assignment.segments = Cut::of_first_lane(assignment.segments);
         next_segment = first_segment();
     }
@@ -182,13 +183,17 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
             next_segment = 0;
     }
 
-    __device__ WorkItem next()
+    __device__ LoadedItem next()
     {
         const int i = next_segment, head = assignment.head(head_index);
-        if (i >= assignment.segments) return WorkItemMaker<Block>::none();
+        if (i >= assignment.segments) {
+            LoadedItem none = WorkItemMaker<Block>::none();
+            if (before_join) none.attributes |= JOINS_BEFORE;
+            return none;
+        }
         const fkda_cut_sequence c = assignment.sequence(head_index);
         const fkda_segment s = Cut::of_first_lane(assignment.segment_of(c, i));
-        WorkItem item = this->item_of(s, head);
+        LoadedItem item = this->item_of(s, head);
         advance();
         if (!Block::OUTPUTS) {
             item.flags = this->rank == 0 ? assignment.cut.flags(head, s.slot, FKDA_FLAG_MAP)
@@ -210,7 +215,8 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         item.flags = assignment.cut.flags(head, s.slot, i == 1 ? FKDA_FLAG_STATE : FKDA_FLAG_JOINED) +
                      item.first_row / 16;
         item.attributes |= AWAITS_INITIAL;
-        if (this->joins) item.attributes |= AFTER_JOIN;
+        if (joins) item.attributes |= before_join ? AFTER_JOIN | JOINS_BEFORE : AFTER_JOIN;
+        before_join = false;
         if (i == assignment.segments - 1 && assignment.spares_compute_first() && in_place())
             signal_or_await_read(item, c, head, AWAITS_READ);
         return item;

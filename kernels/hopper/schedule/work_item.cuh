@@ -17,14 +17,22 @@ namespace fkda
 
 struct WorkItem {
     int row, token;      /* the row of the batch, and the first token, counted in this row */
-    int head, qk_head;   /* the head, and its head of q and k */
-    int length;          /* tokens */
+    int head, length;    /* length: tokens */
     int first_row;       /* of the state's 128 */
     int attributes;      /* bits, see below */
     const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
     void *final;         /* where the head's state after the item goes; null: nowhere */
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
     int *read_flags;     /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
+};
+
+/* A work item with what the loader alone needs of it. */
+struct LoadersNotes {
+    int qk_head; /* the head of q and k */
+    int sequence;
+    int before; /* tokens between the start of what the schedule gave out and this piece of it (pieces.cuh) */
+};
+struct LoadedItem : WorkItem, LoadersNotes {
 };
 
 /* Bits of WorkItem::attributes. */
@@ -37,10 +45,19 @@ enum {
     SIGNALS_FINAL = 32,  /* another CTA waits for `final`: the warp sets its flag */
     INITIAL_IMAGE = 64,  /* `initial` is in the workspace, as a StateImage (join/layouts.cuh) */
     FINAL_IMAGE = 128,   /* `final` is in the workspace, as a StateImage */
-    AFTER_JOIN = 256,    /* the CTA takes part in the join phase before this item */
+    AFTER_JOIN = 256,    /* the CTA has taken part in the join phase before this item */
     NOT_LAST = 512,      /* another work item follows in this phase */
     SIGNALS_READ = 1024, /* another CTA overwrites `initial`: once it is read, the warp sets its read flag */
     AWAITS_READ = 2048,  /* `final` may be overwritten once the warp's read flag is set */
+    JOINS_BEFORE =
+        4096, /* the CTA takes part in the join phase right before this item, even if it is NO_WORK */
+    /* Pieces of a work item with checkpoints (pieces.cuh): */
+    KEEPS_STATE = 8192,    /* the state is the one that the recurrence has */
+    SCALES_CHOSEN = 16384, /* a piece before it has chosen scales for the rows */
+    SAVES = 32768,         /* `final` is a SavedState, to which the state goes as it is */
+    RESTORES = 65536,      /* `initial` is a SavedState, from which the state comes as it was */
+    /* From this bit on: LoadedItem::before modulo 128, in units of 16 tokens. */
+    PHASE_BIT = 20,
 };
 
 /* Where a token of a head begins in a tensor with these strides, in elements. */
@@ -61,9 +78,9 @@ template <class Block> struct WorkItemMaker {
     {
     }
 
-    static __device__ WorkItem none()
+    static __device__ LoadedItem none()
     {
-        WorkItem item = {};
+        LoadedItem item = {};
         item.attributes = NO_WORK;
         return item;
     }
@@ -71,23 +88,23 @@ template <class Block> struct WorkItemMaker {
     /* Head h of a segment or of a whole sequence. With outputs the CTAs of a pair have half of the rows each.
      * Without outputs the pair's first CTA computes M and the second one B or, of a first segment, the state
      * after it. */
-    __device__ WorkItem item_of(const fkda_segment &s, int h) const
+    __device__ LoadedItem item_of(const fkda_segment &s, int h) const
     {
-        const int row = args.cu_seqlens ? 0 : s.sequence,
-                  token = static_cast<int>(s.begin - row * args.tokens),
-                  qk_head = args.group == 1 ? h : h / args.group;
+        LoadedItem item = {};
+        item.row = args.cu_seqlens ? 0 : s.sequence;
+        item.token = static_cast<int>(s.begin - item.row * args.tokens);
+        item.head = h, item.qk_head = args.group == 1 ? h : h / args.group;
+        item.length = s.length, item.sequence = s.sequence;
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
             s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
         if (!Block::OUTPUTS) {
-            float *to = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
-            WorkItem item = {row,     token, h,       qk_head, s.length, 0, rank == 0 ? IS_MAP : 0,
-                             nullptr, to,    nullptr, nullptr};
+            item.final = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
+            if (rank == 0) item.attributes = IS_MAP;
             if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, s.sequence);
             return item;
         }
-        WorkItem item = {row, token,   h,       qk_head, s.length, Block::ROWS * rank,
-                         0,   nullptr, nullptr, nullptr, nullptr};
+        item.first_row = Block::ROWS * rank;
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, s.sequence);
         else
@@ -103,7 +120,7 @@ template <class Block> struct WorkItemMaker {
     }
 
     /* The caller's initial state, if the sequence has one. */
-    __device__ void take_initial(WorkItem &item, int sequence) const
+    __device__ void take_initial(LoadedItem &item, int sequence) const
     {
         item.initial = caller_state(args.initial_state, find_initial_state(args, sequence, item.head));
         if (args.state_is_bf16) item.attributes |= INITIAL_BF16;

@@ -9,7 +9,8 @@
 #include "workspace.h"
 
 extern const unsigned char fkda_fatbin_hopper_fwd[], fkda_fatbin_hopper_segments[],
-    fkda_fatbin_hopper_general_fwd[], fkda_fatbin_hopper_general_segments[];
+    fkda_fatbin_hopper_general_fwd[], fkda_fatbin_hopper_general_segments[], fkda_fatbin_hopper_states_fwd[],
+    fkda_fatbin_hopper_states_segments[];
 
 enum { SOLO, PAIR };
 static fkda_module fwd_module = {
@@ -24,8 +25,14 @@ static fkda_module general_fwd_module = {
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
+static fkda_module states_fwd_module = {
+    .image = fkda_fatbin_hopper_states_fwd,
+    .names = {[SOLO] = "fkda_hopper_states_solo", [PAIR] = "fkda_hopper_states_pair"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
 
-enum { MAPS, RELAY, MIXED, LIST, JOIN };
+enum { RELAY, MIXED, MAPS, LIST, JOIN };
 static fkda_module segments_module = {
     .image = fkda_fatbin_hopper_segments,
     .names = {[MAPS] = "fkda_hopper_maps",
@@ -45,10 +52,18 @@ static fkda_module general_segments_module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* The options that only the general kernels know. */
+static fkda_module states_segments_module = {
+    .image = fkda_fatbin_hopper_states_segments,
+    .names = {[RELAY] = "fkda_hopper_states_relay", [MIXED] = "fkda_hopper_states_mixed"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+/* The options that only the general kernels know, and those that the kernels with "states" know too. */
 enum {
     GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT | FKDA_BETA_KIND |
-                       FKDA_NORMALISED
+                       FKDA_NORMALISED,
+    STATES_FEATURES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
 };
 
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
@@ -59,6 +74,7 @@ typedef struct call {
     const fkda_problem *problem;
     const fkda_hopper_plan *plan;
     const CUfunction *fwd, *segments; /* kernels of the two modules, general ones or not */
+    const CUfunction *maps;           /* MAPS, general or not */
     const CUfunction *lists;          /* those that do not look at tokens: LIST and JOIN */
     int *launches;                    /* of this call so far */
 } call;
@@ -170,6 +186,8 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
 {
     const fkda_problem *p = c->problem;
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
+    if (args->fwd.checkpoints.states.data && chunk == FKDA_HOPPER_CHUNK_PAIR)
+        args->saved = (char *)p->workspace + c->plan->memory.saved;
     if (p->shape.batch * p->shape.tokens == 0)
         return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
     const struct {
@@ -240,7 +258,7 @@ static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, i
     const int64_t items[] = {[FKDA_JOIN_COMPOSE] = 2 * grouped,
                              [FKDA_JOIN_CHAIN] = cut_heads * row_groups,
                              [FKDA_JOIN_EXPAND] = grouped};
-    const bool in_groups = c->plan->slots > FKDA_MAPS_CHAINED + 2;
+    const bool in_groups = c->plan->groups > 0 && c->plan->slots > FKDA_MAPS_CHAINED + 2;
     flash_kda_status status = FLASH_KDA_OK;
     for (int step = FKDA_JOIN_COMPOSE; step <= FKDA_JOIN_EXPAND && status == FLASH_KDA_OK; step++) {
         if (step != FKDA_JOIN_CHAIN && !in_groups) continue;
@@ -271,7 +289,7 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     if (items.inner) {
         const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * fkda_hopper_workers(CHUNK, items.inner, plan->sms);
         args->work = FKDA_INNER_SEGMENTS;
-        status = launch_or_fail(c, c->segments[MAPS], args, ctas, FKDA_HOPPER_THREADS, EARLY);
+        status = launch_or_fail(c, c->maps[MAPS], args, ctas, FKDA_HOPPER_THREADS, EARLY);
         if (status == FLASH_KDA_OK) status = launch_join(c, args, items.first);
         if (status != FLASH_KDA_OK) return status;
     }
@@ -318,17 +336,20 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     const fkda_hopper_plan *plan)
 {
     const int ordinal = problem->shape.device.index;
-    const bool general = problem->shape.features & GENERAL_FEATURES;
-    fkda_module *const fwd = general ? &general_fwd_module : &fwd_module, *const segments =
-                                                                              general
-                                                                                  ? &general_segments_module
-                                                                                  : &segments_module;
+    const bool general = problem->shape.features & GENERAL_FEATURES,
+               states = problem->shape.features & STATES_FEATURES;
+    fkda_module *const fwd = general ? &general_fwd_module : states ? &states_fwd_module : &fwd_module;
+    fkda_module *const segments = general  ? &general_segments_module
+                                  : states ? &states_segments_module
+                                           : &segments_module;
+    fkda_module *const maps = general ? &general_segments_module : &segments_module;
     int launches = 0;
     const call c = {.driver = driver,
                     .problem = problem,
                     .plan = plan,
                     .fwd = fwd->functions[ordinal],
                     .segments = segments->functions[ordinal],
+                    .maps = maps->functions[ordinal],
                     .lists = segments_module.functions[ordinal],
                     .launches = &launches};
     flash_kda_status status = fkda_load_module(driver, fwd, ordinal);

@@ -9,8 +9,8 @@
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
  *   cut never            Every sequence stays whole.
- *   batch invariant      Segments have about 1024 tokens whatever the batch, so that how a sequence is cut
- *                        depends on its own length alone.
+ *   batch invariant      Segments begin at every 1024th token whatever the batch, so that how a sequence is cut
+ *                        depends on its own length alone, and a shorter one is cut at the same places.
  *   cut always           Segments are so long that all tokens of all heads give about one segment of one
  *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
  *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
@@ -207,8 +207,13 @@ static fkda_relay_plan relay_if_faster(const fkda_shape *s, int sms, int64_t sho
 /* Segments of all cut sequences, at most. */
 static int64_t count_slots(const fkda_shape *s, int64_t shortest)
 {
-    if (!fkda_equal_lengths(s)) return s->batch * s->tokens / shortest;
-    const int64_t segments = s->tokens / shortest; /* of each sequence */
+    const bool rounds_up = s->batch_invariant;
+    if (!fkda_equal_lengths(s)) { /* a cut sequence has more than `shortest` tokens */
+        const int64_t slots = s->batch * s->tokens / shortest;
+        return slots + (rounds_up ? fkda_least(slots, s->sequences) : 0);
+    }
+    const int64_t segments = /* of each sequence */
+        rounds_up ? fkda_rounds(s->tokens, shortest) : s->tokens / shortest;
     return segments >= 2 ? s->sequences * segments : 0;
 }
 
@@ -229,11 +234,11 @@ fkda_hopper_plan fkda_hopper_plan_for(const fkda_shape *s, int sms)
             plan.relay_pairs = (int)relay.pairs, plan.relay = relay.relay;
             /* A sequence of n segments has (n - 2) / FKDA_GROUP_MAPS groups, rounded up, if n is above
              * FKDA_MAPS_CHAINED + 2: at most n / 6. */
-            plan.groups = slots / 6;
+            plan.groups = s->batch_invariant ? 0 : slots / 6;
         }
     }
     if (plan.strategy == FKDA_HOPPER_WHOLE)
-        plan.memory.bytes = fkda_hopper_whole_bytes(&plan);
+        plan.memory = fkda_hopper_lay_out_whole(s, &plan);
     else
         plan.memory = fkda_hopper_lay_out(s, &plan);
     return plan;

@@ -47,6 +47,7 @@ typedef struct fkda_hopper_memory {
     size_t cut_sequences; /* list */
     size_t states, maps;  /* of each slot */
     size_t composed;      /* maps of groups */
+    size_t saved;         /* states that CTA pairs go back to, for checkpoints */
     size_t bytes;         /* of the whole workspace */
     int64_t relay_flags;  /* how many: flags of the relay or the mixed schedule */
     /* How many: handoff flags of a mixed launch, right behind its relay flags, so that one memset clears
@@ -60,7 +61,7 @@ typedef struct fkda_hopper_plan {
     /* For the strategy whole, and for a mixed launch that the driver refuses. */
     fkda_hopper_whole whole;
     /* The members from here on are for the other strategies. A sequence of n tokens is cut into n / shortest
-     * segments, if that is two or more. Segments end where chunks end. For the strategy mixed: the tokens
+     * segments, rounded up with batch_invariant, if that is two or more. Segments end where chunks end. For the strategy mixed: the tokens
      * from which on a sequence is long. */
     int64_t shortest;
     int64_t slots;   /* segments of cut sequences, at most */

@@ -36,9 +36,21 @@ fkda_handoff fkda_hopper_handoff(void *memory, int sms)
     return (fkda_handoff){.flags = memory, .states = (float *)((char *)memory + handoff_flag_bytes(sms))};
 }
 
-size_t fkda_hopper_whole_bytes(const fkda_hopper_plan *plan)
+/* One for each CTA pair, where checkpoints may lie inside a pair's chunks. */
+static int64_t saved_states(const fkda_shape *shape, const fkda_hopper_plan *plan)
 {
-    return plan->whole.divides ? handoff_bytes(plan->sms) : 0;
+    return shape->features & FKDA_CHECKPOINTS ? fkda_hopper_pairs(plan->sms) : 0;
+}
+
+fkda_hopper_memory fkda_hopper_lay_out_whole(const fkda_shape *shape, const fkda_hopper_plan *plan)
+{
+    size_t end = 0;
+    fkda_hopper_memory m = {0};
+    m.handoff = take(&end, plan->whole.divides, handoff_bytes(plan->sms));
+    if (plan->whole.chunk == FKDA_HOPPER_CHUNK_PAIR)
+        m.saved = take(&end, saved_states(shape, plan), FKDA_SAVED_FLOATS * sizeof(float));
+    m.bytes = end;
+    return m;
 }
 
 fkda_hopper_memory fkda_hopper_lay_out(const fkda_shape *shape, const fkda_hopper_plan *plan)
@@ -61,6 +73,7 @@ fkda_hopper_memory fkda_hopper_lay_out(const fkda_shape *shape, const fkda_hoppe
     m.states = take(&end, plan->slots, matrices);
     m.maps = take(&end, plan->slots, matrices);
     m.composed = take(&end, plan->groups, matrices);
+    m.saved = take(&end, saved_states(shape, plan), FKDA_SAVED_FLOATS * sizeof(float));
     m.bytes = end;
     return m;
 }
@@ -81,6 +94,7 @@ fkda_cut fkda_hopper_cut(const fkda_problem *problem, const fkda_hopper_plan *pl
         .composed = (float *)(base + m->composed),
         .flags = (int *)(base + m->flags),
         .shortest = (int)plan->shortest,
+        .in_steps = shape->batch_invariant,
         .slots = (int)plan->slots,
         .groups = (int)plan->groups,
         .equal_lengths = equal,

@@ -4,8 +4,8 @@
 
 #include "plan.h"
 
-/* Bytes of the workspace that whole sequences need, which is a handoff area or nothing. */
-size_t fkda_hopper_whole_bytes(const fkda_hopper_plan *plan);
+/* Lays out the workspace of a plan for whole sequences. */
+fkda_hopper_memory fkda_hopper_lay_out_whole(const fkda_shape *shape, const fkda_hopper_plan *plan);
 
 /* Lays out the workspace of a plan that cuts sequences. */
 fkda_hopper_memory fkda_hopper_lay_out(const fkda_shape *shape, const fkda_hopper_plan *plan);

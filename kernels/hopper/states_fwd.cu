@@ -1,0 +1,18 @@
+/*
+ * The kernels of fwd.cu for calls with checkpoints or with states that have K first. They have the arithmetic of
+ * fwd.cu. The kernels of fwd.cu know neither, so that the usual call pays nothing for them.
+ */
+#include "block/run.cuh"
+
+extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_states_solo(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block<fkda::Block<fkda::SoloCta, fkda::EvenShares, false, true>>(args, threadIdx.x);
+}
+
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_states_pair(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block<fkda::Block<fkda::PairCta, fkda::EvenShares, false, true>>(args, threadIdx.x);
+}
