@@ -485,7 +485,7 @@ def _compute_group(ops, cta: Cta, x: dict, items: Sequence[Item], state, out, is
     scale = torch.tensor(x["scale"], dtype=torch.float32, device=device)
     outputs = []
     for n in range(len(values)):
-        look = (((lengths - n * cta.chunk) & (128 - cta.chunk)) == 0) & (not is_map)
+        look = torch.full_like(lengths, (n * cta.chunk) % 128 == 0 and not is_map, dtype=torch.bool)
         rows, own = step(ops, cta, rows, {name: y[n] for name, y in tiles.items()}, values[n], look)
         if own is not None:
             outputs.append((own * (scale * rows.scale)[..., None]).bfloat16())

@@ -87,7 +87,8 @@ typedef struct fkda_cut {
     float *composed;   /* [group][head][128][128], a MapImage: the product of a group's maps */
     int *flags;        /* [slot][head][FKDA_SLOT_FLAGS]; only the relay and the mixed schedule have them */
     int shortest;      /* a sequence of n tokens is cut into n / shortest segments, unless: */
-    int in_steps;      /* segments begin at every multiple of `shortest` tokens, and maps have no groups */
+    /* Later segments begin at 2, 3, 4, ... times `shortest` tokens, and maps have no groups. */
+    int in_steps;
     int slots, groups; /* of the workspace: segment slots, and map groups */
     int equal_lengths; /* all sequences have one length, or there is one: no lists are needed */
     int segments;      /* of each sequence if equal_lengths and the host knows the length; else 0 */

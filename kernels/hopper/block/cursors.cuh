@@ -81,6 +81,12 @@ template <class Block> struct ChunkCursor {
         return token_place(strides, row, token + i, group == 1 ? head : head / group);
     }
 
+    /* The same for beta, whose strides may be any numbers. */
+    __device__ long long place_of_beta(const fkda_token_strides &strides, int i) const
+    {
+        return row * strides.batch + (token + i) * strides.token + head * strides.head;
+    }
+
     __device__ bool done() const
     {
         return left <= 0;

@@ -201,7 +201,7 @@ __device__ __forceinline__ Beta<Block> load_beta(const fkda_fwd_args &args, cons
 {
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
-    const long long from = at.place(args.beta_strides, token);
+    const long long from = at.place_of_beta(args.beta_strides, token);
     if (Block::GENERAL && token < at.left && args.beta_is_f32)
         return __ldg(static_cast<const uint32_t *>(args.beta) + from);
     return token < at.left ? __ldg(beta + from) : 0;

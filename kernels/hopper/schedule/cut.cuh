@@ -42,7 +42,7 @@ struct Cut {
      * then changes no border before it. */
     __device__ int segments_of(int length) const
     {
-        if (cut.in_steps) return length > 0 ? (length - 1) / cut.shortest + 1 : 1;
+        if (cut.in_steps) return length > 2 * cut.shortest ? (length - 1) / cut.shortest : 1;
         return length >= 2 * cut.shortest ? length / cut.shortest : 1;
     }
 
@@ -56,7 +56,7 @@ struct Cut {
     /* The first chunk of segment i of a sequence of `chunks` chunks. */
     __device__ int begin_of(const fkda_cut_sequence &c, int i, int chunks) const
     {
-        if (cut.in_steps) return i * (cut.shortest / CUT_CHUNK);
+        if (cut.in_steps) return i == 0 ? 0 : (i + 1) * (cut.shortest / CUT_CHUNK);
         if (chunks == cut.relay.chunks && c.segments == cut.relay.segments) return cut.relay.first_chunk[i];
         return equal_begin_of(i, c.segments, chunks);
     }

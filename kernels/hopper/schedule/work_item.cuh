@@ -60,11 +60,13 @@ enum {
     PHASE_BIT = 20,
 };
 
-/* Where a token of a head begins in a tensor with these strides, in elements. */
+/* Where a token of a head begins in a tensor of rows of 128, in elements. Steps from token to token and from head
+ * to head have 31 bits there, which takes fewer instructions and registers than 64. */
 __device__ __forceinline__ long long token_place(const fkda_token_strides &strides, int row, int token,
                                                  int head)
 {
-    return row * strides.batch + token * strides.token + head * strides.head;
+    return row * strides.batch + static_cast<long long>(token) * static_cast<int>(strides.token) +
+           static_cast<long long>(head) * static_cast<int>(strides.head);
 }
 
 /* Makes work items of segments; the base of every schedule's source. */

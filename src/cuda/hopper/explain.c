@@ -60,11 +60,11 @@ static void explain_passes(const fkda_shape *s, const fkda_hopper_plan *plan, ch
 {
     const long long shortest = plan->shortest;
     snprintf(text, size,
-             "Passes: sequences of %lld tokens or more are cut into segments of %s%lld%s, %lld segments "
+             "Passes: sequences of %lld tokens or more are cut into segments of about %lld%s, %lld segments "
              "at most. The first pass computes the outputs of first segments, and beside it the map pass "
              "computes the maps of inner segments, on %lld CTA pairs. The join computes the states that "
              "segments start from%s. The later pass computes all other outputs.",
-             s->batch_invariant ? shortest + 1 : 2 * shortest, s->batch_invariant ? "" : "about ", shortest,
+             2 * shortest + (s->batch_invariant ? 1 : 0), shortest,
              s->batch_invariant ? " whatever the batch" : "", (long long)plan->slots,
              (long long)fkda_hopper_pairs(plan->sms),
              plan->groups && plan->slots > FKDA_MAPS_CHAINED + 2

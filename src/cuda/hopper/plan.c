@@ -9,8 +9,8 @@
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
  *   cut never            Every sequence stays whole.
- *   batch invariant      Segments begin at every 1024th token whatever the batch, so that how a sequence is cut
- *                        depends on its own length alone, and a shorter one is cut at the same places.
+ *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a sequence
+ *                        is cut depends on its own length alone, and a shorter one is cut at the same places.
  *   cut always           Segments are so long that all tokens of all heads give about one segment of one
  *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
  *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
@@ -99,6 +99,7 @@ static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t
     const int64_t chunks = s->tokens / CHUNK, pairs = fkda_hopper_pairs(sms);
     const int64_t length = fkda_most(least_chunks, fkda_rounds(3 * chunks * s->heads, 2 * pairs));
     if (fkda_equal_lengths(s) || s->heads > (pairs - 1) / 2 || length > chunks) return WHOLE;
+    if (s->features & FKDA_CHECKPOINTS) return WHOLE; /* the kernel would spill registers */
     return (cut){
         .shortest = length * CHUNK,
         .slots = pairs / s->heads * 3 /
@@ -207,13 +208,8 @@ static fkda_relay_plan relay_if_faster(const fkda_shape *s, int sms, int64_t sho
 /* Segments of all cut sequences, at most. */
 static int64_t count_slots(const fkda_shape *s, int64_t shortest)
 {
-    const bool rounds_up = s->batch_invariant;
-    if (!fkda_equal_lengths(s)) { /* a cut sequence has more than `shortest` tokens */
-        const int64_t slots = s->batch * s->tokens / shortest;
-        return slots + (rounds_up ? fkda_least(slots, s->sequences) : 0);
-    }
-    const int64_t segments = /* of each sequence */
-        rounds_up ? fkda_rounds(s->tokens, shortest) : s->tokens / shortest;
+    if (!fkda_equal_lengths(s)) return s->batch * s->tokens / shortest;
+    const int64_t segments = (s->tokens - (s->batch_invariant ? 1 : 0)) / shortest; /* of each sequence */
     return segments >= 2 ? s->sequences * segments : 0;
 }
 

@@ -61,7 +61,7 @@ typedef struct fkda_hopper_plan {
     /* For the strategy whole, and for a mixed launch that the driver refuses. */
     fkda_hopper_whole whole;
     /* The members from here on are for the other strategies. A sequence of n tokens is cut into n / shortest
-     * segments, rounded up with batch_invariant, if that is two or more. Segments end where chunks end. For the strategy mixed: the tokens
+     * segments (with batch_invariant (n - 1) / shortest), if that is two or more. Segments end where chunks end. For the strategy mixed: the tokens
      * from which on a sequence is long. */
     int64_t shortest;
     int64_t slots;   /* segments of cut sequences, at most */
