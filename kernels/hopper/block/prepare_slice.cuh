@@ -176,11 +176,11 @@ template <class Block> struct SlicePreparation {
     /* ---- Unbounded gates ---- */
 
     /*
-     * If the sum of a token's and a channel's log2 decay is below -WIDEST, exp(-G) leaves the range of fp32 and
-     * tf32, and the element of this token and channel is *wide*. In a general block wide elements are left
-     * out of the products on the tensor core, and add_wide_elements() computes what a wide element's row gets
-     * in its channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5 that
-     * 16 gates at the bound of -5 reach.
+     * If the sum of a token's and a channel's log2 decay is below -WIDEST, exp(-G) leaves the range of fp32
+     * and tf32, and the element of this token and channel is *wide*. In a general block wide elements are
+     * left out of the products on the tensor core, and add_wide_elements() computes what a wide element's row
+     * gets in its channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5
+     * that 16 gates at the bound of -5 reach.
      *
      * Whether an element is wide depends on the tokens up to its own alone, so a token changes no bit of the
      * tokens before it. In K~ and Q~ wide elements are zeros, as they would be in fp16.

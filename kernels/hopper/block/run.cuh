@@ -126,8 +126,8 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     }
     __syncwarp();
     cluster_sync();
-    /* A general kernel has no solo CTAs here: with three sets of roles it would have spills. Pairs then compute
-     * the rest, whatever the estimate says. */
+    /* A general kernel has no solo CTAs here: with three sets of roles it would spill. Pairs then compute the
+     * rest, whatever the estimate says. */
     if (general || assignment.is != MixedAssignment::REST_SOLO) {
         run_two_phases<Block<MapCta, Mixed, general, states>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });

@@ -59,13 +59,6 @@ static fkda_module states_segments_module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* The options that only the general kernels know, and those that the kernels with "states" know too. */
-enum {
-    GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT | FKDA_BETA_KIND |
-                       FKDA_NORMALISED,
-    STATES_FEATURES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
-};
-
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
 
 /* What all steps of one call need. */
@@ -336,8 +329,8 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     const fkda_hopper_plan *plan)
 {
     const int ordinal = problem->shape.device.index;
-    const bool general = problem->shape.features & GENERAL_FEATURES,
-               states = problem->shape.features & STATES_FEATURES;
+    const bool general = problem->shape.features & FKDA_HOPPER_GENERAL,
+               states = problem->shape.features & FKDA_HOPPER_STATES;
     fkda_module *const fwd = general ? &general_fwd_module : states ? &states_fwd_module : &fwd_module;
     fkda_module *const segments = general  ? &general_segments_module
                                   : states ? &states_segments_module

@@ -85,7 +85,7 @@ static cut cut_as_equal(const fkda_shape *s, int sms)
     const int64_t heads = s->sequences * s->heads, chunks = s->batch * s->tokens / CHUNK / s->sequences;
     const bool equal = fkda_equal_lengths(s);
     int64_t clocks;
-    const int64_t segments = best_segments(heads, chunks, sms, equal, &clocks);
+    const int64_t segments = best_segments(heads, chunks, sms, equal && fkda_hopper_relays(s), &clocks);
     if (segments == 1) return WHOLE;
     return (cut){.shortest = equal ? s->tokens / segments : chunks / segments * CHUNK,
                  .clocks = equal ? clocks : fkda_clocks_passes(heads, chunks, segments, sms)};
@@ -99,7 +99,8 @@ static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t
     const int64_t chunks = s->tokens / CHUNK, pairs = fkda_hopper_pairs(sms);
     const int64_t length = fkda_most(least_chunks, fkda_rounds(3 * chunks * s->heads, 2 * pairs));
     if (fkda_equal_lengths(s) || s->heads > (pairs - 1) / 2 || length > chunks) return WHOLE;
-    if (s->features & FKDA_CHECKPOINTS) return WHOLE; /* the kernel would spill registers */
+    if (s->features & FKDA_CHECKPOINTS || !fkda_hopper_relays(s))
+        return WHOLE; /* the kernel would spill registers */
     return (cut){
         .shortest = length * CHUNK,
         .slots = pairs / s->heads * 3 /
@@ -199,7 +200,7 @@ static fkda_relay_plan relay_if_faster(const fkda_shape *s, int sms, int64_t sho
 {
     const int64_t heads = s->sequences * s->heads, chunks = fkda_rounds(s->tokens, CHUNK),
                   segments = s->tokens / shortest;
-    if (!fkda_equal_lengths(s) || s->batch_invariant) return (fkda_relay_plan){0};
+    if (!fkda_equal_lengths(s) || s->batch_invariant || !fkda_hopper_relays(s)) return (fkda_relay_plan){0};
     const fkda_relay_plan relay = fkda_plan_relay(heads, chunks, segments, sms);
     if (s->cut == FLASH_KDA_CUT_ALWAYS || !relay.pairs) return relay;
     return fkda_clocks_passes(heads, chunks, segments, sms) <= relay.clocks ? (fkda_relay_plan){0} : relay;

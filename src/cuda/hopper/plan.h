@@ -22,6 +22,20 @@
 #include "../../../kernels/hopper/fwd_shape.h"
 #include "../../problem.h"
 
+/* The features that only the general kernels know, and those that the kernels with "states" know too. */
+enum {
+    FKDA_HOPPER_GENERAL = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
+                          FKDA_BETA_KIND | FKDA_NORMALISED,
+    FKDA_HOPPER_STATES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
+};
+
+/* Whether the kernels of one launch for segments, the relay and the mixed schedule, know all features of a
+ * call: with the features of both sorts together they would spill registers. */
+static inline bool fkda_hopper_relays(const fkda_shape *s)
+{
+    return !(s->features & FKDA_HOPPER_GENERAL) || !(s->features & FKDA_HOPPER_STATES);
+}
+
 typedef enum fkda_hopper_strategy {
     FKDA_HOPPER_WHOLE,
     FKDA_HOPPER_PASSES,
@@ -61,8 +75,8 @@ typedef struct fkda_hopper_plan {
     /* For the strategy whole, and for a mixed launch that the driver refuses. */
     fkda_hopper_whole whole;
     /* The members from here on are for the other strategies. A sequence of n tokens is cut into n / shortest
-     * segments (with batch_invariant (n - 1) / shortest), if that is two or more. Segments end where chunks end. For the strategy mixed: the tokens
-     * from which on a sequence is long. */
+     * segments (with batch_invariant (n - 1) / shortest), if that is two or more. Segments end where chunks
+     * end. For the strategy mixed: the tokens from which on a sequence is long. */
     int64_t shortest;
     int64_t slots;   /* segments of cut sequences, at most */
     int64_t groups;  /* of maps, at most */
