@@ -135,7 +135,8 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     }
     if constexpr (!general) {
         const MixedAssignment own = assignment;
-        __syncthreads(); /* all threads have read the assignment, in whose place a solo CTA will have chunks */
+        /* All threads have read the assignment, in whose place a solo CTA will have chunks. */
+        __syncthreads();
         if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed, false, states>>() = own;
         __syncthreads();
         read_indices(cta, thread);
