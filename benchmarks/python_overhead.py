@@ -40,6 +40,21 @@ def torch_arguments(device: str, optional: tuple[str, ...]) -> dict[str, Any]:
     return arguments
 
 
+def engine_arguments(device: str) -> dict[str, Any]:
+    """As an engine calls: slices of one buffer, a pool that is both states, a workspace of its own."""
+    arguments = torch_arguments(device, ("cu_seqlens",))
+    buffer = torch.randn(1, 1, 3 * 128, dtype=torch.bfloat16, device=device)
+    for name, part in zip(("q", "k", "v"), buffer.split(128, -1)):
+        arguments[name] = part.unflatten(-1, (1, 128))
+    pool = torch.zeros(4, 1, 128, 128, device=device)
+    arguments |= {"initial_state": pool, "final_state": pool, "first_slot": 1, "max_seqlen": 1}
+    arguments["state_indices"] = torch.tensor([2], dtype=torch.int32, device=device)
+    arguments["has_initial_state"] = torch.tensor([True], device=device)
+    size = flash_kda.get_workspace_size(1, 1)
+    arguments["workspace"] = torch.empty(size, dtype=torch.uint8, device=device)
+    return arguments
+
+
 def numpy_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same memory as NumPy arrays."""
     import ml_dtypes
@@ -61,7 +76,7 @@ def c_call(arguments: dict[str, Any]) -> Callable[[], None]:
     assert prepared is not None
     params = _lib.FwdParams.from_buffer_copy(prepared.params)
     # The workspace of that call went back to its owner.
-    bytes_with_room = prepared.workspace_size + 63
+    bytes_with_room = params.workspace_size + 63
     workspace = torch.empty(bytes_with_room, dtype=torch.uint8, device=arguments["q"].device)
     params.workspace = (workspace.data_ptr() + 63) & ~63
     call, reference = _lib.lib.flash_kda_fwd, ctypes.byref(params)
@@ -112,6 +127,11 @@ def main() -> None:
             if device == "cpu":
                 arrays = numpy_arguments(arguments)
                 compare(f"numpy, {what}", lambda a=arrays: flash_kda.fwd(**a), c, False)
+        arguments = engine_arguments(device)
+        with torch.inference_mode():
+            c = c_call(arguments)
+            title = f"torch {device}, slices, pool, workspace, inference_mode"
+            compare(title, lambda a=arguments: flash_kda.fwd(**a), c, device == "cuda")
 
 
 if __name__ == "__main__":

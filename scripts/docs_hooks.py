@@ -114,10 +114,11 @@ def declared_names(declarations: str) -> list[str]:
 
 
 def header_items(header: str) -> list[tuple[list[str], str, str]]:
-    """The names, the comment and the declarations of each group that no blank line divides."""
+    """The names, the comment and the declarations of each group that no blank line divides. Blank lines
+    inside of a struct do not count: what follows them is indented."""
     body = header.partition('extern "C" {\n#endif\n')[2].rpartition("#ifdef __cplusplus")[0]
     items = []
-    for block in re.split(r"\n{2,}", body.strip()):
+    for block in re.split(r"\n{2,}(?=\S)", body.strip()):
         match = re.match(r"(/\*.*?\*/\n)?(.*)", block, re.DOTALL)
         assert match
         names = declared_names(match[2])

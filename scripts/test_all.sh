@@ -1,8 +1,8 @@
 #!/bin/sh
 # test_all.sh: everything that guards the code on a machine without a GPU, one after the other, even if some
-# fail: the tests, the C tests under the sanitizers, and the fuzz harnesses. The last lines say which failed,
-# and how many cases each has had. Needs BUILD, PYTHON, and what scripts/run_tests.py, sanitize.sh and
-# fuzz.sh need.
+# fail: the tests, the C tests under the sanitizers and for aarch64, other versions of Python, and the fuzz
+# harnesses. The last lines say which failed, and how many cases each has had. Needs BUILD, PYTHON, and what
+# scripts/run_tests.py, sanitize.sh and fuzz.sh need.
 set -u
 logs=$BUILD/test-all
 mkdir -p "$logs"
@@ -32,6 +32,7 @@ step tests "$PYTHON" scripts/run_tests.py --all "$BUILD"
 step address sh scripts/sanitize.sh address
 step thread sh scripts/sanitize.sh thread
 step aarch64 sh scripts/test_aarch64.sh
+step pythons "$PYTHON" scripts/test_pythons.py "$BUILD"
 step fuzz sh scripts/fuzz.sh
 
 printf '\n== cases\n'
@@ -39,6 +40,7 @@ echo "tests:    $(tail -n 1 "$logs/tests.log"); $(checks_in "$BUILD")"
 echo "address:  $(programs_in address) C tests with $(checks_in build-sanitize)"
 echo "thread:   $(programs_in thread) C tests with $(checks_in build-thread)"
 grep '^aarch64: ' "$logs/aarch64.log" || echo "aarch64:  $(programs_in aarch64) C tests"
+grep '^pythons: ' "$logs/pythons.log" || echo "pythons: nothing ran"
 grep '^fuzz: ' "$logs/fuzz.log" || echo "fuzz: nothing ran"
 if [ -n "$failed" ]; then
     echo "failed:$failed"

@@ -146,12 +146,50 @@ def running_sum(g: torch.Tensor) -> torch.Tensor:
     return torch.stack((first, running), dim=3).flatten(2, 3)
 
 
-def products_over_channels(ops, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """rows . columns^T of [n, H, C, D]: each warp's 32 channels, then the sum over the four warps."""
+def products_of_warps(ops, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """rows . columns^T of [n, H, C, D] over each warp's 32 channels: [n, H, 4, C, C]."""
     by_warp = lambda x: x[..., LANE_ORDER].unflatten(-1, (4, 32)).transpose(-2, -3)  # noqa: E731
     rows, columns = by_warp(rows), by_warp(columns)
-    parts = ops.multiply(rows, columns, rows.new_zeros(*rows.shape[:-1], CHUNK))
+    return ops.multiply(rows, columns, rows.new_zeros(*rows.shape[:-1], CHUNK))
+
+
+def add_warps(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over the warps of [n, H, 4, C, C]."""
     return ((parts[..., 0, :, :] + parts[..., 1, :, :]) + parts[..., 2, :, :]) + parts[..., 3, :, :]
+
+
+def direct_row(ops, row: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """row . columns^T of [n, H, 1, D] and [n, H, C, D] over each warp's channels, as
+    kernels/portable/unbounded.cuh does it: [n, H, 4, C]."""
+    row, columns = (x.unflatten(-1, (4, 4, 8)) for x in torch.broadcast_tensors(row, columns))
+    lane = torch.zeros_like(row[..., 0])
+    for c in range(8):
+        lane = ops.fma(row[..., c], columns[..., c], lane)
+    lane = lane[..., 0::2] + lane[..., 1::2]
+    return (lane[..., 0] + lane[..., 1]).transpose(-1, -2)
+
+
+def hold(log2_decay: torch.Tensor) -> torch.Tensor:
+    """From -128 on a decay is zero in fp32."""
+    return torch.where(log2_decay < -128, -128.0, log2_decay)
+
+
+def softplus(ops, x: torch.Tensor) -> torch.Tensor:
+    """log(1 + e^x), from a polynomial for log(1 + y) / y."""
+    f32 = lambda x, like: torch.full_like(like, x)  # noqa: E731
+    y = ops.ex2(x.abs() * f32(-LOG2_E, x))
+    series = f32(-0.0085391989, x)
+    for coefficient in (
+        0.0440897346,
+        -0.1076820865,
+        0.1774528623,
+        -0.2449548692,
+        0.3327548504,
+        -0.4999740422,
+        0.9999998211,
+    ):
+        series = ops.fma(series, y, f32(coefficient, x))
+    return ops.fma(series, y, x.clamp(min=0))
 
 
 def solve(ops, strictly_lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -172,34 +210,91 @@ def ex2_minus_1(ops, x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > -0.25, series * y, ops.ex2(x) - 1.0)
 
 
-def prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound):
+def log2_decays(ops, g, A_log, dt_bias, lower_bound, use_gate_in_kernel):
+    """Of the gates g [n, H, C, D]."""
+    f32 = lambda x: torch.tensor(x, dtype=torch.float32, device=g.device)  # noqa: E731
+    if not use_gate_in_kernel:
+        return hold(g * f32(LOG2_E))
+    H = g.shape[1]
+    A_log = torch.zeros(H, device=g.device) if A_log is None else A_log
+    dt_bias = torch.zeros(H, DIM, device=g.device) if dt_bias is None else dt_bias
+    exponent = A_log * f32(LOG2_E)
+    factor = (ops.ex2(torch.where(exponent > 100, 100.0, exponent)) * f32(-LOG2_E))[:, None]
+    if lower_bound is None:
+        return hold(softplus(ops, g + dt_bias[:, None]) * factor[:, None])
+    sigmoid = ops.rcp(1.0 + ops.ex2(ops.fma(g, factor[:, None], (dt_bias * factor)[:, None])))
+    return sigmoid * (f32(lower_bound) * f32(LOG2_E))
+
+
+def write_strengths(ops, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval):
+    if not use_beta_sigmoid_in_kernel:
+        return beta
+    minus_log2_e = torch.tensor(-LOG2_E, dtype=torch.float32, device=beta.device)
+    strength = ops.rcp(1.0 + ops.ex2(beta * minus_log2_e))
+    return 2.0 * strength if allow_neg_eigval else strength
+
+
+def prepare(
+    ops,
+    q,
+    k,
+    g,
+    beta,
+    A_log,
+    dt_bias,
+    lower_bound,
+    *,
+    use_gate_in_kernel=True,
+    use_qk_l2norm_in_kernel=True,
+    use_beta_sigmoid_in_kernel=True,
+    allow_neg_eigval=False,
+):
     """The preparation of all chunks of one sequence; q, k, g [T, H, D], beta [T, H]."""
     f32 = lambda x: torch.tensor(x, dtype=torch.float32, device=q.device)  # noqa: E731
     valid = to_chunks(torch.ones_like(beta)).bool()
     q, k, g, beta = to_chunks(q), to_chunks(k), to_chunks(g), to_chunks(beta)
 
-    exponent = A_log * f32(LOG2_E)
-    factor = (ops.ex2(torch.where(exponent > 100, 100.0, exponent)) * f32(-LOG2_E))[:, None]
-    sigmoid = ops.rcp(1.0 + ops.ex2(ops.fma(g, factor[:, None], (dt_bias * factor)[:, None])))
-    decay = torch.where(valid[..., None], sigmoid * (f32(lower_bound) * f32(LOG2_E)), 0.0)
-    b = torch.where(valid, ops.rcp(1.0 + ops.ex2(beta * f32(-LOG2_E))) * f32(UNTRUNCATE), 0.0)
+    decay = log2_decays(ops, g, A_log, dt_bias, lower_bound, use_gate_in_kernel)
+    decay = torch.where(valid[..., None], decay, 0.0)
+    strength = write_strengths(ops, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    b = torch.where(valid, strength * f32(UNTRUNCATE), 0.0)
 
     total = running_sum(decay)
     last = total[:, :, 15:16]
     up, down, to_last = ops.ex2(total), ops.ex2(-total), ops.ex2(last) * f32(UNTRUNCATE)
 
-    q = q * ops.rsqrt(sum_of_squares(ops, q) + f32(1e-6))[..., None]
-    k = k * ops.rsqrt(sum_of_squares(ops, k) + f32(1e-6))[..., None]
+    raw_q, raw_k = q, k
+    q_factor, k_factor = torch.ones_like(q[..., :1]), torch.ones_like(k[..., :1])
+    if use_qk_l2norm_in_kernel:
+        q_factor = ops.rsqrt(sum_of_squares(ops, q) + f32(1e-6))[..., None]
+        k_factor = ops.rsqrt(sum_of_squares(ops, k) + f32(1e-6))[..., None]
+    q, k = q * q_factor, k * k_factor
     q_up, k_up, k_down = q * up, k * up, k * down
+    of_k, of_q = products_of_warps(ops, k_up, k_down), products_of_warps(ops, q_up, k_down)
+    k_rest = k_down * to_last
+
+    # Each warp's rows from the first token on with which its decays leave the range.
+    is_out = (total < -116).unflatten(-1, (4, 32)).any(-1).int().cummax(2).values.bool()
+    if is_out.any():
+        k_row = raw_k * (k_factor * (1 / f32(UNTRUNCATE)))
+        q_row = raw_q * (q_factor * (1 / f32(UNTRUNCATE)))
+        for i in range(CHUNK):
+            row = slice(i, i + 1)
+            columns = k * ops.ex2(total[:, :, row] - total)
+            takes = is_out[:, :, i, :, None]
+            of_k[..., i, :] = torch.where(takes, direct_row(ops, k_row[:, :, row], columns), of_k[..., i, :])
+            of_q[..., i, :] = torch.where(takes, direct_row(ops, q_row[:, :, row], columns), of_q[..., i, :])
+        takes = is_out[:, :, -1:].repeat_interleave(32, -1)
+        k_rest = torch.where(takes, k * ops.ex2(last - total) * f32(UNTRUNCATE), k_rest)
 
     tokens = torch.arange(CHUNK, device=q.device)
     lower = tokens[:, None] > tokens
-    strictly_lower = torch.where(lower, products_over_channels(ops, k_up, k_down) * b[..., None], 0.0)
-    attend = products_over_channels(ops, q_up, k_down) * (f32(UNTRUNCATE) * f32(UNTRUNCATE))
+    strictly_lower = torch.where(lower, add_warps(of_k) * b[..., None], 0.0)
+    attend = add_warps(of_q) * (f32(UNTRUNCATE) * f32(UNTRUNCATE))
     return {
         "minus_k_decayed": k_up * -f32(UNTRUNCATE),
         "q_decayed": q_up * f32(UNTRUNCATE),
-        "k_rest": k_down * to_last,
+        "k_rest": k_rest,
         "solve": solve(ops, strictly_lower, b),
         "attend": torch.where(lower.mT, 0.0, attend),
         "gamma_minus_1": ex2_minus_1(ops, last.squeeze(2)),
@@ -217,7 +312,7 @@ def multiply_lower(ops, u, lower, start):
     return torch.cat((first, second), dim=-1)
 
 
-def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
+def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, **options):
     """The output [T, H, D] and the final state of one sequence.
 
     q, k, v and g are [T, H, D]. `state` is transposed, [H, V, K], and in fp32.
@@ -225,7 +320,7 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
     length = q.shape[0]
     if length == 0:
         return v.clone(), state
-    prepared = prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound)
+    prepared = prepare(ops, q, k, g, beta, A_log, dt_bias, lower_bound, **options)
     values = to_chunks(v).mT
     out = torch.empty_like(values)
     for n in range(values.shape[0]):
@@ -245,8 +340,22 @@ def sequence(ops, state, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound):
     return out.bfloat16(), state
 
 
-def forward(ops, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state=None, cu_seqlens=None):
-    """Takes the arguments of flash_kda.fwd without its outputs.
+def forward(
+    ops,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale,
+    A_log,
+    dt_bias,
+    lower_bound,
+    initial_state=None,
+    cu_seqlens=None,
+    **options,
+):
+    """Takes the arguments of flash_kda.fwd without its outputs; as options those of prepare().
 
     Returns the output [B, T, H, V] in bf16 and the final state [N, H, V, K] in fp32.
     """
@@ -255,6 +364,8 @@ def forward(ops, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_s
         split = lambda x: [x[0, a:b] for a, b in zip(borders, borders[1:])]  # noqa: E731
     else:
         split = lambda x: list(x)  # noqa: E731
+    group = v.shape[2] // q.shape[2]
+    q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
     outs, states = [], []
     for n, parts in enumerate(zip(*map(split, (q, k, v, g, beta)))):
         if initial_state is None:
@@ -262,7 +373,7 @@ def forward(ops, q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_s
         else:
             state = initial_state[n].float()
         qn, kn, vn, gn, bn = parts
-        out, state = sequence(ops, state, qn, kn, vn, gn, bn, scale, A_log, dt_bias, lower_bound)
+        out, state = sequence(ops, state, qn, kn, vn, gn, bn, scale, A_log, dt_bias, lower_bound, **options)
         outs.append(out)
         states.append(state)
     out = torch.cat(outs)[None] if cu_seqlens is not None else torch.stack(outs)

@@ -56,6 +56,39 @@ __device__ __forceinline__ float sigmoid_gate(float g, float slope, float offset
     return rcp(1.0f + ex2(__fmaf_rn(g, slope, offset))) * bound;
 }
 
+/* log(1 + e^x), with a small relative error also where it is tiny: slow channels add up over thousands of
+ * tokens. log(1 + y) / y is taken from a polynomial, which is off by 2e-7 of itself for y in [0, 1]. */
+__device__ __forceinline__ float softplus(float x)
+{
+    const float y = ex2(fabsf(x) * -LOG2_E);
+    float series = __fmaf_rn(-0.0085391989f, y, 0.0440897346f);
+    series = __fmaf_rn(series, y, -0.1076820865f);
+    series = __fmaf_rn(series, y, 0.1774528623f);
+    series = __fmaf_rn(series, y, -0.2449548692f);
+    series = __fmaf_rn(series, y, 0.3327548504f);
+    series = __fmaf_rn(series, y, -0.4999740422f);
+    series = __fmaf_rn(series, y, 0.9999998211f);
+    return __fmaf_rn(series, y, fmaxf(x, 0.0f));
+}
+
+/* A log2 decay of a gate without a bound. From -128 on the decay is zero in fp32, as ex2() flushes
+ * denormals, so the hold changes no result. It keeps sums of log2 decays finite and their roundings small. */
+__device__ __forceinline__ float hold_decay(float log2_decay)
+{
+    return log2_decay < -128.0f ? -128.0f : log2_decay; /* fmaxf would hide a NaN */
+}
+
+/* `slope` is that of the sigmoid gate. */
+__device__ __forceinline__ float softplus_gate(float g, float slope, float dt_bias)
+{
+    return hold_decay(softplus(g + dt_bias) * slope);
+}
+
+__device__ __forceinline__ float activated_gate(float g)
+{
+    return hold_decay(g * LOG2_E);
+}
+
 /* ---- Hopper ---- */
 
 /* The Hopper kernels take the bound into the reciprocal: 1 / (e / bound + 1 / bound) takes one multiplication

@@ -35,6 +35,18 @@ __device__ __forceinline__ void read_indices(int &cta, int &thread)
     asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%tid.x;" : "=r"(cta), "=r"(thread));
 }
 
+/* Makes the compiler forget where x comes from. What is made of x in a loop is then computed there, and not
+ * ahead of the loop, where it would occupy registers. */
+__device__ __forceinline__ void forget(uint32_t &x)
+{
+    asm volatile("" : "+r"(x));
+}
+
+__device__ __forceinline__ void forget(int &x)
+{
+    asm volatile("" : "+r"(x));
+}
+
 /* Special functions. Their relative error is near 1e-7, and they flush denormals to zero. */
 __device__ __forceinline__ float ex2(float x)
 {

@@ -11,7 +11,9 @@
  *   solver       From the first bad token on, write strengths are zero, and NaN stands on the diagonal of P
  *                and in the state's decay over the chunk (add_products).
  *   recurrence   A value that is not finite concerns a single row of the state. The value becomes zero, the
- *                row's outputs from its token on become NaN, and so does the row's state.
+ *                row's outputs from its token on become NaN, and so does the row's state. The general kernels
+ *                look for this after the product with the state and again in U, which also finds numbers that
+ *                have left the range of fp32.
  *
  * A query that is not finite needs none of this: only its own row of the products depends on it.
  */

@@ -11,6 +11,6 @@
 
 /* Dynamic shared memory: sizeof(Shared) in shared.cuh, which asserts it. Every GPU of compute capability 8.0
  * or newer has 99 KB = 101376 bytes. */
-#define FKDA_PORTABLE_SHARED_BYTES 100576
+#define FKDA_PORTABLE_SHARED_BYTES 100720
 
 #endif

@@ -14,36 +14,70 @@
 
 #include "bad_tokens.cuh"
 #include "solve.cuh"
+#include "unbounded.cuh"
 
 namespace fkda
 {
 
-/* `rows`: rows of V that the recurrence of the CTA carries. */
-template <int rows> struct Preparation {
+/* Eight neighbouring elements of g, as they are in memory: fp32, or bf16 in the first four words. */
+struct EightOfEither {
+    uint32_t word[8];
+};
+
+template <bool general> struct GateElements {
+    using Type = Eight;
+};
+template <> struct GateElements<true> {
+    using Type = EightOfEither;
+};
+
+/* `rows`: rows of V that the recurrence of the CTA carries. `general`: the call may have every option; else
+ * it has bf16 inputs, the bounded gate, beta as a logit, and q and k that are not normalised. */
+template <int rows, bool general> struct Preparation {
+    using Gates = typename GateElements<general>::Type;
+
     const fkda_fwd_args &args;
     const Task &task;
     Shared &shared;
     Scratch &scratch;
     Stage &stage;
     int team, thread, warp, pair,
-        t;          /* thread: of the team; pair: the lane has tokens 2 pair and 2 pair + 1 */
-    int channel;    /* the first of eight */
-    float bound;    /* of the gate */
-    long long base; /* this lane's first channel at the task's first token, in elements of the tensor */
-    int step;       /* elements from a token to the next one */
+        t;       /* thread: of the team; pair: the lane has tokens 2 pair and 2 pair + 1 */
+    int channel; /* the first of eight */
+    float bound; /* of the gate */
 
     __device__ Preparation(const fkda_fwd_args &a, const Task &k, Shared &s, int id)
         : args(a), task(k), shared(s), scratch(s.scratch[id / TEAM_THREADS]),
           stage(s.stage[id / TEAM_THREADS]), team(id / TEAM_THREADS), thread(id % TEAM_THREADS),
           warp(thread / 32), pair(thread % 32 / 4), t(thread % 4), channel(32 * warp + 8 * t),
-          bound(sigmoid_gate_bound(a.lower_bound)), base((k.begin * a.heads + k.head) * DIM + channel),
-          step(a.heads * DIM)
+          bound(sigmoid_gate_bound(a.lower_bound))
     {
-        const float slope = sigmoid_gate_slope(a.A_log[k.head]);
+        const float slope = sigmoid_gate_slope(a.A_log ? a.A_log[k.head] : 0.0f);
+        const float dt_bias = a.dt_bias ? a.dt_bias[k.head * DIM + channel + pair] : 0.0f;
         if (thread % 32 == 0) scratch.gate_slope[warp] = slope;
         scratch.gate_offset[channel + pair] =
-            sigmoid_gate_offset(a.dt_bias[k.head * DIM + channel + pair], slope);
+            general && a.gate != FLASH_KDA_GATE_BOUNDED ? dt_bias : sigmoid_gate_offset(dt_bias, slope);
+        if (general && thread == 0)
+            scratch.checkpoint = next_checkpoint(a, s.addresses.sequence, k.length, team * CHUNK);
         __syncwarp(); /* a warp reads only what its own lanes have written */
+    }
+
+    /* The thread of the team. What is made of it occupies registers only here. */
+    static __device__ int read_thread()
+    {
+        int cta, id;
+        read_indices(cta, id);
+        return id % TEAM_THREADS;
+    }
+
+    /* Finds the thread's place again. What is made of it then does not occupy registers from one step to the
+     * next, where the general kernels have too few. */
+    __device__ void find_place()
+    {
+        if (!general) return;
+        forget(thread);
+        const unsigned id = static_cast<unsigned>(thread); /* never negative, which saves instructions */
+        warp = id / 32, pair = id % 32 / 4, t = id % 4, channel = 32 * warp + 8 * t;
     }
 
     /* The team's warps wait for each other. */
@@ -54,27 +88,61 @@ template <int rows> struct Preparation {
 
     /* ---- Loading ---- */
 
-    /* Where this lane's channels of a token are, in elements of the tensor. */
-    __device__ long long at(int token) const
+    /* This lane's first channel of a token of q, k, v or g, in a tensor whose elements have that many bytes.
+     * `tensor` is from Addresses. Strides between tokens have 31 bits, which flash_kda_fwd() checks. */
+    __device__ const char *at(const char *tensor, const fkda_token_strides &strides, int token,
+                              int element_bytes = 2) const
     {
-        return base + static_cast<long long>(token) * step;
+        const int step = static_cast<int>(strides.token);
+        return tensor + (static_cast<long long>(token) * step + channel) * element_bytes;
     }
 
     /* Loads this lane's two tokens of q, k or g; zeros past the end of the sequence. */
-    __device__ void load(Eight (&x)[2], const void *tensor, int chunk) const
+    __device__ void load(Eight (&x)[2], const char *tensor, const fkda_token_strides &strides,
+                         int chunk) const
     {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int token = chunk * CHUNK + 2 * pair + e;
-            x[e] = token < task.length ? load_eight(tensor, at(token)) : Eight{};
+            x[e] = token < task.length ? load_eight(at(tensor, strides, token), 0) : Eight{};
         }
+    }
+
+    __device__ void load_gates(Gates (&g)[2], int chunk) const
+    {
+        const char *tensor = shared.addresses.g;
+        if constexpr (!general) {
+            load(g, tensor, args.g_strides, chunk);
+        } else if (!args.g_is_f32) {
+            Eight x[2];
+            load(x, tensor, args.g_strides, chunk);
+#pragma unroll
+            for (int i = 0; i < 8; i++) g[i / 4].word[i % 4] = x[i / 4].pair[i % 4];
+        } else {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int token = chunk * CHUNK + 2 * pair + e;
+                const char *from = at(tensor, args.g_strides, token, 4);
+                const Eight low = token < task.length ? load_eight(from, 0) : Eight{},
+                            high = token < task.length ? load_eight(from, 8) : Eight{};
+#pragma unroll
+                for (int i = 0; i < 4; i++) g[e].word[i] = low.pair[i], g[e].word[4 + i] = high.pair[i];
+            }
+        }
+    }
+
+    __device__ void load_inputs(Eight (&q)[2], Eight (&k)[2], Gates (&g)[2], int chunk) const
+    {
+        load_gates(g, chunk);
+        load(q, shared.addresses.q, args.q_strides, chunk);
+        load(k, shared.addresses.k, args.k_strides, chunk);
     }
 
     /* Starts the copies of a chunk's values. A group of copies is committed even if there is no such chunk,
      * so that copy_async_wait counts chunks. */
     __device__ void load_values(int chunk) const
     {
-        const uint16_t *from = static_cast<const uint16_t *>(args.v);
+        const char *from = shared.addresses.v;
         if (chunk < task.chunks) {
             __nv_bfloat16(&to)[CHUNK][DIM] = shared.v[slot<V_STAGES>(chunk)];
             const int column = value_column(2 * pair, channel);
@@ -83,44 +151,86 @@ template <int rows> struct Preparation {
                 int token = chunk * CHUNK + 2 * pair + e;
                 bool valid = token < task.length;
                 /* value_column(2 * pair + 1, channel) is column ^ 8 */
-                copy_async_16(&to[2 * pair + e][column ^ 8 * e], valid ? from + at(token) : from, valid);
+                copy_async_16(&to[2 * pair + e][column ^ 8 * e],
+                              valid ? at(from, args.v_strides, token) : from, valid);
             }
         }
         copy_async_commit();
     }
 
-    /* Loads the logits of the write strengths of tokens thread / 16 and thread / 16 + 8. They are needed late
-     * in the chunk, so they are not loaded a chunk ahead. */
-    __device__ void load_beta(uint16_t (&logit)[2], int chunk) const
+    /* Loads beta of tokens thread / 16 and thread / 16 + 8, as bits. It is needed late in the chunk, so it
+     * is not loaded a chunk ahead. */
+    __device__ void load_beta(uint32_t (&beta)[2], int chunk) const
     {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int token = chunk * CHUNK + thread / CHUNK + 8 * e;
-            const uint16_t *beta =
-                static_cast<const uint16_t *>(args.beta) + task.begin * args.heads + task.head;
-            logit[e] = token < task.length ? __ldg(beta + static_cast<long long>(token) * args.heads) : 0;
+            const long long at = token * args.beta_strides.token;
+            const char *tensor = shared.addresses.beta;
+            beta[e] = 0;
+            if (token >= task.length) continue;
+            if (general && args.beta_is_f32)
+                beta[e] = __ldg(reinterpret_cast<const uint32_t *>(tensor) + at);
+            else
+                beta[e] = __ldg(reinterpret_cast<const uint16_t *>(tensor) + at);
         }
     }
 
     /* ---- Elements ---- */
 
-    /* The running sums of the log2 decay up to this lane's two tokens. With `repair`, gates that are NaN do
-     * not decay, and their tokens are noted as bad. */
-    __device__ void accumulate_gates(const Eight (&g)[2], int chunk, float (&sum)[2][8], bool repair) const
+    /* The elements of g as numbers. */
+    __device__ void unpack(const Gates (&g)[2], float (&x)[2][8]) const
     {
-        int bad = NO_TOKEN;
+        if constexpr (!general) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) x[i / 8][i % 8] = g[i / 8][i % 8];
+        } else if (args.g_is_f32) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) x[i / 8][i % 8] = __uint_as_float(g[i / 8].word[i % 8]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const uint32_t word = g[i / 8].word[i % 8 / 2];
+                x[i / 8][i % 8] = i % 2 ? bf16_high(word) : bf16_low(word);
+            }
+        }
+    }
+
+    /* Makes log2 decays of the elements of g. */
+    __device__ void activate(float (&x)[2][8]) const
+    {
         const float slope = scratch.gate_slope[warp];
         const float4 offsets[2] = {*reinterpret_cast<const float4 *>(&scratch.gate_offset[channel]),
                                    *reinterpret_cast<const float4 *>(&scratch.gate_offset[channel + 4])};
         const float offset[8] = {offsets[0].x, offsets[0].y, offsets[0].z, offsets[0].w,
                                  offsets[1].x, offsets[1].y, offsets[1].z, offsets[1].w};
+        if (!general || args.gate == FLASH_KDA_GATE_BOUNDED) {
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                x[i / 8][i % 8] = sigmoid_gate(x[i / 8][i % 8], slope, offset[i % 8], bound);
+        } else if (args.gate == FLASH_KDA_GATE_SOFTPLUS) {
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                x[i / 8][i % 8] = softplus_gate(x[i / 8][i % 8], slope, offset[i % 8]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 16; i++) x[i / 8][i % 8] = activated_gate(x[i / 8][i % 8]);
+        }
+    }
+
+    /* The running sums of the log2 decay up to this lane's two tokens. With `repair`, gates that are NaN do
+     * not decay, and their tokens are noted as bad. */
+    __device__ void accumulate_gates(const Gates (&g)[2], int chunk, float (&sum)[2][8], bool repair) const
+    {
+        int bad = NO_TOKEN;
+        unpack(g, sum);
+        activate(sum);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             bool valid = chunk * CHUNK + 2 * pair + e < task.length;
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                float log2_decay = sigmoid_gate(g[e][c], slope, offset[c], bound);
-                sum[e][c] = valid ? log2_decay : 0.0f;
+                sum[e][c] = valid ? sum[e][c] : 0.0f;
                 if (repair && sum[e][c] != sum[e][c]) bad = min(bad, 2 * pair + e), sum[e][c] = 0.0f;
             }
         }
@@ -168,6 +278,12 @@ template <int rows> struct Preparation {
         return s;
     }
 
+    /* What q and k that are normalised already are multiplied by, if they are. */
+    __device__ void leave_normalised(float (&q_factor)[2], float (&k_factor)[2]) const
+    {
+        if (general && args.qk_is_normalised) q_factor[0] = q_factor[1] = k_factor[0] = k_factor[1] = 1.0f;
+    }
+
     /* 1 / |q| and 1 / |k| of this lane's two tokens. Returns whether all sums of squares of the chunk are
      * finite. All warps of the team have the same sums. */
     __device__ bool find_norms(float (&q_factor)[2], float (&k_factor)[2]) const
@@ -175,7 +291,9 @@ template <int rows> struct Preparation {
         const float4 s = sum_squares();
         q_factor[0] = rsqrt_approx(s.x + 1e-6f), q_factor[1] = rsqrt_approx(s.z + 1e-6f);
         k_factor[0] = rsqrt_approx(s.y + 1e-6f), k_factor[1] = rsqrt_approx(s.w + 1e-6f);
-        return !__any_sync(~0u, !(s.x + s.y + s.z + s.w < INFINITY));
+        const bool all_finite = !__any_sync(~0u, !(s.x + s.y + s.z + s.w < INFINITY));
+        if (all_finite) leave_normalised(q_factor, k_factor);
+        return all_finite;
     }
 
     /* Makes keys that are not finite, whose factor is zero, zeros. */
@@ -211,6 +329,7 @@ template <int rows> struct Preparation {
             k_factor[e] = 0.0f;
         }
         clear_bad_keys(k, k_factor);
+        leave_normalised(q_factor, k_factor);
         note_bad_token(scratch, warp, bad);
     }
 
@@ -231,13 +350,37 @@ template <int rows> struct Preparation {
         return __any_sync(~0u, x != x);
     }
 
+    /* Writes what decay() leaves out if G leaves the range of fp32 from token `out` on: the rows of products
+     * from that token on, and all of k_rest. */
+    __device__ void decay_directly(int out, const Eight (&q)[2], const Eight (&k)[2],
+                                   const float (&q_factor)[2], const float (&k_factor)[2],
+                                   const float (&sum)[2][8]) const
+    {
+        multiply_directly(scratch.products[warp], out, q, k, q_factor, k_factor, sum, pair, t);
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            const float last = __shfl_sync(~0u, sum[1][c], 4 * 7 + t);
+            float4 &rest = stage.k_rest[pair][9 * (channel / 16) + channel % 16 / 2 + c / 4 * 2 + c % 2];
+            float after[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) after[e] = k[e][c] * k_factor[e] * ex2(last - sum[e][c]) * UNTRUNCATE;
+            store_two(&rest.x + c % 4 / 2 * 2, after[0], after[1]);
+        }
+    }
+
     /* Writes the decayed tiles of this lane's elements, and the two products over this warp's channels.
      * Decays are counted from the chunk's start, and not from a token, so that no token's gate changes a bit
      * of the tokens before it. The gates of 16 tokens at the bound of -5 reach e^-80 and e^80, which fp32
-     * holds. */
+     * holds. What leaves the range without a bound is left to unbounded.cuh. */
     __device__ void decay(const Eight (&raw_q)[2], const Eight (&raw_k)[2], const float (&q_factor)[2],
                           const float (&k_factor)[2], const float (&sum)[2][8]) const
     {
+        int out = NO_TOKEN; /* the first token that leaves the range */
+        if (general && args.gate != FLASH_KDA_GATE_BOUNDED) {
+            out = first_out_of_range(sum);
+            if (__builtin_expect(out != NO_TOKEN, 0))
+                decay_directly(out, raw_q, raw_k, q_factor, k_factor, sum);
+        }
         float products[2][2][4] = {};
 #pragma unroll
         for (int first = 0; first < 8; first += 2) { /* two channels at a time, for lack of registers */
@@ -259,7 +402,8 @@ template <int rows> struct Preparation {
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 float4 &rest = stage.k_rest[pair][9 * (channel / 16) + channel % 16 / 2 + first / 4 * 2 + c];
-                store_two(&rest.x + first % 4, k_down[0][c] * to_last[c], k_down[1][c] * to_last[c]);
+                if (!general || out == NO_TOKEN)
+                    store_two(&rest.x + first % 4, k_down[0][c] * to_last[c], k_down[1][c] * to_last[c]);
             }
             const int column = decayed_column(2 * pair, channel + first / 4 * 4) + first % 4;
 #pragma unroll
@@ -274,8 +418,10 @@ template <int rows> struct Preparation {
         for (int which = 0; which < 2; which++) {
             const float(&even)[4] = products[which][0], (&odd)[4] = products[which][1];
             float(&to)[CHUNK][CHUNK] = scratch.products[warp][which];
-            store_four(&to[product_row(2 * pair)][4 * t], even[0], odd[0], even[1], odd[1]);
-            store_four(&to[product_row(2 * pair + 1)][4 * t], even[2], odd[2], even[3], odd[3]);
+            if (!general || 2 * pair < out)
+                store_four(&to[product_row(2 * pair)][4 * t], even[0], odd[0], even[1], odd[1]);
+            if (!general || 2 * pair + 1 < out)
+                store_four(&to[product_row(2 * pair + 1)][4 * t], even[2], odd[2], even[3], odd[3]);
         }
     }
 
@@ -289,46 +435,74 @@ template <int rows> struct Preparation {
             mma_tf32(product[e], x[0][0], x[1][0], x[0][1], x[1][1], y[e][0], y[e][1]);
     }
 
-    /* Notes tokens whose write strength is NaN. */
-    __device__ void note_bad_beta(const uint16_t (&logit)[2]) const
+    /* beta as a number, from what load_beta() gives. */
+    __device__ float beta_value(uint32_t beta) const
     {
-        const auto is_nan = [](uint16_t x) { return (x & 0x7fff) > 0x7f80; };
-        if (__builtin_expect(__any_sync(~0u, is_nan(logit[0]) || is_nan(logit[1])), 0))
+        return __uint_as_float(general && args.beta_is_f32 ? beta : beta << 16);
+    }
+
+    /* Notes tokens whose write strength is not finite. */
+    __device__ void note_bad_beta(const uint32_t (&beta)[2]) const
+    {
+        const auto is_bad = [&](uint32_t x) {
+            if (general && args.beta_kind == FLASH_KDA_BETA_ACTIVATED)
+                return !(fabsf(beta_value(x)) < INFINITY);
+            return beta_value(x) != beta_value(x);
+        };
+        if (__builtin_expect(__any_sync(~0u, is_bad(beta[0]) || is_bad(beta[1])), 0))
             note_bad_token(scratch, warp,
-                           is_nan(logit[0])   ? thread / CHUNK
-                           : is_nan(logit[1]) ? thread / CHUNK + 8
-                                              : NO_TOKEN);
+                           is_bad(beta[0])   ? thread / CHUNK
+                           : is_bad(beta[1]) ? thread / CHUNK + 8
+                                             : NO_TOKEN);
+    }
+
+    __device__ float write_strength(uint32_t beta) const
+    {
+        const float x = beta_value(beta);
+        if (general && args.beta_kind == FLASH_KDA_BETA_ACTIVATED) return x;
+        const float strength = rcp(1.0f + ex2(x * -LOG2_E));
+        return general && args.beta_kind == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.0f * strength : strength;
+    }
+
+    /* Says whether the state after a chunk is a checkpoint. One thread of the team calls it, when the stage
+     * is empty. The other team has passed checkpoints between this team's chunks. */
+    __device__ void mark_checkpoint(int chunk) const
+    {
+        const int offset = (chunk + 1) * CHUNK;
+        if (scratch.checkpoint != NO_CHECKPOINT && scratch.checkpoint < offset)
+            scratch.checkpoint = next_checkpoint(args, shared.addresses.sequence, task.length, offset - 1);
+        stage.is_checkpoint = scratch.checkpoint == offset;
     }
 
     /* ---- The role ---- */
 
-    __device__ void run() const
+    __device__ void run()
     {
-        Eight q[2], k[2], g[2];
+        Eight q[2], k[2];
+        Gates g[2];
         if (team >= task.chunks) return;
         if (thread % 32 == 0) scratch.first_bad[warp] = NO_TOKEN;
         __syncwarp();
         load_values(team);
-        load(g, args.g, team);
-        load(q, args.q, team);
-        load(k, args.k, team);
+        load_inputs(q, k, g, team);
         for (int chunk = team; chunk < task.chunks; chunk += STAGES) {
             const int next = chunk + STAGES; /* loaded as soon as registers of this chunk are free */
+            find_place();
             float sum[2][8];
-            uint16_t beta[2];
+            uint32_t beta[2];
             accumulate_gates(g, chunk, sum, false);
             store_squares(q, k);
             sync();
             if (chunk >= STAGES) barrier_sync<EMPTY, STAGE_THREADS<rows>>(team);
+            if (general && thread == 0) mark_checkpoint(chunk);
+            find_place();
             float q_factor[2], k_factor[2];
             if (!find_norms(q_factor, k_factor)) sum[1][0] = NAN; /* brings all warps to the repair */
             decay(q, k, q_factor, k_factor, sum);
             load_beta(beta, chunk);
             if (__builtin_expect(store_gamma(sum), 0)) {
                 const int here = __shfl_sync(~0u, chunk, 0); /* so that no address is kept for this */
-                load(g, args.g, here);
-                load(q, args.q, here);
-                load(k, args.k, here);
+                load_inputs(q, k, g, here);
                 find_all_norms(q, k, q_factor, k_factor);
                 accumulate_gates(g, here, sum, true);
                 decay(q, k, q_factor, k_factor, sum);
@@ -336,11 +510,10 @@ template <int rows> struct Preparation {
             }
             note_bad_beta(beta);
             load_values(next);
-            load(g, args.g, next);
-            load(q, args.q, next);
-            load(k, args.k, next);
+            load_inputs(q, k, g, next);
             sync();
-            add_products(stage, scratch, task, beta, chunk, thread);
+            const float strength[2] = {write_strength(beta[0]), write_strength(beta[1])};
+            add_products(stage, scratch, task, strength, chunk, general ? read_thread() : thread);
             const bool any_bad = first_bad_token(scratch) != NO_TOKEN;
             sync();
             if (warp == 0) solve(stage, scratch, thread);

@@ -13,9 +13,11 @@
 #ifndef FKDA_PORTABLE_SHARED_CUH
 #define FKDA_PORTABLE_SHARED_CUH
 
+#include "../../include/flash_kda.h"
 #include "../common/elements.cuh"
 #include "../common/gate.cuh"
 #include "../common/task.cuh"
+#include "addresses.cuh"
 #include "fwd_shape.h"
 
 namespace fkda
@@ -49,6 +51,7 @@ struct Stage {
     float solve[CHUNK][CHUNK + 8];
     float attend[CHUNK][CHUNK + 8];
     float gamma_minus_1[DIM];
+    int is_checkpoint; /* the state after the chunk is one */
 };
 
 /* The scratch of a team. */
@@ -60,6 +63,7 @@ struct Scratch {
     float gate_slope[TEAM_WARPS]; /* each warp has its own */
     int first_bad[TEAM_WARPS];    /* the first bad token (bad_tokens.cuh) that each warp knows of */
     float gate_offset[DIM];
+    int checkpoint; /* the next one after the team's last chunk, in tokens, or NO_CHECKPOINT */
 };
 
 /* The column of four channels of a row in minus_k_decayed and q_decayed. */
@@ -85,6 +89,7 @@ struct Shared {
     Scratch scratch[STAGES];
     __nv_bfloat16 v[V_STAGES][CHUNK][DIM];
     __align__(16) Task task; /* of the CTA */
+    Addresses addresses;
 };
 static_assert(sizeof(Shared) == FKDA_PORTABLE_SHARED_BYTES, "keep fwd_shape.h in step");
 

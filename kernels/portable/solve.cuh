@@ -13,11 +13,11 @@
 namespace fkda
 {
 
-/* Adds up the warps' products: L = tril(diag(b) K~ K^^T, -1) goes to the scratch, and P = tril(Q~ K^^T)
- * to the stage. From the first bad token on (bad_tokens.cuh) b is zero and P is NaN, and so is the state's
- * decay. */
+/* Adds up the warps' products: L = tril(diag(b) K~ K^^T, -1) goes to the scratch, and P = tril(Q~ K^^T) to
+ * the stage. `strength` is b of tokens thread / 16 and thread / 16 + 8. From the first bad token on
+ * (bad_tokens.cuh) b is zero and P is NaN, and so is the state's decay. */
 __device__ __forceinline__ void add_products(Stage &stage, Scratch &scratch, const Task &task,
-                                             const uint16_t (&beta)[2], int chunk, int thread)
+                                             const float (&strength)[2], int chunk, int thread)
 {
     const int j = thread % CHUNK, first_bad = first_bad_token(scratch);
 #pragma unroll
@@ -30,8 +30,7 @@ __device__ __forceinline__ void add_products(Stage &stage, Scratch &scratch, con
 #pragma unroll
             for (int w = 1; w < TEAM_WARPS; w++) sums[which] += scratch.products[w][which][product_row(i)][j];
         }
-        float logit = __uint_as_float(static_cast<uint32_t>(beta[e]) << 16);
-        float b = chunk * CHUNK + i < task.length ? rcp(1.0f + ex2(logit * -LOG2_E)) * UNTRUNCATE : 0.0f;
+        float b = chunk * CHUNK + i < task.length ? strength[e] * UNTRUNCATE : 0.0f;
         if (i >= first_bad) b = 0.0f, sums[1] = NAN;
         scratch.l_columns[j][i] = j < i ? sums[0] * b : 0.0f;
         stage.attend[i][j] = j <= i ? sums[1] * (UNTRUNCATE * UNTRUNCATE) : 0.0f;

@@ -2,21 +2,33 @@
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
-serves JAX. `describe_nonfinite` says where a call has found NaN and infinities. `reference` is the slow fp64
-definition. `devices` and `kernels` list what a call can run on, and `explain` says how it would run.
+serves JAX. `chunk_kda` is the forward pass with the arguments of flash-linear-attention's function of that
+name. `describe_nonfinite` says where a call has found NaN and infinities. `reference` is the slow fp64
+definition. `devices` and `kernels` list what a call can run on, `explain` says how it would run, and
+`get_workspace_size` how much scratch memory it may need.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays, _fla, _installed, _later, _lib, _nonfinite, _reference
-from ._options import Options, as_int, known_options
+from . import (
+    _arrays,
+    _chunk_kda,
+    _fla,
+    _functional,
+    _installed,
+    _later,
+    _lib,
+    _nonfinite,
+    _reference,
+    _shapes,
+)
+from ._options import BIT, BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "chunk_kda",
     "compute",
     "describe_nonfinite",
     "devices",
@@ -48,7 +61,24 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
+_ZERO, _AUTO = 0, "auto"  # these defaults are looked for by identity, since 0 == 0.0 == False
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
+_A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE, _WORKSPACE = (
+    BIT[name]
+    for name in (
+        "A_log",
+        "dt_bias",
+        "initial_state",
+        "final_state",
+        "cu_seqlens",
+        "nonfinite",
+        "workspace",
+    )
+)
+_STATE_INDICES, _HAS_INITIAL_STATE = BIT["state_indices"], BIT["has_initial_state"]
+_CHECKPOINT_STATES, _CHECKPOINT_OFFSETS, _CHECKPOINT_INDICES, _CHECKPOINT_STARTS = (
+    BIT["checkpoint_" + name] for name in ("states", "offsets", "indices", "starts")
+)
 
 
 def fwd(
@@ -59,9 +89,9 @@ def fwd(
     beta: Array,
     scale: SupportsFloat,
     out: Array,
-    A_log: Array,
-    dt_bias: Array,
-    lower_bound: SupportsFloat,
+    A_log: Array | None,
+    dt_bias: Array | None,
+    lower_bound: SupportsFloat | None,
     initial_state: Array | None = None,
     final_state: Array | None = None,
     cu_seqlens: Array | None = None,
@@ -72,6 +102,20 @@ def fwd(
     max_seqlen: int = 0,
     cut: str = "auto",
     nonfinite: Array | None = None,
+    workspace: Array | None = None,
+    state_indices: Array | None = None,
+    first_slot: int = 0,
+    has_initial_state: Array | None = None,
+    checkpoint_states: Array | None = None,
+    checkpoint_offsets: Array | None = None,
+    checkpoint_indices: Array | None = None,
+    checkpoint_every: int | None = None,
+    checkpoint_starts: Array | None = None,
+    use_gate_in_kernel: bool = True,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -86,19 +130,23 @@ def fwd(
         o_t      = scale S^T q_t                                          read
 
     (Kimi Linear, arXiv:2510.26692, with the gate bounded from below: the "safe gate" of
-    flash-linear-attention.) B batch rows, T tokens a row, H heads, N sequences, K = V = 128 channels.
+    flash-linear-attention. Options below choose other gates and betas.) B batch rows, T tokens a row, H heads
+    of q and k, HV heads of v, N sequences, K = V = 128 channels. HV is a multiple of H: value head j uses
+    head j // (HV // H) of q and k.
 
     Args:
         q, k: bf16 [B, T, H, K], query and key, before their L2 norm.
-        v: bf16 [B, T, H, V], value.
-        g: bf16 [B, T, H, K], gate before its activation.
-        beta: bf16 [B, T, H], logits of the write strength.
+        v: bf16 [B, T, HV, V], value.
+        g: bf16 or fp32 [B, T, HV, K], gate before its activation.
+        beta: bf16 or fp32 [B, T, HV], logits of the write strength.
         scale: finite; multiplies the output, usually K ** -0.5.
-        out: bf16 [B, T, H, V], written.
-        A_log: fp32 [H].
-        dt_bias: fp32 [H, K].
-        lower_bound: lower bound of one token's log decay, in nats, in [-5, 0].
-        initial_state: bf16 or fp32 [N, H, V, K] (V first), or None: zeros.
+        out: bf16 [B, T, HV, V], written.
+        A_log: fp32, HV elements in any shape, or None with a bounded gate: exp(A_log) is then 1.
+        dt_bias: fp32, HV * K elements in any shape, or None: zeros.
+        lower_bound: lower bound of one token's log decay, in nats, in [-5, 0]. None chooses the softplus gate
+            g_t = -exp(A_log) softplus(g + dt_bias), which has no lower bound.
+        initial_state: bf16 or fp32 [N, HV, V, K] (V first), or None: zeros. A pool [slots, HV, V, K] with
+            state_indices.
         final_state: the same, written, or None. It has the dtype of initial_state if both are given; it may
             be the same array, which is then updated in place.
         cu_seqlens: int64 or int32 [N + 1] on the device, or None. Sequence n is tokens cu_seqlens[n] to
@@ -128,20 +176,53 @@ def fwd(
             array, or -1; `describe_nonfinite` puts the rows into sentences. Every element counts, whatever
             cu_seqlens says, and so does an infinity in g or beta, which is a number to the sigmoid. A_log and
             dt_bias count as they are in fp32.
+        workspace: uint8 on the device, contiguous and aligned to 64 bytes, or None. The call then uses this
+            scratch memory and allocates nothing. `get_workspace_size` says how many bytes are enough. Each
+            call in flight needs a workspace of its own; calls that follow each other on a stream may share
+            one.
+        state_indices: int32 or int64 [N] on the device, or None. initial_state and final_state are then pools
+            of slots: sequence n starts from slot state_indices[n] and ends in that slot. If two sequences
+            have one slot and one of them writes it, the results of both are unspecified. An index beyond the
+            pool is refused on the CPU; on a GPU the sequence starts from zeros and its state is not written.
+        first_slot: an index below it means that the sequence starts from zeros and writes no final state.
+        has_initial_state: bool [N] on the device, or None. Where it is False, the sequence starts from zeros;
+            its final state is written all the same.
+        checkpoint_states: fp32 or bf16 [rows, HV, V, K], written, or None. It gets states from inside of
+            sequences; checkpoint_offsets or checkpoint_every says which. Rows without a checkpoint stay as
+            they are. With batch_invariant a checkpoint has the bits of the final state of a sequence that
+            ends there.
+        checkpoint_offsets: int32 or int64 [N] or [N, C] on the device: after how many tokens of sequence n
+            its state is wanted. Offsets are multiples of 16, at most the sequence's length, and need no
+            order; 0 and less ask for none. A wrong one is refused on the CPU and left out on a GPU.
+        checkpoint_indices: the same shape, int32 or int64, or None: the row for each of these states. None:
+            row n C + c. A row beyond the rows is refused on the CPU and left out on a GPU.
+        checkpoint_every: instead of checkpoint_offsets, a multiple e of 16: states after e, 2 e, ... tokens
+            of each sequence are wanted.
+        checkpoint_starts: int32 or int64 [N] on the device, or None: the row of the first of these states of
+            sequence n, which the others follow. None: the rows of all sequences follow each other.
+        use_gate_in_kernel: False: g is the log decay g_t itself, at most 0, and A_log and dt_bias are None.
+            lower_bound then means nothing.
+        use_qk_l2norm_in_kernel: False: q and k are normalised already, and used as they are.
+        use_beta_sigmoid_in_kernel: False: beta is the write strength b_t itself.
+        allow_neg_eigval: True: b_t = 2 sigmoid(beta), in (0, 2). Not with use_beta_sigmoid_in_kernel=False.
+        state_v_first: False: all states are [.., K, V], checkpoints and pools too.
 
-    All arrays are contiguous, on one device, and aligned to 16 bytes (A_log, beta, cu_seqlens and nonfinite:
-    to an element); what is written shares memory with nothing else, and is no array of a library whose arrays
-    are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers may be
-    of any type that has `__index__`.
+    All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and
+    heads; their last dimension is contiguous. beta may have any strides. A state is contiguous, with any
+    stride between states. All other arrays are contiguous. On a GPU the strides of q, k, v, g, out and
+    states are multiples of 16 bytes. q, k, v, g, out, dt_bias and states are aligned to 16 bytes, the
+    workspace to 64, and all others to an element. What is written shares no elements with anything else,
+    except final_state with initial_state, and is no array of a library whose arrays are immutable, as JAX's
+    are (see `compute`). T may be 0, and so may a sequence's length. Integers may be of any type that has
+    `__index__`.
 
-    PyTorch tensors may also be as layers and engines hold them. The call then makes the tensor that it needs,
-    which takes time and memory in every call:
+    PyTorch tensors may also be as layers hold them. The call then makes the tensor that it needs, which takes
+    time and memory in every call:
 
-    - A tensor that is not contiguous, a slice of one that holds q, k and v, say, is copied. `out` and
-      `final_state` are computed beside the tensor and then copied into it.
-    - g and beta in fp32 are rounded to bf16.
-    - A_log and dt_bias in 16 bits are converted to fp32. A_log may have further dimensions of size 1, as
-      [1, 1, H, 1]; so may dt_bias, which may also be flat, [H K].
+    - A tensor whose strides or address do not fit the lines above is copied. `out` and `final_state` are
+      computed beside the tensor and then copied into it. A pool, checkpoint_states and a workspace are never
+      copied, and get a sentence instead.
+    - A_log and dt_bias in 16 bits are converted to fp32.
 
     On a GPU the call returns once the work is queued: on PyTorch's current stream for tensors, on CuPy's for
     CuPy arrays. Arrays of other libraries (JAX, say) know nothing of the work that is queued, so for them the
@@ -159,27 +240,82 @@ def fwd(
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
-    arrays = [q, k, v, g, beta, out, A_log, dt_bias]
+    if A_log is not None and dt_bias is not None:
+        arrays, given = [q, k, v, g, beta, out, A_log, dt_bias], BOTH_PARAMETERS
+    else:
+        arrays, given = [q, k, v, g, beta, out], 0
+        if A_log is not None:
+            arrays.append(A_log)
+            given |= _A_LOG
+        if dt_bias is not None:
+            arrays.append(dt_bias)
+            given |= _DT_BIAS
     if initial_state is not None:
         arrays.append(initial_state)
+        given |= _INITIAL_STATE
     if final_state is not None:
         arrays.append(final_state)
+        given |= _FINAL_STATE
     if cu_seqlens is not None:
         arrays.append(cu_seqlens)
+        given |= _CU_SEQLENS
     if nonfinite is not None:
         arrays.append(nonfinite)
-    given = (
-        initial_state is not None,
-        final_state is not None,
-        cu_seqlens is not None,
-        nonfinite is not None,
-    )
+        given |= _NONFINITE
     is_tensor = _torch_layer is not None and isinstance(q, _torch_layer.Tensor)
     is_traced = is_tensor and _torch_layer.is_compiling()
-    # A compiler traces the constructor, since it cannot trace a cache.
-    options = (Options if is_traced else known_options)(
-        given, kernel, threads, batch_invariant, max_seqlen, cut
+    is_plain = (
+        lower_bound is not None
+        and workspace is None
+        and state_indices is None
+        and first_slot is _ZERO
+        and has_initial_state is None
+        and checkpoint_states is None
+        and checkpoint_offsets is None
+        and checkpoint_indices is None
+        and checkpoint_every is None
+        and checkpoint_starts is None
+        and use_gate_in_kernel is True
+        and use_qk_l2norm_in_kernel is True
+        and use_beta_sigmoid_in_kernel is True
+        and allow_neg_eigval is False
+        and state_v_first is True
     )
+    if is_plain and not is_traced:
+        if (
+            kernel is None
+            and threads is _ZERO
+            and batch_invariant is False
+            and max_seqlen is _ZERO
+            and cut is _AUTO
+        ):
+            options = defaults_for[given]
+        else:
+            try:
+                options = cached_options(given, kernel, threads, batch_invariant, max_seqlen, cut)
+            except TypeError:  # a value has a wrong type, or one that the cache cannot look up
+                options = known_options(given, kernel, threads, batch_invariant, max_seqlen, cut)
+    else:
+        for bit, array in (
+            (_WORKSPACE, workspace),
+            (_STATE_INDICES, state_indices),
+            (_HAS_INITIAL_STATE, has_initial_state),
+            (_CHECKPOINT_STATES, checkpoint_states),
+            (_CHECKPOINT_OFFSETS, checkpoint_offsets),
+            (_CHECKPOINT_INDICES, checkpoint_indices),
+            (_CHECKPOINT_STARTS, checkpoint_starts),
+        ):
+            if array is not None:
+                arrays.append(array)
+                given |= bit
+        # A compiler traces the constructor, since it cannot trace a cache.
+        options = (Options if is_traced else known_options)(
+            given, kernel, threads, batch_invariant, max_seqlen, cut, first_slot, checkpoint_every,
+            use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+            state_v_first, lower_bound is not None,
+        )  # fmt: skip
+        if lower_bound is None:
+            lower_bound = 0.0  # which C does not look at
     if is_traced:
         _torch_layer.fwd_traced(arrays, options, scale, lower_bound)
     elif is_tensor:
@@ -188,7 +324,15 @@ def fwd(
         _arrays.fwd(arrays, options, scale, lower_bound)
 
 
-def describe_nonfinite(nonfinite: Any, q: Any, cu_seqlens: Any = None) -> list[str]:
+def describe_nonfinite(
+    nonfinite: Any,
+    q: Any,
+    cu_seqlens: Any = None,
+    *,
+    v: Any = None,
+    initial_state: Any = None,
+    final_state: Any = None,
+) -> list[str]:
     """What a call of `fwd` has counted, as sentences: one for each array that has NaN or infinities, such as
     "q: 3 of 4096 values are not finite, the first is q[0, 17, 2, 5]". An empty list if all values are finite.
 
@@ -197,11 +341,13 @@ def describe_nonfinite(nonfinite: Any, q: Any, cu_seqlens: Any = None) -> list[s
     Args:
         nonfinite: what the call of `fwd` has filled in.
         q, cu_seqlens: the arguments of that call, of which only the shapes are read.
+        v: likewise, if v has more heads than q.
+        initial_state, final_state: likewise, if they are pools.
 
     Raises:
         ValueError: `nonfinite` has another shape, or counts that a call with such a q cannot have found.
     """
-    return _nonfinite.describe(nonfinite, q, cu_seqlens)
+    return _nonfinite.describe(nonfinite, q, cu_seqlens, v, initial_state, final_state)
 
 
 def compute(
@@ -211,27 +357,33 @@ def compute(
     g: Array,
     beta: Array,
     scale: SupportsFloat,
-    A_log: Array,
-    dt_bias: Array,
-    lower_bound: SupportsFloat,
+    A_log: Array | None,
+    dt_bias: Array | None,
+    lower_bound: SupportsFloat | None,
     initial_state: Array | None = None,
     cu_seqlens: Array | None = None,
     *,
     output_final_state: bool = False,
     **options: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Any, ...]:
     """The forward pass into new arrays: `fwd` for libraries whose arrays are immutable, as JAX's are, and
     for all who do not keep output arrays of their own.
 
     Args:
         output_final_state: whether the final state is wanted, too.
-        options: `kernel`, `threads` and all other arguments that `fwd` takes by keyword alone.
+        options: `kernel`, `state_indices` and all other arguments that `fwd` takes by keyword alone. With
+            checkpoint_offsets or checkpoint_every the call makes checkpoint_states if it is not given, in
+            fp32 and with zeros where there is no checkpoint. `checkpoint_rows` says how many rows it has;
+            without checkpoint_indices and checkpoint_starts, which may name any row, the call knows it by
+            itself.
     The other arguments are as for `fwd`.
 
     Returns:
-        out [B, T, H, V] in bf16, and the final state [N, H, V, K] or None. The state has the dtype of
-        initial_state, or fp32 without one. Both are of v's library and on v's device: PyTorch tensors, NumPy
-        arrays, JAX arrays, or arrays of a library that follows the Python array API standard.
+        out [B, T, HV, V] in bf16, and the final state [N, HV, V, K] or None. With state_indices the final
+        state is a changed copy of the pool initial_state. If checkpoints are asked for, checkpoint_states
+        comes third. The state has the dtype of initial_state, or fp32 without one. All are of v's library
+        and on v's device: PyTorch tensors, NumPy arrays, JAX arrays, or arrays of a library that follows the
+        Python array API standard.
 
     Inside of `jax.jit`, `jax.grad` and `jax.vmap` arrays are tracers, which have no memory and are refused.
     Under `jax.jit` the call can go through `jax.pure_callback`, which copies arrays to the CPU and back.
@@ -239,61 +391,134 @@ def compute(
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`.
     """
-    out, written_out, state, written_state = _new_results(q, v, initial_state, cu_seqlens, output_final_state)
+    out, written_out, state, written_state, checkpoints, written_checkpoints = _functional.new_results(
+        _torch_layer, q, v, initial_state, cu_seqlens, output_final_state, options
+    )
+    if written_checkpoints is not None:
+        options["checkpoint_states"] = written_checkpoints
     fwd(
         q, k, v, g, beta, scale, written_out, A_log, dt_bias, lower_bound, initial_state, written_state,
         cu_seqlens, **options,
     )  # fmt: skip
-    return out, state
+    return (out, state) if checkpoints is None else (out, state, checkpoints)
 
 
-def _new_results(q: Any, v: Any, initial_state: Any, cu_seqlens: Any, with_state: bool) -> tuple[Any, ...]:
-    """A new output and a new final state or None, and after each of them what fwd takes to write it."""
-    is_tensor = _torch_layer is not None and isinstance(v, _torch_layer.Tensor)
-    if not is_tensor:
-        _arrays.check_makes_arrays(v)
-    empty_like = (_torch_layer if is_tensor else _arrays).empty_like
-    out = empty_like(v, v.shape, False)
-    if not with_state:
-        return (*out, None, None)
-    is_fp32 = getattr(initial_state, "dtype", None) != v.dtype
-    return (*out, *empty_like(v, _state_shape(q, v, cu_seqlens), is_fp32))
+def chunk_kda(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Any = None,
+    cu_seqlens_cpu: Any = None,
+    cp_context: Any = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """The forward pass with the arguments, defaults and results of `fla.ops.kda.chunk_kda` in
+    flash-linear-attention 0.6, for PyTorch tensors: replace the import, and the call stays as it is.
 
+    There is no gradient yet: a tensor that needs one is refused, unless gradients are off.
 
-def _state_shape(q: Any, v: Any, cu_seqlens: Any) -> tuple[int, ...]:
-    """The shape of the final state. Where the arrays have wrong shapes, which fwd refuses, it is any."""
-    rows, channels = v.shape, getattr(q, "shape", v.shape)[-1:]
-    borders: Any = rows[:1] if cu_seqlens is None else getattr(cu_seqlens, "shape", ())
-    if len(rows) != 4 or len(borders) != 1 or len(channels) != 1:
-        return (0, 0, 0, 0)
-    N = borders[0] if cu_seqlens is None else max(borders[0] - 1, 0)
-    return (N, rows[2], rows[3], channels[0])
+    Args:
+        q, k: bf16 [B, T, H, K]; used as they are unless use_qk_l2norm_in_kernel.
+        v: bf16 [B, T, HV, V], with HV a multiple of H.
+        g: bf16 or fp32 [B, T, HV, K], the log decay; with use_gate_in_kernel the gate before its activation.
+        beta: bf16 or fp32 [B, T, HV], the write strength; with use_beta_sigmoid_in_kernel its logits.
+        scale: multiplies the output; None: K ** -0.5.
+        initial_state: fp32 [N, HV, K, V], or None: zeros.
+        output_final_state: whether the final state is wanted.
+        allow_neg_eigval: with use_beta_sigmoid_in_kernel, 2 sigmoid(beta).
+        safe_gate: with use_gate_in_kernel, lower_bound must be in [-5, 0). The flag changes no result.
+        lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
+            or with None -exp(A_log) * softplus(g + dt_bias).
+        disable_recompute: of the backward pass; changes nothing.
+        return_intermediate_states: whether the state before each chunk is wanted, too; in
+            torch.inference_mode() alone.
+        state_v_first: states are [.., V, K] instead of [.., K, V].
+        cu_seqlens: int64 or int32 [N + 1], where sequences begin, with B = 1.
+        cu_seqlens_cpu: the same in CPU memory. The longest sequence is then known, as with max_seqlen of
+            `fwd`.
+        cp_context: must be None.
+        use_graph, max_num_seqs: for CUDA graphs whose sequences change between replays. Calls can always be
+            captured, so the flag only makes the intermediate states have the most rows that there can be.
+        kwargs: A_log (HV elements, or None with a lower_bound), dt_bias (HV * K elements, or None),
+            chunk_size (tokens between intermediate states: 64, or 32), transpose_state_layout (an older name
+            of state_v_first).
 
-
-def get_workspace_size(T_total: int, H: int, N: int = 1) -> int:
-    """The bytes of workspace that a call with T_total tokens in all, H heads and N sequences may need.
-
-    It is the largest over the devices of this machine, their kernels, and the values of batch_invariant and
-    max_seqlen. It is for cut="auto": the other values of cut, which are meant for tests and benchmarks, may
-    need more, and `explain` says how much. `fwd` allocates its workspace by itself.
+    Returns:
+        (out, final_state): bf16 [B, T, HV, V], and fp32 [N, HV, K, V] or None. With
+        return_intermediate_states also the states before each chunk, bf16 [B, chunks, HV, K, V]; with
+        cu_seqlens the chunks of all sequences follow each other.
 
     Raises:
-        TypeError: an argument is no int.
-        ValueError: a size is out of range.
+        ValueError, TypeError, RuntimeError: as `fwd`.
     """
-    T_total, H, N = _checked_sizes(T_total, H, N)
-    asked = [Options(), Options(max_seqlen=T_total), Options(batch_invariant=True)]
-    sizes = [0]
-    for info in _lib.device_infos():
-        for kernel in _lib.kernel_infos():
-            if kernel.device_type != info.device.type or not info.kernel:
-                continue
-            for options in asked:
-                params = _shape_params(T_total, H, N, True, info.device, options)
-                params.kernel = kernel.name
-                with contextlib.suppress(RuntimeError):  # this kernel cannot run on this device
-                    sizes.append(_lib.workspace_size(params))
-    return max(sizes)
+    call = {
+        "q": q, "k": k, "v": v, "g": g, "beta": beta, "scale": scale, "initial_state": initial_state,
+        "output_final_state": output_final_state, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+        "use_gate_in_kernel": use_gate_in_kernel,
+        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel, "allow_neg_eigval": allow_neg_eigval,
+        "safe_gate": safe_gate, "lower_bound": lower_bound, "disable_recompute": disable_recompute,
+        "return_intermediate_states": return_intermediate_states, "state_v_first": state_v_first,
+        "cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens_cpu, "cp_context": cp_context,
+        "use_graph": use_graph, "max_num_seqs": max_num_seqs,
+    }  # fmt: skip
+    return _chunk_kda.chunk_kda(call, kwargs)
+
+
+def get_workspace_size(
+    T_total: int,
+    H: int,
+    N: int = 1,
+    *,
+    HV: int | None = None,
+    device: Any = None,
+    kernel: str | None = None,
+    batch_invariant: bool | None = None,
+    max_seqlen: int | None = None,
+    largest_batch: bool = False,
+    **options: Any,
+) -> int:
+    """The bytes of workspace that a call with T_total tokens in all, H heads and N sequences may need.
+
+    `fwd` allocates its workspace by itself, unless it gets one. An engine that wants no allocation in a call
+    asks once, with the most tokens and sequences of a batch and largest_batch=True, and passes the same
+    workspace to every call.
+
+    Args:
+        HV: heads of v, if they are more than H.
+        device: as for `explain`; None: the size is the largest over the devices of this machine.
+        kernel: the kernel that the call names; None: the size is the largest over all kernels of the device.
+        batch_invariant, max_seqlen: what the call passes; None: the size is the largest over what it may
+            pass.
+        largest_batch: True: the workspace is for batches of at most T_total tokens and at most N sequences. A
+            smaller batch can need more than the largest one, since the host then cuts sequences in another
+            way. So the size is the largest over many batches, with a quarter on top for those between them.
+        options: what else the call asks for: threads, cut and the last arguments of `explain`. Without them
+            the size is enough for calls with pools, checkpoints and any gate, too. cut is "auto" by default:
+            its other values, which are meant for tests and benchmarks, may need more.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is out of range.
+    """
+    return _shapes.workspace_size(
+        (T_total, H, N, HV), device, batch_invariant, max_seqlen, largest_batch, {"kernel": kernel, **options}
+    )
 
 
 def explain(
@@ -305,6 +530,18 @@ def explain(
     batch_invariant: bool = False,
     max_seqlen: int = 0,
     cut: str = "auto",
+    *,
+    HV: int | None = None,
+    lower_bound: SupportsFloat | None = -5.0,
+    with_state_indices: bool = False,
+    checkpoints: int = 0,
+    checkpoint_every: int | None = None,
+    fp32_gate: bool = False,
+    use_gate_in_kernel: bool = True,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
 ) -> str:
     """Which kernel `fwd` would run for T_total tokens in all, H heads and N sequences, why, how it would lay
     the work out, and how much workspace it would use: a few lines to be read, whose wording may change.
@@ -312,59 +549,38 @@ def explain(
     Args:
         device: "cpu", "cuda" (CUDA device 0), "cuda:1", or a torch.device; None is CUDA device 0 if it can be
             used, else the CPU.
-        kernel, batch_invariant, max_seqlen, cut: as for `fwd`.
+        HV: heads of v, if they are more than H.
+        with_state_indices: whether the states are in a pool.
+        checkpoints: C, how many checkpoint_offsets a sequence has.
+        fp32_gate: whether g and beta are fp32.
+    All other arguments are as for `fwd`.
 
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range, or there is no such device or kernel.
         RuntimeError: the kernel does not run on the device.
     """
-    T_total, H, N = _checked_sizes(T_total, H, N)
-    options = Options(
-        kernel=kernel, batch_invariant=batch_invariant, max_seqlen=max_seqlen, cut=cut
-    ).checked()
-    infos = _lib.device_infos()
-    if device is None:
-        chosen = infos[1 if len(infos) > 1 and infos[1].kernel else 0]
-    else:
-        named = {_device_name(info): info for info in infos}
-        name = str(device) if isinstance(device, str) or _arrays.library_of(device) == "torch" else ""
-        name = {"cuda": "cuda:0", "cpu:0": "cpu"}.get(name, name)
-        if name not in named:
-            raise ValueError(f"device is {device!r}; it must be None or one of {', '.join(named)}")
-        chosen = named[name]
-    return _lib.explain(_shape_params(T_total, H, N, N > 1, chosen.device, options))
-
-
-def _device_name(info: _lib.DeviceInfo) -> str:
-    return f"cuda:{info.device.index}" if info.device.type == _lib.CUDA else "cpu"
-
-
-def _checked_sizes(T_total: Any, H: Any, N: Any) -> tuple[int, int, int]:
-    T_total, H, N = as_int(T_total), as_int(H), as_int(N)
-    for name, value, least in (("T_total", T_total, 0), ("H", H, 1), ("N", N, 1)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
-        if not least <= value < 2**31:
-            raise ValueError(f"{name} is {value}; it must be at least {least} and fit 32 bits")
-    return T_total, H, N
-
-
-def _shape_params(
-    T: int, H: int, N: int, with_seqlens: bool, device: _lib.Device, options: Options
-) -> _lib.FwdParams:
-    """The struct of a call of that shape, without the memory of its arrays."""
-    params = _lib.new_params()
-    params.device = device
-    options.apply_to(params)
-    for name in ("q", "k", "v", "g", "out"):
-        _lib.set_shape(getattr(params, name), _lib.BF16, (1, T, H, 128))
-    _lib.set_shape(params.beta, _lib.BF16, (1, T, H))
-    _lib.set_shape(params.A_log, _lib.F32, (H,))
-    _lib.set_shape(params.dt_bias, _lib.F32, (H, 128))
-    if with_seqlens:
-        _lib.set_shape(params.cu_seqlens, _lib.I64, (N + 1,))
-    return params
+    shape = _shapes.Shape(
+        T_total,
+        H,
+        N,
+        HV,
+        kernel=kernel,
+        batch_invariant=batch_invariant,
+        max_seqlen=max_seqlen,
+        cut=cut,
+        lower_bound=lower_bound,
+        with_state_indices=with_state_indices,
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        fp32_gate=fp32_gate,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+    )
+    return _shapes.explain(device, shape)
 
 
 @dataclass(frozen=True)
@@ -427,21 +643,28 @@ def reference(
     scale: SupportsFloat,
     A_log: Any,
     dt_bias: Any,
-    lower_bound: SupportsFloat,
+    lower_bound: SupportsFloat | None,
     initial_state: Any = None,
     cu_seqlens: Any = None,
-) -> tuple[Any, Any]:
+    **options: Any,
+) -> tuple[Any, ...]:
     """The recurrence in the docstring of `fwd`, token by token in fp64 on the CPU: slow, and meant for tests.
 
     Takes the arguments of `fwd` as PyTorch tensors or JAX arrays (of any device), NumPy arrays, or arrays in
-    CPU memory that have DLPack's two methods. Returns the output [B, T, H, V] and the final state
-    [N, H, V, K] in fp64: CPU tensors if q is a tensor, else NumPy arrays.
+    CPU memory that have DLPack's two methods, and by keyword what `fwd` takes by keyword, except workspace
+    and nonfinite. Options that change no result (kernel, threads, ...) are taken and change nothing.
+
+    Returns the output [B, T, HV, V] and the final state [N, HV, V, K] in fp64: CPU tensors if q is a tensor,
+    else NumPy arrays. With state_indices, too, row n of the final state is the state of sequence n. With
+    checkpoint_offsets or checkpoint_every a third array has the checkpoints [rows, HV, V, K], with zeros in
+    rows without one. checkpoint_states, of which the shape alone counts, or `checkpoint_rows` says how many
+    rows there are, if not as in `compute`. With state_v_first=False all states are [.., K, V].
 
     Raises:
         ValueError, TypeError: as `fwd`.
     """
     return _reference.reference(
-        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, options
     )
 
 

@@ -73,6 +73,8 @@ _DLPACK_DTYPES = {
     (0, 64): _lib.I64,
     (2, 16): _lib.F16,
     (2, 64): _lib.F64,
+    (6, 8): _lib.BOOL,
+    (1, 8): _lib.U8,
 }
 _NUMPY_DTYPES = {
     "bfloat16": _lib.BF16,
@@ -81,6 +83,8 @@ _NUMPY_DTYPES = {
     "int64": _lib.I64,
     "float16": _lib.F16,
     "float64": _lib.F64,
+    "bool": _lib.BOOL,
+    "uint8": _lib.U8,
 }
 
 _is_capsule = ctypes.pythonapi.PyCapsule_IsValid
@@ -151,20 +155,40 @@ def check_makes_arrays(v: Any) -> None:
         )
 
 
-def empty_like(v: Any, shape: tuple[int, ...], is_fp32: bool) -> tuple[Any, Any]:
+def empty_like(v: Any, shape: tuple[int, ...], is_fp32: bool, with_zeros: bool = False) -> tuple[Any, Any]:
     """A new array of v's library on v's device, of v's dtype or fp32, and what fwd takes to write it."""
+    make = "zeros" if with_zeros else "empty"
     if is_numpy(v):
         import numpy
 
-        array = numpy.empty(shape, numpy.float32 if is_fp32 else v.dtype)
+        array = getattr(numpy, make)(shape, numpy.float32 if is_fp32 else v.dtype)
         return array, array
     library = v.__array_namespace__()
-    array = library.empty(shape, dtype=library.float32 if is_fp32 else v.dtype, device=v.device)
-    if library_of(array) not in _IMMUTABLE:
+    array = getattr(library, make)(shape, dtype=library.float32 if is_fp32 else v.dtype, device=v.device)
+    return array, _writable(array)
+
+
+def copy_of(name: str, x: Any) -> tuple[Any, Any]:
+    """A copy of the array, and what fwd takes to write it."""
+    if is_numpy(x):
+        array = x.copy(order="C")
         return array, array
+    device_of(name, x)  # refuses what is no array
+    if not hasattr(x, "__array_namespace__"):
+        raise TypeError(
+            f"{name} is of type {type(x).__module__}.{type(x).__name__}, which flash_kda cannot copy"
+        )
+    array = x.__array_namespace__().asarray(x, copy=True)
+    return array, _writable(array)
+
+
+def _writable(array: Any) -> Any:
+    """What fwd takes to write a new array."""
+    if library_of(array) not in _IMMUTABLE:
+        return array
     if hasattr(array, "block_until_ready"):
         array.block_until_ready()
-    return array, _New(array)
+    return _New(array)
 
 
 _calls = PreparedCalls()  # of NumPy's own arrays, without subclasses

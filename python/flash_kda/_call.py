@@ -11,6 +11,7 @@ retyped in place.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Iterable
@@ -104,9 +105,15 @@ class PreparedCall:
         self.params = params
         self.reference = ctypes.byref(params)
         self.pointers = []
+        given_bytes = None  # of a workspace that the caller gives
         for name, view in zip(options.names, views):
+            if name == "workspace":
+                given_bytes = _workspace_bytes(view)
+                self.pointers.append(self._field(c_void_p, name))
+                continue
             tensor = getattr(params, name)
-            _lib.set_shape(tensor, view.dtype, view.shape, view.stride)
+            dtype = _lib.OTHER if view.dtype == _lib.U8 else view.dtype
+            _lib.set_shape(tensor, dtype, view.shape, view.stride)
             tensor.data = view.pointer
             if not view.pointer and name in OPTIONAL_ARRAYS:
                 tensor.data = _EMPTY_BUT_PRESENT
@@ -115,8 +122,10 @@ class PreparedCall:
         self.lower_bound = self._field(c_float, "lower_bound")
         self.stream = self._field(c_void_p, "stream")
         self.workspace = self._field(c_void_p, "workspace")
-        self.workspace_size = _lib.workspace_size(params)
-        params.workspace_size = self.workspace_size
+        bytes_needed = _lib.workspace_size(params)  # which checks all shapes and options too
+        # Bytes that run() needs from its caller, or on the CPU from the thread.
+        self.workspace_size = bytes_needed if given_bytes is None else 0
+        params.workspace_size = bytes_needed if given_bytes is None else given_bytes
         self.is_long = not self.on_gpu and _is_long(params, options.threads)
 
     def _field(self, kind: Any, name: str) -> Any:
@@ -132,8 +141,8 @@ class PreparedCall:
         stream: int | None = None,
         workspace: int | None = None,
     ) -> None:
-        """Calls C with these pointers to the call's arrays. stream and workspace are for GPUs: the CPU's
-        workspace is the thread's own."""
+        """Calls C with these pointers to the call's arrays. stream is for GPUs, and so is workspace, where it
+        is none of the arrays: the CPU's workspace is the thread's own."""
         # A finalizer or signal handler may run meanwhile and call fwd, which then must not use this struct.
         self.busy = True
         try:
@@ -146,7 +155,9 @@ class PreparedCall:
                 check_numbers(scale, lower_bound)
                 raise
             if self.on_gpu:
-                self.stream.value, self.workspace.value = stream, workspace
+                self.stream.value = stream
+                if self.workspace_size:
+                    self.workspace.value = workspace
             elif self.is_long:
                 self._run_long()
                 return
@@ -163,15 +174,28 @@ class PreparedCall:
 
     def _run_long(self) -> None:
         """Handlers of signals run meanwhile, and may call fwd, so the call has a workspace of its own."""
+        if not self.workspace_size:
+            _interruptible.fwd(self.params)
+            return
         block = _scratch.take(self.workspace_size)
         self.workspace.value = block[1]
         _interruptible.fwd(self.params)
         _scratch.give_back(block)
 
 
+def _workspace_bytes(view: View) -> int:
+    """The size of a workspace that the caller gives. Whether it is enough is for C to check."""
+    if view.dtype != _lib.U8:
+        dtype = _lib.DTYPE_NAMES.get(view.dtype, "another type")
+        raise TypeError(f"workspace has dtype {dtype}; it must be uint8")
+    if view.stride is not None and view.stride != _lib.row_major(view.shape):
+        raise ValueError(f"workspace has strides {list(view.stride)}; it must be contiguous")
+    return math.prod(view.shape)
+
+
 def _is_long(params: _lib.FwdParams, threads: int) -> bool:
     """Whether a call on the CPU may take so long that signals should not wait for it."""
-    rows, tokens, heads = params.q.shape[:3]
+    rows, tokens, heads = params.v.shape[:3]
     sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows
     work = heads * (rows * tokens + _TOKENS_OF_A_STATE * sequences)
     if work < _LONG_TOKENS:
@@ -205,7 +229,10 @@ def check_numbers(scale: Any, lower_bound: Any) -> None:
         try:
             c_float(value)
         except (TypeError, ValueError):  # ValueError: a tensor of several numbers
-            raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number") from None
+            or_none = " or None" if name == "lower_bound" else ""
+            raise TypeError(
+                f"{name} is of type {type(value).__name__}; it must be a number{or_none}"
+            ) from None
         except OverflowError:
             raise ValueError(f"{name} is an int too large for a float; it must be finite") from None
 

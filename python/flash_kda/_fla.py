@@ -1,13 +1,14 @@
 """flash-linear-attention: which calls of chunk_kda this package takes.
 
-flash-linear-attention (FLA) has a backend of its own that calls a package named flash_kda. It asks itself
-whether a call suits the backend, and its answer looks neither at the device nor at everything that
-`flash_kda.fwd` refuses; 0.5.1 and 0.5.2 also drop `allow_neg_eigval`. So this module replaces that backend,
-in FLA's own registry, by one that says no to each call that `fwd` cannot serve. FLA then computes it by
+flash-linear-attention (FLA) has a backend of its own that calls a package named flash_kda. The backend knows
+MoonshotAI's interface: it takes no softplus gate, no states with K first, no more value heads than heads of q
+and k, and it looks neither at the device nor at everything that `flash_kda.fwd` refuses; in 0.5.1 and 0.5.2
+it also drops `allow_neg_eigval`. So this module replaces that backend, in FLA's own registry, by one that
+takes each call that `flash_kda.chunk_kda` can serve, and says no to all others. FLA then computes these by
 itself.
 
 FLA imports flash_kda in the middle of the first call that it hands over, if nobody did before. That call was
-taken without being asked about. If it cannot be served, it goes back to FLA: see `_give_back`.
+taken by FLA's own backend, so it goes back to FLA, which then asks this one: see `_give_back`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from . import _later, _lib
+from . import _later, _lib, _shapes
 
 MODULE = "fla.ops.kda"  # which has chunk_kda
 
@@ -32,33 +33,45 @@ def why_not_on(type_: str, index: int) -> str:
     return f"there is no device {type_}:{index} that it can use"
 
 
-def why_not(call: dict[str, Any]) -> str:
-    """Why `fwd` cannot serve a call of chunk_kda with these arguments, or "". FLA has looked at some of them:
-    bf16 q, K, V, heads, the flags for what is fused, gradients."""
+@lru_cache(maxsize=256)
+def _why_not_kernel(device: tuple[int, int], HV: int, options: tuple[tuple[str, Any], ...]) -> str:
+    """Why no kernel of the device computes with these options, or ""."""
+    shape = _shapes.Shape(64, 1, 1, HV, **dict(options))
+    try:
+        _lib.workspace_size(shape.params(_lib.Device(*device)))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _why_not_tensors(call: dict[str, Any]) -> str:
+    """Why `fwd` cannot serve a call with these tensors, or ""."""
     import torch
 
-    from . import _layout
-
     bf16, f32, f16 = torch.bfloat16, torch.float32, torch.float16
-    takes = {
-        "k": (bf16,),
-        "v": (bf16,),
-        "g": (bf16, f32),
-        "beta": (bf16, f32),
-        "A_log": (f32, bf16, f16),
-        "dt_bias": (f32, bf16, f16),
-        "initial_state": (f32, bf16),
-        "cu_seqlens": (torch.int64, torch.int32),
+    q, v, with_gate = call["q"], call["v"], call.get("use_gate_in_kernel")
+    (B, T, H, K), HV = q.shape, v.shape[2]
+    N = B if call.get("cu_seqlens") is None else call["cu_seqlens"].numel() - 1
+    rows = (B, T, HV, K)
+    # The dtypes and the shape that each tensor may have, or its number of elements.
+    takes: dict[str, tuple[tuple[Any, ...], Any]] = {
+        "q": ((bf16,), (B, T, H, K)),
+        "k": ((bf16,), (B, T, H, K)),
+        "v": ((bf16,), rows),
+        "g": ((bf16, f32), rows),
+        "beta": ((bf16, f32), rows[:3]),
+        "initial_state": ((f32,), (N, HV, K, K)),
+        "cu_seqlens": ((torch.int64, torch.int32), (N + 1,)),
     }
-    q, lower_bound = call["q"], call.get("lower_bound")
-    heads, channels = q.shape[2:]
-    if call.get("allow_neg_eigval"):
-        return "flash_kda has no allow_neg_eigval"
-    if lower_bound is None or not -5 <= lower_bound <= 0:
-        return f"flash_kda takes a lower_bound in [-5, 0], and it is {lower_bound}"
-    for name, dtypes in takes.items():
+    if with_gate:
+        takes |= {"A_log": ((f32, bf16, f16), HV), "dt_bias": ((f32, bf16, f16), HV * K)}
+    if K != 128 or v.shape[-1] != 128:
+        return f"flash_kda takes K = V = 128, and they are {K} and {v.shape[-1]}"
+    if HV % H:
+        return f"flash_kda takes HV that is a multiple of H, and they are {HV} and {H}"
+    for name, (dtypes, shape) in takes.items():
         t = call.get(name)
-        if t is None and name in ("initial_state", "cu_seqlens"):
+        if t is None and name in ("initial_state", "cu_seqlens", "A_log", "dt_bias"):
             continue
         if not isinstance(t, torch.Tensor):
             return f"flash_kda needs {name}"
@@ -66,14 +79,63 @@ def why_not(call: dict[str, Any]) -> str:
             return f"{name} is on {t.device} and q on {q.device}"
         if t.dtype not in dtypes:
             return f"flash_kda does not take {name} of {t.dtype}"
-        if name in ("A_log", "dt_bias") and not _layout.has_gate_shape(name, t.shape, heads, channels):
+        if (t.numel() if isinstance(shape, int) else t.shape) != shape:
             return f"flash_kda does not take {name} of shape {list(t.shape)}"
-    return why_not_on(q.device.type, q.device.index or 0)
+        if t.requires_grad and torch.is_grad_enabled():
+            return f"flash_kda has no backward pass yet, and {name} requires a gradient"
+    return ""
+
+
+def why_not(call: dict[str, Any]) -> str:
+    """Why `flash_kda.chunk_kda` cannot serve a call of FLA's chunk_kda with these arguments, or ""."""
+    import torch
+
+    with_gate, with_sigmoid = call.get("use_gate_in_kernel"), call.get("use_beta_sigmoid_in_kernel")
+    lower_bound, twice = call.get("lower_bound"), call.get("allow_neg_eigval")
+    if call.get("cp_context") is not None:
+        return "flash_kda has no context parallelism"
+    if call.get("return_intermediate_states") and (
+        not torch.is_inference_mode_enabled() or call.get("disable_recompute")
+    ):
+        return "flash_kda returns intermediate states in inference mode alone, without disable_recompute"
+    if with_gate and lower_bound is not None and not -5 <= lower_bound <= 0:
+        return f"flash_kda takes a lower_bound in [-5, 0], and it is {lower_bound}"
+    if with_gate and lower_bound is None and call.get("A_log") is None:
+        return "flash_kda needs A_log"
+    if twice and not with_sigmoid:
+        return "flash_kda takes allow_neg_eigval with use_beta_sigmoid_in_kernel alone"
+    reason = _why_not_tensors(call)
+    if reason:
+        return reason
+    q = call["q"]
+    kind, index = q.device.type, q.device.index or 0
+    state_v_first = bool(call.get("state_v_first") or call.get("transpose_state_layout"))
+    options = {
+        "lower_bound": lower_bound if lower_bound is None else float(lower_bound),
+        "use_gate_in_kernel": bool(with_gate),
+        "use_qk_l2norm_in_kernel": bool(call.get("use_qk_l2norm_in_kernel")),
+        "use_beta_sigmoid_in_kernel": bool(with_sigmoid),
+        "allow_neg_eigval": bool(twice),
+        "state_v_first": state_v_first,
+        "fp32_gate": call["g"].dtype == torch.float32 or call["beta"].dtype == torch.float32,
+        "checkpoints": 1 if call.get("return_intermediate_states") else 0,
+    }
+    if kind == "cpu" or kind == "cuda":
+        device = (_lib.CPU if kind == "cpu" else _lib.CUDA, index)
+        reason = _why_not_kernel(device, call["v"].shape[2] // q.shape[2], tuple(options.items()))
+    return why_not_on(kind, index) or reason
+
+
+def _chunk_kda_of_package() -> Any:
+    package: Any = sys.modules[__package__]
+    return package.chunk_kda
 
 
 def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
-    """A class like FLA's backend that asks `why_not` too."""
+    """A class like FLA's backend that takes what this package can serve."""
     signature = inspect.signature(inspect.unwrap(chunk_kda))
+    ours = inspect.signature(_chunk_kda_of_package()).parameters.values()
+    takes = {p.name for p in ours if p.kind is not p.VAR_KEYWORD} | {"A_log", "dt_bias", "chunk_size"}
 
     def named(args: tuple, kwargs: dict) -> dict[str, Any]:
         """The arguments of a call by name. FLA's backend has them in another order than chunk_kda itself."""
@@ -81,17 +143,20 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
             return kwargs
         arguments = signature.bind(*args, **kwargs).arguments
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        return {**arguments, **arguments.pop(rest, {})} if rest else dict(arguments)
+        more = arguments.pop(rest, {}) if rest else {}
+        return {**arguments, **more}
 
     class Backend(theirs):
         def chunk_kda_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-            call = named(args, kwargs)
-            accepted, reason = super().chunk_kda_verifier(**call)
-            reason = reason if not accepted else why_not(call)
+            reason = why_not(named(args, kwargs))
             return not reason, reason or None
 
         def chunk_kda(self, *args: Any, **kwargs: Any) -> Any:
-            return super().chunk_kda(**named(args, kwargs))
+            call = dict(named(args, kwargs))
+            if "transpose_state_layout" in call:  # as FLA 0.5.0 calls it
+                call["state_v_first"] = call.pop("transpose_state_layout")
+            # FLA ignores keywords that it does not know.
+            return _chunk_kda_of_package()(**{name: x for name, x in call.items() if name in takes})
 
     return Backend
 
@@ -114,7 +179,8 @@ def _adopt() -> None:
             register(chunk_kda)(Backend)
         in_progress = _frame_of(theirs.chunk_kda)
         if in_progress is not None:
-            _give_back_unless_served(in_progress, Backend, chunk_kda)
+            caller = in_progress.f_back.f_locals  # FLA's dispatcher, which has the arguments of chunk_kda
+            _give_back(in_progress, chunk_kda, caller["args"], caller["kwargs"])
     except Exception:  # FLA's import must not fail for what this package wants of it
         return
 
@@ -127,16 +193,9 @@ def _frame_of(function: Any) -> Any:
     return frame
 
 
-def _give_back_unless_served(frame: Any, Backend: Any, chunk_kda: Any) -> None:
-    """frame: of FLA's backend, which imports flash_kda and will call its fwd."""
-    caller = frame.f_back.f_locals  # FLA's dispatcher, which has the arguments of chunk_kda
-    args, kwargs = caller["args"], caller["kwargs"]
-    if not Backend().verify("chunk_kda", *args, **kwargs)[0]:
-        _give_back(frame, chunk_kda, args, kwargs)
-
-
 def _give_back(frame: Any, chunk_kda: Any, args: tuple, kwargs: dict) -> None:
-    """Makes the call of fwd from that frame ask FLA's chunk_kda again, which now chooses another way."""
+    """frame: of FLA's own backend, which imports flash_kda and will call its fwd. Makes this call ask FLA's
+    chunk_kda again, which now has the other backend."""
     package: Any = sys.modules[__package__]
     fwd = package.fwd
 

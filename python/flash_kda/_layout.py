@@ -1,8 +1,9 @@
-"""Brings PyTorch's tensors into the shapes, dtypes and layouts that the C library takes.
+"""Brings PyTorch's tensors into the dtypes and layouts that the C library takes.
 
-Engines hand over views and conversions that the C library refuses: slices of one buffer that holds q, k and
-v, gates and write strengths in fp32, and the gate's parameters in the shapes of their layers. Tensors that C
-takes as they are pass unchanged. The docstring of `fwd` lists what is copied or converted.
+Engines hand over views: slices of one buffer that holds q, k and v, columns of a projection, states that
+share pages with others, and the gate's parameters in the shapes of their layers. C takes most of them as they
+are. A tensor is copied only where C refuses it: its last dimension has gaps, or on a GPU one of its strides
+or its address is no multiple of 16 bytes. The docstring of `fwd` lists what is copied or converted.
 """
 
 from __future__ import annotations
@@ -14,42 +15,63 @@ import torch
 from ._options import WRITTEN_ARRAYS
 
 _GATE_PARAMETERS = ("A_log", "dt_bias")
-_BF16_ALONE = ("g", "beta")
 _16_BITS = (torch.bfloat16, torch.float16)
+# How a tensor may lie in memory, as src/check.c has it. All others are contiguous.
+_ROWS = ("q", "k", "v", "g", "out")  # the last dimension is contiguous
+_FREE = ("beta",)
+_SLOTS = ("initial_state", "final_state", "checkpoint_states")  # all but the first dimension are contiguous
+_UNIT = 16  # bytes, of which addresses are multiples, and on a GPU strides
+_MOST_STRIDE = 2**31 - 1  # elements, on a GPU
 
 
-def _without_ones(shape: Any) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
-def has_gate_shape(name: str, shape: Any, heads: int, channels: int) -> bool:
-    """Whether a parameter of the gate is [H] (A_log), [H, K] or [H K] (dt_bias), apart from dimensions of
-    size 1. Other shapes with as many elements, [K, H] say, would be misread."""
-    can_be = ((heads,),) if name == "A_log" else ((heads, channels), (heads * channels,))
-    return _without_ones(shape) in map(_without_ones, can_be)
-
-
-def taken_as(name: str, dtype: Any, shape: tuple, heads: int, channels: int) -> tuple[Any, tuple]:
+def taken_as(name: str, dtype: Any, shape: tuple) -> tuple[Any, tuple]:
     """The dtype and shape that a tensor has when C takes it. What is wrong stays wrong, so that C refuses
     it."""
     if name in _GATE_PARAMETERS:
         if dtype in _16_BITS:
             dtype = torch.float32
-        if has_gate_shape(name, shape, heads, channels):
-            shape = (heads,) if name == "A_log" else (heads, channels)
-    elif name in _BF16_ALONE and dtype is torch.float32:
-        dtype = torch.bfloat16
+        if len(shape) > 4:  # C counts elements, but of four dimensions at most
+            shape = tuple(size for size in shape if size != 1)
     return dtype, shape
 
 
-def readable(name: str, t: Any, heads: int, channels: int) -> Any:
+def _strides_fit(name: str, t: Any, on_gpu: bool) -> bool:
+    """Whether C takes the strides of a tensor that is not contiguous."""
+    shape, strides = t.shape, t.stride()
+    if name in _FREE:
+        return True
+    if name in _ROWS:
+        free = len(shape) - 1
+    elif name in _SLOTS and len(shape) > 1 and shape[0] and t[0].is_contiguous():
+        free = 1
+    else:
+        return False
+    if name in _ROWS and shape[-1] > 1 and strides[-1] != 1:
+        return False
+    if not on_gpu:
+        return True
+    unit = _UNIT // t.element_size()
+    return all(
+        size < 2 or (step % unit == 0 and (name in _SLOTS or step <= _MOST_STRIDE))
+        for size, step in zip(shape[:free], strides)
+    )
+
+
+def _fits(name: str, t: Any, on_gpu: bool) -> bool:
+    """Whether C takes the tensor's memory as it is."""
+    if (name in _ROWS or name in _SLOTS or name == "dt_bias") and t.data_ptr() % _UNIT:
+        return False
+    return t.is_contiguous() or _strides_fit(name, t, on_gpu)
+
+
+def readable(name: str, t: Any, on_gpu: bool) -> Any:
     """A tensor that the call reads, as C takes it."""
-    dtype, shape = taken_as(name, t.dtype, t.shape, heads, channels)
+    dtype, shape = taken_as(name, t.dtype, t.shape)
     if t.dtype is not dtype:
         t = t.to(dtype)
     if t.shape != shape:
         t = t.reshape(shape)
-    return t.contiguous()
+    return t if _fits(name, t, on_gpu) else t.clone(memory_format=torch.contiguous_format)
 
 
 def _has_own_elements(t: Any) -> bool:
@@ -57,19 +79,31 @@ def _has_own_elements(t: Any) -> bool:
     return all(step or size <= 1 for size, step in zip(t.shape, t.stride()))
 
 
-def for_c(names: tuple[str, ...], tensors: list) -> tuple[list, list[tuple[Any, Any]]]:
+def _is_copied(name: str, names: tuple[str, ...], t: Any, on_gpu: bool) -> bool:
+    """Whether the call goes through a copy of the tensor. A pool of states is never copied, since the call
+    needs few of its slots, nor is what the call writes in part."""
+    if name in ("workspace", "checkpoint_states") or (name in _SLOTS and "state_indices" in names):
+        return False
+    return not _fits(name, t, on_gpu) and (name not in WRITTEN_ARRAYS or _has_own_elements(t))
+
+
+def must_copy(names: tuple[str, ...], tensors: list, on_gpu: bool) -> bool:
+    """Whether for_c would copy a tensor."""
+    return any(_is_copied(name, names, t, on_gpu) for name, t in zip(names, tensors))
+
+
+def for_c(names: tuple[str, ...], tensors: list, on_gpu: bool) -> tuple[list, list[tuple[Any, Any]]]:
     """The tensors of a call as C takes them, and what is left to do after the call: pairs of a tensor that
     the caller wants written and the contiguous one that the call writes instead."""
-    if any(t.layout is not torch.strided for t in tensors) or tensors[0].ndim != 4:
+    if any(t.layout is not torch.strided for t in tensors):
         return tensors, []  # a sparse tensor, say, which is refused later
-    heads, channels = tensors[0].shape[2:]
     taken, copies = [], []
     for name, t in zip(names, tensors):
-        if name not in WRITTEN_ARRAYS:
-            taken.append(readable(name, t, heads, channels))
-        elif t.is_contiguous() or not _has_own_elements(t):
-            taken.append(t)
-        else:
+        if name in _GATE_PARAMETERS or (name not in WRITTEN_ARRAYS and _is_copied(name, names, t, on_gpu)):
+            taken.append(readable(name, t, on_gpu))
+        elif name in WRITTEN_ARRAYS and _is_copied(name, names, t, on_gpu):
             taken.append(torch.empty_like(t, memory_format=torch.contiguous_format))
             copies.append((t, taken[-1]))
+        else:
+            taken.append(t)
     return taken, copies

@@ -11,7 +11,13 @@ from typing import Callable
 
 OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR, INTERRUPTED = range(6)
 BF16, F32, I32, I64, F16, F64, OTHER, BOOL = range(1, 9)
+U8 = -1  # of a workspace, which C takes without a dtype
+DTYPE_NAMES = dict(
+    zip(range(1, 9), ("bfloat16", "float32", "int32", "int64", "float16", "float64", "another type", "bool"))
+)
 CPU, CUDA = 0, 1
+GATE_BOUNDED, GATE_SOFTPLUS, GATE_ACTIVATED = range(3)
+BETA_SIGMOID, BETA_TWICE_SIGMOID, BETA_ACTIVATED = range(3)
 
 LIBRARY = "libflashkda.so"
 
@@ -188,6 +194,9 @@ def with_signals(name: str) -> Callable[..., int]:
 _IN_PYTHON = (
     ("it must be NULL or", "it must be None or"),
     ("is null; it must point to its", "has no memory; it must have its"),
+    ("must be absent", "must be None"),
+    ("checkpoint_every = 0", "checkpoint_every=None"),
+    ("workspace_size is", "workspace has"),
 )
 
 

@@ -7,8 +7,12 @@ import sys
 from ctypes import POINTER, c_double
 from typing import Any
 
-from . import _arrays, _interruptible, _lib
+from . import _arrays, _functional, _interruptible, _lib
 from ._call import check_numbers
+from ._options import OPTIONAL_ARRAYS, REQUIRED_ARRAYS, Options, bits_of
+
+_NOT_READ = ("out", "final_state", "nonfinite", "workspace")
+_READ = tuple(name for name in REQUIRED_ARRAYS + OPTIONAL_ARRAYS if name not in _NOT_READ)
 
 
 def reference(
@@ -23,60 +27,90 @@ def reference(
     lower_bound: Any,
     initial_state: Any,
     cu_seqlens: Any,
-) -> tuple[Any, Any]:
-    check_numbers(scale, lower_bound)
-    arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
-    if initial_state is not None:
-        arrays["initial_state"] = initial_state
-    if cu_seqlens is not None:
-        arrays["cu_seqlens"] = cu_seqlens
-    arrays = {name: _in_cpu_memory(name, x) for name, x in arrays.items()}
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(q, torch.Tensor):
-        from . import _layout
-
-        heads, channels = q.shape[2:] if q.ndim == 4 else (0, 0)
-        arrays = {
-            name: _layout.readable(name, x, heads, channels) if isinstance(x, torch.Tensor) else x
-            for name, x in arrays.items()
-        }
-        new = lambda shape: torch.empty(shape, dtype=torch.float64)  # noqa: E731
-    else:
-        import numpy
-
-        new = numpy.empty
+    more: dict[str, Any],
+) -> tuple[Any, ...]:
+    check_numbers(scale, 0.0 if lower_bound is None else lower_bound)
+    rows = _functional.checkpoint_rows(None, getattr(v, "shape", ()), more)
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
+    given |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    given |= {name: more.pop(name) for name in OPTIONAL_ARRAYS if name in more and name not in _NOT_READ}
+    given = {name: given[name] for name in _READ if given.get(name) is not None or name in REQUIRED_ARRAYS}
+    unknown = [name for name in more if name not in Options.__dataclass_fields__ or name.startswith("has_")]
+    if unknown:
+        raise TypeError(f"reference() got an unexpected keyword argument {unknown[0]!r}")
+    bits = bits_of(*(name for name in given if name in OPTIONAL_ARRAYS))
+    options = Options(bits, **more, has_lower_bound=lower_bound is not None).checked()
 
     params = _lib.new_params()
-    params.scale, params.lower_bound = scale, lower_bound
+    options.apply_to(params)
+    params.kernel = None
+    params.scale, params.lower_bound = scale, 0.0 if lower_bound is None else lower_bound
+    states = given.pop("checkpoint_states", None)
+    if states is not None:
+        rows = states.shape[0]
+        _lib.set_shape(params.checkpoint_states, _lib.F32, tuple(states.shape))
     shapes, owners = {}, []
-    for name, x in arrays.items():
-        view, owner = _arrays.read(name, x, None)
+    for name, x in given.items():
+        view, owner = _arrays.read(name, _readable(name, x), None)
         owners.append(owner)  # keeps the memory alive until this function returns
         shapes[name] = view.shape
         tensor = getattr(params, name)
         _lib.set_shape(tensor, view.dtype, view.shape, view.stride)
-        tensor.data = view.pointer
-    _lib.set_shape(params.out, _lib.BF16, shapes["v"])
-    _lib.workspace_size(params)  # checks every shape, so that the results can be allocated
+        tensor.data = view.pointer or _EMPTY
 
-    B, _, H, K = shapes["q"]
-    N = shapes["cu_seqlens"][0] - 1 if "cu_seqlens" in shapes else B
-    out, state = new(shapes["v"]), new((N, H, shapes["v"][3], K))
+    # C checks that the arrays fit each other before it writes, so results of wrong arrays may have any size.
+    borders = shapes["cu_seqlens"] if "cu_seqlens" in shapes else shapes["q"]
+    N = max((borders or (0,))[0] - ("cu_seqlens" in shapes), 0)
+    heads = shapes["v"][2:3] or (0,)
+    out, state = _new(q, shapes["v"]), _new(q, (N, *heads, _DIM, _DIM))
+    results = [out, state]
+    if rows is not None:
+        results.append(_new(q, (rows, *heads, _DIM, _DIM)))
+        if states is None:
+            _lib.set_shape(params.checkpoint_states, _lib.F32, (rows, *heads, _DIM, _DIM))
     # C refuses a null pointer, so an empty result has an address that is never written.
-    out_pointer, state_pointer = (_arrays.read("result", x, None)[0].pointer or 8 for x in (out, state))
-    _interruptible.reference(
-        params,
-        ctypes.cast(out_pointer, POINTER(c_double)),
-        ctypes.cast(state_pointer, POINTER(c_double)),
-    )
-    return out, state
+    pointers = [
+        ctypes.cast(_arrays.read("result", x, None)[0].pointer or 8, POINTER(c_double)) for x in results
+    ]
+    _interruptible.reference(params, *pointers)
+    if not options.state_v_first:
+        results[1:] = [_transposed(x) for x in results[1:]]
+    return tuple(results)
 
 
-def _in_cpu_memory(name: str, x: Any) -> Any:
-    """The array, or a copy of it in CPU memory. Refuses what is no array."""
+_DIM = 128
+_EMPTY = 64  # the address of an empty array, which C would otherwise take for an absent one
+
+
+def _torch_of(x: Any) -> Any:
+    """PyTorch, if x is a tensor of it."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
-        return x.detach().cpu().contiguous()
+    return torch if torch is not None and isinstance(x, torch.Tensor) else None
+
+
+def _new(q: Any, shape: tuple[int, ...]) -> Any:
+    torch = _torch_of(q)
+    if torch is not None:
+        return torch.zeros(shape, dtype=torch.float64)
+    import numpy
+
+    return numpy.zeros(shape)
+
+
+def _transposed(x: Any) -> Any:
+    if _torch_of(x) is not None:
+        return x.mT.contiguous()
+    import numpy
+
+    return numpy.ascontiguousarray(x.swapaxes(-1, -2))
+
+
+def _readable(name: str, x: Any) -> Any:
+    """The array, or a copy of it in CPU memory that C can read. Refuses what is no array."""
+    if _torch_of(x) is not None:
+        from . import _layout
+
+        return _layout.readable(name, x.detach().cpu(), False)
     if _arrays.device_of(name, x)[0] == _lib.CPU:
         return x
     if _arrays.is_jax(x):

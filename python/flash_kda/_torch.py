@@ -15,8 +15,8 @@ this.
 from __future__ import annotations
 
 import itertools
-from operator import attrgetter
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, Callable
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
@@ -24,7 +24,9 @@ from torch.autograd import forward_ad as _forward_ad
 from . import _arrays, _layout, _lib
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._options import (
-    OPTION_DEFAULTS,
+    BIT,
+    OPERATOR_ARGUMENTS,
+    OPERATOR_DEFAULTS,
     OPTION_NAMES,
     OPTIONAL_ARRAYS,
     REQUIRED_ARRAYS,
@@ -43,12 +45,14 @@ _DTYPES = {
     torch.int64: _lib.I64,
     torch.float16: _lib.F16,
     torch.float64: _lib.F64,
+    torch.bool: _lib.BOOL,
+    torch.uint8: _lib.U8,
 }
 _DEVICES = {"cpu": _lib.CPU, "cuda": _lib.CUDA}
 
-# All that a prepared call depends on, except whether the tensor is contiguous.
+# All that a prepared call depends on, except the tensor's strides.
 _describe = attrgetter("__class__", "shape", "dtype", "device")
-_is_contiguous = Tensor.is_contiguous
+_stride = Tensor.stride
 _data_ptr = Tensor.data_ptr
 _requires_grad = attrgetter("requires_grad")
 # The types whose memory may be read as it is.
@@ -56,6 +60,31 @@ _plain_types = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
+
+
+def _increment_versions(tensors: list) -> None:
+    for t in tensors:
+        _increment_version(t)
+
+
+def _usable_increment() -> Any:
+    """The function of C++ behind increment_version, which takes several tensors at once in newer releases. It
+    is internal to PyTorch, so it is used only if it is there and does what it must."""
+    try:
+        increment: Any = torch._C._increment_version  # type: ignore[attr-defined]
+        x, y = torch.empty(1), torch.empty(1)
+        before = x._version, y._version
+        increment([x, y])
+        if (x._version, y._version) == (before[0] + 1, before[1] + 1):
+            with torch.inference_mode():
+                increment([torch.empty(1)])  # has no version
+            return increment
+    except Exception:
+        pass
+    return _increment_versions
+
+
+_count_writes = _usable_increment()
 
 
 def _current_stream(index: int) -> int:
@@ -102,16 +131,17 @@ class _PythonGuards:
 
     def __init__(self, *tensors: Any, **_: Any):
         self.looks = [*map(_describe, tensors)]
+        self.strides = [*map(_stride, tensors)]
 
     def check(self, *others: Any) -> bool:
         try:
             return (
                 [*map(_describe, others)] == self.looks
-                and all(map(_is_contiguous, others))
+                and [*map(_stride, others)] == self.strides
                 and _tracing_state() is None
                 and not any(map(_why_unreadable, others))
             )
-        except (AttributeError, RuntimeError):  # no tensor; a sparse one, neither contiguous nor not
+        except (AttributeError, RuntimeError, TypeError):  # no tensor; a sparse one, which has no strides
             return False
 
 
@@ -143,6 +173,33 @@ def _usable_guards() -> Any:
 
 
 _Guards = _usable_guards()
+
+
+def _guards_for(tensors: list) -> Callable[..., bool]:
+    """A function that says whether tensors look like these. PyTorch's guards refuse a tensor that comes
+    twice, as a state does that is updated in place, so they see each tensor once."""
+    first: dict[int, int] = {}
+    unique = [i for i, t in enumerate(tensors) if first.setdefault(id(t), i) == i]
+    once = [tensors[i] for i in unique]
+    check = _Guards(
+        *once,
+        dynamic_dims_sizes=[list(t.shape) for t in once],
+        dynamic_dims_strides=[list(t.stride()) for t in once],
+    ).check
+    if len(unique) == len(tensors):
+        return check
+    again = [(i, first[id(t)]) for i, t in enumerate(tensors) if first[id(t)] != i]
+    pick = itemgetter(*unique)
+
+    def fits(*others: Any) -> bool:
+        for i, j in again:
+            if others[i] is not others[j]:
+                return False
+        return check(*pick(others))
+
+    return fits
+
+
 _calls = PreparedCalls()
 
 
@@ -179,32 +236,48 @@ def fwd_traced(tensors: list, options: Options, scale: Any, lower_bound: Any) ->
     _call_operator(tensors, options, scale, lower_bound)
 
 
-def empty_like(v: Tensor, shape: tuple[int, ...], is_fp32: bool) -> tuple[Tensor, Tensor]:
+def empty_like(
+    v: Tensor, shape: tuple[int, ...], is_fp32: bool, with_zeros: bool = False
+) -> tuple[Tensor, Tensor]:
     """A new tensor on v's device, of v's dtype or fp32, twice: as _arrays.empty_like returns it."""
-    tensor = torch.empty(shape, dtype=torch.float32 if is_fp32 else v.dtype, device=v.device)
+    make = torch.zeros if with_zeros else torch.empty
+    tensor = make(shape, dtype=torch.float32 if is_fp32 else v.dtype, device=v.device)
+    return tensor, tensor
+
+
+def copy_of(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the tensor, twice."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; it must be a tensor, as v is one")
+    tensor = x.clone(memory_format=torch.contiguous_format)
     return tensor, tensor
 
 
 def _call_operator(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
     """Arguments go by position: to old compilers a keyword `out` means something else."""
-    q, k, v, g, beta, out, A_log, dt_bias = tensors[: len(REQUIRED_ARRAYS)]
+    q, k, v, g, beta, out = tensors[: len(REQUIRED_ARRAYS)]
     rest = iter(tensors[len(REQUIRED_ARRAYS) :])
-    optional = [next(rest) if given else None for given in options.given]
+    optional = {name: next(rest) for name in OPTIONAL_ARRAYS if options.given & BIT[name]}
+    values = [
+        optional.get(name) if name in OPTIONAL_ARRAYS else getattr(options, name)
+        for name in OPERATOR_ARGUMENTS
+    ]
     getattr(torch.ops.flash_kda, OPERATOR)(
-        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, *optional, *options.values()
-    )
+        q, k, v, g, beta, scale, out, optional.get("A_log"), optional.get("dt_bias"),
+        lower_bound if options.has_lower_bound else None, *values,
+    )  # fmt: skip
 
 
 def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
     """A call that the latest prepared call does not fit: finds or prepares one that fits."""
     _refuse_unreadable(options.names, tensors)
-    tensors, copies = _layout.for_c(options.names, tensors)
-    # The key has no strides, so a call is kept for contiguous tensors alone. C refuses all others.
-    kept = all(t.layout is torch.strided and t.is_contiguous() for t in tensors)
-    key = (options, *map(_describe, tensors))
+    device = tensors[0].device
+    tensors, copies = _layout.for_c(options.names, tensors, device.type == "cuda")
+    kept = all(t.layout is torch.strided for t in tensors)  # C refuses all others
+    strides = [*map(_stride, tensors)] if kept else []
+    key = (options, *map(_describe, tensors), *strides)
     call = _calls.find(key) if kept else None
     if call is None:
-        device = tensors[0].device
         if device.type not in _DEVICES:
             raise ValueError(f"q is on {device}; tensors must be on the CPU or a CUDA device")
         check_devices([(name, str(t.device)) for name, t in zip(options.names, tensors)])
@@ -225,11 +298,7 @@ def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: A
         call = PreparedCall(options, (_DEVICES[device.type], device.index or 0), views)
     if kept:
         # A call that was found gets new guards too: the guards compare inference mode, and the key does not.
-        call.fits = _Guards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
-        ).check
+        call.fits = _guards_for(tensors)
         _calls.keep(key, call)
     _run(call, tensors, scale, lower_bound)
     for wanted, written in copies:
@@ -240,6 +309,12 @@ def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> Non
     if not call.on_gpu:
         try:
             call.run(map(_data_ptr, tensors), scale, lower_bound)
+        except ValueError:
+            if not _layout.must_copy(call.options.names, tensors, False):
+                raise
+            # Tensors that look like those of a prepared call may begin where C cannot read them.
+            _prepare_and_run(tensors, call.options, scale, lower_bound)
+            return
         except BaseException:  # a call that was interrupted has written
             _count_as_written(call, tensors)
             raise
@@ -251,14 +326,19 @@ def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> Non
             workspace = torch.empty(call.workspace_size, dtype=torch.uint8, device=tensors[0].device)
             address = workspace.data_ptr()
         stream = _current_stream(call.device_index)
-        call.run(map(_data_ptr, tensors), scale, lower_bound, stream, address)
-    _count_as_written(call, tensors)
+        try:
+            call.run(map(_data_ptr, tensors), scale, lower_bound, stream, address)
+        except ValueError:
+            if not _layout.must_copy(call.options.names, tensors, True):
+                raise
+            _prepare_and_run(tensors, call.options, scale, lower_bound)
+            return
+    _count_writes([*map(tensors.__getitem__, call.written)])
 
 
 def _count_as_written(call: PreparedCall, tensors: list) -> None:
     """For autograd, which may have saved a tensor that the call writes."""
-    for i in call.written:
-        _increment_version(tensors[i])
+    _count_writes([tensors[i] for i in call.written])
 
 
 def _no_backward_pass() -> RuntimeError:
@@ -290,20 +370,32 @@ def _refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
 # torch.library.custom_op would do all of what follows, but it fails on a written tensor that is left at its
 # default.
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, "
-    f"Tensor dt_bias, float lower_bound, {operator_schema()}) -> ()"
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor? A_log, "
+    f"Tensor? dt_bias, float? lower_bound, {operator_schema()}) -> ()"
 )
-_DEFAULTS = (*(None for _ in OPTIONAL_ARRAYS), *OPTION_DEFAULTS)
+# Where the operator's arguments behind lower_bound have the optional arrays and the options.
+_ARRAY_PLACES = [
+    (OPERATOR_ARGUMENTS.index(name), BIT[name]) for name in OPTIONAL_ARRAYS if name in OPERATOR_ARGUMENTS
+]
+_OPTION_PLACES = [OPERATOR_ARGUMENTS.index(name) for name in OPTION_NAMES]
 
 
 def _arrays_and_options(
     q: Any, k: Any, v: Any, g: Any, beta: Any, out: Any, A_log: Any, dt_bias: Any, rest: tuple
-) -> tuple[list, tuple[bool, ...], tuple]:
+) -> tuple[list, int, list]:
     """The tensors of a call of the operator, which optional ones it has, and the values of its options."""
-    rest += _DEFAULTS[len(rest) :]  # PyTorch leaves out the last arguments if they have their defaults
-    optional, values = rest[: len(OPTIONAL_ARRAYS)], rest[len(OPTIONAL_ARRAYS) :]
-    tensors = [q, k, v, g, beta, out, A_log, dt_bias, *[t for t in optional if t is not None]]
-    return tensors, tuple([t is not None for t in optional]), values
+    # PyTorch leaves out the last arguments if they have their defaults.
+    rest += OPERATOR_DEFAULTS[len(rest) :]
+    tensors, given = [q, k, v, g, beta, out], 0
+    for name, t in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if t is not None:
+            tensors.append(t)
+            given |= BIT[name]
+    for place, bit in _ARRAY_PLACES:
+        if rest[place] is not None:
+            tensors.append(rest[place])
+            given |= bit
+    return tensors, given, [rest[place] for place in _OPTION_PLACES]
 
 
 def _operator(
@@ -311,7 +403,8 @@ def _operator(
     lower_bound: Any, *rest: Any,
 ) -> None:  # fmt: skip
     tensors, given, values = _arrays_and_options(q, k, v, g, beta, out, A_log, dt_bias, rest)
-    options = known_options(given, *values)
+    options = known_options(given, *values, lower_bound is not None)
+    lower_bound = 0.0 if lower_bound is None else lower_bound
     call = _calls.latest
     if call is not None and call.options is options and not call.busy and call.fits(*tensors):
         _run(call, tensors, scale, lower_bound)
@@ -343,18 +436,15 @@ def _operator_fake(
     numbers that it traces with, which binds them to nothing; sizes without such numbers are checked once the
     call runs."""
     tensors, given, values = _arrays_and_options(q, k, v, g, beta, out, A_log, dt_bias, rest)
-    values = tuple(map(_example, values))
+    values = [*map(_example, values)]
     shapes = [tuple(map(_example, t.shape)) for t in tensors]
     if None in sum(shapes, ()) or values[_MAX_SEQLEN] is None:
         return
     # The names of kernels depend on the device, and there may be none.
-    options = known_options(given, *(None if i == _KERNEL else x for i, x in enumerate(values)))
+    values[_KERNEL] = None
+    options = known_options(given, *values, lower_bound is not None)
     check_devices([(name, str(t.device)) for name, t in zip(options.names, tensors)])
-    sizes = shapes[0][2:] if len(shapes[0]) == 4 else (0, 0)
-    taken = [
-        _layout.taken_as(name, t.dtype, shape, *sizes)
-        for name, t, shape in zip(options.names, tensors, shapes)
-    ]
+    taken = [_layout.taken_as(name, t.dtype, shape) for name, t, shape in zip(options.names, tensors, shapes)]
     views = [View(64, _DTYPES.get(dtype, _lib.OTHER), shape, None) for dtype, shape in taken]
     PreparedCall(options, (_lib.CPU, 0), views)
 
@@ -384,7 +474,7 @@ def _register() -> str:
     torch.library.define(
         qualified,
         _SCHEMA,
-        # The operator takes contiguous tensors, so compilers must keep the strides that tracing saw.
+        # Strides decide what is copied, so compilers must keep those that tracing saw.
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
     )
     torch.library.impl(qualified, ("cpu", "cuda"))(_operator)

@@ -628,6 +628,27 @@ static void replace_tokens(rng *r, problem *p, int64_t from, int64_t end)
     }
 }
 
+/* Makes some inputs of these tokens so large, though finite, that numbers may grow from them which fp32 does
+ * not hold: rows of q and k that count as normalised, gates above zero, values and betas. */
+static void enlarge_tokens(rng *r, problem *p, int64_t from, int64_t end)
+{
+    static const float sizes[] = {1e5f, 1e15f, 1e30f, 3.38e38f, -3.38e38f, -1e4f};
+    for (int64_t row = from * p->heads; row < end * p->heads; row++) {
+        const int64_t qk_row = row / p->heads * p->qk_heads + below(r, p->qk_heads);
+        uint16_t *const rows[] = {p->q + qk_row * DIM, p->k + qk_row * DIM, p->v + row * DIM,
+                                  p->g + row * DIM};
+        const int64_t which = below(r, 5);
+        const float size = sizes[below(r, 6)];
+        if (which == 4) {
+            p->beta[row] = bf16_from_float(size);
+            if (p->beta_f32) p->beta_f32[row] = size;
+            continue;
+        }
+        for (int c = 0; c < DIM; c++) rows[which][c] = bf16_from_float(size * (one_in(r, 2) ? 1.0f : 0.5f));
+        for (int c = 0; c < DIM && which == 3 && p->g_f32; c++) p->g_f32[row * DIM + c] = size;
+    }
+}
+
 /* What is compared after the tokens `from` to `end` - 1 of sequence n were replaced. */
 typedef struct change {
     const problem *p;
@@ -673,7 +694,10 @@ static void try_later_tokens(uint64_t seed)
     change c = {.p = p, .n = below(&r, p->sequences), .row_bytes = slot_bytes(p, options.bf16_checkpoints)};
     problem_sequence(p, c.n, &c.begin, &c.end);
     c.from = c.begin + below(&r, c.end - c.begin + 1);
-    replace_tokens(&r, q, c.from, c.end);
+    if (one_in(&r, 3))
+        enlarge_tokens(&r, q, c.from, c.end);
+    else
+        replace_tokens(&r, q, c.from, c.end);
     say(seed, p, &options);
     outputs before = run_with(p, options), after = run_with(q, options);
     c.before = &before;

@@ -44,6 +44,14 @@ template <class T> T *global_memory(T *pointer)
 {
     return pointer;
 }
+inline void forget(uint32_t &)
+{
+}
+
+inline void forget(int &)
+{
+}
+
 inline void read_indices(int &cta, int &thread)
 {
     cta = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);

@@ -14,5 +14,8 @@ const emulator::Kernel emulator::portable_kernels[] = {
     {"fkda_portable_fwd_128", run<fkda_portable_fwd_128>, sizeof(fkda_fwd_args)},
     {"fkda_portable_fwd_64", run<fkda_portable_fwd_64>, sizeof(fkda_fwd_args)},
     {"fkda_portable_fwd_32", run<fkda_portable_fwd_32>, sizeof(fkda_fwd_args)},
+    {"fkda_portable_general_128", run<fkda_portable_general_128>, sizeof(fkda_fwd_args)},
+    {"fkda_portable_general_64", run<fkda_portable_general_64>, sizeof(fkda_fwd_args)},
+    {"fkda_portable_general_32", run<fkda_portable_general_32>, sizeof(fkda_fwd_args)},
     {},
 };

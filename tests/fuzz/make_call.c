@@ -325,7 +325,8 @@ static void fill(const memory *m, int32_t dtype, rng *numbers)
  * are not, keys of norm 1. */
 static void adapt(const memory *m, int32_t dtype, int sign, float factor)
 {
-    const size_t size = dtype_size(dtype);
+    const size_t size = dtype == FLASH_KDA_F32 ? 4 : 2;
+    if (dtype != FLASH_KDA_F32 && dtype != FLASH_KDA_BF16) return;
     for (size_t at = 0; at + size <= m->count; at += size) {
         uint16_t narrow;
         float value;

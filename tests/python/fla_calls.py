@@ -39,7 +39,7 @@ else:
 
     registry = lambda backend: backends.kda_registry.register(backend())  # noqa: E731
 
-by_fla = []
+by_fla = []  # the calls that FLA computed by itself
 
 
 class StandIn(BaseBackend):
@@ -74,15 +74,25 @@ calls = {
     "A_log of a layer": {"A_log": contiguous["A_log"].reshape(1, 1, H, 1)},
     "dt_bias in two dimensions": {"dt_bias": contiguous["dt_bias"].reshape(H, K)},
 }
-refused = {
+served = {
     "allow_neg_eigval": {"allow_neg_eigval": True},
+    "no dt_bias": {"dt_bias": None},
+    "softplus": {"lower_bound": None, "safe_gate": False},
+    "an activated gate": {"g": -contiguous["g"].float().abs(), "use_gate_in_kernel": False},
+    "an activated beta": {"beta": contiguous["beta"].float().sigmoid(), "use_beta_sigmoid_in_kernel": False},
+    "q and k that are normalised": {
+        **{n: torch.nn.functional.normalize(contiguous[n], dim=-1) for n in ("q", "k")},
+        "use_qk_l2norm_in_kernel": False,
+    },
+    "states with K first": {"state_v_first": False},
+}
+refused = {
     "device": {n: x.to("meta") for n, x in contiguous.items() if isinstance(x, torch.Tensor)},
     "A_log on another device": {"A_log": contiguous["A_log"].to("meta")},
-    "no dt_bias": {"dt_bias": None},
     "k in fp16": {"k": contiguous["k"].half()},
     "g in fp64": {"g": contiguous["g"].double()},
-    "lower_bound": {"lower_bound": None},
-    "a turned dt_bias": {"dt_bias": contiguous["dt_bias"].reshape(K, H)},
+    "lower_bound": {"lower_bound": -6.0},
+    "a short dt_bias": {"dt_bias": contiguous["dt_bias"][1:]},
 }
 flags = {
     "use_gate_in_kernel": True,
@@ -92,12 +102,36 @@ flags = {
     "output_final_state": True,
 }
 version_0_5_0 = "state_v_first" not in inspect.signature(chunk_kda).parameters
-flags["transpose_state_layout" if version_0_5_0 else "state_v_first"] = True
+flags["state_v_first"] = True
 
 
 def call(change):
+    given = {**contiguous, **flags, **change}
+    if version_0_5_0:
+        given["transpose_state_layout"] = given.pop("state_v_first")
     with torch.inference_mode():
-        return chunk_kda(**{**contiguous, **flags, **change})
+        return chunk_kda(**given)
+
+
+def reference_of(change):
+    """What a call returns, in fp64."""
+    given = {**contiguous, **flags, **change}
+    options = {
+        n: given[n] for n in given if n.startswith("use_") or n in ("allow_neg_eigval", "state_v_first")
+    }
+    with_gate = given["use_gate_in_kernel"]
+    A_log, dt_bias = (given[n] if with_gate else None for n in ("A_log", "dt_bias"))
+    return flash_kda.reference(
+        *(given[n] for n in ("q", "k", "v", "g", "beta")), K**-0.5, A_log, dt_bias, given["lower_bound"],
+        **options,
+    )  # fmt: skip
+
+
+def check_served(name, change):
+    before = len(by_fla)
+    for got, right, bar in zip(call(change), reference_of(change), (2.2e-3, 1e-5)):
+        assert (got - right).norm() <= bar * right.norm(), name
+    assert len(by_fla) == before, f"{name}: this package did not compute it"
 
 
 def check_refused(name):
@@ -110,22 +144,25 @@ def check_refused(name):
 assert first == "flash_kda" or "flash_kda" not in sys.modules
 if first in refused:
     check_refused(first)
-    assert (IS_NEW and first == "allow_neg_eigval") or "flash_kda" in sys.modules, (
-        "FLA handed the first call over"
-    )
+elif first in served:
+    import_of_fla = call(served[first])
+    assert IS_NEW or not by_fla
+assert (IS_NEW and first in served) or "flash_kda" in sys.modules, "FLA handed the first call over"
+taken_by_fla = len(by_fla)
 import flash_kda  # noqa: E402
 
 assert flash_kda.fwd.__name__ == "fwd"
-flat = contiguous["dt_bias"].reshape(H, K)
-want = flash_kda.reference(
-    *(contiguous[n] for n in ("q", "k", "v", "g", "beta")), K**-0.5, contiguous["A_log"], flat, -5.0
-)
-for name, change in calls.items():
-    for got, right, bar in zip(call(change), want, (2.2e-3, 1e-5)):
-        assert (got - right).norm() <= bar * right.norm(), name
-assert len(by_fla) == (first in refused), "this package computed every call that it can serve"
+if first in served and not IS_NEW:
+    for got, right in zip(import_of_fla, reference_of(served[first])):
+        assert (got - right).norm() <= 2.2e-3 * right.norm(), (
+            "the call in whose middle FLA imported flash_kda"
+        )
+for name, change in {**calls, **served}.items():
+    check_served(name, change)
+assert len(by_fla) == taken_by_fla
 for name in refused:
     check_refused(name)
+want = reference_of({})
 
 # A device that the library has no kernel for.
 flash_kda._fla.why_not_on.cache_clear()
@@ -142,6 +179,8 @@ assert len(by_fla) == before + 1
 # By position, in chunk_kda's own order, which is not the order of FLA's backend.
 names = list(inspect.signature(inspect.unwrap(chunk_kda)).parameters)
 given = {"scale": None, **contiguous, **flags}
+if version_0_5_0:
+    given["transpose_state_layout"] = given.pop("state_v_first")
 position = [given.get(n) for n in names[: names.index("use_gate_in_kernel") + 1]]
 rest = {n: x for n, x in given.items() if n not in names[: len(position)]}
 with torch.inference_mode():

@@ -12,7 +12,14 @@ import flash_kda
 from flash_kda._arrays import _DLTensor, _Versioned
 from problems import hold_to, make, to_numpy, to_torch, truth
 
-CODES = {"bfloat16": (4, 16), "float32": (2, 32), "int64": (0, 64), "int32": (0, 32)}
+CODES = {
+    "bfloat16": (4, 16),
+    "float32": (2, 32),
+    "int64": (0, 64),
+    "int32": (0, 32),
+    "bool": (6, 8),
+    "uint8": (1, 8),
+}
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.argtypes = [c_void_p, ctypes.c_char_p, c_void_p]

@@ -80,29 +80,29 @@ WRONG = {
     "beta of rank 4": (
         {"beta": lambda a: a["beta"][..., None]},
         ValueError,
-        "beta has 4 dimensions; it must have 3: [B, T, H]",
+        "beta has 4 dimensions; it must have 3: [B, T, HV]",
     ),
-    "dt_bias turned": (
-        {"dt_bias": lambda a: a["dt_bias"].reshape(128, 2)},
+    "dt_bias too short": (
+        {"dt_bias": lambda a: a["dt_bias"].reshape(-1)[:-2]},
         ValueError,
-        "dt_bias has shape [128, 2]; it must be [H, K] = [2, 128]",
+        "dt_bias has shape [254]; it must have HV * K = 256 elements",
     ),
     "no heads": ({"q": lambda a: a["q"][:, :, :0]}, ValueError, "q has H = 0; there must be at least 1 head"),
     "states for another N": (
         {"initial_state": lambda a: a["initial_state"][:1]},
         ValueError,
-        "initial_state has shape [1, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128], with N from "
+        "initial_state has shape [1, 2, 128, 128]; it must be [N, HV, V, K] = [2, 2, 128, 128], with N from "
         "the 3 entries of cu_seqlens",
     ),
     "an empty state is not an absent one": (
         {"initial_state": lambda a: a["initial_state"][:0]},
         ValueError,
-        "initial_state has shape [0, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
+        "initial_state has shape [0, 2, 128, 128]; it must be [N, HV, V, K] = [2, 2, 128, 128]",
     ),
     "an empty final state": (
         {"final_state": lambda a: a["final_state"][:0]},
         ValueError,
-        "final_state has shape [0, 2, 128, 128]; it must be [N, H, V, K] = [2, 2, 128, 128]",
+        "final_state has shape [0, 2, 128, 128]; it must be [N, HV, V, K] = [2, 2, 128, 128]",
     ),
     "cu_seqlens empty": (
         {"cu_seqlens": lambda a: a["cu_seqlens"][:0]},
@@ -146,10 +146,10 @@ WRONG = {
         ValueError,
         "lower_bound is nan; it must be in [-5, 0]",
     ),
-    "lower_bound missing": (
-        {"lower_bound": None},
+    "lower_bound as text": (
+        {"lower_bound": "-5"},
         TypeError,
-        "lower_bound is of type NoneType; it must be a number",
+        "lower_bound is of type str; it must be a number or None",
     ),
     "q missing": ({"q": None}, TypeError, "q is of type builtins.NoneType; it must be a PyTorch tensor"),
     "v as a list": ({"v": [1.0]}, TypeError, "v is of type builtins.list; it must be a PyTorch tensor"),
@@ -233,15 +233,15 @@ WRONG = {
 
 # Wrong for NumPy alone: tensors of PyTorch are brought into the right layout (test_layout.py).
 WRONG_FOR_NUMPY = {
-    "dt_bias flat": (
-        {"dt_bias": lambda a: a["dt_bias"].reshape(-1)},
+    "k with gaps between channels": (
+        {"k": lambda a: np.concatenate([a["k"], a["k"]], axis=3)[..., ::2]},
         ValueError,
-        "dt_bias has 1 dimensions; it must have 2: [H, K]",
+        "k has strides [4096, 512, 256, 2]; its last dimension must be contiguous, with stride 1",
     ),
-    "k not contiguous": (
-        {"k": lambda a: every_other(a["k"])},
+    "cu_seqlens with gaps": (
+        {"cu_seqlens": lambda a: np.stack([a["cu_seqlens"]] * 2, 1)[:, 0]},
         ValueError,
-        "k has strides [4096, 512, 128, 1]; it must be contiguous, with strides [2048, 256, 128, 1]",
+        "cu_seqlens has strides [2]; it must be contiguous, with strides [1]",
     ),
 }
 
@@ -267,11 +267,6 @@ def first_channels(x):
     if isinstance(x, np.ndarray):
         return np.ascontiguousarray(x[..., :64])
     return x[..., :64].contiguous()
-
-
-def every_other(x):
-    """An array of the shape of x that skips every other token of memory twice as long."""
-    return np.concatenate([x, x], axis=1)[:, ::2]
 
 
 @pytest.fixture(params=["numpy", "torch cpu", "torch cpu with guards in Python", "torch cuda"])
@@ -369,7 +364,9 @@ def test_states_that_overlap_in_part():
     a = make(T=4, B=2, initial=np.float32)
     memory = np.full((3, 2, 128, 128), np.nan, np.float32)
     a["initial_state"], a["final_state"] = memory[:2], memory[1:]
-    sentence = "final_state overlaps initial_state in part; they must be the same memory or apart"
+    sentence = (
+        "final_state overlaps initial_state in part; they must be apart, or the same memory with the same"
+    )
     refused(a, {}, ValueError, sentence)
 
 
@@ -424,8 +421,8 @@ def test_reference_checks_too():
         flash_kda.reference(**{**keep, "k": a["k"][:, :3]})
     with pytest.raises(TypeError, match=r"q is of type builtins.list; it must be a PyTorch tensor, a NumPy"):
         flash_kda.reference(**{**keep, "q": [1.0]})
-    with pytest.raises(TypeError, match="g has dtype float32"):
-        flash_kda.reference(**{**keep, "g": a["g"].astype(np.float32)})
+    with pytest.raises(TypeError, match="g has dtype float64; it must be bfloat16 or float32"):
+        flash_kda.reference(**{**keep, "g": a["g"].astype(np.float64)})
 
 
 @pytest.mark.parametrize(
@@ -479,7 +476,7 @@ def test_integers_of_other_libraries(arguments, integer):
 def test_options_with_equal_integers_are_one_object():
     from flash_kda._options import known_options
 
-    given = (False, False, False)
+    given = 3
     options = known_options(given, None, 2, False, 5, "auto")
     for integer in (np.int64, Index, UnhashableIndex):
         assert known_options(given, None, integer(2), False, integer(5), "auto") is options

@@ -123,15 +123,13 @@ def test_autograd_notices_what_was_written_through_a_copy(device):
 @pytest.mark.parametrize(
     ("name", "change", "exception", "sentence"),
     [
-        ("out", lambda x: x[:, :1].expand_as(x), ValueError, "out has strides .* must be contiguous"),
+        ("out", lambda x: x[:, :1].expand_as(x), ValueError, "out has stride 0 in dimension 1; its elements"),
         ("final_state", lambda x: x[:, :1].expand_as(x), ValueError, "final_state has strides"),
         ("q", lambda x: x.float(), TypeError, "q has dtype float32; it must be bfloat16"),
         ("g", lambda x: x.double(), TypeError, "g has dtype float64; it must be bfloat16"),
-        ("A_log", lambda x: x.repeat(2), ValueError, r"A_log has shape \[4\]; it must be \[H\] = \[2\]"),
+        ("A_log", lambda x: x.repeat(2), ValueError, r"A_log has shape \[4\]; it must have HV = 2 elements"),
         ("A_log", lambda x: x.reshape(1, 1, 1, 1, 2).double(), TypeError, "A_log has dtype float64"),
-        ("dt_bias", lambda x: x.mT, ValueError, r"dt_bias has shape \[128, 2\]; it must be \[H, K\]"),
-        ("dt_bias", lambda x: x.reshape(4, 64), ValueError, r"dt_bias has shape \[4, 64\]"),
-        ("dt_bias", lambda x: x.reshape(-1)[1:], ValueError, "dt_bias has 1 dimensions; it must have 2"),
+        ("dt_bias", lambda x: x.reshape(-1)[1:], ValueError, r"dt_bias has shape \[255\]; it must have HV"),
         ("beta", lambda x: x.mT, ValueError, "beta has shape"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 import flash_kda
 from flash_kda import _call, _options
-from problems import make, to_torch
+from problems import make_any, to_torch
 
 PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
@@ -19,8 +19,9 @@ LEVELS = [
     {"_lib", "_later", "_nonfinite"},
     {"_options", "_interruptible", "_installed"},
     {"_call", "_layout"},
-    {"_arrays", "_fla"},
-    {"_torch", "_reference"},
+    {"_arrays"},
+    {"_torch", "_functional", "_shapes"},
+    {"_reference", "_chunk_kda", "_fla"},
     {"__init__", "__main__"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
@@ -75,20 +76,27 @@ def events_of(array, call):
 LOOK = (
     "_arrays._read_numpy",
     "_arrays.fits",
+    "_torch._guards_for",
     "_torch._refuse_unreadable",
     "_torch._why_unreadable",
     "_layout.for_c",
     "_layout.readable",
     "_layout.taken_as",
+    "_layout._fits",
+    "_layout._is_copied",
+    "_layout._strides_fit",
     "_layout._has_own_elements",
 )
 
 
 @pytest.mark.parametrize("module", ["_arrays", "_torch"])
-@pytest.mark.parametrize("name", ["q", "out", "cu_seqlens", "nonfinite"])
+@pytest.mark.parametrize(
+    "name", ["q", "out", "cu_seqlens", "nonfinite", "state_indices", "checkpoint_states"]
+)
 def test_path_of_an_array_to_c(module, name, monkeypatch):
     """An array passes few functions. Each hands it on to the next, and none returns before C has the call."""
-    a = {**make(lengths=[3, 5]), "nonfinite": np.zeros((10, 2), np.int64)}
+    a = make_any(pool=True, checkpoints="columns")
+    a = {**a, "nonfinite": np.zeros((10, 2), np.int64)}
     if module == "_torch":
         pytest.importorskip("torch")
         a = to_torch(a, "cpu")
@@ -106,13 +114,28 @@ def test_options_are_parameters_of_fwd():
     parameters = inspect.signature(flash_kda.fwd).parameters.values()
     arrays = _options.OPTIONAL_ARRAYS
     keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in arrays]
-    assert keywords == [(f.name, f.default) for f in fields(_options.Options) if f.name != "given"]
+    assert keywords == [
+        (f.name, f.default) for f in fields(_options.Options) if f.name not in ("given", "has_lower_bound")
+    ]
 
 
 def test_equal_options_are_one_object():
-    given = (True, False, True, False)
+    given = _options.bits_of("A_log", "dt_bias", "initial_state", "cu_seqlens")
     options = _options.known_options(given, "cpu", 2, True, 5000, "never")
     assert options is _options.known_options(given, "cpu", 2, True, int("5000"), "never")
     assert options is not _options.known_options(given, "cpu", 2, True, 5001, "never")
-    assert options.names == (*_options.REQUIRED_ARRAYS, "initial_state", "cu_seqlens")
+    every = [f.default for f in fields(_options.Options)][6:]
+    assert options is _options.known_options(given, "cpu", 2, True, 5000, "never", *every)
+    assert _options.defaults_for[given] is _options.known_options(given)
+    assert options.names == (*_options.REQUIRED_ARRAYS, "A_log", "dt_bias", "initial_state", "cu_seqlens")
     assert [options.names[i] for i in options.written] == ["out"]
+
+
+def test_the_operator_keeps_the_positions_of_its_arguments():
+    """Exported programs hold positions."""
+    first = ("initial_state", "final_state", "cu_seqlens", "nonfinite")
+    first += ("kernel", "threads", "batch_invariant", "max_seqlen", "cut")
+    assert _options.OPERATOR_ARGUMENTS[: len(first)] == first
+    assert sorted((*_options.OPERATOR_ARGUMENTS, "A_log", "dt_bias")) == sorted(
+        (*_options.OPTIONAL_ARRAYS, *_options.OPTION_NAMES)
+    )

@@ -397,10 +397,16 @@ def test_schema_of_the_operator():
     """The schema follows from flash_kda._options. Exported programs hold its names."""
     assert str(torch.ops.flash_kda.fwd.default._schema) == (
         "flash_kda::fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, "
-        "Tensor A_log, Tensor dt_bias, float lower_bound, Tensor? initial_state=None, "
+        "Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor? initial_state=None, "
         "Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, Tensor(c!)? nonfinite=None, "
         "str? kernel_name=None, int threads=0, bool batch_invariant=False, "
-        'SymInt max_seqlen=0, str cut="auto") -> ()'
+        'SymInt max_seqlen=0, str cut="auto", '
+        "Tensor(d!)? workspace=None, Tensor? state_indices=None, Tensor? has_initial_state=None, "
+        "Tensor(e!)? checkpoint_states=None, Tensor? checkpoint_offsets=None, "
+        "Tensor? checkpoint_indices=None, Tensor? checkpoint_starts=None, "
+        "int first_slot=0, int? checkpoint_every=None, bool use_gate_in_kernel=True, "
+        "bool use_qk_l2norm_in_kernel=True, bool use_beta_sigmoid_in_kernel=True, "
+        "bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
     )
 
 

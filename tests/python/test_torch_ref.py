@@ -50,7 +50,7 @@ def inputs(B, T, H, *, lengths=None, initial=None, seed=0):
 
 def equals_reference(ops, x, final=torch.float32):
     N = len(x["cu_seqlens"]) - 1 if "cu_seqlens" in x else x["q"].shape[0]
-    H = x["q"].shape[2]
+    H = x["v"].shape[2]
     out = torch.full_like(x["v"], torch.nan)
     state = None if final is None else torch.full((N, H, 128, 128), torch.nan, device="cuda", dtype=final)
     flash_kda.fwd(**x, out=out, final_state=state, kernel="portable")
@@ -85,6 +85,57 @@ def test_lengths(ops, T):
 def test_sequences_with_empty_ones(ops):
     lengths = [0, 1, 16, 0, 17, 100, 0]
     equals_reference(ops, inputs(1, sum(lengths), 2, lengths=lengths, initial=torch.float32))
+
+
+def with_options(x, *, seed=0, group=1, wide=False, nats=None, **kinds):
+    """Arguments of fwd with another gate, beta or norm. `nats`: the logarithm of the gate tensor's size."""
+    generator = torch.Generator(x["q"].device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=x["q"].device, generator=generator)
+
+    x = x | kinds
+    for name in ("q", "k"):
+        x[name] = x[name][:, :, ::group].contiguous()
+        if not kinds.get("use_qk_l2norm_in_kernel", True):
+            x[name] = (x[name].float() / x[name].float().norm(dim=-1, keepdim=True)).bfloat16()
+    if not kinds.get("use_beta_sigmoid_in_kernel", True):
+        x["beta"] = x["beta"].float().sigmoid()
+    if nats is not None:
+        x["g"] = -torch.exp(nats + 3 * normal(*x["g"].shape))
+    for name in ("g", "beta"):
+        x[name] = x[name].float() if wide else x[name].bfloat16()
+    return x
+
+
+ACTIVATED = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "lower_bound": None}
+OPTIONS = [
+    {"group": 2},
+    {"wide": True, "A_log": None, "dt_bias": None},
+    {"lower_bound": None},
+    {"lower_bound": None, "allow_neg_eigval": True, "wide": True},
+    ACTIVATED | {"nats": -4.0},
+    # Decays that leave the range of fp32 in some warps of some chunks, and in all.
+    ACTIVATED | {"nats": -2.0, "wide": True, "use_beta_sigmoid_in_kernel": False},
+    ACTIVATED | {"nats": 4.0, "use_qk_l2norm_in_kernel": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("H", [2, 80, 134])
+def test_options(ops, H, options):
+    equals_reference(ops, with_options(inputs(2, 150, H, initial=torch.float32), **options))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_algorithm_with_options(options):
+    a = make(T=40, initial=np.float32)
+    x = {name: a[name] for name in REFERENCE_ARGUMENTS if name in a}
+    x = with_options(to_torch(x, "cpu"), **options)
+    out, state = torch_ref.forward(torch_ref.CpuOps(), **x)
+    want, want_state = flash_kda.reference(**x)
+    assert error(out.double().numpy(), want.numpy()) <= BARS["cuda"][0] / 2
+    assert error(state.double().numpy(), want_state.numpy()) <= BARS["cuda"][1] / 2
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,17 @@
 
 extern const unsigned char fkda_fatbin_portable_fwd[];
 
-/* Indexed by fkda_portable_plan.split: a kernel for each number of rows of V that a CTA can carry. */
+enum {
+    SPLITS = 3,
+    EVERY_KERNEL_KNOWS = FKDA_STRIDES | FKDA_POOL | FKDA_GROUPED | FKDA_NO_PARAMETER, /* features */
+};
+
+/* A kernel for each number of rows of V that a CTA can carry, in the order of fkda_portable_plan.split; then
+ * the same kernels for calls with any option. */
 static fkda_module module = {
     .image = fkda_fatbin_portable_fwd,
-    .names = {"fkda_portable_fwd_128", "fkda_portable_fwd_64", "fkda_portable_fwd_32"},
+    .names = {"fkda_portable_fwd_128", "fkda_portable_fwd_64", "fkda_portable_fwd_32",
+              "fkda_portable_general_128", "fkda_portable_general_64", "fkda_portable_general_32"},
     .shared_bytes = FKDA_PORTABLE_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
@@ -31,6 +38,7 @@ flash_kda_status fkda_portable_make_plan(fkda_plan *plan)
     const flash_kda_status status = fkda_cuda_sms(plan->shape.device.index, &p->sms);
     if (status != FLASH_KDA_OK) return status;
     p->split = choose_split(heads, p->sms);
+    p->is_general = (plan->shape.features & ~EVERY_KERNEL_KNOWS) != 0;
     p->rows = FKDA_DIM >> p->split;
     p->threads = FKDA_PORTABLE_THREADS(p->rows);
     p->ctas = heads << p->split;
@@ -46,8 +54,8 @@ static flash_kda_status launch(const fkda_driver *driver, const fkda_problem *p,
     const flash_kda_status status = fkda_load_module(driver, &module, ordinal);
     if (status != FLASH_KDA_OK) return status;
     const CUresult result = driver->cuLaunchKernel(
-        module.functions[ordinal][plan->split], (unsigned)plan->ctas, 1, 1, (unsigned)plan->threads, 1, 1,
-        FKDA_PORTABLE_SHARED_BYTES, (CUstream)p->stream, pointers, NULL);
+        module.functions[ordinal][plan->split + SPLITS * plan->is_general], (unsigned)plan->ctas, 1, 1,
+        (unsigned)plan->threads, 1, 1, FKDA_PORTABLE_SHARED_BYTES, (CUstream)p->stream, pointers, NULL);
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
 }
 

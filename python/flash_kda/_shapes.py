@@ -1,0 +1,203 @@
+"""What a call of some shape would do: how it runs, and how much workspace it needs. Nothing is computed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from . import _arrays, _lib
+from ._options import BIT, BOTH_PARAMETERS, Options, as_int
+
+
+class Shape:
+    """The sizes of a call, checked, and what it asks for."""
+
+    def __init__(
+        self,
+        T_total: Any,
+        H: Any,
+        N: Any,
+        HV: Any = None,
+        *,
+        lower_bound: Any = -5.0,
+        with_state_indices: bool = False,
+        checkpoints: Any = 0,
+        fp32_gate: bool = False,
+        use_gate_in_kernel: bool = True,
+        **options: Any,
+    ):
+        sizes = {
+            "T_total": T_total,
+            "H": H,
+            "N": N,
+            "HV": H if HV is None else HV,
+            "checkpoints": checkpoints,
+        }
+        self.T_total, self.H, self.N, self.HV, self.checkpoints = (
+            _checked(name, value, 1 if name in ("H", "N", "HV") else 0) for name, value in sizes.items()
+        )
+        for name, value in (("with_state_indices", with_state_indices), ("fp32_gate", fp32_gate)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is of type {type(value).__name__}; it must be True or False")
+        self.with_state_indices, self.fp32_gate = with_state_indices, fp32_gate
+        self.options = Options(
+            BOTH_PARAMETERS if use_gate_in_kernel is True else 0,
+            use_gate_in_kernel=use_gate_in_kernel,
+            has_lower_bound=lower_bound is not None,
+            **options,
+        ).checked()
+        self.lower_bound = 0.0 if lower_bound is None else lower_bound
+
+    def params(self, device: _lib.Device) -> _lib.FwdParams:
+        """The struct of a call of that shape, without the memory of its arrays."""
+        params = _lib.new_params()
+        params.device = device
+        self.options.apply_to(params)
+        f32, bf16 = _lib.F32, _lib.BF16
+        gate = f32 if self.fp32_gate else bf16
+        T, N = self.T_total, self.N
+        shapes = {
+            "q": (bf16, (1, T, self.H, 128)),
+            "k": (bf16, (1, T, self.H, 128)),
+            "v": (bf16, (1, T, self.HV, 128)),
+            "g": (gate, (1, T, self.HV, 128)),
+            "beta": (gate, (1, T, self.HV)),
+            "out": (bf16, (1, T, self.HV, 128)),
+        }
+        if self.options.given & BIT["A_log"]:
+            shapes |= {"A_log": (f32, (self.HV,)), "dt_bias": (f32, (self.HV, 128))}
+        if N > 1:  # one sequence needs none
+            shapes["cu_seqlens"] = (_lib.I64, (N + 1,))
+        if self.with_state_indices:
+            shapes["state_indices"] = (_lib.I64, (N,))
+        if self.checkpoints:
+            shapes["checkpoint_offsets"] = (_lib.I64, (N, self.checkpoints))
+        if self.checkpoints or self.options.checkpoint_every:
+            shapes["checkpoint_states"] = (f32, (1, self.HV, 128, 128))
+        for name, (dtype, shape) in shapes.items():
+            _lib.set_shape(getattr(params, name), dtype, shape)
+        params.lower_bound = self.lower_bound
+        return params
+
+
+_ROWS = ("q", "k", "v", "g", "beta", "out")
+
+
+def _resize(params: _lib.FwdParams, T_total: int, N: int, rows: int) -> None:
+    """Gives the struct of a call other sizes. rows: 1, with cu_seqlens, or N, without."""
+    for name in _ROWS:
+        tensor = getattr(params, name)
+        tensor.shape[0], tensor.shape[1] = rows, T_total // rows
+    params.cu_seqlens.ndim = rows == 1
+    params.cu_seqlens.dtype, params.cu_seqlens.shape[0] = _lib.I64, N + 1
+    params.state_indices.shape[0] = params.checkpoint_offsets.shape[0] = N
+
+
+def _checked(name: str, value: Any, least: int) -> int:
+    value = as_int(value)
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name} is {value}; it must be at least {least} and fit 32 bits")
+    return value
+
+
+def _device_name(info: _lib.DeviceInfo) -> str:
+    return f"cuda:{info.device.index}" if info.device.type == _lib.CUDA else "cpu"
+
+
+def _device_of(device: Any) -> _lib.DeviceInfo:
+    """The device that a caller names; None is CUDA device 0 if it can be used, else the CPU."""
+    infos = _lib.device_infos()
+    if device is None:
+        return infos[1 if len(infos) > 1 and infos[1].kernel else 0]
+    named = {_device_name(info): info for info in infos}
+    name = str(device) if isinstance(device, str) or _arrays.library_of(device) == "torch" else ""
+    name = {"cuda": "cuda:0", "cpu:0": "cpu"}.get(name, name)
+    if name not in named:
+        raise ValueError(f"device is {device!r}; it must be None or one of {', '.join(named)}")
+    return named[name]
+
+
+def explain(device: Any, shape: Shape) -> str:
+    return _lib.explain(shape.params(_device_of(device).device))
+
+
+# Ratio of neighbouring sizes among those that _batches_up_to tries, and what is added to the largest
+# workspace that they need, in percent, for the sizes between them.
+_STEP_OF_TOKENS, _STEP_OF_SEQUENCES, _PERCENT_BETWEEN = 1.08, 2, 25
+_FEWEST_TOKENS = 128  # fewer are never cut into segments, on any device
+
+
+def _geometric(most: int, least: int, ratio: float) -> list[int]:
+    sizes, size = [most], float(most)
+    while size / ratio >= least:
+        size /= ratio
+        sizes.append(int(size))
+    return sizes
+
+
+def _batches_up_to(T_total: int, N: int) -> Iterator[tuple[int, int]]:
+    tokens = _geometric(T_total, _FEWEST_TOKENS, _STEP_OF_TOKENS)
+    return itertools.product(tokens, [*_geometric(N, 2, _STEP_OF_SEQUENCES), 1])
+
+
+# What a call may ask for that can change its workspace: each of these rows, where the caller does not say it.
+_MAY_ASK: tuple[dict[str, Any], ...] = (
+    {},
+    {"with_state_indices": True, "checkpoints": 1, "lower_bound": None, "fp32_gate": True},
+    {"with_state_indices": True, "checkpoints": 1, "use_gate_in_kernel": False, "fp32_gate": True},
+)
+
+
+def workspace_size(
+    sizes: tuple[Any, ...],
+    device: Any,
+    batch_invariant: bool | None,
+    max_seqlen: int | None,
+    largest_batch: bool,
+    asked: dict[str, Any],
+) -> int:
+    """sizes: T_total, H, N and HV. asked: the options that the caller names."""
+    most = 0
+    for may in _MAY_ASK:
+        options = {**may, **asked}
+        if options.get("checkpoint_every") is not None:
+            options["checkpoints"] = 0
+        shape = Shape(*sizes, max_seqlen=max_seqlen or 0, batch_invariant=bool(batch_invariant), **options)
+        most = max(most, _largest(shape, device, batch_invariant, max_seqlen, largest_batch))
+    return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
+
+
+def _largest(
+    shape: Shape, device: Any, batch_invariant: bool | None, max_seqlen: int | None, largest_batch: bool
+) -> int:
+    """The largest workspace of calls of a shape, or of smaller batches too."""
+    most = 0
+    batches = [(shape.T_total, shape.N)]
+    if largest_batch:
+        batches = [*_batches_up_to(shape.T_total, shape.N)]
+    invariance = (False, True) if batch_invariant is None else (batch_invariant,)
+    infos = _lib.device_infos() if device is None else [_device_of(device)]
+    for info, kernel in itertools.product(infos, _lib.kernel_infos()):
+        is_named = shape.options.kernel in (None, kernel.name.decode())
+        if not info.kernel or kernel.device_type != info.device.type or not is_named:
+            continue
+        params = shape.params(info.device)
+        params.kernel = kernel.name
+        for T_total, N in batches:
+            longest = {0, T_total} if max_seqlen is None else {max_seqlen}
+            if largest_batch:
+                average = -(-T_total // N)
+                longest = {min(length, T_total) for length in (*longest, average, 8 * average)}
+            rows = {1, N} if T_total % N == 0 else {1}
+            for row, length, invariant in itertools.product(rows, longest, invariance):
+                _resize(params, T_total, N, row)
+                params.batch_invariant = invariant
+                params.max_seqlen = length if row == 1 else 0  # which changes nothing without cu_seqlens
+                try:
+                    most = max(most, _lib.workspace_size(params))
+                except RuntimeError:  # this kernel cannot run on this device, or not with these options
+                    break
+    return most

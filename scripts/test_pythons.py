@@ -1,0 +1,72 @@
+"""Tests the package with every version of Python that is on this machine: test_pythons.py BUILD
+
+The package of the build folder runs as it is, since it has no compiled part that depends on Python. Each
+version gets an environment of its own in BUILD/pythons, with the oldest NumPy that the package supports on
+Pythons that have it and the newest one on the others. PyTorch is left out. Versions are looked for on PATH
+as python3.9, python3.10 and so on, and in ~/.pyenv. The last line names the versions that are not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SUPPORTED = range(9, 15)  # the second number of the version
+OLDEST_NUMPY, NEWEST_PYTHON_WITH_IT = "numpy==1.26.4", 12
+TESTS = ("numpy", "dlpack", "interruptible", "installed", "errors", "structure", "compute")
+
+
+def find(minor: int) -> str | None:
+    """A Python of that version that starts: a pyenv shim of a version that is not selected does not."""
+    name = f"python3.{minor}"
+    shims = Path.home() / ".pyenv" / "versions"
+    for path in (shutil.which(name), *sorted(map(str, shims.glob(f"3.{minor}.*/bin/python")))):
+        if path and subprocess.run([path, "-c", "pass"], capture_output=True).returncode == 0:
+            return path
+    return None
+
+
+def make_environment(python: str, minor: int, folder: Path) -> Path:
+    own = folder / "bin" / "python"
+    if not own.exists():
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
+        numpy = OLDEST_NUMPY if minor <= NEWEST_PYTHON_WITH_IT else "numpy"
+        install = [str(own), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, numpy, "ml_dtypes", "pytest", "tqdm"], check=True)
+    return own
+
+
+def test(python: Path, build: Path) -> bool:
+    files = [str(ROOT / "tests" / "python" / f"test_{name}.py") for name in TESTS]
+    environment = {**os.environ, "PYTHONPATH": str(build / "python")}
+    run = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    result = subprocess.run(run, env=environment, cwd=build, stdout=subprocess.PIPE, text=True)
+    lines = result.stdout.strip().splitlines()
+    print(*(lines if result.returncode else lines[-1:]), sep="\n", flush=True)
+    return result.returncode == 0
+
+
+def main(build: Path) -> int:
+    passed, failed, absent = [], [], []
+    for minor in SUPPORTED:
+        version = f"3.{minor}"
+        python = find(minor)
+        if python is None:
+            absent.append(version)
+            continue
+        print(f"Python {version}: {python}", flush=True)
+        own = make_environment(python, minor, build / "pythons" / version)
+        (passed if test(own, build) else failed).append(version)
+    print(f"pythons: passed {' '.join(passed) or 'none'}; failed {' '.join(failed) or 'none'}; ", end="")
+    print(f"not on this machine {' '.join(absent) or 'none'}")
+    return bool(failed) or not passed
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python scripts/test_pythons.py BUILD")
+    sys.exit(main(Path(sys.argv[1]).resolve()))
