@@ -1,7 +1,7 @@
 /* Which checkpoints a sequence has, for all kernels. src/checkpoints.h says the same for the CPU.
  *
- * The tensors may hold anything: offsets and rows that are not allowed are left out. They may change while the
- * kernel runs, so roles that must agree on a checkpoint take it from one call. */
+ * The tensors may hold anything: offsets and rows that are not allowed are left out. They may change while
+ * the kernel runs, so roles that must agree on a checkpoint take it from one call. */
 #ifndef FKDA_CHECKPOINTS_CUH
 #define FKDA_CHECKPOINTS_CUH
 
@@ -14,8 +14,8 @@ namespace fkda
 constexpr int NO_CHECKPOINT = -1;
 constexpr int CHECKPOINT_UNIT = 16; /* tokens, of which offsets are multiples */
 
-/* The row of the first checkpoint of a sequence, with `every`. Without `starts` the caller's thread counts the
- * checkpoints of all sequences before it. */
+/* The row of the first checkpoint of a sequence, with `every`. Without `starts` the caller's thread counts
+ * the checkpoints of all sequences before it. */
 __device__ inline long long first_checkpoint_row(const fkda_fwd_args &args, int sequence)
 {
     const fkda_checkpoint_args &c = args.checkpoints;
@@ -49,8 +49,8 @@ __device__ inline int next_checkpoint(const fkda_fwd_args &args, int sequence, i
     return next;
 }
 
-/* The rows that get the state of a sequence after `offset` tokens, one a call: `column` is 0 at first. Returns
- * NO_SLOT after the last one. `first_row` is from first_checkpoint_row(), with `every`. */
+/* The rows that get the state of a sequence after `offset` tokens, one a call: `column` is 0 at first.
+ * Returns NO_SLOT after the last one. `first_row` is from first_checkpoint_row(), with `every`. */
 __device__ inline long long next_checkpoint_row(const fkda_fwd_args &args, int sequence, int offset,
                                                 long long first_row, int &column)
 {

@@ -1,8 +1,6 @@
-/*
- * The kernels of segments.cu that look at tokens, for calls with every option that concerns arithmetic, as
+/* The kernels of segments.cu that look at tokens, for calls with every option that concerns arithmetic, as
  * general_fwd.cu has those of fwd.cu. The list and the join do not look at tokens and are the same for all.
- * The relay and the mixed schedule take no checkpoints and no states with K first here: the plan avoids them.
- */
+ * */
 #include "block/run.cuh"
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
@@ -16,12 +14,12 @@ extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_general_relay(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_relay<true, false>(args);
+    fkda::run_relay<true>(args);
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_general_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
 {
-    fkda::run_mixed<true, false>(args);
+    fkda::run_mixed<true>(args);
 }

@@ -1,6 +1,6 @@
 /*
- * The kernels of fwd.cu for calls with checkpoints or with states that have K first. They have the arithmetic of
- * fwd.cu. The kernels of fwd.cu know neither, so that the usual call pays nothing for them.
+ * The kernels of fwd.cu for calls with checkpoints or with states that have K first. They have the arithmetic
+ * of fwd.cu. The kernels of fwd.cu know neither, so that the usual call pays nothing for them.
  */
 #include "block/run.cuh"
 

@@ -1,5 +1,6 @@
-/* The kernels of segments.cu that write the caller's states, for calls with checkpoints or with states that have K
- * first, as states_fwd.cu has those of fwd.cu. The list, the maps and the join are the same for all. */
+/* The kernels of segments.cu that write the caller's states, for calls with checkpoints or with states that
+ * have K first, as states_fwd.cu has those of fwd.cu. The list, the maps and the join are the same for all.
+ * */
 #include "block/run.cuh"
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)

@@ -35,9 +35,11 @@ struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
     static constexpr bool GENERAL = general;
     static constexpr bool STATES = states;
-    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). The mixed schedule has
-     * no registers left for them, and calls with checkpoints are planned without it. */
-    static constexpr bool PIECES = states && Cta::OUTPUTS && !SomeSchedule::MIXED;
+    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). A mixed kernel and
+     * the general relay have no registers left for them, and calls with checkpoints are planned without
+     * these. */
+    static constexpr bool PIECES = states && Cta::OUTPUTS && !SomeSchedule::MIXED &&
+                                   !(general && SomeSchedule::template Phase<Cta>::RELAYS);
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
     /* The preparation of a general block needs more registers than a relay's output phase gives others. */

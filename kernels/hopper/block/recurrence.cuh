@@ -148,8 +148,9 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     }
 
     /*
-     * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on, and
-     * which begins `position` tokens behind the start of what the schedule gave out. In a pair, every second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
+     * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on,
+     * and which begins `position` tokens behind the start of what the schedule gave out. In a pair, every
+     * second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
      * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.

@@ -126,21 +126,22 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     }
     __syncwarp();
     cluster_sync();
-    /* A general kernel has no solo CTAs here: with three sets of roles it would spill. Pairs then compute the
-     * rest, whatever the estimate says. */
+    /* A general kernel has no solo CTAs here: with three sets of roles it would have spills. Pairs then
+     * compute the rest, whatever the estimate says. */
     if (general || assignment.is != MixedAssignment::REST_SOLO) {
         run_two_phases<Block<MapCta, Mixed, general, states>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
         return;
     }
     if constexpr (!general) {
+        using Solo = Block<SoloCta, Mixed, general, states>;
         const MixedAssignment own = assignment;
-        /* All threads have read the assignment, in whose place a solo CTA will have chunks. */
+        /* All threads have read the assignment when a solo CTA has chunks in its place. */
         __syncthreads();
-        if (threadIdx.x == 0) mixed_assignment<Block<SoloCta, Mixed, false, states>>() = own;
+        if (threadIdx.x == 0) mixed_assignment<Solo>() = own;
         __syncthreads();
         read_indices(cta, thread);
-        run_block<Block<SoloCta, Mixed, false, states>>(all.solo, thread);
+        run_block<Solo>(all.solo, thread);
     }
 }
 

@@ -37,9 +37,9 @@ struct Cut {
         return args.sequences;
     }
 
-    /* A sequence of `length` tokens is cut into length / shortest segments of about one length. With in_steps,
-     * for batch_invariant, the borders of segments depend on nothing but `shortest`: what comes after a token
-     * then changes no border before it. */
+    /* A sequence of `length` tokens is cut into length / shortest segments of about one length. With
+     * in_steps, for batch_invariant, the borders of segments depend on nothing but `shortest`: what comes
+     * after a token then changes no border before it. */
     __device__ int segments_of(int length) const
     {
         if (cut.in_steps) return length > 2 * cut.shortest ? (length - 1) / cut.shortest : 1;

@@ -1,19 +1,18 @@
 /*
  * Checkpoints: work items in pieces, so that each piece ends where a checkpoint is.
  *
- * Algorithm. The schedule knows nothing of checkpoints. What it gives out is divided here, behind the schedule
- * and before all roles. A piece goes on with the state that the recurrence has in registers (KEEPS_STATE), and a
- * checkpoint is what the piece stores as its final state. A checkpoint that is wanted in several rows is stored
- * by pieces without tokens.
+ * Algorithm. The schedule knows nothing of checkpoints. What it gives out is divided here, behind the
+ * schedule and before all roles. A piece goes on with the state that the recurrence has in registers
+ * (KEEPS_STATE), and a checkpoint is what the piece stores as its final state. A checkpoint that is wanted in
+ * several rows is stored by pieces without tokens.
  *
- * A chunk of a CTA pair has 32 tokens, and a checkpoint may be behind its 16th token. The state there comes from
- * a piece of 16 tokens, a probe, after which the recurrence goes back to the state before the chunk, which it
- * has saved in the workspace (SAVES, RESTORES), and computes the whole chunk.
+ * A chunk of a CTA pair has 32 tokens, and a checkpoint may be behind its 16th token. The state there comes
+ * from a piece of 16 tokens, a probe, after which the recurrence goes back to the state before the chunk,
+ * which it has saved in the workspace (SAVES, RESTORES), and computes the whole chunk.
  *
  * Why. The borders of chunks, and with them all bits of outputs and of the final state, are the same with and
- * without checkpoints; and a checkpoint has the bits of the final state of a work item that ends there, because
- * that work item would have the same chunks and a last one that is not whole. A call without checkpoints pays
- * one comparison for each work item.
+ * without checkpoints; and a checkpoint has the bits of the final state of a work item that ends there,
+ * because that work item would have the same chunks and a last one that is not whole.
  *
  * All lanes of the loader go the same way, whatever the tensors of checkpoints hold and however they change.
  */
@@ -205,8 +204,8 @@ template <class Block> struct Pieces {
         return wanted().indices ? read_index(wanted().indices, wanted().indices_are_i32, at) : at;
     }
 
-    /* Tokens from one checkpoint to the next, in 32 bits, of which divisions take little code. No sequence is as
-     * long as the greatest number. */
+    /* Tokens from one checkpoint to the next, in 32 bits, of which divisions take little code. No sequence is
+     * as long as the greatest number. */
     __device__ int every() const
     {
         return static_cast<int>(min(wanted().every, 0x7ffffff0LL));

@@ -60,8 +60,8 @@ enum {
     PHASE_BIT = 20,
 };
 
-/* Where a token of a head begins in a tensor of rows of 128, in elements. Steps from token to token and from head
- * to head have 31 bits there, which takes fewer instructions and registers than 64. */
+/* Where a token of a head begins in a tensor of rows of 128, in elements. Steps from token to token and from
+ * head to head have 31 bits there, which takes fewer instructions and registers than 64. */
 __device__ __forceinline__ long long token_place(const fkda_token_strides &strides, int row, int token,
                                                  int head)
 {

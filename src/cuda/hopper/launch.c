@@ -329,8 +329,8 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     const fkda_hopper_plan *plan)
 {
     const int ordinal = problem->shape.device.index;
-    const bool general = problem->shape.features & FKDA_HOPPER_GENERAL,
-               states = problem->shape.features & FKDA_HOPPER_STATES;
+    const bool general = problem->shape.features & FKDA_HOPPER_GENERAL_FEATURES,
+               states = problem->shape.features & FKDA_HOPPER_STATES_FEATURES;
     fkda_module *const fwd = general ? &general_fwd_module : states ? &states_fwd_module : &fwd_module;
     fkda_module *const segments = general  ? &general_segments_module
                                   : states ? &states_segments_module

@@ -9,8 +9,9 @@
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
  *   cut never            Every sequence stays whole.
- *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a sequence
- *                        is cut depends on its own length alone, and a shorter one is cut at the same places.
+ *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a
+ *                        sequence is cut depends on its own length alone, and a shorter one is cut at the
+ *                        same places.
  *   cut always           Segments are so long that all tokens of all heads give about one segment of one
  *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
  *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
@@ -62,6 +63,16 @@ typedef struct cut {
 
 static const cut WHOLE = {0};
 
+/* With checkpoints neither a mixed kernel nor the general relay keeps to its registers. */
+static bool can_mix(const fkda_shape *s)
+{
+    return !(s->features & FKDA_CHECKPOINTS);
+}
+static bool can_relay(const fkda_shape *s)
+{
+    return !(s->features & FKDA_CHECKPOINTS) || !(s->features & FKDA_HOPPER_GENERAL_FEATURES);
+}
+
 /* The fastest number of segments for heads of equal sequences. `clocks` becomes its estimate. */
 static int64_t best_segments(int64_t heads, int64_t chunks, int sms, bool may_relay, int64_t *clocks)
 {
@@ -85,7 +96,7 @@ static cut cut_as_equal(const fkda_shape *s, int sms)
     const int64_t heads = s->sequences * s->heads, chunks = s->batch * s->tokens / CHUNK / s->sequences;
     const bool equal = fkda_equal_lengths(s);
     int64_t clocks;
-    const int64_t segments = best_segments(heads, chunks, sms, equal && fkda_hopper_relays(s), &clocks);
+    const int64_t segments = best_segments(heads, chunks, sms, equal && can_relay(s), &clocks);
     if (segments == 1) return WHOLE;
     return (cut){.shortest = equal ? s->tokens / segments : chunks / segments * CHUNK,
                  .clocks = equal ? clocks : fkda_clocks_passes(heads, chunks, segments, sms)};
@@ -99,8 +110,7 @@ static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t
     const int64_t chunks = s->tokens / CHUNK, pairs = fkda_hopper_pairs(sms);
     const int64_t length = fkda_most(least_chunks, fkda_rounds(3 * chunks * s->heads, 2 * pairs));
     if (fkda_equal_lengths(s) || s->heads > (pairs - 1) / 2 || length > chunks) return WHOLE;
-    if (s->features & FKDA_CHECKPOINTS || !fkda_hopper_relays(s))
-        return WHOLE; /* the kernel would spill registers */
+    if (!can_mix(s)) return WHOLE;
     return (cut){
         .shortest = length * CHUNK,
         .slots = pairs / s->heads * 3 /
@@ -200,7 +210,7 @@ static fkda_relay_plan relay_if_faster(const fkda_shape *s, int sms, int64_t sho
 {
     const int64_t heads = s->sequences * s->heads, chunks = fkda_rounds(s->tokens, CHUNK),
                   segments = s->tokens / shortest;
-    if (!fkda_equal_lengths(s) || s->batch_invariant || !fkda_hopper_relays(s)) return (fkda_relay_plan){0};
+    if (!fkda_equal_lengths(s) || s->batch_invariant || !can_relay(s)) return (fkda_relay_plan){0};
     const fkda_relay_plan relay = fkda_plan_relay(heads, chunks, segments, sms);
     if (s->cut == FLASH_KDA_CUT_ALWAYS || !relay.pairs) return relay;
     return fkda_clocks_passes(heads, chunks, segments, sms) <= relay.clocks ? (fkda_relay_plan){0} : relay;

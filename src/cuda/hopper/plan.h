@@ -22,19 +22,12 @@
 #include "../../../kernels/hopper/fwd_shape.h"
 #include "../../problem.h"
 
-/* The features that only the general kernels know, and those that the kernels with "states" know too. */
+/* The options that only the general kernels know, and those that the kernels with "states" know too. */
 enum {
-    FKDA_HOPPER_GENERAL = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
-                          FKDA_BETA_KIND | FKDA_NORMALISED,
-    FKDA_HOPPER_STATES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
+    FKDA_HOPPER_GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
+                                   FKDA_BETA_KIND | FKDA_NORMALISED,
+    FKDA_HOPPER_STATES_FEATURES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
 };
-
-/* Whether the kernels of one launch for segments, the relay and the mixed schedule, know all features of a
- * call: with the features of both sorts together they would spill registers. */
-static inline bool fkda_hopper_relays(const fkda_shape *s)
-{
-    return !(s->features & FKDA_HOPPER_GENERAL) || !(s->features & FKDA_HOPPER_STATES);
-}
 
 typedef enum fkda_hopper_strategy {
     FKDA_HOPPER_WHOLE,
