@@ -175,10 +175,14 @@ typedef struct flash_kda_tensor {
  * flash_kda_copy() put it into a sentence, and the process has lost its CUDA context. Under MPS all clients
  * of the GPU lose theirs.
  *
- * A token changes no bit of the tokens before it, of other heads or of other sequences, whatever it holds. An
- * output or a state that depends on a NaN, or on an infinity in q, k or v, is not finite; infinities in g and
- * beta are numbers to their sigmoids. Errors are as documented for q and k with a norm of 1e-5 or more; the
- * 1e-6 in the norm makes shorter ones count as less than a hundredth of a key.
+ * A token changes no bit of the tokens before it, of other heads or of other sequences, whatever it holds.
+ * There is one exception: kernel "hopper", and a finite v that is thousands of times as large as what a row
+ * of the state held before it, or a key and a write strength b with b |k|^2 far above 2, which takes keys
+ * that are not normalised by the call, or activated betas. The tokens before it in its chunk, which are at
+ * most 31, then have other bits and lose accuracy; tokens of earlier chunks do not. An output or a state that
+ * depends on a NaN, or on an infinity in q, k or v, is not finite; infinities in g and beta are numbers to
+ * their sigmoids. Errors are as documented for q and k with a norm of 1e-5 or more; the 1e-6 in the norm
+ * makes shorter ones count as less than a hundredth of a key.
  *
  * If nonfinite is there, the call also counts the values that are NaN or an infinity: in each input before
  * the forward pass begins, and in out and final_state afterwards. So the row of initial_state has the counts

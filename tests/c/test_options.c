@@ -655,13 +655,29 @@ typedef struct change {
     int64_t n, begin, from, end;
     const outputs *before, *after;
     size_t row_bytes; /* of checkpoint_states */
+    bool huge;        /* the replacements are much larger than the tokens before them */
 } change;
+
+/* Kernel "hopper" keeps a row of a state and the row's v in one scale. A value that is much larger than the
+ * row's others costs the tokens before it in its chunk accuracy (flash_kda.h). */
+static bool is_hopper(void)
+{
+    return strcmp(test.kernel, "hopper") == 0;
+}
+
+/* Whether token t may have changed: it is a replaced one, or a neighbour that flash_kda.h excepts. */
+static bool may_change(const change *c, int64_t t)
+{
+    enum { LONGEST_CHUNK = 32 };
+    const int64_t spared = c->huge && is_hopper() ? LONGEST_CHUNK - 1 : 0;
+    return t < c->end && t >= c->begin && t >= c->from - spared;
+}
 
 static void check_early_checkpoint(void *context, int64_t n, int64_t offset, int64_t row)
 {
     const change *c = context;
     const size_t at = (size_t)row * c->row_bytes;
-    if (n == c->n && c->begin + offset > c->from) return;
+    if (n == c->n && may_change(c, c->begin + offset - 1)) return;
     CHECK(memcmp((char *)c->before->checkpoints + at, (char *)c->after->checkpoints + at, c->row_bytes) == 0,
           "the checkpoint of sequence %lld after %lld tokens depends on tokens from %lld of sequence %lld on",
           (long long)n, (long long)offset, (long long)(c->from - c->begin), (long long)c->n);
@@ -672,7 +688,7 @@ static void check_change(change *c, const call_options *options)
     const int64_t row = c->p->heads * DIM;
     const size_t bytes = slot_bytes(c->p, options->bf16_state);
     for (int64_t t = 0; t < c->p->batch * c->p->tokens; t++)
-        if (t < c->from || t >= c->end)
+        if (!may_change(c, t))
             CHECK(memcmp(c->before->out + t * row, c->after->out + t * row, (size_t)row * 2) == 0,
                   "out of token %lld depends on tokens from %lld on", (long long)t, (long long)c->from);
     for (int64_t n = 0; c->before->state && n < c->p->sequences; n++) {
@@ -694,7 +710,8 @@ static void try_later_tokens(uint64_t seed)
     change c = {.p = p, .n = below(&r, p->sequences), .row_bytes = slot_bytes(p, options.bf16_checkpoints)};
     problem_sequence(p, c.n, &c.begin, &c.end);
     c.from = c.begin + below(&r, c.end - c.begin + 1);
-    if (one_in(&r, 3))
+    c.huge = one_in(&r, 3);
+    if (c.huge)
         enlarge_tokens(&r, q, c.from, c.end);
     else
         replace_tokens(&r, q, c.from, c.end);

@@ -43,6 +43,7 @@ STARTED_BY = {
     "scripts/sanitize.sh": "test_sanitize",
     "scripts/test_aarch64.sh": "test_aarch64",
     "scripts/test_all.sh": "test_all_the_tests",
+    "scripts/test_pythons.py": "test_every_python",
     "scripts/wheel.sh": "test_wheel",
 }
 
@@ -386,7 +387,24 @@ def test_all_the_tests(sandbox):
     done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest pretended-python", **settings)
     assert done.returncode == 1
     failed = done.stdout.splitlines()[-1].replace(" aarch64", "")  # which may be skipped
-    assert failed == "failed: tests address thread"
+    assert failed == "failed: tests address thread pythons"
+
+
+def test_every_python(sandbox):
+    """The environments are there already, so nothing is installed. The machine may have more versions."""
+    sandbox.stub("python3.9", "python3.12")
+    for minor in range(9, 15):
+        sandbox.stub("python", into=sandbox.folder / "build" / "pythons" / f"3.{minor}" / "bin")
+    command, home = [sys.executable, "scripts/test_pythons.py", "build"], str(sandbox.folder)
+    done = sandbox.run(*command, HOME=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("pythons: passed 3.9 ")
+    assert " 3.12" in last
+    assert "failed none" in last
+    done = sandbox.run(*command, HOME=home, fail="python")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("pythons: passed none; failed 3.9 ")
 
 
 def test_lint(sandbox):
