@@ -89,7 +89,7 @@ class _Takes:
 
 def as_int(value: Any) -> Any:
     """The int that an integer of another library is (NumPy's, say: what has __index__), else the value."""
-    if isinstance(value, int):
+    if value is None or isinstance(value, int):  # torch.compile traces no exception of operator.index(None)
         return value
     try:
         return operator.index(value)
