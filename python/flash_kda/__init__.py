@@ -176,24 +176,27 @@ def fwd(
             array, or -1; `describe_nonfinite` puts the rows into sentences. Every element counts, whatever
             cu_seqlens says, and so does an infinity in g or beta, which is a number to the sigmoid. A_log and
             dt_bias count as they are in fp32.
-        workspace: uint8 on the device, contiguous and aligned to 64 bytes, or None. The call then uses this
-            scratch memory and allocates nothing. `get_workspace_size` says how many bytes are enough. Each
-            call in flight needs a workspace of its own; calls that follow each other on a stream may share
-            one.
+        workspace: uint8 on the device, contiguous and aligned to 64 bytes, or None: the call gets scratch
+            memory by itself. `get_workspace_size` says how many bytes are enough. With a workspace the call
+            allocates nothing on the device, unless it copies or converts a tensor (below). Each call in
+            flight needs a workspace of its own; calls that follow each other on a stream may share one.
         state_indices: int32 or int64 [N] on the device, or None. initial_state and final_state are then pools
             of slots: sequence n starts from slot state_indices[n] and ends in that slot. If two sequences
             have one slot and one of them writes it, the results of both are unspecified. An index beyond the
             pool is refused on the CPU; on a GPU the sequence starts from zeros and its state is not written.
-        first_slot: an index below it means that the sequence starts from zeros and writes no final state.
+        first_slot: an index below it means that the sequence starts from zeros and writes no final state. 0
+            without state_indices.
         has_initial_state: bool [N] on the device, or None. Where it is False, the sequence starts from zeros;
             its final state is written all the same.
         checkpoint_states: fp32 or bf16 [rows, HV, V, K], written, or None. It gets states from inside of
             sequences; checkpoint_offsets or checkpoint_every says which. Rows without a checkpoint stay as
-            they are. With batch_invariant a checkpoint has the bits of the final state of a sequence that
-            ends there.
+            they are. With batch_invariant, and with every kernel but "hopper" also without, a checkpoint has
+            the bits of the final state of a sequence that ends there. No element is shared with a pool of
+            the call.
         checkpoint_offsets: int32 or int64 [N] or [N, C] on the device: after how many tokens of sequence n
-            its state is wanted. Offsets are multiples of 16, at most the sequence's length, and need no
-            order; 0 and less ask for none. A wrong one is refused on the CPU and left out on a GPU.
+            its state is wanted, counted from the sequence's start in this call. Offsets are multiples of 16,
+            at most the sequence's length, and need no order; 0 and less ask for none. A wrong one is refused
+            on the CPU and left out on a GPU.
         checkpoint_indices: the same shape, int32 or int64, or None: the row for each of these states. None:
             row n C + c. A row beyond the rows is refused on the CPU and left out on a GPU.
         checkpoint_every: instead of checkpoint_offsets, a multiple e of 16: states after e, 2 e, ... tokens
@@ -208,13 +211,14 @@ def fwd(
         state_v_first: False: all states are [.., K, V], checkpoints and pools too.
 
     All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and
-    heads; their last dimension is contiguous. beta may have any strides. A state is contiguous, with any
-    stride between states. All other arrays are contiguous. On a GPU the strides of q, k, v, g, out and
-    states are multiples of 16 bytes. q, k, v, g, out, dt_bias and states are aligned to 16 bytes, the
-    workspace to 64, and all others to an element. What is written shares no elements with anything else,
-    except final_state with initial_state, and is no array of a library whose arrays are immutable, as JAX's
-    are (see `compute`). T may be 0, and so may a sequence's length. Integers may be of any type that has
-    `__index__`.
+    heads; their last dimension is contiguous. beta may have any strides. States, pools and checkpoints may
+    have any stride in their first dimension; all their other dimensions are contiguous. All other arrays are
+    contiguous. On a GPU the strides of q, k, v, g, out, states, pools and checkpoints are multiples of 16
+    bytes, and those between tokens and between heads at most 2^31 - 1 elements. q, k, v, g, out, dt_bias and
+    states are aligned to 16 bytes, the workspace to 64, and all others to an element. What is written shares
+    no elements with anything else, except final_state with initial_state, and is no array of a library whose
+    arrays are immutable, as JAX's are (see `compute`). T may be 0, and so may a sequence's length. Integers
+    may be of any type that has `__index__`.
 
     PyTorch tensors may also be as layers hold them. The call then makes the tensor that it needs, which takes
     time and memory in every call:
@@ -373,9 +377,10 @@ def compute(
         output_final_state: whether the final state is wanted, too.
         options: `kernel`, `state_indices` and all other arguments that `fwd` takes by keyword alone. With
             checkpoint_offsets or checkpoint_every the call makes checkpoint_states if it is not given, in
-            fp32 and with zeros where there is no checkpoint. `checkpoint_rows` says how many rows it has;
-            without checkpoint_indices and checkpoint_starts, which may name any row, the call knows it by
-            itself.
+            fp32 and with zeros where there is no checkpoint. `checkpoint_rows` says how many rows it has.
+            With checkpoint_indices or checkpoint_starts, which may name any row, `checkpoint_rows` must be
+            given; otherwise the call finds the number by itself. A checkpoint_states that is given is
+            written.
     The other arguments are as for `fwd`.
 
     Returns:
@@ -445,7 +450,7 @@ def chunk_kda(
         safe_gate: with use_gate_in_kernel, lower_bound must be in [-5, 0). The flag changes no result.
         lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
             or with None -exp(A_log) * softplus(g + dt_bias).
-        disable_recompute: of the backward pass; changes nothing.
+        disable_recompute: of the backward pass; changes nothing. False with return_intermediate_states.
         return_intermediate_states: whether the state before each chunk is wanted, too; in
             torch.inference_mode() alone.
         state_v_first: states are [.., V, K] instead of [.., K, V].
@@ -455,6 +460,7 @@ def chunk_kda(
         cp_context: must be None.
         use_graph, max_num_seqs: for CUDA graphs whose sequences change between replays. Calls can always be
             captured, so the flag only makes the intermediate states have the most rows that there can be.
+            With use_graph, a max_num_seqs that is given must be N.
         kwargs: A_log (HV elements, or None with a lower_bound), dt_bias (HV * K elements, or None),
             chunk_size (tokens between intermediate states: 64, or 32), transpose_state_layout (an older name
             of state_v_first).
@@ -508,9 +514,10 @@ def get_workspace_size(
         largest_batch: True: the workspace is for batches of at most T_total tokens and at most N sequences. A
             smaller batch can need more than the largest one, since the host then cuts sequences in another
             way. So the size is the largest over many batches, with a quarter on top for those between them.
-        options: what else the call asks for: threads, cut and the last arguments of `explain`. Without them
-            the size is enough for calls with pools, checkpoints and any gate, too. cut is "auto" by default:
-            its other values, which are meant for tests and benchmarks, may need more.
+        options: what else the call asks for: threads, cut, and the arguments of `explain` from lower_bound on
+            (with_state_indices, checkpoints, fp32_gate, ...). Without them the size is enough for calls with
+            pools, checkpoints and any gate, too. cut is "auto" by default: its other values, which are meant
+            for tests and benchmarks, may need more.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -552,7 +559,7 @@ def explain(
         HV: heads of v, if they are more than H.
         with_state_indices: whether the states are in a pool.
         checkpoints: C, how many checkpoint_offsets a sequence has.
-        fp32_gate: whether g and beta are fp32.
+        fp32_gate: whether g or beta is fp32.
     All other arguments are as for `fwd`.
 
     Raises:
