@@ -17,7 +17,7 @@
  * flash_kda_reference().
  *
  * Conventions
- *   B batch rows, T tokens a row, H heads, K = V = 128 channels, N sequences.
+ *   B batch rows, T tokens a row, H heads of q and k, HV heads of v, K = V = 128 channels, N sequences.
  *   Shapes are written outermost first; strides count elements, not bytes.
  *   Every call returns a flash_kda_status. On anything but FLASH_KDA_OK flash_kda_last_error() has a sentence
  *   for the calling thread, and nothing was launched and nothing was written, unless the sentence says that
@@ -219,7 +219,7 @@ typedef struct flash_kda_tensor {
  * length; they need no order and may repeat. With checkpoint_every = e instead, sequence n has checkpoints
  * after e, 2 e, ... tokens, up to its length, in rows from checkpoint_starts[n] on; without checkpoint_starts
  * the rows of all sequences follow each other. Offsets and rows that are not allowed are refused on the CPU.
- * On a GPU they are left out. If two checkpoints have one row, it holds one of them. Rows without a
+ * On a GPU they are left out. If two checkpoints have one row, its contents are unspecified. Rows without a
  * checkpoint stay as they are. With batch_invariant a checkpoint is, bit for bit, the final state of a call
  * whose sequence ends there.
  */
@@ -275,8 +275,9 @@ typedef struct flash_kda_fwd_params {
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
- * cpu_threads, batch_invariant, max_seqlen, cut, and on which optional tensors there are: no pointer needs to
- * be set (an optional tensor counts if its ndim is not 0). */
+ * cpu_threads, batch_invariant, max_seqlen, cut, gate, beta_kind, qk_is_normalised, state_k_first, the dtypes
+ * of g and beta, and on which optional tensors there are: no pointer needs to be set (an optional tensor
+ * counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
 
@@ -288,8 +289,9 @@ FLASH_KDA_API flash_kda_status flash_kda_explain(const flash_kda_fwd_params *par
                                                  size_t capacity);
 
 /* The forward pass. On a GPU it enqueues on the stream and returns: no allocation, no synchronisation.
- * The first call for a device loads its kernels, and the first one with nonfinite loads the kernel that
- * counts; later ones are safe under CUDA graph capture. */
+ * Kernels are loaded by the first call on a device that needs them: options such as gate, checkpoints and
+ * nonfinite, and sequences that are cut, have kernels of their own. After a call with the same shapes and
+ * options a call is safe under CUDA graph capture. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params);
 
 /* The definition: the recurrence above, token by token in fp64, for tensors in CPU memory. Writes

@@ -17,6 +17,8 @@ static const int64_t MAX_TOKENS = INT32_MAX - 1024;
 /* Kernels number states, N * HV, in 32 bits. The room above lets them count past the last state by two for
  * each CTA. */
 static const int64_t MAX_STATES = INT32_MAX - 1024;
+/* Kernels count the checkpoints of a sequence in 32 bits. The room above lets a warp look past the last one. */
+enum { MAX_COLUMNS = INT32_MAX - 64 };
 /* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
@@ -171,9 +173,9 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
         TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, seqlens, with_memory,
                               p->device.type == FLASH_KDA_CUDA));
     }
-    if (columns > INT32_MAX)
+    if (columns > MAX_COLUMNS)
         return INVALID("checkpoint_offsets has C = %lld offsets for each sequence; there must be at most %d",
-                       (long long)columns, INT32_MAX);
+                       (long long)columns, MAX_COLUMNS);
     if (has(&p->initial_state, purpose) && has(&p->final_state, purpose) &&
         p->initial_state.dtype != p->final_state.dtype)
         return fkda_fail(FLASH_KDA_INVALID_DTYPE,

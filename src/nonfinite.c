@@ -42,7 +42,7 @@ static fkda_counted_tensor of_states(const fkda_problem *p, const fkda_state_vie
         p->state_indices.data || (view == &p->initial_state && p->has_initial_state && view->data);
     const int64_t run = s->heads * FKDA_DIM * FKDA_DIM;
     const fkda_counted_tensor t = {.data = view->data,
-                                   .elements = s->sequences * run,
+                                   .elements = is_pool && !view->slots ? 0 : s->sequences * run,
                                    .run = run,
                                    .sizes = {1, s->sequences},
                                    .strides = {0, 0, view->slot_stride},

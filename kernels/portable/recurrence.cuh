@@ -134,7 +134,7 @@ template <int rows, bool general> struct Recurrence {
             const long long row =
                 next_checkpoint_row(args, a.sequence, offset, a.first_checkpoint_row, column);
             if (row == NO_SLOT) break;
-            store_state(c.states.data, c.is_bf16, row * c.states.slot_stride + task.head * (DIM * DIM));
+            store_state(c.states.data, c.is_bf16, row * c.states.slot_stride + task.head * (128LL * 128));
         }
     }
 

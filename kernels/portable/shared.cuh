@@ -5,7 +5,7 @@
  *
  *   barrier    arrives                waits                  what may happen then
  *   ---------  ---------------------  ---------------------  ----------------------------------------------
- *   0          nobody                 nobody                 (__syncthreads, which this kernel does not use)
+ *   0          all threads            all threads            the task and its addresses are read
  *   TEAM + s   team s                 team s                 the team goes on to its next step
  *   FULL + s   team s                 recurrence             stage s and its values are read
  *   EMPTY + s  recurrence             team s                 stage s and its values are overwritten

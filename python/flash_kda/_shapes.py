@@ -146,6 +146,7 @@ def _batches_up_to(T_total: int, N: int) -> Iterator[tuple[int, int]]:
 # What a call may ask for that can change its workspace: each of these rows, where the caller does not say it.
 _MAY_ASK: tuple[dict[str, Any], ...] = (
     {},
+    {"with_state_indices": True, "checkpoints": 1},
     {"with_state_indices": True, "checkpoints": 1, "lower_bound": None, "fp32_gate": True},
     {"with_state_indices": True, "checkpoints": 1, "use_gate_in_kernel": False, "fp32_gate": True},
 )

@@ -73,7 +73,7 @@ static void overflowing_sizes(void)
     INVALID(text("checkpoint_offsets has shape [2, %lld]; a tensor must fit in memory", huge),
             p.checkpoint_offsets.shape[1] = huge);
     INVALID(
-        "checkpoint_offsets has C = 2147483648 offsets for each sequence; there must be at most 2147483647",
+        "checkpoint_offsets has C = 2147483648 offsets for each sequence; there must be at most 2147483583",
         p.checkpoint_offsets.shape[1] = 1LL << 31, p.checkpoint_indices.data = NULL,
         p.checkpoint_offsets.stride[0] = 1LL << 31);
     INVALID(text("checkpoint_states has stride %lld in dimension 0; the tensor must fit in memory", huge),

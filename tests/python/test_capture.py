@@ -1,4 +1,5 @@
-"""CUDA graphs: after one call on a device, a call of any other shape can be captured."""
+"""CUDA graphs: after one call on a device, a call of another shape that needs the same kernels can be
+captured."""
 
 import subprocess
 import sys

@@ -92,7 +92,7 @@ template <class Block> struct Pieces {
     {
         const int before = notes.offset - notes.begin, over = before % Block::CHUNK;
         const bool inside = Block::CTAS == 2 && over > 0 && before < notes.rest.length;
-        const bool saves = inside && !notes.saved;
+        const bool saves = inside && !(notes.saved && before < Block::CHUNK);
         LoadedItem piece = {notes.rest, notes.of_rest};
         piece.length = saves ? before - over : before;
         piece.attributes &= ~LAST_ONLY;
@@ -100,7 +100,7 @@ template <class Block> struct Pieces {
             piece.final = saved_state();
             piece.attributes |= SAVES;
         } else {
-            const long long at = notes.row * wanted().states.slot_stride + piece.head * (DIM * DIM);
+            const long long at = notes.row * wanted().states.slot_stride + piece.head * (128LL * 128);
             piece.final = static_cast<char *>(wanted().states.data) + at * (wanted().is_bf16 ? 2 : 4);
             if (wanted().is_bf16) piece.attributes |= FINAL_BF16;
         }
