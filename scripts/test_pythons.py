@@ -1,4 +1,5 @@
-"""Tests the package with every version of Python that is on this machine: test_pythons.py BUILD
+"""Tests the package with the oldest and the newest Python on this machine, or with all: test_pythons.py
+BUILD [--all]
 
 The package of the build folder runs as it is, since it has no compiled part that depends on Python. Each
 version gets an environment of its own in BUILD/pythons, with the oldest NumPy that the package supports on
@@ -50,14 +51,14 @@ def test(python: Path, build: Path) -> bool:
     return result.returncode == 0
 
 
-def main(build: Path) -> int:
-    passed, failed, absent = [], [], []
-    for minor in SUPPORTED:
-        version = f"3.{minor}"
-        python = find(minor)
-        if python is None:
-            absent.append(version)
-            continue
+def main(build: Path, with_all: bool) -> int:
+    passed: list[str] = []
+    failed: list[str] = []
+    pythons = {minor: find(minor) for minor in SUPPORTED}
+    absent = [f"3.{minor}" for minor, python in pythons.items() if python is None]
+    found = [minor for minor, python in pythons.items() if python is not None]
+    for minor in found if with_all else sorted({*found[:1], *found[-1:]}):
+        version, python = f"3.{minor}", str(pythons[minor])
         print(f"Python {version}: {python}", flush=True)
         own = make_environment(python, minor, build / "pythons" / version)
         (passed if test(own, build) else failed).append(version)
@@ -67,6 +68,6 @@ def main(build: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python scripts/test_pythons.py BUILD")
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--all"]):
+        sys.exit("usage: python scripts/test_pythons.py BUILD [--all]")
+    sys.exit(main(Path(sys.argv[1]).resolve(), len(sys.argv) == 3))
