@@ -17,7 +17,8 @@ static const int64_t MAX_TOKENS = INT32_MAX - 1024;
 /* Kernels number states, N * HV, in 32 bits. The room above lets them count past the last state by two for
  * each CTA. */
 static const int64_t MAX_STATES = INT32_MAX - 1024;
-/* Kernels count the checkpoints of a sequence in 32 bits. The room above lets a warp look past the last one. */
+/* Kernels count the checkpoints of a sequence in 32 bits. The room above lets a warp look past the last
+ * one. */
 enum { MAX_COLUMNS = INT32_MAX - 64 };
 /* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
@@ -47,7 +48,8 @@ static bool has(const flash_kda_tensor *t, fkda_purpose purpose)
 /* The reference does not write to checkpoint_states, and needs its shape alone. */
 static bool has_checkpoints(const flash_kda_fwd_params *p, fkda_purpose purpose)
 {
-    return has(&p->checkpoint_states, purpose == FKDA_FOR_REFERENCE ? FKDA_FOR_SHAPES : purpose);
+    if (purpose == FKDA_FOR_REFERENCE) purpose = FKDA_FOR_SHAPES;
+    return has(&p->checkpoint_states, purpose);
 }
 
 static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_shape *out)

@@ -382,14 +382,14 @@ static void expect_wrong_numbers(const call *c, const flash_kda_fwd_params *p, c
     free(out);
 }
 
-/* Replaces the numbers of a tensor, as int64 and, where they fit, as int32. */
-static void expect_wrong(const call *c, flash_kda_fwd_params p, flash_kda_tensor *tensor,
-                         const int64_t *numbers, int64_t count, const char *sentence)
+/* Replaces the numbers of the tensor at that place of the struct, as int64 and, where they fit, as int32. */
+static void expect_wrong(const call *c, flash_kda_fwd_params p, size_t tensor_at, const int64_t *numbers,
+                         int64_t count, const char *sentence)
 {
     int64_t wide[4];
     int32_t narrow[4];
     bool fits = true;
-    flash_kda_tensor *t = (flash_kda_tensor *)((char *)&p + ((char *)tensor - (char *)&c->params));
+    flash_kda_tensor *t = (flash_kda_tensor *)((char *)&p + tensor_at);
     for (int64_t i = 0; i < count; i++) {
         wide[i] = numbers[i];
         narrow[i] = (int32_t)numbers[i];
@@ -406,8 +406,8 @@ static void expect_wrong(const call *c, flash_kda_fwd_params p, flash_kda_tensor
 #define WRONG(c, tensor, sentence, ...)                                                                      \
     do {                                                                                                     \
         const int64_t numbers[] = {__VA_ARGS__};                                                             \
-        expect_wrong(&(c), (c).params, &(c).params.tensor, numbers, sizeof numbers / sizeof *numbers,        \
-                     sentence);                                                                              \
+        expect_wrong(&(c), (c).params, offsetof(flash_kda_fwd_params, tensor), numbers,                      \
+                     sizeof numbers / sizeof *numbers, sentence);                                            \
     } while (0)
 
 static void slots(void)

@@ -309,7 +309,8 @@ static int options_to_draw(void)
     for (size_t length; *names; names += length + (names[length] == ',')) {
         int o = 0;
         length = strcspn(names, ",");
-        while (o < OPTIONS && (strlen(option_names[o]) != length || strncmp(names, option_names[o], length)))
+        while (o < OPTIONS &&
+               (strlen(option_names[o]) != length || strncmp(names, option_names[o], length) != 0))
             o++;
         if (o == OPTIONS) die("FLASH_KDA_TEST_OPTIONS has '%.*s', which is no option", (int)length, names);
         options |= 1 << o;
