@@ -37,6 +37,11 @@ for shape in ((0, 1), (8192, 96), (262144, 1), (300000, 1, 3), (65536, 8, 7)):
     enough = flash_kda.get_workspace_size(*shape)
     for options in ({}, {"max_seqlen": shape[0]}, {"batch_invariant": True}, {"cut": "never"}):
         assert workspace(*shape, **options) <= enough
+for shape in ((8192, 4), (8192, 96), (65536, 8, 7), (262144, 1), (30000, 2, 3)):
+    enough = flash_kda.get_workspace_size(*shape)
+    for options in ({"checkpoint_every": 64}, {"with_state_indices": True}, {"state_v_first": False}):
+        for more in ({}, {"lower_bound": None}, {"use_gate_in_kernel": False, "fp32_gate": True}):
+            assert flash_kda.get_workspace_size(*shape, **options, **more) <= enough, (shape, options, more)
 for name in ("cuda", None):
     assert flash_kda.explain(8192, 96, device=name) == flash_kda.explain(8192, 96, device="cuda:0")
 assert workspace(262144, 1) > 0
