@@ -24,7 +24,8 @@ struct fkda_kernel {
     void (*explain)(const fkda_plan *plan, char *text, size_t size);
 };
 
-/* The kernel called `name`, or the default for the device if `name` is NULL. It has the features. */
+/* Finds the kernel called `name`, or, if `name` is NULL, the first kernel in the table that the device can
+ * run and that knows all the features. Refuses a kernel that lacks one of them. */
 flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int32_t features,
                                   const fkda_kernel **kernel);
 

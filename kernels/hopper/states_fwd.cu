@@ -1,6 +1,7 @@
 /*
- * The kernels of fwd.cu for calls with checkpoints or with states that have K first. They have the arithmetic
- * of fwd.cu. The kernels of fwd.cu know neither, so that the usual call pays nothing for them.
+ * The kernels for calls with checkpoints or with states that have K first. These kernels have the arithmetic
+ * of fwd.cu. The kernels of fwd.cu have neither checkpoints nor K-first states, so that a call without these
+ * options pays nothing for them.
  */
 #include "block/run.cuh"
 

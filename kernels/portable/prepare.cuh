@@ -158,8 +158,8 @@ template <int rows, bool general> struct Preparation {
         copy_async_commit();
     }
 
-    /* Loads beta of tokens thread / 16 and thread / 16 + 8, as bits. It is needed late in the chunk, so it
-     * is not loaded a chunk ahead. */
+    /* Loads beta of tokens thread / 16 and thread / 16 + 8, as bits. The solver needs beta late in the chunk,
+     * so beta is not loaded a chunk ahead. */
     __device__ void load_beta(uint32_t (&beta)[2], int chunk) const
     {
 #pragma unroll

@@ -109,8 +109,8 @@ static inline vec exp2_at_most_1(vec x)
     return choose(is_tiny, splat(0.0f), exp2_near(choose(is_tiny, splat(-126.0f), x)));
 }
 
-/* log2(1 + t) for t in [0, 1], and NaN for NaN. The relative error is small near 0 too. It is a series in
- * z = t / (2 + t), as log(1 + t) = 2 artanh(z), with coefficients fitted to [0, 1/3]. */
+/* log2(1 + t) for t in [0, 1], and NaN for NaN. The relative error is small near 0 too. The function
+ * sums a series in z = t / (2 + t), as log(1 + t) = 2 artanh(z), with coefficients fitted to [0, 1/3]. */
 static inline vec log2_1_plus(vec t)
 {
     const vec z = t / (t + 2.0f), w = z * z;
