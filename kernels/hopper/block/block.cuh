@@ -35,11 +35,12 @@ struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
     static constexpr bool GENERAL = general;
     static constexpr bool STATES = states;
-    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). A mixed kernel and
-     * the general relay have no registers left for them, and calls with checkpoints are planned without
-     * these. */
-    static constexpr bool PIECES = states && Cta::OUTPUTS && !SomeSchedule::MIXED &&
-                                   !(general && SomeSchedule::template Phase<Cta>::RELAYS);
+    /* The block writes checkpoints. A mixed kernel and the general relay have no registers left for
+     * checkpoints, and calls with checkpoints are planned without these. */
+    static constexpr bool CHECKPOINTS = states && Cta::OUTPUTS && !SomeSchedule::MIXED &&
+                                        !(general && SomeSchedule::template Phase<Cta>::RELAYS);
+    /* Work items may come in pieces, because checkpoints may lie inside chunks (schedule/pieces.cuh). */
+    static constexpr bool PIECES = CHECKPOINTS && Cta::CHUNK > 16;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
     /* The preparation of a general block needs more registers than a relay's output phase gives others. */
