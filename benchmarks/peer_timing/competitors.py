@@ -72,7 +72,7 @@ def _writes_into(fwd: Callable[..., Any]) -> Competitor:
     return competitor
 
 
-def _tune_once() -> None:
+def tune_once() -> None:
     """Makes each Triton kernel keep the configuration that was fastest in its first run."""
     from triton.runtime.autotuner import Autotuner
 
@@ -92,7 +92,7 @@ def _load_fla(tunes_once: bool) -> tuple[Competitor, str]:
     os.environ["FLA_FLASH_KDA"] = "0"
     os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
     if tunes_once:
-        _tune_once()
+        tune_once()
     import fla
     from fla.ops.kda import chunk_kda
 
