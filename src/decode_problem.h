@@ -11,11 +11,11 @@ typedef struct fkda_decode_problem {
     const fkda_kernel *kernel;
     flash_kda_device device;
     void *stream;
-    int32_t threads;   /* of the CPU backend, at least 1; 0 on a GPU */
-    int64_t sequences; /* N */
-    int64_t tokens;    /* T, of each sequence; with cu_seqlens the tokens of all */
-    int64_t heads;     /* HV */
-    int64_t qk_heads;  /* H */
+    int32_t threads;                       /* of the CPU backend, at least 1; 0 on a GPU */
+    int64_t sequences;                     /* N */
+    int64_t tokens;                        /* T, of each sequence; with cu_seqlens the tokens of all */
+    int64_t heads;                         /* HV */
+    int64_t qk_heads;                      /* H */
     fkda_token_view q, k, v, g, beta, out; /* with cu_seqlens they have one batch row */
     int32_t gate, beta_kind;               /* flash_kda_gate, flash_kda_beta */
     const float *A_log;                    /* [HV], or NULL: zeros */
@@ -43,8 +43,8 @@ typedef struct fkda_apply_problem {
     flash_kda_device device;
     void *stream;
     int32_t threads;
-    int64_t sequences; /* N */
-    int64_t heads;     /* HV */
+    int64_t sequences;    /* N */
+    int64_t heads;        /* HV */
     const float *records; /* [N, record_columns, HV, 3, 128] */
     int64_t record_columns;
     fkda_index_view num_accepted_tokens; /* [N] */

@@ -8,7 +8,7 @@
 /* A tensor of integers, or null. */
 typedef struct fkda_index_args {
     const void *data;
-    int is_i32; /* else int64 */
+    int is_i32;  /* else int64 */
     int columns; /* of a row, for tensors of two dimensions */
 } fkda_index_args;
 
