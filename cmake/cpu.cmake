@@ -13,6 +13,7 @@ set_property(SOURCE ${flash_kda_cpu_variants} APPEND PROPERTY COMPILE_OPTIONS
 
 target_sources(flashkda PRIVATE
   src/cpu/decode.c
+  src/cpu/decode_reference.c
   src/cpu/dispatch.c
   src/cpu/fwd.c
   src/cpu/nonfinite.c

@@ -11,11 +11,6 @@
 #include "flush.h"
 #include "variant.h"
 
-static bool is_interrupt(const volatile int32_t *interrupt)
-{
-    return interrupt && __atomic_load_n(interrupt, __ATOMIC_RELAXED) != 0;
-}
-
 /* ---- The division -------------------------------------------------------------------------------------- */
 
 /* Estimates in nanoseconds, of a core of a server. A thread that is started must save more than it costs: a
@@ -66,39 +61,14 @@ static part part_at(const job *j, int64_t index)
 
 /* ---- Decode -------------------------------------------------------------------------------------------- */
 
-/* The slot that state_indices names in a column of sequence n, or FKDA_NO_SLOT. */
-static int64_t slot_in(const fkda_state_view *state, const fkda_index_view *indices, int64_t at, int64_t n,
-                       int64_t first_slot)
-{
-    const int64_t slot = indices->data ? fkda_index_at(indices, at) : n;
-    if (indices->data && slot < first_slot) return FKDA_NO_SLOT;
-    return slot < 0 || slot >= state->slots ? FKDA_NO_SLOT : slot;
-}
-
-static int64_t decode_slot(const fkda_decode_problem *p, int64_t n, int64_t column)
-{
-    return slot_in(&p->state, &p->state_indices, n * p->slot_columns + column, n, p->first_slot);
-}
-
-static int64_t start_slot(const fkda_decode_problem *p, int64_t n)
-{
-    int64_t column = 0;
-    if (p->write_states == FLASH_KDA_WRITE_EACH && p->num_accepted_tokens.data)
-        column = fkda_clamp(fkda_index_at(&p->num_accepted_tokens, n) - 1, 0, p->slot_columns - 1);
-    return decode_slot(p, n, column);
-}
-
-/* The tokens of sequence n. */
+/* The tokens of sequence n, which have room in the records also if another thread has made the sequence longer
+ * since the check. */
 static fkda_sequence sequence_at(const fkda_decode_problem *p, int64_t n)
 {
-    int64_t most = FLASH_KDA_MAX_DECODE_TOKENS;
-    if (p->records && most > p->record_columns) most = p->record_columns;
-    if (p->write_states == FLASH_KDA_WRITE_EACH && most > p->slot_columns) most = p->slot_columns;
-    if (p->parents.data && most > p->parent_columns) most = p->parent_columns;
-    if (!p->cu_seqlens.data) return (fkda_sequence){n, 0, fkda_clamp(p->tokens, 0, most)};
-    const int64_t begin = fkda_clamp(fkda_index_at(&p->cu_seqlens, n), 0, p->tokens);
-    const int64_t end = fkda_clamp(fkda_index_at(&p->cu_seqlens, n + 1), begin, p->tokens);
-    return (fkda_sequence){0, begin, begin + fkda_clamp(end - begin, 0, most)};
+    fkda_sequence sequence = fkda_decode_sequence_at(p, n);
+    if (p->records && sequence.end > sequence.begin + p->record_columns)
+        sequence.end = sequence.begin + p->record_columns;
+    return sequence;
 }
 
 /* Gives each token's state a place. The last token that continues from a state takes its place; tokens before
@@ -111,16 +81,14 @@ static void find_steps(const fkda_decode_problem *p, fkda_decode_piece *x)
     const int count = (int)(x->sequence.end - x->sequence.begin);
     unsigned taken = 1; /* bits of places; the starting state has place 0 */
     for (int i = 0; i < count; i++) {
-        parent[i] = i;
-        if (p->parents.data)
-            parent[i] = (int)fkda_clamp(fkda_index_at(&p->parents, x->n * p->parent_columns + i) + 1, 0, i);
+        parent[i] = (int)fkda_decode_parent(p, x->n, i) + 1;
         last_child[parent[i]] = i;
     }
     x->places = 1;
     for (int i = 0; i < count; i++) {
         fkda_decode_step *step = &x->steps[i];
         *step = (fkda_decode_step){place[parent[i]], FKDA_NO_PLACE, FKDA_NO_SLOT};
-        if (p->write_states == FLASH_KDA_WRITE_EACH) step->slot = decode_slot(p, x->n, i);
+        if (p->write_states == FLASH_KDA_WRITE_EACH) step->slot = fkda_decode_slot_after(p, x->n, i);
         if (p->write_states == FLASH_KDA_WRITE_LAST && i == count - 1) step->slot = x->slot;
         if (last_child[parent[i]] == i) taken &= ~(1u << step->from);
         const bool has_child = last_child[i + 1] > i;
@@ -137,12 +105,12 @@ static bool decode_piece(void *context, int64_t index, int worker)
     (void)worker;
     const job *j = context;
     const fkda_decode_problem *p = j->decode;
-    if (is_interrupt(p->interrupt)) return false;
+    if (fkda_is_interrupt(p->interrupt)) return false;
     const part rows = part_at(j, index);
     fkda_decode_piece x = {.n = rows.n, .h = rows.h, .v_begin = rows.v_begin, .v_end = rows.v_end};
     x.sequence = sequence_at(p, x.n);
     if (x.sequence.begin == x.sequence.end) return true;
-    x.slot = start_slot(p, x.n);
+    x.slot = fkda_decode_first_slot(p, x.n);
     find_steps(p, &x);
     const unsigned before = fkda_flush_tiny_results();
     j->variant->decode(p, &x);
@@ -165,17 +133,13 @@ flash_kda_status fkda_cpu_decode(const fkda_decode_problem *p)
 
 /* ---- Apply --------------------------------------------------------------------------------------------- */
 
-/* The tokens of sequence n that are applied. */
+/* The tokens that are applied. */
 static void find_accepted(const fkda_apply_problem *p, fkda_apply_piece *x)
 {
-    int64_t most = FLASH_KDA_MAX_DECODE_TOKENS;
-    if (p->accepted.data && most > p->accepted_columns) most = p->accepted_columns;
-    if (!p->accepted.data && most > p->record_columns) most = p->record_columns;
-    const int64_t count = fkda_clamp(fkda_index_at(&p->num_accepted_tokens, x->n), 0, most);
+    const int64_t count = fkda_apply_count(p, x->n);
     for (x->count = 0; x->count < count; x->count++) {
-        int64_t token = x->count;
-        if (p->accepted.data) token = fkda_index_at(&p->accepted, x->n * p->accepted_columns + x->count);
-        if (token < 0 || token >= p->record_columns) return;
+        const int64_t token = fkda_apply_token(p, x->n, x->count);
+        if (token < 0) return;
         x->tokens[x->count] = token;
     }
 }
@@ -185,10 +149,10 @@ static bool apply_piece(void *context, int64_t index, int worker)
     (void)worker;
     const job *j = context;
     const fkda_apply_problem *p = j->apply;
-    if (is_interrupt(p->interrupt)) return false;
+    if (fkda_is_interrupt(p->interrupt)) return false;
     const part rows = part_at(j, index);
     fkda_apply_piece x = {.n = rows.n, .h = rows.h, .v_begin = rows.v_begin, .v_end = rows.v_end};
-    x.slot = slot_in(&p->state, &p->state_indices, x.n, x.n, p->first_slot);
+    x.slot = fkda_slot_at(&p->state_indices, x.n, p->first_slot, &p->state);
     find_accepted(p, &x);
     if (x.slot == FKDA_NO_SLOT || x.count == 0) return true;
     const unsigned before = fkda_flush_tiny_results();

@@ -103,7 +103,7 @@ static tokens decode_tokens_at(const fkda_decode_problem *p, const fkda_decode_p
 /* A row of the record of token i of a sequence. */
 static float *record_row(const fkda_decode_problem *p, const fkda_decode_piece *x, int i, int row)
 {
-    return p->records + (((x->n * p->record_columns + i) * p->heads + x->h) * FKDA_RECORD_ROWS + row) * K;
+    return p->records + fkda_record_offset(x->n, p->record_columns, i, p->heads, x->h) + row * K;
 }
 
 /* The first piece of a head writes decays and keys for all pieces. */
@@ -219,8 +219,8 @@ static void apply(const fkda_apply_problem *p, const fkda_apply_piece *x)
             prefetch_block(&next);
         }
         for (int i = 0; i < x->count; i++) {
-            const int64_t record = (x->n * p->record_columns + x->tokens[i]) * p->heads + x->h;
-            const float *rows_of_token = p->records + record * FKDA_RECORD_ROWS * K;
+            const float *rows_of_token =
+                p->records + fkda_record_offset(x->n, p->record_columns, x->tokens[i], p->heads, x->h);
             advance(p->state_k_first, block, rows_of_token + FKDA_RECORD_DECAY * K,
                     rows_of_token + FKDA_RECORD_KEY * K, rows_of_token + FKDA_RECORD_U * K + v, block);
         }
