@@ -41,16 +41,18 @@ INLINE void prefetch_block(const block_view *from)
         for (int at = 0; at < from->inner * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
-/* The functions with constant arguments are code of their own for each order and type of a state. */
-INLINE void load_numbers(const block_view *from, float *block, int outer, int inner, bool is_bf16)
+/* The functions with constant arguments are code of their own for each order and type of a state. They copy the
+ * view, which a store of a vector might otherwise change for all the compiler knows. */
+INLINE void load_numbers(const block_view *view, float *block, int outer, int inner, bool is_bf16)
 {
-    for (int o = 0; o < outer; o++) {
-        const int64_t row = from->first + o * from->stride;
+    const void *data = view->state->data;
+    const int64_t stride = view->stride;
+    int64_t at = view->first;
+    for (int o = 0; o < outer; o++, at += stride, block += inner) {
         UNROLL
         for (int i = 0; i < inner; i += LANES)
-            *vec_at(block + o * inner + i) = is_bf16
-                                                 ? load_bf16((const uint16_t *)from->state->data + row + i)
-                                                 : load_f32((const float *)from->state->data + row + i);
+            *vec_at(block + i) =
+                is_bf16 ? load_bf16((const uint16_t *)data + at + i) : load_f32((const float *)data + at + i);
     }
 }
 
@@ -67,17 +69,18 @@ static void load_block(const block_view *from, float *block, bool k_first)
         load_numbers(from, block, BLOCK_ROWS, K, false);
 }
 
-INLINE void store_numbers(const block_view *to, const float *block, int outer, int inner, bool is_bf16)
+INLINE void store_numbers(const block_view *view, const float *block, int outer, int inner, bool is_bf16)
 {
-    for (int o = 0; o < outer; o++) {
-        const int64_t row = to->first + o * to->stride;
+    void *data = view->state->data;
+    const int64_t stride = view->stride;
+    int64_t at = view->first;
+    for (int o = 0; o < outer; o++, at += stride, block += inner) {
         UNROLL
         for (int i = 0; i < inner; i += LANES) {
-            const vec x = load(block + o * inner + i);
             if (is_bf16)
-                store_bf16((uint16_t *)to->state->data + row + i, x);
+                store_bf16((uint16_t *)data + at + i, load(block + i));
             else
-                store_f32((float *)to->state->data + row + i, x);
+                store_f32((float *)data + at + i, load(block + i));
         }
     }
 }
@@ -159,9 +162,8 @@ INLINE void store_at_random(uint16_t *to, vec x, uvec random)
 {
     const uvec bits = (uvec)x;
     const uvec is_finite = (uvec)((ivec)(bits & 0x7f800000) != 0x7f800000);
-    const uvec is_nan = (uvec)((ivec)(bits & 0x7fffffff) > 0x7f800000);
-    const uvec rounded = (bits + (random & is_finite)) >> 16 | (is_nan & 0x0040);
-    *(bf16vec_unaligned *)to = __builtin_convertvector(rounded, bf16vec);
+    const uvec is_nan = (uvec)(x != x);
+    *(bf16vec_unaligned *)to = narrow((bits + (random & is_finite)) >> 16 | (is_nan & 0x0040));
 }
 
 /* Puts the words of each place next to each other: all of the first place, then all of the second. */
@@ -187,7 +189,8 @@ static void store_rows_at_random(const block_view *to, const float *block, const
 {
     const bool is_big_endian = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
     uint32_t random[K / 2] __attribute__((aligned(64))); /* 16 bits for each channel of a row */
-    for (int r = 0; r < BLOCK_ROWS; r++) {
+    uint16_t *row = (uint16_t *)to->state->data + to->first;
+    for (int r = 0; r < BLOCK_ROWS; r++, row += K) {
         const uint64_t row_place = place + (uint64_t)((v + r) * RANDOM_BLOCKS);
         for (int b = 0; b < RANDOM_BLOCKS; b += LANES) {
             uvec word[4];
@@ -200,11 +203,10 @@ static void store_rows_at_random(const block_view *to, const float *block, const
                 *(uvec *)(random + b * 4 + w * LANES) = word[w];
             }
         }
-        uint16_t *row = (uint16_t *)to->state->data + to->first + r * to->stride;
         UNROLL
         for (int k = 0; k < K; k += LANES)
             store_at_random(row + k, load(block + r * K + k),
-                            __builtin_convertvector(*(const bf16vec *)((const uint16_t *)random + k), uvec));
+                            widen(*(const bf16vec *)((const uint16_t *)random + k)));
     }
 }
 
@@ -212,6 +214,7 @@ static void store_columns_at_random(const block_view *to, const float *block, co
                                     uint64_t place, int v)
 {
     enum { CHANNELS = FKDA_CHANNELS_OF_A_RANDOM_BLOCK };
+    uint16_t *first_channel = (uint16_t *)to->state->data + to->first;
     for (int b = 0; b < RANDOM_BLOCKS; b++) {
         for (int c = 0; c < BLOCK_ROWS; c += LANES) {
             const uint64_t first = place + (uint64_t)((v + c) * RANDOM_BLOCKS + b);
@@ -223,8 +226,7 @@ static void store_columns_at_random(const block_view *to, const float *block, co
                 const int k = b * CHANNELS + i;
                 uvec random = word[i / 2] & 0xffffu;
                 if (i % 2) random = word[i / 2] >> 16;
-                store_at_random((uint16_t *)to->state->data + to->first + k * to->stride + c,
-                                load(block + k * BLOCK_ROWS + c), random);
+                store_at_random(first_channel + k * V + c, load(block + k * BLOCK_ROWS + c), random);
             }
         }
     }
