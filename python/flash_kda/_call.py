@@ -111,6 +111,8 @@ class PreparedCall:
                 given_bytes = _workspace_bytes(view)
                 self.pointers.append(self._field(c_void_p, name))
                 continue
+            if name == "records":
+                view = _flat_records(view)
             tensor = getattr(params, name)
             dtype = _lib.OTHER if view.dtype == _lib.U8 else view.dtype
             _lib.set_shape(tensor, dtype, view.shape, view.stride)
@@ -193,6 +195,21 @@ def _workspace_bytes(view: View) -> int:
     if view.stride is not None and view.stride != _lib.row_major(view.shape):
         raise ValueError(f"workspace has strides {list(view.stride)}; it must be contiguous")
     return math.prod(view.shape)
+
+
+_RECORD = (3, 128)  # rows and channels
+
+
+def _flat_records(view: View) -> View:
+    """C's tensors have four dimensions, so a head's record is a row of 384 numbers there."""
+    if len(view.shape) != 5 or view.shape[3:] != _RECORD:
+        raise ValueError(f"records has shape {list(view.shape)}; it must be [N, R, HV, 3, K], K = 128")
+    if view.stride is not None and any(
+        size > 1 and step != right
+        for size, step, right in zip(view.shape, view.stride, _lib.row_major(view.shape))
+    ):
+        raise ValueError(f"records has strides {list(view.stride)}; it must be contiguous")
+    return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
 
 
 def _is_long(params: _lib.FwdParams, threads: int) -> bool:
