@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import _arrays, _lib
-from ._options import BIT, BOTH_PARAMETERS, Options, as_int
+from ._call_options import as_int
+from ._options import BIT, BOTH_PARAMETERS, Options
 
 
 class Shape:
