@@ -394,6 +394,10 @@ typedef struct flash_kda_decode_params {
  * under CUDA graph capture. */
 FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_params *params);
 
+/* Checks what flash_kda_decode() would check and needs no memory: options, dtypes, shapes and the kernel. No
+ * pointer is followed; an optional tensor counts if its data is not NULL. For compilers that trace a call. */
+FLASH_KDA_API flash_kda_status flash_kda_check_decode(const flash_kda_decode_params *params);
+
 /* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, HV, V] (with cu_seqlens [1, total,
    HV, V]) and, unless NULL, states64 [N, T, HV, V, K] (with cu_seqlens [total, HV, V, K]): the state after
    each token, V before K whatever state_k_first says. params->state is read and not written; params->out
@@ -436,6 +440,9 @@ typedef struct flash_kda_apply_params {
 } flash_kda_apply_params;
 
 FLASH_KDA_API flash_kda_status flash_kda_apply(const flash_kda_apply_params *params);
+
+/* As flash_kda_check_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params);
 
 /* What a binding for an interpreter (Python, Ruby, R) knows of it, for flash_kda_fwd_for(). */
 typedef struct flash_kda_interpreter {
