@@ -27,11 +27,12 @@ struct Work {
     int first_row; /* of V */
 };
 
-__device__ __forceinline__ Work find_work(int heads)
+__device__ __forceinline__ Work find_work(int heads, int split)
 {
-    const int rows = static_cast<int>(blockDim.x) / 32 * FKDA_DECODE_ROWS_PER_WARP;
-    const int ctas = DIM / rows, index = static_cast<int>(blockIdx.x) / ctas;
-    return {index / heads, index % heads, static_cast<int>(blockIdx.x) % ctas * rows};
+    const unsigned cta = blockIdx.x, index = cta >> split, n = index / static_cast<unsigned>(heads),
+                   part = cta & ((1u << split) - 1);
+    return {static_cast<int>(n), static_cast<int>(index - n * static_cast<unsigned>(heads)),
+            static_cast<int>(part * (DIM >> split))};
 }
 
 struct Sequence {
@@ -53,6 +54,14 @@ __device__ __forceinline__ Sequence find_sequence(const fkda_decode_args &args, 
                     end = clamp(read_index(args.cu_seqlens, n + 1LL), begin, args.tokens);
     const int length = static_cast<int>(clamp(end - begin, 0, MAX_TOKENS));
     return {0, begin, length, end - begin - length};
+}
+
+/* Makes the compiler find addresses again where it needs them. It would keep them in registers otherwise, and
+ * the state leaves none for that. */
+__device__ __forceinline__ void forget_addresses(Work &work, Sequence &sequence)
+{
+    forget(work.sequence), forget(work.head);
+    forget(sequence.batch), forget(sequence.begin);
 }
 
 /* Where a head's row of token i of a sequence begins, in elements of the tensor. */

@@ -80,19 +80,27 @@ template <bool is_bf16, bool k_first> struct Tile {
         return *reinterpret_cast<const float4 *>(vector + 32 * j + 4 * lane);
     }
 
-    /* The address of element e of row r of a state that begins at element `at` of the pool. */
-    static __device__ __forceinline__ char *address(void *states, long long at, int v, int c)
+    /* The address of element 0 of the thread's first row, in a state that begins at element `at` of the pool. */
+    __device__ __forceinline__ char *first_address(void *states, long long at) const
     {
+        const int v = row, c = PART * lane;
         return static_cast<char *>(states) + (at + (k_first ? c * DIM + v : v * DIM + c)) * (is_bf16 ? 2 : 4);
+    }
+
+    /* The bytes from there to element e of row r: a constant. */
+    static __device__ __forceinline__ constexpr int offset(int r, int e)
+    {
+        return (r * (k_first ? 1 : DIM) + (e / PART * (8 * PART) + e % PART) * (k_first ? DIM : 1)) *
+               (is_bf16 ? 2 : 4);
     }
 
     /* Begins to load a state. */
     __device__ __forceinline__ void load(Loaded &to, void *states, long long at) const
     {
+        const char *first = first_address(states, at);
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int r = k_first ? 0 : i / PARTS, e = k_first ? i : i % PARTS * PART;
-            const char *from = address(states, at, row + r, channel(e));
+            const char *from = first + (k_first ? offset(0, i) : offset(i / PARTS, i % PARTS * PART));
             if constexpr (WORDS == 4) {
                 const uint4 y = __ldcs(reinterpret_cast<const uint4 *>(from));
                 to.word[i][0] = y.x, to.word[i][1] = y.y, to.word[i][2] = y.z, to.word[i][3] = y.w;
@@ -143,15 +151,16 @@ template <bool is_bf16, bool k_first> struct Tile {
                                                const float (&y)[ROWS][PART], int token,
                                                const Rounding &rounding) const
     {
+        char *first = first_address(states, at);
         if constexpr (!is_bf16 && !k_first) {
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
-                __stcs(reinterpret_cast<float4 *>(address(states, at, row + r, channel(part * PART))),
+                __stcs(reinterpret_cast<float4 *>(first + offset(r, part * PART)),
                        make_float4(y[r][0], y[r][1], y[r][2], y[r][3]));
         } else if constexpr (!is_bf16) {
 #pragma unroll
             for (int e = 0; e < PART; e++)
-                __stcs(reinterpret_cast<float4 *>(address(states, at, row, channel(part * PART + e))),
+                __stcs(reinterpret_cast<float4 *>(first + offset(0, part * PART + e)),
                        make_float4(y[0][e], y[1][e], y[2][e], y[3][e]));
         } else {
             uint32_t word[ROWS][PART / 2];
@@ -160,7 +169,7 @@ template <bool is_bf16, bool k_first> struct Tile {
             if constexpr (!k_first) {
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
-                    __stcs(reinterpret_cast<uint4 *>(address(states, at, row + r, channel(part * PART))),
+                    __stcs(reinterpret_cast<uint4 *>(first + offset(r, part * PART)),
                            make_uint4(word[r][0], word[r][1], word[r][2], word[r][3]));
             } else {
 #pragma unroll
@@ -169,7 +178,7 @@ template <bool is_bf16, bool k_first> struct Tile {
 #pragma unroll
                     for (int r = 0; r < ROWS; r++)
                         half[r] = e % 2 ? word[r][e / 2] >> 16 : word[r][e / 2] & 0xffffu;
-                    __stcs(reinterpret_cast<uint2 *>(address(states, at, row, channel(part * PART + e))),
+                    __stcs(reinterpret_cast<uint2 *>(first + offset(0, part * PART + e)),
                            make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16));
                 }
             }
