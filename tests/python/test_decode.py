@@ -136,7 +136,10 @@ def test_gates_and_betas(gate, beta):
 
 
 def test_options_together(way):
-    hold(make_decode(gate="softplus", beta="twice", normalised=True, k_first=True, wide=True, HV=3, seed=5), way)
+    hold(
+        make_decode(gate="softplus", beta="twice", normalised=True, k_first=True, wide=True, HV=3, seed=5),
+        way,
+    )
     hold(make_decode(gate="activated", beta="activated", k_first=True, H=2, HV=4, seed=6), way)
     hold(make_decode(pool=False, H=2, HV=2, seed=7), way)
 
@@ -188,7 +191,9 @@ def test_strides_of_slots(way):
         else:
             import torch
 
-            flash_kda.decode(**{**work, "state": torch.from_numpy(page)[:, : 2 * 128 * 128].view(slots, 2, 128, 128)})
+            flash_kda.decode(
+                **{**work, "state": torch.from_numpy(page)[:, : 2 * 128 * 128].view(slots, 2, 128, 128)}
+            )
 
     if way[1] == "eager":
         after = run_decode(a, *way, call=call)
@@ -268,7 +273,9 @@ def test_rounding(way, state):
     """Equal seeds and offsets give equal bits. A rounded number is one of both neighbours in bf16."""
     a = make_decode(T=2, state=state, seed=16)
     plain = run_decode(a, *way)["state"]
-    calls = [run_decode({**a, "rounding": np.array(r)}, *way)["state"] for r in ([1, 0], [1, 0], [1, 1], [2, 0])]
+    calls = [
+        run_decode({**a, "rounding": np.array(r)}, *way)["state"] for r in ([1, 0], [1, 0], [1, 1], [2, 0])
+    ]
     assert calls[0].tobytes() == calls[1].tobytes()
     if state == np.float32:
         assert all(x.tobytes() == plain.tobytes() for x in calls)
@@ -284,9 +291,7 @@ def test_rounding(way, state):
 def test_a_state_that_forgets_slowly():
     """Each token forgets 1e-4 of the state: rounded to the nearest bf16 after each token the state stays as it
     is, and rounded at random it is right on average."""
-    a = make_decode(
-        N=1, T=1, HV=1, gate="activated", beta="activated", pool=False, state=bfloat16, wide=True
-    )
+    a = make_decode(N=1, T=1, HV=1, gate="activated", beta="activated", pool=False, state=bfloat16, wide=True)
     a["g"][:], a["beta"][:] = -1e-4, 0
     a["state"][:] = 1
     nearest, random = a["state"].copy(), a["state"].copy()
@@ -303,14 +308,19 @@ def test_a_state_that_forgets_slowly():
 
 @pytest.mark.parametrize(
     ("function", "options"),
-    [(flash_kda.decode, _decode_options.DecodeOptions), (flash_kda.apply_records, _decode_options.ApplyOptions)],
+    [
+        (flash_kda.decode, _decode_options.DecodeOptions),
+        (flash_kda.apply_records, _decode_options.ApplyOptions),
+    ],
 )
 def test_options_are_parameters(function, options):
     """In the order of the fields, in which the functions pass them, and with the fields' defaults."""
     parameters = inspect.signature(function).parameters.values()
     arrays = options.optional_arrays
     keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in arrays]
-    assert keywords == [(f.name, f.default) for f in fields(options) if f.name not in ("given", "has_lower_bound")]
+    assert keywords == [
+        (f.name, f.default) for f in fields(options) if f.name not in ("given", "has_lower_bound")
+    ]
     names = {p.name for p in parameters}
     assert names >= {*arrays, *options.required_arrays}
 
@@ -347,7 +357,11 @@ REFUSED = {
     "17 tokens": ({"T": 17}, ValueError, "q has T = 17; there must be at most 16 tokens"),
     "g in fp64": ({"g": lambda x: x.astype(np.float64)}, TypeError, "g has dtype float64; it must be"),
     "no state": ({"state": None}, TypeError, "state is of type"),
-    "a state in fp16": ({"state": lambda x: x.astype(np.float16)}, TypeError, "state has dtype float16; it must"),
+    "a state in fp16": (
+        {"state": lambda x: x.astype(np.float16)},
+        TypeError,
+        "state has dtype float16; it must",
+    ),
     "too few slots": (
         {"state": lambda x: x[:2].copy(), "state_indices": None, "first_slot": 0},
         ValueError,
@@ -358,13 +372,21 @@ REFUSED = {
         ValueError,
         "state_indices",
     ),
-    "first_slot alone": ({"state_indices": None}, ValueError, "first_slot is 1 without state_indices; it must be 0"),
+    "first_slot alone": (
+        {"state_indices": None},
+        ValueError,
+        "first_slot is 1 without state_indices; it must be 0",
+    ),
     "write_states": (
         {"write_states": "all"},
         ValueError,
         'write_states is \'all\'; it must be "last", "none" or "each"',
     ),
-    "write_states of a type": ({"write_states": 1}, TypeError, 'write_states is of type int; it must be "last", "none"'),
+    "write_states of a type": (
+        {"write_states": 1},
+        TypeError,
+        'write_states is of type int; it must be "last", "none"',
+    ),
     "each without slots": (
         {"write_states": "each", "state_indices": None, "first_slot": 0},
         ValueError,
@@ -395,15 +417,31 @@ REFUSED = {
         ValueError,
         "records has strides",
     ),
-    "rounding of three": ({"rounding": np.zeros(3, np.int64)}, ValueError, "rounding has shape [3]; it must be"),
-    "rounding in int32": ({"rounding": np.zeros(2, np.int32)}, TypeError, "rounding has dtype int32; it must be int64"),
+    "rounding of three": (
+        {"rounding": np.zeros(3, np.int64)},
+        ValueError,
+        "rounding has shape [3]; it must be",
+    ),
+    "rounding in int32": (
+        {"rounding": np.zeros(2, np.int32)},
+        TypeError,
+        "rounding has dtype int32; it must be int64",
+    ),
     "threads": ({"threads": -1}, ValueError, "threads is -1; it must be 0 (all) or more, and fit 32 bits"),
-    "first_slot": ({"first_slot": -1}, ValueError, "first_slot is -1; it must be 0 (every index is a slot) or more"),
+    "first_slot": (
+        {"first_slot": -1},
+        ValueError,
+        "first_slot is -1; it must be 0 (every index is a slot) or more",
+    ),
     "kernel": ({"kernel": "fastest"}, ValueError, 'kernel is "fastest"; it must be None or one of cpu'),
     "scale": ({"scale": "one"}, TypeError, "scale is of type str; it must be a number"),
     "an infinite scale": ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
     "lower_bound": ({"lower_bound": -6.0}, ValueError, "lower_bound is -6; it must be in [-5, 0]"),
-    "no gate's parameters": ({"lower_bound": None, "A_log": None}, ValueError, "A_log is None and lower_bound is None"),
+    "no gate's parameters": (
+        {"lower_bound": None, "A_log": None},
+        ValueError,
+        "A_log is None and lower_bound is None",
+    ),
 }
 
 
@@ -442,13 +480,33 @@ def test_refusals(library, case):
 
 APPLY_REFUSED = {
     "too many tokens": ({"num_accepted_tokens": np.array([0, 9])}, ValueError, "num_accepted_tokens"),
-    "flat records": ({"records": lambda x: x.reshape(2, 4, 2, 384)}, ValueError, "records has shape [2, 4, 2, 384]"),
-    "no token": ({"accepted": np.array([[0, 5], [0, 1]]), "num_accepted_tokens": np.array([2, 2])}, ValueError, "accepted"),
-    "floats": ({"num_accepted_tokens": np.zeros(2, np.float32)}, TypeError, "num_accepted_tokens has dtype float32"),
-    "another length": ({"num_accepted_tokens": np.zeros(3, np.int64)}, ValueError, "num_accepted_tokens has shape [3]"),
+    "flat records": (
+        {"records": lambda x: x.reshape(2, 4, 2, 384)},
+        ValueError,
+        "records has shape [2, 4, 2, 384]",
+    ),
+    "no token": (
+        {"accepted": np.array([[0, 5], [0, 1]]), "num_accepted_tokens": np.array([2, 2])},
+        ValueError,
+        "accepted",
+    ),
+    "floats": (
+        {"num_accepted_tokens": np.zeros(2, np.float32)},
+        TypeError,
+        "num_accepted_tokens has dtype float32",
+    ),
+    "another length": (
+        {"num_accepted_tokens": np.zeros(3, np.int64)},
+        ValueError,
+        "num_accepted_tokens has shape [3]",
+    ),
     "heads": ({"state": lambda x: x[:, :1].copy()}, ValueError, "state has shape"),
     "threads": ({"threads": 1.5}, TypeError, "threads is of type float; it must be an int"),
-    "state_v_first": ({"state_v_first": 1}, TypeError, "state_v_first is of type int; it must be True or False"),
+    "state_v_first": (
+        {"state_v_first": 1},
+        TypeError,
+        "state_v_first is of type int; it must be True or False",
+    ),
 }
 
 
@@ -456,7 +514,10 @@ APPLY_REFUSED = {
 def test_refusals_of_apply(case):
     change, exception, sentence = APPLY_REFUSED[case]
     rng = np.random.default_rng(20)
-    a = {"records": rng.standard_normal((2, 4, 2, 3, 128), dtype=np.float32), "num_accepted_tokens": np.array([1, 2])}
+    a = {
+        "records": rng.standard_normal((2, 4, 2, 3, 128), dtype=np.float32),
+        "num_accepted_tokens": np.array([1, 2]),
+    }
     a = changed({**a, "state": np.ones((2, 2, 128, 128), np.float32)}, change)
     with pytest.raises(exception) as raised:
         flash_kda.apply_records(**a)
@@ -473,7 +534,9 @@ def test_out_shares_no_memory():
 def test_read_only_arrays():
     a = make_decode(write="none", records=True, seed=22)
     a["records"].flags.writeable = False
-    with pytest.raises(ValueError, match="records is read-only; it must be writable, as the call writes to it"):
+    with pytest.raises(
+        ValueError, match="records is read-only; it must be writable, as the call writes to it"
+    ):
         flash_kda.decode(**a)
     zeros = np.zeros_like(a["records"])
     zeros.flags.writeable = False
@@ -515,7 +578,9 @@ def test_jax():
     flash_kda.decode(**work)
     hold_decode(a, {**a, "out": work["out"], "state": work["state"]}, expected)
     for name in ("out", "state"):
-        with pytest.raises(ValueError, match=f"{name} is an array of jax, whose arrays are immutable, and the call"):
+        with pytest.raises(
+            ValueError, match=f"{name} is an array of jax, whose arrays are immutable, and the call"
+        ):
             flash_kda.decode(**{**work, name: jax.numpy.asarray(a[name])})
 
     def traced(q):

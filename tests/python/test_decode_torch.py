@@ -89,7 +89,9 @@ def test_schemas():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"write": "each", "accepted": True}, {"write": "none", "records": True, "tree": True}], ids=str
+    "options",
+    [{}, {"write": "each", "accepted": True}, {"write": "none", "records": True, "tree": True}],
+    ids=str,
 )
 def test_opcheck(device, options):
     a = make_decode(**options, seed=5)
@@ -166,7 +168,19 @@ def test_export(device, strict):
         def forward(self, q, k, v, g, beta, A_log, dt_bias, state, state_indices):
             out, state = torch.empty_like(v), state.clone()
             flash_kda.decode(
-                q, k, v, g, beta, 0.1, out, A_log, dt_bias, -5.0, state, state_indices=state_indices, first_slot=1
+                q,
+                k,
+                v,
+                g,
+                beta,
+                0.1,
+                out,
+                A_log,
+                dt_bias,
+                -5.0,
+                state,
+                state_indices=state_indices,
+                first_slot=1,
             )
             return out, state
 
@@ -355,7 +369,11 @@ def test_no_change_slips_past_a_prepared_call():
         ({"state": t["state"].double()}, TypeError, "state has dtype float64; it must be"),
         ({"state": t["state"][:, :1]}, ValueError, r"state has .*; it must"),
         ({"v": t["v"][:, :1]}, ValueError, "v has shape"),
-        ({"state_indices": t["state_indices"].float()}, TypeError, "state_indices has dtype float32; it must be"),
+        (
+            {"state_indices": t["state_indices"].float()},
+            TypeError,
+            "state_indices has dtype float32; it must be",
+        ),
     ):
         with pytest.raises(exception, match=sentence):
             flash_kda.decode(**{**t, **change})
