@@ -307,5 +307,8 @@ def operator_schema(cls: Any) -> str:
         return f"Tensor{mark}{'?' * (name in cls.optional_arrays)} {name}{default}"
 
     return ", ".join(
-        [*(text(name, "") for name in cls.operator_head), *(text(name, "=None") for name in cls.operator_rest)]
+        [
+            *(text(name, "") for name in cls.operator_head),
+            *(text(name, "=None") for name in cls.operator_rest),
+        ]
     )

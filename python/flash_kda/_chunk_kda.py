@@ -70,7 +70,7 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     unknown = [name for name in more if name not in _MAY_FOLLOW]
     if unknown:
         raise TypeError(f"chunk_kda() got an unexpected keyword argument {unknown[0]!r}")
-    state_v_first = is_v_first(call, more)
+    state_v_first = is_v_first(call, more, 5)
     if call["cp_context"] is not None:
         raise ValueError("cp_context is given; flash_kda computes on one device, so it must be None")
     chunk_size = more.get("chunk_size", 64)
@@ -102,8 +102,8 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     return state_v_first
 
 
-def is_v_first(call: dict[str, Any], more: dict[str, Any]) -> bool:
-    """state_v_first, also by its older name."""
+def is_v_first(call: dict[str, Any], more: dict[str, Any], stacklevel: int) -> bool:
+    """state_v_first, also by its older name. stacklevel: of the warning, which is for the package's caller."""
     if "transpose_state_layout" not in more:
         return call["state_v_first"]
     if call["state_v_first"]:
@@ -111,7 +111,9 @@ def is_v_first(call: dict[str, Any], more: dict[str, Any]) -> bool:
             "transpose_state_layout is given with state_v_first=True; it is an older name of "
             "state_v_first, and must not be given too"
         )
-    warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=5)
+    warnings.warn(
+        "transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=stacklevel
+    )
     return more["transpose_state_layout"]
 
 

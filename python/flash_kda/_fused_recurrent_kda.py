@@ -34,12 +34,13 @@ def fused_recurrent_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any
     unknown = [name for name in more if name not in _MAY_FOLLOW]
     if unknown:
         raise TypeError(f"fused_recurrent_kda() got an unexpected keyword argument {unknown[0]!r}")
-    state_v_first = is_v_first(call, more)
+    state_v_first = is_v_first(call, more, 4)
     v, cu_seqlens = call["v"], call["cu_seqlens"]
     N = call["q"].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state_shape = (N, v.shape[2] if v.ndim == 4 else 0, _DIM, _DIM)
+    are_ranks_right = call["q"].ndim == v.ndim == 4
+    state_shape = (N, v.shape[2] if are_ranks_right else 0, _DIM, _DIM)
     initial_state = call["initial_state"]
-    _check_state(initial_state, state_shape, state_v_first, torch)
+    _check_state(initial_state, state_shape if are_ranks_right else None, state_v_first, torch)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     gate = ("A_log", "dt_bias", "lower_bound")
     arguments = {name: call[name] if call["use_gate_in_kernel"] else None for name in gate}
@@ -80,15 +81,16 @@ def _longest(call: dict[str, Any], more: dict[str, Any], torch: Any) -> Any:
     return longest_of(cu_seqlens_cpu)
 
 
-def _check_state(initial_state: Any, shape: tuple[int, ...], state_v_first: bool, torch: Any) -> None:
-    """Refuses what neither `decode`, for which the state is a pool, nor a conversion to fp32 would notice."""
+def _check_state(initial_state: Any, shape: Any, state_v_first: bool, torch: Any) -> None:
+    """Refuses what neither `decode`, for which the state is a pool, nor a conversion to fp32 would notice.
+    shape: what the state must have, or None if other tensors are wrong."""
     if initial_state is None:
         return
     is_tensor = isinstance(initial_state, torch.Tensor)
     if not is_tensor or initial_state.dtype not in (torch.float32, torch.bfloat16):
         kind = initial_state.dtype if is_tensor else type(initial_state).__name__
         raise TypeError(f"initial_state is of {kind}; it must be a tensor of torch.float32 or torch.bfloat16")
-    if tuple(initial_state.shape) != shape and shape[1]:
+    if shape is not None and tuple(initial_state.shape) != shape:
         dims = "[N, HV, V, K]" if state_v_first else "[N, HV, K, V]"
         raise ValueError(
             f"initial_state has shape {list(initial_state.shape)}; it must be {dims} = {list(shape)}"

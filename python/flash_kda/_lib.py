@@ -254,6 +254,8 @@ _IN_PYTHON = (
     ("it must be NULL or", "it must be None or"),
     ("is null; it must point to its", "has no memory; it must have its"),
     ("must be absent", "must be None"),
+    ("is absent; it must be given", "is None; it must be given"),
+    *((f"FLASH_KDA_WRITE_{name.upper()}", f'write_states="{name}"') for name in ("last", "none", "each")),
     ("checkpoint_every = 0", "checkpoint_every=None"),
     ("workspace_size is", "workspace has"),
 )
