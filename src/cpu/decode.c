@@ -1,5 +1,5 @@
 /*
- * Decode and apply on the CPU: how a call is divided into pieces of work among threads, and what each piece is.
+ * Decode and apply on the CPU: how a call is divided into pieces of work among threads, and what a piece is.
  *
  * A piece is all rows of V of one head of one sequence. If a call has fewer than four heads for each thread,
  * heads are divided into pieces of fewer rows, of which each prepares the tokens again. Results do not depend
@@ -61,8 +61,8 @@ static part part_at(const job *j, int64_t index)
 
 /* ---- Decode -------------------------------------------------------------------------------------------- */
 
-/* The tokens of sequence n, which have room in the records also if another thread has made the sequence longer
- * since the check. */
+/* The tokens of sequence n, which have room in the records also if another thread has made the sequence
+ * longer since the check. */
 static fkda_sequence sequence_at(const fkda_decode_problem *p, int64_t n)
 {
     fkda_sequence sequence = fkda_decode_sequence_at(p, n);

@@ -1,8 +1,8 @@
-/* Blocks of a state: 16 rows of V of one head, in fp32. A block has the order of the state in memory, so it is
- * [16][K], or [K][16] with state_k_first. Part of decode_head.h, which has the formulas.
+/* Blocks of a state: 16 rows of V of one head, in fp32. A block has the order of the state in memory, so it
+ * is [16][K], or [K][16] with state_k_first. Part of decode_head.h, which has the formulas.
  *
- * The block's arithmetic depends neither on the threads nor on how rows are divided among them: a block begins
- * at a multiple of 16 rows, and rows of V do not depend on each other.
+ * The block's arithmetic depends neither on the threads nor on how rows are divided among them: a block
+ * begins at a multiple of 16 rows, and rows of V do not depend on each other.
  */
 #ifndef FKDA_CPU_DECODE_BLOCK_H
 #define FKDA_CPU_DECODE_BLOCK_H
@@ -41,8 +41,8 @@ INLINE void prefetch_block(const block_view *from)
         for (int at = 0; at < from->inner * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
-/* The functions with constant arguments are code of their own for each order and type of a state. They copy the
- * view, which a store of a vector might otherwise change for all the compiler knows. */
+/* The functions with constant arguments are code of their own for each order and type of a state. They copy
+ * the view, which a store of a vector might otherwise change for all the compiler knows. */
 INLINE void load_numbers(const block_view *view, float *block, int outer, int inner, bool is_bf16)
 {
     const void *data = view->state->data;
@@ -98,7 +98,7 @@ static void store_block(const block_view *to, const float *block, bool k_first)
         store_numbers(to, block, BLOCK_ROWS, K, false);
 }
 
-/* ---- Rounding at random: fkda_random() and fkda_round_at_random() of rounding.h, in vectors -------------- */
+/* ---- Rounding at random: fkda_random() and fkda_round_at_random() of rounding.h, in vectors ------------ */
 
 enum { RANDOM_ROUNDS = 7, RANDOM_BLOCKS = K / FKDA_CHANNELS_OF_A_RANDOM_BLOCK /* of a row */ };
 
@@ -182,8 +182,8 @@ INLINE void join_words(uvec word[4])
     word[3] = (uvec)SHUFFLE(second, fourth, EACH_LANE(PAIRED_LANE, HALF, 0));
 }
 
-/* `place` is that of the state's number 0, from fkda_random_place(), and `v` the block's first row. The places
- * of a state differ in their lowest 11 bits alone. */
+/* `place` is that of the state's number 0, from fkda_random_place(), and `v` the block's first row. The
+ * places of a state differ in their lowest 11 bits alone. */
 static void store_rows_at_random(const block_view *to, const float *block, const random_source *source,
                                  uint64_t place, int v)
 {

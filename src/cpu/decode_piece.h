@@ -1,6 +1,6 @@
-/* A piece of work of decode and of apply on the CPU: value channels of one head of one sequence. decode.c makes
- * pieces of a call, and decode_head.h computes them. All indices in a piece are inside of the call's tensors,
- * also where another thread changes cu_seqlens, parents or other indices while the call runs. */
+/* A piece of work of decode and of apply on the CPU: value channels of one head of one sequence. decode.c
+ * makes pieces of a call, and decode_head.h computes them. All indices in a piece are inside of the call's
+ * tensors, also where another thread changes cu_seqlens, parents or other indices while the call runs. */
 #ifndef FKDA_CPU_DECODE_PIECE_H
 #define FKDA_CPU_DECODE_PIECE_H
 
