@@ -42,23 +42,26 @@ __device__ __forceinline__ void find_accepted(Accepted &to, const fkda_apply_arg
 
 /* The vectors of up to 16 accepted tokens, in shared memory. */
 struct ToApply {
-    float total[DIM];             /* the decay of all of them */
-    float keys[MAX_TOKENS][DIM];  /* with the decay to the last of them */
-    float us[MAX_TOKENS][DIM];    /* of the CTA's rows */
+    float total[DIM];            /* the decay of all of them */
+    float keys[MAX_TOKENS][DIM]; /* with the decay to the last of them */
+    float us[MAX_TOKENS][DIM];   /* of the CTA's rows */
 };
+static_assert(FKDA_DECODE_SMALL_BYTES + sizeof(ToApply) == FKDA_DECODE_APPLY_BYTES,
+              "keep decode_shape.h in step");
 
 /* Reads the records of the next tokens. */
 template <class Tile>
-__device__ __forceinline__ void read_records(ToApply &to, Accepted &accepted, const fkda_apply_args &args, Work work,
-                                             int done, int count)
+__device__ __forceinline__ void read_records(ToApply &to, Accepted &accepted, const fkda_apply_args &args,
+                                             Work work, int done, int count)
 {
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), rows = threads / 2;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x),
+              rows = threads / 2;
     if (thread == 0) find_accepted(accepted, args, work.sequence, done, count);
     __syncthreads();
     const int some = accepted.count;
     const long long step = static_cast<long long>(args.heads) * (3 * DIM);
-    const float *records = args.records +
-                           static_cast<long long>(work.sequence) * args.record_columns * step + work.head * (3 * DIM);
+    const float *records = args.records + static_cast<long long>(work.sequence) * args.record_columns * step +
+                           work.head * (3 * DIM);
 #pragma unroll 1
     for (int c = thread; c < DIM; c += threads) {
         const int place = Tile::place_of_four(c / 4 * 4) + c % 4;

@@ -89,25 +89,18 @@ __device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *t
     if (is_last) store_four(total + at, decay[0], decay[1], decay[2], decay[3]);
 }
 
-/* Numbers over tokens of one row of V: in lanes r of the eight P, and in lanes ROWS + r R, of row r. */
-struct OverTokens {
-    float x[MAX_TOKENS];
-};
-
-/* P and R of all tokens. */
-template <class Tile>
-__device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile, int length)
+/* P and R of all tokens. Lanes r and ROWS + r of the eight get P and R of row r, and write P - v in the place of
+ * v, and R, for themselves. */
+template <class Tile> __device__ __forceinline__ void multiply_start(const Tile &tile, const Small &small)
 {
-#pragma unroll
-    for (int i = 0; i < MAX_TOKENS; i += 2) {
-        if (i >= length) break;
+#pragma unroll 1
+    for (int i = 0; i < small.sequence.length; i += 2) {
         float sums[4 * ROWS] = {}; /* (P of each row, then R), each of two tokens */
 #pragma unroll
         for (int j = 0; j < CHANNELS / 4; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float4 y =
-                    tile.read(chunk_vector(e < 2 ? KEY_FROM_START : QUERY, i + e % 2), j);
+                const float4 y = tile.read(chunk_vector(e < 2 ? KEY_FROM_START : QUERY, i + e % 2), j);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     const float *x = &tile.x[r][4 * j];
@@ -117,35 +110,41 @@ __device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile,
                 }
             }
         sum_and_scatter<8>(sums);
-        to.x[i] = sums[0], to.x[i + 1] = sums[1];
+        const int row = tile.row + tile.lane % ROWS;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (tile.lane < ROWS)
+                chunk_vector(VALUE, i + e)[row] = sums[e] - chunk_vector(VALUE, i + e)[row];
+            else
+                chunk_vector(OUTPUT, i + e)[row] = sums[e];
+        }
     }
 }
 
 /* u of all tokens, which takes the place of v in shared memory, and the outputs. */
 template <class Tile>
-__device__ __forceinline__ void solve(const fkda_decode_args &args, Work work, Sequence sequence,
-                                      const OverTokens &sums, const Tile &tile, const Small &small)
+__device__ __forceinline__ void solve(const fkda_decode_args &args, const Tile &tile, const Small &small)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
     const bool is_output = tile.lane >= ROWS;
     float u[MAX_TOKENS];
 #pragma unroll
     for (int i = 0; i < MAX_TOKENS; i++) {
-        if (i >= sequence.length) break;
+        if (i >= small.sequence.length) break;
         const float *product = small.product[is_output][i];
         const uint32_t before = small.before[i];
-        float sum = sums.x[i];
-        forget_addresses(work, sequence);
+        float &value = chunk_vector(VALUE, i)[row];
+        float sum = is_output ? chunk_vector(OUTPUT, i)[row] : value;
 #pragma unroll
         for (int j = 0; j < i; j++)
             if (before >> j & 1) sum = __fmaf_rn(product[j], u[j], sum);
-        float &value = chunk_vector(VALUE, i)[row];
-        u[i] = __shfl_sync(~0u, small.beta[i] * (value - sum), lane & ~ROWS);
+        u[i] = __shfl_sync(~0u, small.beta[i] * -sum, lane & ~ROWS);
         if (is_output) {
-            store_output(args, work, sequence, i, row, args.scale * __fmaf_rn(product[i], u[i], sum));
+            store_output(args, small.work, small.sequence, i, row,
+                         args.scale * __fmaf_rn(product[i], u[i], sum));
         } else {
             value = u[i];
-            if (float *record = find_record(args, work, i, 2)) record[row] = u[i];
+            if (float *record = find_record(args, small.work, i, 2)) record[row] = u[i];
         }
     }
     __syncwarp(); /* the warp's lanes read each other's u */
@@ -196,48 +195,67 @@ __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, 
     }
 }
 
-template <bool is_bf16, bool k_first> __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
+/* Finds the CTA's work and begins to load the state. Returns false if there is nothing left to do. */
+template <class Tile>
+__device__ __forceinline__ bool begin_chunk(const fkda_decode_args &args, Small &small, Tile &tile)
 {
-    const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
     const Work work = find_work(args.heads, args.split);
     const Sequence sequence = find_sequence(args, work.sequence);
     const long long slot = find_start_slot(args, work.sequence);
-    if (slot == NO_SLOT) return clear_sequence(args, work, sequence);
-    if (sequence.length == 0) return;
+    if (slot == NO_SLOT) {
+        clear_sequence(args, work, sequence);
+        return false;
+    }
+    if (sequence.left_out)
+        clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
+    if (sequence.length == 0) return false;
+    const long long at = find_state(args.state, slot, work.head);
+    if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at;
+    tile.set_row(work.first_row);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_CHUNK, false>(args, work, sequence, at, tile, small);
+    return true;
+}
+
+template <bool is_bf16, bool k_first>
+__device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
+{
     Small &small = *reinterpret_cast<Small *>(cta_memory());
-    float *total = small.total;
-    Tile<is_bf16, k_first> tile(work.first_row);
-    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_CHUNK, false>(args, work, sequence, slot, tile, small);
-    const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
+    Tile<is_bf16, k_first> tile(0);
+    if (!begin_chunk(args, small, tile)) return;
+    {
+        const int length = small.sequence.length;
+        const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
+        const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll 1
-    for (int pass = 0; pass * warps < sequence.length; pass++) {
-        /* Later tokens have longer walks: every other pass goes backwards. */
-        const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
-        if (i < sequence.length) walk(small, i, writes_last && i == sequence.length - 1, total);
+        for (int pass = 0; pass * warps < length; pass++) {
+            /* Later tokens have longer walks: every other pass goes backwards. */
+            const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
+            if (i < length) walk(small, i, writes_last && i == length - 1, small.total);
+        }
     }
     __syncthreads();
-    OverTokens sums;
-    multiply_start(sums, tile, sequence.length);
-    solve(args, work, sequence, sums, tile, small);
-    const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
-    if (writes_last) {
-        tile.decay(total);
+    multiply_start(tile, small);
+    solve(args, tile, small);
+    const int length = small.sequence.length;
+    const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads);
+    if (args.write_states == FLASH_KDA_WRITE_LAST) {
+        tile.decay(small.total);
 #pragma unroll 1
-        for (int j = 0; j < sequence.length; j++) {
+        for (int j = 0; j < length; j++) {
             float u[ROWS];
             read_u(u, tile, j);
             tile.add(chunk_vector(KEY_TO_LAST, j), u);
         }
-        tile.store(args.state.data, find_state(args.state, slot, work.head), 0, rounding);
+        tile.store(args.state.data, small.at, 0, rounding);
     } else if (args.write_states == FLASH_KDA_WRITE_EACH) {
 #pragma unroll 1
-        for (int i = 0; i < sequence.length; i++) {
-            const long long after = find_slot_after(args, work.sequence, i);
+        for (int i = 0; i < length; i++) {
+            const long long after = find_slot_after(args, small.work.sequence, i);
             if (after != NO_SLOT)
-                store_state_after(args, tile, small, i, find_state(args.state, after, work.head), rounding);
+                store_state_after(args, tile, small, i, find_state(args.state, after, small.work.head),
+                                  rounding);
         }
     }
-    clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
 }
 
 } // namespace fkda

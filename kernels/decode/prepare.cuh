@@ -21,11 +21,15 @@ struct Small {
      * with j = i. */
     __align__(16) float product[2][MAX_TOKENS][MAX_TOKENS];
     __align__(16) float total[DIM]; /* the decay of all tokens */
+    /* Where the CTA's work is. Read from here, it does not occupy registers in a chunk kernel. */
+    Work work;
+    Sequence sequence;
+    long long at; /* where the starting state begins, in elements of the pool */
 };
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 
 /* The vectors of a token. The first four are those of a step, all of them those of a chunk. */
-enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST };
+enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST, OUTPUT };
 
 /* A vector of token i, where each token has that many. */
 template <int vectors> __device__ __forceinline__ float *vector_at(int which, int i)
@@ -119,8 +123,8 @@ struct Preparation {
         x.k = load_four(args.k, args.k_strides, i, qk_head);
         x.v = load_four(args.v, args.v_strides, i, work.head);
         if (args.g_is_f32) {
-            const float *from =
-                static_cast<const float *>(args.g) + find_row(args.g_strides, sequence, i, work.head) + channel;
+            const float *from = static_cast<const float *>(args.g) +
+                                find_row(args.g_strides, sequence, i, work.head) + channel;
             x.g = __ldg(reinterpret_cast<const uint4 *>(from));
         } else {
             const uint2 g = load_four(args.g, args.g_strides, i, work.head);
@@ -203,7 +207,8 @@ struct Preparation {
             small.kq[i] = kq;
             small.parent[i] = find_parent(args, work.sequence, i);
         }
-        if (work.first_row != 0) return; /* the first CTA of a head writes the record's vectors over channels */
+        if (work.first_row != 0)
+            return; /* the first CTA of a head writes the record's vectors over channels */
         if (float *record = find_record(args, work, i, 0)) {
             store_four(record + channel, decay[0], decay[1], decay[2], decay[3]);
             store_four(record + DIM + channel, k[0], k[1], k[2], k[3]);
@@ -211,10 +216,10 @@ struct Preparation {
     }
 };
 
-/* Loads the starting state and prepares all tokens meanwhile. `single`: there is one token. */
+/* Loads the starting state, which begins at element `at` of the pool, and prepares all tokens meanwhile. `single`: there is one token. */
 template <int vectors, bool single, class Tile>
 __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, const Work &work,
-                                                 const Sequence &sequence, long long slot, Tile &tile,
+                                                 const Sequence &sequence, long long at, Tile &tile,
                                                  Small &small)
 {
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
@@ -227,7 +232,7 @@ __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, c
         preparation.load_gate(a_log, dt_bias);
     }
     typename Tile::Loaded loaded;
-    tile.load(loaded, args.state.data, find_state(args.state, slot, work.head));
+    tile.load(loaded, args.state.data, at);
     preparation.set_gate(a_log, dt_bias);
     const int place = Tile::place_of_four(preparation.channel);
     if constexpr (single) {

@@ -48,8 +48,7 @@ __device__ __forceinline__ long long clamp(long long x, long long least, long lo
 
 __device__ __forceinline__ Sequence find_sequence(const fkda_decode_args &args, int n)
 {
-    if (!args.cu_seqlens.data)
-        return {n, 0, static_cast<int>(clamp(args.tokens, 0, MAX_TOKENS)), 0};
+    if (!args.cu_seqlens.data) return {n, 0, static_cast<int>(clamp(args.tokens, 0, MAX_TOKENS)), 0};
     const long long begin = clamp(read_index(args.cu_seqlens, n), 0, args.tokens),
                     end = clamp(read_index(args.cu_seqlens, n + 1LL), begin, args.tokens);
     const int length = static_cast<int>(clamp(end - begin, 0, MAX_TOKENS));
@@ -132,6 +131,7 @@ __device__ __forceinline__ void clear_outputs(const fkda_decode_args &args, cons
                                               const Sequence &sequence, long long first, long long end)
 {
     const int rows = static_cast<int>(blockDim.x) / 2, row = static_cast<int>(threadIdx.x) % rows;
+#pragma unroll 1
     for (long long i = first + static_cast<int>(threadIdx.x) / rows; i < end; i += 2)
         static_cast<uint16_t *>(
             args.out)[find_row(args.out_strides, sequence, i, work.head) + work.first_row + row] = 0;
@@ -142,6 +142,7 @@ __device__ __forceinline__ void clear_sequence(const fkda_decode_args &args, con
                                                const Sequence &sequence)
 {
     clear_outputs(args, work, sequence, 0, sequence.length + sequence.left_out);
+#pragma unroll 1
     for (int i = 0; i < sequence.length && work.first_row == 0; i++)
         if (float *record = find_record(args, work, i, 0))
             for (int at = static_cast<int>(threadIdx.x); at < 3 * DIM; at += static_cast<int>(blockDim.x))

@@ -24,8 +24,8 @@ __device__ __forceinline__ float *step_vector(int which, int i)
 
 /* One token. */
 template <class Tile>
-__device__ __forceinline__ void step(const fkda_decode_args &args, Work work, Sequence sequence,
-                                     Tile &tile, const Small &small, int i)
+__device__ __forceinline__ void step(const fkda_decode_args &args, Work work, Sequence sequence, Tile &tile,
+                                     const Small &small, int i)
 {
     forget_addresses(work, sequence);
     const float *key = step_vector(KEY, i), *query = step_vector(QUERY, i);
@@ -60,29 +60,30 @@ __device__ __forceinline__ void step(const fkda_decode_args &args, Work work, Se
 }
 
 /* `single`: every sequence has one token. Else the tokens of a sequence follow each other: there is no tree. */
-template <bool is_bf16, bool k_first, bool single> __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
+template <bool is_bf16, bool k_first, bool single>
+__device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
 {
     const Work work = find_work(args.heads, args.split);
     const Sequence sequence = single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(args, work.sequence);
     const long long slot = find_start_slot(args, work.sequence);
     if (slot == NO_SLOT) return clear_sequence(args, work, sequence);
+    if (sequence.left_out)
+        clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
     if (sequence.length == 0) return;
+    const long long at = find_state(args.state, slot, work.head);
     Small &small = *reinterpret_cast<Small *>(cta_memory());
     Tile<is_bf16, k_first> tile(work.first_row);
-    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, single>(args, work, sequence, slot, tile, small);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, single>(args, work, sequence, at, tile, small);
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
-    const auto store = [&](long long to, int token) {
-        tile.store(args.state.data, find_state(args.state, to, work.head), token, rounding);
-    };
 #pragma unroll 1
     for (int i = 0; i < sequence.length; i++) {
         step(args, work, sequence, tile, small, i);
         if (args.write_states != FLASH_KDA_WRITE_EACH) continue;
         const long long after = find_slot_after(args, work.sequence, i);
-        if (after != NO_SLOT) store(after, i);
+        if (after != NO_SLOT)
+            tile.store(args.state.data, find_state(args.state, after, work.head), i, rounding);
     }
-    if (args.write_states == FLASH_KDA_WRITE_LAST) store(slot, 0);
-    clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
+    if (args.write_states == FLASH_KDA_WRITE_LAST) tile.store(args.state.data, at, 0, rounding);
 }
 
 } // namespace fkda

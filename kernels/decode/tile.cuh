@@ -6,8 +6,8 @@
  *     of an fp32 state  channels 4 l + 32 j to 4 l + 32 j + 3, for j from 0 to 3
  *     of a bf16 state   channels 8 l + 64 j to 8 l + 64 j + 7, for j from 0 to 1
  *
- * so that a load of 16 bytes takes neighbours, eight lanes take 128 bytes, and a thread has all eight channels
- * of a block of random numbers (rounding.h). With K first a load takes the four rows of one channel.
+ * so that a load of 16 bytes takes neighbours, eight lanes take 128 bytes, and a thread has all eight
+ * channels of a block of random numbers (rounding.h). With K first a load takes the four rows of one channel.
  *
  * Vectors over the channels lie in shared memory in the order in which the eight lanes have them: the j-th
  * four channels of lane l are at 32 j + 4 l. Eight lanes then read 128 bytes in a row.
@@ -54,11 +54,16 @@ template <bool is_bf16, bool k_first> struct Tile {
     int row;                 /* of V: the first of four */
     float x[ROWS][CHANNELS]; /* the state */
 
+    /* `first_row`: of the CTA. */
     __device__ __forceinline__ Tile(int first_row)
     {
-        const int thread = static_cast<int>(threadIdx.x);
-        lane = thread % 8;
-        row = first_row + thread / 8 * ROWS;
+        lane = static_cast<int>(threadIdx.x) % 8;
+        set_row(first_row);
+    }
+
+    __device__ __forceinline__ void set_row(int first_row)
+    {
+        row = first_row + static_cast<int>(threadIdx.x) / 8 * ROWS;
     }
 
     /* The channel of element e. */
@@ -80,7 +85,8 @@ template <bool is_bf16, bool k_first> struct Tile {
         return *reinterpret_cast<const float4 *>(vector + 32 * j + 4 * lane);
     }
 
-    /* The address of element 0 of the thread's first row, in a state that begins at element `at` of the pool. */
+    /* The address of element 0 of the thread's first row, in a state that begins at element `at` of the
+     * pool. */
     __device__ __forceinline__ char *first_address(void *states, long long at) const
     {
         const int v = row, c = PART * lane;
@@ -146,7 +152,8 @@ template <bool is_bf16, bool k_first> struct Tile {
         }
     }
 
-    /* Stores a part of a state: the first element is e = part * PART. `token` is that of the random numbers. */
+    /* Stores a part of a state, whose first element is e = part * PART. `token` is that of the random
+     * numbers. */
     __device__ __forceinline__ void store_part(void *states, long long at, int part,
                                                const float (&y)[ROWS][PART], int token,
                                                const Rounding &rounding) const
@@ -185,7 +192,8 @@ template <bool is_bf16, bool k_first> struct Tile {
         }
     }
 
-    __device__ __forceinline__ void store(void *states, long long at, int token, const Rounding &rounding) const
+    __device__ __forceinline__ void store(void *states, long long at, int token,
+                                          const Rounding &rounding) const
     {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {

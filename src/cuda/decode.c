@@ -23,11 +23,11 @@ static fkda_module module = {
 };
 
 enum {
-    /* Tokens of a sequence from which on they are computed at once. Below, the small matrices and the meetings
-     * of the CTA that they need cost more than a token does. */
+    /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
+     * meetings of the CTA that they need cost more than a token does. */
     CHUNK_FROM = 5,
-    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of half a
-     * head let loads of one overlap with stores of another. With more tokens, CTAs that share a head would
+    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of half
+     * a head let loads of one overlap with stores of another. With more tokens, CTAs that share a head would
      * prepare them twice. */
     SPLIT_FOR_ONE_TOKEN = 1,
     SPLIT_FOR_MORE = 0,
@@ -60,10 +60,10 @@ static flash_kda_status run(flash_kda_device device, void *stream, const launch 
     status = fkda_load_module(driver, &module, ordinal);
     if (status == FLASH_KDA_OK) {
         void *pointers[] = {l->args};
-        const CUresult result = driver->cuLaunchKernel(
-            module.functions[ordinal][l->kernel], (unsigned)(l->heads << l->split), 1, 1,
-            FKDA_DECODE_THREADS >> l->split, 1, 1, (unsigned)l->shared_bytes, (CUstream)stream,
-            pointers, NULL);
+        const CUresult result =
+            driver->cuLaunchKernel(module.functions[ordinal][l->kernel], (unsigned)(l->heads << l->split), 1,
+                                   1, FKDA_DECODE_THREADS >> l->split, 1, 1, (unsigned)l->shared_bytes,
+                                   (CUstream)stream, pointers, NULL);
         if (result) status = fkda_driver_fail("cuLaunchKernel", result);
     }
     return fkda_leave_device(driver, status);
@@ -84,8 +84,8 @@ static int which_decode(const fkda_decode_problem *p)
     if (p->parents.data) return CHUNK;
     if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
-    /* With cu_seqlens the lengths are not known here, and a sequence is computed the same way whatever else is
-     * in the call. */
+    /* With cu_seqlens the lengths are not known here, and a sequence is computed in one way whatever else is in
+     * the call. */
     return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
 }
 
