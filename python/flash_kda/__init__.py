@@ -486,7 +486,8 @@ def apply_records(
     Args:
         records: fp32 [N, R, HV, 3, 128], contiguous: what `decode` has written.
         num_accepted_tokens: int32 or int64 [N] on the device: how many tokens of each sequence are applied, 0
-            to R, at most 16. Other values are clamped on a GPU and refused on the CPU. With 0 the state stays as it is.
+            to R, and at most 16. Other values are clamped on a GPU and refused on the CPU. With 0 the state
+            stays as it is.
         state: the pool, as for `decode`.
         accepted: int32 or int64 [N, A], or None: which tokens are applied, in this order, where the drafts
             were a tree: the record of token accepted[n, i] is applied as number i. None: tokens 0, 1, 2, ...

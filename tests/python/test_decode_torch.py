@@ -1,4 +1,4 @@
-"""decode and apply_records on PyTorch tensors: operators, compilers, CUDA graphs, tensors that are refused."""
+"""decode and apply_records on PyTorch tensors: operators, compilers, CUDA graphs, refusals."""
 
 import shutil
 import threading
