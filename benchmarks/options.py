@@ -213,9 +213,7 @@ def median(rounds: list[float]) -> float:
     return statistics.median(rounds)
 
 
-def time_row(
-    row: Row, fwd: Callable[..., Any], fla: Callable[..., Any] | None, rounds: int
-) -> dict[str, Any]:
+def time_row(row: Row, fwd: Callable[..., Any], fla: Callable[..., Any] | None, rounds: int) -> dict[str, Any]:
     base, option = prepare(fwd, row.shape, row.base), prepare(fwd, row.shape, row.option)
     times: dict[str, list[float]] = {"base": [], "option": []}
     for _ in range(rounds):
@@ -258,12 +256,8 @@ def main(argv: list[str]) -> None:
 
     rate = copy_rate("cuda")
     fla = fla_call() if options.fla == "yes" else None
-    print(
-        f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}\n"
-    )
-    print(
-        "| option | lengths | H | without, ms | with, ms | ratio | beyond | at most | floor, ms | FLA, ms |"
-    )
+    print(f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}\n")
+    print("| option | lengths | H | without, ms | with, ms | ratio | beyond | at most | floor, ms | FLA, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     results = []
     with torch.inference_mode():

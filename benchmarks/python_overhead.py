@@ -1,10 +1,11 @@
 """What a call costs in Python on top of the C library: python benchmarks/python_overhead.py [--rounds N]
 [--calls N]
 
-The overhead is the host time of flash_kda.fwd, decode or apply_records minus the host time of the C function alone. The C function is
-called through ctypes with a copy of the struct that the Python function has filled in. The work is one token of one
-head, so that it takes little of either time. Rounds of the two kinds of call alternate, and the fastest round
-of each kind counts, because whatever else runs on the machine can only slow a round down. On a GPU neither
+The overhead is the host time of flash_kda.fwd, decode or apply_records minus the host time of the C function
+alone. The C function is called through ctypes with a copy of the struct that the Python function has filled
+in. The work is one token of one head, so that it takes little of either time. Rounds of the two kinds of call
+alternate, and the fastest round of each kind counts, because whatever else runs on the machine can only slow
+a round down. On a GPU neither
 call waits for the device: each round starts with an empty queue, and its calls fit into the queue.
 """
 

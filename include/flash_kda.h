@@ -303,15 +303,12 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
 
-/* ---- Decode: one to sixteen tokens of each sequence ---------------------------------------------------- */
-
-/* Which states flash_kda_decode() writes to the pool. */
+/* Decode: one to sixteen tokens of each sequence. Which states flash_kda_decode() writes to the pool. */
 typedef enum flash_kda_write_states {
     FLASH_KDA_WRITE_LAST = 0, /* the state after a sequence's last token, to the slot that it came from */
     FLASH_KDA_WRITE_NONE = 1, /* none, to verify draft tokens: see "records" */
     FLASH_KDA_WRITE_EACH = 2, /* the state after token i of sequence n, to slot state_indices[n, i] */
 } flash_kda_write_states;
-
 enum {
     FLASH_KDA_MAX_DECODE_TOKENS = 16, /* of one sequence in one call of flash_kda_decode() */
     FLASH_KDA_RECORD_ROWS = 3,        /* rows of 128 numbers in a token's record of one head: decay, key, u */

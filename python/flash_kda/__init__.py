@@ -5,9 +5,9 @@ docstring has the formula. `fwd` writes into arrays that it is given; `compute` 
 serves JAX. `decode` computes one to sixteen tokens of each of many sequences, whose states it updates in
 place, and `apply_records` brings states up to date after draft tokens were verified. `chunk_kda` and
 `fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
-`describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are the
-slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would run, and
-`get_workspace_size` how much scratch memory it may need.
+`describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are
+the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
+run, and `get_workspace_size` how much scratch memory it may need.
 """
 
 from __future__ import annotations
@@ -375,8 +375,8 @@ def decode(
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
 ) -> None:
-    """A few tokens of each of many sequences, whose states lie in a pool and are updated in place. Writes `out`,
-    and states as write_states says; returns None.
+    """A few tokens of each of many sequences, whose states lie in a pool and are updated in place. Writes
+    `out`, and states as write_states says; returns None.
 
     The recurrence is that of `fwd`, in fp32. Each state is read once and written at most once, so the time is
     that of moving the states.
@@ -394,8 +394,8 @@ def decode(
             and the pool is neither read nor written for it. An index beyond the pool means the same on a GPU,
             and is refused on the CPU. With write_states="each" a slot below first_slot or beyond the pool
             takes no state, and the others do.
-        num_accepted_tokens: int32 or int64 [N], or None; with write_states="each" alone. Sequence n starts from
-            slot state_indices[n, num_accepted_tokens[n] - 1]. None: from slot state_indices[n, 0].
+        num_accepted_tokens: int32 or int64 [N], or None; with write_states="each" alone. Sequence n starts
+            from slot state_indices[n, num_accepted_tokens[n] - 1]. None: from slot state_indices[n, 0].
         write_states: "last": the state after a sequence's last token, to the slot that it came from. "none":
             no state is written, as when draft tokens are verified; see records. "each": the state after token
             i of sequence n, to slot state_indices[n, i].
@@ -414,18 +414,19 @@ def decode(
             seeds, offsets, indices and inputs give equal bits. The caller raises the offset from call to
             call. Ignored with an fp32 state.
         kernel, threads: as for `fwd`.
-        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for `fwd`.
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
+            `fwd`.
         state_v_first: False: the pool is [slots, HV, K, V].
 
-    Strides, addresses, devices and what is copied or converted of PyTorch tensors are as for `fwd`; a pool has
-    any stride between slots, is contiguous inside of a slot, and is never copied, nor are records. If two
-    sequences have one slot and one of them writes it, the results of both are unspecified. On a GPU
-    the values of cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and a sequence of
+    Strides, addresses, devices and what is copied or converted of PyTorch tensors are as for `fwd`; a pool
+    has any stride between slots, is contiguous inside of a slot, and is never copied, nor are records. If two
+    sequences have one slot and one of them writes it, the results of both are unspecified. On a GPU the
+    values of cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and a sequence of
     more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU such values are refused.
 
-    A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first call
-    on a device it is safe under CUDA graph capture. A replayed graph takes the values that state_indices,
-    num_accepted_tokens, cu_seqlens, parents and rounding have at the replay.
+    A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first
+    call on a device it is safe under CUDA graph capture. A replayed graph takes the values that
+    state_indices, num_accepted_tokens, cu_seqlens, parents and rounding have at the replay.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
@@ -485,13 +486,14 @@ def apply_records(
     Args:
         records: fp32 [N, R, HV, 3, 128], contiguous: what `decode` has written.
         num_accepted_tokens: int32 or int64 [N] on the device: how many tokens of each sequence are applied, 0
-            to R. Other values are clamped on a GPU and refused on the CPU. With 0 the state stays as it is.
+            to R, and at most 16. Other values are clamped on a GPU and refused on the CPU. With 0 the state
+            stays as it is.
         state: the pool, as for `decode`.
-        accepted: int32 or int64 [N, A], or None: which tokens are applied, in this order, where the drafts were
-            a tree: the record of token accepted[n, i] is applied as number i. None: tokens 0, 1, 2, ... A token
-            outside of [0, R) ends the sequence's list on a GPU and is refused on the CPU.
-        state_indices: int32 or int64 [N], or None, and first_slot, as for `decode`: a sequence without a state
-            is left out.
+        accepted: int32 or int64 [N, A], or None: which tokens are applied, in this order, where the drafts
+            were a tree: the record of token accepted[n, i] is applied as number i. None: tokens 0, 1, 2, ...
+            A token outside of [0, R) ends the sequence's list on a GPU and is refused on the CPU.
+        state_indices: int32 or int64 [N], or None, and first_slot, as for `decode`: a sequence without a
+            state is left out.
         rounding, kernel, threads, state_v_first: as for `decode`.
 
     Raises:
@@ -712,9 +714,9 @@ def fused_recurrent_kda(
     """The forward pass with the arguments, defaults and results of `fla.ops.kda.fused_recurrent_kda` in
     flash-linear-attention 0.6, for PyTorch tensors: replace the import, and the call stays as it is.
 
-    Where every sequence is known to have at most 16 tokens, `decode` computes it, in fp32. Else `fwd` does. The
-    host knows it from the shapes: T is at most 16, or with cu_seqlens all sequences have at most 16 tokens
-    together, or cu_seqlens_cpu says it. The values of a cu_seqlens are not looked at.
+    Where every sequence is known to have at most 16 tokens, `decode` computes it, in fp32. Else `fwd` does.
+    The host knows it from the shapes: T is at most 16, or with cu_seqlens all sequences have at most 16
+    tokens together, or cu_seqlens_cpu says it. The values of a cu_seqlens are not looked at.
 
     Args:
         q, k: bf16 [B, T, H, K]; used as they are unless use_qk_l2norm_in_kernel.
@@ -953,8 +955,8 @@ def decode_reference(
 ) -> tuple[Any, ...]:
     """What `decode` computes, token by token in fp64 on the CPU: slow, and meant for tests.
 
-    Takes the arguments of `decode`, as `reference` takes those of `fwd`, and by keyword what `decode` takes by
-    keyword. Of records the shape alone counts. Writes to none of its arguments.
+    Takes the arguments of `decode`, as `reference` takes those of `fwd`, and by keyword what `decode` takes
+    by keyword. Of records the shape alone counts. Writes to none of its arguments.
 
     Returns the output [N, T, HV, V] and the state after each token [N, T, HV, V, K] in fp64, with cu_seqlens
     [1, total, HV, V] and [total, HV, V, K]: CPU tensors if q is a tensor, else NumPy arrays. A token of a

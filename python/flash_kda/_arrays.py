@@ -5,7 +5,8 @@ NumPy's own arrays take one path: `call_c`, then `_prepare_and_run` unless the l
 of them, and its prepared call is used once: DLPack has no way to ask what an array looks like without
 exporting it.
 
-Shapes and dtypes are checked in C (src/check.c, src/check_decode.c), whose sentence becomes the exception's (`_lib.last_error`).
+Shapes and dtypes are checked in C (src/check.c, src/check_decode.c), whose sentence becomes the exception's
+(`_lib.last_error`).
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class PreparedCall:
         self.workspace_size = bytes_needed if given_bytes is None else 0
         params.workspace_size = bytes_needed if given_bytes is None else given_bytes
         is_fwd = options.function is _lib.FWD  # calls of other functions are short
-        self.is_long = is_fwd and not self.on_gpu and _is_long(params, options.threads)
+        self.is_long = is_fwd and not self.on_gpu and _is_long(params)
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
@@ -147,7 +147,8 @@ class PreparedCall:
     ) -> None:
         """Calls C with these pointers to the call's arrays. stream is for GPUs, and so is workspace, where it
         is none of the arrays: the CPU's workspace is the thread's own."""
-        # A finalizer or signal handler may run meanwhile and make a call, which then must not use this struct.
+        # A finalizer or signal handler may run meanwhile and make a call, which then must not use this
+        # struct.
         self.busy = True
         try:
             for field, pointer in zip(self.pointers, pointers):
@@ -212,7 +213,7 @@ def _flat_records(view: View) -> View:
     return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
 
 
-def _is_long(params: _lib.FwdParams, threads: int) -> bool:
+def _is_long(params: _lib.FwdParams) -> bool:
     """Whether a call on the CPU may take so long that signals should not wait for it."""
     rows, tokens, heads = params.v.shape[:3]
     sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows
@@ -220,7 +221,7 @@ def _is_long(params: _lib.FwdParams, threads: int) -> bool:
     if work < _LONG_TOKENS:
         return False
     cpus = os.cpu_count() or 1
-    return work >= _LONG_TOKENS * min(threads or cpus, cpus, 4 * sequences * heads)
+    return work >= _LONG_TOKENS * min(params.cpu_threads or cpus, cpus, 4 * sequences * heads)
 
 
 class PreparedCalls(threading.local):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Callable, ClassVar
 
 from . import _lib
@@ -96,8 +96,8 @@ def _kernel_name(kernel: str | None) -> bytes | None:
 
 
 def kernel_option() -> Any:
-    """Inductor passes an operator's arguments by name beside a `kernel` of its own, so the operator has another
-    name."""
+    """Inductor passes an operator's arguments by name beside a `kernel` of its own, so the operator has
+    another name."""
     takes = Takes((str, type(None)), "a string or None", "str?", to_c=_kernel_name)
     return option(None, takes, operator_name="kernel_name")
 
@@ -153,7 +153,8 @@ class CallOptions:
     def checked(self) -> Any:
         """These options, once every value is known to be one that the option takes, and to make sense beside
         the others. Integers of other libraries have become ints."""
-        options = option_fields(type(self))
+        cls: Any = type(self)
+        options = option_fields(cls)
         values = {f.name: f.metadata["takes"].check(f.name, getattr(self, f.name)) for f in options}
         self.check_together()
         if all(values[f.name] is getattr(self, f.name) for f in options):
@@ -166,7 +167,8 @@ class CallOptions:
 
     def apply_to(self, params: Any) -> None:
         """Fills in what C's struct has for the options. The options were checked."""
-        for f in option_fields(type(self)):
+        cls: Any = type(self)
+        for f in option_fields(cls):
             to_c = f.metadata["takes"].to_c
             if to_c is not None:
                 setattr(params, f.metadata["c_name"] or f.name, to_c(getattr(self, f.name)))
@@ -188,8 +190,8 @@ class CallOptions:
 
 
 class GateAndBeta:
-    """What the options of the gate and of beta mean together. A subclass of CallOptions with this base has the
-    fields use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval and has_lower_bound."""
+    """What the options of the gate and of beta mean together. A subclass of CallOptions with this base has
+    the fields use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval and has_lower_bound."""
 
     has: Callable[[str], bool]
     use_gate_in_kernel: bool
@@ -228,8 +230,8 @@ class GateAndBeta:
             params.beta_kind = _lib.BETA_TWICE_SIGMOID if self.allow_neg_eigval else _lib.BETA_SIGMOID
 
 
-@lru_cache(maxsize=None)
-def option_fields(cls: type) -> tuple[Any, ...]:
+@cache
+def option_fields(cls: Any) -> tuple[Any, ...]:
     """The fields of an Options class that are options of the function."""
     return tuple(f for f in fields(cls) if "takes" in f.metadata)
 
@@ -241,8 +243,9 @@ class KnownOptions:
         self.cls = cls
         self._names = tuple(f.name for f in fields(cls))
         self._defaults = tuple(f.default for f in fields(cls))
-        # Typed: 2 and 2.0 are different values, and so are True and 1, so that a wrong type never finds a right
-        # value's options. An error is not kept, so wrong values are checked, and refused, at every call.
+        # Typed: 2 and 2.0 are different values, and so are True and 1, so that a wrong type never finds a
+        # right value's options. An error is not kept, so wrong values are checked, and refused, at every
+        # call.
         self.cached: Callable[..., Any] = lru_cache(maxsize=1024, typed=True)(self._make)
         self.defaults_for: dict[int, Any] = _DefaultsFor(self)
 
@@ -257,8 +260,8 @@ class KnownOptions:
         return self.cached(*(getattr(checked, name) for name in self._names))
 
     def known(self, *values: Any) -> Any:
-        """The one object for these values of its first fields, which were checked. The other fields have their
-        defaults.
+        """The one object for these values of its first fields, which were checked. The other fields have
+        their defaults.
 
         Raises:
             TypeError, ValueError: an option has a wrong value; the sentence names the option.

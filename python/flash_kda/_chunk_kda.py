@@ -103,7 +103,8 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
 
 
 def is_v_first(call: dict[str, Any], more: dict[str, Any], stacklevel: int) -> bool:
-    """state_v_first, also by its older name. stacklevel: of the warning, which is for the package's caller."""
+    """state_v_first, also by its older name. stacklevel: of the warning, which is for the package's
+    caller."""
     if "transpose_state_layout" not in more:
         return call["state_v_first"]
     if call["state_v_first"]:

@@ -1,7 +1,7 @@
 """The options of calls of `decode` and `apply_records`, as _options.py has those of `fwd`.
 
-`decode` and `apply_records` pass values to `known_decode_options` and `known_apply_options` in the order of the
-fields, and arrays in the order of `optional_arrays`. tests/python/test_decode.py notices a wrong order.
+`decode` and `apply_records` pass values to `known_decode_options` and `known_apply_options` in the order of
+the fields, and arrays in the order of `optional_arrays`. tests/python/test_decode.py notices a wrong order.
 """
 
 from __future__ import annotations

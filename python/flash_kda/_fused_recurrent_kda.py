@@ -1,8 +1,8 @@
 """fused_recurrent_kda with the arguments, defaults and results of flash-linear-attention 0.6, in terms of
 `decode` and `fwd`, as _chunk_kda.py has chunk_kda.
 
-`decode` updates a state in place, so a final state begins as a copy of the initial one. Where no final state is
-wanted, `decode` reads the initial state as it is and writes none.
+`decode` updates a state in place, so a final state begins as a copy of the initial one. Where no final state
+is wanted, `decode` reads the initial state as it is and writes none.
 """
 
 from __future__ import annotations

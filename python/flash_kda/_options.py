@@ -1,4 +1,5 @@
-"""The options of a call of `fwd`: what it asks for apart from the contents of its arrays, scale and lower_bound.
+"""The options of a call of `fwd`: what it asks for apart from the contents of its arrays, scale and
+lower_bound.
 
 _call_options.py has the machinery. An option is one field of `Options`. To add an option, change
 

@@ -426,10 +426,11 @@ class Operator:
         raise TypeError(f"A tensor of the call {_why_unreadable(batched)}")
 
     def _fake(self, *arguments: Any) -> None:
-        """The operator returns nothing, and what it writes has its shape before. Tensors without memory get the
-        checks that need none: devices, dtypes and shapes. Sizes that a compiler keeps open are checked with the
-        numbers that it traces with, which binds them to nothing; sizes without such numbers are checked once
-        the call runs."""
+        """The operator returns nothing, and what it writes has its shape before. Tensors without memory get
+        the
+        checks that need none: devices, dtypes and shapes. Sizes that a compiler keeps open are checked with
+        the numbers that it traces with, which binds them to nothing; sizes without such numbers are checked
+        once the call runs."""
         tensors, given, values, _, lower_bound = self._arrays_and_options(arguments)
         symbols = [x for t in tensors for x in t.shape] + values
         if any(isinstance(x, torch.SymInt) and not x.node.has_hint() for x in symbols):
@@ -446,8 +447,9 @@ class Operator:
 
     def _register(self, wanted: str) -> str:
         """Registers the operator, and returns its name in the namespace flash_kda. That is the wanted name,
-        unless another library has an operator of this name there already: then it gets a number. If the package
-        was imported before in this process, and its modules were dropped, the operator of then is used."""
+        unless another library has an operator of this name there already: then it gets a number. If the
+        package was imported before in this process, and its modules were dropped, the operator of then is
+        used."""
         for name in itertools.chain([wanted], (f"{wanted}_{i}" for i in itertools.count(2))):
             qualified = f"flash_kda::{name}"
             found = getattr(torch.ops.flash_kda, name, None)

@@ -242,8 +242,9 @@ def test_apply_equals_decode(way):
 
 def test_records(way):
     """The rows are decay, key and u. What is beyond a sequence's tokens stays as it is."""
-    a = make_decode(lengths=(3, 2, 0), write="none", records=True, gate="activated", wide=True, normalised=True,
-                    seed=14)  # fmt: skip
+    a = make_decode(
+        lengths=(3, 2, 0), write="none", records=True, gate="activated", wide=True, normalised=True, seed=14
+    )
     records = run_decode(a, *way)["records"]
     assert records.shape == (3, 4, 2, 3, 128)
     np.testing.assert_allclose(records[0, :3, :, 0], np.exp(a["g"][0, :3]), rtol=1e-6)
@@ -289,8 +290,8 @@ def test_rounding(way, state):
 
 
 def test_a_state_that_forgets_slowly():
-    """Each token forgets 1e-4 of the state: rounded to the nearest bf16 after each token the state stays as it
-    is, and rounded at random it is right on average."""
+    """Each token forgets 1e-4 of the state: rounded to the nearest bf16 after each token the state stays as
+    it is, and rounded at random it is right on average."""
     a = make_decode(N=1, T=1, HV=1, gate="activated", beta="activated", pool=False, state=bfloat16, wide=True)
     a["g"][:], a["beta"][:] = -1e-4, 0
     a["state"][:] = 1
@@ -587,5 +588,5 @@ def test_jax():
         flash_kda.decode(**{**work, "q": q})
         return q
 
-    with pytest.raises(TypeError, match="q is a tracer: flash_kda cannot be called inside of jax.jit"):
+    with pytest.raises(TypeError, match=r"q is a tracer: flash_kda cannot be called inside of jax\.jit"):
         jax.jit(traced)(inputs["q"])

@@ -1,4 +1,4 @@
-"""decode and apply_records on PyTorch tensors: the operators, compilers, CUDA graphs, tensors that are refused."""
+"""decode and apply_records on PyTorch tensors: operators, compilers, CUDA graphs, refusals."""
 
 import shutil
 import threading
@@ -43,8 +43,17 @@ def test_positions_of_arguments(device):
     check(a, device, lambda **t: flash_kda.decode(*(t[n] for n in INPUTS), **{n: t[n] for n in rest}))
 
 
-@pytest.mark.parametrize("options", [{}, {"write": "each", "accepted": True}, {"write": "none", "records": True},
-                                     {"lengths": (3, 0, 5)}, {"write": "each", "tree": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"write": "each", "accepted": True},
+        {"write": "none", "records": True},
+        {"lengths": (3, 0, 5)},
+        {"write": "each", "tree": True},
+    ],
+    ids=str,
+)
 def test_devices(device, options):
     check(make_decode(**options, seed=2), device)
 

@@ -1,4 +1,5 @@
-"""fused_recurrent_kda: the arguments, defaults and results of flash-linear-attention's function of that name."""
+"""fused_recurrent_kda: the arguments, defaults and results of flash-linear-attention's function of that
+name."""
 
 import inspect
 import warnings
