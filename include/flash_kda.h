@@ -24,10 +24,11 @@
  *   results are undefined: then the driver failed after some launches of the call, or the caller interrupted
  *   it.
  *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
- *   one: flash_kda_fwd() and flash_kda_reference() are cancellation points when their work is done, and the
- *   others are none. A signal handler must not leave a call by longjmp(). Signal handlers run on the caller's
- *   threads alone. The floating-point settings of the calling thread (rounding, unmasked exceptions, flushing
- *   of tiny numbers) change no result, and are as before afterwards, the exception flags included.
+ *   one: flash_kda_fwd(), flash_kda_decode(), flash_kda_apply() and the references are cancellation points
+ *   when their work is done, and the others are none. A signal handler must not leave a call by longjmp().
+ *   Signal handlers run on the caller's threads alone. The floating-point settings of the calling thread
+ *   (rounding, unmasked exceptions, flushing of tiny numbers) change no result, and are as before afterwards,
+ *   the exception flags included.
  */
 #ifndef FLASH_KDA_H
 #define FLASH_KDA_H
@@ -302,6 +303,144 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
  * shape alone. Slow, and meant for tests. */
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
+
+/* Decode: one to sixteen tokens of each sequence. Which states flash_kda_decode() writes to the pool. */
+typedef enum flash_kda_write_states {
+    FLASH_KDA_WRITE_LAST = 0, /* the state after a sequence's last token, to the slot that it came from */
+    FLASH_KDA_WRITE_NONE = 1, /* none, to verify draft tokens: see "records" */
+    FLASH_KDA_WRITE_EACH = 2, /* the state after token i of sequence n, to slot state_indices[n, i] */
+} flash_kda_write_states;
+enum {
+    FLASH_KDA_MAX_DECODE_TOKENS = 16, /* of one sequence in one call of flash_kda_decode() */
+    FLASH_KDA_RECORD_ROWS = 3,        /* rows of 128 numbers in a token's record of one head: decay, key, u */
+};
+
+/*
+ * The arguments of flash_kda_decode(), which computes the recurrence at the top of this file for a few
+ * tokens of each of many sequences, with states that lie in a pool and are read and written once a call.
+ * Zero the struct, set struct_size to sizeof(flash_kda_decode_params), then fill in the rest. Fields that
+ * flash_kda_fwd_params has too mean the same there.
+ *
+ *   q, k           bf16 [N, T, H, K], T from 0 to 16; with cu_seqlens [1, total, H, K]
+ *   v, out         bf16 [N, T, HV, V], out is written; with cu_seqlens [1, total, HV, V]
+ *   g              bf16 or f32 [N, T, HV, K]
+ *   beta           bf16 or f32 [N, T, HV]
+ *   A_log, dt_bias as in flash_kda_fwd_params
+ *   state          f32 or bf16 [slots, HV, V, K], [slots, HV, K, V] with state_k_first; read and written
+ *   state_indices  i32 or i64 [N], optional: sequence n has slot state_indices[n], or n where the tensor is
+ *                  absent. With FLASH_KDA_WRITE_EACH it is required and is [N, S], where S is at least the
+ *                  longest sequence
+ *   num_accepted_tokens  i32 or i64 [N], optional, with FLASH_KDA_WRITE_EACH alone: sequence n starts from
+ *                  slot state_indices[n, num_accepted_tokens[n] - 1], where the number is 1 to S; absent:
+ *                  from slot state_indices[n, 0]
+ *   cu_seqlens     i32 or i64 [N + 1], optional: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] -
+ *                  1. A sequence has 0 to 16 tokens
+ *   parents        i32 or i64 [N, P], optional: a tree of draft tokens. Token i of sequence n continues
+ *                  from token parents[n, i] of the same sequence, which is less than i, or from the
+ *                  sequence's starting state where it is negative. P is at least the longest sequence. Not
+ *                  with FLASH_KDA_WRITE_LAST. Absent: token i continues from token i - 1
+ *   records        f32 [N, R, HV, 3 * 128], contiguous, optional, written: the record of token i of sequence
+ *                  n in [n, i]. A head's 384 numbers are the decay exp(g_t) of each channel, the key k_t,
+ *                  and u_t. R is at least the longest sequence, and what lies beyond a sequence's tokens
+ *                  stays as it is. flash_kda_apply() needs nothing else to bring a state up to date
+ *   rounding       i64 [2], optional, on the device: seed and offset of the random numbers with which a
+ *                  bf16 state is rounded. Absent: to nearest. A state that forgets 1e-5 of itself a token
+ *                  does not change at all when each step is rounded to the nearest bf16; rounded at random
+ *                  it is right on average. Equal seeds, offsets, indices and inputs give equal bits. The
+ *                  caller adds 1 to the offset from call to call, in a graph by a kernel. Ignored with an
+ *                  f32 state
+ *
+ * An index below first_slot means that the sequence has no state: its out is zeros, its records are zeros,
+ * and the pool is neither read nor written. An index beyond the pool means the same on a GPU, and is
+ * refused on the CPU. With FLASH_KDA_WRITE_EACH a slot that is below first_slot or beyond the pool takes no
+ * state, and the others do. If two sequences have one slot and one of them writes it, the results of both
+ * are unspecified. On a GPU cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and
+ * a sequence of more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU these are
+ * refused.
+ *
+ * Arithmetic is fp32. The state does not pass through the workspace, and there is none.
+ */
+typedef struct flash_kda_decode_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream;
+    flash_kda_tensor q, k, v, g, beta;
+    flash_kda_tensor out;
+    flash_kda_tensor A_log, dt_bias;
+    flash_kda_tensor state;
+    flash_kda_tensor state_indices;
+    flash_kda_tensor num_accepted_tokens;
+    flash_kda_tensor cu_seqlens;
+    flash_kda_tensor parents;
+    flash_kda_tensor records;
+    flash_kda_tensor rounding;
+    float scale;              /* finite */
+    float lower_bound;        /* in [-5, 0]; of the bounded gate */
+    int32_t write_states;     /* flash_kda_write_states */
+    int32_t gate;             /* flash_kda_gate */
+    int32_t beta_kind;        /* flash_kda_beta */
+    int32_t qk_is_normalised; /* 1: q and k are used as they are */
+    int32_t state_k_first;    /* 1: states are [.., K, V] */
+    int32_t cpu_threads;      /* 0: as many as the process may run on; results do not depend on it */
+    int64_t first_slot;       /* at least 0 */
+    const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
+    const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+} flash_kda_decode_params;
+
+/* Computes a few tokens of each sequence. On a GPU it enqueues one kernel on the stream and returns: no
+ * allocation, no synchronisation. The first call on a device loads the kernels; after it a call is safe
+ * under CUDA graph capture. */
+FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_params *params);
+
+/* Checks what flash_kda_decode() would check and needs no memory: options, dtypes, shapes and the kernel. No
+ * pointer is followed; an optional tensor counts if its data is not NULL. For compilers that trace a call. */
+FLASH_KDA_API flash_kda_status flash_kda_check_decode(const flash_kda_decode_params *params);
+
+/* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, HV, V] (with cu_seqlens [1, total,
+   HV, V]) and, unless NULL, states64 [N, T, HV, V, K] (with cu_seqlens [total, HV, V, K]): the state after
+   each token, V before K whatever state_k_first says. params->state is read and not written; params->out
+   and params->records are not written and may be absent. Of tokens without a state out64 is zeros and
+   states64 stays as it is. Slow, and meant for tests. */
+FLASH_KDA_API flash_kda_status flash_kda_decode_reference(const flash_kda_decode_params *params,
+                                                          double *out64, double *states64);
+
+/*
+ * The arguments of flash_kda_apply(), which brings states up to date after draft tokens were verified: the
+ * state of sequence n becomes what it is after the first num_accepted_tokens[n] tokens of its records. Each
+ * state is read and written once, however many tokens there are. Zero the struct and set struct_size.
+ *
+ *   records              f32 [N, R, HV, 3 * 128], contiguous: of flash_kda_decode()
+ *   num_accepted_tokens  i32 or i64 [N]: how many tokens of a sequence are applied, 0 to the least of R, A
+ *                        and 16. Outside of that it is clamped on a GPU and refused on the CPU
+ *   accepted             i32 or i64 [N, A], optional: which tokens are applied, in this order, where the
+ *                        drafts were a tree: the record of token accepted[n, i] is applied as number i.
+ *                        Absent: tokens 0, 1, 2, ... A token outside of [0, R) ends the sequence's list on a
+ *                        GPU and is refused on the CPU
+ *
+ * All other fields mean what they mean in flash_kda_decode_params; state_indices is [N]. A sequence without
+ * a state, and one of which no token is applied, changes nothing.
+ */
+typedef struct flash_kda_apply_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream;
+    flash_kda_tensor records;
+    flash_kda_tensor num_accepted_tokens;
+    flash_kda_tensor accepted;
+    flash_kda_tensor state;
+    flash_kda_tensor state_indices;
+    flash_kda_tensor rounding;
+    int32_t state_k_first;
+    int32_t cpu_threads;
+    int64_t first_slot;
+    const char *kernel;
+    const volatile int32_t *interrupt;
+} flash_kda_apply_params;
+
+FLASH_KDA_API flash_kda_status flash_kda_apply(const flash_kda_apply_params *params);
+
+/* As flash_kda_check_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params);
 
 /* What a binding for an interpreter (Python, Ruby, R) knows of it, for flash_kda_fwd_for(). */
 typedef struct flash_kda_interpreter {

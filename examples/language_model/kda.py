@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from model import LOWER_BOUND
+from model import LOWER_BOUND, Layer, convolve, gated_norm, split_heads
 from torch import Tensor
 
 CHUNK = 16  # tokens; decays within a chunk reach exp(-80), and their inverses exp(80), which fp32 holds
@@ -31,8 +31,8 @@ def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor,
     L = torch.tril(b * (k_in @ k_out.mT), -1)
     A = torch.tril(q_in @ k_out.mT)
     eye = torch.eye(CHUNK, device=q.device)
-    both = torch.linalg.solve_triangular(eye + L, b * torch.cat([k_in, v], -1), upper=False, unitriangular=True)
-    W, U0 = both.split(D, -1)
+    right = b * torch.cat([k_in, v], -1)
+    W, U0 = torch.linalg.solve_triangular(eye + L, right, upper=False, unitriangular=True).split(D, -1)
     rest = (k * (last - G).exp()).mT
     gamma = last.exp().mT
 
@@ -45,11 +45,10 @@ def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor,
     return torch.stack(out, 2).flatten(2, 3).transpose(1, 2)
 
 
-def mix_for_training(layer, qkv: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    from model import convolve, split_heads
-
+def mix_for_training(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     q, k, v = split_heads(convolve(qkv, layer.taps), layer.heads)
-    return kda(q, k, v, g, beta, layer.A_log, layer.dt_bias).to(qkv.dtype)
+    o = kda(q, k, v, g, beta, layer.A_log, layer.dt_bias).to(qkv.dtype)
+    return gated_norm(o, gate, layer.norm)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

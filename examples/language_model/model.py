@@ -28,7 +28,11 @@ class Config(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, 1e-5)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), 1e-5)
+
+
+def gated_norm(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(o, weight) * torch.sigmoid(gate)
 
 
 class Layer(nn.Module):
@@ -44,7 +48,7 @@ class Layer(nn.Module):
         self.g = nn.Linear(c.width, inner, bias=False)
         self.beta = nn.Linear(c.width, c.heads, bias=False)
         self.A_log = nn.Parameter(torch.zeros(c.heads))
-        # Decays from 1e-3 to 1 nat a token: some channels remember a word, others a page.
+        # The bias of the gate: some channels remember a word, others a page.
         self.dt_bias = nn.Parameter(torch.linspace(-8.0, -1.4, D).repeat(c.heads, 1))
         self.output_gate = nn.Linear(c.width, inner, bias=False)
         self.norm = nn.Parameter(torch.ones(D))
@@ -54,20 +58,19 @@ class Layer(nn.Module):
         self.down = nn.Linear(c.feed_forward, c.width, bias=False)
 
     def forward(self, x: Tensor, mix: Callable[..., Tensor]) -> Tensor:
-        """x [B, T, width]. mix(layer, qkv, g, beta) is the convolution and the recurrence: [B, T, heads, D]."""
+        """x [B, T, width]. mix(layer, qkv, g, beta, gate) is the convolution, the recurrence, and the gated
+        norm of what it reads: [B, T, heads, D]."""
         y = rms_norm(x, self.before)
-        g = self.g(y).unflatten(-1, (self.heads, D))
-        o = mix(self, self.qkv(y), g, self.beta(y))
-        gate = torch.sigmoid(self.output_gate(y)).unflatten(-1, (self.heads, D))
-        x = x + self.out((rms_norm(o, self.norm) * gate).flatten(-2))
+        g, gate = (part(y).unflatten(-1, (self.heads, D)) for part in (self.g, self.output_gate))
+        x = x + self.out(mix(self, self.qkv(y), g, self.beta(y), gate).flatten(-2))
         a, b = self.up(rms_norm(x, self.between)).chunk(2, -1)
         return x + self.down(F.silu(a) * b)
 
 
 class Model(nn.Module):
-    def __init__(self, c: Config = Config()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.config = c
+        self.config = c = Config()
         self.embed = nn.Embedding(c.bytes, c.width)
         self.layers = nn.ModuleList([Layer(c) for _ in range(c.layers)])
         self.last = nn.Parameter(torch.ones(c.width))

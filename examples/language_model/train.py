@@ -1,7 +1,7 @@
 """Trains the model of this folder on a text: python examples/language_model/train.py TEXT [--minutes 2]
 
-The weights in this folder come from the King James Bible of 1611, which is in the public domain (Debian's
-package bible-kjv prints it: `bible -f 'gen1:1-rev22:21'`), with verse numbers cut off. Two minutes on one H200.
+The weights in this folder come from the King James Bible of 1611, which is in the public domain. Debian's
+package bible-kjv prints it (bible -f 'gen1:1-rev22:21'); the verses' numbers were cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def batches(text: torch.Tensor, rows: int, generator: torch.Generator) -> torch.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--rows", type=int, default=64)
