@@ -5,10 +5,11 @@ flash-linear-attention's fused_recurrent_kda where that is installed.
     python benchmarks/decode.py --rows 64x12 256x8 --rounds 5 --json decode.json
 
 A row is a number of sequences x heads, tokens of each sequence, and what happens to the states. A time is the
-median of rounds of CUDA-graph replays. Calls of a graph take turns at slots of one pool that is far beyond the
-L2 cache, in a random order, so that every state comes from memory. "floor" is the time in which the bytes that
-a call has to move (states, records, inputs and outputs) could be copied, "of copy" is floor / time. A row with
-a bar in microseconds, in per cent of the copy rate, or in terms of another row's time says whether it is met.
+median of rounds of CUDA-graph replays. Calls of a graph take turns at slots of one pool that is far beyond
+the L2 cache, in a random order, so that every state comes from memory. "floor" is the time in which the
+bytes that a call has to move (states, records, inputs and outputs) could be copied, "of copy" is floor /
+time. A row with a bar in microseconds, in per cent of the copy rate, or in terms of another row's time says
+whether it is met.
 """
 
 from __future__ import annotations
@@ -264,9 +265,8 @@ def main(argv: list[str]) -> None:
     import flash_kda
 
     rate = copy_rate("cuda")
-    print(
-        f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}\n"
-    )
+    name, version = torch.cuda.get_device_name(), flash_kda.__version__
+    print(f"{name}, copies at {rate / 1e12:.2f} TB/s, flash_kda {version}\n")
     print("| call | us | floor, us | of copy | bar | FLA, us |")
     print("| --- | --- | --- | --- | --- | --- |")
     results, one_token = [], {}
