@@ -94,9 +94,8 @@ def main() -> None:
     if N > 4:
         print(f"and {N - 4} more")
     print(f"prompt of {len(prompt)} bytes: {1e3 * (ready - start):.1f} ms, graph included")
-    print(
-        f"{N * options.bytes / (end - ready):,.0f} bytes a second, {1e3 * (end - ready) / options.bytes:.3f} ms a step"
-    )
+    seconds = end - ready
+    print(f"{N * options.bytes / seconds:,.0f} bytes a second, {1e3 * seconds / options.bytes:.3f} ms a step")
 
 
 if __name__ == "__main__":
