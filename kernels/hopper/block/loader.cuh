@@ -54,7 +54,7 @@ template <class Block> struct Loader {
     static __device__ void prefetch_descriptors(const fkda_hopper_fwd_args &args, int lane)
     {
         if (lane) return;
-        if (!Block::GENERAL || !args.fwd.g_is_f32) prefetch_descriptor(&args.g);
+        if (!has_fp32_gates<Block>(args.fwd)) prefetch_descriptor(&args.g);
         prefetch_descriptor(&args.k);
         prefetch_descriptor(&args.v);
         if (Block::OUTPUTS) prefetch_descriptor(&args.q);
@@ -131,7 +131,7 @@ template <class Block> struct Loader {
             if (values.after_maps) wait(&shared.join.room_for_tokens, 0);
         if (elect_lane()) {
             /* Gates in fp32 have no room in the slot: the preparation loads them from global memory. */
-            const bool with_g = !Block::GENERAL || !args.fwd.g_is_f32;
+            const bool with_g = !has_fp32_gates<Block>(args.fwd);
             const int bytes = static_cast<int>(sizeof to.half) - (with_g ? 0 : DIM / 64 * Block::HALF_TOKENS);
             mbarrier_arrive_expecting(barrier, values.boxes * Block::HALF_TOKENS + bytes);
 #pragma unroll
