@@ -58,9 +58,9 @@ struct Block : SomeSchedule::template Phase<Cta> {
                                    !(GENERAL && SomeSchedule::template Phase<Cta>::RELAYS);
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
-    /* The preparation of unbounded gates needs more registers than a relay's output phase gives others. */
+    /* With options the preparation needs more registers than a relay's output phase gives others. */
     static constexpr Registers REGISTERS =
-        UNBOUNDED && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
+        OPTIONS && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
     static constexpr int SLOTS = Cta::OWN_SLOTS + Cta::RECEIVED_SLOTS;
     static constexpr int SUBCHUNKS = Cta::CHUNK / SUBCHUNK;
     static constexpr int RECURRENCE_WARPS = Cta::ROWS / 16;

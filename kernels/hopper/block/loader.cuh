@@ -69,7 +69,7 @@ template <class Block> struct Loader {
             !mbarrier_test(&shared.chunk_ring.loaded[to_norm.index], to_norm.parity))
             return false;
         int cta, thread = static_cast<int>(threadIdx.x);
-        if (Block::GENERAL)
+        if (Block::OPTIONS)
             read_indices(cta, thread); /* places are found anew, because registers are scarce */
         store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], args.fwd,
                               0, thread & 31);

@@ -36,6 +36,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
     static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
+    /* A general relay has no registers left for what tells whether it must be careful (prepare_slice.cuh). */
+    static constexpr bool ALWAYS_CAREFUL = Block::GENERAL && Block::RELAYS;
     unsigned meetings; /* of the team so far; for racecheck alone */
 
     __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : Base(a, s), meetings(0)
@@ -125,7 +127,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             x = ex2_minus_1(x);
         }
         bool unusual = sum != sum || !usual;
-        if constexpr (Block::UNBOUNDED) {
+        if constexpr (Block::UNBOUNDED && !ALWAYS_CAREFUL) {
             const bool wide = gates.least < -Base::MAY_BE_WIDE;
             if (careful)
                 gates.wide = __any_sync(~0u, wide);
@@ -347,7 +349,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         /* Whether the chunk is prepared carefully from the start: if the chunk before it had wide elements,
          * this one probably has some too. */
         const auto starts_carefully = [&] {
-            return (Block::UNBOUNDED && gates.wide) || (Base::GATES_AHEAD && at.left < Block::CHUNK);
+            return (Block::UNBOUNDED && !ALWAYS_CAREFUL && gates.wide) ||
+                   (Base::GATES_AHEAD && at.left < Block::CHUNK);
         };
         while (!at.done()) {
             /* Chunks without bad tokens. The rare rest stands outside this loop, because loops of all roles
@@ -357,15 +360,15 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
                 if (SAVES_REGISTERS) this->find_place();
                 begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round());
                 Sums sums = {};
-                bad =
-                    starts_carefully() || prepare_slices<false>(slot.index, round(), at, false, sums, gates);
+                bad = starts_carefully() ||
+                      prepare_slices<ALWAYS_CAREFUL>(slot.index, round(), at, false, sums, gates);
                 if (bad) break;
                 finish_chunk(slot.index, round(), sums);
                 advance();
             }
             if (!bad) break;
             Sums sums = {};
-            if constexpr (Block::UNBOUNDED) {
+            if constexpr (Block::UNBOUNDED && !ALWAYS_CAREFUL) {
                 bool restores = !starts_carefully();
 #pragma unroll 1
                 for (;; restores = true) {
