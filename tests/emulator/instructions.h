@@ -71,6 +71,10 @@ inline float ex2(float x)
 {
     return flushed(exp2f(flushed(x)));
 }
+inline float min_or_nan(float x, float y)
+{
+    return x < y || x != x ? x : y;
+}
 inline float rcp(float x)
 {
     return flushed(1.0f / flushed(x));

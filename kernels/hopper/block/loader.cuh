@@ -57,7 +57,7 @@ template <class Block> struct Loader {
     static __device__ void prefetch_descriptors(const fkda_hopper_fwd_args &args, int lane)
     {
         if (lane) return;
-        if (!Block::GENERAL || !args.fwd.g_is_f32) prefetch_descriptor(&args.g);
+        if (!has_fp32_gates<Block>(args.fwd)) prefetch_descriptor(&args.g);
         prefetch_descriptor(&args.k);
         prefetch_descriptor(&args.v);
         if (Block::OUTPUTS) prefetch_descriptor(&args.q);
@@ -72,7 +72,7 @@ template <class Block> struct Loader {
             !mbarrier_test(&shared.chunk_ring.loaded[to_norm.index], to_norm.parity))
             return false;
         int cta, thread = static_cast<int>(threadIdx.x);
-        if (Block::GENERAL)
+        if (Block::OPTIONS)
             read_indices(cta, thread); /* places are found anew, because registers are scarce */
         store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], args.fwd,
                               0, thread & 31);
@@ -166,7 +166,7 @@ template <class Block> struct Loader {
         if (elect_lane()) {
             note_checkpoint(own.index, values);
             /* Gates in fp32 have no room in the slot: the preparation loads them from global memory. */
-            const bool with_g = !Block::GENERAL || !args.fwd.g_is_f32;
+            const bool with_g = !has_fp32_gates<Block>(args.fwd);
             const int bytes = static_cast<int>(sizeof to.half) - (with_g ? 0 : DIM / 64 * Block::HALF_TOKENS);
             mbarrier_arrive_expecting(barrier, values.boxes * Block::HALF_TOKENS + bytes);
 #pragma unroll

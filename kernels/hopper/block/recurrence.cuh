@@ -39,7 +39,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     using Base::all, Base::args, Base::shared, Base::lane, Base::state, Base::scale, Base::is_map,
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
-    using Base::misfit, Base::adapt, Base::choose_first_scales, Base::load_state, Base::store_state;
+    using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
+        Base::load_state, Base::store_state;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
@@ -179,6 +180,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         wgmma_commit();
 
         /* ---- Meanwhile: does this chunk leave the usual path? ---- */
+        if constexpr (Block::OPTIONS)
+            if (look && may_grow() && __any_sync(~0u, has_grown())) faint = true;
         const float high = largest(raw, 0), low = largest(raw, 1);
         const bool act = misfit(high, low, look | look_again);
         /* The load gives 0 instead of the divisor if v does not fit. Its address depends on v, so that the

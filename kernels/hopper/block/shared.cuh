@@ -25,6 +25,22 @@ template <class Block> __device__ __forceinline__ int pair_rank()
     return Block::CTAS == 2 ? cluster_rank() : 0;
 }
 
+/* The gate of a call, which only a general block does not know beforehand. */
+template <class Block> __device__ __forceinline__ GateOfCall gate_of_call(const fkda_fwd_args &args)
+{
+    switch (Block::ARITHMETIC) {
+    case Arithmetic::SOFTPLUS: return {GateOfCall::SOFTPLUS};
+    case Arithmetic::ACTIVATED: return {GateOfCall::ACTIVATED};
+    case Arithmetic::GENERAL: return {args.gate};
+    default: return {GateOfCall::BOUNDED};
+    }
+}
+
+template <class Block> __device__ __forceinline__ bool has_fp32_gates(const fkda_fwd_args &args)
+{
+    return Block::GENERAL ? args.g_is_f32 : Block::ARITHMETIC == Arithmetic::ACTIVATED;
+}
+
 /* The barriers of the slots of chunks. */
 template <class Block> struct ChunkRing {
     uint64_t loaded[Block::OWN_SLOTS], ready[Block::SLOTS], empty[Block::SLOTS];
