@@ -6,7 +6,16 @@
 #define FKDA_DECODE_THREADS 256   /* of a CTA that has all rows of V; at most */
 #define FKDA_DECODE_CTAS_PER_SM 2 /* of that many threads, for which __launch_bounds__ leaves registers */
 
-/* Dynamic shared memory. A vector has 128 fp32. A call has T tokens of a sequence, rounded up to an even
+/* Decode of one token (one.cuh). Lanes that share a row, and threads that have a head. A thread copies 4 x 4
+ * fp32 or 8 x 8 bf16 at a time. */
+#define FKDA_DECODE_LANES_OF_A_ROW(k_first) ((k_first) ? 4 : 8)
+#define FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first)                                                         \
+    (((is_bf16) ? 16 : 32) * FKDA_DECODE_LANES_OF_A_ROW(k_first))
+#define FKDA_DECODE_BYTES_OF_ONE(is_bf16) ((is_bf16) ? 32768 : 65536) /* of shared memory, for a head */
+/* CTAs with 32 KB of states on an SM, for which __launch_bounds__ leaves registers. */
+#define FKDA_DECODE_CTAS_OF_ONE(is_bf16) ((is_bf16) ? 5 : 6)
+
+/* Dynamic shared memory of the others. A vector has 128 fp32. A call has T tokens of a sequence, rounded up to an even
  * number: the chunk kernels compute two tokens at a time. */
 #define FKDA_DECODE_VECTOR_BYTES 512
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */
@@ -16,5 +25,7 @@
 #define FKDA_DECODE_EVEN(tokens) (((tokens) + 1) / 2 * 2)
 #define FKDA_DECODE_SHARED_BYTES(vectors, tokens)                                                            \
     (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * (vectors)*FKDA_DECODE_EVEN(tokens))
+/* Of any kernel. */
+#define FKDA_DECODE_MOST_SHARED_BYTES FKDA_DECODE_BYTES_OF_ONE(0)
 
 #endif

@@ -67,7 +67,7 @@ __device__ __forceinline__ void unpack_four(float (&x)[4], uint2 bits)
 struct Inputs {
     uint2 q, k, v;
     uint4 g; /* fp32, or bf16 in x and y */
-    float beta;
+    uint32_t beta; /* the bits of fp32 or bf16 */
 };
 
 /* What a lane keeps of the gate of the head. */
@@ -132,10 +132,21 @@ struct Preparation {
         }
         const long long at = find_row(args.beta_strides, sequence, i, work.head);
         if (args.beta_is_f32)
-            x.beta = __ldg(static_cast<const float *>(args.beta) + at);
+            x.beta = __ldg(static_cast<const uint32_t *>(args.beta) + at);
         else
-            x.beta = bf16_low(__ldg(static_cast<const uint16_t *>(args.beta) + at));
+            x.beta = __ldg(static_cast<const uint16_t *>(args.beta) + at);
         return x;
+    }
+
+    __device__ __forceinline__ void read_gates(float (&g)[4], const Inputs &inputs) const
+    {
+        if (args.g_is_f32) {
+            const uint32_t bits[4] = {inputs.g.x, inputs.g.y, inputs.g.z, inputs.g.w};
+#pragma unroll
+            for (int c = 0; c < 4; c++) g[c] = __uint_as_float(bits[c]);
+        } else {
+            unpack_four(g, make_uint2(inputs.g.x, inputs.g.y));
+        }
     }
 
     /* Makes decays of four elements of g. */
@@ -155,8 +166,9 @@ struct Preparation {
         for (int c = 0; c < 4; c++) g[c] = decay_from_log2(g[c]);
     }
 
-    __device__ __forceinline__ float write_strength(float beta) const
+    __device__ __forceinline__ float write_strength(uint32_t bits) const
     {
+        const float beta = args.beta_is_f32 ? __uint_as_float(bits) : bf16_low(bits);
         if (args.beta_kind == FLASH_KDA_BETA_ACTIVATED) return beta;
         const float strength = rcp(1.0f + ex2(beta * -LOG2_E));
         return args.beta_kind == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.0f * strength : strength;
@@ -187,13 +199,7 @@ struct Preparation {
         unpack_four(q, inputs.q);
         unpack_four(k, inputs.k);
         unpack_four(v, inputs.v);
-        if (args.g_is_f32) {
-            const uint32_t g[4] = {inputs.g.x, inputs.g.y, inputs.g.z, inputs.g.w};
-#pragma unroll
-            for (int c = 0; c < 4; c++) decay[c] = __uint_as_float(g[c]);
-        } else {
-            unpack_four(decay, make_uint2(inputs.g.x, inputs.g.y));
-        }
+        read_gates(decay, inputs);
         find_decays(decay);
         normalise(q);
         normalise(k);

@@ -234,21 +234,27 @@ template <bool is_bf16, bool k_first> struct Tile {
     }
 };
 
+/* One round of sum_and_scatter(), with lanes `by` apart. Each keeps `half` of its numbers. */
+template <int by, int half, int count> __device__ __forceinline__ void sum_and_scatter_by(float (&x)[count])
+{
+    if constexpr (by > 0) {
+        const bool upper = (threadIdx.x & static_cast<unsigned>(by)) != 0;
+        if constexpr (half == 0) x[0] += __shfl_xor_sync(~0u, x[0], by);
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float low = x[i], high = x[i + half];
+            x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, by);
+        }
+        sum_and_scatter_by<by / 2, half / 2>(x);
+    }
+}
+
 /* Sums each of `count` numbers over neighbouring lanes, `lanes` of them. Lane l of the lanes gets the sums of
  * numbers l * count / lanes and following in the first places of x. If there are more lanes than numbers,
  * lanes / count neighbours get the same sum. */
 template <int lanes, int count> __device__ __forceinline__ void sum_and_scatter(float (&x)[count])
 {
-#pragma unroll
-    for (int by = lanes / 2, half = count / 2; by > 0; by /= 2, half /= 2) {
-        const bool upper = (threadIdx.x & static_cast<unsigned>(by)) != 0;
-        if (half == 0) x[0] += __shfl_xor_sync(~0u, x[0], by);
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + half], by);
-            x[i] = (upper ? x[i + half] : x[i]) + other;
-        }
-    }
+    sum_and_scatter_by<lanes / 2, count / 2>(x);
 }
 
 } // namespace fkda

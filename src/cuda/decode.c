@@ -18,7 +18,7 @@ enum { ONE, STEPS, CHUNK, APPLY, KERNELS };
 static fkda_module module = {
     .image = fkda_fatbin_decode,
     .names = {FKDA_NAMES("f32"), FKDA_NAMES("bf16"), FKDA_NAMES("k_first_f32"), FKDA_NAMES("k_first_bf16")},
-    .shared_bytes = FKDA_DECODE_SHARED_BYTES(FKDA_DECODE_VECTORS_OF_A_CHUNK, FKDA_DECODE_MAX_TOKENS),
+    .shared_bytes = FKDA_DECODE_MOST_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
@@ -26,46 +26,80 @@ enum {
     /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
      * meetings of the CTA that they need cost more than a token does. */
     CHUNK_FROM = 5,
-    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of
-     * half a head let loads of one overlap with stores of another. With more tokens, CTAs that share a head
-     * would prepare them twice. */
-    SPLIT_FOR_ONE_TOKEN = 1,
+    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token a CTA has 32
+     * KB of a state. With more tokens, CTAs that share a head would prepare them twice. */
+    SPLIT_OF_FP32_FOR_ONE_TOKEN = 1,
+    SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
     SPLIT_FOR_MORE = 0,
     /* At most. A warp prepares one token at a time, so CTAs for several tokens keep some warps. */
-    MOST_SPLIT_FOR_ONE_TOKEN = 3,
     MOST_SPLIT_FOR_MORE = 1,
     CTAS_PER_SM = 2, /* with fewer, heads are divided further */
 };
 
-static int choose_split(int64_t heads, bool one_token, int sms)
+static int choose_split(int64_t heads, int least, int most, int sms)
 {
-    int split = one_token ? SPLIT_FOR_ONE_TOKEN : SPLIT_FOR_MORE;
-    const int most = one_token ? MOST_SPLIT_FOR_ONE_TOKEN : MOST_SPLIT_FOR_MORE;
+    int split = least;
     while (split < most && heads << split < (int64_t)CTAS_PER_SM * sms) split++;
     return split;
 }
 
+/* At most, with one token: CTAs of one warp. */
+static int most_split_of_one(int threads)
+{
+    int split = 0;
+    while (threads >> split > 32) split++;
+    return split;
+}
+
 typedef struct launch {
-    int kernel, split, shared_bytes;
+    int kernel, split;
+    int threads, shared_bytes; /* of a CTA */
     int64_t heads; /* of all sequences */
     void *args;
 } launch;
 
+/* Kernels start before the previous one in the stream is over, where the driver and the GPU can do that. */
+static flash_kda_status start(const fkda_driver *driver, CUfunction kernel, bool early, CUstream stream,
+                              const launch *l)
+{
+    void *pointers[] = {l->args};
+    fkda_launch_attribute attribute = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION};
+    const fkda_launch_config config = {
+        .grid_x = (unsigned)(l->heads << l->split),
+        .grid_y = 1,
+        .grid_z = 1,
+        .block_x = (unsigned)l->threads,
+        .block_y = 1,
+        .block_z = 1,
+        .shared_bytes = (unsigned)l->shared_bytes,
+        .stream = stream,
+        .attributes = &attribute,
+        .attribute_count = 1,
+    };
+    CUresult result;
+    attribute.value.programmatic_stream_serialization_allowed = 1;
+    if (early && driver->cuLaunchKernelEx) {
+        result = driver->cuLaunchKernelEx(&config, kernel, pointers, NULL);
+        return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
+    }
+    result = driver->cuLaunchKernel(kernel, config.grid_x, 1, 1, config.block_x, 1, 1, config.shared_bytes,
+                                    stream, pointers, NULL);
+    return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
+}
+
 static flash_kda_status run(flash_kda_device device, void *stream, const launch *l)
 {
+    enum { STARTS_EARLY = 90 }; /* the compute capability from which on kernels wait for themselves */
     const fkda_driver *driver;
     const int ordinal = device.index;
-    flash_kda_status status = fkda_enter_device(ordinal, &driver);
+    int capability;
+    flash_kda_status status = fkda_cuda_capability(ordinal, &capability);
+    if (status == FLASH_KDA_OK) status = fkda_enter_device(ordinal, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = fkda_load_module(driver, &module, ordinal);
-    if (status == FLASH_KDA_OK) {
-        void *pointers[] = {l->args};
-        const CUresult result =
-            driver->cuLaunchKernel(module.functions[ordinal][l->kernel], (unsigned)(l->heads << l->split), 1,
-                                   1, FKDA_DECODE_THREADS >> l->split, 1, 1, (unsigned)l->shared_bytes,
-                                   (CUstream)stream, pointers, NULL);
-        if (result) status = fkda_driver_fail("cuLaunchKernel", result);
-    }
+    if (status == FLASH_KDA_OK)
+        status = start(driver, module.functions[ordinal][l->kernel], capability >= STARTS_EARLY,
+                       (CUstream)stream, l);
     return fkda_leave_device(driver, status);
 }
 
@@ -132,6 +166,25 @@ static fkda_decode_args args_of(const fkda_decode_problem *p)
     };
 }
 
+static launch launch_of_one(const fkda_decode_problem *p, int64_t heads, int sms)
+{
+    const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
+    const int threads = FKDA_DECODE_THREADS_OF_ONE(is_bf16, p->state_k_first),
+              least = is_bf16 ? SPLIT_OF_BF16_FOR_ONE_TOKEN : SPLIT_OF_FP32_FOR_ONE_TOKEN,
+              split = choose_split(heads, least, most_split_of_one(threads), sms);
+    return (launch){
+        .split = split,
+        .threads = threads >> split,
+        .shared_bytes = FKDA_DECODE_BYTES_OF_ONE(is_bf16) >> split,
+    };
+}
+
+static launch launch_of_more(int64_t heads, int shared_bytes, int sms)
+{
+    const int split = choose_split(heads, SPLIT_FOR_MORE, MOST_SPLIT_FOR_MORE, sms);
+    return (launch){.split = split, .threads = FKDA_DECODE_THREADS >> split, .shared_bytes = shared_bytes};
+}
+
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
 {
     const int which = which_decode(p);
@@ -143,14 +196,12 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_decode_args args = args_of(p);
-    args.split = choose_split(heads, which == ONE, sms);
-    const launch l = {
-        .kernel = kernel_of(&p->state, p->state_k_first, which),
-        .split = args.split,
-        .shared_bytes = FKDA_DECODE_SHARED_BYTES(vectors, tokens),
-        .heads = heads,
-        .args = &args,
-    };
+    launch l = which == ONE ? launch_of_one(p, heads, sms)
+                            : launch_of_more(heads, FKDA_DECODE_SHARED_BYTES(vectors, tokens), sms);
+    l.kernel = kernel_of(&p->state, p->state_k_first, which);
+    l.heads = heads;
+    l.args = &args;
+    args.split = l.split;
     return run(p->device, p->stream, &l);
 }
 
@@ -162,7 +213,6 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_apply_args args = {
-        .split = choose_split(heads, false, sms),
         .records = p->records,
         .state = fkda_state_args_of(&p->state),
         .state_indices = index_args(&p->state_indices, 1),
@@ -176,12 +226,10 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
         .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
         .state_k_first = p->state_k_first,
     };
-    const launch l = {
-        .kernel = kernel_of(&p->state, p->state_k_first, APPLY),
-        .split = args.split,
-        .shared_bytes = FKDA_DECODE_APPLY_BYTES,
-        .heads = heads,
-        .args = &args,
-    };
+    launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
+    l.kernel = kernel_of(&p->state, p->state_k_first, APPLY);
+    l.heads = heads;
+    l.args = &args;
+    args.split = l.split;
     return run(p->device, p->stream, &l);
 }
