@@ -113,10 +113,11 @@ template <class Tile> __device__ __forceinline__ void multiply_start(const Tile 
         const int row = tile.row + tile.lane % ROWS;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            if (tile.lane < ROWS)
-                chunk_vector(VALUE, i + e)[row] = sums[e] - chunk_vector(VALUE, i + e)[row];
-            else
-                chunk_vector(OUTPUT, i + e)[row] = sums[e];
+            /* The address is chosen, not one of two numbers: a lane must not even read what another one
+             * writes. */
+            float *to = chunk_vector(tile.lane < ROWS ? VALUE : OUTPUT, i + e) + row;
+            if (tile.lane < ROWS) sums[e] -= *to;
+            *to = sums[e];
         }
     }
 }
@@ -133,8 +134,8 @@ __device__ __forceinline__ void solve(const fkda_decode_args &args, const Tile &
         if (i >= small.sequence.length) break;
         const float *product = small.product[is_output][i];
         const uint32_t before = small.before[i];
-        float &value = chunk_vector(VALUE, i)[row];
-        float sum = is_output ? chunk_vector(OUTPUT, i)[row] : value;
+        float *own = chunk_vector(is_output ? OUTPUT : VALUE, i) + row;
+        float sum = *own;
 #pragma unroll
         for (int j = 0; j < i; j++)
             if (before >> j & 1) sum = __fmaf_rn(product[j], u[j], sum);
@@ -143,7 +144,7 @@ __device__ __forceinline__ void solve(const fkda_decode_args &args, const Tile &
             store_output(args, small.work, small.sequence, i, row,
                          args.scale * __fmaf_rn(product[i], u[i], sum));
         } else {
-            value = u[i];
+            *own = u[i];
             if (float *record = find_record(args, small.work, i, 2)) record[row] = u[i];
         }
     }
