@@ -18,7 +18,7 @@ enum { ONE, STEPS, CHUNK, APPLY, KERNELS };
 static fkda_module module = {
     .image = fkda_fatbin_decode,
     .names = {FKDA_NAMES("f32"), FKDA_NAMES("bf16"), FKDA_NAMES("k_first_f32"), FKDA_NAMES("k_first_bf16")},
-    .shared_bytes = FKDA_DECODE_SHARED_BYTES(FKDA_DECODE_VECTORS_OF_A_CHUNK, FKDA_DECODE_MAX_TOKENS),
+    .shared_bytes = FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 1),
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
@@ -136,8 +136,7 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
 {
     const int which = which_decode(p);
     const int64_t heads = p->sequences * p->heads;
-    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS,
-              vectors = which == CHUNK ? FKDA_DECODE_VECTORS_OF_A_CHUNK : FKDA_DECODE_VECTORS_OF_A_STEP;
+    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
     int sms;
     if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
@@ -147,7 +146,9 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
     const launch l = {
         .kernel = kernel_of(&p->state, p->state_k_first, which),
         .split = args.split,
-        .shared_bytes = FKDA_DECODE_SHARED_BYTES(vectors, tokens),
+        .shared_bytes = which == CHUNK
+                            ? FKDA_DECODE_CHUNK_BYTES(tokens, p->write_states == FLASH_KDA_WRITE_LAST)
+                            : FKDA_DECODE_STEPS_BYTES(tokens),
         .heads = heads,
         .args = &args,
     };
