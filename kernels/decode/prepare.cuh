@@ -29,7 +29,16 @@ struct Small {
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 
 /* The vectors of a token. The first four are those of a step, all of them those of a chunk. */
-enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST, OUTPUT };
+enum Vector {
+    DECAY,
+    KEY,
+    QUERY,
+    VALUE,
+    OUTPUT = QUERY, /* the query is needed no more when there is an output */
+    /* Operands of tensor cores (chunk.cuh), two vectors each. */
+    START_HIGH = VALUE + 1,
+    START_LOW = START_HIGH + 2
+};
 
 /* A vector of token i, where each token has that many. */
 template <int vectors> __device__ __forceinline__ float *vector_at(int which, int i)
@@ -203,14 +212,15 @@ struct Preparation {
         find_decays(decay);
         normalise(q);
         normalise(k);
-        const float kq = sum_of_products(k, q);
+        constexpr bool has_steps = vectors == FKDA_DECODE_VECTORS_OF_A_STEP;
+        const float kq = has_steps ? sum_of_products(k, q) : 0.0f;
         store_four(vector_at<vectors>(DECAY, i) + place, decay[0], decay[1], decay[2], decay[3]);
         store_four(vector_at<vectors>(KEY, i) + place, k[0], k[1], k[2], k[3]);
         store_four(vector_at<vectors>(QUERY, i) + place, q[0], q[1], q[2], q[3]);
         store_four(vector_at<vectors>(VALUE, i) + channel, v[0], v[1], v[2], v[3]);
         if (channel == 0) {
             small.beta[i] = write_strength(inputs.beta);
-            small.kq[i] = kq;
+            if (has_steps) small.kq[i] = kq;
             small.parent[i] = find_parent(args, work.sequence, i);
         }
         if (work.first_row != 0)

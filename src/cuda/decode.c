@@ -189,15 +189,16 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
 {
     const int which = which_decode(p);
     const int64_t heads = p->sequences * p->heads;
-    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS,
-              vectors = which == CHUNK ? FKDA_DECODE_VECTORS_OF_A_CHUNK : FKDA_DECODE_VECTORS_OF_A_STEP;
+    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
     int sms;
     if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_decode_args args = args_of(p);
-    launch l = which == ONE ? launch_of_one(p, heads, sms)
-                            : launch_of_more(heads, FKDA_DECODE_SHARED_BYTES(vectors, tokens), sms);
+    const bool writes_last = p->write_states == FLASH_KDA_WRITE_LAST;
+    const int shared_bytes =
+        which == CHUNK ? FKDA_DECODE_CHUNK_BYTES(tokens, writes_last) : FKDA_DECODE_STEPS_BYTES(tokens);
+    launch l = which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(heads, shared_bytes, sms);
     l.kernel = kernel_of(&p->state, p->state_k_first, which);
     l.heads = heads;
     l.args = &args;
