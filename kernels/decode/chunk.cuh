@@ -43,8 +43,8 @@ __device__ __forceinline__ float *chunk_vector(int which, int i)
  *
  * - Keys and queries with the decay from the start, which lie side by side: those of token i and place p are
  *   numbers 2 p and 2 p + 1 of token i, but with bit 2 flipped in odd tokens.
- * - Keys with the decay to the last token, of pairs of tokens: those of tokens 2 i and 2 i + 1 and place p are
- *   numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by those of i.
+ * - Keys with the decay to the last token, of pairs of tokens: those of tokens 2 i and 2 i + 1 and place p
+ *   are numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by those of i.
  *
  * The flips are for lanes that read several tokens. They find them in different banks.
  */

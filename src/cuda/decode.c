@@ -28,7 +28,8 @@ enum {
     CHUNK_FROM = 5,
     CHUNK_WITHOUT_WRITING_FROM = 4, /* where no state is written */
     /* log2 of the CTAs that a head is divided among where there are heads enough. With one token a CTA has
-     * 16 KB of an fp32 state or 32 KB of a bf16 state. With more tokens, CTAs that share a head would prepare them twice. */
+     * 16 KB of an fp32 state or 32 KB of a bf16 state. With more tokens, CTAs that share a head would
+     * prepare them twice. */
     SPLIT_OF_FP32_FOR_ONE_TOKEN = 2,
     SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
     SPLIT_FOR_MORE = 0,
