@@ -15,7 +15,7 @@
 /* CTAs with 32 KB of states on an SM, for which __launch_bounds__ leaves registers. */
 #define FKDA_DECODE_CTAS_OF_ONE(is_bf16) ((is_bf16) ? 5 : 6)
 
-/* Dynamic shared memory of the others. A vector has 128 fp32. A call has T tokens of a sequence, rounded up to an even
+/* Dynamic shared memory. A vector has 128 fp32. A call has T tokens of a sequence, rounded up to an even
  * number: the chunk kernels compute two tokens at a time. */
 #define FKDA_DECODE_VECTOR_BYTES 512
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */

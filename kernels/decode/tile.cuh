@@ -234,19 +234,21 @@ template <bool is_bf16, bool k_first> struct Tile {
     }
 };
 
-/* One round of sum_and_scatter(), with lanes `by` apart. Each keeps `half` of its numbers. */
+/* One step of the function below. The compiler does not unroll a loop of such steps, and it would then select
+ * every number at every step. */
 template <int by, int half, int count> __device__ __forceinline__ void sum_and_scatter_by(float (&x)[count])
 {
-    if constexpr (by > 0) {
+    if constexpr (half == 0) {
+        x[0] += __shfl_xor_sync(~0u, x[0], by);
+    } else {
         const bool upper = (threadIdx.x & static_cast<unsigned>(by)) != 0;
-        if constexpr (half == 0) x[0] += __shfl_xor_sync(~0u, x[0], by);
 #pragma unroll
         for (int i = 0; i < half; i++) {
-            const float low = x[i], high = x[i + half];
-            x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, by);
+            const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + half], by);
+            x[i] = (upper ? x[i + half] : x[i]) + other;
         }
-        sum_and_scatter_by<by / 2, half / 2>(x);
     }
+    if constexpr (by > 1) sum_and_scatter_by<by / 2, half / 2>(x);
 }
 
 /* Sums each of `count` numbers over neighbouring lanes, `lanes` of them. Lane l of the lanes gets the sums of
