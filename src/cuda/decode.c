@@ -56,7 +56,7 @@ static int most_split_of_one(int threads)
 typedef struct launch {
     int kernel, split;
     int threads, shared_bytes; /* of a CTA */
-    int64_t heads; /* of all sequences */
+    int64_t heads;             /* of all sequences */
     void *args;
 } launch;
 
