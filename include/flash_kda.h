@@ -303,8 +303,7 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
 
-/* ---- Decode: one to sixteen tokens of each sequence ----------------------------------------------------
-   */
+/* ---- Decode: one to sixteen tokens of each sequence ---------------------------------------------------- */
 
 /* Which states flash_kda_decode() writes to the pool. */
 typedef enum flash_kda_write_states {
@@ -315,7 +314,7 @@ typedef enum flash_kda_write_states {
 
 enum {
     FLASH_KDA_MAX_DECODE_TOKENS = 16, /* of one sequence in one call of flash_kda_decode() */
-    FLASH_KDA_RECORD_ROWS = 3,        /* rows of 128 numbers in the record of a token: decay, key, u */
+    FLASH_KDA_RECORD_ROWS = 3,        /* rows of 128 numbers in a token's record of one head: decay, key, u */
 };
 
 /*
@@ -331,19 +330,21 @@ enum {
  *   A_log, dt_bias as in flash_kda_fwd_params
  *   state          f32 or bf16 [slots, HV, V, K], [slots, HV, K, V] with state_k_first; read and written
  *   state_indices  i32 or i64 [N], optional: sequence n has slot state_indices[n], or n where the tensor is
- *                  absent. With FLASH_KDA_WRITE_EACH it is required and is [N, S]
+ *                  absent. With FLASH_KDA_WRITE_EACH it is required and is [N, S], where S is at least the
+ *                  longest sequence
  *   num_accepted_tokens  i32 or i64 [N], optional, with FLASH_KDA_WRITE_EACH alone: sequence n starts from
- *                  slot state_indices[n, num_accepted_tokens[n] - 1]; absent: from slot state_indices[n, 0]
+ *                  slot state_indices[n, num_accepted_tokens[n] - 1], where the number is 1 to S; absent:
+ *                  from slot state_indices[n, 0]
  *   cu_seqlens     i32 or i64 [N + 1], optional: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] -
  *                  1. A sequence has 0 to 16 tokens
  *   parents        i32 or i64 [N, P], optional: a tree of draft tokens. Token i of sequence n continues
  *                  from token parents[n, i] of the same sequence, which is less than i, or from the
  *                  sequence's starting state where it is negative. P is at least the longest sequence. Not
  *                  with FLASH_KDA_WRITE_LAST. Absent: token i continues from token i - 1
- *   records        f32 [N, R, HV, 3, 128], contiguous, optional, written: the record of token i of sequence
- *                  n in [n, i]. Its rows are the decay exp(g_t) of each channel, the key k_t, and u_t. R is
- *                  at least the longest sequence. flash_kda_apply() needs nothing else to bring a state up
- *                  to date
+ *   records        f32 [N, R, HV, 3 * 128], contiguous, optional, written: the record of token i of sequence
+ *                  n in [n, i]. A head's 384 numbers are the decay exp(g_t) of each channel, the key k_t,
+ *                  and u_t. R is at least the longest sequence, and what lies beyond a sequence's tokens
+ *                  stays as it is. flash_kda_apply() needs nothing else to bring a state up to date
  *   rounding       i64 [2], optional, on the device: seed and offset of the random numbers with which a
  *                  bf16 state is rounded. Absent: to nearest. A state that forgets 1e-5 of itself a token
  *                  does not change at all when each step is rounded to the nearest bf16; rounded at random
@@ -384,8 +385,7 @@ typedef struct flash_kda_decode_params {
     int32_t state_k_first;    /* 1: states are [.., K, V] */
     int32_t cpu_threads;      /* 0: as many as the process may run on; results do not depend on it */
     int64_t first_slot;       /* at least 0 */
-    const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels()
-   */
+    const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
 } flash_kda_decode_params;
 
@@ -407,14 +407,16 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_reference(const flash_kda_decode
  * state of sequence n becomes what it is after the first num_accepted_tokens[n] tokens of its records. Each
  * state is read and written once, however many tokens there are. Zero the struct and set struct_size.
  *
- *   records              f32 [N, R, HV, 3, 128], contiguous: of flash_kda_decode()
- *   num_accepted_tokens  i32 or i64 [N]: how many tokens of a sequence are applied, 0 to R. Outside of that
- *                  it is clamped on a GPU and refused on the CPU
+ *   records              f32 [N, R, HV, 3 * 128], contiguous: of flash_kda_decode()
+ *   num_accepted_tokens  i32 or i64 [N]: how many tokens of a sequence are applied, 0 to the least of R, A
+ *                        and 16. Outside of that it is clamped on a GPU and refused on the CPU
  *   accepted             i32 or i64 [N, A], optional: which tokens are applied, in this order, where the
- *                  drafts were a tree: the record of token accepted[n, i] is applied as number i. Absent:
- *                  tokens 0, 1, 2, ... A token outside of [0, R) ends the sequence's list on a GPU and is
- *                  refused on the CPU state, state_indices, rounding, first_slot, state_k_first, kernel,
- *                  cpu_threads, interrupt as in flash_kda_decode_params; state_indices is [N]
+ *                        drafts were a tree: the record of token accepted[n, i] is applied as number i.
+ *                        Absent: tokens 0, 1, 2, ... A token outside of [0, R) ends the sequence's list on a
+ *                        GPU and is refused on the CPU
+ *
+ * All other fields mean what they mean in flash_kda_decode_params; state_indices is [N]. A sequence without
+ * a state, and one of which no token is applied, changes nothing.
  */
 typedef struct flash_kda_apply_params {
     size_t struct_size;

@@ -2,42 +2,12 @@
  * argument, what it was and what it must be. What leaves this file are views with strides. */
 #include "check.h"
 
-#include <math.h>
-#include <stdio.h>
 #include <string.h>
 
-#include "check_tensor.h"
+#include "check_shared.h"
 #include "cpu/cpu.h"
 #include "errors.h"
 #include "kernel.h"
-
-/* Kernels count tokens in 32 bits. The room above lets a position run past the end of the tensor by a
- * chunk. */
-static const int64_t MAX_TOKENS = INT32_MAX - 1024;
-/* Kernels number states, N * HV, in 32 bits. The room above lets them count past the last state by two for
- * each CTA. */
-static const int64_t MAX_STATES = INT32_MAX - 1024;
-/* Kernels count the checkpoints of a sequence in 32 bits. The room above lets a warp look past the last
- * one. */
-enum { MAX_COLUMNS = INT32_MAX - 64 };
-/* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
-static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
-
-/* A number as C writes it, "0.5", whatever decimal point the process's locale has: "0,5" in [-5, 0] would
- * read as two numbers. A decimal point of several bytes becomes one too. */
-static const char *number_text(float number, char text[32])
-{
-    char *to = text;
-    snprintf(text, 32, "%g", (double)number);
-    for (const char *from = text; *from; from++) {
-        if (strchr("+-0123456789abcdefinty", *from))
-            *to++ = *from;
-        else if (to == text || to[-1] != '.')
-            *to++ = '.';
-    }
-    *to = 0;
-    return text;
-}
 
 /* Whether an optional tensor is there. A call about shapes alone has no pointers. */
 static bool has(const flash_kda_tensor *t, fkda_purpose purpose)
@@ -58,15 +28,8 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
     TRY(fkda_check_rank(&p->v, "v", "[B, T, HV, V]", 4));
     int64_t B = p->q.shape[0], T = p->q.shape[1], N = B;
     const int64_t H = p->q.shape[2], HV = p->v.shape[2];
-    if (p->q.shape[3] != FKDA_DIM)
-        return INVALID("q has K = %lld; the head size K must be 128", (long long)p->q.shape[3]);
-    if (p->v.shape[3] != FKDA_DIM)
-        return INVALID("v has V = %lld; the head size V must be 128", (long long)p->v.shape[3]);
+    TRY(fkda_check_head_sizes(&p->q, &p->v));
     if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
-    if (H < 1) return INVALID("q has H = %lld; there must be at least 1 head", (long long)H);
-    if (HV < 1 || HV % H)
-        return INVALID("v has HV = %lld heads and q has H = %lld; HV must be a multiple of H", (long long)HV,
-                       (long long)H);
     if (has(&p->cu_seqlens, purpose)) {
         TRY(fkda_check_rank(&p->cu_seqlens, "cu_seqlens", "[N + 1]", 1));
         if (B != 1)
@@ -77,20 +40,7 @@ static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose 
             return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
                            (long long)p->cu_seqlens.shape[0]);
     }
-    int64_t tokens, elements, tasks, states;
-    if (__builtin_mul_overflow(B, T, &tokens) || __builtin_mul_overflow(tokens, HV, &elements) ||
-        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || elements > FKDA_MAX_TENSOR_BYTES ||
-        tokens > MAX_TOKENS)
-        return INVALID("q has B * T = %lld * %lld tokens and v has HV = %lld heads; there must be at most "
-                       "%lld tokens, and a tensor must fit in memory",
-                       (long long)B, (long long)T, (long long)HV, (long long)MAX_TOKENS);
-    if (__builtin_mul_overflow(N, HV, &tasks) || tasks > MAX_STATES ||
-        __builtin_mul_overflow(tasks, 4 * FKDA_DIM * FKDA_DIM, &states))
-        return INVALID("there are N * HV = %lld * %lld states; there must be at most %lld", (long long)N,
-                       (long long)HV, (long long)MAX_STATES);
-    if (HV > MAX_HEADS)
-        return INVALID("v has HV = %lld; there must be at most %lld heads", (long long)HV,
-                       (long long)MAX_HEADS);
+    TRY(fkda_check_counts("B", B, T, N, HV));
     out->batch = B;
     out->tokens = T;
     out->heads = HV;
@@ -175,9 +125,9 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
         TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, seqlens, with_memory,
                               p->device.type == FLASH_KDA_CUDA));
     }
-    if (columns > MAX_COLUMNS)
+    if (columns > FKDA_MAX_COLUMNS)
         return INVALID("checkpoint_offsets has C = %lld offsets for each sequence; there must be at most %d",
-                       (long long)columns, MAX_COLUMNS);
+                       (long long)columns, FKDA_MAX_COLUMNS);
     if (has(&p->initial_state, purpose) && has(&p->final_state, purpose) &&
         p->initial_state.dtype != p->final_state.dtype)
         return fkda_fail(FLASH_KDA_INVALID_DTYPE,
@@ -191,16 +141,8 @@ static flash_kda_status check_combinations(const flash_kda_fwd_params *p, fkda_p
 {
     const bool states = has_checkpoints(p, purpose), offsets = has(&p->checkpoint_offsets, purpose),
                every = p->checkpoint_every != 0;
-    if (p->gate == FLASH_KDA_GATE_ACTIVATED && has(&p->A_log, purpose))
-        return INVALID("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay "
-                       "itself; it must be absent");
-    if (p->gate == FLASH_KDA_GATE_ACTIVATED && has(&p->dt_bias, purpose))
-        return INVALID("dt_bias is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log "
-                       "decay itself; it must be absent");
-    if (p->gate == FLASH_KDA_GATE_SOFTPLUS && !has(&p->A_log, purpose))
-        return INVALID("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS");
-    if (p->first_slot && !has(&p->state_indices, purpose))
-        return INVALID("first_slot is %lld without state_indices; it must be 0", (long long)p->first_slot);
+    TRY(fkda_check_gate_tensors(p->gate, has(&p->A_log, purpose), has(&p->dt_bias, purpose)));
+    TRY(fkda_check_first_slot(p->first_slot, has(&p->state_indices, purpose)));
     if (offsets && every)
         return INVALID("checkpoint_offsets is given with checkpoint_every = %lld; only one of them must say "
                        "where the checkpoints are",
@@ -225,24 +167,12 @@ static flash_kda_status check_combinations(const flash_kda_fwd_params *p, fkda_p
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_flag(int32_t flag, const char *name)
-{
-    return flag == 0 || flag == 1 ? FLASH_KDA_OK : INVALID("%s is %d; it must be 0 or 1", name, flag);
-}
-
 static flash_kda_status check_kinds(const flash_kda_fwd_params *p)
 {
-    if (p->gate < FLASH_KDA_GATE_BOUNDED || p->gate > FLASH_KDA_GATE_ACTIVATED)
-        return INVALID("gate is %d; it must be a flash_kda_gate, in [%d, %d]", p->gate,
-                       FLASH_KDA_GATE_BOUNDED, FLASH_KDA_GATE_ACTIVATED);
-    if (p->beta_kind < FLASH_KDA_BETA_SIGMOID || p->beta_kind > FLASH_KDA_BETA_ACTIVATED)
-        return INVALID("beta_kind is %d; it must be a flash_kda_beta, in [%d, %d]", p->beta_kind,
-                       FLASH_KDA_BETA_SIGMOID, FLASH_KDA_BETA_ACTIVATED);
-    TRY(check_flag(p->qk_is_normalised, "qk_is_normalised"));
-    TRY(check_flag(p->state_k_first, "state_k_first"));
-    TRY(check_flag(p->batch_invariant, "batch_invariant"));
-    if (p->first_slot < 0)
-        return INVALID("first_slot is %lld; it must be 0 or more", (long long)p->first_slot);
+    TRY(fkda_check_gate_kinds(p->gate, p->beta_kind));
+    TRY(fkda_check_flag(p->qk_is_normalised, "qk_is_normalised"));
+    TRY(fkda_check_flag(p->state_k_first, "state_k_first"));
+    TRY(fkda_check_flag(p->batch_invariant, "batch_invariant"));
     if (p->checkpoint_every < 0 || p->checkpoint_every % 16)
         return INVALID("checkpoint_every is %lld; it must be a multiple of 16 tokens, or 0",
                        (long long)p->checkpoint_every);
@@ -251,11 +181,8 @@ static flash_kda_status check_kinds(const flash_kda_fwd_params *p)
 
 static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens)
 {
-    char number[32];
-    if (!isfinite(p->scale)) return INVALID("scale is %s; it must be finite", number_text(p->scale, number));
-    if (p->gate == FLASH_KDA_GATE_BOUNDED && !(p->lower_bound >= -5.0f && p->lower_bound <= 0.0f))
-        return INVALID("lower_bound is %s; it must be in [-5, 0]", number_text(p->lower_bound, number));
-    if (p->cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", p->cpu_threads);
+    TRY(fkda_check_scale(p->scale, p->gate, p->lower_bound));
+    TRY(fkda_check_host(p->cpu_threads, p->interrupt));
     if (p->max_seqlen < 0 || p->max_seqlen > tokens)
         return INVALID("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p->max_seqlen,
                        (long long)tokens);
@@ -263,8 +190,6 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tok
         return INVALID("cut is %d; it must be a flash_kda_cut, in [%d, %d]", p->cut, FLASH_KDA_CUT_AUTO,
                        FLASH_KDA_CUT_MIXED);
     if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
-    if ((uintptr_t)p->interrupt % sizeof *p->interrupt)
-        return INVALID("interrupt is at address %p; it must be aligned to 4 bytes", (void *)p->interrupt);
     return FLASH_KDA_OK;
 }
 
@@ -286,76 +211,43 @@ _Static_assert(
 /* The fields before `workspace` exist since the first version. */
 flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
 {
-    const size_t least = offsetof(flash_kda_fwd_params, workspace), most = sizeof *whole;
-    if (!*params) return INVALID("params is null; it must point to a flash_kda_fwd_params");
-    const size_t size = (*params)->struct_size;
-    if (size == most) return FLASH_KDA_OK;
-    if (size < least || size > most || size % sizeof(void *))
-        return INVALID("params->struct_size is %zu; it must be sizeof(flash_kda_fwd_params) = %zu (in older "
-                       "headers %zu or more)",
-                       size, most, least);
-    memset(whole, 0, sizeof *whole);
-    memcpy(whole, *params, size);
-    *params = whole;
-    return FLASH_KDA_OK;
-}
-
-static fkda_token_view token_view(const flash_kda_tensor *t)
-{
-    return (fkda_token_view){.data = t->data,
-                             .batch_stride = fkda_stride_of(t, 0),
-                             .token_stride = fkda_stride_of(t, 1),
-                             .head_stride = fkda_stride_of(t, 2),
-                             .heads = t->shape[2],
-                             .dtype = t->dtype};
-}
-
-static fkda_state_view state_view(const flash_kda_tensor *t, bool present)
-{
-    if (!present) return (fkda_state_view){0};
-    return (fkda_state_view){.data = t->data,
-                             .slots = t->shape[0],
-                             .slot_stride = fkda_stride_of(t, 0),
-                             .head_stride = FKDA_DIM * FKDA_DIM,
-                             .heads = t->shape[1],
-                             .dtype = t->dtype};
-}
-
-static fkda_index_view index_view(const flash_kda_tensor *t)
-{
-    return (fkda_index_view){t->data, t->dtype == FLASH_KDA_I32};
+    const void *from = *params;
+    const flash_kda_status status = fkda_complete_struct(
+        &from, whole, offsetof(flash_kda_fwd_params, workspace), sizeof *whole, "flash_kda_fwd_params");
+    *params = from;
+    return status;
 }
 
 static fkda_checkpoints checkpoints_of(const flash_kda_fwd_params *p, fkda_purpose purpose)
 {
     const bool wanted = has_checkpoints(p, purpose);
     return (fkda_checkpoints){.wanted = wanted,
-                              .states = state_view(&p->checkpoint_states, wanted),
-                              .offsets = index_view(&p->checkpoint_offsets),
-                              .indices = index_view(&p->checkpoint_indices),
+                              .states = fkda_state_view_of(&p->checkpoint_states, wanted),
+                              .offsets = fkda_index_view_of(&p->checkpoint_offsets),
+                              .indices = fkda_index_view_of(&p->checkpoint_indices),
                               .columns = columns_of(p, purpose),
-                              .starts = index_view(&p->checkpoint_starts),
+                              .starts = fkda_index_view_of(&p->checkpoint_starts),
                               .every = p->checkpoint_every};
 }
 
 static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
 {
     out->stream = p->stream;
-    out->q = token_view(&p->q);
-    out->k = token_view(&p->k);
-    out->v = token_view(&p->v);
-    out->g = token_view(&p->g);
-    out->beta = token_view(&p->beta);
-    out->out = token_view(&p->out);
+    out->q = fkda_token_view_of(&p->q);
+    out->k = fkda_token_view_of(&p->k);
+    out->v = fkda_token_view_of(&p->v);
+    out->g = fkda_token_view_of(&p->g);
+    out->beta = fkda_token_view_of(&p->beta);
+    out->out = fkda_token_view_of(&p->out);
     out->gate = p->gate;
     out->beta_kind = p->beta_kind;
     out->qk_is_normalised = p->qk_is_normalised;
     out->state_k_first = p->state_k_first;
     out->A_log = p->A_log.data;
     out->dt_bias = p->dt_bias.data;
-    out->initial_state = state_view(&p->initial_state, p->initial_state.data != NULL);
-    out->final_state = state_view(&p->final_state, p->final_state.data != NULL);
-    out->state_indices = index_view(&p->state_indices);
+    out->initial_state = fkda_state_view_of(&p->initial_state, p->initial_state.data != NULL);
+    out->final_state = fkda_state_view_of(&p->final_state, p->final_state.data != NULL);
+    out->state_indices = fkda_index_view_of(&p->state_indices);
     out->has_initial_state = p->has_initial_state.data;
     out->first_slot = p->first_slot;
     out->checkpoints = checkpoints_of(p, purpose);
@@ -429,8 +321,6 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */
     fill_problem(p, purpose, out);
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
-    if (fkda_interrupted(out))
-        return fkda_fail(FLASH_KDA_INTERRUPTED,
-                         "*interrupt is not 0, so the call was given up before it began");
+    TRY(fkda_check_interrupt(out->interrupt));
     return fkda_check_indices(out);
 }

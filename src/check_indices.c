@@ -2,23 +2,27 @@
  * GPU the host cannot look at them without waiting, and the kernels leave out what is not allowed. */
 #include <stdio.h>
 
-#include "check_tensor.h"
+#include "check_shared.h"
 #include "checkpoints.h"
 
-static flash_kda_status check_cu_seqlens(const fkda_problem *p)
+flash_kda_status fkda_check_borders(const fkda_index_view *cu_seqlens, int64_t sequences, int64_t tokens,
+                                    const char *name_of_tokens, int64_t longest)
 {
-    int64_t last = fkda_border(p, 0);
+    int64_t last = fkda_index_at(cu_seqlens, 0);
     if (last != 0) return INVALID("cu_seqlens[0] is %lld; it must be 0", (long long)last);
-    for (int64_t n = 1; n <= p->shape.sequences; n++) {
-        const int64_t border = fkda_border(p, n);
+    for (int64_t n = 1; n <= sequences; n++) {
+        const int64_t border = fkda_index_at(cu_seqlens, n);
         if (border < last)
             return INVALID("cu_seqlens[%lld] is %lld after %lld; it must not decrease", (long long)n,
                            (long long)border, (long long)last);
+        if (border - last > longest)
+            return INVALID("cu_seqlens[%lld] is %lld after %lld; a sequence must have at most %lld tokens",
+                           (long long)n, (long long)border, (long long)last, (long long)longest);
         last = border;
     }
-    if (last != p->shape.tokens)
-        return INVALID("cu_seqlens ends with %lld; its last entry must be T = %lld", (long long)last,
-                       (long long)p->shape.tokens);
+    if (last != tokens)
+        return INVALID("cu_seqlens ends with %lld; its last entry must be %s = %lld", (long long)last,
+                       name_of_tokens, (long long)tokens);
     return FLASH_KDA_OK;
 }
 
@@ -103,7 +107,9 @@ static flash_kda_status check_every(const fkda_problem *p)
 
 flash_kda_status fkda_check_indices(const fkda_problem *p)
 {
-    if (p->cu_seqlens) TRY(check_cu_seqlens(p));
+    const fkda_index_view cu_seqlens = {p->cu_seqlens, p->cu_seqlens_is_i32};
+    if (p->cu_seqlens)
+        TRY(fkda_check_borders(&cu_seqlens, p->shape.sequences, p->shape.tokens, "T", INT64_MAX));
     if (p->state_indices.data) TRY(check_slots(p, &p->initial_state, "initial_state"));
     if (p->state_indices.data) TRY(check_slots(p, &p->final_state, "final_state"));
     if (!p->checkpoints.wanted) return FLASH_KDA_OK;

@@ -1,5 +1,4 @@
-/* The checks of one tensor, and of tensors that share memory. A refusal is a sentence that names the tensor,
- * what it was and what it must be. */
+/* The checks of one tensor. A refusal is a sentence that names the tensor, what it was and what it must be. */
 #include "check_tensor.h"
 
 #include <stdio.h>
@@ -53,7 +52,7 @@ static flash_kda_status check_dtype(const flash_kda_tensor *t, const fkda_requir
                      r->dtypes[1] ? fkda_dtype_name(r->dtypes[1]) : "");
 }
 
-static bool is_empty(const flash_kda_tensor *t)
+bool fkda_is_empty(const flash_kda_tensor *t)
 {
     for (int i = 0; i < t->ndim; i++)
         if (t->shape[i] == 0) return true;
@@ -73,13 +72,13 @@ static bool is_contiguous_from(const flash_kda_tensor *t, int first)
 
 bool fkda_is_contiguous(const flash_kda_tensor *t)
 {
-    return is_empty(t) || is_contiguous_from(t, 0);
+    return fkda_is_empty(t) || is_contiguous_from(t, 0);
 }
 
 /* The strides of an empty tensor mean nothing either. An absent tensor may have no dimensions. */
 int64_t fkda_stride_of(const flash_kda_tensor *t, int dimension)
 {
-    if (t->shape[dimension] > 1 && !is_empty(t)) return t->stride[dimension];
+    if (t->shape[dimension] > 1 && !fkda_is_empty(t)) return t->stride[dimension];
     if (dimension >= t->ndim - 1) return 1;
     const int64_t size = t->shape[dimension + 1];
     return fkda_stride_of(t, dimension + 1) * (size > 1 ? size : 1);
@@ -158,7 +157,7 @@ static flash_kda_status check_reach(const flash_kda_tensor *t, const fkda_requir
 static flash_kda_status check_layout(const flash_kda_tensor *t, const fkda_requirement *r, bool on_gpu)
 {
     const int last = t->ndim - 1;
-    if (is_empty(t)) return FLASH_KDA_OK;
+    if (fkda_is_empty(t)) return FLASH_KDA_OK;
     const bool right = r->layout == FKDA_CONTIGUOUS ? is_contiguous_from(t, 0)
                        : r->layout == FKDA_ROWS     ? is_contiguous_from(t, last)
                        : r->layout == FKDA_SLOTS    ? is_contiguous_from(t, 1)
@@ -230,134 +229,4 @@ flash_kda_status fkda_check_tensor(const flash_kda_tensor *t, const fkda_require
     if (!with_memory) return FLASH_KDA_OK;
     TRY(check_layout(t, r, on_gpu));
     return check_memory(t, r);
-}
-
-/* ---- Tensors that share memory ---- */
-
-/* The memory of one argument: stretches of `width` bytes, repeated by `levels` nested steps, the largest step
- * first. `bytes` is what lies between its first and its last byte, 0 if the argument is absent or empty. */
-typedef struct extent {
-    const char *name;
-    uintptr_t begin;
-    size_t bytes;
-    int levels;
-    int64_t step[4], count[4]; /* in bytes; how often */
-    int64_t width;
-} extent;
-
-/* Adds a dimension with a larger step than those before it, at the place of the largest. */
-static void add_level(extent *e, int64_t step, int64_t count)
-{
-    if (step <= e->width && e->levels == 0) { /* The next stretch begins in or right behind the last one. */
-        e->width += step * (count - 1);
-        return;
-    }
-    if (e->levels && step == e->step[0] * e->count[0]) { /* The dimension continues the one before it. */
-        e->count[0] *= count;
-        return;
-    }
-    for (int i = e->levels++; i > 0; i--) e->step[i] = e->step[i - 1], e->count[i] = e->count[i - 1];
-    e->step[0] = step;
-    e->count[0] = count;
-}
-
-static extent extent_of(const char *name, const flash_kda_tensor *t)
-{
-    extent e = {.name = name};
-    if (!t->data || is_empty(t)) return e; /* the other fields of an absent tensor mean nothing */
-    const int64_t size = (int64_t)fkda_dtype_size(t->dtype);
-    int64_t before = 0, reach = 0; /* bytes in front of the first element, and to the last one in memory */
-    bool done[4] = {false};
-    e.width = size;
-    for (int round = 0; round < t->ndim; round++) {
-        int next = -1; /* the dimension with the smallest step that is left */
-        for (int i = 0; i < t->ndim; i++)
-            if (!done[i] && t->shape[i] > 1 && t->stride[i] != 0 &&
-                (next < 0 || llabs(t->stride[i]) < llabs(t->stride[next])))
-                next = i;
-        if (next < 0) break;
-        done[next] = true;
-        const int64_t step = llabs(t->stride[next]) * size, over = step * (t->shape[next] - 1);
-        if (t->stride[next] < 0) before += over;
-        reach += over;
-        add_level(&e, step, t->shape[next]);
-    }
-    e.begin = (uintptr_t)t->data - (uintptr_t)before;
-    e.bytes = (size_t)(reach + size);
-    return e;
-}
-
-/* The bytes between the first and the last one of what a level repeats. */
-static int64_t inner_bytes(const extent *e, int level)
-{
-    int64_t bytes = e->width;
-    for (int i = level + 1; i < e->levels; i++) bytes += e->step[i] * (e->count[i] - 1);
-    return bytes;
-}
-
-/* Whether b, which begins `apart` bytes after a, shares memory with a. Only the levels from `level` on count.
- * Tensors whose steps differ count as sharing what lies between their ends. */
-static bool levels_overlap(const extent *a, const extent *b, int level, int64_t apart)
-{
-    const int64_t all_of_a = inner_bytes(a, level - 1), all_of_b = inner_bytes(b, level - 1);
-    if (apart >= all_of_a || apart <= -all_of_b) return false;
-    if (level >= a->levels || level >= b->levels || a->step[level] != b->step[level]) return true;
-    const int64_t step = a->step[level], inner_a = inner_bytes(a, level), inner_b = inner_bytes(b, level);
-    if (inner_a > step || inner_b > step) return true;
-    /* Repetition i of a can only meet the repetitions of b that begin less than a step away from it. */
-    for (int64_t between = apart / step - 1; between <= apart / step + 1; between++) {
-        if (between > a->count[level] - 1 || between < -(b->count[level] - 1)) continue;
-        if (levels_overlap(a, b, level + 1, apart - between * step)) return true;
-    }
-    return false;
-}
-
-static bool overlap(const extent *a, const extent *b)
-{
-    /* Differences cannot wrap, and ends of stretches could: workspace_size may be any number. */
-    const extent *low = a->begin < b->begin ? a : b, *high = low == a ? b : a;
-    const uint64_t apart = high->begin - low->begin;
-    if (!a->bytes || !b->bytes || apart >= low->bytes) return false;
-    if (!a->levels || !b->levels) return true;
-    return levels_overlap(low, high, 0, (int64_t)apart);
-}
-
-flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
-{
-    enum { INITIAL = 13, FINAL, FIRST_WRITTEN = FINAL, OUT, NONFINITE, CHECKPOINTS, WORKSPACE, COUNT };
-    extent all[COUNT] = {
-        extent_of("q", &p->q),
-        extent_of("k", &p->k),
-        extent_of("v", &p->v),
-        extent_of("g", &p->g),
-        extent_of("beta", &p->beta),
-        extent_of("A_log", &p->A_log),
-        extent_of("dt_bias", &p->dt_bias),
-        extent_of("cu_seqlens", &p->cu_seqlens),
-        extent_of("state_indices", &p->state_indices),
-        extent_of("has_initial_state", &p->has_initial_state),
-        extent_of("checkpoint_offsets", &p->checkpoint_offsets),
-        extent_of("checkpoint_indices", &p->checkpoint_indices),
-        extent_of("checkpoint_starts", &p->checkpoint_starts),
-        [INITIAL] = extent_of("initial_state", &p->initial_state),
-        [FINAL] = extent_of("final_state", &p->final_state),
-        [OUT] = extent_of("out", &p->out),
-        [NONFINITE] = extent_of("nonfinite", &p->nonfinite),
-        [CHECKPOINTS] = extent_of("checkpoint_states", &p->checkpoint_states),
-        [WORKSPACE] =
-            {"workspace", (uintptr_t)p->workspace, p->workspace ? p->workspace_size : 0, 0, {0}, {0}, 0},
-    };
-    const bool same_slots = p->initial_state.shape[0] < 2 || p->final_state.shape[0] < 2 ||
-                            p->initial_state.stride[0] == p->final_state.stride[0];
-    for (int w = FIRST_WRITTEN; w < COUNT; w++)
-        for (int i = 0; i < w; i++) {
-            if (!overlap(&all[w], &all[i])) continue;
-            if (w == FINAL && i == INITIAL) {
-                if (all[w].begin == all[i].begin && same_slots) continue;
-                return INVALID("final_state overlaps initial_state in part; they must be apart, or the same "
-                               "memory with the same strides");
-            }
-            return INVALID("%s overlaps %s; it must have memory of its own", all[w].name, all[i].name);
-        }
-    return FLASH_KDA_OK;
 }

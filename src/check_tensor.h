@@ -1,4 +1,4 @@
-/* The checks of one tensor, and of tensors that share memory. */
+/* The checks of one tensor, and of tensors that share memory (check_overlap.c). */
 #ifndef FKDA_CHECK_TENSOR_H
 #define FKDA_CHECK_TENSOR_H
 
@@ -51,15 +51,33 @@ flash_kda_status fkda_check_tensor(const flash_kda_tensor *t, const fkda_require
 /* Whether the tensor is contiguous. */
 bool fkda_is_contiguous(const flash_kda_tensor *t);
 
+bool fkda_is_empty(const flash_kda_tensor *t);
+
 /* The stride of a dimension. Where the size is 1 and the stride means nothing, it is the stride that the
  * dimension would need to hold the dimensions after it. */
 int64_t fkda_stride_of(const flash_kda_tensor *t, int dimension);
 
-/* Memory that is written must belong to one argument alone. The one exception is a state that is updated in
- * place. */
+/* The memory of one argument: stretches of `width` bytes, repeated by `levels` nested steps, the largest step
+ * first. `bytes` is what lies between its first and its last byte, 0 if the argument is absent or empty. */
+typedef struct fkda_extent {
+    const char *name;
+    uintptr_t begin;
+    size_t bytes;
+    int levels;
+    int64_t step[4], count[4]; /* in bytes; how often */
+    int64_t width;
+} fkda_extent;
+
+fkda_extent fkda_extent_of(const char *name, const flash_kda_tensor *t);
+
+/* Memory that is written must share nothing with the others. */
+flash_kda_status fkda_check_own_memory(const fkda_extent *written, const fkda_extent *others, int count);
+
+/* check_overlap.c: the memory of all tensors of a forward pass. A final state may be the initial one, which is
+ * then updated in place. */
 flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p);
 
-/* The numbers in tensors of integers, for a call on the CPU. */
+/* check_indices.c: the numbers in tensors of integers, for a call on the CPU. */
 flash_kda_status fkda_check_indices(const fkda_problem *p);
 
 #endif

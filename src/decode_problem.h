@@ -58,6 +58,74 @@ typedef struct fkda_apply_problem {
     const volatile int32_t *interrupt;
 } fkda_apply_problem;
 
+/* ---- What the numbers in tensors of integers say, for tensors that the host may read. The check has seen right
+ * ones. Another thread may have changed them since: every function here reads a number once, and whatever it
+ * reads, the result lies inside of the tensors. ---- */
+
+/* The tokens of sequence n, at most FLASH_KDA_MAX_DECODE_TOKENS. */
+static inline fkda_sequence fkda_decode_sequence_at(const fkda_decode_problem *p, int64_t n)
+{
+    if (!p->cu_seqlens.data) return (fkda_sequence){n, 0, p->tokens};
+    const int64_t begin = fkda_clamp(fkda_index_at(&p->cu_seqlens, n), 0, p->tokens),
+                  end = fkda_clamp(fkda_index_at(&p->cu_seqlens, n + 1), begin, p->tokens);
+    return (fkda_sequence){0, begin, fkda_clamp(end, begin, begin + FLASH_KDA_MAX_DECODE_TOKENS)};
+}
+
+/* The slot that element i of state_indices names, or FKDA_NO_SLOT. */
+static inline int64_t fkda_slot_at(const fkda_index_view *state_indices, int64_t i, int64_t first_slot,
+                                   const fkda_state_view *state)
+{
+    const int64_t slot = state_indices->data ? fkda_index_at(state_indices, i) : i;
+    return slot < first_slot || slot < 0 || slot >= state->slots ? FKDA_NO_SLOT : slot;
+}
+
+/* The slot that sequence n starts from, or FKDA_NO_SLOT: it has no state. */
+static inline int64_t fkda_decode_first_slot(const fkda_decode_problem *p, int64_t n)
+{
+    int64_t column = 0;
+    if (p->num_accepted_tokens.data)
+        column = fkda_clamp(fkda_index_at(&p->num_accepted_tokens, n), 1, p->slot_columns) - 1;
+    return fkda_slot_at(&p->state_indices, n * p->slot_columns + column, p->first_slot, &p->state);
+}
+
+/* With FLASH_KDA_WRITE_EACH: the slot that the state after token i of sequence n goes to, or FKDA_NO_SLOT. */
+static inline int64_t fkda_decode_slot_after(const fkda_decode_problem *p, int64_t n, int64_t i)
+{
+    if (i >= p->slot_columns) return FKDA_NO_SLOT;
+    return fkda_slot_at(&p->state_indices, n * p->slot_columns + i, p->first_slot, &p->state);
+}
+
+/* The token that token i of sequence n continues from, or -1: the state that the sequence starts from. */
+static inline int64_t fkda_decode_parent(const fkda_decode_problem *p, int64_t n, int64_t i)
+{
+    if (!p->parents.data || i >= p->parent_columns) return i - 1;
+    return fkda_clamp(fkda_index_at(&p->parents, n * p->parent_columns + i), -1, i - 1);
+}
+
+/* The element offset of a token's record of one head. */
+static inline int64_t fkda_record_offset(int64_t n, int64_t record_columns, int64_t i, int64_t heads,
+                                         int64_t h)
+{
+    return ((n * record_columns + i) * heads + h) * (int64_t)(FLASH_KDA_RECORD_ROWS * FKDA_DIM);
+}
+
+/* How many tokens of sequence n are applied, if they are all tokens. */
+static inline int64_t fkda_apply_count(const fkda_apply_problem *p, int64_t n)
+{
+    int64_t most = p->record_columns;
+    if (most > FLASH_KDA_MAX_DECODE_TOKENS) most = FLASH_KDA_MAX_DECODE_TOKENS;
+    if (p->accepted.data && most > p->accepted_columns) most = p->accepted_columns;
+    return fkda_clamp(fkda_index_at(&p->num_accepted_tokens, n), 0, most);
+}
+
+/* The token of sequence n that is applied as number i, or -1: the list ends before it. */
+static inline int64_t fkda_apply_token(const fkda_apply_problem *p, int64_t n, int64_t i)
+{
+    if (!p->accepted.data) return i;
+    const int64_t token = fkda_index_at(&p->accepted, n * p->accepted_columns + i);
+    return token < 0 || token >= p->record_columns ? -1 : token;
+}
+
 /* The rows of a token's record, each of FKDA_DIM fp32 numbers. */
 enum { FKDA_RECORD_DECAY, FKDA_RECORD_KEY, FKDA_RECORD_U, FKDA_RECORD_ROWS };
 

@@ -2,6 +2,7 @@
 #ifndef FKDA_KERNEL_H
 #define FKDA_KERNEL_H
 
+#include "decode_problem.h"
 #include "nonfinite.h"
 #include "plan.h"
 #include "problem.h"
@@ -19,6 +20,9 @@ struct fkda_kernel {
     flash_kda_status (*run)(const fkda_problem *problem, const fkda_plan *plan);
     /* Counts values that are not finite in the inputs or in the outputs, on the device where `run` works. */
     flash_kda_status (*count_nonfinite)(const fkda_problem *problem, fkda_counted counted);
+    /* Do what flash_kda_decode() and flash_kda_apply() ask for. NULL in a kernel without FKDA_DECODE. */
+    flash_kda_status (*decode)(const fkda_decode_problem *problem);
+    flash_kda_status (*apply)(const fkda_apply_problem *problem);
     /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
      * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);

@@ -28,7 +28,10 @@ typedef enum fkda_feature {
     FKDA_BETA_KIND = 1 << 8,    /* another one than the sigmoid */
     FKDA_NORMALISED = 1 << 9,   /* q and k */
     FKDA_K_FIRST = 1 << 10,     /* states */
+    /* All of the forward pass. */
     FKDA_ALL_FEATURES = (1 << 11) - 1,
+    /* flash_kda_decode() and flash_kda_apply() */
+    FKDA_DECODE = 1 << 11,
 } fkda_feature;
 
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made
@@ -116,10 +119,16 @@ typedef struct fkda_problem {
     flash_kda_nonfinite *nonfinite;    /* [FLASH_KDA_CHECKED_TENSORS], or NULL: nothing is counted */
 } fkda_problem;
 
-/* Whether the caller wants the call to stop. The CPU backend asks at every chunk. */
+/* Whether the caller, who gave the address or NULL, wants the call to stop. */
+static inline bool fkda_is_interrupt(const volatile int32_t *interrupt)
+{
+    return interrupt && __atomic_load_n(interrupt, __ATOMIC_RELAXED) != 0;
+}
+
+/* The CPU backend asks at every chunk. */
 static inline bool fkda_interrupted(const fkda_problem *p)
 {
-    return p->interrupt && __atomic_load_n(p->interrupt, __ATOMIC_RELAXED) != 0;
+    return fkda_is_interrupt(p->interrupt);
 }
 
 /* Where a sequence is: tokens `begin` to `end` - 1 of a batch row. */

@@ -2,6 +2,7 @@
 #ifndef FKDA_CPU_H
 #define FKDA_CPU_H
 
+#include "../decode_problem.h"
 #include "../nonfinite.h"
 #include "../plan.h"
 #include "../problem.h"
@@ -32,9 +33,17 @@ void fkda_cpu_explain(const fkda_plan *plan, char *text, size_t size);
 /* nonfinite.c: `count_nonfinite` of the same kernels. */
 flash_kda_status fkda_cpu_count_nonfinite(const fkda_problem *problem, fkda_counted counted);
 
+/* decode.c: `decode` and `apply` of the same kernels. */
+flash_kda_status fkda_cpu_decode(const fkda_decode_problem *problem);
+flash_kda_status fkda_cpu_apply(const fkda_apply_problem *problem);
+
 /* reference.c: writes out [B, T, HV, V] and, unless they are NULL, final_state [N, HV, V, K] and checkpoints
  * [rows, HV, V, K]. */
 flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state,
                                     double *checkpoints);
+
+/* decode_reference.c: writes out [N, T, HV, V] and, unless it is NULL, states [N, T, HV, V, K]. With cu_seqlens
+ * N is 1 and T the tokens of all sequences. */
+flash_kda_status fkda_cpu_decode_reference(const fkda_decode_problem *problem, double *out, double *states);
 
 #endif

@@ -7,6 +7,7 @@
 #include "../checkpoints.h"
 #include "../errors.h"
 #include "cpu.h"
+#include "reference.h"
 
 enum { K = FKDA_DIM, V = FKDA_DIM };
 
@@ -73,12 +74,9 @@ static void load_unit(const fkda_problem *p, const fkda_token_view *t, int64_t o
     for (int i = 0; i < K; i++) unit[i] *= factor;
 }
 
-/* S is kept as [K][V], so that the inner loops run along memory. */
-static void load_state(const fkda_problem *p, int64_t n, int64_t h, double S[K][V])
+void fkda_reference_load(const fkda_state_view *from, int64_t slot, int64_t h, bool k_first, double S[K][V])
 {
-    const fkda_state_view *from = &p->initial_state;
-    const int64_t slot = fkda_slot_of(p, from, n);
-    const int64_t k_stride = p->state_k_first ? V : 1, v_stride = p->state_k_first ? 1 : K;
+    const int64_t k_stride = k_first ? V : 1, v_stride = k_first ? 1 : K;
     for (int k = 0; k < K; k++)
         for (int v = 0; v < V; v++)
             S[k][v] = slot == FKDA_NO_SLOT
@@ -87,14 +85,14 @@ static void load_state(const fkda_problem *p, int64_t n, int64_t h, double S[K][
                                      fkda_state_offset(from, slot, h) + k * k_stride + v * v_stride);
 }
 
-static void store_state(double S[K][V], double *to)
+void fkda_reference_store(double S[K][V], double *to)
 {
     for (int v = 0; v < V; v++)
         for (int k = 0; k < K; k++) to[v * K + k] = S[k][v];
 }
 
-/* One token of one head; `out` is its row of V numbers. */
-static void step(const fkda_problem *p, int64_t row, int64_t token, int64_t h, double S[K][V], double *out)
+void fkda_reference_step(const fkda_problem *p, int64_t row, int64_t token, int64_t h, double S[K][V],
+                         double *out)
 {
     double q[K], k[K], decay[K], u[V], o[V];
     const int64_t of = fkda_qk_head(&p->shape, h);
@@ -132,7 +130,7 @@ static void store_checkpoints(const job *j, int64_t n, int64_t h, int64_t offset
     const fkda_problem *p = j->problem;
     int64_t column = 0, row;
     while ((row = fkda_next_checkpoint_row(p, j->first_rows, n, offset, &column)) != FKDA_NO_CHECKPOINT)
-        store_state(S, j->checkpoints + (row * p->shape.heads + h) * V * K);
+        fkda_reference_store(S, j->checkpoints + (row * p->shape.heads + h) * V * K);
 }
 
 static bool run_head(void *context, int64_t index, int worker)
@@ -146,17 +144,17 @@ static bool run_head(void *context, int64_t index, int worker)
     const int64_t length = sequence.end - sequence.begin;
     int64_t checkpoint = j->checkpoints ? fkda_next_checkpoint(p, n, length, 0) : FKDA_NO_CHECKPOINT;
     if (fkda_interrupted(p)) return false;
-    load_state(p, n, h, S);
+    fkda_reference_load(&p->initial_state, fkda_slot_of(p, &p->initial_state, n), h, p->state_k_first, S);
     for (int64_t done = 0; done < length; done++) {
         const int64_t token = sequence.begin + done;
         if (fkda_interrupted(p)) return false;
-        step(p, sequence.row, token, h, S,
-             j->out + ((sequence.row * p->shape.tokens + token) * heads + h) * V);
+        fkda_reference_step(p, sequence.row, token, h, S,
+                            j->out + ((sequence.row * p->shape.tokens + token) * heads + h) * V);
         if (done + 1 != checkpoint) continue;
         store_checkpoints(j, n, h, checkpoint, S);
         checkpoint = fkda_next_checkpoint(p, n, length, checkpoint);
     }
-    if (j->final_state) store_state(S, j->final_state + index * V * K);
+    if (j->final_state) fkda_reference_store(S, j->final_state + index * V * K);
     return true;
 }
 

@@ -3,6 +3,7 @@
 #ifndef FKDA_CUDA_H
 #define FKDA_CUDA_H
 
+#include "../decode_problem.h"
 #include "../nonfinite.h"
 #include "../plan.h"
 #include "../problem.h"
@@ -30,6 +31,10 @@ flash_kda_status fkda_cuda_time(int ordinal, void *stream, flash_kda_status (*ru
 
 /* nonfinite.c: `count_nonfinite` of both kernels below. */
 flash_kda_status fkda_cuda_count_nonfinite(const fkda_problem *problem, fkda_counted counted);
+
+/* decode.c: `decode` and `apply` of both kernels below. */
+flash_kda_status fkda_cuda_decode(const fkda_decode_problem *problem);
+flash_kda_status fkda_cuda_apply(const fkda_apply_problem *problem);
 
 /* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
 flash_kda_status fkda_portable_make_plan(fkda_plan *plan);

@@ -1,0 +1,181 @@
+/* The checks that the forward pass and decode share. A refusal is a sentence that names the argument, what it
+ * was and what it must be. */
+#include "check_shared.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Kernels count tokens in 32 bits. The room above lets a position run past the end of the tensor by a
+ * chunk. */
+static const int64_t MAX_TOKENS = INT32_MAX - 1024;
+/* Kernels number states, N * HV, in 32 bits. The room above lets them count past the last state by two for
+ * each CTA. */
+static const int64_t MAX_STATES = INT32_MAX - 1024;
+/* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
+static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
+
+flash_kda_status fkda_complete_struct(const void **params, void *whole, size_t least, size_t most,
+                                      const char *name)
+{
+    if (!*params) return INVALID("params is null; it must point to a %s", name);
+    size_t size;
+    memcpy(&size, *params, sizeof size);
+    if (size == most) return FLASH_KDA_OK;
+    if (size < least || size > most || size % sizeof(void *))
+        return INVALID(
+            "params->struct_size is %zu; it must be sizeof(%s) = %zu (in older headers %zu or more)", size,
+            name, most, least);
+    memset(whole, 0, most);
+    memcpy(whole, *params, size);
+    *params = whole;
+    return FLASH_KDA_OK;
+}
+
+/* ---- Sizes ---- */
+
+flash_kda_status fkda_check_head_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v)
+{
+    const int64_t H = q->shape[2], HV = v->shape[2];
+    if (q->shape[3] != FKDA_DIM)
+        return INVALID("q has K = %lld; the head size K must be 128", (long long)q->shape[3]);
+    if (v->shape[3] != FKDA_DIM)
+        return INVALID("v has V = %lld; the head size V must be 128", (long long)v->shape[3]);
+    if (H < 1) return INVALID("q has H = %lld; there must be at least 1 head", (long long)H);
+    if (HV < 1 || HV % H)
+        return INVALID("v has HV = %lld heads and q has H = %lld; HV must be a multiple of H", (long long)HV,
+                       (long long)H);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_counts(const char *rows, int64_t batch, int64_t T, int64_t N, int64_t HV)
+{
+    int64_t tokens, elements;
+    if (__builtin_mul_overflow(batch, T, &tokens) || __builtin_mul_overflow(tokens, HV, &elements) ||
+        __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || elements > FKDA_MAX_TENSOR_BYTES ||
+        tokens > MAX_TOKENS)
+        return INVALID("q has %s * T = %lld * %lld tokens and v has HV = %lld heads; there must be at most "
+                       "%lld tokens, and a tensor must fit in memory",
+                       rows, (long long)batch, (long long)T, (long long)HV, (long long)MAX_TOKENS);
+    TRY(fkda_check_states(N, HV));
+    if (HV > MAX_HEADS)
+        return INVALID("v has HV = %lld; there must be at most %lld heads", (long long)HV,
+                       (long long)MAX_HEADS);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_states(int64_t N, int64_t HV)
+{
+    int64_t tasks, states;
+    if (__builtin_mul_overflow(N, HV, &tasks) || tasks > MAX_STATES ||
+        __builtin_mul_overflow(tasks, 4 * FKDA_DIM * FKDA_DIM, &states))
+        return INVALID("there are N * HV = %lld * %lld states; there must be at most %lld", (long long)N,
+                       (long long)HV, (long long)MAX_STATES);
+    return FLASH_KDA_OK;
+}
+
+/* ---- Numbers and flags ---- */
+
+flash_kda_status fkda_check_flag(int32_t flag, const char *name)
+{
+    return flag == 0 || flag == 1 ? FLASH_KDA_OK : INVALID("%s is %d; it must be 0 or 1", name, flag);
+}
+
+flash_kda_status fkda_check_gate_kinds(int32_t gate, int32_t beta_kind)
+{
+    if (gate < FLASH_KDA_GATE_BOUNDED || gate > FLASH_KDA_GATE_ACTIVATED)
+        return INVALID("gate is %d; it must be a flash_kda_gate, in [%d, %d]", gate, FLASH_KDA_GATE_BOUNDED,
+                       FLASH_KDA_GATE_ACTIVATED);
+    if (beta_kind < FLASH_KDA_BETA_SIGMOID || beta_kind > FLASH_KDA_BETA_ACTIVATED)
+        return INVALID("beta_kind is %d; it must be a flash_kda_beta, in [%d, %d]", beta_kind,
+                       FLASH_KDA_BETA_SIGMOID, FLASH_KDA_BETA_ACTIVATED);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_gate_tensors(int32_t gate, bool has_A_log, bool has_dt_bias)
+{
+    if (gate == FLASH_KDA_GATE_ACTIVATED && has_A_log)
+        return INVALID("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay "
+                       "itself; it must be absent");
+    if (gate == FLASH_KDA_GATE_ACTIVATED && has_dt_bias)
+        return INVALID("dt_bias is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log "
+                       "decay itself; it must be absent");
+    if (gate == FLASH_KDA_GATE_SOFTPLUS && !has_A_log)
+        return INVALID("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS");
+    return FLASH_KDA_OK;
+}
+
+/* A number as C writes it, "0.5", whatever decimal point the process's locale has: "0,5" in [-5, 0] would
+ * read as two numbers. A decimal point of several bytes becomes one too. */
+static const char *number_text(float number, char text[32])
+{
+    char *to = text;
+    snprintf(text, 32, "%g", (double)number);
+    for (const char *from = text; *from; from++) {
+        if (strchr("+-0123456789abcdefinty", *from))
+            *to++ = *from;
+        else if (to == text || to[-1] != '.')
+            *to++ = '.';
+    }
+    *to = 0;
+    return text;
+}
+
+flash_kda_status fkda_check_scale(float scale, int32_t gate, float lower_bound)
+{
+    char number[32];
+    if (!isfinite(scale)) return INVALID("scale is %s; it must be finite", number_text(scale, number));
+    if (gate == FLASH_KDA_GATE_BOUNDED && !(lower_bound >= -5.0f && lower_bound <= 0.0f))
+        return INVALID("lower_bound is %s; it must be in [-5, 0]", number_text(lower_bound, number));
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_first_slot(int64_t first_slot, bool has_state_indices)
+{
+    if (first_slot < 0) return INVALID("first_slot is %lld; it must be 0 or more", (long long)first_slot);
+    if (first_slot && !has_state_indices)
+        return INVALID("first_slot is %lld without state_indices; it must be 0", (long long)first_slot);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *interrupt)
+{
+    if (cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", cpu_threads);
+    if ((uintptr_t)interrupt % sizeof *interrupt)
+        return INVALID("interrupt is at address %p; it must be aligned to 4 bytes", (void *)interrupt);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt)
+{
+    if (!fkda_is_interrupt(interrupt)) return FLASH_KDA_OK;
+    return fkda_fail(FLASH_KDA_INTERRUPTED, "*interrupt is not 0, so the call was given up before it began");
+}
+
+/* ---- Views ---- */
+
+fkda_token_view fkda_token_view_of(const flash_kda_tensor *t)
+{
+    return (fkda_token_view){.data = t->data,
+                             .batch_stride = fkda_stride_of(t, 0),
+                             .token_stride = fkda_stride_of(t, 1),
+                             .head_stride = fkda_stride_of(t, 2),
+                             .heads = t->shape[2],
+                             .dtype = t->dtype};
+}
+
+fkda_state_view fkda_state_view_of(const flash_kda_tensor *t, bool present)
+{
+    if (!present) return (fkda_state_view){0};
+    return (fkda_state_view){.data = t->data,
+                             .slots = t->shape[0],
+                             .slot_stride = fkda_stride_of(t, 0),
+                             .head_stride = FKDA_DIM * FKDA_DIM,
+                             .heads = t->shape[1],
+                             .dtype = t->dtype};
+}
+
+fkda_index_view fkda_index_view_of(const flash_kda_tensor *t)
+{
+    return (fkda_index_view){t->data, t->dtype == FLASH_KDA_I32};
+}
