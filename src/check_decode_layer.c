@@ -356,7 +356,7 @@ flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p,
     TRY(check_options(p));
     TRY(check_tensors(p, &out->decode, for_reference));
     if (!for_reference) TRY(check_memory(p));
-    TRY(fkda_find_kernel(p->device, p->kernel, for_reference ? 0 : FKDA_DECODE, &out->decode.kernel));
+    TRY(fkda_find_kernel(p->device, p->kernel, for_reference ? 0 : FKDA_DECODE_LAYER, &out->decode.kernel));
     fill_problem(p, out);
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
     TRY(fkda_check_interrupt(p->interrupt));

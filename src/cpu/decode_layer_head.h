@@ -35,7 +35,7 @@ typedef struct layer_tokens {
     float out[LAYER_TOKENS][FKDA_DIM];
     float write[LAYER_TOKENS], key_query[LAYER_TOKENS]; /* b, and k . q */
     float u[LAYER_TOKENS][FKDA_DIM];                    /* for records */
-    float rows[LAYER_ROWS][FKDA_DIM];                   /* of the state */
+    float block[LAYER_ROWS][FKDA_DIM];                   /* of the state */
 } __attribute__((aligned(64))) layer_tokens;
 
 /* A head of a sequence that has a state, and where it begins in the tensors. */
@@ -213,68 +213,68 @@ static void prepare_layer(const layer_head *x, layer_tokens *t)
 
 /* ---- The state: LAYER_ROWS rows of V from `v` on ---- */
 
-static void load_layer_rows(const fkda_decode_problem *d, int64_t at, int v, float rows[LAYER_ROWS][FKDA_DIM])
+static void load_layer_rows(const fkda_decode_problem *d, int64_t at, int v, float block[LAYER_ROWS][FKDA_DIM])
 {
     if (!d->state_k_first) {
         for (int r = 0; r < LAYER_ROWS; r++)
             for (int c = 0; c < FKDA_DIM; c += LANES)
-                *vec_at(rows[r] + c) = load_state_vec(&d->state, at + (v + r) * FKDA_DIM + c);
+                *vec_at(block[r] + c) = load_state_vec(&d->state, at + (v + r) * FKDA_DIM + c);
         return;
     }
     for (int c = 0; c < FKDA_DIM; c += LANES) {
         vec tile[LANES];
         for (int i = 0; i < LANES; i++) tile[i] = load_state_vec(&d->state, at + (c + i) * FKDA_DIM + v);
         transpose(tile);
-        for (int i = 0; i < LANES; i++) *vec_at(rows[i] + c) = tile[i];
+        for (int i = 0; i < LANES; i++) *vec_at(block[i] + c) = tile[i];
     }
 }
 
 /* Rounds rows to bf16 at random, with zeros in the dropped bits. */
-static void round_layer_rows(const layer_head *x, int token, int v, float rows[LAYER_ROWS][FKDA_DIM])
+static void round_layer_rows(const layer_head *x, int token, int v, float block[LAYER_ROWS][FKDA_DIM])
 {
     enum { BLOCK = FKDA_CHANNELS_OF_A_RANDOM_BLOCK };
     const fkda_decode_problem *d = &x->p->decode;
     const uint64_t seed = (uint64_t)d->rounding[0], offset = (uint64_t)d->rounding[1];
     for (int r = 0; r < LAYER_ROWS; r++)
         for (int c = 0; c < FKDA_DIM; c += BLOCK) {
-            const fkda_random_block block =
+            const fkda_random_block random =
                 fkda_random(seed, offset, fkda_random_place(x->n, token, d->heads, x->h, v + r, c / BLOCK));
             for (int i = 0; i < BLOCK; i++) {
                 uint32_t bits;
-                memcpy(&bits, &rows[r][c + i], sizeof bits);
-                bits = (uint32_t)fkda_round_at_random(bits, fkda_random_bits(&block, i)) << 16;
-                memcpy(&rows[r][c + i], &bits, sizeof bits);
+                memcpy(&bits, &block[r][c + i], sizeof bits);
+                bits = (uint32_t)fkda_round_at_random(bits, fkda_random_bits(&random, i)) << 16;
+                memcpy(&block[r][c + i], &bits, sizeof bits);
             }
         }
 }
 
 static void store_layer_rows(const layer_head *x, int64_t slot, int token, int v,
-                             float rows[LAYER_ROWS][FKDA_DIM])
+                             float block[LAYER_ROWS][FKDA_DIM])
 {
     const fkda_decode_problem *d = &x->p->decode;
     const int64_t at = fkda_state_offset(&d->state, slot, x->h);
     float rounded[LAYER_ROWS][FKDA_DIM] __attribute__((aligned(64)));
     if (d->rounding && d->state.dtype == FLASH_KDA_BF16) {
-        memcpy(rounded, rows, sizeof rounded);
+        memcpy(rounded, block, sizeof rounded);
         round_layer_rows(x, token, v, rounded);
-        rows = rounded;
+        block = rounded;
     }
     if (!d->state_k_first) {
         for (int r = 0; r < LAYER_ROWS; r++)
             for (int c = 0; c < FKDA_DIM; c += LANES)
-                store_state_vec(&d->state, at + (v + r) * FKDA_DIM + c, load(rows[r] + c));
+                store_state_vec(&d->state, at + (v + r) * FKDA_DIM + c, load(block[r] + c));
         return;
     }
     for (int c = 0; c < FKDA_DIM; c += LANES) {
         vec tile[LANES];
-        for (int i = 0; i < LANES; i++) tile[i] = load(rows[i] + c);
+        for (int i = 0; i < LANES; i++) tile[i] = load(block[i] + c);
         transpose(tile);
         for (int i = 0; i < LANES; i++) store_state_vec(&d->state, at + (c + i) * FKDA_DIM + v, tile[i]);
     }
 }
 
 /* One token of LAYER_ROWS rows. */
-static void step_layer_rows(layer_tokens *t, int i, int v, float scale, float rows[LAYER_ROWS][FKDA_DIM])
+static void step_layer_rows(layer_tokens *t, int i, int v, float scale, float block[LAYER_ROWS][FKDA_DIM])
 {
     const float *decay = t->decay[i], *k = t->k[i], *q = t->q[i];
     vec of_key[LANES], of_query[LANES];
@@ -282,8 +282,8 @@ static void step_layer_rows(layer_tokens *t, int i, int v, float scale, float ro
         vec p = {0}, o = {0};
         UNROLL
         for (int c = 0; c < FKDA_DIM; c += LANES) {
-            const vec x = load(rows[r] + c) * load(decay + c);
-            *vec_at(rows[r] + c) = x;
+            const vec x = load(block[r] + c) * load(decay + c);
+            *vec_at(block[r] + c) = x;
             p += x * load(k + c);
             o += x * load(q + c);
         }
@@ -296,21 +296,21 @@ static void step_layer_rows(layer_tokens *t, int i, int v, float scale, float ro
     for (int r = 0; r < LAYER_ROWS; r++) {
         const float of_row = u[r];
         UNROLL
-        for (int c = 0; c < FKDA_DIM; c += LANES) *vec_at(rows[r] + c) += load(k + c) * of_row;
+        for (int c = 0; c < FKDA_DIM; c += LANES) *vec_at(block[r] + c) += load(k + c) * of_row;
     }
 }
 
 static void run_layer_rows(const layer_head *x, layer_tokens *t, int v)
 {
     const fkda_decode_problem *d = &x->p->decode;
-    load_layer_rows(d, fkda_state_offset(&d->state, x->from, x->h), v, t->rows);
+    load_layer_rows(d, fkda_state_offset(&d->state, x->from, x->h), v, t->block);
     for (int i = 0; i < x->length; i++) {
-        step_layer_rows(t, i, v, d->scale, t->rows);
+        step_layer_rows(t, i, v, d->scale, t->block);
         if (d->write_states != FLASH_KDA_WRITE_EACH) continue;
         const int64_t slot = fkda_decode_slot_after(d, x->n, i);
-        if (slot != FKDA_NO_SLOT) store_layer_rows(x, slot, i, v, t->rows);
+        if (slot != FKDA_NO_SLOT) store_layer_rows(x, slot, i, v, t->block);
     }
-    if (d->write_states == FLASH_KDA_WRITE_LAST && x->length) store_layer_rows(x, x->from, 0, v, t->rows);
+    if (d->write_states == FLASH_KDA_WRITE_LAST && x->length) store_layer_rows(x, x->from, 0, v, t->block);
 }
 
 /* ---- Outputs ---- */

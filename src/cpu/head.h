@@ -33,6 +33,7 @@
 #include "simd.h"
 
 #include "chunk.h"
+#include "decode_layer_head.h"
 #include "gate.h"
 #include "prepare.h"
 #include "recurrence.h"
@@ -110,4 +111,5 @@ const fkda_cpu_variant FKDA_VARIANT = {
     .arch = FKDA_ARCH,
     .scratch_size = sizeof(scratch),
     .run_head = run_head,
+    .run_layer_head = run_layer_head,
 };
