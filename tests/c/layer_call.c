@@ -325,10 +325,12 @@ static void draw_weights(rng *r, layer_call *c)
         place(r, c, LAYER_WEIGHT, either(r), 3, by_part, (lie){0, 1});
     else
         place(r, c, LAYER_WEIGHT, either(r), 2, by_channel, (lie){0, 1});
-    fill(r, c, LAYER_WEIGHT, 0.0, 0.5);
+    /* Keys that are not normalised must be short, or states grow from token to token. */
+    const double size = c->params.qk_is_normalised ? 0.05 : 0.5;
+    fill(r, c, LAYER_WEIGHT, 0.0, size);
     if (one_in(r, 2)) {
         place(r, c, LAYER_BIAS, either(r), 1, &C, (lie){1, 1});
-        fill(r, c, LAYER_BIAS, 0.0, 0.5);
+        fill(r, c, LAYER_BIAS, 0.0, size);
     }
     if (one_in(r, 3)) return;
     place(r, c, LAYER_NORM_WEIGHT, either(r), 1, &dim, (lie){1, 1});
