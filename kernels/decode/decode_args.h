@@ -33,6 +33,7 @@ typedef struct fkda_decode_args {
     int gate, beta_kind; /* flash_kda_gate, flash_kda_beta */
     int g_is_f32, beta_is_f32;
     int qk_is_normalised;
+    int shared_tokens; /* for which there is shared memory; an even number, at least as many as a sequence has */
 } fkda_decode_args;
 
 typedef struct fkda_apply_args {

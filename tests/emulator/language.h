@@ -80,6 +80,15 @@ template <class T> T __ldg(const T *at)
 {
     return *at;
 }
+/* Streaming loads and stores. */
+template <class T> T __ldcs(const T *at)
+{
+    return *at;
+}
+template <class T> void __stcs(T *at, T x)
+{
+    *at = x;
+}
 inline int atomicAdd(int *at, int x)
 {
     return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);

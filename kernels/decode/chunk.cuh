@@ -1,0 +1,235 @@
+/*
+ * Decode all tokens of a sequence at once, also where they are a tree.
+ *
+ * Algorithm. Let D_ij be the decay of each channel from token j to token i, along the tokens between them, and
+ * D_i the decay from the starting state S0. With "j < i" for "token j is an ancestor of token i",
+ *
+ *     P_i = S0^T (D_i k_i),  R_i = S0^T (D_i q_i)                      for all tokens, in one pass over S0
+ *     u_i = b_i (v_i - P_i - sum over j < i of (k_i . D_ij k_j) u_j)    token after token
+ *     out_i = scale (R_i + sum over j <= i of (q_i . D_ij k_j) u_j)
+ *     S_i = D_i S0 + sum over j <= i of (D_ij k_j) u_j^T                only where a state is written
+ *
+ * A token by itself costs four multiply-adds for each element of the state (steps.cuh), and here two, and one
+ * more if the last state is written. A tree costs no more than a chain.
+ *
+ * Decays are products of the decays of tokens. No division and no logarithm is needed, so that decays of zero,
+ * and decays above 1, are as accurate as others.
+ *
+ * A token that is not an ancestor of another one does not touch it, even if it is NaN.
+ */
+#ifndef FKDA_DECODE_CHUNK_CUH
+#define FKDA_DECODE_CHUNK_CUH
+
+#include "prepare.cuh"
+#include "tile.cuh"
+
+namespace fkda
+{
+
+/* Four neighbouring numbers of a vector in shared memory. */
+__device__ __forceinline__ void read_four(float (&x)[4], const float *from)
+{
+    const float4 y = *reinterpret_cast<const float4 *>(from);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+}
+
+__device__ __forceinline__ float multiply_four(const float (&x)[4], const float (&y)[4])
+{
+    float sum = x[0] * y[0];
+#pragma unroll
+    for (int c = 1; c < 4; c++) sum = __fmaf_rn(x[c], y[c], sum);
+    return sum;
+}
+
+/*
+ * A warp walks from token i to the starting state: products with the ancestors, and the key and the query with
+ * the decay from the start. The walk of the sequence's last token also leaves the keys with the decay to the
+ * last token, and the decay of all tokens in `total`.
+ *
+ * Products with eight ancestors are 16 sums over the warp's lanes, of which every two lanes get one.
+ */
+__device__ __forceinline__ void walk(Small &small, int tokens, int i, bool is_last, float *total)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, at = 4 * lane, which = lane / 2 % 2;
+    float k[4], q[4], decay[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    uint32_t before = 0;
+    read_four(k, vector_at(KEY, tokens, i) + at);
+    read_four(q, vector_at(QUERY, tokens, i) + at);
+    for (int j = i; j >= 0;) {
+        float sums[16] = {};
+        int mine = -1; /* the token of this lane's sum */
+#pragma unroll
+        for (int s = 0; s < 8; s++) {
+            if (j < 0) continue;
+            float x[4], d[4];
+            read_four(x, vector_at(KEY, tokens, j) + at);
+            read_four(d, vector_at(DECAY, tokens, j) + at);
+#pragma unroll
+            for (int c = 0; c < 4; c++) x[c] *= decay[c], decay[c] *= d[c];
+            if (is_last) store_four(vector_at(KEY_TO_LAST, tokens, j) + at, x[0], x[1], x[2], x[3]);
+            sums[2 * s] = multiply_four(k, x), sums[2 * s + 1] = multiply_four(q, x);
+            if (lane / 4 == s) mine = j;
+            if (j != i) before |= 1u << j;
+            j = small.parent[j];
+        }
+        sum_and_scatter<32>(sums);
+        if (mine >= 0 && lane % 2 == 0) small.product[which][i][mine] = sums[0];
+    }
+    if (lane == 0) small.before[i] = before;
+    store_four(vector_at(KEY_FROM_START, tokens, i) + at, k[0] * decay[0], k[1] * decay[1], k[2] * decay[2],
+               k[3] * decay[3]);
+    store_four(vector_at(QUERY, tokens, i) + at, q[0] * decay[0], q[1] * decay[1], q[2] * decay[2],
+               q[3] * decay[3]);
+    if (is_last) store_four(total + at, decay[0], decay[1], decay[2], decay[3]);
+}
+
+/* Numbers over tokens of one row of V: in lanes r of the eight P, and in lanes ROWS + r R, of row r. */
+struct OverTokens {
+    float x[MAX_TOKENS];
+};
+
+/* P and R of all tokens. */
+template <class Tile>
+__device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile, int tokens, int length)
+{
+#pragma unroll
+    for (int i = 0; i < MAX_TOKENS; i += 2) {
+        if (i >= length) break;
+        float sums[4 * ROWS] = {}; /* (P of each row, then R), each of two tokens */
+#pragma unroll
+        for (int j = 0; j < CHANNELS / 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float4 y =
+                    tile.read(vector_at(e < 2 ? KEY_FROM_START : QUERY, tokens, i + e % 2), j);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    const float *x = &tile.x[r][4 * j];
+                    float &sum = sums[2 * (e / 2 * ROWS + r) + e % 2];
+                    sum = __fmaf_rn(x[0], y.x, sum), sum = __fmaf_rn(x[1], y.y, sum);
+                    sum = __fmaf_rn(x[2], y.z, sum), sum = __fmaf_rn(x[3], y.w, sum);
+                }
+            }
+        sum_and_scatter<8>(sums);
+        to.x[i] = sums[0], to.x[i + 1] = sums[1];
+    }
+}
+
+/* u of all tokens, which takes the place of v in shared memory, and the outputs. */
+template <class Tile>
+__device__ __forceinline__ void solve(const fkda_decode_args &args, const Work &work, const Sequence &sequence,
+                                      const OverTokens &sums, const Tile &tile, const Small &small, int tokens)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
+    const bool is_output = tile.lane >= ROWS;
+    float u[MAX_TOKENS];
+#pragma unroll
+    for (int i = 0; i < MAX_TOKENS; i++) {
+        if (i >= sequence.length) break;
+        const float *product = small.product[is_output][i];
+        const uint32_t before = small.before[i];
+        float sum = sums.x[i];
+#pragma unroll
+        for (int j = 0; j < i; j++)
+            if (before >> j & 1) sum = __fmaf_rn(product[j], u[j], sum);
+        float &value = vector_at(VALUE, tokens, i)[row];
+        u[i] = __shfl_sync(~0u, small.beta[i] * (value - sum), lane & ~ROWS);
+        if (is_output) {
+            store_output(args, work, sequence, i, row, args.scale * __fmaf_rn(product[i], u[i], sum));
+        } else {
+            value = u[i];
+            if (float *record = find_record(args, work, i, 2)) record[row] = u[i];
+        }
+    }
+    __syncwarp(); /* the warp's lanes read each other's u */
+}
+
+/* u of token j, of the thread's rows. */
+template <class Tile> __device__ __forceinline__ void read_u(float (&u)[ROWS], const Tile &tile, int tokens, int j)
+{
+    read_four(u, vector_at(VALUE, tokens, j) + tile.row);
+}
+
+/* Stores the state after token i, made of the starting state, to element `at` of the pool. */
+template <class Tile>
+__device__ __forceinline__ void store_state_after(const fkda_decode_args &args, const Tile &tile,
+                                                  const Small &small, int tokens, int i, long long at,
+                                                  const Rounding &rounding)
+{
+    constexpr int PART = Tile::PART;
+#pragma unroll
+    for (int part = 0; part < Tile::PARTS; part++) {
+        float decay[PART], y[ROWS][PART] = {};
+#pragma unroll
+        for (int e = 0; e < PART; e++) decay[e] = 1.0f;
+        for (int j = i; j >= 0; j = small.parent[j]) {
+            float u[ROWS];
+            read_u(u, tile, tokens, j);
+#pragma unroll
+            for (int four = 0; four < PART / 4; four++) {
+                float k[4], d[4];
+                read_four(k, vector_at(KEY, tokens, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
+                read_four(d, vector_at(DECAY, tokens, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    const int e = 4 * four + c;
+                    const float key = k[c] * decay[e];
+                    decay[e] *= d[c];
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) y[r][e] = __fmaf_rn(key, u[r], y[r][e]);
+                }
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < PART; e++)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) y[r][e] = __fmaf_rn(tile.x[r][part * PART + e], decay[e], y[r][e]);
+        tile.store_part(args.state.data, at, part, y, i, rounding);
+    }
+}
+
+template <bool is_bf16, bool k_first> __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
+{
+    const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32,
+              tokens = args.shared_tokens;
+    const Work work = find_work(args.heads);
+    const Sequence sequence = find_sequence(args, work.sequence);
+    const long long slot = find_start_slot(args, work.sequence);
+    if (slot == NO_SLOT) return clear_sequence(args, work, sequence);
+    if (sequence.length == 0) return;
+    Small &small = *reinterpret_cast<Small *>(cta_memory());
+    float *total = vector_at(VECTORS, tokens, 0);
+    Tile<is_bf16, k_first> tile(work.first_row);
+    prepare_and_load(args, work, sequence, slot, tile, small, tokens);
+    const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
+    for (int pass = 0; pass * warps < sequence.length; pass++) {
+        /* Later tokens have longer walks: every other pass goes backwards. */
+        const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
+        if (i < sequence.length) walk(small, tokens, i, writes_last && i == sequence.length - 1, total);
+    }
+    __syncthreads();
+    OverTokens sums;
+    multiply_start(sums, tile, tokens, sequence.length);
+    solve(args, work, sequence, sums, tile, small, tokens);
+    const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
+    if (writes_last) {
+        tile.decay(total);
+        for (int j = 0; j < sequence.length; j++) {
+            float u[ROWS];
+            read_u(u, tile, tokens, j);
+            tile.add(vector_at(KEY_TO_LAST, tokens, j), u);
+        }
+        tile.store(args.state.data, find_state(args.state, slot, work.head), 0, rounding);
+    } else if (args.write_states == FLASH_KDA_WRITE_EACH) {
+        for (int i = 0; i < sequence.length; i++) {
+            const long long after = find_slot_after(args, work.sequence, i);
+            if (after != NO_SLOT)
+                store_state_after(args, tile, small, tokens, i, find_state(args.state, after, work.head), rounding);
+        }
+    }
+    clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
+}
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,239 @@
+/*
+ * The part of a state that a thread has in registers: four neighbouring rows of V and 16 channels of K.
+ *
+ * A warp has 16 rows. Eight neighbouring lanes share four of them. Lane l of the eight has
+ *
+ *     of an fp32 state  channels 4 l + 32 j to 4 l + 32 j + 3, for j from 0 to 3
+ *     of a bf16 state   channels 8 l + 64 j to 8 l + 64 j + 7, for j from 0 to 1
+ *
+ * so that a load of 16 bytes takes neighbours, eight lanes take 128 bytes, and a thread has all eight channels
+ * of a block of random numbers (rounding.h). With K first a load takes the four rows of one channel.
+ *
+ * Vectors over the channels lie in shared memory in the order in which the eight lanes have them: the j-th
+ * four channels of lane l are at 32 j + 4 l. Eight lanes then read 128 bytes in a row.
+ */
+#ifndef FKDA_DECODE_TILE_CUH
+#define FKDA_DECODE_TILE_CUH
+
+#include "rounding.h"
+#include "sequence.cuh"
+
+namespace fkda
+{
+
+constexpr int ROWS = 4, CHANNELS = 16; /* of a thread */
+
+/* How bf16 states are rounded. */
+struct Rounding {
+    bool at_random; /* else to nearest */
+    uint64_t seed, offset;
+    int sequence, heads, head;
+};
+
+__device__ __forceinline__ Rounding find_rounding(const long long *numbers, const Work &work, int heads)
+{
+    Rounding rounding = {numbers != nullptr, 0, 0, work.sequence, heads, work.head};
+    if (numbers) {
+        rounding.seed = static_cast<uint64_t>(numbers[0]);
+        rounding.offset = static_cast<uint64_t>(numbers[1]);
+    }
+    return rounding;
+}
+
+template <bool is_bf16, bool k_first> struct Tile {
+    /* Channels that are stored together. */
+    static constexpr int PART = is_bf16 ? 8 : 4, PARTS = CHANNELS / PART;
+    /* Loads as they come from memory. */
+    static constexpr int WORDS = !is_bf16 ? 4 : k_first ? 2 : 4;
+    static constexpr int LOADS = ROWS * CHANNELS * (is_bf16 ? 2 : 4) / (4 * WORDS);
+    struct Loaded {
+        uint32_t word[LOADS][WORDS];
+    };
+
+    int lane;                /* of the eight */
+    int row;                 /* of V: the first of four */
+    float x[ROWS][CHANNELS]; /* the state */
+
+    __device__ __forceinline__ Tile(int first_row)
+    {
+        const int thread = static_cast<int>(threadIdx.x);
+        lane = thread % 8;
+        row = first_row + thread / 8 * ROWS;
+    }
+
+    /* The channel of element e. */
+    __device__ __forceinline__ int channel(int e) const
+    {
+        return e / PART * (8 * PART) + PART * lane + e % PART;
+    }
+
+    /* Where four neighbouring channels are in a vector in shared memory. */
+    static __device__ __forceinline__ int place_of_four(int first_channel)
+    {
+        if (!is_bf16) return first_channel;
+        return (first_channel / 64 * 2 + first_channel / 4 % 2) * 32 + first_channel / 8 % 8 * 4;
+    }
+
+    /* The elements 4 j to 4 j + 3 of a vector in shared memory. */
+    __device__ __forceinline__ float4 read(const float *vector, int j) const
+    {
+        return *reinterpret_cast<const float4 *>(vector + 32 * j + 4 * lane);
+    }
+
+    /* The address of element e of row r of a state that begins at element `at` of the pool. */
+    static __device__ __forceinline__ char *address(void *states, long long at, int v, int c)
+    {
+        return static_cast<char *>(states) + (at + (k_first ? c * DIM + v : v * DIM + c)) * (is_bf16 ? 2 : 4);
+    }
+
+    /* Begins to load a state. */
+    __device__ __forceinline__ void load(Loaded &to, void *states, long long at) const
+    {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const int r = k_first ? 0 : i / PARTS, e = k_first ? i : i % PARTS * PART;
+            const char *from = address(states, at, row + r, channel(e));
+            if constexpr (WORDS == 4) {
+                const uint4 y = __ldcs(reinterpret_cast<const uint4 *>(from));
+                to.word[i][0] = y.x, to.word[i][1] = y.y, to.word[i][2] = y.z, to.word[i][3] = y.w;
+            } else {
+                const uint2 y = __ldcs(reinterpret_cast<const uint2 *>(from));
+                to.word[i][0] = y.x, to.word[i][1] = y.y;
+            }
+        }
+    }
+
+    /* Makes numbers of what was loaded. */
+    __device__ __forceinline__ void unpack(const Loaded &from)
+    {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int e = 0; e < CHANNELS; e++) {
+                const int i = k_first ? e : r * PARTS + e / PART, at = k_first ? r : e % PART;
+                const uint32_t word = from.word[i][is_bf16 ? at / 2 : at];
+                x[r][e] = !is_bf16 ? __uint_as_float(word) : at % 2 ? bf16_high(word) : bf16_low(word);
+            }
+    }
+
+    /* The bits of row r of a part, rounded to bf16, two channels to a word. */
+    __device__ __forceinline__ void round(uint32_t (&word)[PART / 2], const float (&y)[PART], int r, int part,
+                                          int token, const Rounding &rounding) const
+    {
+        if (!rounding.at_random) {
+#pragma unroll
+            for (int e = 0; e < PART; e += 2) word[e / 2] = pack_bf16(y[e], y[e + 1]);
+            return;
+        }
+        const fkda_random_block block =
+            fkda_random(rounding.seed, rounding.offset,
+                        fkda_random_place(rounding.sequence, token, rounding.heads, rounding.head, row + r,
+                                          channel(part * PART) / FKDA_CHANNELS_OF_A_RANDOM_BLOCK));
+#pragma unroll
+        for (int e = 0; e < PART; e += 2) {
+            const uint32_t low = fkda_round_at_random(__float_as_uint(y[e]), fkda_random_bits(&block, e)),
+                           high = fkda_round_at_random(__float_as_uint(y[e + 1]),
+                                                       fkda_random_bits(&block, e + 1));
+            word[e / 2] = low | high << 16;
+        }
+    }
+
+    /* Stores a part of a state: the first element is e = part * PART. `token` is that of the random numbers. */
+    __device__ __forceinline__ void store_part(void *states, long long at, int part,
+                                               const float (&y)[ROWS][PART], int token,
+                                               const Rounding &rounding) const
+    {
+        if constexpr (!is_bf16 && !k_first) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                __stcs(reinterpret_cast<float4 *>(address(states, at, row + r, channel(part * PART))),
+                       make_float4(y[r][0], y[r][1], y[r][2], y[r][3]));
+        } else if constexpr (!is_bf16) {
+#pragma unroll
+            for (int e = 0; e < PART; e++)
+                __stcs(reinterpret_cast<float4 *>(address(states, at, row, channel(part * PART + e))),
+                       make_float4(y[0][e], y[1][e], y[2][e], y[3][e]));
+        } else {
+            uint32_t word[ROWS][PART / 2];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) round(word[r], y[r], r, part, token, rounding);
+            if constexpr (!k_first) {
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    __stcs(reinterpret_cast<uint4 *>(address(states, at, row + r, channel(part * PART))),
+                           make_uint4(word[r][0], word[r][1], word[r][2], word[r][3]));
+            } else {
+#pragma unroll
+                for (int e = 0; e < PART; e++) {
+                    uint32_t half[ROWS];
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++)
+                        half[r] = e % 2 ? word[r][e / 2] >> 16 : word[r][e / 2] & 0xffffu;
+                    __stcs(reinterpret_cast<uint2 *>(address(states, at, row, channel(part * PART + e))),
+                           make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16));
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(void *states, long long at, int token, const Rounding &rounding) const
+    {
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            float y[ROWS][PART];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                for (int e = 0; e < PART; e++) y[r][e] = x[r][part * PART + e];
+            store_part(states, at, part, y, token, rounding);
+        }
+    }
+
+    /* x = decay x, with a decay for each channel. */
+    __device__ __forceinline__ void decay(const float *vector)
+    {
+#pragma unroll
+        for (int j = 0; j < CHANNELS / 4; j++) {
+            const float4 d = read(vector, j);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                x[r][4 * j] *= d.x, x[r][4 * j + 1] *= d.y, x[r][4 * j + 2] *= d.z, x[r][4 * j + 3] *= d.w;
+        }
+    }
+
+    /* x = x + key u, with one u for each row. */
+    __device__ __forceinline__ void add(const float *key, const float (&u)[ROWS])
+    {
+#pragma unroll
+        for (int j = 0; j < CHANNELS / 4; j++) {
+            const float4 k = read(key, j);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float *y = &x[r][4 * j];
+                y[0] = __fmaf_rn(k.x, u[r], y[0]), y[1] = __fmaf_rn(k.y, u[r], y[1]);
+                y[2] = __fmaf_rn(k.z, u[r], y[2]), y[3] = __fmaf_rn(k.w, u[r], y[3]);
+            }
+        }
+    }
+};
+
+/* Sums each of `count` numbers over neighbouring lanes, `lanes` of them. Lane l of the lanes gets the sums of
+ * numbers l * count / lanes and following in the first places of x. If there are more lanes than numbers,
+ * lanes / count neighbours get the same sum. */
+template <int lanes, int count> __device__ __forceinline__ void sum_and_scatter(float (&x)[count])
+{
+#pragma unroll
+    for (int by = lanes / 2, half = count / 2; by > 0; by /= 2, half /= 2) {
+        const bool upper = (threadIdx.x & static_cast<unsigned>(by)) != 0;
+        if (half == 0) x[0] += __shfl_xor_sync(~0u, x[0], by);
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + half], by);
+            x[i] = (upper ? x[i + half] : x[i]) + other;
+        }
+    }
+}
+
+} // namespace fkda
+
+#endif

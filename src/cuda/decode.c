@@ -1,0 +1,185 @@
+/* Decode and apply on a GPU: launches kernels/decode/decode.cu. */
+#include "../../kernels/decode/decode_args.h"
+#include "../../kernels/decode/decode_shape.h"
+#include "../decode_problem.h"
+#include "cuda.h"
+#include "kernel_args.h"
+#include "modules.h"
+
+extern const unsigned char fkda_fatbin_decode[];
+
+/* The kernels for a type and a layout of states, in the order of `module.names`. */
+enum { ONE, STEPS, CHUNK, APPLY, KERNELS };
+
+#define FKDA_NAMES(suffix)                                                                                   \
+    "fkda_decode_one_" suffix, "fkda_decode_steps_" suffix, "fkda_decode_chunk_" suffix,                     \
+        "fkda_decode_apply_" suffix
+
+static fkda_module module = {
+    .image = fkda_fatbin_decode,
+    .names = {FKDA_NAMES("f32"), FKDA_NAMES("bf16"), FKDA_NAMES("k_first_f32"), FKDA_NAMES("k_first_bf16")},
+    .shared_bytes = FKDA_DECODE_SHARED_BYTES(FKDA_DECODE_VECTORS_OF_A_CHUNK, FKDA_DECODE_MAX_TOKENS),
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+enum {
+    /* Tokens of a sequence from which on they are computed at once. Below, the small matrices and the meetings
+     * of the CTA that they need cost more than a token does. */
+    CHUNK_FROM = 5,
+    /* Rows of V of a CTA where there are heads enough. With one token, CTAs of half a head let loads of one
+     * overlap with stores of another. With more tokens, CTAs that share a head would prepare them twice. */
+    ROWS_FOR_ONE_TOKEN = 64,
+    ROWS_FOR_MORE = 128,
+    /* A warp prepares one token at a time, so a CTA for several tokens keeps some warps. */
+    LEAST_ROWS_FOR_ONE_TOKEN = 16,
+    LEAST_ROWS_FOR_MORE = 64,
+    CTAS_PER_SM = 2, /* with fewer, CTAs get fewer rows */
+};
+
+static int choose_rows(int64_t heads, bool one_token, int sms)
+{
+    int rows = one_token ? ROWS_FOR_ONE_TOKEN : ROWS_FOR_MORE;
+    const int least = one_token ? LEAST_ROWS_FOR_ONE_TOKEN : LEAST_ROWS_FOR_MORE;
+    while (rows > least && heads * (FKDA_DIM / rows) < (int64_t)CTAS_PER_SM * sms) rows /= 2;
+    return rows;
+}
+
+typedef struct launch {
+    int kernel, rows, shared_bytes;
+    int64_t heads; /* of all sequences */
+    void *args;
+} launch;
+
+static flash_kda_status run(flash_kda_device device, void *stream, const launch *l)
+{
+    const fkda_driver *driver;
+    const int ordinal = device.index;
+    flash_kda_status status = fkda_enter_device(ordinal, &driver);
+    if (status != FLASH_KDA_OK) return status;
+    status = fkda_load_module(driver, &module, ordinal);
+    if (status == FLASH_KDA_OK) {
+        void *pointers[] = {l->args};
+        const CUresult result = driver->cuLaunchKernel(
+            module.functions[ordinal][l->kernel], (unsigned)(l->heads * (FKDA_DIM / l->rows)), 1, 1,
+            (unsigned)FKDA_DECODE_THREADS_OF(l->rows), 1, 1, (unsigned)l->shared_bytes, (CUstream)stream,
+            pointers, NULL);
+        if (result) status = fkda_driver_fail("cuLaunchKernel", result);
+    }
+    return fkda_leave_device(driver, status);
+}
+
+static fkda_index_args index_args(const fkda_index_view *t, int64_t columns)
+{
+    return (fkda_index_args){t->data, t->is_i32, (int)columns};
+}
+
+static int kernel_of(const fkda_state_view *state, bool k_first, int which)
+{
+    return KERNELS * ((state->dtype == FLASH_KDA_BF16) + 2 * k_first) + which;
+}
+
+static int which_decode(const fkda_decode_problem *p)
+{
+    if (p->parents.data) return CHUNK;
+    if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
+    if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
+    /* With cu_seqlens the lengths are not known here, and a sequence is computed the same way whatever else is
+     * in the call. */
+    return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
+}
+
+static fkda_decode_args args_of(const fkda_decode_problem *p)
+{
+    return (fkda_decode_args){
+        .q = p->q.data,
+        .k = p->k.data,
+        .v = p->v.data,
+        .g = p->g.data,
+        .beta = p->beta.data,
+        .out = p->out.data,
+        .q_strides = fkda_strides_of(&p->q),
+        .k_strides = fkda_strides_of(&p->k),
+        .v_strides = fkda_strides_of(&p->v),
+        .g_strides = fkda_strides_of(&p->g),
+        .beta_strides = fkda_strides_of(&p->beta),
+        .out_strides = fkda_strides_of(&p->out),
+        .A_log = p->A_log,
+        .dt_bias = p->dt_bias,
+        .state = fkda_state_args_of(&p->state),
+        .state_indices = index_args(&p->state_indices, p->slot_columns),
+        .num_accepted_tokens = index_args(&p->num_accepted_tokens, 1),
+        .cu_seqlens = index_args(&p->cu_seqlens, 1),
+        .parents = index_args(&p->parents, p->parent_columns),
+        .records = p->records,
+        .rounding = (const long long *)p->rounding,
+        .first_slot = p->first_slot,
+        .tokens = p->tokens,
+        .record_columns = (int)p->record_columns,
+        .heads = (int)p->heads,
+        .group = (int)(p->heads / p->qk_heads),
+        .sequences = (int)p->sequences,
+        .scale = p->scale,
+        .lower_bound = p->lower_bound,
+        .write_states = p->write_states,
+        .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
+        .state_k_first = p->state_k_first,
+        .gate = p->gate,
+        .beta_kind = p->beta_kind,
+        .g_is_f32 = p->g.dtype == FLASH_KDA_F32,
+        .beta_is_f32 = p->beta.dtype == FLASH_KDA_F32,
+        .qk_is_normalised = p->qk_is_normalised,
+    };
+}
+
+flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
+{
+    const int which = which_decode(p);
+    const int64_t heads = p->sequences * p->heads;
+    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS,
+              vectors = which == CHUNK ? FKDA_DECODE_VECTORS_OF_A_CHUNK : FKDA_DECODE_VECTORS_OF_A_STEP;
+    int sms;
+    if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
+    const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
+    if (status != FLASH_KDA_OK) return status;
+    fkda_decode_args args = args_of(p);
+    args.shared_tokens = FKDA_DECODE_EVEN(tokens);
+    const launch l = {
+        .kernel = kernel_of(&p->state, p->state_k_first, which),
+        .rows = choose_rows(heads, which == ONE, sms),
+        .shared_bytes = FKDA_DECODE_SHARED_BYTES(vectors, tokens),
+        .heads = heads,
+        .args = &args,
+    };
+    return run(p->device, p->stream, &l);
+}
+
+flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
+{
+    const int64_t heads = p->sequences * p->heads;
+    int sms;
+    if (heads == 0 || p->record_columns == 0) return FLASH_KDA_OK;
+    const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
+    if (status != FLASH_KDA_OK) return status;
+    fkda_apply_args args = {
+        .records = p->records,
+        .state = fkda_state_args_of(&p->state),
+        .state_indices = index_args(&p->state_indices, 1),
+        .num_accepted_tokens = index_args(&p->num_accepted_tokens, 1),
+        .accepted = index_args(&p->accepted, p->accepted_columns),
+        .rounding = (const long long *)p->rounding,
+        .first_slot = p->first_slot,
+        .record_columns = (int)p->record_columns,
+        .heads = (int)p->heads,
+        .sequences = (int)p->sequences,
+        .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
+        .state_k_first = p->state_k_first,
+    };
+    const launch l = {
+        .kernel = kernel_of(&p->state, p->state_k_first, APPLY),
+        .rows = choose_rows(heads, false, sms),
+        .shared_bytes = FKDA_DECODE_SHARED_BYTES(FKDA_DECODE_VECTORS_OF_APPLY, FKDA_DECODE_MAX_TOKENS),
+        .heads = heads,
+        .args = &args,
+    };
+    return run(p->device, p->stream, &l);
+}
