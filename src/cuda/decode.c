@@ -1,9 +1,7 @@
 /* Decode and apply on a GPU: launches kernels/decode/decode.cu. */
-#include "../../kernels/decode/decode_args.h"
 #include "../../kernels/decode/decode_shape.h"
-#include "../decode_problem.h"
 #include "cuda.h"
-#include "kernel_args.h"
+#include "decode_args_of.h"
 #include "modules.h"
 
 extern const unsigned char fkda_fatbin_decode[];
@@ -68,11 +66,6 @@ static flash_kda_status run(flash_kda_device device, void *stream, const launch 
     return fkda_leave_device(driver, status);
 }
 
-static fkda_index_args index_args(const fkda_index_view *t, int64_t columns)
-{
-    return (fkda_index_args){t->data, t->is_i32, (int)columns};
-}
-
 static int kernel_of(const fkda_state_view *state, bool k_first, int which)
 {
     return KERNELS * ((state->dtype == FLASH_KDA_BF16) + 2 * k_first) + which;
@@ -88,49 +81,6 @@ static int which_decode(const fkda_decode_problem *p)
     return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
 }
 
-static fkda_decode_args args_of(const fkda_decode_problem *p)
-{
-    return (fkda_decode_args){
-        .q = p->q.data,
-        .k = p->k.data,
-        .v = p->v.data,
-        .g = p->g.data,
-        .beta = p->beta.data,
-        .out = p->out.data,
-        .q_strides = fkda_strides_of(&p->q),
-        .k_strides = fkda_strides_of(&p->k),
-        .v_strides = fkda_strides_of(&p->v),
-        .g_strides = fkda_strides_of(&p->g),
-        .beta_strides = fkda_strides_of(&p->beta),
-        .out_strides = fkda_strides_of(&p->out),
-        .A_log = p->A_log,
-        .dt_bias = p->dt_bias,
-        .state = fkda_state_args_of(&p->state),
-        .state_indices = index_args(&p->state_indices, p->slot_columns),
-        .num_accepted_tokens = index_args(&p->num_accepted_tokens, 1),
-        .cu_seqlens = index_args(&p->cu_seqlens, 1),
-        .parents = index_args(&p->parents, p->parent_columns),
-        .records = p->records,
-        .rounding = (const long long *)p->rounding,
-        .first_slot = p->first_slot,
-        .tokens = p->tokens,
-        .record_columns = (int)p->record_columns,
-        .heads = (int)p->heads,
-        .group = (int)(p->heads / p->qk_heads),
-        .sequences = (int)p->sequences,
-        .scale = p->scale,
-        .lower_bound = p->lower_bound,
-        .write_states = p->write_states,
-        .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
-        .state_k_first = p->state_k_first,
-        .gate = p->gate,
-        .beta_kind = p->beta_kind,
-        .g_is_f32 = p->g.dtype == FLASH_KDA_F32,
-        .beta_is_f32 = p->beta.dtype == FLASH_KDA_F32,
-        .qk_is_normalised = p->qk_is_normalised,
-    };
-}
-
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
 {
     const int which = which_decode(p);
@@ -141,7 +91,7 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
     if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
-    fkda_decode_args args = args_of(p);
+    fkda_decode_args args = fkda_decode_args_of(p);
     args.shared_tokens = FKDA_DECODE_EVEN(tokens);
     const launch l = {
         .kernel = kernel_of(&p->state, p->state_k_first, which),
@@ -163,9 +113,9 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     fkda_apply_args args = {
         .records = p->records,
         .state = fkda_state_args_of(&p->state),
-        .state_indices = index_args(&p->state_indices, 1),
-        .num_accepted_tokens = index_args(&p->num_accepted_tokens, 1),
-        .accepted = index_args(&p->accepted, p->accepted_columns),
+        .state_indices = fkda_index_args_of(&p->state_indices, 1),
+        .num_accepted_tokens = fkda_index_args_of(&p->num_accepted_tokens, 1),
+        .accepted = fkda_index_args_of(&p->accepted, p->accepted_columns),
         .rounding = (const long long *)p->rounding,
         .first_slot = p->first_slot,
         .record_columns = (int)p->record_columns,

@@ -1,0 +1,204 @@
+/*
+ * decode_layer for compute capability 8.0 and newer: convolution, recurrence and norm of a few tokens of each of
+ * many sequences, in one launch that reads and writes each state once.
+ *
+ * Algorithm. A CTA has a head of a sequence, because the norm over V needs all rows. Its threads load the
+ * state into registers (tile.cuh), convolve meanwhile (layer_prepare.cuh), and take the tokens one after the
+ * other, with the state decayed to each token:
+ *
+ *     p = S^T k,  r = S^T q         in one pass over the state
+ *     u = b (v - p),  o = scale (r + u (k . q)),  S = S + k u^T
+ *
+ * k and q lie in shared memory as the convolution gives them. One over their norms, and k . q, are sums that
+ * every eight lanes make for themselves beside p and r, so that no barrier stands between the convolution and
+ * the recurrence but the one that hands the vectors over. At the end a warp has the outputs of a token, makes
+ * the norm over V, and applies the output gate, which it loaded at the start.
+ */
+#include "layer_prepare.cuh"
+
+namespace fkda
+{
+
+/* ---- Recurrence ---- */
+
+__device__ __forceinline__ float sum_over_eight(float x)
+{
+#pragma unroll
+    for (int by = 4; by > 0; by /= 2) x += __shfl_xor_sync(~0u, x, by);
+    return x;
+}
+
+/* One token. */
+template <class Tile>
+__device__ __forceinline__ void step_layer(const fkda_decode_args &args, const Work &work, Tile &tile, int tokens,
+                                           int i)
+{
+    const float *key = layer_vector(LAYER_KEY, tokens, i), *query = layer_vector(LAYER_QUERY, tokens, i);
+    float sums[2 * ROWS] = {}; /* p of each row, then r */
+    float kk = 0.0f, qq = 0.0f, kq = 0.0f;
+    tile.decay(layer_vector(LAYER_DECAY, tokens, i));
+#pragma unroll
+    for (int j = 0; j < CHANNELS / 4; j++) {
+        const float4 k4 = tile.read(key, j), q4 = tile.read(query, j);
+        const float k[4] = {k4.x, k4.y, k4.z, k4.w}, q[4] = {q4.x, q4.y, q4.z, q4.w};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            kk = __fmaf_rn(k[c], k[c], kk), qq = __fmaf_rn(q[c], q[c], qq), kq = __fmaf_rn(k[c], q[c], kq);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                sums[r] = __fmaf_rn(tile.x[r][4 * j + c], k[c], sums[r]);
+                sums[ROWS + r] = __fmaf_rn(tile.x[r][4 * j + c], q[c], sums[ROWS + r]);
+            }
+        }
+    }
+    sum_and_scatter<8>(sums);
+    kk = sum_over_eight(kk), qq = sum_over_eight(qq), kq = sum_over_eight(kq);
+    const float key_factor = args.qk_is_normalised ? 1.0f : rsqrt_approx(kk + 1e-6f),
+                query_factor = args.qk_is_normalised ? 1.0f : rsqrt_approx(qq + 1e-6f);
+    /* Lanes r and ROWS + r of the eight have p and r of row r, for k and q with their norms. */
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
+    const float p = __shfl_sync(~0u, sums[0], lane & ~ROWS) * key_factor;
+    const float u = layer_small().beta[i] * (layer_vector(LAYER_VALUE, tokens, i)[row] - p),
+                of_raw_key = u * key_factor;
+    if (tile.lane >= ROWS)
+        layer_vector(LAYER_OUT, tokens, i)[row] =
+            args.scale * query_factor * __fmaf_rn(of_raw_key, kq, sums[0]);
+    else if (float *record = find_record(args, work, i, 2))
+        record[row] = u;
+    if (threadIdx.x == 0) layer_small().key_factor[i] = key_factor;
+    float u_of_row[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) u_of_row[r] = __shfl_sync(~0u, of_raw_key, (lane & ~7) | r);
+    tile.add(key, u_of_row);
+}
+
+/* ---- Outputs ---- */
+
+/* A lane of the warp that has the outputs of a token: channels lane + 32 j. */
+constexpr int OUTPUTS = DIM / 32;
+
+struct OutputFactors {
+    float gate[OUTPUTS], weight[OUTPUTS];
+
+    __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Work &work,
+                                         const Sequence &sequence, int i)
+    {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+        for (int j = 0; j < OUTPUTS; j++) {
+            gate[j] = 0.0f, weight[j] = 0.0f;
+            if (args.output_gate)
+                gate[j] = load_number(args.output_gate, args.output_gate_is_f32,
+                                      find_row(args.output_gate_strides, sequence, i, work.head) + lane + 32 * j);
+            if (args.norm_weight)
+                weight[j] = load_number(args.norm_weight, args.norm_weight_is_f32, lane + 32 * j);
+        }
+    }
+};
+
+template <class Tile>
+__device__ __forceinline__ void finish_layer(const fkda_decode_layer_args &args, const Work &work,
+                                             const Sequence &sequence, const OutputFactors &factors, int tokens,
+                                             int i)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float *out = layer_vector(LAYER_OUT, tokens, i);
+    float o[OUTPUTS], sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < OUTPUTS; j++) o[j] = out[lane + 32 * j], sum = __fmaf_rn(o[j], o[j], sum);
+    const float factor = rsqrt_approx(__fmaf_rn(sum_over_warp(sum), 1.0f / DIM, args.norm_eps));
+#pragma unroll
+    for (int j = 0; j < OUTPUTS; j++) {
+        if (args.norm_weight) o[j] *= factor * factors.weight[j];
+        if (args.output_gate) o[j] *= layer_sigmoid(factors.gate[j]);
+        store_output(args.decode, work, sequence, i, lane + 32 * j, o[j]);
+    }
+    if (float *record = find_record(args.decode, work, i, 0)) {
+        const float key_factor = layer_small().key_factor[i];
+#pragma unroll
+        for (int j = 0; j < OUTPUTS; j++) {
+            const int channel = lane + 32 * j, place = Tile::place_of_four(channel / 4 * 4) + channel % 4;
+            record[channel] = layer_vector(LAYER_DECAY, tokens, i)[place];
+            record[DIM + channel] = layer_vector(LAYER_KEY, tokens, i)[place] * key_factor;
+        }
+    }
+}
+
+/* What a sequence without a state gets: zeros. */
+__device__ __forceinline__ void clear_layer(const fkda_decode_layer_args &args, const Work &work,
+                                            const Sequence &sequence)
+{
+    clear_sequence(args.decode, work, sequence);
+    if (!args.windows.data) return;
+    for (int i = 0; i < sequence.length && i < args.windows_columns; i++)
+        for (int c = static_cast<int>(threadIdx.x); c < PARTS * DIM; c += FKDA_LAYER_THREADS)
+            for (int j = 0; j < WINDOW; j++)
+                static_cast<uint16_t *>(
+                    args.windows.data)[work.sequence * args.windows_sequence + i * args.windows_token +
+                                       find_channel(args.windows, c / DIM, work.head * DIM + c % DIM) +
+                                       j * args.windows.column] = 0;
+}
+
+/* `single`: every sequence has one token. */
+template <bool is_bf16, bool k_first, bool single>
+__device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
+{
+    using State = Tile<is_bf16, k_first>;
+    const fkda_decode_args &decode = args.decode;
+    const Work work = find_work(decode.heads);
+    const Sequence sequence = single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(decode, work.sequence);
+    const int warp = static_cast<int>(threadIdx.x) / 32, warps = FKDA_LAYER_THREADS / 32,
+              tokens = single ? 1 : decode.shared_tokens;
+    const long long slot = find_start_slot(decode, work.sequence);
+    WindowPlace window = {slot, 0};
+    if (args.keeps_drafts) {
+        window.slot = find_slot_after(decode, work.sequence, 0);
+        if (decode.num_accepted_tokens.data)
+            window.column = static_cast<int>(clamp(read_index(decode.num_accepted_tokens, work.sequence), 1,
+                                                   decode.state_indices.columns)) -
+                            1;
+    }
+    if (slot == NO_SLOT || window.slot == NO_SLOT) return clear_layer(args, work, sequence);
+    if (sequence.length == 0) return;
+
+    OutputFactors factors = {};
+    if (warp < sequence.length) factors.load(args, work, sequence, warp);
+    State tile(work.first_row);
+    prepare_layer(args, work, sequence, slot, window, tile, tokens);
+    const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
+    const auto store = [&](long long to, int token) {
+        tile.store(decode.state.data, find_state(decode.state, to, work.head), token, rounding);
+    };
+    for (int i = 0; i < sequence.length; i++) {
+        step_layer(decode, work, tile, tokens, i);
+        if (decode.write_states != FLASH_KDA_WRITE_EACH) continue;
+        const long long after = find_slot_after(decode, work.sequence, i);
+        if (after != NO_SLOT) store(after, i);
+    }
+    if (decode.write_states == FLASH_KDA_WRITE_LAST) store(slot, 0);
+    __syncthreads();
+    for (int i = warp; i < sequence.length; i += warps) {
+        if (i != warp) factors.load(args, work, sequence, i);
+        finish_layer<State>(args, work, sequence, factors, tokens, i);
+    }
+    clear_outputs(decode, work, sequence, sequence.length, sequence.length + sequence.left_out);
+}
+
+} // namespace fkda
+
+#define FKDA_DEFINE_LAYER(name, is_bf16, k_first, single)                                                    \
+    extern "C" __global__ void __launch_bounds__(FKDA_LAYER_THREADS, FKDA_LAYER_CTAS_PER_SM)                 \
+        name(const __grid_constant__ fkda_decode_layer_args args)                                            \
+    {                                                                                                        \
+        fkda::decode_layer<is_bf16, k_first, single>(args);                                                  \
+    }
+
+/* The kernels for a type and a layout of states. */
+#define FKDA_DEFINE_LAYERS(suffix, is_bf16, k_first)                                                         \
+    FKDA_DEFINE_LAYER(fkda_layer_one_##suffix, is_bf16, k_first, true)                                       \
+    FKDA_DEFINE_LAYER(fkda_layer_steps_##suffix, is_bf16, k_first, false)
+
+FKDA_DEFINE_LAYERS(f32, false, false)
+FKDA_DEFINE_LAYERS(bf16, true, false)
+FKDA_DEFINE_LAYERS(k_first_f32, false, true)
+FKDA_DEFINE_LAYERS(k_first_bf16, true, true)
