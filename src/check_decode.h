@@ -4,8 +4,8 @@
 
 #include "decode_problem.h"
 
-/* Turn a caller's struct into a problem, or refuse it in a sentence. The reference needs neither out nor records,
- * and writes to no tensor. */
+/* Turn a caller's struct into a problem, or refuse it in a sentence. The reference needs neither out nor
+ * records, and writes to no tensor. */
 flash_kda_status fkda_check_decode(const flash_kda_decode_params *params, bool for_reference,
                                    fkda_decode_problem *problem);
 flash_kda_status fkda_check_apply(const flash_kda_apply_params *params, fkda_apply_problem *problem);

@@ -1,6 +1,6 @@
 /* Checks the numbers in cu_seqlens, state_indices, num_accepted_tokens, parents and accepted, for a call of
- * decode or apply on the CPU. On a GPU the host cannot look at them without waiting, and the kernels hold them
- * inside of their ranges. */
+ * decode or apply on the CPU. On a GPU the host cannot look at them without waiting, and the kernels hold
+ * them inside of their ranges. */
 #include "check_decode.h"
 #include "check_shared.h"
 

@@ -10,8 +10,8 @@ enum {
     FKDA_MAX_COLUMNS = INT32_MAX - 64,
 };
 
-/* A caller built with an older header passes a shorter struct, of `least` bytes or more. `*params` then becomes
- * a copy in `whole`, in which the missing fields are zero. A struct begins with its struct_size. */
+/* A caller built with an older header passes a shorter struct, of `least` bytes or more. `*params` then
+ * becomes a copy in `whole`, in which the missing fields are zero. A struct begins with its struct_size. */
 flash_kda_status fkda_complete_struct(const void **params, void *whole, size_t least, size_t most,
                                       const char *name);
 

@@ -10,8 +10,8 @@
 /* What each kernel knows beyond the plainest call. */
 enum {
     FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
-    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES,
-    FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES,
+    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
+    FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
 };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
@@ -44,6 +44,9 @@ static const fkda_kernel kernels[] = {
         .plan = fkda_hopper_make_plan,
         .run = fkda_hopper_run,
         .count_nonfinite = fkda_cuda_count_nonfinite,
+        .decode = fkda_cuda_decode,
+        .apply = fkda_cuda_apply,
+        .decode_layer = fkda_cuda_decode_layer,
         .explain = fkda_hopper_explain,
     },
 #endif
@@ -56,6 +59,9 @@ static const fkda_kernel kernels[] = {
         .plan = fkda_portable_make_plan,
         .run = fkda_portable_run,
         .count_nonfinite = fkda_cuda_count_nonfinite,
+        .decode = fkda_cuda_decode,
+        .apply = fkda_cuda_apply,
+        .decode_layer = fkda_cuda_decode_layer,
         .explain = fkda_portable_explain,
     },
 #endif

@@ -3,24 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* AddressSanitizer has red zones of its own on either side, which reads must not touch either. */
-#if defined(__SANITIZE_ADDRESS__)
-enum { BAND = 0 };
-#else
-enum { BAND = 4096 };
-#endif
-
-/* A byte that is a NaN in bf16 and in f32 when it is repeated (0xffff...), and the byte in the bands of
- * outputs. */
-enum { NAN_BYTE = 0xff, OUTPUT_BAND_BYTE = 0xa5 };
-
 /* What the records of nonfinite hold before a call: no record that a call could write. */
 enum { RECORD_BYTE = 0x5a, RECORD_BYTES = FLASH_KDA_CHECKED_TENSORS * sizeof(flash_kda_nonfinite) };
 
 /* Buffers beyond those of the arguments. */
 enum { NARROW_SLICES = ARGS, WIDE_SLICES, WORKSPACE };
-
-static const flash_kda_device cpu = {FLASH_KDA_CPU, 0};
 
 const char *const state_mode_names[STATE_MODES] = {"no state", "state in", "state out", "state in and out",
                                                    "state in place"};
@@ -69,54 +56,6 @@ static flash_kda_tensor *param_of(flash_kda_fwd_params *p, call_tensor which)
         [ARG_CHECKPOINT_STARTS] = &p->checkpoint_starts,
     };
     return all[which];
-}
-
-/* ---- Buffers ------------------------------------------------------------------------------------------- */
-
-static void *interior(const buffer *b)
-{
-    return b->base ? b->base + BAND : NULL;
-}
-
-static void buffer_write(const buffer *b, const void *contents)
-{
-    must(flash_kda_copy(b->device, interior(b), cpu, contents, b->bytes));
-}
-
-static unsigned char *buffer_read(const buffer *b)
-{
-    unsigned char *contents = allocate(b->bytes, 1);
-    must(flash_kda_copy(cpu, contents, b->device, interior(b), b->bytes));
-    return contents;
-}
-
-/* The bands around an input are NaN, so that a result shows if a kernel read them as data. */
-static void buffer_create(buffer *b)
-{
-    void *memory;
-    must(flash_kda_malloc(b->device, b->bytes + 2 * BAND, &memory));
-    b->base = memory;
-    unsigned char bands[BAND + 1];
-    memset(bands, b->band, sizeof bands);
-    must(flash_kda_copy(b->device, b->base, cpu, bands, BAND));
-    must(flash_kda_copy(b->device, b->base + BAND + b->bytes, cpu, bands, BAND));
-}
-
-static bool all_bytes(const unsigned char *x, size_t count, unsigned char value)
-{
-    for (size_t i = 0; i < count; i++)
-        if (x[i] != value) return false;
-    return true;
-}
-
-static bool bands_intact(const buffer *b)
-{
-    unsigned char band[BAND + 1];
-    if (!b->base) return true;
-    must(flash_kda_copy(cpu, band, b->device, b->base, BAND));
-    if (!all_bytes(band, BAND, b->band)) return false;
-    must(flash_kda_copy(cpu, band, b->device, b->base + BAND + b->bytes, BAND));
-    return all_bytes(band, BAND, b->band);
 }
 
 /* ---- Elements of tensors with strides ------------------------------------------------------------------ */
@@ -477,14 +416,14 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
     c->buffers[WORKSPACE] =
         (buffer){.device = options.device, .bytes = workspace_size, .band = OUTPUT_BAND_BYTE};
     buffer_create(&c->buffers[WORKSPACE]);
-    c->params.workspace = workspace_size ? interior(&c->buffers[WORKSPACE]) : NULL;
+    c->params.workspace = workspace_size ? buffer_start(&c->buffers[WORKSPACE]) : NULL;
     c->params.workspace_size = workspace_size;
     for (int a = 0; a < ARGS; a++) {
         const tensor_place *at = &c->places[a];
         buffer *b = &c->buffers[at->buffer];
         if (!at->view.ndim) continue;
         if (!b->base) buffer_create(b);
-        param_of(&c->params, (call_tensor)a)->data = (char *)interior(b) + at->offset;
+        param_of(&c->params, (call_tensor)a)->data = (char *)buffer_start(b) + at->offset;
     }
     for (int i = 0; i < BUFFERS; i++)
         if (c->buffers[i].base) fill_buffer(c, i);
@@ -493,8 +432,7 @@ flash_kda_status call_open(call *c, const problem *p, call_options options)
 
 void call_close(call *c)
 {
-    for (int i = 0; i < BUFFERS; i++)
-        if (c->buffers[i].base) must(flash_kda_free(c->buffers[i].device, c->buffers[i].base));
+    for (int i = 0; i < BUFFERS; i++) buffer_free(&c->buffers[i]);
     *c = (call){0};
 }
 
@@ -514,7 +452,7 @@ void call_poison(call *c)
 
 void *call_buffer(const call *c, int number)
 {
-    return interior(&c->buffers[number]);
+    return buffer_start(&c->buffers[number]);
 }
 
 flash_kda_status call_run(call *c)
@@ -629,7 +567,7 @@ static bool is_damaged(const call *c, const problem *p, int number)
 {
     const buffer *b = &c->buffers[number];
     if (!b->base) return false;
-    if (!bands_intact(b)) return true;
+    if (!buffer_is_intact(b)) return true;
     if (number == WORKSPACE) return false;
     unsigned char *now = buffer_read(b), *image = image_of(c, p, number);
     put_back_outputs(c, p, number, now, image);

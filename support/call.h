@@ -3,15 +3,8 @@
 #ifndef SUPPORT_CALL_H
 #define SUPPORT_CALL_H
 
+#include "buffer.h"
 #include "problem.h"
-
-/* Memory on a device with a band on either side. */
-typedef struct buffer {
-    flash_kda_device device;
-    unsigned char *base;
-    size_t bytes;       /* between the bands; 0 with base NULL: there is no buffer */
-    unsigned char band; /* the byte that the bands hold */
-} buffer;
 
 typedef enum state_mode { STATE_NONE, STATE_IN, STATE_OUT, STATE_BOTH, STATE_IN_PLACE } state_mode;
 enum { STATE_MODES = 5 };

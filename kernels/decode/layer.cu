@@ -133,10 +133,8 @@ __device__ __forceinline__ void clear_layer(const fkda_decode_layer_args &args, 
     for (int i = 0; i < sequence.length && i < args.windows_columns; i++)
         for (int c = static_cast<int>(threadIdx.x); c < PARTS * DIM; c += FKDA_LAYER_THREADS)
             for (int j = 0; j < WINDOW; j++)
-                static_cast<uint16_t *>(
-                    args.windows.data)[work.sequence * args.windows_sequence + i * args.windows_token +
-                                       find_channel(args.windows, c / DIM, work.head * DIM + c % DIM) +
-                                       j * args.windows.column] = 0;
+                *Channel{c / DIM, work.head * DIM + c % DIM}.column(
+                    args.windows, work.sequence * args.windows_sequence + i * args.windows_token, j) = 0;
 }
 
 /* `single`: every sequence has one token. */
@@ -162,9 +160,10 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     if (sequence.length == 0) return;
 
     OutputFactors factors = {};
-    if (warp < sequence.length) factors.load(args, work, sequence, warp);
     State tile(work.first_row);
-    prepare_layer(args, work, sequence, slot, window, tile, tokens);
+    prepare_layer(args, work, sequence, slot, window, tile, tokens, [&] {
+        if (warp < sequence.length) factors.load(args, work, sequence, warp);
+    });
     const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
     const auto store = [&](long long to, int token) {
         tile.store(decode.state.data, find_state(decode.state, to, work.head), token, rounding);

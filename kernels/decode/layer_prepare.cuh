@@ -51,62 +51,67 @@ __device__ __forceinline__ float layer_sigmoid(float x)
     return rcp(1.0f + ex2(x * -LOG2_E));
 }
 
-__device__ __forceinline__ long long find_channel(const fkda_channel_args &c, int part, int channel)
-{
-    return part * c.part + channel * c.channel;
-}
-
 /* Where the window of a sequence is. */
 struct WindowPlace {
     long long slot;
     int column; /* of its oldest input */
 };
 
-/* One channel of q, k or v. */
-struct ConvJob {
-    float weight[TAPS], bias;
-    uint32_t window[WINDOW]; /* bits of bf16, the oldest first */
-    uint32_t input;          /* of the next token */
-    int part, channel;       /* of all heads */
+/* A channel of q, k or v. */
+struct Channel {
+    int part, channel; /* of all heads */
 
-    __device__ __forceinline__ const uint16_t *x_at(const fkda_decode_layer_args &args,
-                                                    const Sequence &sequence, int i) const
+    __device__ __forceinline__ const uint16_t *input(const fkda_decode_layer_args &args,
+                                                     const Sequence &sequence, int i) const
     {
         return static_cast<const uint16_t *>(args.x) + part * args.x_part + channel +
                sequence.batch * args.x_strides.batch + (sequence.begin + i) * args.x_strides.token;
     }
 
+    __device__ __forceinline__ long long find(const fkda_channel_args &c) const
+    {
+        return part * c.part + channel * c.channel;
+    }
+
+    /* A column of a window that begins at element `at`. */
+    __device__ __forceinline__ uint16_t *column(const fkda_channel_args &to, long long at, int j) const
+    {
+        return static_cast<uint16_t *>(to.data) + at + find(to) + j * to.column;
+    }
+};
+
+/* The convolution of one channel. */
+struct ConvJob {
+    float weight[TAPS], bias;
+    uint32_t window[WINDOW]; /* bits of bf16, the oldest first */
+    uint32_t input;          /* of the next token */
+
     /* Begins to load what does not depend on the slot. */
     __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Sequence &sequence,
-                                         int job_part, int job_channel)
+                                         const Channel &c)
     {
-        part = job_part, channel = job_channel;
-        const long long at = find_channel(args.weight, part, channel);
-        input = __ldg(x_at(args, sequence, 0));
+        const long long at = c.find(args.weight);
+        input = __ldg(c.input(args, sequence, 0));
 #pragma unroll
         for (int j = 0; j < TAPS; j++)
             weight[j] = load_number(args.weight.data, args.weight_is_f32, at + j * args.weight.column);
         bias = 0.0f;
-        if (args.bias.data)
-            bias = load_number(args.bias.data, args.bias_is_f32, find_channel(args.bias, part, channel));
+        if (args.bias.data) bias = load_number(args.bias.data, args.bias_is_f32, c.find(args.bias));
     }
 
-    __device__ __forceinline__ uint16_t *column_of(const fkda_channel_args &to, long long at, int column) const
+    __device__ __forceinline__ void load_window(const fkda_decode_layer_args &args, const Channel &c,
+                                                const WindowPlace &place)
     {
-        return static_cast<uint16_t *>(to.data) + at + find_channel(to, part, channel) + column * to.column;
+        const long long at = place.slot * args.conv_slot_stride + place.column * args.conv_state.column;
+#pragma unroll
+        for (int j = 0; j < WINDOW; j++) window[j] = *c.column(args.conv_state, at, j);
     }
 
-    __device__ __forceinline__ void load_window(const fkda_decode_layer_args &args, const WindowPlace &place)
+    __device__ __forceinline__ void store_window(const fkda_channel_args &to, const Channel &c,
+                                                 long long at) const
     {
 #pragma unroll
-        for (int j = 0; j < WINDOW; j++)
-            window[j] = *column_of(args.conv_state, place.slot * args.conv_slot_stride, place.column + j);
-    }
-
-    __device__ __forceinline__ void store_window(const fkda_channel_args &to, long long at) const
-    {
-#pragma unroll
-        for (int j = 0; j < WINDOW; j++) *column_of(to, at, j) = static_cast<uint16_t>(window[j]);
+        for (int j = 0; j < WINDOW; j++) *c.column(to, at, j) = static_cast<uint16_t>(window[j]);
     }
 
     /* y of the next token, whose input moves into the window. */
@@ -122,34 +127,41 @@ struct ConvJob {
         return sum * layer_sigmoid(sum);
     }
 
-    /* All tokens, to the vectors of the part: `place` is the channel's in a vector. */
-    __device__ __forceinline__ void run(const fkda_decode_layer_args &args, const Sequence &sequence,
-                                        const WindowPlace &from, int n, int tokens, int which, int place)
+    /* Keeps the window after token i where the call asks for it. */
+    __device__ __forceinline__ void keep(const fkda_decode_layer_args &args, const Channel &c,
+                                         const WindowPlace &from, int n, int i) const
     {
         const fkda_channel_args &pool = args.conv_state;
-        const int write = args.decode.write_states;
+        if (args.windows.data && i < args.windows_columns)
+            store_window(args.windows, c, n * args.windows_sequence + i * args.windows_token);
+        if (args.decode.write_states != FLASH_KDA_WRITE_EACH) return;
         if (args.keeps_drafts) {
-            const long long at = from.slot * args.conv_slot_stride;
+            if (i + WINDOW - 1 < args.window_columns)
+                *c.column(pool, from.slot * args.conv_slot_stride, i + WINDOW - 1) =
+                    static_cast<uint16_t>(window[WINDOW - 1]);
+            return;
+        }
+        const long long after = find_slot_after(args.decode, n, i);
+        if (after != NO_SLOT) store_window(pool, c, after * args.conv_slot_stride);
+    }
+
+    /* All tokens, to vector `which` of each: `place` is the channel's in a vector. */
+    __device__ __forceinline__ void run(const fkda_decode_layer_args &args, const Sequence &sequence,
+                                        const Channel &c, const WindowPlace &from, int n, int tokens, int which,
+                                        int place)
+    {
+        const long long at = from.slot * args.conv_slot_stride;
+        if (args.keeps_drafts) {
 #pragma unroll
             for (int j = 1; j < WINDOW; j++)
-                *column_of(pool, at, j - 1) = static_cast<uint16_t>(window[j]);
+                *c.column(args.conv_state, at, j - 1) = static_cast<uint16_t>(window[j]);
         }
         for (int i = 0; i < sequence.length; i++) {
-            if (i > 0) input = __ldg(x_at(args, sequence, i));
+            if (i > 0) input = __ldg(c.input(args, sequence, i));
             layer_vector(which, tokens, i)[place] = step();
-            if (args.windows.data && i < args.windows_columns)
-                store_window(args.windows, n * args.windows_sequence + i * args.windows_token);
-            if (write != FLASH_KDA_WRITE_EACH) continue;
-            if (args.keeps_drafts) {
-                if (i + WINDOW - 1 < args.window_columns)
-                    *column_of(pool, from.slot * args.conv_slot_stride, i + WINDOW - 1) =
-                        static_cast<uint16_t>(input);
-                continue;
-            }
-            const long long after = find_slot_after(args.decode, n, i);
-            if (after != NO_SLOT) store_window(pool, after * args.conv_slot_stride);
+            keep(args, c, from, n, i);
         }
-        if (write == FLASH_KDA_WRITE_LAST) store_window(pool, from.slot * args.conv_slot_stride);
+        if (args.decode.write_states == FLASH_KDA_WRITE_LAST) store_window(args.conv_state, c, at);
     }
 };
 
@@ -190,40 +202,62 @@ struct DecayJob {
     }
 };
 
-/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
-template <class Tile>
+/* The jobs of a thread: k and a decay in the upper half of the CTA, else q and v. */
+struct LayerJobs {
+    Channel first, second;
+    int channel; /* of the head */
+    bool has_decay;
+
+    __device__ __forceinline__ LayerJobs(const Work &work, int thread)
+        : channel(thread % DIM), has_decay(thread >= DIM)
+    {
+        first = {has_decay ? 1 : 0, work.head * DIM + channel};
+        second = {2, first.channel};
+    }
+};
+
+/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. `load_more` is
+ * called when the preparation has no more need of registers, while the state may still be on its way. */
+template <class Tile, class LoadMore>
 __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args, const Work &work,
                                               const Sequence &sequence, long long slot,
-                                              const WindowPlace &window, Tile &tile, int tokens)
+                                              const WindowPlace &window, Tile &tile, int tokens,
+                                              LoadMore load_more)
 {
     const fkda_decode_args &decode = args.decode;
-    const int thread = static_cast<int>(threadIdx.x), channel = thread % DIM, of_heads = work.head * DIM + channel,
-              place = Tile::place_of_four(channel / 4 * 4) + channel % 4;
-    const bool is_second_half = thread >= DIM; /* k and decays, else q and v */
+    int thread = static_cast<int>(threadIdx.x);
     ConvJob first, second;
     DecayJob decay;
     float beta = 0.0f;
     typename Tile::Loaded loaded;
-
-    first.load(args, sequence, is_second_half ? 1 : 0, of_heads);
-    if (is_second_half)
-        decay.load(decode, work, sequence, channel);
-    else
-        second.load(args, sequence, 2, of_heads);
-    if (thread < sequence.length)
-        beta = load_number(decode.beta, decode.beta_is_f32,
-                           find_row(decode.beta_strides, sequence, thread, work.head));
-    first.load_window(args, window);
-    if (!is_second_half) second.load_window(args, window);
+    {
+        const LayerJobs jobs(work, thread);
+        first.load(args, sequence, jobs.first);
+        if (jobs.has_decay)
+            decay.load(decode, work, sequence, jobs.channel);
+        else
+            second.load(args, sequence, jobs.second);
+        if (thread < sequence.length)
+            beta = load_number(decode.beta, decode.beta_is_f32,
+                               find_row(decode.beta_strides, sequence, thread, work.head));
+        first.load_window(args, jobs.first, window);
+        if (!jobs.has_decay) second.load_window(args, jobs.second, window);
+    }
     tile.load(loaded, decode.state.data, find_state(decode.state, slot, work.head));
-
-    first.run(args, sequence, window, work.sequence, tokens, is_second_half ? LAYER_KEY : LAYER_QUERY, place);
-    if (is_second_half)
-        decay.run(decode, work, sequence, channel, tokens, place);
-    else
-        second.run(args, sequence, window, work.sequence, tokens, LAYER_VALUE, channel);
+    forget(thread);
+    {
+        const LayerJobs jobs(work, thread);
+        const int place = Tile::place_of_four(jobs.channel / 4 * 4) + jobs.channel % 4;
+        first.run(args, sequence, jobs.first, window, work.sequence, tokens,
+                  jobs.has_decay ? LAYER_KEY : LAYER_QUERY, place);
+        if (jobs.has_decay)
+            decay.run(decode, work, sequence, jobs.channel, tokens, place);
+        else
+            second.run(args, sequence, jobs.second, window, work.sequence, tokens, LAYER_VALUE, jobs.channel);
+    }
     if (thread < sequence.length)
         layer_small().beta[thread] = Preparation(decode, work, sequence).write_strength(beta);
+    load_more();
     __syncthreads();
     tile.unpack(loaded);
 }

@@ -1,5 +1,5 @@
-/* The definition of decode: the recurrence in fp64, one token after the other. Every state after a token is kept,
- * because a later token of a tree may continue from it. */
+/* The definition of decode: the recurrence in fp64, one token after the other. Every state after a token is
+ * kept, because a later token of a tree may continue from it. */
 #include <stdlib.h>
 #include <string.h>
 

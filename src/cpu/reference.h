@@ -1,5 +1,5 @@
-/* The recurrence in fp64, as the references of the forward pass and of decode run it (reference.c). A state S is
- * kept as [K][V], so that the inner loops run along memory. */
+/* The recurrence in fp64, as the references of the forward pass and of decode run it (reference.c). A state S
+ * is kept as [K][V], so that the inner loops run along memory. */
 #ifndef FKDA_CPU_REFERENCE_H
 #define FKDA_CPU_REFERENCE_H
 
@@ -15,7 +15,8 @@ void fkda_reference_load(const fkda_state_view *from, int64_t slot, int64_t h, b
 /* `to` becomes S as [V][K]. */
 void fkda_reference_store(double S[FKDA_DIM][FKDA_DIM], double *to);
 
-/* One token of head h; `out` is its row of V numbers. Of the problem only what belongs to tokens is looked at. */
+/* One token of head h; `out` is its row of V numbers. Of the problem only what belongs to tokens is looked
+ * at. */
 void fkda_reference_step(const fkda_problem *problem, int64_t row, int64_t token, int64_t h,
                          double S[FKDA_DIM][FKDA_DIM], double *out);
 

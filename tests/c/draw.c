@@ -80,7 +80,7 @@ static problem *draw_shape(rng *r, drawing how)
     return p;
 }
 
-static void draw_contents(rng *r, drawing how, problem *p)
+void draw_contents(rng *r, drawing how, problem *p)
 {
     static const char *const cases[] = {"random", "slow gates", "channels from fast to slow", "g = -8",
                                         "g = 8"};
@@ -109,7 +109,7 @@ static void draw_contents(rng *r, drawing how, problem *p)
     if (drawn(r, how, OPTION_NORMALISED, 3)) normalise_keys(p);
 }
 
-static void shuffle(rng *r, int64_t *values, int64_t count)
+void shuffle(rng *r, int64_t *values, int64_t count)
 {
     for (int64_t i = count - 1; i > 0; i--) {
         const int64_t j = below(r, i + 1), value = values[i];

@@ -38,6 +38,11 @@ bool one_in(rng *r, int64_t count);
 /* A problem with any shape, gate, beta, norm, pool and checkpoints. */
 problem *draw_problem(rng *r, drawing how);
 
+/* Fills a problem of any shape: gates, betas, norms and numbers. */
+void draw_contents(rng *r, drawing how, problem *p);
+
+void shuffle(rng *r, int64_t *values, int64_t count);
+
 void draw_pool(rng *r, problem *p);
 void draw_checkpoints(rng *r, problem *p);
 
