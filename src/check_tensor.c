@@ -1,4 +1,5 @@
-/* The checks of one tensor. A refusal is a sentence that names the tensor, what it was and what it must be. */
+/* The checks of one tensor. A refusal is a sentence that names the tensor, what it was and what it must
+ * be. */
 #include "check_tensor.h"
 
 #include <stdio.h>

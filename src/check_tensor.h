@@ -73,8 +73,8 @@ fkda_extent fkda_extent_of(const char *name, const flash_kda_tensor *t);
 /* Memory that is written must share nothing with the others. */
 flash_kda_status fkda_check_own_memory(const fkda_extent *written, const fkda_extent *others, int count);
 
-/* check_overlap.c: the memory of all tensors of a forward pass. A final state may be the initial one, which is
- * then updated in place. */
+/* check_overlap.c: the memory of all tensors of a forward pass. A final state may be the initial one, which
+ * is then updated in place. */
 flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p);
 
 /* check_indices.c: the numbers in tensors of integers, for a call on the CPU. */

@@ -58,9 +58,9 @@ typedef struct fkda_apply_problem {
     const volatile int32_t *interrupt;
 } fkda_apply_problem;
 
-/* ---- What the numbers in tensors of integers say, for tensors that the host may read. The check has seen right
- * ones. Another thread may have changed them since: every function here reads a number once, and whatever it
- * reads, the result lies inside of the tensors. ---- */
+/* ---- What the numbers in tensors of integers say, for tensors that the host may read. The check has seen
+ * right ones. Another thread may have changed them since: every function here reads a number once, and
+ * whatever it reads, the result lies inside of the tensors. ---- */
 
 /* The tokens of sequence n, at most FLASH_KDA_MAX_DECODE_TOKENS. */
 static inline fkda_sequence fkda_decode_sequence_at(const fkda_decode_problem *p, int64_t n)

@@ -6,8 +6,8 @@
 
 /* What a call computes, in CPU memory. */
 typedef struct decode_problem {
-    /* The tokens: each sequence of the problem has few. Its pool is initial_state, with any number of slots; it
-     * has no state_indices and no checkpoints, because those below are decode's own. */
+    /* The tokens: each sequence of the problem has few. Its pool is initial_state, with any number of slots;
+     * it has no state_indices and no checkpoints, because those below are decode's own. */
     problem *tokens;
     flash_kda_write_states write_states;
     int64_t *state_indices; /* [N, slot_columns], or NULL */
@@ -42,8 +42,9 @@ int64_t decode_length(const decode_problem *d, int64_t n);
 /* Which token is applied to sequence n as number i, or -1: its list is over. */
 int64_t decode_applied_token(const decode_problem *d, int64_t n, int64_t i);
 
-/* The answer that flash_kda_decode_reference() gives: [N, T, HV, DIM] and [N, T, HV, DIM, DIM], with cu_seqlens
- * [1, total, ..]. States of tokens without one are NaN. Every number in the problem must be allowed. */
+/* The answer that flash_kda_decode_reference() gives: [N, T, HV, DIM] and [N, T, HV, DIM, DIM], with
+ * cu_seqlens [1, total, ..]. States of tokens without one are NaN. Every number in the problem must be
+ * allowed. */
 typedef struct decode_answer {
     double *out, *states;
 } decode_answer;
@@ -83,8 +84,8 @@ uint16_t *decode_call_read_out(const decode_call *c);
 void *decode_call_read_pool(const decode_call *c);
 float *decode_call_read_records(const decode_call *c);
 
-/* The name of a tensor of which a byte was written that a call of decode, or of apply after it, may not write;
- * NULL if there is none. */
+/* The name of a tensor of which a byte was written that a call of decode, or of apply after it, may not
+ * write; NULL if there is none. */
 const char *decode_call_damage(const decode_call *c, bool applied);
 
 /* Whether all tensors are as before the call. */

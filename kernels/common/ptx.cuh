@@ -47,6 +47,11 @@ __device__ __forceinline__ void forget(int &x)
     asm volatile("" : "+r"(x));
 }
 
+__device__ __forceinline__ void forget(long long &x)
+{
+    asm volatile("" : "+l"(x));
+}
+
 /* Special functions. Their relative error is near 1e-7, and they flush denormals to zero. */
 __device__ __forceinline__ float ex2(float x)
 {

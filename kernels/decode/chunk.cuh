@@ -26,6 +26,11 @@
 namespace fkda
 {
 
+__device__ __forceinline__ float *chunk_vector(int which, int i)
+{
+    return vector_at<FKDA_DECODE_VECTORS_OF_A_CHUNK>(which, i);
+}
+
 /* Four neighbouring numbers of a vector in shared memory. */
 __device__ __forceinline__ void read_four(float (&x)[4], const float *from)
 {
@@ -48,13 +53,14 @@ __device__ __forceinline__ float multiply_four(const float (&x)[4], const float 
  *
  * Products with eight ancestors are 16 sums over the warp's lanes, of which every two lanes get one.
  */
-__device__ __forceinline__ void walk(Small &small, int tokens, int i, bool is_last, float *total)
+__device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *total)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, at = 4 * lane, which = lane / 2 % 2;
     float k[4], q[4], decay[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     uint32_t before = 0;
-    read_four(k, vector_at(KEY, tokens, i) + at);
-    read_four(q, vector_at(QUERY, tokens, i) + at);
+    read_four(k, chunk_vector(KEY, i) + at);
+    read_four(q, chunk_vector(QUERY, i) + at);
+#pragma unroll 1
     for (int j = i; j >= 0;) {
         float sums[16] = {};
         int mine = -1; /* the token of this lane's sum */
@@ -62,11 +68,11 @@ __device__ __forceinline__ void walk(Small &small, int tokens, int i, bool is_la
         for (int s = 0; s < 8; s++) {
             if (j < 0) continue;
             float x[4], d[4];
-            read_four(x, vector_at(KEY, tokens, j) + at);
-            read_four(d, vector_at(DECAY, tokens, j) + at);
+            read_four(x, chunk_vector(KEY, j) + at);
+            read_four(d, chunk_vector(DECAY, j) + at);
 #pragma unroll
             for (int c = 0; c < 4; c++) x[c] *= decay[c], decay[c] *= d[c];
-            if (is_last) store_four(vector_at(KEY_TO_LAST, tokens, j) + at, x[0], x[1], x[2], x[3]);
+            if (is_last) store_four(chunk_vector(KEY_TO_LAST, j) + at, x[0], x[1], x[2], x[3]);
             sums[2 * s] = multiply_four(k, x), sums[2 * s + 1] = multiply_four(q, x);
             if (lane / 4 == s) mine = j;
             if (j != i) before |= 1u << j;
@@ -76,9 +82,9 @@ __device__ __forceinline__ void walk(Small &small, int tokens, int i, bool is_la
         if (mine >= 0 && lane % 2 == 0) small.product[which][i][mine] = sums[0];
     }
     if (lane == 0) small.before[i] = before;
-    store_four(vector_at(KEY_FROM_START, tokens, i) + at, k[0] * decay[0], k[1] * decay[1], k[2] * decay[2],
+    store_four(chunk_vector(KEY_FROM_START, i) + at, k[0] * decay[0], k[1] * decay[1], k[2] * decay[2],
                k[3] * decay[3]);
-    store_four(vector_at(QUERY, tokens, i) + at, q[0] * decay[0], q[1] * decay[1], q[2] * decay[2],
+    store_four(chunk_vector(QUERY, i) + at, q[0] * decay[0], q[1] * decay[1], q[2] * decay[2],
                q[3] * decay[3]);
     if (is_last) store_four(total + at, decay[0], decay[1], decay[2], decay[3]);
 }
@@ -90,18 +96,17 @@ struct OverTokens {
 
 /* P and R of all tokens. */
 template <class Tile>
-__device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile, int tokens, int length)
+__device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile, const Small &small)
 {
 #pragma unroll
     for (int i = 0; i < MAX_TOKENS; i += 2) {
-        if (i >= length) break;
+        if (i >= small.sequence.length) break;
         float sums[4 * ROWS] = {}; /* (P of each row, then R), each of two tokens */
 #pragma unroll
         for (int j = 0; j < CHANNELS / 4; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float4 y =
-                    tile.read(vector_at(e < 2 ? KEY_FROM_START : QUERY, tokens, i + e % 2), j);
+                const float4 y = tile.read(chunk_vector(e < 2 ? KEY_FROM_START : QUERY, i + e % 2), j);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     const float *x = &tile.x[r][4 * j];
@@ -117,43 +122,44 @@ __device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile,
 
 /* u of all tokens, which takes the place of v in shared memory, and the outputs. */
 template <class Tile>
-__device__ __forceinline__ void solve(const fkda_decode_args &args, const Work &work, const Sequence &sequence,
-                                      const OverTokens &sums, const Tile &tile, const Small &small, int tokens)
+__device__ __forceinline__ void solve(const fkda_decode_args &args, const OverTokens &sums, const Tile &tile,
+                                      const Small &small)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
     const bool is_output = tile.lane >= ROWS;
     float u[MAX_TOKENS];
 #pragma unroll
     for (int i = 0; i < MAX_TOKENS; i++) {
-        if (i >= sequence.length) break;
+        if (i >= small.sequence.length) break;
         const float *product = small.product[is_output][i];
         const uint32_t before = small.before[i];
         float sum = sums.x[i];
 #pragma unroll
         for (int j = 0; j < i; j++)
             if (before >> j & 1) sum = __fmaf_rn(product[j], u[j], sum);
-        float &value = vector_at(VALUE, tokens, i)[row];
+        float &value = chunk_vector(VALUE, i)[row];
         u[i] = __shfl_sync(~0u, small.beta[i] * (value - sum), lane & ~ROWS);
         if (is_output) {
-            store_output(args, work, sequence, i, row, args.scale * __fmaf_rn(product[i], u[i], sum));
+            store_output(args, small.work, small.sequence, i, row,
+                         args.scale * __fmaf_rn(product[i], u[i], sum));
         } else {
             value = u[i];
-            if (float *record = find_record(args, work, i, 2)) record[row] = u[i];
+            if (float *record = find_record(args, small.work, i, 2)) record[row] = u[i];
         }
     }
     __syncwarp(); /* the warp's lanes read each other's u */
 }
 
 /* u of token j, of the thread's rows. */
-template <class Tile> __device__ __forceinline__ void read_u(float (&u)[ROWS], const Tile &tile, int tokens, int j)
+template <class Tile> __device__ __forceinline__ void read_u(float (&u)[ROWS], const Tile &tile, int j)
 {
-    read_four(u, vector_at(VALUE, tokens, j) + tile.row);
+    read_four(u, chunk_vector(VALUE, j) + tile.row);
 }
 
 /* Stores the state after token i, made of the starting state, to element `at` of the pool. */
 template <class Tile>
 __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, const Tile &tile,
-                                                  const Small &small, int tokens, int i, long long at,
+                                                  const Small &small, int i, long long at,
                                                   const Rounding &rounding)
 {
     constexpr int PART = Tile::PART;
@@ -162,14 +168,15 @@ __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, 
         float decay[PART], y[ROWS][PART] = {};
 #pragma unroll
         for (int e = 0; e < PART; e++) decay[e] = 1.0f;
+#pragma unroll 1
         for (int j = i; j >= 0; j = small.parent[j]) {
             float u[ROWS];
-            read_u(u, tile, tokens, j);
+            read_u(u, tile, j);
 #pragma unroll
             for (int four = 0; four < PART / 4; four++) {
                 float k[4], d[4];
-                read_four(k, vector_at(KEY, tokens, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
-                read_four(d, vector_at(DECAY, tokens, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
+                read_four(k, chunk_vector(KEY, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
+                read_four(d, chunk_vector(DECAY, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int e = 4 * four + c;
@@ -188,46 +195,69 @@ __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, 
     }
 }
 
-template <bool is_bf16, bool k_first> __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
+/* Finds the CTA's work and begins to load the state. Returns false if there is nothing left to do. */
+template <class Tile>
+__device__ __forceinline__ bool begin_chunk(const fkda_decode_args &args, Small &small, Tile &tile)
 {
-    const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32,
-              tokens = args.shared_tokens;
-    const Work work = find_work(args.heads);
+    const Work work = find_work(args.heads, args.split);
     const Sequence sequence = find_sequence(args, work.sequence);
     const long long slot = find_start_slot(args, work.sequence);
-    if (slot == NO_SLOT) return clear_sequence(args, work, sequence);
-    if (sequence.length == 0) return;
+    if (slot == NO_SLOT) {
+        clear_sequence(args, work, sequence);
+        return false;
+    }
+    if (sequence.left_out)
+        clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
+    if (sequence.length == 0) return false;
+    const long long at = find_state(args.state, slot, work.head);
+    if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at;
+    tile.set_row(work.first_row);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_CHUNK, false>(args, work, sequence, at, tile, small);
+    return true;
+}
+
+template <bool is_bf16, bool k_first>
+__device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
+{
     Small &small = *reinterpret_cast<Small *>(cta_memory());
-    float *total = vector_at(VECTORS, tokens, 0);
-    Tile<is_bf16, k_first> tile(work.first_row);
-    prepare_and_load(args, work, sequence, slot, tile, small, tokens);
-    const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
-    for (int pass = 0; pass * warps < sequence.length; pass++) {
-        /* Later tokens have longer walks: every other pass goes backwards. */
-        const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
-        if (i < sequence.length) walk(small, tokens, i, writes_last && i == sequence.length - 1, total);
+    Tile<is_bf16, k_first> tile(0);
+    if (!begin_chunk(args, small, tile)) return;
+    {
+        const int length = small.sequence.length;
+        const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
+        const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+#pragma unroll 1
+        for (int pass = 0; pass * warps < length; pass++) {
+            /* Later tokens have longer walks: every other pass goes backwards. */
+            const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
+            if (i < length) walk(small, i, writes_last && i == length - 1, small.total);
+        }
     }
     __syncthreads();
     OverTokens sums;
-    multiply_start(sums, tile, tokens, sequence.length);
-    solve(args, work, sequence, sums, tile, small, tokens);
-    const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
-    if (writes_last) {
-        tile.decay(total);
-        for (int j = 0; j < sequence.length; j++) {
+    multiply_start(sums, tile, small);
+    tile.set_row(small.work.first_row); /* again, so that it occupies no register before */
+    solve(args, sums, tile, small);
+    const int length = small.sequence.length;
+    const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads);
+    if (args.write_states == FLASH_KDA_WRITE_LAST) {
+        tile.decay(small.total);
+#pragma unroll 1
+        for (int j = 0; j < length; j++) {
             float u[ROWS];
-            read_u(u, tile, tokens, j);
-            tile.add(vector_at(KEY_TO_LAST, tokens, j), u);
+            read_u(u, tile, j);
+            tile.add(chunk_vector(KEY_TO_LAST, j), u);
         }
-        tile.store(args.state.data, find_state(args.state, slot, work.head), 0, rounding);
+        tile.store(args.state.data, small.at, 0, rounding);
     } else if (args.write_states == FLASH_KDA_WRITE_EACH) {
-        for (int i = 0; i < sequence.length; i++) {
-            const long long after = find_slot_after(args, work.sequence, i);
+#pragma unroll 1
+        for (int i = 0; i < length; i++) {
+            const long long after = find_slot_after(args, small.work.sequence, i);
             if (after != NO_SLOT)
-                store_state_after(args, tile, small, tokens, i, find_state(args.state, after, work.head), rounding);
+                store_state_after(args, tile, small, i, find_state(args.state, after, small.work.head),
+                                  rounding);
         }
     }
-    clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
 }
 
 } // namespace fkda

@@ -28,7 +28,8 @@
 /* The kernels for a type and a layout of states. */
 #define FKDA_DEFINE_KERNELS(suffix, is_bf16, k_first)                                                        \
     FKDA_DEFINE_KERNEL(fkda_decode_one_##suffix, fkda_decode_args, (decode_steps<is_bf16, k_first, true>))   \
-    FKDA_DEFINE_KERNEL(fkda_decode_steps_##suffix, fkda_decode_args, (decode_steps<is_bf16, k_first, false>)) \
+    FKDA_DEFINE_KERNEL(fkda_decode_steps_##suffix, fkda_decode_args,                                         \
+                       (decode_steps<is_bf16, k_first, false>))                                              \
     FKDA_DEFINE_KERNEL(fkda_decode_chunk_##suffix, fkda_decode_args, (decode_chunk<is_bf16, k_first>))       \
     FKDA_DEFINE_KERNEL(fkda_decode_apply_##suffix, fkda_apply_args, (apply<is_bf16, k_first>))
 

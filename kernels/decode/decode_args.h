@@ -33,7 +33,7 @@ typedef struct fkda_decode_args {
     int gate, beta_kind; /* flash_kda_gate, flash_kda_beta */
     int g_is_f32, beta_is_f32;
     int qk_is_normalised;
-    int shared_tokens; /* for which there is shared memory; an even number, at least as many as a sequence has */
+    int split; /* log2 of the CTAs that a head is divided among */
 } fkda_decode_args;
 
 typedef struct fkda_apply_args {
@@ -45,6 +45,7 @@ typedef struct fkda_apply_args {
     int record_columns;
     int heads, sequences;
     int state_is_bf16, state_k_first;
+    int split; /* log2 of the CTAs that a head is divided among */
 } fkda_apply_args;
 
 #endif

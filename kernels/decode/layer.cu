@@ -11,8 +11,8 @@
  *
  * k and q lie in shared memory as the convolution gives them. One over their norms, and k . q, are sums that
  * every eight lanes make for themselves beside p and r, so that no barrier stands between the convolution and
- * the recurrence but the one that hands the vectors over. At the end a warp has the outputs of a token, makes
- * the norm over V, and applies the output gate, which it loaded at the start.
+ * the recurrence but the one that hands the vectors over. At the end a warp has the outputs of a token and makes
+ * the norm over V.
  */
 #include "layer_prepare.cuh"
 
@@ -30,13 +30,13 @@ __device__ __forceinline__ float sum_over_eight(float x)
 
 /* One token. */
 template <class Tile>
-__device__ __forceinline__ void step_layer(const fkda_decode_args &args, const Work &work, Tile &tile, int tokens,
-                                           int i)
+__device__ __forceinline__ void step_layer(const fkda_decode_args &args, Work work, Tile &tile, int i)
 {
-    const float *key = layer_vector(LAYER_KEY, tokens, i), *query = layer_vector(LAYER_QUERY, tokens, i);
+    forget(work.sequence), forget(work.head);
+    const float *key = layer_vector(LAYER_KEY, i), *query = layer_vector(LAYER_QUERY, i);
     float sums[2 * ROWS] = {}; /* p of each row, then r */
     float kk = 0.0f, qq = 0.0f, kq = 0.0f;
-    tile.decay(layer_vector(LAYER_DECAY, tokens, i));
+    tile.decay(layer_vector(LAYER_DECAY, i));
 #pragma unroll
     for (int j = 0; j < CHANNELS / 4; j++) {
         const float4 k4 = tile.read(key, j), q4 = tile.read(query, j);
@@ -58,10 +58,10 @@ __device__ __forceinline__ void step_layer(const fkda_decode_args &args, const W
     /* Lanes r and ROWS + r of the eight have p and r of row r, for k and q with their norms. */
     const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
     const float p = __shfl_sync(~0u, sums[0], lane & ~ROWS) * key_factor;
-    const float u = layer_small().beta[i] * (layer_vector(LAYER_VALUE, tokens, i)[row] - p),
+    const float u = layer_small().beta[i] * (layer_vector(LAYER_VALUE, i)[row] - p),
                 of_raw_key = u * key_factor;
     if (tile.lane >= ROWS)
-        layer_vector(LAYER_OUT, tokens, i)[row] =
+        layer_vector(LAYER_OUT, i)[row] =
             args.scale * query_factor * __fmaf_rn(of_raw_key, kq, sums[0]);
     else if (float *record = find_record(args, work, i, 2))
         record[row] = u;
@@ -74,52 +74,28 @@ __device__ __forceinline__ void step_layer(const fkda_decode_args &args, const W
 
 /* ---- Outputs ---- */
 
-/* A lane of the warp that has the outputs of a token: channels lane + 32 j. */
-constexpr int OUTPUTS = DIM / 32;
-
-struct OutputFactors {
-    float gate[OUTPUTS], weight[OUTPUTS];
-
-    __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Work &work,
-                                         const Sequence &sequence, int i)
-    {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-        for (int j = 0; j < OUTPUTS; j++) {
-            gate[j] = 0.0f, weight[j] = 0.0f;
-            if (args.output_gate)
-                gate[j] = load_number(args.output_gate, args.output_gate_is_f32,
-                                      find_row(args.output_gate_strides, sequence, i, work.head) + lane + 32 * j);
-            if (args.norm_weight)
-                weight[j] = load_number(args.norm_weight, args.norm_weight_is_f32, lane + 32 * j);
-        }
-    }
-};
-
+/* A warp writes the outputs of a token. Its lanes have channels lane + 32 j. */
 template <class Tile>
 __device__ __forceinline__ void finish_layer(const fkda_decode_layer_args &args, const Work &work,
-                                             const Sequence &sequence, const OutputFactors &factors, int tokens,
-                                             int i)
+                                             const Sequence &sequence, int i)
 {
+    constexpr int OUTPUTS = DIM / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const float *out = layer_vector(LAYER_OUT, tokens, i);
-    float o[OUTPUTS], sum = 0.0f;
+    const float *out = layer_vector(LAYER_OUT, i), *factors = layer_vector(LAYER_FACTOR, i);
+    float o[OUTPUTS], sum = 0.0f, factor = 1.0f;
 #pragma unroll
     for (int j = 0; j < OUTPUTS; j++) o[j] = out[lane + 32 * j], sum = __fmaf_rn(o[j], o[j], sum);
-    const float factor = rsqrt_approx(__fmaf_rn(sum_over_warp(sum), 1.0f / DIM, args.norm_eps));
+    if (args.norm_weight) factor = rsqrt_approx(__fmaf_rn(sum_over_warp(sum), 1.0f / DIM, args.norm_eps));
 #pragma unroll
-    for (int j = 0; j < OUTPUTS; j++) {
-        if (args.norm_weight) o[j] *= factor * factors.weight[j];
-        if (args.output_gate) o[j] *= layer_sigmoid(factors.gate[j]);
-        store_output(args.decode, work, sequence, i, lane + 32 * j, o[j]);
-    }
+    for (int j = 0; j < OUTPUTS; j++)
+        store_output(args.decode, work, sequence, i, lane + 32 * j, o[j] * factor * factors[lane + 32 * j]);
     if (float *record = find_record(args.decode, work, i, 0)) {
         const float key_factor = layer_small().key_factor[i];
 #pragma unroll
         for (int j = 0; j < OUTPUTS; j++) {
             const int channel = lane + 32 * j, place = Tile::place_of_four(channel / 4 * 4) + channel % 4;
-            record[channel] = layer_vector(LAYER_DECAY, tokens, i)[place];
-            record[DIM + channel] = layer_vector(LAYER_KEY, tokens, i)[place] * key_factor;
+            record[channel] = layer_vector(LAYER_DECAY, i)[place];
+            record[DIM + channel] = layer_vector(LAYER_KEY, i)[place] * key_factor;
         }
     }
 }
@@ -143,10 +119,9 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
 {
     using State = Tile<is_bf16, k_first>;
     const fkda_decode_args &decode = args.decode;
-    const Work work = find_work(decode.heads);
+    const Work work = find_work(decode.heads, 0);
     const Sequence sequence = single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(decode, work.sequence);
-    const int warp = static_cast<int>(threadIdx.x) / 32, warps = FKDA_LAYER_THREADS / 32,
-              tokens = single ? 1 : decode.shared_tokens;
+    const int warp = static_cast<int>(threadIdx.x) / 32, warps = FKDA_LAYER_THREADS / 32;
     const long long slot = find_start_slot(decode, work.sequence);
     WindowPlace window = {slot, 0};
     if (args.keeps_drafts) {
@@ -157,30 +132,26 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
                             1;
     }
     if (slot == NO_SLOT || window.slot == NO_SLOT) return clear_layer(args, work, sequence);
+    if (sequence.left_out)
+        clear_outputs(decode, work, sequence, sequence.length, sequence.length + sequence.left_out);
     if (sequence.length == 0) return;
+    const long long at = find_state(decode.state, slot, work.head);
 
-    OutputFactors factors = {};
     State tile(work.first_row);
-    prepare_layer(args, work, sequence, slot, window, tile, tokens, [&] {
-        if (warp < sequence.length) factors.load(args, work, sequence, warp);
-    });
+    prepare_layer(args, work, sequence, at, window, tile);
     const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
-    const auto store = [&](long long to, int token) {
-        tile.store(decode.state.data, find_state(decode.state, to, work.head), token, rounding);
-    };
+#pragma unroll 1
     for (int i = 0; i < sequence.length; i++) {
-        step_layer(decode, work, tile, tokens, i);
+        step_layer(decode, work, tile, i);
         if (decode.write_states != FLASH_KDA_WRITE_EACH) continue;
         const long long after = find_slot_after(decode, work.sequence, i);
-        if (after != NO_SLOT) store(after, i);
+        if (after != NO_SLOT)
+            tile.store(decode.state.data, find_state(decode.state, after, work.head), i, rounding);
     }
-    if (decode.write_states == FLASH_KDA_WRITE_LAST) store(slot, 0);
+    if (decode.write_states == FLASH_KDA_WRITE_LAST) tile.store(decode.state.data, at, 0, rounding);
     __syncthreads();
-    for (int i = warp; i < sequence.length; i += warps) {
-        if (i != warp) factors.load(args, work, sequence, i);
-        finish_layer<State>(args, work, sequence, factors, tokens, i);
-    }
-    clear_outputs(decode, work, sequence, sequence.length, sequence.length + sequence.left_out);
+#pragma unroll 1
+    for (int i = warp; i < sequence.length; i += warps) finish_layer<State>(args, work, sequence, i);
 }
 
 } // namespace fkda

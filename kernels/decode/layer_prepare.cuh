@@ -1,8 +1,8 @@
 /*
  * The preparation of decode_layer: the convolution, SiLU, the gates and the write strengths.
  *
- * A thread has two of 512 jobs: a channel of q, k or v, or the decay of a channel. It does its jobs for all
- * tokens, so that the window of a channel slides through registers. A channel belongs to one head and one
+ * A thread has two or three jobs: a channel of q, k or v, the decay of a channel, or the factor of a channel of
+ * the outputs. It does a job for all tokens, so that the window of a channel slides through registers. A channel belongs to one head and one
  * thread, which reads its window before it writes it.
  */
 #ifndef FKDA_DECODE_LAYER_PREPARE_CUH
@@ -26,7 +26,15 @@ struct LayerSmall {
 static_assert(sizeof(LayerSmall) <= FKDA_LAYER_SMALL_BYTES, "keep layer_shape.h in step");
 
 /* The vectors of a token. Key and query are as the convolution gives them. */
-enum LayerVector { LAYER_DECAY, LAYER_KEY, LAYER_QUERY, LAYER_VALUE, LAYER_OUT, LAYER_VECTORS };
+enum LayerVector {
+    LAYER_DECAY,
+    LAYER_KEY,
+    LAYER_QUERY,
+    LAYER_VALUE,
+    LAYER_OUT,
+    LAYER_FACTOR, /* of the output: the weight of the norm, and the sigmoid of the output gate */
+    LAYER_VECTORS
+};
 static_assert(LAYER_VECTORS == FKDA_LAYER_VECTORS, "keep layer_shape.h in step");
 
 __device__ __forceinline__ LayerSmall &layer_small()
@@ -34,10 +42,10 @@ __device__ __forceinline__ LayerSmall &layer_small()
     return *reinterpret_cast<LayerSmall *>(cta_memory());
 }
 
-/* Vector `which` of token i, for shared memory with `tokens` tokens. */
-__device__ __forceinline__ float *layer_vector(int which, int tokens, int i)
+/* A vector of token i. */
+__device__ __forceinline__ float *layer_vector(int which, int i)
 {
-    return reinterpret_cast<float *>(cta_memory() + FKDA_LAYER_SMALL_BYTES) + (which * tokens + i) * DIM;
+    return reinterpret_cast<float *>(cta_memory() + FKDA_LAYER_SMALL_BYTES) + (i * LAYER_VECTORS + which) * DIM;
 }
 
 __device__ __forceinline__ float load_number(const void *data, int is_f32, long long at)
@@ -147,8 +155,7 @@ struct ConvJob {
 
     /* All tokens, to vector `which` of each: `place` is the channel's in a vector. */
     __device__ __forceinline__ void run(const fkda_decode_layer_args &args, const Sequence &sequence,
-                                        const Channel &c, const WindowPlace &from, int n, int tokens, int which,
-                                        int place)
+                                        Channel c, const WindowPlace &from, int n, int which, int place)
     {
         const long long at = from.slot * args.conv_slot_stride;
         if (args.keeps_drafts) {
@@ -156,9 +163,11 @@ struct ConvJob {
             for (int j = 1; j < WINDOW; j++)
                 *c.column(args.conv_state, at, j - 1) = static_cast<uint16_t>(window[j]);
         }
+#pragma unroll 1 /* there are no registers for more */
         for (int i = 0; i < sequence.length; i++) {
+            forget(c.channel); /* addresses would occupy registers from token to token */
             if (i > 0) input = __ldg(c.input(args, sequence, i));
-            layer_vector(which, tokens, i)[place] = step();
+            layer_vector(which, i)[place] = step();
             keep(args, c, from, n, i);
         }
         if (args.decode.write_states == FLASH_KDA_WRITE_LAST) store_window(args.conv_state, c, at);
@@ -185,24 +194,61 @@ struct DecayJob {
         dt_bias = args.dt_bias ? __ldg(args.dt_bias + work.head * DIM + channel) : 0.0f;
     }
 
-    __device__ __forceinline__ void run(const fkda_decode_args &args, const Work &work,
-                                        const Sequence &sequence, int channel, int tokens, int place)
+    /* The decay of the next token. */
+    __device__ __forceinline__ float step(const fkda_decode_args &args) const
     {
-        Gate gate;
-        gate.slope = sigmoid_gate_slope(a_log);
-        gate.bound = sigmoid_gate_bound(args.lower_bound);
-        gate.dt_bias[0] =
-            args.gate == FLASH_KDA_GATE_BOUNDED ? sigmoid_gate_offset(dt_bias, gate.slope) : dt_bias;
-        Preparation preparation(args, work, sequence);
-        preparation.gate = gate;
+        const float slope = sigmoid_gate_slope(a_log);
+        if (args.gate == FLASH_KDA_GATE_BOUNDED)
+            return decay_from_log2(sigmoid_gate(input, slope, sigmoid_gate_offset(dt_bias, slope),
+                                                sigmoid_gate_bound(args.lower_bound)));
+        return decay_from_log2(args.gate == FLASH_KDA_GATE_SOFTPLUS ? softplus_gate(input, slope, dt_bias)
+                                                                    : activated_gate(input));
+    }
+
+    __device__ __forceinline__ void run(const fkda_decode_args &args, const Work &work,
+                                        const Sequence &sequence, int channel, int place)
+    {
+#pragma unroll 1
         for (int i = 0; i < sequence.length; i++) {
             if (i > 0) input = load_gate(args, work, sequence, channel, i);
-            layer_vector(LAYER_DECAY, tokens, i)[place] = preparation.decay_of(input, 0);
+            layer_vector(LAYER_DECAY, i)[place] = step(args);
         }
     }
 };
 
-/* The jobs of a thread: k and a decay in the upper half of the CTA, else q and v. */
+/* The factor of one channel of the outputs. */
+struct FactorJob {
+    float weight;
+    float gate; /* of the next token */
+
+    static __device__ __forceinline__ float load_gate(const fkda_decode_layer_args &args, const Work &work,
+                                                      const Sequence &sequence, int channel, int i)
+    {
+        if (!args.output_gate) return INFINITY; /* whose sigmoid is 1 */
+        return load_number(args.output_gate, args.output_gate_is_f32,
+                           find_row(args.output_gate_strides, sequence, i, work.head) + channel);
+    }
+
+    __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Work &work,
+                                         const Sequence &sequence, int channel)
+    {
+        weight = 1.0f;
+        if (args.norm_weight) weight = load_number(args.norm_weight, args.norm_weight_is_f32, channel);
+        gate = load_gate(args, work, sequence, channel, 0);
+    }
+
+    __device__ __forceinline__ void run(const fkda_decode_layer_args &args, const Work &work,
+                                        const Sequence &sequence, int channel)
+    {
+#pragma unroll 1
+        for (int i = 0; i < sequence.length; i++) {
+            if (i > 0) gate = load_gate(args, work, sequence, channel, i);
+            layer_vector(LAYER_FACTOR, i)[channel] = weight * layer_sigmoid(gate);
+        }
+    }
+};
+
+/* The jobs of a thread: k, a decay and a factor in the upper half of the CTA, else q and v. */
 struct LayerJobs {
     Channel first, second;
     int channel; /* of the head */
@@ -216,48 +262,50 @@ struct LayerJobs {
     }
 };
 
-/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. `load_more` is
- * called when the preparation has no more need of registers, while the state may still be on its way. */
-template <class Tile, class LoadMore>
+/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
+template <class Tile>
 __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args, const Work &work,
-                                              const Sequence &sequence, long long slot,
-                                              const WindowPlace &window, Tile &tile, int tokens,
-                                              LoadMore load_more)
+                                              const Sequence &sequence, long long at,
+                                              const WindowPlace &window, Tile &tile)
 {
     const fkda_decode_args &decode = args.decode;
     int thread = static_cast<int>(threadIdx.x);
     ConvJob first, second;
     DecayJob decay;
+    FactorJob factor = {};
     float beta = 0.0f;
     typename Tile::Loaded loaded;
     {
         const LayerJobs jobs(work, thread);
         first.load(args, sequence, jobs.first);
-        if (jobs.has_decay)
+        if (jobs.has_decay) {
             decay.load(decode, work, sequence, jobs.channel);
-        else
+            factor.load(args, work, sequence, jobs.channel);
+        } else {
             second.load(args, sequence, jobs.second);
+        }
         if (thread < sequence.length)
             beta = load_number(decode.beta, decode.beta_is_f32,
                                find_row(decode.beta_strides, sequence, thread, work.head));
         first.load_window(args, jobs.first, window);
         if (!jobs.has_decay) second.load_window(args, jobs.second, window);
     }
-    tile.load(loaded, decode.state.data, find_state(decode.state, slot, work.head));
+    tile.load(loaded, decode.state.data, at);
     forget(thread);
     {
         const LayerJobs jobs(work, thread);
         const int place = Tile::place_of_four(jobs.channel / 4 * 4) + jobs.channel % 4;
-        first.run(args, sequence, jobs.first, window, work.sequence, tokens,
+        first.run(args, sequence, jobs.first, window, work.sequence,
                   jobs.has_decay ? LAYER_KEY : LAYER_QUERY, place);
-        if (jobs.has_decay)
-            decay.run(decode, work, sequence, jobs.channel, tokens, place);
-        else
-            second.run(args, sequence, jobs.second, window, work.sequence, tokens, LAYER_VALUE, jobs.channel);
+        if (jobs.has_decay) {
+            decay.run(decode, work, sequence, jobs.channel, place);
+            factor.run(args, work, sequence, jobs.channel);
+        } else {
+            second.run(args, sequence, jobs.second, window, work.sequence, LAYER_VALUE, jobs.channel);
+        }
     }
     if (thread < sequence.length)
         layer_small().beta[thread] = Preparation(decode, work, sequence).write_strength(beta);
-    load_more();
     __syncthreads();
     tile.unpack(loaded);
 }

@@ -9,7 +9,7 @@
 
 /* Dynamic shared memory. */
 #define FKDA_LAYER_SMALL_BYTES 128 /* struct LayerSmall in layer_prepare.cuh */
-#define FKDA_LAYER_VECTORS 5       /* of a token: decay, key, query, value, output */
+#define FKDA_LAYER_VECTORS 6       /* of a token: decay, key, query, value, output, factor of the output */
 #define FKDA_LAYER_SHARED_BYTES(tokens)                                                                      \
     (FKDA_LAYER_SMALL_BYTES + FKDA_LAYER_VECTORS * FKDA_DECODE_VECTOR_BYTES * (tokens))
 

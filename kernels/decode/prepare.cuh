@@ -20,17 +20,22 @@ struct Small {
     /* Of token i and its ancestor j, with the decay from j to i: k_i . k_j and q_i . k_j, the latter also
      * with j = i. */
     __align__(16) float product[2][MAX_TOKENS][MAX_TOKENS];
+    __align__(16) float total[DIM]; /* the decay of all tokens */
+    /* Where the CTA's work is. Read from here, it does not occupy registers in a chunk kernel. */
+    Work work;
+    Sequence sequence;
+    long long at; /* where the starting state begins, in elements of the pool */
 };
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 
-/* Vector `which` of token i, for shared memory with `tokens` tokens. */
-__device__ __forceinline__ float *vector_at(int which, int tokens, int i)
-{
-    return reinterpret_cast<float *>(cta_memory() + FKDA_DECODE_SMALL_BYTES) + (which * tokens + i) * DIM;
-}
-
 /* The vectors of a token. The first four are those of a step, all of them those of a chunk. */
-enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST, VECTORS };
+enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST };
+
+/* A vector of token i, where each token has that many. */
+template <int vectors> __device__ __forceinline__ float *vector_at(int which, int i)
+{
+    return reinterpret_cast<float *>(cta_memory() + FKDA_DECODE_SMALL_BYTES) + (i * vectors + which) * DIM;
+}
 
 __device__ __forceinline__ float sum_over_warp(float x)
 {
@@ -73,8 +78,8 @@ struct Gate {
 
 struct Preparation {
     const fkda_decode_args &args;
-    const Work &work;
-    const Sequence &sequence;
+    Work work;
+    Sequence sequence;
     int channel; /* the first of four */
     Gate gate;
 
@@ -118,8 +123,8 @@ struct Preparation {
         x.k = load_four(args.k, args.k_strides, i, qk_head);
         x.v = load_four(args.v, args.v_strides, i, work.head);
         if (args.g_is_f32) {
-            const float *from =
-                static_cast<const float *>(args.g) + find_row(args.g_strides, sequence, i, work.head) + channel;
+            const float *from = static_cast<const float *>(args.g) +
+                                find_row(args.g_strides, sequence, i, work.head) + channel;
             x.g = __ldg(reinterpret_cast<const uint4 *>(from));
         } else {
             const uint2 g = load_four(args.g, args.g_strides, i, work.head);
@@ -133,13 +138,21 @@ struct Preparation {
         return x;
     }
 
-    __device__ __forceinline__ float decay_of(float g, int i) const
+    /* Makes decays of four elements of g. */
+    __device__ __forceinline__ void find_decays(float (&g)[4]) const
     {
-        if (args.gate == FLASH_KDA_GATE_BOUNDED)
-            return decay_from_log2(sigmoid_gate(g, gate.slope, gate.dt_bias[i], gate.bound));
-        if (args.gate == FLASH_KDA_GATE_SOFTPLUS)
-            return decay_from_log2(softplus_gate(g, gate.slope, gate.dt_bias[i]));
-        return decay_from_log2(activated_gate(g));
+        if (args.gate == FLASH_KDA_GATE_BOUNDED) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) g[c] = sigmoid_gate(g[c], gate.slope, gate.dt_bias[c], gate.bound);
+        } else if (args.gate == FLASH_KDA_GATE_SOFTPLUS) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) g[c] = softplus_gate(g[c], gate.slope, gate.dt_bias[c]);
+        } else {
+#pragma unroll
+            for (int c = 0; c < 4; c++) g[c] = activated_gate(g[c]);
+        }
+#pragma unroll
+        for (int c = 0; c < 4; c++) g[c] = decay_from_log2(g[c]);
     }
 
     __device__ __forceinline__ float write_strength(float beta) const
@@ -167,7 +180,8 @@ struct Preparation {
     }
 
     /* Writes the vectors of token i. `place` is where the lane's four channels are in a vector. */
-    __device__ __forceinline__ void finish(const Inputs &inputs, Small &small, int tokens, int i, int place) const
+    template <int vectors>
+    __device__ __forceinline__ void finish(const Inputs &inputs, Small &small, int i, int place) const
     {
         float q[4], k[4], v[4], decay[4];
         unpack_four(q, inputs.q);
@@ -180,21 +194,21 @@ struct Preparation {
         } else {
             unpack_four(decay, make_uint2(inputs.g.x, inputs.g.y));
         }
-#pragma unroll
-        for (int c = 0; c < 4; c++) decay[c] = decay_of(decay[c], c);
+        find_decays(decay);
         normalise(q);
         normalise(k);
         const float kq = sum_of_products(k, q);
-        store_four(vector_at(DECAY, tokens, i) + place, decay[0], decay[1], decay[2], decay[3]);
-        store_four(vector_at(KEY, tokens, i) + place, k[0], k[1], k[2], k[3]);
-        store_four(vector_at(QUERY, tokens, i) + place, q[0], q[1], q[2], q[3]);
-        store_four(vector_at(VALUE, tokens, i) + channel, v[0], v[1], v[2], v[3]);
+        store_four(vector_at<vectors>(DECAY, i) + place, decay[0], decay[1], decay[2], decay[3]);
+        store_four(vector_at<vectors>(KEY, i) + place, k[0], k[1], k[2], k[3]);
+        store_four(vector_at<vectors>(QUERY, i) + place, q[0], q[1], q[2], q[3]);
+        store_four(vector_at<vectors>(VALUE, i) + channel, v[0], v[1], v[2], v[3]);
         if (channel == 0) {
             small.beta[i] = write_strength(inputs.beta);
             small.kq[i] = kq;
             small.parent[i] = find_parent(args, work.sequence, i);
         }
-        if (work.first_row != 0) return; /* the first CTA of a head writes the record's vectors over channels */
+        if (work.first_row != 0)
+            return; /* the first CTA of a head writes the record's vectors over channels */
         if (float *record = find_record(args, work, i, 0)) {
             store_four(record + channel, decay[0], decay[1], decay[2], decay[3]);
             store_four(record + DIM + channel, k[0], k[1], k[2], k[3]);
@@ -202,11 +216,11 @@ struct Preparation {
     }
 };
 
-/* Loads the starting state and prepares all tokens meanwhile. */
-template <class Tile>
+/* Loads the starting state, which begins at element `at` of the pool, and prepares all tokens meanwhile. `single`: there is one token. */
+template <int vectors, bool single, class Tile>
 __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, const Work &work,
-                                                 const Sequence &sequence, long long slot, Tile &tile,
-                                                 Small &small, int tokens)
+                                                 const Sequence &sequence, long long at, Tile &tile,
+                                                 Small &small)
 {
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
     Preparation preparation(args, work, sequence);
@@ -218,12 +232,18 @@ __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, c
         preparation.load_gate(a_log, dt_bias);
     }
     typename Tile::Loaded loaded;
-    tile.load(loaded, args.state.data, find_state(args.state, slot, work.head));
+    tile.load(loaded, args.state.data, at);
     preparation.set_gate(a_log, dt_bias);
     const int place = Tile::place_of_four(preparation.channel);
-    for (int i = warp; i < sequence.length; i += warps) {
-        if (i != warp) inputs = preparation.load(i);
-        preparation.finish(inputs, small, tokens, i, place);
+    if constexpr (single) {
+        if (warp == 0) preparation.finish<vectors>(inputs, small, 0, place);
+    } else {
+#pragma unroll 1 /* there are no registers for more */
+        for (int i = warp; i < sequence.length; i += warps) {
+            forget_addresses(preparation.work, preparation.sequence);
+            if (i != warp) inputs = preparation.load(i);
+            preparation.finish<vectors>(inputs, small, i, place);
+        }
     }
     __syncthreads();
     tile.unpack(loaded);

@@ -27,11 +27,12 @@ struct Work {
     int first_row; /* of V */
 };
 
-__device__ __forceinline__ Work find_work(int heads)
+__device__ __forceinline__ Work find_work(int heads, int split)
 {
-    const int rows = static_cast<int>(blockDim.x) / 32 * FKDA_DECODE_ROWS_PER_WARP;
-    const int ctas = DIM / rows, index = static_cast<int>(blockIdx.x) / ctas;
-    return {index / heads, index % heads, static_cast<int>(blockIdx.x) % ctas * rows};
+    const unsigned cta = blockIdx.x, index = cta >> split, n = index / static_cast<unsigned>(heads),
+                   part = cta & ((1u << split) - 1);
+    return {static_cast<int>(n), static_cast<int>(index - n * static_cast<unsigned>(heads)),
+            static_cast<int>(part * (DIM >> split))};
 }
 
 struct Sequence {
@@ -47,12 +48,19 @@ __device__ __forceinline__ long long clamp(long long x, long long least, long lo
 
 __device__ __forceinline__ Sequence find_sequence(const fkda_decode_args &args, int n)
 {
-    if (!args.cu_seqlens.data)
-        return {n, 0, static_cast<int>(clamp(args.tokens, 0, MAX_TOKENS)), 0};
+    if (!args.cu_seqlens.data) return {n, 0, static_cast<int>(clamp(args.tokens, 0, MAX_TOKENS)), 0};
     const long long begin = clamp(read_index(args.cu_seqlens, n), 0, args.tokens),
                     end = clamp(read_index(args.cu_seqlens, n + 1LL), begin, args.tokens);
     const int length = static_cast<int>(clamp(end - begin, 0, MAX_TOKENS));
     return {0, begin, length, end - begin - length};
+}
+
+/* Makes the compiler find addresses again where it needs them. It would keep them in registers otherwise, and
+ * the state leaves none for that. */
+__device__ __forceinline__ void forget_addresses(Work &work, Sequence &sequence)
+{
+    forget(work.sequence), forget(work.head);
+    forget(sequence.batch), forget(sequence.begin);
 }
 
 /* Where a head's row of token i of a sequence begins, in elements of the tensor. */
@@ -123,6 +131,7 @@ __device__ __forceinline__ void clear_outputs(const fkda_decode_args &args, cons
                                               const Sequence &sequence, long long first, long long end)
 {
     const int rows = static_cast<int>(blockDim.x) / 2, row = static_cast<int>(threadIdx.x) % rows;
+#pragma unroll 1
     for (long long i = first + static_cast<int>(threadIdx.x) / rows; i < end; i += 2)
         static_cast<uint16_t *>(
             args.out)[find_row(args.out_strides, sequence, i, work.head) + work.first_row + row] = 0;
@@ -133,6 +142,7 @@ __device__ __forceinline__ void clear_sequence(const fkda_decode_args &args, con
                                                const Sequence &sequence)
 {
     clear_outputs(args, work, sequence, 0, sequence.length + sequence.left_out);
+#pragma unroll 1
     for (int i = 0; i < sequence.length && work.first_row == 0; i++)
         if (float *record = find_record(args, work, i, 0))
             for (int at = static_cast<int>(threadIdx.x); at < 3 * DIM; at += static_cast<int>(blockDim.x))

@@ -17,14 +17,20 @@
 namespace fkda
 {
 
+__device__ __forceinline__ float *step_vector(int which, int i)
+{
+    return vector_at<FKDA_DECODE_VECTORS_OF_A_STEP>(which, i);
+}
+
 /* One token. */
 template <class Tile>
-__device__ __forceinline__ void step(const fkda_decode_args &args, const Work &work, const Sequence &sequence,
-                                     Tile &tile, const Small &small, int tokens, int i)
+__device__ __forceinline__ void step(const fkda_decode_args &args, Work work, Sequence sequence, Tile &tile,
+                                     const Small &small, int i)
 {
-    const float *key = vector_at(KEY, tokens, i), *query = vector_at(QUERY, tokens, i);
+    forget_addresses(work, sequence);
+    const float *key = step_vector(KEY, i), *query = step_vector(QUERY, i);
     float sums[2 * ROWS] = {}; /* p of each row, then r */
-    tile.decay(vector_at(DECAY, tokens, i));
+    tile.decay(step_vector(DECAY, i));
 #pragma unroll
     for (int j = 0; j < CHANNELS / 4; j++) {
         const float4 k = tile.read(key, j), q = tile.read(query, j);
@@ -42,7 +48,7 @@ __device__ __forceinline__ void step(const fkda_decode_args &args, const Work &w
     /* Lanes r and ROWS + r of the eight have p and r of row r. */
     const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
     const float p = __shfl_sync(~0u, sums[0], lane & ~ROWS);
-    const float u = small.beta[i] * (vector_at(VALUE, tokens, i)[row] - p);
+    const float u = small.beta[i] * (step_vector(VALUE, i)[row] - p);
     if (tile.lane >= ROWS)
         store_output(args, work, sequence, i, row, args.scale * __fmaf_rn(u, small.kq[i], sums[0]));
     else if (float *record = find_record(args, work, i, 2))
@@ -54,29 +60,30 @@ __device__ __forceinline__ void step(const fkda_decode_args &args, const Work &w
 }
 
 /* `single`: every sequence has one token. Else the tokens of a sequence follow each other: there is no tree. */
-template <bool is_bf16, bool k_first, bool single> __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
+template <bool is_bf16, bool k_first, bool single>
+__device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
 {
-    const Work work = find_work(args.heads);
+    const Work work = find_work(args.heads, args.split);
     const Sequence sequence = single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(args, work.sequence);
     const long long slot = find_start_slot(args, work.sequence);
     if (slot == NO_SLOT) return clear_sequence(args, work, sequence);
+    if (sequence.left_out)
+        clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
     if (sequence.length == 0) return;
+    const long long at = find_state(args.state, slot, work.head);
     Small &small = *reinterpret_cast<Small *>(cta_memory());
-    const int tokens = single ? 1 : args.shared_tokens;
     Tile<is_bf16, k_first> tile(work.first_row);
-    prepare_and_load(args, work, sequence, slot, tile, small, tokens);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, single>(args, work, sequence, at, tile, small);
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
-    const auto store = [&](long long to, int token) {
-        tile.store(args.state.data, find_state(args.state, to, work.head), token, rounding);
-    };
+#pragma unroll 1
     for (int i = 0; i < sequence.length; i++) {
-        step(args, work, sequence, tile, small, tokens, i);
+        step(args, work, sequence, tile, small, i);
         if (args.write_states != FLASH_KDA_WRITE_EACH) continue;
         const long long after = find_slot_after(args, work.sequence, i);
-        if (after != NO_SLOT) store(after, i);
+        if (after != NO_SLOT)
+            tile.store(args.state.data, find_state(args.state, after, work.head), i, rounding);
     }
-    if (args.write_states == FLASH_KDA_WRITE_LAST) store(slot, 0);
-    clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
+    if (args.write_states == FLASH_KDA_WRITE_LAST) tile.store(args.state.data, at, 0, rounding);
 }
 
 } // namespace fkda

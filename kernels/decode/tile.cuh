@@ -6,8 +6,8 @@
  *     of an fp32 state  channels 4 l + 32 j to 4 l + 32 j + 3, for j from 0 to 3
  *     of a bf16 state   channels 8 l + 64 j to 8 l + 64 j + 7, for j from 0 to 1
  *
- * so that a load of 16 bytes takes neighbours, eight lanes take 128 bytes, and a thread has all eight channels
- * of a block of random numbers (rounding.h). With K first a load takes the four rows of one channel.
+ * so that a load of 16 bytes takes neighbours, eight lanes take 128 bytes, and a thread has all eight
+ * channels of a block of random numbers (rounding.h). With K first a load takes the four rows of one channel.
  *
  * Vectors over the channels lie in shared memory in the order in which the eight lanes have them: the j-th
  * four channels of lane l are at 32 j + 4 l. Eight lanes then read 128 bytes in a row.
@@ -54,11 +54,16 @@ template <bool is_bf16, bool k_first> struct Tile {
     int row;                 /* of V: the first of four */
     float x[ROWS][CHANNELS]; /* the state */
 
+    /* `first_row`: of the CTA. */
     __device__ __forceinline__ Tile(int first_row)
     {
-        const int thread = static_cast<int>(threadIdx.x);
-        lane = thread % 8;
-        row = first_row + thread / 8 * ROWS;
+        lane = static_cast<int>(threadIdx.x) % 8;
+        set_row(first_row);
+    }
+
+    __device__ __forceinline__ void set_row(int first_row)
+    {
+        row = first_row + static_cast<int>(threadIdx.x) / 8 * ROWS;
     }
 
     /* The channel of element e. */
@@ -80,19 +85,28 @@ template <bool is_bf16, bool k_first> struct Tile {
         return *reinterpret_cast<const float4 *>(vector + 32 * j + 4 * lane);
     }
 
-    /* The address of element e of row r of a state that begins at element `at` of the pool. */
-    static __device__ __forceinline__ char *address(void *states, long long at, int v, int c)
+    /* The address of element 0 of the thread's first row, in a state that begins at element `at` of the
+     * pool. */
+    __device__ __forceinline__ char *first_address(void *states, long long at) const
     {
+        const int v = row, c = PART * lane;
         return static_cast<char *>(states) + (at + (k_first ? c * DIM + v : v * DIM + c)) * (is_bf16 ? 2 : 4);
+    }
+
+    /* The bytes from there to element e of row r: a constant. */
+    static __device__ __forceinline__ constexpr int offset(int r, int e)
+    {
+        return (r * (k_first ? 1 : DIM) + (e / PART * (8 * PART) + e % PART) * (k_first ? DIM : 1)) *
+               (is_bf16 ? 2 : 4);
     }
 
     /* Begins to load a state. */
     __device__ __forceinline__ void load(Loaded &to, void *states, long long at) const
     {
+        const char *first = first_address(states, at);
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int r = k_first ? 0 : i / PARTS, e = k_first ? i : i % PARTS * PART;
-            const char *from = address(states, at, row + r, channel(e));
+            const char *from = first + (k_first ? offset(0, i) : offset(i / PARTS, i % PARTS * PART));
             if constexpr (WORDS == 4) {
                 const uint4 y = __ldcs(reinterpret_cast<const uint4 *>(from));
                 to.word[i][0] = y.x, to.word[i][1] = y.y, to.word[i][2] = y.z, to.word[i][3] = y.w;
@@ -138,20 +152,22 @@ template <bool is_bf16, bool k_first> struct Tile {
         }
     }
 
-    /* Stores a part of a state: the first element is e = part * PART. `token` is that of the random numbers. */
+    /* Stores a part of a state, whose first element is e = part * PART. `token` is that of the random
+     * numbers. */
     __device__ __forceinline__ void store_part(void *states, long long at, int part,
                                                const float (&y)[ROWS][PART], int token,
                                                const Rounding &rounding) const
     {
+        char *first = first_address(states, at);
         if constexpr (!is_bf16 && !k_first) {
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
-                __stcs(reinterpret_cast<float4 *>(address(states, at, row + r, channel(part * PART))),
+                __stcs(reinterpret_cast<float4 *>(first + offset(r, part * PART)),
                        make_float4(y[r][0], y[r][1], y[r][2], y[r][3]));
         } else if constexpr (!is_bf16) {
 #pragma unroll
             for (int e = 0; e < PART; e++)
-                __stcs(reinterpret_cast<float4 *>(address(states, at, row, channel(part * PART + e))),
+                __stcs(reinterpret_cast<float4 *>(first + offset(0, part * PART + e)),
                        make_float4(y[0][e], y[1][e], y[2][e], y[3][e]));
         } else {
             uint32_t word[ROWS][PART / 2];
@@ -160,7 +176,7 @@ template <bool is_bf16, bool k_first> struct Tile {
             if constexpr (!k_first) {
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
-                    __stcs(reinterpret_cast<uint4 *>(address(states, at, row + r, channel(part * PART))),
+                    __stcs(reinterpret_cast<uint4 *>(first + offset(r, part * PART)),
                            make_uint4(word[r][0], word[r][1], word[r][2], word[r][3]));
             } else {
 #pragma unroll
@@ -169,14 +185,15 @@ template <bool is_bf16, bool k_first> struct Tile {
 #pragma unroll
                     for (int r = 0; r < ROWS; r++)
                         half[r] = e % 2 ? word[r][e / 2] >> 16 : word[r][e / 2] & 0xffffu;
-                    __stcs(reinterpret_cast<uint2 *>(address(states, at, row, channel(part * PART + e))),
+                    __stcs(reinterpret_cast<uint2 *>(first + offset(0, part * PART + e)),
                            make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16));
                 }
             }
         }
     }
 
-    __device__ __forceinline__ void store(void *states, long long at, int token, const Rounding &rounding) const
+    __device__ __forceinline__ void store(void *states, long long at, int token,
+                                          const Rounding &rounding) const
     {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {

@@ -43,8 +43,8 @@ flash_kda_status fkda_cpu_apply(const fkda_apply_problem *problem);
 flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, double *final_state,
                                     double *checkpoints);
 
-/* decode_reference.c: writes out [N, T, HV, V] and, unless it is NULL, states [N, T, HV, V, K]. With cu_seqlens
- * N is 1 and T the tokens of all sequences. */
+/* decode_reference.c: writes out [N, T, HV, V] and, unless it is NULL, states [N, T, HV, V, K]. With
+ * cu_seqlens N is 1 and T the tokens of all sequences. */
 flash_kda_status fkda_cpu_decode_reference(const fkda_decode_problem *problem, double *out, double *states);
 
 /* decode_layer.c: `decode_layer` of the same kernels. */

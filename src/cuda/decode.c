@@ -21,29 +21,30 @@ static fkda_module module = {
 };
 
 enum {
-    /* Tokens of a sequence from which on they are computed at once. Below, the small matrices and the meetings
-     * of the CTA that they need cost more than a token does. */
+    /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
+     * meetings of the CTA that they need cost more than a token does. */
     CHUNK_FROM = 5,
-    /* Rows of V of a CTA where there are heads enough. With one token, CTAs of half a head let loads of one
-     * overlap with stores of another. With more tokens, CTAs that share a head would prepare them twice. */
-    ROWS_FOR_ONE_TOKEN = 64,
-    ROWS_FOR_MORE = 128,
-    /* A warp prepares one token at a time, so a CTA for several tokens keeps some warps. */
-    LEAST_ROWS_FOR_ONE_TOKEN = 16,
-    LEAST_ROWS_FOR_MORE = 64,
-    CTAS_PER_SM = 2, /* with fewer, CTAs get fewer rows */
+    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of half
+     * a head let loads of one overlap with stores of another. With more tokens, CTAs that share a head would
+     * prepare them twice. */
+    SPLIT_FOR_ONE_TOKEN = 1,
+    SPLIT_FOR_MORE = 0,
+    /* At most. A warp prepares one token at a time, so CTAs for several tokens keep some warps. */
+    MOST_SPLIT_FOR_ONE_TOKEN = 3,
+    MOST_SPLIT_FOR_MORE = 1,
+    CTAS_PER_SM = 2, /* with fewer, heads are divided further */
 };
 
-static int choose_rows(int64_t heads, bool one_token, int sms)
+static int choose_split(int64_t heads, bool one_token, int sms)
 {
-    int rows = one_token ? ROWS_FOR_ONE_TOKEN : ROWS_FOR_MORE;
-    const int least = one_token ? LEAST_ROWS_FOR_ONE_TOKEN : LEAST_ROWS_FOR_MORE;
-    while (rows > least && heads * (FKDA_DIM / rows) < (int64_t)CTAS_PER_SM * sms) rows /= 2;
-    return rows;
+    int split = one_token ? SPLIT_FOR_ONE_TOKEN : SPLIT_FOR_MORE;
+    const int most = one_token ? MOST_SPLIT_FOR_ONE_TOKEN : MOST_SPLIT_FOR_MORE;
+    while (split < most && heads << split < (int64_t)CTAS_PER_SM * sms) split++;
+    return split;
 }
 
 typedef struct launch {
-    int kernel, rows, shared_bytes;
+    int kernel, split, shared_bytes;
     int64_t heads; /* of all sequences */
     void *args;
 } launch;
@@ -57,10 +58,10 @@ static flash_kda_status run(flash_kda_device device, void *stream, const launch 
     status = fkda_load_module(driver, &module, ordinal);
     if (status == FLASH_KDA_OK) {
         void *pointers[] = {l->args};
-        const CUresult result = driver->cuLaunchKernel(
-            module.functions[ordinal][l->kernel], (unsigned)(l->heads * (FKDA_DIM / l->rows)), 1, 1,
-            (unsigned)FKDA_DECODE_THREADS_OF(l->rows), 1, 1, (unsigned)l->shared_bytes, (CUstream)stream,
-            pointers, NULL);
+        const CUresult result =
+            driver->cuLaunchKernel(module.functions[ordinal][l->kernel], (unsigned)(l->heads << l->split), 1,
+                                   1, FKDA_DECODE_THREADS >> l->split, 1, 1, (unsigned)l->shared_bytes,
+                                   (CUstream)stream, pointers, NULL);
         if (result) status = fkda_driver_fail("cuLaunchKernel", result);
     }
     return fkda_leave_device(driver, status);
@@ -76,8 +77,8 @@ static int which_decode(const fkda_decode_problem *p)
     if (p->parents.data) return CHUNK;
     if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
-    /* With cu_seqlens the lengths are not known here, and a sequence is computed the same way whatever else is
-     * in the call. */
+    /* With cu_seqlens the lengths are not known here, and a sequence is computed in one way whatever else is in
+     * the call. */
     return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
 }
 
@@ -92,10 +93,10 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_decode_args args = fkda_decode_args_of(p);
-    args.shared_tokens = FKDA_DECODE_EVEN(tokens);
+    args.split = choose_split(heads, which == ONE, sms);
     const launch l = {
         .kernel = kernel_of(&p->state, p->state_k_first, which),
-        .rows = choose_rows(heads, which == ONE, sms),
+        .split = args.split,
         .shared_bytes = FKDA_DECODE_SHARED_BYTES(vectors, tokens),
         .heads = heads,
         .args = &args,
@@ -111,6 +112,7 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_apply_args args = {
+        .split = choose_split(heads, false, sms),
         .records = p->records,
         .state = fkda_state_args_of(&p->state),
         .state_indices = fkda_index_args_of(&p->state_indices, 1),
@@ -126,8 +128,8 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     };
     const launch l = {
         .kernel = kernel_of(&p->state, p->state_k_first, APPLY),
-        .rows = choose_rows(heads, false, sms),
-        .shared_bytes = FKDA_DECODE_SHARED_BYTES(FKDA_DECODE_VECTORS_OF_APPLY, FKDA_DECODE_MAX_TOKENS),
+        .split = args.split,
+        .shared_bytes = FKDA_DECODE_APPLY_BYTES,
         .heads = heads,
         .args = &args,
     };

@@ -62,7 +62,6 @@ static flash_kda_status launch(const fkda_driver *driver, const fkda_decode_laye
                        (!d->cu_seqlens.data && d->tokens == 1 ? ONE : STEPS);
     fkda_decode_layer_args args = args_of(p);
     void *pointers[] = {&args};
-    args.decode.shared_tokens = tokens;
     const flash_kda_status status = fkda_load_module(driver, &module, ordinal);
     if (status != FLASH_KDA_OK) return status;
     const CUresult result = driver->cuLaunchKernel(

@@ -1,8 +1,8 @@
 /*
- * Calls of flash_kda_decode() and flash_kda_apply() with every option, drawn from a seed: one to sixteen tokens,
- * packed sequences, grouped heads, gates, betas, strides, pools, trees, records and both kinds of rounding.
- * Every output, every state that is written and every record is held to the fp64 recurrence, and every byte
- * that is no element of one must be as before.
+ * Calls of flash_kda_decode() and flash_kda_apply() with every option, drawn from a seed: one to sixteen
+ * tokens, packed sequences, grouped heads, gates, betas, strides, pools, trees, records and both kinds of
+ * rounding. Every output, every state that is written and every record is held to the fp64 recurrence, and
+ * every byte that is no element of one must be as before.
  *
  * FLASH_KDA_TEST_PROBLEMS says how many calls are tried, and FLASH_KDA_TEST_SEED where they begin:
  *
@@ -23,7 +23,8 @@ static const double OUT_BAR = 2.2e-3, STATE_BAR = 1e-5, BF16_STATE_BAR = 2.2e-3;
 static const double ALL_OUT_BAR = 1.75e-3;
 
 /* An element that lies between two neighbours, a part f of their distance from one of them, is off by a mean
- * square of f (1 - f) of it if it is rounded at random: 1/6 on average, and 1/12 with rounding to the nearest. */
+ * square of f (1 - f) of it if it is rounded at random: 1/6 on average, and 1/12 with rounding to the
+ * nearest. */
 static double bf16_state_bar(bool at_random)
 {
     return at_random ? BF16_STATE_BAR * sqrt(2.0) : BF16_STATE_BAR;
@@ -94,8 +95,8 @@ static const double *truth_after(const draw *w, int64_t n, int64_t i, int64_t h)
     return w->truth.states + ((begin_of(w, n) + i) * w->d->tokens->heads + h) * DIM * DIM;
 }
 
-/* How often a state was rounded on its way to token i: a kernel may take the state of a parent that is not the
- * token before from the slot it went to. */
+/* How often a state was rounded on its way to token i: a kernel may take the state of a parent that is not
+ * the token before from the slot it went to. */
 static int roundings_to(const decode_problem *d, int64_t n, int64_t i)
 {
     int count = 1;
@@ -115,11 +116,20 @@ static int most_roundings(const draw *w)
     return most;
 }
 
+/* The size that elements of a row of out have if the query is random, since its length is 1: where it happens
+ * to be nearly orthogonal to the state, the output is smaller, but what fp32 makes of it is not. 0 without a
+ * state. */
+static double usual_size(const draw *w, int64_t row)
+{
+    const double *state = w->truth.states + row * DIM * DIM;
+    return isnan(state[0]) ? 0.0 : fabs((double)w->d->tokens->scale) * rms_of(state, DIM * DIM);
+}
+
 static void check_out(draw *w)
 {
     const problem *p = w->d->tokens;
     for (int64_t row = 0; row < problem_rows(p); row++) {
-        const double *truth = w->truth.out + row * DIM, size = rms_of(truth, DIM);
+        const double *truth = w->truth.out + row * DIM, size = usual_size(w, row);
         double worst = 0.0;
         for (int i = 0; i < DIM; i++) {
             const double got = float_from_bf16(w->out[row * DIM + i]), off = got - truth[i];
@@ -415,8 +425,8 @@ static void decode_tokens(const decode_call *c, int64_t from, int64_t count)
     CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error());
 }
 
-/* A forward pass over the first tokens and decode over the others, one to sixteen at a time, must give what the
- * recurrence gives. */
+/* A forward pass over the first tokens and decode over the others, one to sixteen at a time, must give what
+ * the recurrence gives. */
 static void try_split(rng *r, const problem *p, const answer *truth, bool k_first, int64_t split)
 {
     const bars gpu = {2.5e-3, 8e-4}, cpu = {OUT_BAR, STATE_BAR},
@@ -511,7 +521,8 @@ static uint16_t *one_by_one(const problem *p, int64_t tokens, bool at_random)
     return pool;
 }
 
-/* Projects the channels that nothing is written to on what they were before: the part of them that is left. */
+/* Projects the channels that nothing is written to on what they were before: the part of them that is left.
+ * */
 static double part_left(const problem *p, const uint16_t *pool)
 {
     double product = 0.0, square = 0.0;
@@ -524,8 +535,8 @@ static double part_left(const problem *p, const uint16_t *pool)
 }
 
 /* How much of a slow channel's state is left after n tokens has a spread, because each element moves by whole
- * steps of bf16, about 2^-8 of itself, one token in 400. After 8192 tokens an element has moved 20 steps, give
- * or take 4.5, or 1.8%; the mean of 8192 elements is good to 2e-4. */
+ * steps of bf16, about 2^-8 of itself, one token in 400. After 8192 tokens an element has moved 20 steps,
+ * give or take 4.5, or 1.8%; the mean of 8192 elements is good to 2e-4. */
 static void stagnation(void)
 {
     const int64_t tokens = test.quick ? 1024 : 8192;
@@ -537,7 +548,7 @@ static void stagnation(void)
     long moved = 0;
     trying("%lld tokens that forget 1e-5 nats", (long long)tokens);
     CHECK(fabs(left - expected) <= 1.5e-3, "%.5f of slow channels is left; it must be %.5f", left, expected);
-    check_error("bf16 state", error, 0.05);
+    check_error("bf16 state", error, 0.03);
     for (int e = 0; e < DIM * DIM; e++)
         moved += e % DIM >= WRITTEN && float_from_bf16(nearest[e]) != p->initial_state[e];
     CHECK(moved == 0, "%ld slow elements moved with rounding to the nearest, which rounding at random is for",

@@ -52,6 +52,10 @@ inline void forget(int &)
 {
 }
 
+inline void forget(long long &)
+{
+}
+
 inline void read_indices(int &cta, int &thread)
 {
     cta = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);

@@ -1,0 +1,293 @@
+"""Times decode on one GPU beside the rate at which the same GPU copies memory, and beside
+flash-linear-attention's fused_recurrent_kda where that is installed.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --rows 64x12 256x8 --rounds 5 --json decode.json
+
+A row is a number of sequences x heads, tokens of each sequence, and what happens to the states. A time is the
+median of rounds of CUDA-graph replays. Calls of a graph take turns at slots of one pool that is far beyond the
+L2 cache, in a random order, so that every state comes from memory. "floor" is the time in which the bytes that
+a call has to move (states, records, inputs and outputs) could be copied, "of copy" is floor / time. A row with
+a bar in microseconds, in per cent of the copy rate, or in terms of another row's time says whether it is met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from typing import Any, Callable, NamedTuple
+
+from peer_timing.shapes import DIM
+
+STATE = DIM * DIM  # elements of a state of one head
+L2_BYTES = 50 << 20
+RECORD_BYTES = 3 * DIM * 4  # of a token of a head
+
+
+class Row(NamedTuple):
+    """One line of the table. Its bar is one of: microseconds, a share of the copy rate, a ratio to a row."""
+
+    sequences: int
+    heads: int
+    tokens: int = 1
+    writes: str = "last"
+    records: bool = False
+    applies: bool = False  # all tokens are applied by a second call
+    bf16: bool = False
+    rounds_at_random: bool = False
+    k_first: bool = False
+    most_us: float | None = None
+    least_share: float | None = None
+    most_ratio: float | None = None  # to the row with one token
+
+    @property
+    def name(self) -> str:
+        words = [f"{self.sequences}x{self.heads}", f"T={self.tokens}", self.writes]
+        words += ["bf16" if self.bf16 else "fp32"]
+        words += ["at random"] * self.rounds_at_random + ["K first"] * self.k_first
+        words += ["records"] * self.records + ["applied"] * self.applies
+        return " ".join(words)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all states that a call reads."""
+        return self.sequences * self.heads * STATE * (2 if self.bf16 else 4)
+
+    @property
+    def moved_bytes(self) -> int:
+        tokens = self.sequences * self.tokens * self.heads
+        moved = tokens * (5 * DIM * 2 + 2)  # q, k, v, g and out, beta
+        moved += self.state_bytes * (
+            1 if self.writes == "none" else self.tokens + 1 if self.writes == "each" else 2
+        )
+        if self.records:
+            moved += tokens * RECORD_BYTES
+        if self.applies:
+            moved += tokens * RECORD_BYTES + 2 * self.state_bytes
+        return moved
+
+
+ROWS = [
+    Row(1, 12, most_us=4.0),
+    Row(64, 12, most_us=29.0),
+    Row(64, 12, 4, most_us=32.0),
+    Row(64, 12, 4, "none", most_us=32.0),
+    Row(256, 8, most_us=72.0),
+    Row(256, 16),
+    Row(256, 16, 2),
+    Row(256, 16, 4, most_ratio=1.15),
+    Row(256, 16, 4, "none"),
+    Row(256, 16, 8),
+    Row(256, 16, 8, "none"),
+    Row(256, 16, 8, "none", records=True),
+    Row(256, 16, 8, "none", records=True, applies=True, most_ratio=1.5),
+    Row(256, 16, 16),
+    Row(256, 16, 4, "each"),
+    Row(256, 32, least_share=0.85),
+    Row(256, 32, bf16=True, least_share=0.80),
+    Row(256, 32, bf16=True, rounds_at_random=True),
+    Row(256, 32, k_first=True),
+    Row(1024, 12, least_share=0.88),
+]
+
+# ---- Timing ------------------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """A pool, and for each call of a graph the tensors of its tokens and its slots."""
+
+    def __init__(self, row: Row) -> None:
+        import torch
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, dtype=torch.bfloat16, device="cuda")
+
+        # Between two uses of a slot, four times the cache is moved.
+        self.sets = max(1, min(64, 4 * L2_BYTES // row.state_bytes))
+        columns = row.tokens if row.writes == "each" else 1
+        slots = self.sets * row.sequences * columns
+        dtype = torch.bfloat16 if row.bf16 else torch.float32
+        self.pool = torch.empty(slots, row.heads, DIM, DIM, dtype=dtype, device="cuda").normal_(std=0.1)
+        order = torch.randperm(slots, device="cuda").to(torch.int32)
+        shape = (self.sets, row.sequences, columns) if columns > 1 else (self.sets, row.sequences)
+        self.indices = order.reshape(shape)
+        self.tokens = []
+        for _ in range(self.sets):
+            wide = (row.sequences, row.tokens, row.heads, DIM)
+            x = {name: normal(*wide) for name in "qkvg"}
+            x["beta"] = normal(*wide[:3])
+            self.tokens.append(x)
+        self.A_log = torch.zeros(row.heads, device="cuda")
+        self.dt_bias = torch.linspace(-10.0, 2.0, DIM, device="cuda").expand(row.heads, DIM).contiguous()
+        self.rounding = torch.tensor([1, 2], device="cuda") if row.rounds_at_random else None
+        self.all_tokens = torch.full((row.sequences,), row.tokens, dtype=torch.int32, device="cuda")
+
+
+def own_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]]:
+    import torch
+
+    import flash_kda
+
+    calls = []
+    for x, indices in zip(inputs.tokens, inputs.indices):
+        out = torch.empty_like(x["v"])
+        records = None
+        if row.records:
+            records = torch.empty(row.sequences, row.tokens, row.heads, 3, DIM, device="cuda")
+        options = {"state_indices": indices, "rounding": inputs.rounding, "state_v_first": not row.k_first}
+
+        def call(x: Any = x, out: Any = out, records: Any = records, options: Any = options) -> None:
+            flash_kda.decode(
+                **x, scale=DIM**-0.5, out=out, A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
+                state=inputs.pool, write_states=row.writes, records=records, **options,
+            )  # fmt: skip
+            if row.applies:
+                flash_kda.apply_records(records, inputs.all_tokens, inputs.pool, **options)
+
+        calls.append(call)
+    return calls
+
+
+def fla_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]] | None:
+    """FLA's kernel of the same call, or None where FLA is not installed or has no such call."""
+    import torch
+
+    try:
+        from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+    except ImportError:
+        return None
+    if row.writes == "none" or row.records or row.rounds_at_random:
+        return None
+    ends = torch.arange(0, (row.sequences + 1) * row.tokens, row.tokens, device="cuda")
+    calls = []
+    for x, indices in zip(inputs.tokens, inputs.indices):
+        packed = {name: value.reshape(1, -1, *value.shape[2:]) for name, value in x.items()}
+        if row.writes == "last" and row.tokens > 1:  # FLA writes each state: here all of them to one slot
+            indices = indices[:, None].expand(-1, row.tokens).contiguous()
+        out = torch.empty_like(packed["v"])
+
+        def call(x: Any = packed, out: Any = out, indices: Any = indices) -> None:
+            fused_recurrent_kda_fwd(
+                **x, A_log=inputs.A_log, dt_bias=inputs.dt_bias.reshape(-1), initial_state=inputs.pool,
+                scale=DIM**-0.5, inplace_final_state=True, state_v_first=not row.k_first, cu_seqlens=ends,
+                ssm_state_indices=indices, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+                use_beta_sigmoid_in_kernel=True, lower_bound=-5.0, out=out,
+            )  # fmt: skip
+
+        calls.append(call)
+    return calls
+
+
+class Graph:
+    """Calls over rotating slots, captured."""
+
+    def __init__(self, calls: list[Callable[[], None]]) -> None:
+        import torch
+
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        repeats = -(-16 // len(calls))
+        self.calls = repeats * len(calls)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        self.graph.replay()
+
+    def microseconds(self, replays: int = 8) -> float:
+        """Of one call."""
+        import torch
+
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):
+            self.graph.replay()
+        start.record()
+        for _ in range(replays):
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end) / (replays * self.calls)
+
+
+def time_row(row: Row, rounds: int, with_fla: bool) -> tuple[float, float | None]:
+    """Microseconds of a call: this library's, and FLA's."""
+    inputs = Inputs(row)
+    graph = Graph(own_calls(row, inputs))
+    own = statistics.median(graph.microseconds() for _ in range(rounds))
+    del graph
+    theirs = None
+    calls = fla_calls(row, inputs) if with_fla else None
+    if calls:
+        try:
+            other = Graph(calls)
+            theirs = statistics.median(other.microseconds() for _ in range(rounds))
+        except Exception as error:  # whatever another library raises
+            print(f"FLA: {row.name}: {error}", file=sys.stderr)
+    return own, theirs
+
+
+def judge(row: Row, own: float, share: float, one_token: float | None) -> str:
+    if row.most_us is not None:
+        return f"{row.most_us:.0f} us: {'met' if own <= row.most_us else 'missed'}"
+    if row.least_share is not None:
+        return f"{100 * row.least_share:.0f}%: {'met' if share >= row.least_share else 'missed'}"
+    if row.most_ratio is not None and one_token is not None:
+        ratio = own / one_token
+        return f"{row.most_ratio} x T=1: {ratio:.3f}, {'met' if ratio <= row.most_ratio else 'missed'}"
+    return ""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", nargs="+", metavar="NAME", help="rows whose name begins so; default: all")
+    add("--rounds", type=int, default=3, help="default: 3")
+    add("--fla", choices=("yes", "no"), default="yes", help="whether FLA is timed too; default: yes")
+    add("--json", metavar="FILE", help="where the figures go, besides the table")
+    options = parser.parse_args(argv)
+    rows = [row for row in ROWS if options.rows is None or any(row.name.startswith(n) for n in options.rows)]
+    if not rows:
+        parser.error(f"--rows names none of: {', '.join(row.name for row in ROWS)}")
+
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("PyTorch can use no GPU here")
+    from peer_timing.timing import copy_rate
+
+    import flash_kda
+
+    rate = copy_rate("cuda")
+    print(
+        f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}\n"
+    )
+    print("| call | us | floor, us | of copy | bar | FLA, us |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    results, one_token = [], {}
+    with torch.inference_mode():
+        for row in rows:
+            own, theirs = time_row(row, options.rounds, options.fla == "yes")
+            torch.cuda.empty_cache()
+            floor = 1e6 * row.moved_bytes / rate
+            if row.tokens == 1 and not (row.bf16 or row.k_first):
+                one_token[row.sequences, row.heads] = own
+            verdict = judge(row, own, floor / own, one_token.get((row.sequences, row.heads)))
+            print(
+                f"| {row.name} | {own:.2f} | {floor:.2f} | {100 * floor / own:.1f}% | {verdict} "
+                f"| {f'{theirs:.2f}' if theirs else ''} |",
+                flush=True,
+            )
+            results.append({"name": row.name, "us": own, "floor_us": floor, "bar": verdict, "fla_us": theirs})
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "copy_rate": rate, "rows": results}, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
