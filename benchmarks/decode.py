@@ -130,7 +130,7 @@ def own_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]]:
 
     import flash_kda
 
-    calls = []
+    calls: list[Callable[[], None]] = []
     for x, indices in zip(inputs.tokens, inputs.indices):
         out = torch.empty_like(x["v"])
         records = None
@@ -161,7 +161,7 @@ def fla_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]] | None:
     if row.writes == "none" or row.records or row.rounds_at_random:
         return None
     ends = torch.arange(0, (row.sequences + 1) * row.tokens, row.tokens, device="cuda")
-    calls = []
+    calls: list[Callable[[], None]] = []
     for x, indices in zip(inputs.tokens, inputs.indices):
         packed = {name: value.reshape(1, -1, *value.shape[2:]) for name, value in x.items()}
         if row.writes == "last" and row.tokens > 1:  # FLA writes each state: here all of them to one slot

@@ -1,12 +1,13 @@
-"""Times what each option of the forward pass costs, beside the same call without it, in one process on one GPU.
+"""Times what each option of the forward pass costs, beside the same call without it, in one process.
 
     python benchmarks/options.py
     python benchmarks/options.py --rows pool slices --rounds 5 --json options.json
 
 Each row is a shape with an option and the call that it is measured against, which take turns. A time is the
-median of rounds of CUDA-graph replays over rotating inputs, states in fp32, gates as in trained models. The
-column "beyond" takes off the time in which the bytes that only the option moves could be copied. Where
-flash-linear-attention is installed and takes the option, its time of the same call stands in the last column.
+median of rounds of CUDA-graph replays over rotating inputs, states in fp32, gates as in trained models. On
+the CPU it is that of a plain call. The column "beyond" takes off the time in which the bytes that only the
+option moves could be copied. Where flash-linear-attention is installed and takes the option, its time of the
+same call stands in the last column.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import sys
 from typing import Any, Callable, NamedTuple
 
-from peer_timing.inputs import L2_BYTES, MOST_SETS, make
+from peer_timing.inputs import make_sets
 from peer_timing.shapes import DIM, bytes_once, label, parse
 
 Arguments = dict[str, Any]
@@ -149,30 +150,28 @@ ROWS = [
 # ---- Timing ------------------------------------------------------------------------------------------------
 
 
-def prepare(fwd: Callable[..., Any], shape: str, change: Callable[[Arguments, str], None]) -> Any:
-    """Calls over inputs that change() has changed, captured into a graph."""
+def prepare(
+    fwd: Callable[..., Any], shape: str, change: Callable[[Arguments, str], None], device: str
+) -> Any:
+    """Calls over inputs that change() has changed, captured into a graph on a GPU."""
     import torch
     from peer_timing.timing import Timed
 
-    size = bytes_once(shape, "fp32")
-    count = 1 if size > 40 * L2_BYTES else min(MOST_SETS, 2 + 2 * L2_BYTES // size)
     _, lengths = parse(shape)
-    ends = torch.tensor(lengths, device="cuda").cumsum(0)
     calls = []
-    for seed in range(count):
-        x = make(shape, "mixed", "fp32", "cuda", seed)
+    for x in make_sets(shape, "mixed", "fp32", device):
         x["out"] = torch.empty_like(x["v"])
         change(x, shape)
         x.setdefault("final_state", torch.empty_like(x["initial_state"]))
         if len(lengths) > 1:
-            x |= {"cu_seqlens": torch.nn.functional.pad(ends, (1, 0)), "max_seqlen": max(lengths)}
+            x["max_seqlen"] = max(lengths)
 
         def call(x: Arguments = x) -> tuple[Any, Any]:
             fwd(**x)
             return x["out"], x["final_state"]
 
         calls.append(call)
-    return Timed(calls, "cuda")
+    return Timed(calls, device)
 
 
 def fla_call() -> Callable[..., Any] | None:
@@ -209,26 +208,30 @@ def fla_call() -> Callable[..., Any] | None:
     return fwd
 
 
-def median(rounds: list[float]) -> float:
-    return statistics.median(rounds)
+def medians(timed: dict[str, Any], rounds: int, device: str) -> dict[str, float]:
+    kind = "plain_ms" if device == "cpu" else "graph_ms"
+    turns = [{name: calls.round()[kind] for name, calls in timed.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in timed}
 
 
-def time_row(row: Row, fwd: Callable[..., Any], fla: Callable[..., Any] | None, rounds: int) -> dict[str, Any]:
-    base, option = prepare(fwd, row.shape, row.base), prepare(fwd, row.shape, row.option)
-    times: dict[str, list[float]] = {"base": [], "option": []}
-    for _ in range(rounds):
-        times["base"].append(base.round()["graph_ms"])
-        times["option"].append(option.round()["graph_ms"])
-    result: dict[str, Any] = {name: median(values) for name, values in times.items()}
-    result["fla"] = None
+def time_row(
+    row: Row, shape: str, rounds: int, device: str, fla: Callable[..., Any] | None
+) -> dict[str, Any]:
+    import flash_kda
+
+    changes = {"base": row.base, "option": row.option}
+    times: dict[str, Any] = medians(
+        {name: prepare(flash_kda.fwd, shape, change, device) for name, change in changes.items()},
+        rounds,
+        device,
+    )
+    times["fla"] = None
     if fla is not None:
-        del base, option
         try:
-            theirs = prepare(fla, row.shape, row.option)
-            result["fla"] = median([theirs.round()["graph_ms"] for _ in range(rounds)])
+            times |= medians({"fla": prepare(fla, shape, row.option, device)}, rounds, device)
         except Exception as error:  # whatever another library raises
-            print(f"FLA: {row.name}, {row.shape}: {error}", file=sys.stderr)
-    return result
+            print(f"FLA: {row.name}, {shape}: {error}", file=sys.stderr)
+    return times
 
 
 def main(argv: list[str]) -> None:
@@ -239,35 +242,38 @@ def main(argv: list[str]) -> None:
     add("--rows", nargs="+", metavar="NAME", help="rows whose name begins so; default: all")
     add("--rounds", type=int, default=3, help="rounds in which both calls take turns; default: 3")
     add("--fla", choices=("yes", "no"), default="yes", help="whether FLA is timed too; default: yes")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    add("--shape", metavar="SHAPE", help="HEADS:LENGTHS for every row, in place of the rows' own")
     add("--json", metavar="FILE", help="where the figures go, besides the table")
     options = parser.parse_args(argv)
-    rows = [
-        row for row in ROWS if options.rows is None or any(row.name.startswith(name) for name in options.rows)
-    ]
+    chosen = options.rows or [""]
+    rows = [row for row in ROWS if row.name.startswith(tuple(chosen))]
     if not rows:
         parser.error(f"--rows names none of: {', '.join(dict.fromkeys(row.name for row in ROWS))}")
 
     import torch
-
-    if not torch.cuda.is_available():
-        parser.error("PyTorch can use no GPU here")
-    import flash_kda
     from peer_timing.timing import copy_rate
 
-    rate = copy_rate("cuda")
-    fla = fla_call() if options.fla == "yes" else None
-    print(f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}\n")
-    print("| option | lengths | H | without, ms | with, ms | ratio | beyond | at most | floor, ms | FLA, ms |")
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("PyTorch can use no GPU here (--device cpu times plain calls on the CPU)")
+    rate = copy_rate(options.device)
+    fla = fla_call() if options.fla == "yes" and on_gpu else None
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{name}, copies at {rate / 1e12:.3g} TB/s, {options.rounds} rounds\n")
+    print(
+        "| option | lengths | H | without, ms | with, ms | ratio | beyond | at most | floor, ms | FLA, ms |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     results = []
     with torch.inference_mode():
         for row in rows:
-            t = time_row(row, flash_kda.fwd, fla, options.rounds)
-            torch.cuda.empty_cache()
-            more = 1e3 * row.more_bytes(row.shape) / rate
-            floor = 1e3 * bytes_once(row.shape, "fp32") / rate + more
+            shape = options.shape or row.shape
+            t = time_row(row, shape, options.rounds, options.device, fla)
+            more = 1e3 * row.more_bytes(shape) / rate
+            floor = 1e3 * bytes_once(shape, "fp32") / rate + more
             ratio, beyond = t["option"] / t["base"], (t["option"] - more) / t["base"]
-            lengths, heads = label(row.shape)
+            lengths, heads = label(shape)
             theirs = f"{t['fla']:.4f}" if t["fla"] else ""
             print(
                 f"| {row.name} | {lengths} | {heads} | {t['base']:.4f} | {t['option']:.4f} | {ratio:.3f} "
@@ -275,11 +281,13 @@ def main(argv: list[str]) -> None:
                 flush=True,
             )
             results.append(
-                {"name": row.name, "shape": row.shape, "bar": row.bar, "ratio": ratio, "beyond": beyond, **t}
+                {"name": row.name, "shape": shape, "bar": row.bar, "ratio": ratio, "beyond": beyond, **t}
             )
+            if on_gpu:
+                torch.cuda.empty_cache()
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "copy_rate": rate, "rows": results}, file)
+            json.dump({"device": name, "copy_rate": rate, "rows": results}, file)
 
 
 if __name__ == "__main__":

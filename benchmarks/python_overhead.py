@@ -1,10 +1,11 @@
 """What a call costs in Python on top of the C library: python benchmarks/python_overhead.py [--rounds N]
 [--calls N]
 
-The overhead is the host time of flash_kda.fwd minus the host time of the C function alone. The C function is
-called through ctypes with a copy of the struct that flash_kda.fwd has filled in. The work is one token of one
-head, so that it takes little of either time. Rounds of the two kinds of call alternate, and the fastest round
-of each kind counts, because whatever else runs on the machine can only slow a round down. On a GPU neither
+The overhead is the host time of flash_kda.fwd, decode or apply_records minus the host time of the C function
+alone. The C function is called through ctypes with a copy of the struct that the Python function has filled
+in. The work is one token of one head, so that it takes little of either time. Rounds of the two kinds of call
+alternate, and the fastest round of each kind counts, because whatever else runs on the machine can only slow
+a round down. On a GPU neither
 call waits for the device: each round starts with an empty queue, and its calls fit into the queue.
 """
 
@@ -55,6 +56,21 @@ def engine_arguments(device: str) -> dict[str, Any]:
     return arguments
 
 
+def decode_arguments(device: str) -> dict[str, Any]:
+    """As an engine calls decode: a pool, indices, padding."""
+    arguments = torch_arguments(device, ())
+    arguments["state"] = torch.zeros(4, 1, 128, 128, device=device)
+    arguments["state_indices"] = torch.tensor([2], dtype=torch.int32, device=device)
+    return {**arguments, "first_slot": 1}
+
+
+def apply_arguments(device: str) -> dict[str, Any]:
+    arguments = decode_arguments(device)
+    arguments = {n: arguments[n] for n in ("state", "state_indices", "first_slot")}
+    arguments["records"] = torch.zeros(1, 4, 1, 3, 128, device=device)
+    return {**arguments, "num_accepted_tokens": torch.tensor([1], dtype=torch.int32, device=device)}
+
+
 def numpy_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same memory as NumPy arrays."""
     import ml_dtypes
@@ -69,17 +85,22 @@ def numpy_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: convert(x) for name, x in arguments.items()}
 
 
-def c_call(arguments: dict[str, Any]) -> Callable[[], None]:
-    """The C function with the struct that flash_kda.fwd fills in for these tensors."""
-    flash_kda.fwd(**arguments)
+def params_device(arguments: dict[str, Any]) -> Any:
+    return next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
+
+
+def c_call(arguments: dict[str, Any], function: Callable[..., None] = flash_kda.fwd) -> Callable[[], None]:
+    """The C function with the struct that the Python function fills in for these tensors."""
+    function(**arguments)
     prepared = _torch._calls.latest
     assert prepared is not None
-    params = _lib.FwdParams.from_buffer_copy(prepared.params)
-    # The workspace of that call went back to its owner.
-    bytes_with_room = params.workspace_size + 63
-    workspace = torch.empty(bytes_with_room, dtype=torch.uint8, device=arguments["q"].device)
-    params.workspace = (workspace.data_ptr() + 63) & ~63
-    call, reference = _lib.lib.flash_kda_fwd, ctypes.byref(params)
+    params = type(prepared.params).from_buffer_copy(prepared.params)
+    workspace = None
+    if prepared.workspace_size:  # the workspace of that call went back to its owner
+        bytes_with_room = params.workspace_size + 63
+        workspace = torch.empty(bytes_with_room, dtype=torch.uint8, device=params_device(arguments))
+        params.workspace = (workspace.data_ptr() + 63) & ~63
+    call, reference = prepared.function, ctypes.byref(params)
 
     def run(keep: Any = (arguments, workspace)) -> None:
         status = call(reference)
@@ -132,6 +153,13 @@ def main() -> None:
             c = c_call(arguments)
             title = f"torch {device}, slices, pool, workspace, inference_mode"
             compare(title, lambda a=arguments: flash_kda.fwd(**a), c, device == "cuda")
+            for function, arguments in (
+                (flash_kda.decode, decode_arguments(device)),
+                (flash_kda.apply_records, apply_arguments(device)),
+            ):
+                c = c_call(arguments, function)
+                title = f"torch {device}, {function.__name__}, inference_mode"
+                compare(title, lambda f=function, a=arguments: f(**a), c, device == "cuda")
 
 
 if __name__ == "__main__":

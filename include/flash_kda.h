@@ -303,15 +303,12 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
 
-/* ---- Decode: one to sixteen tokens of each sequence ---------------------------------------------------- */
-
-/* Which states flash_kda_decode() writes to the pool. */
+/* Decode: one to sixteen tokens of each sequence. Which states flash_kda_decode() writes to the pool. */
 typedef enum flash_kda_write_states {
     FLASH_KDA_WRITE_LAST = 0, /* the state after a sequence's last token, to the slot that it came from */
     FLASH_KDA_WRITE_NONE = 1, /* none, to verify draft tokens: see "records" */
     FLASH_KDA_WRITE_EACH = 2, /* the state after token i of sequence n, to slot state_indices[n, i] */
 } flash_kda_write_states;
-
 enum {
     FLASH_KDA_MAX_DECODE_TOKENS = 16, /* of one sequence in one call of flash_kda_decode() */
     FLASH_KDA_RECORD_ROWS = 3,        /* rows of 128 numbers in a token's record of one head: decay, key, u */
@@ -394,6 +391,10 @@ typedef struct flash_kda_decode_params {
  * under CUDA graph capture. */
 FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_params *params);
 
+/* Checks what flash_kda_decode() would check and needs no memory: options, dtypes, shapes and the kernel. No
+ * pointer is followed; an optional tensor counts if its data is not NULL. For compilers that trace a call. */
+FLASH_KDA_API flash_kda_status flash_kda_check_decode(const flash_kda_decode_params *params);
+
 /* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, HV, V] (with cu_seqlens [1, total,
    HV, V]) and, unless NULL, states64 [N, T, HV, V, K] (with cu_seqlens [total, HV, V, K]): the state after
    each token, V before K whatever state_k_first says. params->state is read and not written; params->out
@@ -437,6 +438,8 @@ typedef struct flash_kda_apply_params {
 
 FLASH_KDA_API flash_kda_status flash_kda_apply(const flash_kda_apply_params *params);
 
+/* As flash_kda_check_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params);
 /* ---- Decode of a whole layer: convolution, recurrence, norm --------------------------------------------- */
 
 enum { FLASH_KDA_CONV_TAPS = 4 }; /* inputs that each output of the convolution depends on */
@@ -473,6 +476,9 @@ enum { FLASH_KDA_CONV_TAPS = 4 }; /* inputs that each output of the convolution 
  *                  [n, i]. C is at least the longest sequence. After draft tokens were verified the caller
  *                  copies the window after the last accepted token to the sequence's slot of conv_state, as
  *                  flash_kda_apply() brings its state up to date
+ *
+ * With one token of each sequence x may be [N, 3 H D], and then g, out and output_gate [N, H, D] or [1, N, H,
+ * D], and beta [N, H] or [1, N, H]. With cu_seqlens x may be [total, 3 H D], and the others likewise.
  *
  * The convolution's state goes where the state goes:
  *
@@ -532,6 +538,9 @@ typedef struct flash_kda_decode_layer_params {
 /* Computes a few tokens of a KDA layer for each sequence. On a GPU it enqueues one kernel on the stream and
  * returns, as flash_kda_decode() does. */
 FLASH_KDA_API flash_kda_status flash_kda_decode_layer(const flash_kda_decode_layer_params *params);
+
+/* As flash_kda_check_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_check_decode_layer(const flash_kda_decode_layer_params *params);
 
 /* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, H, V] (with cu_seqlens [1, total, H,
  * V]) and, unless NULL, states64 [N, T, H, V, K] (with cu_seqlens [total, H, V, K]): the state after each

@@ -31,11 +31,12 @@ typedef struct named_tensor {
     fkda_requirement must;
 } named_tensor;
 
-static flash_kda_status check_tensors(const named_tensor *tensors, int count, int64_t seqlens, bool on_gpu)
+static flash_kda_status check_tensors(const named_tensor *tensors, int count, int64_t seqlens,
+                                      bool with_memory, bool on_gpu)
 {
     for (int i = 0; i < count; i++) {
         if (tensors[i].optional && !has(tensors[i].tensor)) continue;
-        TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, seqlens, true, on_gpu));
+        TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, seqlens, with_memory, on_gpu));
     }
     return FLASH_KDA_OK;
 }
@@ -118,7 +119,7 @@ static flash_kda_status check_options(const flash_kda_decode_params *p)
 }
 
 static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, const fkda_decode_problem *s,
-                                             bool for_reference)
+                                             bool for_reference, bool with_memory)
 {
     const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH;
     const int64_t N = s->sequences, T = s->tokens, H = s->qk_heads, HV = s->heads, D = FKDA_DIM,
@@ -168,7 +169,7 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
           !for_reference}},
         {&p->rounding, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
     };
-    TRY(check_tensors(tensors, sizeof tensors / sizeof *tensors, packed ? N + 1 : 0,
+    TRY(check_tensors(tensors, sizeof tensors / sizeof *tensors, packed ? N + 1 : 0, with_memory,
                       p->device.type == FLASH_KDA_CUDA));
     TRY(check_slots(&p->state, has(&p->state_indices), N));
     const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
@@ -260,7 +261,7 @@ flash_kda_status fkda_check_decode(const flash_kda_decode_params *p, bool for_re
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, out));
     TRY(check_options(p));
-    TRY(check_decode_tensors(p, out, for_reference));
+    TRY(check_decode_tensors(p, out, for_reference, true));
     if (!for_reference) TRY(check_decode_memory(p));
     TRY(fkda_find_kernel(p->device, p->kernel, for_reference ? 0 : FKDA_DECODE, &out->kernel));
     fill_decode(p, out);
@@ -270,9 +271,23 @@ flash_kda_status fkda_check_decode(const flash_kda_decode_params *p, bool for_re
     return fkda_check_decode_indices(out);
 }
 
+flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *p)
+{
+    flash_kda_decode_params whole;
+    fkda_decode_problem problem;
+    const void *params = p;
+    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_params, kernel), sizeof whole,
+                             "flash_kda_decode_params"));
+    p = params;
+    TRY(check_sizes(p, &problem));
+    TRY(check_options(p));
+    TRY(check_decode_tensors(p, &problem, false, false));
+    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &problem.kernel);
+}
+
 /* ---- Apply --------------------------------------------------------------------------------------------- */
 
-static flash_kda_status check_apply_tensors(const flash_kda_apply_params *p)
+static flash_kda_status check_apply_tensors(const flash_kda_apply_params *p, bool with_memory)
 {
     const bool on_gpu = p->device.type == FLASH_KDA_CUDA;
     const int64_t ANY = FKDA_ANY_SIZE, D = FKDA_DIM;
@@ -280,7 +295,7 @@ static flash_kda_status check_apply_tensors(const flash_kda_apply_params *p)
         &p->records,
         false,
         {"records", "[N, R, HV, 3 * K]", 4, {ANY, ANY, ANY, RECORD}, {F32}, 16, FKDA_CONTIGUOUS, false}};
-    TRY(check_tensors(&records, 1, 0, on_gpu));
+    TRY(check_tensors(&records, 1, 0, with_memory, on_gpu));
     const int64_t N = p->records.shape[0], HV = p->records.shape[2];
     if (N < 1) return INVALID("records has N = %lld; there must be at least 1 sequence", (long long)N);
     if (HV < 1) return INVALID("records has HV = %lld; there must be at least 1 head", (long long)HV);
@@ -296,9 +311,16 @@ static flash_kda_status check_apply_tensors(const flash_kda_apply_params *p)
         {&p->state_indices, true, {"state_indices", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
         {&p->rounding, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
     };
-    TRY(check_tensors(tensors, sizeof tensors / sizeof *tensors, 0, on_gpu));
+    TRY(check_tensors(tensors, sizeof tensors / sizeof *tensors, 0, with_memory, on_gpu));
     if (has(&p->accepted)) TRY(check_columns(&p->accepted, "accepted", "A", 0));
     return check_slots(&p->state, has(&p->state_indices), N);
+}
+
+static flash_kda_status check_apply_options(const flash_kda_apply_params *p)
+{
+    TRY(fkda_check_flag(p->state_k_first, "state_k_first"));
+    TRY(fkda_check_host(p->cpu_threads, p->interrupt));
+    return fkda_check_first_slot(p->first_slot, has(&p->state_indices));
 }
 
 static flash_kda_status check_apply_memory(const flash_kda_apply_params *p)
@@ -342,14 +364,25 @@ flash_kda_status fkda_check_apply(const flash_kda_apply_params *p, fkda_apply_pr
     TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_apply_params, kernel), sizeof whole,
                              "flash_kda_apply_params"));
     p = params;
-    TRY(fkda_check_flag(p->state_k_first, "state_k_first"));
-    TRY(fkda_check_host(p->cpu_threads, p->interrupt));
-    TRY(fkda_check_first_slot(p->first_slot, has(&p->state_indices)));
-    TRY(check_apply_tensors(p));
+    TRY(check_apply_options(p));
+    TRY(check_apply_tensors(p, true));
     TRY(check_apply_memory(p));
     TRY(fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &out->kernel));
     fill_apply(p, out);
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
     TRY(fkda_check_interrupt(p->interrupt));
     return fkda_check_apply_indices(out);
+}
+
+flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *p)
+{
+    flash_kda_apply_params whole;
+    const fkda_kernel *kernel;
+    const void *params = p;
+    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_apply_params, kernel), sizeof whole,
+                             "flash_kda_apply_params"));
+    p = params;
+    TRY(check_apply_options(p));
+    TRY(check_apply_tensors(p, false));
+    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &kernel);
 }

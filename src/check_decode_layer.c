@@ -126,7 +126,7 @@ static flash_kda_status check_pools(const flash_kda_decode_layer_params *p, cons
 }
 
 static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, const fkda_decode_problem *s,
-                                      bool for_reference)
+                                      bool for_reference, bool with_memory)
 {
     const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH,
                writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !for_reference,
@@ -193,7 +193,7 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
     };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         if (tensors[i].optional && !has(tensors[i].tensor)) continue;
-        TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, packed ? N + 1 : 0, true,
+        TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, packed ? N + 1 : 0, with_memory,
                               on_gpu && !tensors[i].by_element));
     }
     const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
@@ -229,6 +229,49 @@ static flash_kda_status check_memory(const flash_kda_decode_layer_params *p)
     for (int w = p->write_states == FLASH_KDA_WRITE_NONE ? OUT : STATE; w < COUNT; w++)
         TRY(fkda_check_own_memory(&all[w], all, w));
     return FLASH_KDA_OK;
+}
+
+/* ---- Calls with one token of each sequence, whose tensors have no dimension of tokens ---- */
+
+/* Gives a tensor a dimension of size 1 at that place. */
+static void insert_dimension(flash_kda_tensor *t, int place)
+{
+    for (int i = t->ndim++; i > place; i--) {
+        t->shape[i] = t->shape[i - 1];
+        t->stride[i] = t->stride[i - 1];
+    }
+    t->shape[place] = 1;
+    t->stride[place] = 0;
+}
+
+/* Makes [N, 1, ..] of [N, ..] and of [1, N, ..], and with cu_seqlens [1, total, ..] of [total, ..]. `rest` is
+ * how many dimensions follow. What is neither stays as it is, and is refused later. */
+static void add_tokens(flash_kda_tensor *t, int rest, int64_t rows, bool packed)
+{
+    if (!has(t)) return;
+    if (t->ndim == rest + 1) {
+        insert_dimension(t, packed ? 0 : 1);
+    } else if (!packed && t->ndim == rest + 2 && t->shape[0] == 1 && t->shape[1] == rows) {
+        t->shape[0] = rows;
+        t->stride[0] = t->stride[1];
+        t->shape[1] = 1;
+    }
+}
+
+/* x without a dimension of tokens says that the other tensors may lack it too. */
+static const flash_kda_decode_layer_params *with_tokens(const flash_kda_decode_layer_params *p,
+                                                        flash_kda_decode_layer_params *whole)
+{
+    if (p->x.ndim != 2) return p;
+    if (p != whole) *whole = *p;
+    const int64_t rows = p->x.shape[0];
+    const bool packed = has(&p->cu_seqlens);
+    insert_dimension(&whole->x, packed ? 0 : 1);
+    add_tokens(&whole->g, 2, rows, packed);
+    add_tokens(&whole->beta, 1, rows, packed);
+    add_tokens(&whole->out, 2, rows, packed);
+    add_tokens(&whole->output_gate, 2, rows, packed);
+    return whole;
 }
 
 /* ---- Views ---- */
@@ -349,16 +392,30 @@ flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p,
     memset(out, 0, sizeof *out);
     TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
                              "flash_kda_decode_layer_params"));
-    p = params;
+    p = with_tokens(params, &whole);
     if (for_reference && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, &out->decode));
     TRY(check_options(p));
-    TRY(check_tensors(p, &out->decode, for_reference));
+    TRY(check_tensors(p, &out->decode, for_reference, true));
     if (!for_reference) TRY(check_memory(p));
     TRY(fkda_find_kernel(p->device, p->kernel, for_reference ? 0 : FKDA_DECODE_LAYER, &out->decode.kernel));
     fill_problem(p, out);
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
     TRY(fkda_check_interrupt(p->interrupt));
     return check_indices(out);
+}
+
+flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *p)
+{
+    flash_kda_decode_layer_params whole;
+    fkda_decode_problem problem;
+    const void *params = p;
+    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
+                             "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &whole);
+    TRY(check_sizes(p, &problem));
+    TRY(check_options(p));
+    TRY(check_tensors(p, &problem, false, false));
+    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE_LAYER, &problem.kernel);
 }

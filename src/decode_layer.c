@@ -26,7 +26,13 @@ static flash_kda_status reference(const flash_kda_decode_layer_params *params, d
     return status == FLASH_KDA_OK ? fkda_cpu_decode_layer_reference(&problem, out64, states64) : status;
 }
 
-/* The functions are cancellation points, after all work is done and no lock, thread or memory of the call is
+flash_kda_status flash_kda_check_decode_layer(const flash_kda_decode_layer_params *params)
+{
+    FKDA_GUARD;
+    return fkda_check_decode_layer_shapes(params);
+}
+
+/* The other functions are cancellation points, after all work is done and no lock, thread or memory of the call is
  * left (fwd.c). */
 flash_kda_status flash_kda_decode_layer(const flash_kda_decode_layer_params *params)
 {

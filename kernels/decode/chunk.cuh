@@ -89,18 +89,12 @@ __device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *t
     if (is_last) store_four(total + at, decay[0], decay[1], decay[2], decay[3]);
 }
 
-/* Numbers over tokens of one row of V: in lanes r of the eight P, and in lanes ROWS + r R, of row r. */
-struct OverTokens {
-    float x[MAX_TOKENS];
-};
-
-/* P and R of all tokens. */
-template <class Tile>
-__device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile, const Small &small)
+/* P and R of all tokens. Lanes r and ROWS + r of the eight get P and R of row r, and write P - v in the place of
+ * v, and R, for themselves. */
+template <class Tile> __device__ __forceinline__ void multiply_start(const Tile &tile, const Small &small)
 {
-#pragma unroll
-    for (int i = 0; i < MAX_TOKENS; i += 2) {
-        if (i >= small.sequence.length) break;
+#pragma unroll 1
+    for (int i = 0; i < small.sequence.length; i += 2) {
         float sums[4 * ROWS] = {}; /* (P of each row, then R), each of two tokens */
 #pragma unroll
         for (int j = 0; j < CHANNELS / 4; j++)
@@ -116,14 +110,20 @@ __device__ __forceinline__ void multiply_start(OverTokens &to, const Tile &tile,
                 }
             }
         sum_and_scatter<8>(sums);
-        to.x[i] = sums[0], to.x[i + 1] = sums[1];
+        const int row = tile.row + tile.lane % ROWS;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (tile.lane < ROWS)
+                chunk_vector(VALUE, i + e)[row] = sums[e] - chunk_vector(VALUE, i + e)[row];
+            else
+                chunk_vector(OUTPUT, i + e)[row] = sums[e];
+        }
     }
 }
 
 /* u of all tokens, which takes the place of v in shared memory, and the outputs. */
 template <class Tile>
-__device__ __forceinline__ void solve(const fkda_decode_args &args, const OverTokens &sums, const Tile &tile,
-                                      const Small &small)
+__device__ __forceinline__ void solve(const fkda_decode_args &args, const Tile &tile, const Small &small)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
     const bool is_output = tile.lane >= ROWS;
@@ -133,12 +133,12 @@ __device__ __forceinline__ void solve(const fkda_decode_args &args, const OverTo
         if (i >= small.sequence.length) break;
         const float *product = small.product[is_output][i];
         const uint32_t before = small.before[i];
-        float sum = sums.x[i];
+        float &value = chunk_vector(VALUE, i)[row];
+        float sum = is_output ? chunk_vector(OUTPUT, i)[row] : value;
 #pragma unroll
         for (int j = 0; j < i; j++)
             if (before >> j & 1) sum = __fmaf_rn(product[j], u[j], sum);
-        float &value = chunk_vector(VALUE, i)[row];
-        u[i] = __shfl_sync(~0u, small.beta[i] * (value - sum), lane & ~ROWS);
+        u[i] = __shfl_sync(~0u, small.beta[i] * -sum, lane & ~ROWS);
         if (is_output) {
             store_output(args, small.work, small.sequence, i, row,
                          args.scale * __fmaf_rn(product[i], u[i], sum));
@@ -234,10 +234,8 @@ __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
         }
     }
     __syncthreads();
-    OverTokens sums;
-    multiply_start(sums, tile, small);
-    tile.set_row(small.work.first_row); /* again, so that it occupies no register before */
-    solve(args, sums, tile, small);
+    multiply_start(tile, small);
+    solve(args, tile, small);
     const int length = small.sequence.length;
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads);
     if (args.write_states == FLASH_KDA_WRITE_LAST) {

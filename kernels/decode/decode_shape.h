@@ -11,7 +11,7 @@
 #define FKDA_DECODE_VECTOR_BYTES 512
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */
 #define FKDA_DECODE_VECTORS_OF_A_STEP 4 /* decay, key, query, value */
-#define FKDA_DECODE_VECTORS_OF_A_CHUNK 6
+#define FKDA_DECODE_VECTORS_OF_A_CHUNK 7
 #define FKDA_DECODE_APPLY_BYTES (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * 33) /* struct ToApply */
 #define FKDA_DECODE_EVEN(tokens) (((tokens) + 1) / 2 * 2)
 #define FKDA_DECODE_SHARED_BYTES(vectors, tokens)                                                            \

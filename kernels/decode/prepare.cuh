@@ -29,7 +29,7 @@ struct Small {
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 
 /* The vectors of a token. The first four are those of a step, all of them those of a chunk. */
-enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST };
+enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST, OUTPUT };
 
 /* A vector of token i, where each token has that many. */
 template <int vectors> __device__ __forceinline__ float *vector_at(int which, int i)

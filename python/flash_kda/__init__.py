@@ -2,10 +2,12 @@
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
-serves JAX. `chunk_kda` is the forward pass with the arguments of flash-linear-attention's function of that
-name. `describe_nonfinite` says where a call has found NaN and infinities. `reference` is the slow fp64
-definition. `devices` and `kernels` list what a call can run on, `explain` says how it would run, and
-`get_workspace_size` how much scratch memory it may need.
+serves JAX. `decode` computes one to sixteen tokens of each of many sequences, whose states it updates in
+place, and `apply_records` brings states up to date after draft tokens were verified. `chunk_kda` and
+`fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
+`describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are
+the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
+run, and `get_workspace_size` how much scratch memory it may need.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from . import (
     _chunk_kda,
     _fla,
     _functional,
+    _fused_recurrent_kda,
     _installed,
     _later,
     _lib,
@@ -28,10 +31,13 @@ from . import (
     _reference,
     _shapes,
 )
+from ._decode_options import APPLY, APPLY_BIT, DECODE, DECODE_BIT
 from ._options import BIT, BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
+
+    from ._call_options import KnownOptions
 
     class Array(Protocol):
         """A PyTorch tensor, a NumPy array, or anything else with DLPack's two methods."""
@@ -43,11 +49,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "apply_records",
     "chunk_kda",
     "compute",
+    "decode",
+    "decode_reference",
     "describe_nonfinite",
     "devices",
     "explain",
+    "fused_recurrent_kda",
     "fwd",
     "get_workspace_size",
     "kernels",
@@ -78,6 +88,14 @@ _A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE, _WORKSP
 _STATE_INDICES, _HAS_INITIAL_STATE = BIT["state_indices"], BIT["has_initial_state"]
 _CHECKPOINT_STATES, _CHECKPOINT_OFFSETS, _CHECKPOINT_INDICES, _CHECKPOINT_STARTS = (
     BIT["checkpoint_" + name] for name in ("states", "offsets", "indices", "starts")
+)
+_D_A_LOG, _D_DT_BIAS, _D_STATE_INDICES, _D_NUM_ACCEPTED_TOKENS, _D_CU_SEQLENS, _D_PARENTS = (
+    DECODE_BIT[name]
+    for name in ("A_log", "dt_bias", "state_indices", "num_accepted_tokens", "cu_seqlens", "parents")
+)
+_D_RECORDS, _D_ROUNDING = DECODE_BIT["records"], DECODE_BIT["rounding"]
+_A_ACCEPTED, _A_STATE_INDICES, _A_ROUNDING = (
+    APPLY_BIT[name] for name in ("accepted", "state_indices", "rounding")
 )
 
 
@@ -321,11 +339,198 @@ def fwd(
         if lower_bound is None:
             lower_bound = 0.0  # which C does not look at
     if is_traced:
-        _torch_layer.fwd_traced(arrays, options, scale, lower_bound)
+        _torch_layer.call_c_traced(arrays, options, scale, lower_bound)
     elif is_tensor:
-        _torch_layer.fwd(arrays, options, scale, lower_bound)
+        _torch_layer.call_c(arrays, options, scale, lower_bound)
     else:
-        _arrays.fwd(arrays, options, scale, lower_bound)
+        _arrays.call_c(arrays, options, scale, lower_bound)
+
+
+def decode(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: SupportsFloat,
+    out: Array,
+    A_log: Array | None,
+    dt_bias: Array | None,
+    lower_bound: SupportsFloat | None,
+    state: Array,
+    *,
+    state_indices: Array | None = None,
+    first_slot: int = 0,
+    num_accepted_tokens: Array | None = None,
+    write_states: str = "last",
+    cu_seqlens: Array | None = None,
+    parents: Array | None = None,
+    records: Array | None = None,
+    rounding: Array | None = None,
+    kernel: str | None = None,
+    threads: int = 0,
+    use_gate_in_kernel: bool = True,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
+) -> None:
+    """A few tokens of each of many sequences, whose states lie in a pool and are updated in place. Writes
+    `out`, and states as write_states says; returns None.
+
+    The recurrence is that of `fwd`, in fp32. Each state is read once and written at most once, so the time is
+    that of moving the states.
+
+    Args:
+        q, k: bf16 [N, T, H, K], T tokens of each of N sequences, 0 to 16. With cu_seqlens [1, total, H, K].
+        v, out: bf16 [N, T, HV, V], out is written. With cu_seqlens [1, total, HV, V].
+        g: bf16 or fp32 [N, T, HV, K]. With cu_seqlens [1, total, HV, K].
+        beta: bf16 or fp32 [N, T, HV]. With cu_seqlens [1, total, HV].
+        scale, A_log, dt_bias, lower_bound: as for `fwd`.
+        state: the pool, fp32 or bf16 [slots, HV, V, K], read and written.
+        state_indices: int32 or int64 [N] on the device, or None: sequence n has slot state_indices[n], or n.
+            With write_states="each" it is required, and is [N, S] with S at least the longest sequence.
+        first_slot: an index below it means that the sequence has no state: its out and its records are zeros,
+            and the pool is neither read nor written for it. An index beyond the pool means the same on a GPU,
+            and is refused on the CPU. With write_states="each" a slot below first_slot or beyond the pool
+            takes no state, and the others do.
+        num_accepted_tokens: int32 or int64 [N], or None; with write_states="each" alone. Sequence n starts
+            from slot state_indices[n, num_accepted_tokens[n] - 1]. None: from slot state_indices[n, 0].
+        write_states: "last": the state after a sequence's last token, to the slot that it came from. "none":
+            no state is written, as when draft tokens are verified; see records. "each": the state after token
+            i of sequence n, to slot state_indices[n, i].
+        cu_seqlens: int32 or int64 [N + 1], or None. Sequence n is tokens cu_seqlens[n] to
+            cu_seqlens[n + 1] - 1 of the one row, 0 to 16 of them.
+        parents: int32 or int64 [N, P], or None: the tokens of a sequence are a tree. Token i of sequence n
+            continues from token parents[n, i] of that sequence, which is less than i, or from the sequence's
+            starting state where parents[n, i] is negative. P is at least the longest sequence. Not with
+            write_states="last". None: token i continues from token i - 1.
+        records: fp32 [N, R, HV, 3, 128], contiguous, written, or None. Row [n, i] gets what `apply_records`
+            needs of token i of sequence n: the decay exp(g_t) of each channel, the key k_t, and u_t. R is at
+            least the longest sequence.
+        rounding: int64 [2] on the device, or None: seed and offset of the random numbers with which a bf16
+            state is rounded. None: to the nearest. Rounded to the nearest at each step, a bf16 state does not
+            change at all where it forgets too little a token; rounded at random it is right on average. Equal
+            seeds, offsets, indices and inputs give equal bits. The caller raises the offset from call to
+            call. Ignored with an fp32 state.
+        kernel, threads: as for `fwd`.
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
+            `fwd`.
+        state_v_first: False: the pool is [slots, HV, K, V].
+
+    Strides, addresses, devices and what is copied or converted of PyTorch tensors are as for `fwd`; a pool
+    has any stride between slots, is contiguous inside of a slot, and is never copied, nor are records. If two
+    sequences have one slot and one of them writes it, the results of both are unspecified. On a GPU the
+    values of cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and a sequence of
+    more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU such values are refused.
+
+    A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first
+    call on a device it is safe under CUDA graph capture. A replayed graph takes the values that
+    state_indices, num_accepted_tokens, cu_seqlens, parents and rounding have at the replay.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
+    """
+    if _torch_layer is None and "torch" in sys.modules:
+        _find_torch()
+    arrays, given = [q, k, v, g, beta, out, state], 0
+    if A_log is not None:
+        arrays.append(A_log)
+        given |= _D_A_LOG
+    if dt_bias is not None:
+        arrays.append(dt_bias)
+        given |= _D_DT_BIAS
+    if state_indices is not None:
+        arrays.append(state_indices)
+        given |= _D_STATE_INDICES
+    if num_accepted_tokens is not None:
+        arrays.append(num_accepted_tokens)
+        given |= _D_NUM_ACCEPTED_TOKENS
+    if cu_seqlens is not None:
+        arrays.append(cu_seqlens)
+        given |= _D_CU_SEQLENS
+    if parents is not None:
+        arrays.append(parents)
+        given |= _D_PARENTS
+    if records is not None:
+        arrays.append(records)
+        given |= _D_RECORDS
+    if rounding is not None:
+        arrays.append(rounding)
+        given |= _D_ROUNDING
+    _hand_over(
+        DECODE, arrays, scale, 0.0 if lower_bound is None else lower_bound,
+        given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None,
+    )  # fmt: skip
+
+
+def apply_records(
+    records: Array,
+    num_accepted_tokens: Array,
+    state: Array,
+    *,
+    accepted: Array | None = None,
+    state_indices: Array | None = None,
+    first_slot: int = 0,
+    rounding: Array | None = None,
+    kernel: str | None = None,
+    threads: int = 0,
+    state_v_first: bool = True,
+) -> None:
+    """Brings states up to date after draft tokens were verified: the state of sequence n becomes what it is
+    after the first num_accepted_tokens[n] tokens of its records. Updates `state` in place; returns None.
+
+    Each state is read and written once, however many tokens there are.
+
+    Args:
+        records: fp32 [N, R, HV, 3, 128], contiguous: what `decode` has written.
+        num_accepted_tokens: int32 or int64 [N] on the device: how many tokens of each sequence are applied, 0
+            to R, and at most 16. Other values are clamped on a GPU and refused on the CPU. With 0 the state
+            stays as it is.
+        state: the pool, as for `decode`.
+        accepted: int32 or int64 [N, A], or None: which tokens are applied, in this order, where the drafts
+            were a tree: the record of token accepted[n, i] is applied as number i. None: tokens 0, 1, 2, ...
+            A token outside of [0, R) ends the sequence's list on a GPU and is refused on the CPU.
+        state_indices: int32 or int64 [N], or None, and first_slot, as for `decode`: a sequence without a
+            state is left out.
+        rounding, kernel, threads, state_v_first: as for `decode`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
+    """
+    if _torch_layer is None and "torch" in sys.modules:
+        _find_torch()
+    arrays, given = [records, num_accepted_tokens, state], 0
+    if accepted is not None:
+        arrays.append(accepted)
+        given |= _A_ACCEPTED
+    if state_indices is not None:
+        arrays.append(state_indices)
+        given |= _A_STATE_INDICES
+    if rounding is not None:
+        arrays.append(rounding)
+        given |= _A_ROUNDING
+    _hand_over(APPLY, arrays, 0.0, 0.0, given, first_slot, kernel, threads, state_v_first)
+
+
+def _hand_over(
+    known: KnownOptions, arrays: list[Any], scale: Any, lower_bound: Any, given: int, *values: Any
+) -> None:
+    """Hands the arrays of a call to C. given and values: of the options."""
+    if _torch_layer is not None and isinstance(arrays[0], _torch_layer.Tensor):
+        if _torch_layer.is_compiling():
+            # A compiler traces the constructor, since it cannot trace a cache.
+            _torch_layer.call_c_traced(arrays, known.cls(given, *values), scale, lower_bound)
+            return
+        call_c = _torch_layer.call_c
+    else:
+        call_c = _arrays.call_c
+    try:
+        options = known.cached(given, *values)
+    except TypeError:  # a value has a wrong type, or one that the cache cannot look up
+        options = known.known(given, *values)
+    call_c(arrays, options, scale, lower_bound)
 
 
 def describe_nonfinite(
@@ -484,6 +689,66 @@ def chunk_kda(
         "use_graph": use_graph, "max_num_seqs": max_num_seqs,
     }  # fmt: skip
     return _chunk_kda.chunk_kda(call, kwargs)
+
+
+def fused_recurrent_kda(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    A_log: Any = None,
+    dt_bias: Any = None,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """The forward pass with the arguments, defaults and results of `fla.ops.kda.fused_recurrent_kda` in
+    flash-linear-attention 0.6, for PyTorch tensors: replace the import, and the call stays as it is.
+
+    Where every sequence is known to have at most 16 tokens, `decode` computes it, in fp32. Else `fwd` does.
+    The host knows it from the shapes: T is at most 16, or with cu_seqlens all sequences have at most 16
+    tokens together, or cu_seqlens_cpu says it. The values of a cu_seqlens are not looked at.
+
+    Args:
+        q, k: bf16 [B, T, H, K]; used as they are unless use_qk_l2norm_in_kernel.
+        v: bf16 [B, T, HV, V], with HV a multiple of H.
+        g: bf16 or fp32 [B, T, HV, K], the log decay; with use_gate_in_kernel the gate before its activation.
+        beta: bf16 or fp32 [B, T, HV], the write strength; with use_beta_sigmoid_in_kernel its logits.
+        A_log, dt_bias: of the gate, HV and HV * K elements; without use_gate_in_kernel they mean nothing.
+        scale: multiplies the output; None: K ** -0.5.
+        initial_state: bf16 or fp32 [N, HV, K, V], or None: zeros.
+        output_final_state: whether the final state is wanted.
+        allow_neg_eigval: with use_beta_sigmoid_in_kernel, 2 sigmoid(beta).
+        lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
+            or with None -exp(A_log) * softplus(g + dt_bias).
+        state_v_first: states are [.., V, K] instead of [.., K, V].
+        cu_seqlens: int64 or int32 [N + 1], where sequences begin, with B = 1.
+        kwargs: cu_seqlens_cpu (cu_seqlens in CPU memory), transpose_state_layout (an older name of
+            state_v_first).
+
+    Returns:
+        (out, final_state): bf16 [B, T, HV, V], and fp32 [N, HV, K, V] or None.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fwd`.
+    """
+    call = {
+        "q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "scale": scale,
+        "initial_state": initial_state, "output_final_state": output_final_state,
+        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel, "use_gate_in_kernel": use_gate_in_kernel,
+        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel, "allow_neg_eigval": allow_neg_eigval,
+        "lower_bound": lower_bound, "state_v_first": state_v_first, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    return _fused_recurrent_kda.fused_recurrent_kda(call, kwargs)
 
 
 def get_workspace_size(
@@ -673,6 +938,34 @@ def reference(
     return _reference.reference(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, options
     )
+
+
+def decode_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: SupportsFloat,
+    A_log: Any,
+    dt_bias: Any,
+    lower_bound: SupportsFloat | None,
+    state: Any,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """What `decode` computes, token by token in fp64 on the CPU: slow, and meant for tests.
+
+    Takes the arguments of `decode`, as `reference` takes those of `fwd`, and by keyword what `decode` takes
+    by keyword. Of records the shape alone counts. Writes to none of its arguments.
+
+    Returns the output [N, T, HV, V] and the state after each token [N, T, HV, V, K] in fp64, with cu_seqlens
+    [1, total, HV, V] and [total, HV, V, K]: CPU tensors if q is a tensor, else NumPy arrays. A token of a
+    sequence without a state has zeros in both. With state_v_first=False states are [.., K, V].
+
+    Raises:
+        ValueError, TypeError: as `decode`.
+    """
+    return _reference.decode_reference(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, options)
 
 
 _loading = threading.Lock()

@@ -1,11 +1,12 @@
 """Arrays of any library: NumPy's own interface, and DLPack for all others.
 
-NumPy's own arrays take one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then
+NumPy's own arrays take one path: `call_c`, then `_prepare_and_run` unless the latest prepared call fits, then
 `_run`, then `PreparedCall.run`, which calls C. If one array is of another library, `_read_and_run` reads all
 of them, and its prepared call is used once: DLPack has no way to ask what an array looks like without
 exporting it.
 
-Shapes and dtypes are checked in C (src/check.c), whose sentence becomes the exception's (`_lib.last_error`).
+Shapes and dtypes are checked in C (src/check.c, src/check_decode.c), whose sentence becomes the exception's
+(`_lib.last_error`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from typing import Any, Callable
 
 from . import _lib
 from ._call import PreparedCall, PreparedCalls, View, check_devices
-from ._options import WRITTEN_ARRAYS, Options
+from ._call_options import CallOptions
+from ._options import Options
 
 
 class _DLTensor(ctypes.Structure):
@@ -195,10 +197,10 @@ _calls = PreparedCalls()  # of NumPy's own arrays, without subclasses
 _describe = attrgetter("__class__", "shape", "strides", "dtype")
 
 
-def fwd(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
+def call_c(arrays: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """arrays: the arrays of the call, of any libraries."""
-    call = _calls.latest
-    if call is not None and call.options is options and not call.busy and call.fits(*arrays):
+    call = _calls.latest_with.get(options)
+    if call is not None and not call.busy and call.fits(*arrays):
         _run(call, arrays, scale, lower_bound)
         return
     numpy = sys.modules.get("numpy")
@@ -220,13 +222,16 @@ def _matcher(looks: list) -> Callable[..., bool]:
     return fits
 
 
-def _prepare_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
+def _prepare_and_run(arrays: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call on NumPy arrays that the latest prepared call does not fit: finds or prepares one that fits."""
     looks = [*map(_describe, arrays)]
     key = (options, *looks)
     call = _calls.find(key)
     if call is None:
-        views = [_read_numpy(name, x) for name, x in zip(options.names, arrays)]
+        views = [
+            _read_numpy(name, x, written)
+            for name, x, written in zip(options.names, arrays, options.is_written)
+        ]
         call = PreparedCall(options, (_lib.CPU, 0), views)
         call.fits = _matcher(looks)
     _calls.keep(key, call)
@@ -242,15 +247,16 @@ def _run(call: PreparedCall, arrays: list, scale: Any, lower_bound: Any) -> None
     call.run(pointers, scale, lower_bound)
 
 
-def _read_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) -> None:
+def _read_and_run(arrays: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call on arrays of any libraries."""
-    devices = [(name, device_of(name, x)) for name, x in zip(options.names, arrays)]
+    each = [*zip(options.names, arrays, options.is_written)]
+    devices = [(name, device_of(name, x, type(options), written)) for name, x, written in each]
     check_devices([(name, _device_text(device)) for name, device in devices])
     device = devices[0][1]
     on_gpu = device[0] == _lib.CUDA
     stream, ordered = _stream(arrays, device[1]) if on_gpu else (None, True)
     # Each owner keeps the memory of its view alive until this function returns.
-    views, _owners = zip(*(read(name, x, stream) for name, x in zip(options.names, arrays)))
+    views, _owners = zip(*(read(name, x, stream, written) for name, x, written in each))
     call = PreparedCall(options, device, views)
     pointers = [view.pointer for view in views]
     workspace = c_void_p()
@@ -268,22 +274,23 @@ def _read_and_run(arrays: list, options: Options, scale: Any, lower_bound: Any) 
             _lib.lib.flash_kda_free(_lib.Device(*device), workspace)
 
 
-def device_of(name: str, x: Any) -> tuple[int, int]:
+def device_of(
+    name: str, x: Any, options: type[CallOptions] = Options, written: bool = False
+) -> tuple[int, int]:
     """The device of an array, as the library numbers devices. Refuses what is no array, and what may not be
-    written though the call writes it."""
+    written though the call writes it. options: of the function that is called."""
     if is_numpy(x):
         return _lib.CPU, 0
     library = library_of(x)
     if library == "jax" and type(x).__name__.endswith("Tracer"):
         raise TypeError(
-            f"{name} is a tracer: flash_kda cannot be called inside of jax.jit, jax.grad or jax.vmap; call "
-            "flash_kda.compute outside of them. Inside of jax.jit alone it can also be called through "
-            "jax.pure_callback, which copies arrays to the CPU"
+            f"{name} is a tracer: flash_kda cannot be called inside of jax.jit, jax.grad or jax.vmap; "
+            f"{options.instead_of_tracer}"
         )
-    if library in _IMMUTABLE and name in WRITTEN_ARRAYS:
+    if library in _IMMUTABLE and written:
         raise ValueError(
             f"{name} is an array of {library.replace('jaxlib', 'jax')}, whose arrays are immutable, and the "
-            "call would write to it; flash_kda.compute returns new arrays instead"
+            f"call would write to it; {options.instead_of_immutable}"
         )
     if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
         raise TypeError(
@@ -320,18 +327,18 @@ def _stream(arrays, index: int) -> tuple[int, bool]:
     return _LEGACY_STREAM, False
 
 
-def read(name: str, x: Any, stream: int | None) -> tuple[View, Any]:
+def read(name: str, x: Any, stream: int | None, written: bool = False) -> tuple[View, Any]:
     """The view of an array on the CPU or, once the stream may use it, on a GPU, and the object that keeps its
-    memory alive."""
-    return (_read_numpy(name, x), x) if is_numpy(x) else _read_dlpack(name, x, stream)
+    memory alive. written: whether the call writes the array."""
+    return (_read_numpy(name, x, written), x) if is_numpy(x) else _read_dlpack(name, x, stream, written)
 
 
 def _read_only(name: str) -> ValueError:
     return ValueError(f"{name} is read-only; it must be writable, as the call writes to it")
 
 
-def _read_numpy(name: str, x: Any) -> View:
-    if name in WRITTEN_ARRAYS and not x.flags.writeable:
+def _read_numpy(name: str, x: Any, written: bool) -> View:
+    if written and not x.flags.writeable:
         raise _read_only(name)
     stride = None
     if not x.flags.c_contiguous:
@@ -345,10 +352,10 @@ def _read_numpy(name: str, x: Any) -> View:
     return View(x.__array_interface__["data"][0], dtype, x.shape, stride)
 
 
-def _export(name: str, x: Any, stream: int | None) -> Any:
+def _export(name: str, x: Any, stream: int | None, written: bool) -> Any:
     """x.__dlpack__(), with as much of the protocol as its library knows."""
     stream_arg = {} if stream is None else {"stream": stream}
-    copy_arg = {"copy": False} if name in WRITTEN_ARRAYS else {}
+    copy_arg = {"copy": False} if written else {}
     for more in ({"max_version": (1, 0), **copy_arg}, {"max_version": (1, 0)}, {}):
         try:
             return x.__dlpack__(**stream_arg, **more)
@@ -360,16 +367,16 @@ def _export(name: str, x: Any, stream: int | None) -> Any:
     raise AssertionError
 
 
-def _read_dlpack(name: str, x: Any, stream: int | None) -> tuple[View, Any]:
-    capsule = _export(name, x, stream)
+def _read_dlpack(name: str, x: Any, stream: int | None, written: bool) -> tuple[View, Any]:
+    capsule = _export(name, x, stream, written)
     if _is_capsule(capsule, b"dltensor_versioned"):
         versioned = _Versioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if versioned.major != 1:
             raise ValueError(f"{name} came as DLPack {versioned.major}; it must be version 1 or older")
         tensor = versioned.tensor
-        if name in WRITTEN_ARRAYS and versioned.flags & _READ_ONLY:
+        if written and versioned.flags & _READ_ONLY:
             raise _read_only(name)
-        if name in WRITTEN_ARRAYS and versioned.flags & _IS_COPIED:
+        if written and versioned.flags & _IS_COPIED:
             raise ValueError(
                 f"{name} came as a copy through DLPack; it must share its memory, as the call writes to it"
             )

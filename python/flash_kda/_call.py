@@ -1,8 +1,8 @@
 """Prepared calls: the C library's argument struct, filled in once and reused.
 
 Checking shapes and filling a struct from Python takes longer than the rest of a call. A prepared call
-therefore keeps the filled flash_kda_fwd_params of one combination of options, shapes, dtypes and device. A
-call of the same combination only sets what may differ: pointers, scale, lower_bound, stream and workspace.
+therefore keeps the filled struct of one combination of function, options, shapes, dtypes and device. A call
+of the same combination only sets what may differ: pointers, scale, lower_bound, stream and workspace.
 The C library checks all of the struct every time. Whether a prepared call fits is decided by what the arrays
 look like at the time of the call, never by which objects they are, since an array may be resized, moved or
 retyped in place.
@@ -19,7 +19,7 @@ from ctypes import c_float, c_void_p
 from typing import Any, Callable, NamedTuple
 
 from . import _interruptible, _lib
-from ._options import OPTIONAL_ARRAYS, Options
+from ._call_options import CallOptions
 
 # C takes an optional tensor with a null pointer for an absent one. An optional array that is present but
 # empty is an error, so it must not look absent: it gets this address, which is never read.
@@ -67,7 +67,6 @@ class Scratch(threading.local):
 
 
 _scratch = Scratch()
-_fwd = _lib.lib.flash_kda_fwd
 
 
 class PreparedCall:
@@ -77,6 +76,7 @@ class PreparedCall:
         "busy",
         "device_index",
         "fits",
+        "function",
         "is_long",
         "lower_bound",
         "on_gpu",
@@ -91,13 +91,13 @@ class PreparedCall:
         "written",
     )
 
-    def __init__(self, options: Options, device: tuple[int, int], views: Iterable[View]):
+    def __init__(self, options: CallOptions, device: tuple[int, int], views: Iterable[View]):
         """views: of the arrays of the call, in their order."""
-        params = _lib.new_params()
+        params = options.function.new_params()
         params.device.type, params.device.index = device
         options.apply_to(params)
         self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
-        self.options = options
+        self.options, self.function = options, options.function.call
         self.written = options.written
         self.busy = False  # True while run() runs
         # Whether arrays, passed one by one, look like the ones the call was prepared for.
@@ -111,27 +111,31 @@ class PreparedCall:
                 given_bytes = _workspace_bytes(view)
                 self.pointers.append(self._field(c_void_p, name))
                 continue
+            if name == "records":
+                view = _flat_records(view)
             tensor = getattr(params, name)
             dtype = _lib.OTHER if view.dtype == _lib.U8 else view.dtype
             _lib.set_shape(tensor, dtype, view.shape, view.stride)
             tensor.data = view.pointer
-            if not view.pointer and name in OPTIONAL_ARRAYS:
+            if not view.pointer and name in options.optional_arrays:
                 tensor.data = _EMPTY_BUT_PRESENT
             self.pointers.append(self._field(c_void_p, name))
         self.scale = self._field(c_float, "scale")
         self.lower_bound = self._field(c_float, "lower_bound")
         self.stream = self._field(c_void_p, "stream")
         self.workspace = self._field(c_void_p, "workspace")
-        bytes_needed = _lib.workspace_size(params)  # which checks all shapes and options too
+        bytes_needed = options.function.workspace_size(params)  # which checks all shapes and options too
         # Bytes that run() needs from its caller, or on the CPU from the thread.
         self.workspace_size = bytes_needed if given_bytes is None else 0
         params.workspace_size = bytes_needed if given_bytes is None else given_bytes
-        self.is_long = not self.on_gpu and _is_long(params, options.threads)
+        is_fwd = options.function is _lib.FWD  # calls of other functions are short
+        self.is_long = is_fwd and not self.on_gpu and _is_long(params)
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
-        field is its pointer."""
-        return kind.from_buffer(self.params, getattr(_lib.FwdParams, name).offset)
+        field is its pointer. Of a field that the struct lacks the object is alone."""
+        field = getattr(type(self.params), name, None)
+        return kind() if field is None else kind.from_buffer(self.params, field.offset)
 
     def run(
         self,
@@ -143,7 +147,8 @@ class PreparedCall:
     ) -> None:
         """Calls C with these pointers to the call's arrays. stream is for GPUs, and so is workspace, where it
         is none of the arrays: the CPU's workspace is the thread's own."""
-        # A finalizer or signal handler may run meanwhile and call fwd, which then must not use this struct.
+        # A finalizer or signal handler may run meanwhile and make a call, which then must not use this
+        # struct.
         self.busy = True
         try:
             for field, pointer in zip(self.pointers, pointers):
@@ -166,7 +171,7 @@ class PreparedCall:
                     _scratch.grow(self.workspace_size)
                 # The local name keeps the memory alive until C returns, even if the scratch grows meanwhile.
                 _memory, self.workspace.value = _scratch.block
-            status = _fwd(self.reference)
+            status = self.function(self.reference)
         finally:
             self.busy = False
         if status:
@@ -193,7 +198,22 @@ def _workspace_bytes(view: View) -> int:
     return math.prod(view.shape)
 
 
-def _is_long(params: _lib.FwdParams, threads: int) -> bool:
+_RECORD = (3, 128)  # rows and channels
+
+
+def _flat_records(view: View) -> View:
+    """C's tensors have four dimensions, so a head's record is a row of 384 numbers there."""
+    if len(view.shape) != 5 or view.shape[3:] != _RECORD:
+        raise ValueError(f"records has shape {list(view.shape)}; it must be [N, R, HV, 3, K], K = 128")
+    if view.stride is not None and any(
+        size > 1 and step != right
+        for size, step, right in zip(view.shape, view.stride, _lib.row_major(view.shape))
+    ):
+        raise ValueError(f"records has strides {list(view.stride)}; it must be contiguous")
+    return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
+
+
+def _is_long(params: _lib.FwdParams) -> bool:
     """Whether a call on the CPU may take so long that signals should not wait for it."""
     rows, tokens, heads = params.v.shape[:3]
     sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows
@@ -201,17 +221,19 @@ def _is_long(params: _lib.FwdParams, threads: int) -> bool:
     if work < _LONG_TOKENS:
         return False
     cpus = os.cpu_count() or 1
-    return work >= _LONG_TOKENS * min(threads or cpus, cpus, 4 * sequences * heads)
+    return work >= _LONG_TOKENS * min(params.cpu_threads or cpus, cpus, 4 * sequences * heads)
 
 
 class PreparedCalls(threading.local):
     """The calls that a thread has prepared."""
 
-    latest: PreparedCall | None = None
+    latest: PreparedCall | None = None  # of all
     _MOST = 256
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], PreparedCall] = {}
+        # The latest call with these options. Functions take turns in a layer, and each finds its own call.
+        self.latest_with: dict[CallOptions, PreparedCall] = {}
 
     def find(self, key: tuple[Any, ...]) -> PreparedCall | None:
         call = self._known.get(key)
@@ -220,7 +242,8 @@ class PreparedCalls(threading.local):
     def keep(self, key: tuple[Any, ...], call: PreparedCall) -> None:
         if len(self._known) >= self._MOST:
             self._known.clear()
-        self._known[key] = self.latest = call
+            self.latest_with.clear()
+        self._known[key] = self.latest_with[call.options] = self.latest = call
 
 
 def check_numbers(scale: Any, lower_bound: Any) -> None:

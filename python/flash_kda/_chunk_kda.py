@@ -33,7 +33,7 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
         final_state = torch.empty(N, HV, _DIM, _DIM, dtype=torch.float32, device=v.device)
     options: dict[str, Any] = {}
     if call["cu_seqlens_cpu"] is not None and not torch.compiler.is_compiling():
-        options["max_seqlen"] = _longest(call["cu_seqlens_cpu"])
+        options["max_seqlen"] = longest_of(call["cu_seqlens_cpu"])
     states = None
     if call["return_intermediate_states"]:
         states = _ChunkStates(call, more.get("chunk_size", 64), N, HV, torch)
@@ -70,15 +70,7 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     unknown = [name for name in more if name not in _MAY_FOLLOW]
     if unknown:
         raise TypeError(f"chunk_kda() got an unexpected keyword argument {unknown[0]!r}")
-    state_v_first = call["state_v_first"]
-    if "transpose_state_layout" in more:
-        if state_v_first:
-            raise ValueError(
-                "transpose_state_layout is given with state_v_first=True; it is an older name of "
-                "state_v_first, and must not be given too"
-            )
-        warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=4)
-        state_v_first = more["transpose_state_layout"]
+    state_v_first = is_v_first(call, more, 5)
     if call["cp_context"] is not None:
         raise ValueError("cp_context is given; flash_kda computes on one device, so it must be None")
     chunk_size = more.get("chunk_size", 64)
@@ -110,7 +102,23 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     return state_v_first
 
 
-def _longest(cu_seqlens_cpu: Any) -> int:
+def is_v_first(call: dict[str, Any], more: dict[str, Any], stacklevel: int) -> bool:
+    """state_v_first, also by its older name. stacklevel: of the warning, which is for the package's
+    caller."""
+    if "transpose_state_layout" not in more:
+        return call["state_v_first"]
+    if call["state_v_first"]:
+        raise ValueError(
+            "transpose_state_layout is given with state_v_first=True; it is an older name of "
+            "state_v_first, and must not be given too"
+        )
+    warnings.warn(
+        "transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=stacklevel
+    )
+    return more["transpose_state_layout"]
+
+
+def longest_of(cu_seqlens_cpu: Any) -> int:
     return int(cu_seqlens_cpu.diff().max()) if cu_seqlens_cpu.numel() > 1 else 0
 
 

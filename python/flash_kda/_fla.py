@@ -1,4 +1,4 @@
-"""flash-linear-attention: which calls of chunk_kda this package takes.
+"""flash-linear-attention: which calls of chunk_kda and fused_recurrent_kda this package takes.
 
 flash-linear-attention (FLA) has a backend of its own that calls a package named flash_kda. The backend knows
 MoonshotAI's interface: it takes no softplus gate, no states with K first, no more value heads than heads of q
@@ -6,6 +6,9 @@ and k, and it looks neither at the device nor at everything that `flash_kda.fwd`
 it also drops `allow_neg_eigval`. So this module replaces that backend, in FLA's own registry, by one that
 takes each call that `flash_kda.chunk_kda` can serve, and says no to all others. FLA then computes these by
 itself.
+
+FLA 0.6 has no backend for fused_recurrent_kda, so this module adds one for its inner function
+fused_recurrent_kda_fwd. The inner function also knows pools of states, which stay with FLA.
 
 FLA imports flash_kda in the middle of the first call that it hands over, if nobody did before. That call was
 taken by FLA's own backend, so it goes back to FLA, which then asks this one: see `_give_back`.
@@ -126,9 +129,40 @@ def why_not(call: dict[str, Any]) -> str:
     return why_not_on(kind, index) or reason
 
 
+def why_not_recurrent(call: dict[str, Any]) -> str:
+    """Why `flash_kda.fused_recurrent_kda` cannot serve a call of FLA's fused_recurrent_kda_fwd with these
+    arguments, or ""."""
+    for name in ("ssm_state_indices", "num_accepted_tokens", "out"):
+        if call.get(name) is not None:
+            return f"flash_kda.fused_recurrent_kda does not take {name}"
+    if call.get("inplace_final_state", True):
+        return "flash_kda.fused_recurrent_kda returns a new final state"
+    return why_not(call)
+
+
 def _chunk_kda_of_package() -> Any:
     package: Any = sys.modules[__package__]
     return package.chunk_kda
+
+
+def _recurrent_backend_of(theirs: Any, base: Any) -> Any:
+    """A backend with the name, switches and place of FLA's own for chunk_kda, for fused_recurrent_kda_fwd."""
+    package: Any = sys.modules[__package__]
+    ours = inspect.signature(package.fused_recurrent_kda).parameters.values()
+    takes = {p.name for p in ours if p.kind is not p.VAR_KEYWORD}
+
+    class RecurrentBackend(base):
+        backend_type, package_name = theirs.backend_type, theirs.package_name
+        env_var, default_enable, priority = theirs.env_var, theirs.default_enable, theirs.priority
+
+        def fused_recurrent_kda_fwd_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+            reason = "its arguments have no names" if args else why_not_recurrent(kwargs)
+            return not reason, reason or None
+
+        def fused_recurrent_kda_fwd(self, **call: Any) -> Any:
+            return package.fused_recurrent_kda(**{name: x for name, x in call.items() if name in takes})
+
+    return RecurrentBackend
 
 
 def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
@@ -171,12 +205,13 @@ def _adopt() -> None:
             Backend = _backend_of(theirs, chunk_kda)
             backends.kda_registry.register(Backend())
         else:  # 0.6
-            from fla.backends import register
+            from fla.backends import BaseBackend, register
             from fla.ops.kda.backends import flash_kda as module
 
             theirs = module.FlashKDABackend
             Backend = _backend_of(theirs, chunk_kda)
             register(chunk_kda)(Backend)
+            register("kda")(_recurrent_backend_of(theirs, BaseBackend))
         in_progress = _frame_of(theirs.chunk_kda)
         if in_progress is not None:
             caller = in_progress.f_back.f_locals  # FLA's dispatcher, which has the arguments of chunk_kda

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _arrays
-from ._options import as_int
+from ._call_options import as_int
 
 
 def new_results(

@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 
+from ._decode_options import DecodeOptions
 from ._options import WRITTEN_ARRAYS
 
 _GATE_PARAMETERS = ("A_log", "dt_bias")
 _16_BITS = (torch.bfloat16, torch.float16)
-# How a tensor may lie in memory, as src/check.c has it. All others are contiguous.
+_WRITTEN = {*WRITTEN_ARRAYS, *DecodeOptions.written_arrays}
+# How a tensor may lie in memory, as src/check.c and src/check_decode.c have it. All others are contiguous.
 _ROWS = ("q", "k", "v", "g", "out")  # the last dimension is contiguous
 _FREE = ("beta",)
-_SLOTS = ("initial_state", "final_state", "checkpoint_states")  # all but the first dimension are contiguous
+# All but the first dimension are contiguous.
+_SLOTS = ("initial_state", "final_state", "checkpoint_states", "state")
+# Pools, of which a call needs few slots, and what it writes in part.
+_NEVER_COPIED = ("workspace", "checkpoint_states", "state", "records")
 _UNIT = 16  # bytes, of which addresses are multiples, and on a GPU strides
 _MOST_STRIDE = 2**31 - 1  # elements, on a GPU
 
@@ -80,11 +85,10 @@ def _has_own_elements(t: Any) -> bool:
 
 
 def _is_copied(name: str, names: tuple[str, ...], t: Any, on_gpu: bool) -> bool:
-    """Whether the call goes through a copy of the tensor. A pool of states is never copied, since the call
-    needs few of its slots, nor is what the call writes in part."""
-    if name in ("workspace", "checkpoint_states") or (name in _SLOTS and "state_indices" in names):
+    """Whether the call goes through a copy of the tensor."""
+    if name in _NEVER_COPIED or (name in _SLOTS and "state_indices" in names):
         return False
-    return not _fits(name, t, on_gpu) and (name not in WRITTEN_ARRAYS or _has_own_elements(t))
+    return not _fits(name, t, on_gpu) and (name not in _WRITTEN or _has_own_elements(t))
 
 
 def must_copy(names: tuple[str, ...], tensors: list, on_gpu: bool) -> bool:
@@ -99,9 +103,9 @@ def for_c(names: tuple[str, ...], tensors: list, on_gpu: bool) -> tuple[list, li
         return tensors, []  # a sparse tensor, say, which is refused later
     taken, copies = [], []
     for name, t in zip(names, tensors):
-        if name in _GATE_PARAMETERS or (name not in WRITTEN_ARRAYS and _is_copied(name, names, t, on_gpu)):
+        if name in _GATE_PARAMETERS or (name not in _WRITTEN and _is_copied(name, names, t, on_gpu)):
             taken.append(readable(name, t, on_gpu))
-        elif name in WRITTEN_ARRAYS and _is_copied(name, names, t, on_gpu):
+        elif name in _WRITTEN and _is_copied(name, names, t, on_gpu):
             taken.append(torch.empty_like(t, memory_format=torch.contiguous_format))
             copies.append((t, taken[-1]))
         else:

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from ctypes import c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
-from typing import Callable
+from typing import Any, Callable, NamedTuple
 
 OK, INVALID_VALUE, INVALID_DTYPE, UNAVAILABLE, DEVICE_ERROR, INTERRUPTED = range(6)
 BF16, F32, I32, I64, F16, F64, OTHER, BOOL = range(1, 9)
@@ -79,6 +79,59 @@ class FwdParams(ctypes.Structure):
     ]
 
 
+class DecodeParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("g", Tensor),
+        ("beta", Tensor),
+        ("out", Tensor),
+        ("A_log", Tensor),
+        ("dt_bias", Tensor),
+        ("state", Tensor),
+        ("state_indices", Tensor),
+        ("num_accepted_tokens", Tensor),
+        ("cu_seqlens", Tensor),
+        ("parents", Tensor),
+        ("records", Tensor),
+        ("rounding", Tensor),
+        ("scale", c_float),
+        ("lower_bound", c_float),
+        ("write_states", c_int32),
+        ("gate", c_int32),
+        ("beta_kind", c_int32),
+        ("qk_is_normalised", c_int32),
+        ("state_k_first", c_int32),
+        ("cpu_threads", c_int32),
+        ("first_slot", c_int64),
+        ("kernel", c_char_p),
+        ("interrupt", c_void_p),
+    ]
+
+
+class ApplyParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        ("records", Tensor),
+        ("num_accepted_tokens", Tensor),
+        ("accepted", Tensor),
+        ("state", Tensor),
+        ("state_indices", Tensor),
+        ("rounding", Tensor),
+        ("state_k_first", c_int32),
+        ("cpu_threads", c_int32),
+        ("first_slot", c_int64),
+        ("kernel", c_char_p),
+        ("interrupt", c_void_p),
+    ]
+
+
 class Interpreter(ctypes.Structure):
     _fields_ = [("release", c_void_p), ("acquire", c_void_p), ("handle_signals", c_void_p)]
 
@@ -147,11 +200,17 @@ def _load() -> ctypes.CDLL:
     except OSError as error:
         raise ImportError(f"flash_kda: {_why_not_loaded(path, str(error))}") from error
     params = ctypes.POINTER(FwdParams)
+    decode_params, apply_params = ctypes.POINTER(DecodeParams), ctypes.POINTER(ApplyParams)
     signatures = {
         "flash_kda_fwd": [params],
         "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
         "flash_kda_explain": [params, c_char_p, c_size_t],
         "flash_kda_reference": [params, *[ctypes.POINTER(c_double)] * 3],
+        "flash_kda_decode": [decode_params],
+        "flash_kda_check_decode": [decode_params],
+        "flash_kda_decode_reference": [decode_params, *[ctypes.POINTER(c_double)] * 2],
+        "flash_kda_apply": [apply_params],
+        "flash_kda_check_apply": [apply_params],
         "flash_kda_list_devices": [
             ctypes.POINTER(DeviceInfo),
             c_int32,
@@ -195,6 +254,8 @@ _IN_PYTHON = (
     ("it must be NULL or", "it must be None or"),
     ("is null; it must point to its", "has no memory; it must have its"),
     ("must be absent", "must be None"),
+    ("is absent; it must be given", "is None; it must be given"),
+    *((f"FLASH_KDA_WRITE_{name.upper()}", f'write_states="{name}"') for name in ("last", "none", "each")),
     ("checkpoint_every = 0", "checkpoint_every=None"),
     ("workspace_size is", "workspace has"),
 )
@@ -251,10 +312,31 @@ def explain(params: FwdParams) -> str:
     return text.value.decode()
 
 
-def new_params() -> FwdParams:
-    params = FwdParams()
-    params.struct_size = ctypes.sizeof(FwdParams)
-    return params
+class Function(NamedTuple):
+    """A function of C that takes arrays."""
+
+    params: Any  # its struct
+    call: Any  # the function itself
+    #: Checks all that needs no memory, and returns how many bytes of workspace the function needs.
+    workspace_size: Callable[[Any], int]
+
+    def new_params(self) -> Any:
+        params = self.params()
+        params.struct_size = ctypes.sizeof(self.params)
+        return params
+
+
+def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
+    def workspace_size(params: Any) -> int:
+        check(check_shapes(ctypes.byref(params)))
+        return 0
+
+    return workspace_size
+
+
+FWD = Function(FwdParams, lib.flash_kda_fwd, workspace_size)
+DECODE = Function(DecodeParams, lib.flash_kda_decode, _without_workspace(lib.flash_kda_check_decode))
+APPLY = Function(ApplyParams, lib.flash_kda_apply, _without_workspace(lib.flash_kda_check_apply))
 
 
 def set_shape(tensor: Tensor, dtype: int, shape, stride=None) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from . import _arrays, _functional, _interruptible, _lib
 from ._call import check_numbers
-from ._options import OPTIONAL_ARRAYS, REQUIRED_ARRAYS, Options, bits_of
+from ._decode_options import DecodeOptions
+from ._options import OPTIONAL_ARRAYS, REQUIRED_ARRAYS, Options
 
 _NOT_READ = ("out", "final_state", "nonfinite", "workspace")
 _READ = tuple(name for name in REQUIRED_ARRAYS + OPTIONAL_ARRAYS if name not in _NOT_READ)
+_DIM = 128
 
 
 def reference(
@@ -29,34 +31,17 @@ def reference(
     cu_seqlens: Any,
     more: dict[str, Any],
 ) -> tuple[Any, ...]:
-    check_numbers(scale, 0.0 if lower_bound is None else lower_bound)
     rows = _functional.checkpoint_rows(None, getattr(v, "shape", ()), more)
     given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
     given |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
     given |= {name: more.pop(name) for name in OPTIONAL_ARRAYS if name in more and name not in _NOT_READ}
     given = {name: given[name] for name in _READ if given.get(name) is not None or name in REQUIRED_ARRAYS}
-    unknown = [name for name in more if name not in Options.__dataclass_fields__ or name.startswith("has_")]
-    if unknown:
-        raise TypeError(f"reference() got an unexpected keyword argument {unknown[0]!r}")
-    bits = bits_of(*(name for name in given if name in OPTIONAL_ARRAYS))
-    options = Options(bits, **more, has_lower_bound=lower_bound is not None).checked()
-
-    params = _lib.new_params()
-    options.apply_to(params)
-    params.kernel = None
-    params.scale, params.lower_bound = scale, 0.0 if lower_bound is None else lower_bound
-    states = given.pop("checkpoint_states", None)
+    states = given.get("checkpoint_states")
+    options, params, shapes, _owners = _filled(
+        "reference", Options, given, ("checkpoint_states",), scale, lower_bound, more
+    )
     if states is not None:
         rows = states.shape[0]
-        _lib.set_shape(params.checkpoint_states, _lib.F32, tuple(states.shape))
-    shapes, owners = {}, []
-    for name, x in given.items():
-        view, owner = _arrays.read(name, _readable(name, x), None)
-        owners.append(owner)  # keeps the memory alive until this function returns
-        shapes[name] = view.shape
-        tensor = getattr(params, name)
-        _lib.set_shape(tensor, view.dtype, view.shape, view.stride)
-        tensor.data = view.pointer or _EMPTY
 
     # C checks that the arrays fit each other before it writes, so results of wrong arrays may have any size.
     borders = shapes["cu_seqlens"] if "cu_seqlens" in shapes else shapes["q"]
@@ -68,17 +53,81 @@ def reference(
         results.append(_new(q, (rows, *heads, _DIM, _DIM)))
         if states is None:
             _lib.set_shape(params.checkpoint_states, _lib.F32, (rows, *heads, _DIM, _DIM))
-    # C refuses a null pointer, so an empty result has an address that is never written.
-    pointers = [
-        ctypes.cast(_arrays.read("result", x, None)[0].pointer or 8, POINTER(c_double)) for x in results
-    ]
-    _interruptible.reference(params, *pointers)
+    _interruptible.reference(params, *map(_pointer, results))
     if not options.state_v_first:
         results[1:] = [_transposed(x) for x in results[1:]]
     return tuple(results)
 
 
-_DIM = 128
+def decode_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: Any,
+    A_log: Any,
+    dt_bias: Any,
+    lower_bound: Any,
+    state: Any,
+    more: dict[str, Any],
+) -> tuple[Any, ...]:
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, "A_log": A_log, "dt_bias": dt_bias}
+    given |= {name: more.pop(name) for name in DecodeOptions.optional_arrays if name in more}
+    required = DecodeOptions.required_arrays
+    given = {name: x for name, x in given.items() if x is not None or name in required}
+    options, params, shapes, _owners = _filled(
+        "decode_reference", DecodeOptions, given, ("records",), scale, lower_bound, more
+    )
+    heads = shapes["v"][2:3] or (0,)
+    tokens = shapes["v"][1:2] if "cu_seqlens" in shapes else shapes["v"][:2]
+    results = [_new(q, shapes["v"]), _new(q, (*tokens, *heads, _DIM, _DIM))]
+    _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(_pointer, results)))
+    if not options.state_v_first:
+        results[1] = _transposed(results[1])
+    return tuple(results)
+
+
+def _filled(
+    caller: str,
+    cls: Any,
+    given: dict[str, Any],
+    shape_alone: tuple[str, ...],
+    scale: Any,
+    lower_bound: Any,
+    more: dict[str, Any],
+) -> tuple[Any, Any, dict[str, tuple[int, ...]], list[Any]]:
+    """The options and C's struct of a call with the given arrays, the arrays' shapes, and the owners of their
+    memory. shape_alone: the names of arrays that the reference does not read."""
+    check_numbers(scale, 0.0 if lower_bound is None else lower_bound)
+    unknown = [name for name in more if name not in cls.__dataclass_fields__ or name.startswith("has_")]
+    if unknown:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
+    bits = cls.bits_of(*(name for name in given if name in cls.optional_arrays))
+    options = cls(bits, **more, has_lower_bound=lower_bound is not None).checked()
+    params = cls.function.new_params()
+    options.apply_to(params)
+    params.kernel = None
+    params.scale, params.lower_bound = scale, 0.0 if lower_bound is None else lower_bound
+    shapes, owners = {}, []
+    for name, x in given.items():
+        tensor = getattr(params, name)
+        if name in shape_alone:
+            _lib.set_shape(tensor, _lib.F32, tuple(x.shape))
+            continue
+        view, owner = _arrays.read(name, _readable(name, x), None)
+        owners.append(owner)
+        shapes[name] = view.shape
+        _lib.set_shape(tensor, view.dtype, view.shape, view.stride)
+        tensor.data = view.pointer or _EMPTY
+    return options, params, shapes, owners
+
+
+def _pointer(result: Any) -> Any:
+    """C refuses a null pointer, so an empty result has an address that is never written."""
+    return ctypes.cast(_arrays.read("result", result, None)[0].pointer or 8, POINTER(c_double))
+
+
 _EMPTY = 64  # the address of an empty array, which C would otherwise take for an absent one
 
 

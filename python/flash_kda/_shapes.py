@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import _arrays, _lib
-from ._options import BIT, BOTH_PARAMETERS, Options, as_int
+from ._call_options import as_int
+from ._options import BIT, BOTH_PARAMETERS, Options
 
 
 class Shape:
@@ -51,7 +52,7 @@ class Shape:
 
     def params(self, device: _lib.Device) -> _lib.FwdParams:
         """The struct of a call of that shape, without the memory of its arrays."""
-        params = _lib.new_params()
+        params = _lib.FWD.new_params()
         params.device = device
         self.options.apply_to(params)
         f32, bf16 = _lib.F32, _lib.BF16

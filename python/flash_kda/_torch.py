@@ -1,10 +1,11 @@
-"""PyTorch: the eager call, and the operator torch.ops.flash_kda.fwd that compilers trace.
+"""PyTorch: the eager call, and the operators (torch.ops.flash_kda.fwd, ...) that compilers trace.
 
 This module is imported only once PyTorch itself is there.
 
-An eager call takes one path: `fwd`, then `_prepare_and_run` unless the latest prepared call fits, then
+An eager call takes one path: `call_c`, then `_prepare_and_run` unless the latest prepared call fits, then
 `_run`, then `PreparedCall.run`, which calls C. Tensors that are not plain ones (fake tensors, say), and all
-tensors under a dispatch mode, go to the operator instead, and through PyTorch's dispatcher to `_operator`.
+tensors under a dispatch mode, go to the function's operator instead, and through PyTorch's dispatcher to
+`Operator._run`.
 
 A tensor whose memory does not hold what the tensor means (a tensor of torch.vmap, a lazy negation, ...) is
 refused by `_refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
@@ -23,17 +24,9 @@ from torch.autograd import forward_ad as _forward_ad
 
 from . import _arrays, _layout, _lib
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
-from ._options import (
-    BIT,
-    OPERATOR_ARGUMENTS,
-    OPERATOR_DEFAULTS,
-    OPTION_NAMES,
-    OPTIONAL_ARRAYS,
-    REQUIRED_ARRAYS,
-    Options,
-    known_options,
-    operator_schema,
-)
+from ._call_options import CallOptions, KnownOptions, operator_defaults, operator_schema, option_fields
+from ._decode_options import APPLY, DECODE
+from ._options import FWD
 
 Tensor = torch.Tensor
 is_compiling = torch.compiler.is_compiling
@@ -203,14 +196,14 @@ def _guards_for(tensors: list) -> Callable[..., bool]:
 _calls = PreparedCalls()
 
 
-def fwd(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
-    """An eager call. tensors: the arrays of the call, of which q is a tensor."""
-    call = _calls.latest
-    if call is not None and (call.options is not options or call.busy or not call.fits(*tensors)):
+def call_c(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
+    """An eager call. tensors: the arrays of the call, of which the first one is a tensor."""
+    call = _calls.latest_with.get(options)
+    if call is not None and (call.busy or not call.fits(*tensors)):
         call = None
     if call is None and not all(isinstance(t, Tensor) for t in tensors):
         # Tensors among other arrays are read through DLPack. What is no array at all gets its sentence there.
-        _arrays.fwd(tensors, options, scale, lower_bound)
+        _arrays.call_c(tensors, options, scale, lower_bound)
         return
     if _is_grad_enabled() and any(map(_requires_grad, tensors)):
         raise _no_backward_pass()
@@ -229,7 +222,7 @@ def fwd(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
         _run(call, tensors, scale, lower_bound)
 
 
-def fwd_traced(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
+def call_c_traced(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call that a compiler traces. The compiler sees the operator alone."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise _no_backward_pass()
@@ -253,22 +246,22 @@ def copy_of(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return tensor, tensor
 
 
-def _call_operator(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
+def _call_operator(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """Arguments go by position: to old compilers a keyword `out` means something else."""
-    q, k, v, g, beta, out = tensors[: len(REQUIRED_ARRAYS)]
-    rest = iter(tensors[len(REQUIRED_ARRAYS) :])
-    optional = {name: next(rest) for name in OPTIONAL_ARRAYS if options.given & BIT[name]}
-    values = [
-        optional.get(name) if name in OPTIONAL_ARRAYS else getattr(options, name)
-        for name in OPERATOR_ARGUMENTS
+    left = iter(tensors)
+    values: dict[str, Any] = {name: next(left) for name in options.required_arrays}
+    for name in options.optional_arrays:
+        values[name] = next(left) if options.has(name) else None
+    values["scale"] = scale
+    values["lower_bound"] = lower_bound if getattr(options, "has_lower_bound", True) else None
+    arguments = [
+        values[name] if name in values else getattr(options, name)
+        for name in (*options.operator_head, *options.operator_rest)
     ]
-    getattr(torch.ops.flash_kda, OPERATOR)(
-        q, k, v, g, beta, scale, out, optional.get("A_log"), optional.get("dt_bias"),
-        lower_bound if options.has_lower_bound else None, *values,
-    )  # fmt: skip
+    getattr(torch.ops.flash_kda, OPERATORS[options.operator])(*arguments)
 
 
-def _prepare_and_run(tensors: list, options: Options, scale: Any, lower_bound: Any) -> None:
+def _prepare_and_run(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call that the latest prepared call does not fit: finds or prepares one that fits."""
     _refuse_unreadable(options.names, tensors)
     device = tensors[0].device
@@ -369,119 +362,119 @@ def _refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
 
 # torch.library.custom_op would do all of what follows, but it fails on a written tensor that is left at its
 # default.
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor? A_log, "
-    f"Tensor? dt_bias, float? lower_bound, {operator_schema()}) -> ()"
-)
-# Where the operator's arguments behind lower_bound have the optional arrays and the options.
-_ARRAY_PLACES = [
-    (OPERATOR_ARGUMENTS.index(name), BIT[name]) for name in OPTIONAL_ARRAYS if name in OPERATOR_ARGUMENTS
-]
-_OPTION_PLACES = [OPERATOR_ARGUMENTS.index(name) for name in OPTION_NAMES]
+class Operator:
+    """The operator of one function in the namespace flash_kda."""
 
+    def __init__(self, known: KnownOptions):
+        self._options, self._known = known.cls, known.known
+        cls = known.cls
+        arguments = (*cls.operator_head, *cls.operator_rest)
+        self._defaults = operator_defaults(cls)
+        self._length = len(arguments)
+        # Where the arguments have the arrays, in the order of a call, and the bits of the optional ones.
+        names = (*cls.required_arrays, *cls.optional_arrays)
+        self._arrays = [
+            (arguments.index(name), cls.bits_of(name) if name in cls.optional_arrays else 0) for name in names
+        ]
+        self._values = [arguments.index(f.name) for f in option_fields(cls)]
+        self._kernel = [f.name for f in option_fields(cls)].index("kernel")
+        self._scale, self._lower_bound = (
+            arguments.index(name) if name in arguments else None for name in ("scale", "lower_bound")
+        )
+        self._schema = f"({operator_schema(cls)}) -> ()"
+        self.name = self._register(cls.operator)
 
-def _arrays_and_options(
-    q: Any, k: Any, v: Any, g: Any, beta: Any, out: Any, A_log: Any, dt_bias: Any, rest: tuple
-) -> tuple[list, int, list]:
-    """The tensors of a call of the operator, which optional ones it has, and the values of its options."""
-    # PyTorch leaves out the last arguments if they have their defaults.
-    rest += OPERATOR_DEFAULTS[len(rest) :]
-    tensors, given = [q, k, v, g, beta, out], 0
-    for name, t in (("A_log", A_log), ("dt_bias", dt_bias)):
-        if t is not None:
-            tensors.append(t)
-            given |= BIT[name]
-    for place, bit in _ARRAY_PLACES:
-        if rest[place] is not None:
-            tensors.append(rest[place])
-            given |= bit
-    return tensors, given, [rest[place] for place in _OPTION_PLACES]
+    def _arrays_and_options(self, arguments: tuple) -> tuple[list, int, list, Any, Any]:
+        """The tensors of a call of the operator, which optional ones it has, the values of its options, scale
+        and lower_bound."""
+        if len(arguments) < self._length:  # PyTorch leaves out the last arguments if they have their defaults
+            arguments += self._defaults[len(arguments) - self._length :]
+        tensors, given = [], 0
+        for place, bit in self._arrays:
+            if arguments[place] is not None:
+                tensors.append(arguments[place])
+                given |= bit
+        scale = 0.0 if self._scale is None else arguments[self._scale]
+        lower_bound = 0.0 if self._lower_bound is None else arguments[self._lower_bound]
+        return tensors, given, [arguments[place] for place in self._values], scale, lower_bound
 
+    def _options_of(self, given: int, values: list, lower_bound: Any) -> CallOptions:
+        more = () if self._lower_bound is None else (lower_bound is not None,)
+        return self._known(given, *values, *more)
 
-def _operator(
-    q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, out: Any, A_log: Any, dt_bias: Any,
-    lower_bound: Any, *rest: Any,
-) -> None:  # fmt: skip
-    tensors, given, values = _arrays_and_options(q, k, v, g, beta, out, A_log, dt_bias, rest)
-    options = known_options(given, *values, lower_bound is not None)
-    lower_bound = 0.0 if lower_bound is None else lower_bound
-    call = _calls.latest
-    if call is not None and call.options is options and not call.busy and call.fits(*tensors):
-        _run(call, tensors, scale, lower_bound)
-    else:
-        _prepare_and_run(tensors, options, scale, lower_bound)
+    def _run(self, *arguments: Any) -> None:
+        tensors, given, values, scale, lower_bound = self._arrays_and_options(arguments)
+        options = self._options_of(given, values, lower_bound)
+        lower_bound = 0.0 if lower_bound is None else lower_bound
+        call = _calls.latest_with.get(options)
+        if call is not None and not call.busy and call.fits(*tensors):
+            _run(call, tensors, scale, lower_bound)
+        else:
+            _prepare_and_run(tensors, options, scale, lower_bound)
 
+    def _autograd(self, *args: Any, **kwargs: Any) -> None:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise _no_backward_pass()
+        if _forward_ad._current_level >= 0:
+            _refuse_tangents(tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            getattr(torch.ops.flash_kda, self.name)(*args, **kwargs)
 
-def _operator_autograd(*args: Any, **kwargs: Any) -> None:
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise _no_backward_pass()
-    if _forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
-    with torch._C._AutoDispatchBelowAutograd():
-        getattr(torch.ops.flash_kda, OPERATOR)(*args, **kwargs)
+    def _batched(self, *args: Any, **kwargs: Any) -> None:
+        batched = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and _is_batched(t))
+        raise TypeError(f"A tensor of the call {_why_unreadable(batched)}")
 
+    def _fake(self, *arguments: Any) -> None:
+        """The operator returns nothing, and what it writes has its shape before. Tensors without memory get
+        the
+        checks that need none: devices, dtypes and shapes. Sizes that a compiler keeps open are checked with
+        the numbers that it traces with, which binds them to nothing; sizes without such numbers are checked
+        once the call runs."""
+        tensors, given, values, _, lower_bound = self._arrays_and_options(arguments)
+        symbols = [x for t in tensors for x in t.shape] + values
+        if any(isinstance(x, torch.SymInt) and not x.node.has_hint() for x in symbols):
+            return
+        values = [*map(_example, values)]
+        shapes = [tuple(map(_example, t.shape)) for t in tensors]
+        values[self._kernel] = None  # the names of kernels depend on the device, and there may be none
+        options = self._options_of(given, values, lower_bound)
+        names = options.names
+        check_devices([(name, str(t.device)) for name, t in zip(names, tensors)])
+        taken = [_layout.taken_as(name, t.dtype, shape) for name, t, shape in zip(names, tensors, shapes)]
+        views = [View(64, _DTYPES.get(dtype, _lib.OTHER), shape, None) for dtype, shape in taken]
+        PreparedCall(options, (_lib.CPU, 0), views)
 
-def _operator_batched(*args: Any, **kwargs: Any) -> None:
-    batched = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and _is_batched(t))
-    raise TypeError(f"A tensor of the call {_why_unreadable(batched)}")
-
-
-def _operator_fake(
-    q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, out: Any, A_log: Any, dt_bias: Any,
-    lower_bound: Any, *rest: Any,
-) -> None:  # fmt: skip
-    """The operator returns nothing, and what it writes has its shape before. Tensors without memory get the
-    checks that need none: devices, dtypes and shapes. Sizes that a compiler keeps open are checked with the
-    numbers that it traces with, which binds them to nothing; sizes without such numbers are checked once the
-    call runs."""
-    tensors, given, values = _arrays_and_options(q, k, v, g, beta, out, A_log, dt_bias, rest)
-    values = [*map(_example, values)]
-    shapes = [tuple(map(_example, t.shape)) for t in tensors]
-    if None in sum(shapes, ()) or values[_MAX_SEQLEN] is None:
-        return
-    # The names of kernels depend on the device, and there may be none.
-    values[_KERNEL] = None
-    options = known_options(given, *values, lower_bound is not None)
-    check_devices([(name, str(t.device)) for name, t in zip(options.names, tensors)])
-    taken = [_layout.taken_as(name, t.dtype, shape) for name, t, shape in zip(options.names, tensors, shapes)]
-    views = [View(64, _DTYPES.get(dtype, _lib.OTHER), shape, None) for dtype, shape in taken]
-    PreparedCall(options, (_lib.CPU, 0), views)
-
-
-_KERNEL, _MAX_SEQLEN = (OPTION_NAMES.index(name) for name in ("kernel", "max_seqlen"))
+    def _register(self, wanted: str) -> str:
+        """Registers the operator, and returns its name in the namespace flash_kda. That is the wanted name,
+        unless another library has an operator of this name there already: then it gets a number. If the
+        package was imported before in this process, and its modules were dropped, the operator of then is
+        used."""
+        for name in itertools.chain([wanted], (f"{wanted}_{i}" for i in itertools.count(2))):
+            qualified = f"flash_kda::{name}"
+            found = getattr(torch.ops.flash_kda, name, None)
+            if found is None:
+                break
+            schemas = [str(getattr(found, overload)._schema) for overload in found.overloads()]
+            if schemas == [f"{qualified}{self._schema}"]:
+                return name
+        torch.library.define(
+            qualified,
+            self._schema,
+            # Strides decide what is copied, so compilers must keep those that tracing saw.
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+        )
+        torch.library.impl(qualified, ("cpu", "cuda"))(self._run)
+        torch.library.impl(qualified, "Autograd")(self._autograd)
+        torch.library.impl(qualified, "FuncTorchBatched")(self._batched)
+        torch.library.register_fake(qualified)(self._fake)
+        return name
 
 
 def _example(x: Any) -> Any:
-    """x, or of a symbolic integer the number that the compiler traces with, or None if it has none."""
-    if not isinstance(x, torch.SymInt):
-        return x
-    return x.node.hint if x.node.has_hint() else None
+    """x, or of a symbolic integer the number that the compiler traces with."""
+    return x.node.hint if isinstance(x, torch.SymInt) else x
 
 
-def _register() -> str:
-    """Registers the operator, and returns its name in the namespace flash_kda. The name is "fwd", unless
-    another library has an operator of this name there already: then it gets a number. If the package was
-    imported before in this process, and its modules were dropped, the operator of then is used."""
-    for name in itertools.chain(["fwd"], (f"fwd_{i}" for i in itertools.count(2))):
-        qualified = f"flash_kda::{name}"
-        found = getattr(torch.ops.flash_kda, name, None)
-        if found is None:
-            break
-        schemas = [str(getattr(found, overload)._schema) for overload in found.overloads()]
-        if schemas == [f"{qualified}{_SCHEMA}"]:
-            return name
-    torch.library.define(
-        qualified,
-        _SCHEMA,
-        # Strides decide what is copied, so compilers must keep those that tracing saw.
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-    )
-    torch.library.impl(qualified, ("cpu", "cuda"))(_operator)
-    torch.library.impl(qualified, "Autograd")(_operator_autograd)
-    torch.library.impl(qualified, "FuncTorchBatched")(_operator_batched)
-    torch.library.register_fake(qualified)(_operator_fake)
-    return name
-
-
-OPERATOR = _register()
+# The name of each function's operator.
+OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, DECODE, APPLY)}

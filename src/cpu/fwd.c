@@ -1,7 +1,4 @@
 /* The forward pass on the CPU: how a call is divided among threads. */
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
 #include <stdio.h>
 
 #include "../checkpoints.h"
@@ -9,6 +6,7 @@
 #include "../kernel.h"
 #include "../plan.h"
 #include "cpu.h"
+#include "flush.h"
 #include "variant.h"
 
 /* Starting a thread takes some tens of microseconds, in which a thread computes about ten tokens of a
@@ -43,29 +41,6 @@ flash_kda_status fkda_cpu_make_plan(fkda_plan *plan)
     return FLASH_KDA_OK;
 }
 
-/* A state that fades and a decay at the bound pass through numbers below 2^-126, on which x86 CPUs are some
- * hundred times slower. While a head is computed, results below 2^-126 become 0; the caller's setting returns
- * afterwards. */
-static unsigned flush_tiny_results(void)
-{
-#if defined(__SSE2__)
-    unsigned before = _mm_getcsr();
-    _mm_setcsr(before | _MM_FLUSH_ZERO_ON);
-    return before;
-#else
-    return 0;
-#endif
-}
-
-static void restore_tiny_results(unsigned before)
-{
-#if defined(__SSE2__)
-    _mm_setcsr(before);
-#else
-    (void)before;
-#endif
-}
-
 typedef struct job {
     const fkda_problem *problem;
     const fkda_cpu_plan *plan;
@@ -80,10 +55,10 @@ static bool run_piece(void *context, int64_t index, int worker)
     const int channels = FKDA_DIM / j->plan->split, first = (int)(index % j->plan->split) * channels;
     if (fkda_interrupted(p)) return false; /* a sequence may have no token at which its head would ask */
     void *scratch = (char *)p->workspace + (size_t)worker * j->plan->variant->scratch_size;
-    unsigned before = flush_tiny_results();
+    unsigned before = fkda_flush_tiny_results();
     const bool finished = j->plan->variant->run_head(p, j->first_rows, head / heads, head % heads, first,
                                                      first + channels, scratch);
-    restore_tiny_results(before);
+    fkda_restore_tiny_results(before);
     return finished;
 }
 

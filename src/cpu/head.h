@@ -33,6 +33,7 @@
 #include "simd.h"
 
 #include "chunk.h"
+#include "decode_head.h"
 #include "decode_layer_head.h"
 #include "gate.h"
 #include "prepare.h"
@@ -112,4 +113,6 @@ const fkda_cpu_variant FKDA_VARIANT = {
     .scratch_size = sizeof(scratch),
     .run_head = run_head,
     .run_layer_head = run_layer_head,
+    .decode = decode,
+    .apply = apply,
 };

@@ -33,8 +33,16 @@ static float length_of_huge(const uint16_t *x)
     return (float)sqrt(sum);
 }
 
-/* Finds the factors that make unit vectors of 16 rows: x * scale * unit. There are two factors because 1 /
- * |x| alone may be too small for fp32. */
+/* Finds the factors that make a unit vector of a row: x * scale * unit. There are two factors because 1 / |x|
+ * alone may be too small for fp32. */
+static inline void find_unit(const uint16_t *x, float sum_of_squares, float *scale, float *unit)
+{
+    bool huge = sum_of_squares > 1e30f;
+    *scale = huge ? HUGE_SCALE : 1.0f;
+    *unit = 1.0f / (huge ? length_of_huge(x) : sqrtf(sum_of_squares + 1e-6f));
+}
+
+/* Finds the factors that make unit vectors of 16 rows. */
 static inline void normalise(rows x, float scale[CHUNK], float unit[CHUNK])
 {
     for (int first = 0; first < CHUNK; first += LANES) {
@@ -51,11 +59,7 @@ static inline void normalise(rows x, float scale[CHUNK], float unit[CHUNK])
         }
         *vec_at(unit + first) = lane_sums(sums);
     }
-    for (int i = 0; i < CHUNK; i++) {
-        bool huge = unit[i] > 1e30f;
-        scale[i] = huge ? HUGE_SCALE : 1.0f;
-        unit[i] = 1.0f / (huge ? length_of_huge(bf16_row(x, i)) : sqrtf(unit[i] + 1e-6f));
-    }
+    for (int i = 0; i < CHUNK; i++) find_unit(bf16_row(x, i), unit[i], scale + i, unit + i);
 }
 
 /* The factors of q and k that are used as they are. */
@@ -64,19 +68,19 @@ static inline void leave_as_they_are(float scale[CHUNK], float unit[CHUNK])
     for (int i = 0; i < CHUNK; i++) scale[i] = unit[i] = 1.0f;
 }
 
-static inline void read_write_strengths(scratch *s, const tokens *t, int32_t kind)
+/* write[i] becomes the write strength of token i, and 0 where there is no token. */
+static inline void read_write_strengths(float write[CHUNK], const tokens *t, int32_t kind)
 {
     for (int i = 0; i < CHUNK; i++) {
         uint32_t bits = i < t->count && !t->beta_is_f32 ? (uint32_t)*bf16_row(t->beta, i) << 16 : 0;
-        memcpy(&s->write[i], &bits, sizeof bits);
-        if (i < t->count && t->beta_is_f32) s->write[i] = *f32_row(t->beta, i);
+        memcpy(&write[i], &bits, sizeof bits);
+        if (i < t->count && t->beta_is_f32) write[i] = *f32_row(t->beta, i);
     }
     if (kind != FLASH_KDA_BETA_ACTIVATED)
-        for (int i = 0; i < CHUNK; i += LANES)
-            *vec_at(s->write + i) = sigmoid_exp2(load(s->write + i) * -LOG2E);
+        for (int i = 0; i < CHUNK; i += LANES) *vec_at(write + i) = sigmoid_exp2(load(write + i) * -LOG2E);
     if (kind == FLASH_KDA_BETA_TWICE_SIGMOID)
-        for (int i = 0; i < CHUNK; i++) s->write[i] *= 2.0f;
-    for (int i = t->count; i < CHUNK; i++) s->write[i] = 0.0f;
+        for (int i = 0; i < CHUNK; i++) write[i] *= 2.0f;
+    for (int i = t->count; i < CHUNK; i++) write[i] = 0.0f;
 }
 
 /* Prepares one vector of key channels of a chunk, from bounded gates to decayed keys and queries. */
@@ -152,7 +156,7 @@ static void prepare(scratch *s, const fkda_problem *p, const tokens *t, const ga
         normalise(t->k, s->scale, s->unit);
         normalise(t->q, s->scale + CHUNK, s->unit + CHUNK);
     }
-    read_write_strengths(s, t, p->beta_kind);
+    read_write_strengths(s->write, t, p->beta_kind);
     if (p->gate == FLASH_KDA_GATE_BOUNDED)
         prepare_bounded(s, t, gate);
     else

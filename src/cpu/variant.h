@@ -1,9 +1,10 @@
-/* The forward pass of a head, compiled once for each instruction set. */
+/* The forward pass of a head, and decode and apply of a head, compiled once for each instruction set. */
 #ifndef FKDA_CPU_VARIANT_H
 #define FKDA_CPU_VARIANT_H
 
 #include "../decode_layer_problem.h"
 #include "../problem.h"
+#include "decode_piece.h"
 
 typedef struct fkda_cpu_variant {
     const char *kernel;  /* the name that asks for it: "cpu-avx512", ... */
@@ -16,6 +17,9 @@ typedef struct fkda_cpu_variant {
                      int v_begin, int v_end, void *scratch);
     /* Computes sequence n and head h of a call of decode_layer. */
     void (*run_layer_head)(const fkda_decode_layer_problem *problem, int64_t n, int64_t h);
+    /* Compute a piece of a call of decode and of apply. */
+    void (*decode)(const fkda_decode_problem *problem, const fkda_decode_piece *piece);
+    void (*apply)(const fkda_apply_problem *problem, const fkda_apply_piece *piece);
 } fkda_cpu_variant;
 
 extern const fkda_cpu_variant fkda_cpu_portable;

@@ -269,17 +269,18 @@ call_options without_layouts(call_options options)
     return options;
 }
 
-const char *describe(const problem *p, const call_options *options, char text[160])
+const char *describe(const problem *p, const call_options *options, char text[DESCRIPTION])
 {
     static const char *const gates[] = {"bounded", "softplus", "activated"};
     char layouts[STRIDED_ARGS + 1] = "";
     const long long tokens = (long long)p->batch * (long long)p->tokens;
     for (int a = 0; a < STRIDED_ARGS; a++) layouts[a] = "cphtfr"[options->layouts[a]];
-    snprintf(text, 160,
-             "%lld sequences, %lld tokens, %lld/%lld heads, %s%s, beta %d, layouts %s, %s, %s, %lld rows of "
-             "checkpoints, cut %d",
+    snprintf(text, DESCRIPTION,
+             "%lld sequences, %lld tokens, %lld/%lld heads, %s%s, beta %d%s, layouts %s, %s, %s, %lld rows "
+             "of checkpoints, cut %d",
              (long long)p->sequences, tokens, (long long)p->heads, (long long)p->qk_heads, gates[p->gate],
-             p->g_f32 ? " f32" : "", (int)p->beta_kind, layouts, state_mode_names[options->mode],
-             p->state_indices ? "pool" : "no pool", (long long)p->checkpoint_rows, (int)options->cut);
+             p->g_f32 ? " f32" : "", (int)p->beta_kind, p->qk_is_normalised ? ", normalised" : "", layouts,
+             state_mode_names[options->mode], p->state_indices ? "pool" : "no pool",
+             (long long)p->checkpoint_rows, (int)options->cut);
     return text;
 }

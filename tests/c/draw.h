@@ -52,7 +52,9 @@ call_options draw_options(rng *r, drawing how, const problem *p);
 /* The same options with contiguous tensors. */
 call_options without_layouts(call_options options);
 
+enum { DESCRIPTION = 200 }; /* bytes of a description */
+
 /* What a drawn call is, for a message. */
-const char *describe(const problem *p, const call_options *options, char text[160]);
+const char *describe(const problem *p, const call_options *options, char text[DESCRIPTION]);
 
 #endif

@@ -422,6 +422,7 @@ layer_call *layer_draw(rng *r, layer_sizes sizes)
         const int64_t windows[] = {N, columns, PARTS * H * DIM, WINDOW};
         place(r, c, LAYER_WINDOWS, FLASH_KDA_BF16, 4, windows, (lie){0, 1});
     }
+    c->dropped_tokens = (int)below(r, 512);
     describe(c);
     return c;
 }
@@ -455,6 +456,40 @@ flash_kda_decode_layer_params layer_params(const layer_call *c, bool on_host)
     return p;
 }
 
+/* Takes the dimension of size 1 out of a tensor [N, 1, ..] or [1, total, ..]. */
+static void drop_tokens(flash_kda_tensor *t, bool packed)
+{
+    if (!t->data) return;
+    for (int i = packed ? 0 : 1; i + 1 < t->ndim; i++) {
+        t->shape[i] = t->shape[i + 1];
+        t->stride[i] = t->stride[i + 1];
+    }
+    t->ndim--;
+}
+
+/* [1, N, ..] of [N, 1, ..]. */
+static void put_row_first(flash_kda_tensor *t)
+{
+    if (!t->data) return;
+    t->shape[1] = t->shape[0];
+    t->stride[1] = t->stride[0];
+    t->shape[0] = 1;
+}
+
+/* The same call, with tensors that have no dimension of tokens, as far as the bits of `how` say. */
+static void drop_some_tokens(const layer_call *c, flash_kda_decode_layer_params *p, int how)
+{
+    flash_kda_tensor *const others[] = {&p->g, &p->beta, &p->out, &p->output_gate};
+    if (!(how & 1) || (!c->sizes.packed && c->total != 1)) return;
+    drop_tokens(&p->x, c->sizes.packed);
+    for (int i = 0; i < 4; i++) {
+        if (how >> (i + 1) & 1)
+            drop_tokens(others[i], c->sizes.packed);
+        else if (!c->sizes.packed && how >> (i + 5) & 1)
+            put_row_first(others[i]);
+    }
+}
+
 static void copy_all(layer_call *c, bool to_device)
 {
     const flash_kda_device host = {FLASH_KDA_CPU, 0};
@@ -470,7 +505,9 @@ static void copy_all(layer_call *c, bool to_device)
 
 static bool run(layer_call *c)
 {
-    const flash_kda_decode_layer_params p = layer_params(c, false);
+    flash_kda_decode_layer_params p = layer_params(c, false);
+    drop_some_tokens(c, &p, c->dropped_tokens);
+    CHECK(flash_kda_check_decode_layer(&p) == FLASH_KDA_OK, "%s", flash_kda_last_error());
     copy_all(c, true);
     const flash_kda_status status = flash_kda_decode_layer(&p);
     if (!CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) return false;

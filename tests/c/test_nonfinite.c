@@ -312,7 +312,7 @@ static bool try_drawn(uint64_t seed)
     const drawing how = {draw_subset(&r, ALL_OPTIONS), test.quick ? 150 : 1000};
     call c;
     flash_kda_nonfinite inputs[TENSORS];
-    char text[160];
+    char text[DESCRIPTION];
     problem *p = draw_problem(&r, how);
     call_options options = draw_options(&r, how, p);
     options.counts_nonfinite = true;

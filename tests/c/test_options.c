@@ -325,7 +325,7 @@ static drawing what_to_draw(rng *r)
 
 static void say(uint64_t seed, const problem *p, const call_options *options)
 {
-    char text[160];
+    char text[DESCRIPTION];
     trying("seed %llu: %s", (unsigned long long)seed, describe(p, options, text));
 }
 
@@ -608,10 +608,12 @@ static void prefixes(void)
 /* ---- Tokens change nothing before them ----------------------------------------------------------------- */
 
 /* Replaces all inputs of one sequence's tokens from `from` on, of all heads: by other numbers, now and then
- * by NaN or infinity. */
+ * by NaN or infinity. Keys that count as normalised are short enough to have a norm near 1: from longer ones
+ * numbers grow, which enlarge_tokens() is for. */
 static void replace_tokens(rng *r, problem *p, int64_t from, int64_t end)
 {
     static const uint16_t bad[] = {0x7fc0, 0x7f80, 0xff80};
+    const double most = p->qk_is_normalised ? 0.125 : 2.0;
     for (int64_t i = from * p->heads * DIM; i < end * p->heads * DIM; i++) {
         const bool is_bad = one_in(r, 200);
         p->v[i] = is_bad ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -2.0, 2.0));
@@ -620,8 +622,8 @@ static void replace_tokens(rng *r, problem *p, int64_t from, int64_t end)
         if (p->g_f32) p->g_f32[i] = float_from_bf16(p->g[i]);
     }
     for (int64_t i = from * p->qk_heads * DIM; i < end * p->qk_heads * DIM; i++) {
-        p->q[i] = one_in(r, 400) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -2.0, 2.0));
-        p->k[i] = one_in(r, 400) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -2.0, 2.0));
+        p->q[i] = one_in(r, 400) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -most, most));
+        p->k[i] = one_in(r, 400) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, -most, most));
     }
     for (int64_t i = from * p->heads; i < end * p->heads; i++) {
         p->beta[i] = one_in(r, 8) ? bad[below(r, 3)] : bf16_from_float((float)rng_uniform(r, 0.0, 1.0));

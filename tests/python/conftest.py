@@ -17,6 +17,9 @@ if importlib.util.find_spec("flash_kda") is None:
     # Processes that tests start find the package that is tested.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(built), os.environ.get("PYTHONPATH"))))
 
+# JAX would take most of a GPU's memory for itself, and other tests run beside it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import flash_kda  # noqa: E402
 
 REPORTS = pytest.StashKey()

@@ -31,7 +31,7 @@ SHAPES = (
     ("CTA pairs", dict(T=300, H=16), dict(cut="never"), "16 CTA pairs"),
     ("relay", dict(T=1024, H=9), dict(cut="always"), "Relay:"),
     ("passes", dict(T=2048, H=6), {}, "Passes:"),
-    ("batch invariant", dict(T=2048, H=4), dict(batch_invariant=True), "whatever the batch"),
+    ("batch invariant", dict(T=3000, H=4), dict(batch_invariant=True), "whatever the batch"),
     ("mixed", dict(lengths=[2000] + [40] * 20, H=4), dict(cut="mixed"), "Mixed:"),
     ("even shares", dict(T=100, H=96), {}, "on 66 CTA pairs .* share out all tokens evenly"),
     (

@@ -25,6 +25,7 @@ STARTED_BY = {
     ".ci/run": "test_ci_runs_every_section",
     "benchmarks/cpu_sgemm.c": "cpu_sgemm",
     "benchmarks/host_time.c": "host_time",
+    "benchmarks/options.py": "test_every_option_runs",
     "benchmarks/peers.py": "test_a_run_on_the_cpu",
     "benchmarks/python_overhead.py": "test_it_runs",
     "examples/forward.c": "example_forward",

@@ -227,7 +227,7 @@ def use(fwd):
     fwd(**tensors)
     assert not tensors["out"].isnan().any()
 def operator(package):
-    return getattr(torch.ops.flash_kda, package._torch_layer.OPERATOR)
+    return getattr(torch.ops.flash_kda, package._torch_layer.OPERATORS["fwd"])
 """
 
 
@@ -241,7 +241,7 @@ for name in [n for n in sys.modules if n.partition(".")[0] == "flash_kda"]:
 import flash_kda as second
 assert second is not flash_kda
 use(flash_kda.fwd), use(second.fwd), use(operator(second))
-print(second._torch_layer.OPERATOR)
+print(second._torch_layer.OPERATORS["fwd"])
 """
     assert python(USE + program) == "fwd"
 
@@ -252,6 +252,6 @@ def test_another_library_has_the_operator():
 torch.library.define("flash_kda::fwd", "(Tensor q, Tensor k) -> Tensor")
 import flash_kda
 use(flash_kda.fwd), use(operator(flash_kda))
-print(flash_kda._torch_layer.OPERATOR)
+print(flash_kda._torch_layer.OPERATORS["fwd"])
 """
     assert python(USE + program) == "fwd_2"

@@ -17,11 +17,13 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
-    {"_options", "_interruptible", "_installed"},
+    {"_call_options", "_interruptible", "_installed"},
+    {"_options", "_decode_options"},
     {"_call", "_layout"},
     {"_arrays"},
     {"_torch", "_functional", "_shapes"},
     {"_reference", "_chunk_kda", "_fla"},
+    {"_fused_recurrent_kda"},
     {"__init__", "__main__"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
@@ -101,8 +103,8 @@ def test_path_of_an_array_to_c(module, name, monkeypatch):
         pytest.importorskip("torch")
         a = to_torch(a, "cpu")
     monkeypatch.setattr(getattr(flash_kda, module), "_calls", _call.PreparedCalls())
-    first = ["__init__.fwd", f"{module}.fwd", f"{module}._prepare_and_run", f"{module}._run", "_call.run"]
-    second = ["__init__.fwd", f"{module}.fwd", f"{module}._run", "_call.run"]
+    first = ["__init__.fwd", f"{module}.call_c", f"{module}._prepare_and_run", f"{module}._run", "_call.run"]
+    second = ["__init__.fwd", f"{module}.call_c", f"{module}._run", "_call.run"]
     for functions in (first, second):
         assert len(functions) <= MOST_FUNCTIONS
         events = events_of(a[name], lambda: flash_kda.fwd(**a))

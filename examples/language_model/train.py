@@ -1,0 +1,68 @@
+"""Trains the model of this folder on a text: python examples/language_model/train.py TEXT [--minutes 2]
+
+The weights in this folder come from the King James Bible of 1611, which is in the public domain. Debian's
+package bible-kjv prints it (bible -f 'gen1:1-rev22:21'); the verses' numbers were cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from kda import cross_entropy, mix_for_training
+from model import Model, save
+
+TOKENS = 512  # of a row
+
+
+def batches(text: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
+    starts = torch.randint(len(text) - TOKENS, (rows,), generator=generator)
+    return torch.stack([text[i : i + TOKENS] for i in starts.tolist()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--steps", type=int, help="in place of --minutes")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    generator = torch.Generator().manual_seed(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text = torch.frombuffer(bytearray(options.text.read_bytes()), dtype=torch.uint8).long()
+    held_out, text = text[-200_000:], text[:-200_000]
+    model = Model().to(device)
+    mixes = [mix_for_training] * len(model.layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    start, share, step = time.monotonic(), 0.0, 0
+    while share < 1:
+        share = step / options.steps if options.steps else (time.monotonic() - start) / (60 * options.minutes)
+        rate = 2e-3 * min(1.0, (step + 1) / 100) * max(0.02, 1 - share)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        tokens = batches(text, options.rows, generator).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            loss = cross_entropy(model(tokens, mixes), tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}, {time.monotonic() - start:.0f} s, {loss.item():.3f} bits a byte", flush=True)
+        step += 1
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        rows = held_out[: len(held_out) // TOKENS * TOKENS].view(-1, TOKENS)[:128].to(device)
+        bits = torch.stack([cross_entropy(model(part, mixes), part) for part in rows.split(32)]).mean()
+    print(f"{step} steps, {time.monotonic() - start:.0f} s, held-out text {bits.item():.3f} bits a byte")
+    save(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The options of calls of `decode` and `apply_records`, as _options.py has those of `fwd`.
+
+`decode` and `apply_records` pass values to `known_decode_options` and `known_apply_options` in the order of
+the fields, and arrays in the order of `optional_arrays`. tests/python/test_decode.py notices a wrong order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import _lib
+from ._call_options import (
+    CallOptions,
+    GateAndBeta,
+    KnownOptions,
+    choice,
+    first_slot_option,
+    gate_option,
+    kernel_option,
+    negated_option,
+    option,
+    option_fields,
+    threads_option,
+)
+
+_COPY = "pass a NumPy array or a tensor that holds a copy of it"
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeOptions(GateAndBeta, CallOptions):
+    """What one call of `decode` asks for."""
+
+    function = _lib.DECODE
+    operator = "decode"
+    required_arrays = ("q", "k", "v", "g", "beta", "out", "state")
+    optional_arrays = (
+        "A_log",
+        "dt_bias",
+        "state_indices",
+        "num_accepted_tokens",
+        "cu_seqlens",
+        "parents",
+        "records",
+        "rounding",
+    )
+    written_arrays = ("out", "state", "records")
+    operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")
+    instead_of_immutable = _COPY
+    instead_of_tracer = "call it outside of them"
+
+    first_slot: int = first_slot_option()
+    write_states: str = option("last", choice("last", "none", "each"))
+    kernel: str | None = kernel_option()
+    threads: int = threads_option()
+    use_gate_in_kernel: bool = gate_option(True)
+    use_qk_l2norm_in_kernel: bool = negated_option("qk_is_normalised")
+    use_beta_sigmoid_in_kernel: bool = gate_option(True)
+    allow_neg_eigval: bool = gate_option(False)
+    state_v_first: bool = negated_option("state_k_first")
+    #: whether lower_bound is a number
+    has_lower_bound: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class ApplyOptions(CallOptions):
+    """What one call of `apply_records` asks for."""
+
+    function = _lib.APPLY
+    operator = "apply_records"
+    required_arrays = ("records", "num_accepted_tokens", "state")
+    optional_arrays = ("accepted", "state_indices", "rounding")
+    written_arrays = ("state",)
+    operator_head = required_arrays
+    instead_of_immutable = _COPY
+    instead_of_tracer = "call it outside of them"
+
+    first_slot: int = first_slot_option()
+    kernel: str | None = kernel_option()
+    threads: int = threads_option()
+    state_v_first: bool = negated_option("state_k_first")
+
+
+for _cls in (DecodeOptions, ApplyOptions):
+    _cls.operator_rest = (
+        *(name for name in _cls.optional_arrays if name not in _cls.operator_head),
+        *(f.name for f in option_fields(_cls)),
+    )
+
+DECODE = KnownOptions(DecodeOptions)
+APPLY = KnownOptions(ApplyOptions)
+DECODE_BIT = {name: DecodeOptions.bits_of(name) for name in DecodeOptions.optional_arrays}
+APPLY_BIT = {name: ApplyOptions.bits_of(name) for name in ApplyOptions.optional_arrays}
+BOTH_PARAMETERS = DecodeOptions.bits_of("A_log", "dt_bias")

@@ -1,0 +1,183 @@
+"""Problems for tests of decode and apply_records: arguments, and what the call must write."""
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+import flash_kda
+from problems import BARS, error, to_numpy, to_torch
+
+NOT_OF_THE_REFERENCE = ("out", "kernel", "threads")
+WRITES = ("last", "none", "each")
+
+
+def make_decode(
+    N=3,
+    T=4,
+    lengths=None,
+    H=1,
+    HV=2,
+    gate="bounded",
+    beta="sigmoid",
+    normalised=False,
+    k_first=False,
+    wide=False,
+    state=np.float32,
+    write="last",
+    pool=True,
+    accepted=False,
+    tree=False,
+    records=False,
+    integers=np.int64,
+    seed=0,
+):
+    """The arguments of decode with what the names ask for. lengths: of packed sequences, in place of N and T.
+    With a pool, sequence 1 has a slot below first_slot. What decode writes holds NaN, except the pool."""
+    rng = np.random.default_rng(seed)
+    rows, tokens = (N, T) if lengths is None else (1, sum(lengths))
+    if lengths is not None:
+        N, T = len(lengths), max(lengths)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    a = {name: normal(rows, tokens, H, 128).astype(bfloat16) for name in ("q", "k")}
+    a["v"] = normal(rows, tokens, HV, 128).astype(bfloat16)
+    a["g"], a["beta"] = normal(rows, tokens, HV, 128), normal(rows, tokens, HV)
+    a |= {"scale": 128**-0.5, "lower_bound": -5.0}
+    a["A_log"] = rng.uniform(-1, 1, HV).astype(np.float32)
+    a["dt_bias"] = rng.uniform(-6, 1, (HV, 128)).astype(np.float32)
+    a["out"] = np.full(a["v"].shape, np.nan, bfloat16)
+    if lengths is not None:
+        a["cu_seqlens"] = np.cumsum([0, *lengths]).astype(integers)
+    if gate.startswith("softplus"):
+        a["lower_bound"] = None
+    if gate == "activated":
+        a["g"] = -np.exp(2 * a["g"] - 3)
+        a |= {"A_log": None, "dt_bias": None, "lower_bound": None, "use_gate_in_kernel": False}
+    if gate.endswith("without A_log"):
+        a["A_log"] = None
+    if gate.endswith("without dt_bias"):
+        a["dt_bias"] = None
+    if beta == "twice":
+        a["allow_neg_eigval"] = True
+    elif beta == "activated":
+        a["beta"] = 2 / (1 + np.exp(-a["beta"]))
+        a["use_beta_sigmoid_in_kernel"] = False
+    if not wide:
+        a["g"], a["beta"] = a["g"].astype(bfloat16), a["beta"].astype(bfloat16)
+    if normalised:
+        for name in ("q", "k"):
+            x = a[name].astype(np.float32)
+            a[name] = (x / np.sqrt((x * x).sum(-1, keepdims=True))).astype(bfloat16)
+        a["use_qk_l2norm_in_kernel"] = False
+    if k_first:
+        a["state_v_first"] = False
+    columns = T if write == "each" else 1
+    slots = (N * columns if pool or write == "each" else N) + 3 * pool
+    a["state"] = normal(slots, HV, 128, 128).astype(state)
+    a["write_states"] = write
+    if pool or write == "each":
+        indices = rng.permutation(slots - pool)[: N * columns].reshape(N, columns) + pool
+        if pool and N > 1:
+            indices[1] = rng.integers(-1, 1)
+        a |= {"state_indices": indices.astype(integers), "first_slot": int(pool)}
+        if write != "each":
+            a["state_indices"] = np.ascontiguousarray(a["state_indices"][:, 0])
+    if accepted:
+        a["num_accepted_tokens"] = rng.integers(1, columns + 1, N).astype(integers)
+    if tree:
+        a["parents"] = np.array([[rng.integers(-1, i) if i else -1 for i in range(T)] for _ in range(N)])
+        a["parents"] = a["parents"].astype(integers)
+    if records:
+        a["records"] = np.full((N, T + 1, HV, 3, 128), np.nan, np.float32)
+    return a
+
+
+def lengths_of(a):
+    if a.get("cu_seqlens") is not None:
+        return np.diff(a["cu_seqlens"])
+    return np.full(*a["q"].shape[:2])
+
+
+def slot_of_start(a, n):
+    """The slot that sequence n starts from."""
+    if a.get("state_indices") is None:
+        return n
+    if a["write_states"] != "each":
+        return a["state_indices"][n]
+    first = 1 if a.get("num_accepted_tokens") is None else a["num_accepted_tokens"][n]
+    return a["state_indices"][n, first - 1]
+
+
+def has_state(a, slot):
+    return a.get("first_slot", 0) <= slot < a["state"].shape[0]
+
+
+def truth_of_decode(a):
+    """The right out and pool, in fp64, and the state after each token of each sequence."""
+    given = {n: x for n, x in a.items() if n not in NOT_OF_THE_REFERENCE}
+    out, states = flash_kda.decode_reference(**given)
+    after, begin = [], 0
+    pool = a["state"].astype(np.float64)
+    flat = states if a.get("cu_seqlens") is not None else states.reshape(-1, *states.shape[2:])
+    for n, length in enumerate(lengths_of(a)):
+        after.append(flat[begin : begin + length])
+        begin += length
+        start = slot_of_start(a, n)
+        if not has_state(a, start) or not length:
+            continue
+        if a["write_states"] == "last":
+            pool[start] = after[n][-1]
+        elif a["write_states"] == "each":
+            for i in range(length):
+                if has_state(a, a["state_indices"][n, i]):
+                    pool[a["state_indices"][n, i]] = after[n][i]
+    return {"out": out, "state": pool, "states": after}
+
+
+def run_decode(a, library="numpy", mode="eager", device="cpu", call=None, name="decode"):
+    """Calls decode on copies of the arguments, as a library and a mode have it, and returns them in NumPy."""
+    function = call or getattr(flash_kda, name)
+    if library == "numpy":
+        work = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in a.items()}
+        assert function(**work) is None
+        return work
+    import torch
+
+    work = to_torch(a, device)
+    if mode != "eager":
+        torch.compiler.reset()
+        inner = function
+        function = torch.compile(lambda **t: inner(**t), fullgraph=True, backend=mode)
+    with torch.no_grad():
+        assert function(**work) is None
+    return to_numpy(work)
+
+
+def hold_state(old, got, want, bar, name="state"):
+    """Asserts that slots are right, and that a slot that must stay as it is was not touched."""
+    for slot in range(len(want)):
+        if np.array_equal(want[slot], old[slot].astype(np.float64)):
+            assert got[slot].tobytes() == old[slot].tobytes(), f"{name}[{slot}] was touched"
+        else:
+            assert error(got[slot], want[slot]) <= bar, f"{name}[{slot}]"
+
+
+def bar_of(state, device="cpu"):
+    """A bf16 state is rounded once."""
+    return max(BARS[device][1], 2.2e-3) if state.dtype != np.float32 else 1e-5
+
+
+def hold_decode(before, after, expected):
+    """Asserts that what decode wrote is within the bars, and that it touched nothing else."""
+    for name, x in before.items():
+        if isinstance(x, np.ndarray) and name not in ("out", "state", "records"):
+            assert after[name].tobytes() == x.tobytes(), f"{name} was written"
+    if after["out"].size:
+        assert error(after["out"], expected["out"]) <= BARS["cpu"][0]
+    hold_state(before["state"], after["state"], expected["state"], bar_of(before["state"]))
+    for n, length in enumerate(lengths_of(before)):
+        if not has_state(before, slot_of_start(before, n)):
+            begin = before["cu_seqlens"][n] if "cu_seqlens" in before else 0
+            row = after["out"][0, begin : begin + length] if "cu_seqlens" in before else after["out"][n]
+            assert not row.astype(np.float32).any(), "out of a sequence without a state"

@@ -1,0 +1,33 @@
+"""benchmarks/options.py runs every one of its rows on the CPU, so that no option's row can break unseen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "options.py"
+
+
+def run(*words):
+    pytest.importorskip("torch")
+    return subprocess.run([sys.executable, PROGRAM, *words], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_option_runs(tmp_path):
+    figures = tmp_path / "options.json"
+    done = run("--device", "cpu", "--shape", "4:64,80", "--rounds", "1", "--json", figures)
+    assert done.returncode == 0, done.stderr
+    names = {row["name"] for row in json.loads(figures.read_text())["rows"]}
+    assert len(names) >= 10
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(json.loads(figures.read_text())["rows"])
+    assert all(line.count("|") == 11 for line in table)
+
+
+def test_an_unknown_row_is_named():
+    done = run("--device", "cpu", "--rows", "no such row")
+    assert done.returncode == 2
+    assert "--rows names none of: slices, pool" in done.stderr
