@@ -5,8 +5,13 @@
 #include "flush.h"
 #include "variant.h"
 
-/* Starting a thread takes some tens of microseconds. A head takes about ten for its state of 64 KiB. */
-enum { MIN_HEADS_PER_THREAD = 4 };
+/* Estimates in nanoseconds, of a core of a server, as decode.c has them. A head is not divided, because the norm
+ * over V needs all of its rows. */
+enum {
+    HEAD_COST = 8000,    /* the state of a head, from memory and back, and its convolution's weights */
+    TOKEN_COST = 2000,   /* a token of a head */
+    THREAD_COST = 50000, /* to start a thread and to wait for its end */
+};
 
 typedef struct job {
     const fkda_decode_layer_problem *problem;
@@ -28,9 +33,11 @@ static bool run_head(void *context, int64_t index, int worker)
 flash_kda_status fkda_cpu_decode_layer(const fkda_decode_layer_problem *p)
 {
     const fkda_decode_problem *d = &p->decode;
-    const job j = {.problem = p, .variant = fkda_cpu_find_variant(d->kernel->info.name)};
-    const int64_t heads = d->sequences * d->heads, useful = heads / MIN_HEADS_PER_THREAD;
-    int threads = d->threads;
-    if (threads > useful) threads = useful > 1 ? (int)useful : 1;
-    return fkda_parallel_for(threads, heads, run_head, (void *)&j) ? FLASH_KDA_OK : fkda_interruption();
+    job j = {.problem = p, .variant = fkda_cpu_find_variant(d->kernel->info.name)};
+    const int64_t heads = d->sequences * d->heads,
+                  tokens = (d->cu_seqlens.data ? d->tokens : d->sequences * d->tokens) * d->heads;
+    const double useful = ((double)heads * HEAD_COST + (double)tokens * TOKEN_COST) / THREAD_COST;
+    int threads = d->threads < FKDA_MAX_THREADS ? d->threads : FKDA_MAX_THREADS;
+    if (useful < threads) threads = useful < 1.0 ? 1 : (int)useful;
+    return fkda_parallel_for(threads, heads, run_head, &j) ? FLASH_KDA_OK : fkda_interruption();
 }

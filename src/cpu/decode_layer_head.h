@@ -1,60 +1,38 @@
 /*
- * decode_layer of one head of one sequence on the CPU, in vectors of fp32. Part of head.h.
+ * decode_layer of one head of one sequence on the CPU. Part of head.h, so compiled once for each instruction
+ * set.
  *
- * First the convolution, the norms, the gates and the write strengths of all tokens, then the recurrence. Rows
- * of V do not depend on each other in the recurrence, so a few rows of the state stay in the first cache
- * through all tokens: the state crosses memory once, whatever the number of tokens. For each token, with
- * x = decay * S of a row:
- *
- *     p = x . k     r = x . q     u = b (v - p)     o = scale (r + u (k . q))     S = x + k u
- *
- * so that the row is read once for both products. The norm over V comes last. A sum runs in an order that
- * depends on nothing, so results do not depend on the number of threads.
+ * The convolution makes queries, keys and values of all tokens in fp32. The recurrence is that of
+ * decode_head.h: blocks of 16 rows of V pass through all tokens, so the state crosses memory once in each
+ * direction. Outputs stay in fp32 until the norm over V, which needs all rows, so a head is not divided. No sum
+ * depends on the number of threads.
  */
 #ifndef FKDA_CPU_DECODE_LAYER_HEAD_H
 #define FKDA_CPU_DECODE_LAYER_HEAD_H
 
-#include "../../kernels/decode/rounding.h"
 #include "../decode_layer_problem.h"
-#include "gate.h"
-#include "state.h"
+#include "decode_head.h"
 
-enum {
-    LAYER_TOKENS = FLASH_KDA_MAX_DECODE_TOKENS,
-    LAYER_PARTS = FKDA_CONV_PARTS,
-    LAYER_ROWS = LANES, /* rows of the state that go through all tokens together */
-};
+enum { LAYER_PARTS = FKDA_CONV_PARTS };
 
 /* What a head of a sequence needs of its tokens. */
 typedef struct layer_tokens {
+    decode_tokens prepared;
+    float value[CHUNK][V];
+    float out[CHUNK][V];
+    float weights[FKDA_CONV_TAPS][K], bias[K]; /* of one part */
     /* Inputs of the convolution: the window, then x of each token. */
-    uint16_t inputs[LAYER_PARTS][FKDA_WINDOW + LAYER_TOKENS][FKDA_DIM];
-    float weights[FKDA_CONV_TAPS][FKDA_DIM], bias[FKDA_DIM]; /* of one part */
-    float q[LAYER_TOKENS][FKDA_DIM], k[LAYER_TOKENS][FKDA_DIM], v[LAYER_TOKENS][FKDA_DIM];
-    float decay[LAYER_TOKENS][FKDA_DIM];
-    float out[LAYER_TOKENS][FKDA_DIM];
-    float write[LAYER_TOKENS], key_query[LAYER_TOKENS]; /* b, and k . q */
-    float u[LAYER_TOKENS][FKDA_DIM];                    /* for records */
-    float block[LAYER_ROWS][FKDA_DIM];                   /* of the state */
+    uint16_t inputs[LAYER_PARTS][FKDA_WINDOW + CHUNK][K];
 } __attribute__((aligned(64))) layer_tokens;
 
-/* A head of a sequence that has a state, and where it begins in the tensors. */
+/* A head of a sequence. */
 typedef struct layer_head {
     const fkda_decode_layer_problem *p;
-    int64_t n, h;
-    fkda_sequence s;
-    int length; /* tokens of the sequence */
-    int64_t from;        /* the slot that the state is read from */
-    int64_t window_slot; /* and the window */
+    fkda_decode_piece piece; /* without steps */
+    int length;              /* tokens of the sequence */
+    int64_t window_slot;     /* that the window is read from */
     int64_t window_column;
 } layer_head;
-
-static inline float layer_sum(vec x)
-{
-    float sum = 0.0f;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
-}
 
 INLINE vec load_either(const void *data, int32_t dtype, int64_t at)
 {
@@ -62,7 +40,7 @@ INLINE vec load_either(const void *data, int32_t dtype, int64_t at)
                                   : load_bf16((const uint16_t *)data + at);
 }
 
-static inline float value_of(const void *data, int32_t dtype, int64_t at)
+static inline float number_at(const void *data, int32_t dtype, int64_t at)
 {
     if (dtype == FLASH_KDA_F32) return ((const float *)data)[at];
     const uint32_t bits = (uint32_t)((const uint16_t *)data)[at] << 16;
@@ -74,12 +52,12 @@ static inline float value_of(const void *data, int32_t dtype, int64_t at)
 /* A column of one part of a head, as fp32. */
 static void read_column(const fkda_channel_view *c, int part, int64_t h, int64_t column, float *to)
 {
-    const int64_t at = fkda_channel_offset(c, part, h * FKDA_DIM, column);
+    const int64_t at = fkda_channel_offset(c, part, h * K, column);
     if (c->channel_stride == 1) {
-        for (int i = 0; i < FKDA_DIM; i += LANES) *vec_at(to + i) = load_either(c->data, c->dtype, at + i);
+        for (int i = 0; i < K; i += LANES) *vec_at(to + i) = load_either(c->data, c->dtype, at + i);
         return;
     }
-    for (int i = 0; i < FKDA_DIM; i++) to[i] = value_of(c->data, c->dtype, at + i * c->channel_stride);
+    for (int i = 0; i < K; i++) to[i] = number_at(c->data, c->dtype, at + i * c->channel_stride);
 }
 
 static void read_inputs(const layer_head *x, layer_tokens *t)
@@ -90,14 +68,14 @@ static void read_inputs(const layer_head *x, layer_tokens *t)
         for (int j = 0; j < FKDA_WINDOW; j++) {
             const uint16_t *from =
                 (const uint16_t *)window->data + x->window_slot * p->conv_slot_stride +
-                fkda_channel_offset(window, part, x->h * FKDA_DIM, x->window_column + j);
-            for (int i = 0; i < FKDA_DIM; i++) t->inputs[part][j][i] = from[i * window->channel_stride];
+                fkda_channel_offset(window, part, x->piece.h * K, x->window_column + j);
+            for (int i = 0; i < K; i++) t->inputs[part][j][i] = from[i * window->channel_stride];
         }
         for (int i = 0; i < x->length; i++)
             memcpy(t->inputs[part][FKDA_WINDOW + i],
                    (const uint16_t *)p->x.data + part * p->x_part_stride +
-                       fkda_row_offset(&p->x, x->s.row, x->s.begin + i, x->h),
-                   FKDA_DIM * sizeof(uint16_t));
+                       fkda_row_offset(&p->x, x->piece.sequence.row, x->piece.sequence.begin + i, x->piece.h),
+                   K * sizeof(uint16_t));
     }
 }
 
@@ -109,9 +87,9 @@ static void write_inputs(const layer_head *x, const layer_tokens *t, const fkda_
     for (int part = 0; part < LAYER_PARTS; part++)
         for (int j = 0; j < count; j++) {
             uint16_t *column =
-                (uint16_t *)to->data + at + fkda_channel_offset(to, part, x->h * FKDA_DIM, j);
+                (uint16_t *)to->data + at + fkda_channel_offset(to, part, x->piece.h * K, j);
             const uint16_t *from = t->inputs[part][first + j];
-            for (int i = 0; i < FKDA_DIM; i++) column[i * to->channel_stride] = from[i];
+            for (int i = 0; i < K; i++) column[i * to->channel_stride] = from[i];
         }
 }
 
@@ -124,7 +102,8 @@ static void write_windows(const layer_head *x, const layer_tokens *t)
     if (p->windows.data)
         for (int i = 0; i < length; i++)
             write_inputs(x, t, &p->windows,
-                         x->n * p->windows_sequence_stride + i * p->windows_token_stride, i + 1, FKDA_WINDOW);
+                         x->piece.n * p->windows_sequence_stride + i * p->windows_token_stride, i + 1,
+                         FKDA_WINDOW);
     if (!length || write == FLASH_KDA_WRITE_NONE) return;
     if (write == FLASH_KDA_WRITE_LAST) {
         write_inputs(x, t, &p->conv_state, x->window_slot * p->conv_slot_stride, length, FKDA_WINDOW);
@@ -134,7 +113,7 @@ static void write_windows(const layer_head *x, const layer_tokens *t)
                      (int)(all < columns ? all : columns));
     } else {
         for (int i = 0; i < length; i++) {
-            const int64_t slot = fkda_decode_slot_after(&p->decode, x->n, i);
+            const int64_t slot = fkda_decode_slot_after(&p->decode, x->piece.n, i);
             if (slot != FKDA_NO_SLOT)
                 write_inputs(x, t, &p->conv_state, slot * p->conv_slot_stride, i + 1, FKDA_WINDOW);
         }
@@ -142,16 +121,16 @@ static void write_windows(const layer_head *x, const layer_tokens *t)
 }
 
 /* y of all tokens of one part. */
-static void convolve(const layer_head *x, layer_tokens *t, int part, float (*to)[FKDA_DIM])
+static void convolve(const layer_head *x, layer_tokens *t, int part, float (*to)[K])
 {
     const fkda_decode_layer_problem *p = x->p;
-    for (int j = 0; j < FKDA_CONV_TAPS; j++) read_column(&p->weight, part, x->h, j, t->weights[j]);
+    for (int j = 0; j < FKDA_CONV_TAPS; j++) read_column(&p->weight, part, x->piece.h, j, t->weights[j]);
     if (p->bias.data)
-        read_column(&p->bias, part, x->h, 0, t->bias);
+        read_column(&p->bias, part, x->piece.h, 0, t->bias);
     else
         memset(t->bias, 0, sizeof t->bias);
     for (int i = 0; i < x->length; i++)
-        for (int c = 0; c < FKDA_DIM; c += LANES) {
+        for (int c = 0; c < K; c += LANES) {
             vec sum = load(t->bias + c);
             for (int j = 0; j < FKDA_CONV_TAPS; j++)
                 sum += load(t->weights[j] + c) * load_bf16(t->inputs[part][i + j] + c);
@@ -159,239 +138,168 @@ static void convolve(const layer_head *x, layer_tokens *t, int part, float (*to)
         }
 }
 
-static void normalise_layer(float x[FKDA_DIM])
+/* The tensors that decode takes too. There are no q, k and v. */
+static tokens layer_tokens_at(const layer_head *x)
+{
+    const fkda_decode_problem *d = &x->p->decode;
+    const int64_t row = x->piece.sequence.row, token = x->piece.sequence.begin;
+    return (tokens){
+        .g = rows_of(&d->g, row, token, x->piece.h),
+        .beta = rows_of(&d->beta, row, token, x->piece.h),
+        .g_is_f32 = d->g.dtype == FLASH_KDA_F32,
+        .beta_is_f32 = d->beta.dtype == FLASH_KDA_F32,
+        .out = (uint16_t *)d->out.data + fkda_row_offset(&d->out, row, token, x->piece.h),
+        .out_stride = d->out.token_stride,
+        .count = x->length,
+    };
+}
+
+static float product_of(const float *a, const float *b)
 {
     vec sum = {0};
-    for (int i = 0; i < FKDA_DIM; i += LANES) sum += load(x + i) * load(x + i);
-    const float factor = 1.0f / sqrtf(layer_sum(sum) + 1e-6f);
-    for (int i = 0; i < FKDA_DIM; i += LANES) *vec_at(x + i) *= factor;
+    for (int k = 0; k < K; k += LANES) sum += load(a + k) * load(b + k);
+    return lane_sum(sum);
 }
 
-static void activate_gates(const layer_head *x, layer_tokens *t)
+static void normalise_row(float x[K])
+{
+    const float factor = 1.0f / sqrtf(product_of(x, x) + 1e-6f);
+    for (int k = 0; k < K; k += LANES) *vec_at(x + k) *= factor;
+}
+
+static void prepare_layer(const layer_head *x, const tokens *t, layer_tokens *to)
 {
     const fkda_decode_problem *d = &x->p->decode;
-    const gate_constants gate = make_gate_constants(d->A_log ? d->A_log[x->h] : 0.0f, d->lower_bound, 1);
+    decode_tokens *prepared = &to->prepared;
+    const gate_constants gate =
+        make_gate_constants(d->A_log ? d->A_log[x->piece.h] : 0.0f, d->lower_bound, CHUNK);
+    read_inputs(x, to);
+    convolve(x, to, 0, prepared->query);
+    convolve(x, to, 1, prepared->key);
+    convolve(x, to, 2, to->value);
+    read_write_strengths(prepared->write, t, d->beta_kind);
     for (int i = 0; i < x->length; i++) {
-        const int64_t at = fkda_row_offset(&d->g, x->s.row, x->s.begin + i, x->h);
-        for (int c = 0; c < FKDA_DIM; c += LANES) {
-            const vec g = load_either(d->g.data, d->g.dtype, at + c),
-                      bias = d->dt_bias ? load_f32(d->dt_bias + x->h * FKDA_DIM + c) : splat(0.0f);
-            const vec log2_decay = d->gate == FLASH_KDA_GATE_BOUNDED    ? bounded_gate(&gate, g, bias)
-                                   : d->gate == FLASH_KDA_GATE_SOFTPLUS ? softplus_gate(&gate, g, bias)
-                                                                        : activated_gate(g);
-            *vec_at(t->decay[i] + c) = exp2_at_most_1(log2_decay);
+        if (!d->qk_is_normalised) {
+            normalise_row(prepared->query[i]);
+            normalise_row(prepared->key[i]);
         }
+        prepare_decay(d, t, x->piece.h, i, &gate, prepared->decay[i]);
+        prepared->key_query[i] = product_of(prepared->key[i], prepared->query[i]);
     }
 }
 
-static void read_betas(const layer_head *x, layer_tokens *t)
+/* One token of the rows from v on, whose state is `block`. */
+static void run_layer_token(const layer_head *x, layer_tokens *t, int i, int v, float block[BLOCK])
 {
     const fkda_decode_problem *d = &x->p->decode;
+    const decode_tokens *token = &t->prepared;
+    float by_key[BLOCK_ROWS] __attribute__((aligned(64))), by_query[BLOCK_ROWS] __attribute__((aligned(64)));
+    float u[BLOCK_ROWS] __attribute__((aligned(64)));
+    if (d->state_k_first)
+        read_columns(block, token->decay[i], token->key[i], token->query[i], by_key, by_query);
+    else
+        read_rows(block, token->decay[i], token->key[i], token->query[i], by_key, by_query);
+    for (int c = 0; c < BLOCK_ROWS; c += LANES) {
+        const vec written = token->write[i] * (load(t->value[i] + v + c) - load(by_key + c));
+        *vec_at(u + c) = written;
+        *vec_at(t->out[i] + v + c) = d->scale * (load(by_query + c) + written * token->key_query[i]);
+    }
+    if (d->records) memcpy(record_row(d, &x->piece, i, FKDA_RECORD_U) + v, u, sizeof u);
+    advance(d->state_k_first, block, token->decay[i], token->key[i], u, block);
+}
+
+static void write_layer_block(const layer_head *x, const float *block, int64_t slot, int token, int v)
+{
+    const fkda_decode_problem *d = &x->p->decode;
+    const block_view to = block_at(&d->state, d->state_k_first, slot, x->piece.h, v);
+    write_block(&to, block, d->state_k_first, d->rounding, x->piece.n, token, x->piece.h, v);
+}
+
+static void run_layer_block(const layer_head *x, layer_tokens *t, int v)
+{
+    const fkda_decode_problem *d = &x->p->decode;
+    const block_view from = block_at(&d->state, d->state_k_first, x->piece.slot, x->piece.h, v);
+    float block[BLOCK] __attribute__((aligned(64)));
+    load_block(&from, block, d->state_k_first);
+    if (v + BLOCK_ROWS < V) {
+        const block_view next =
+            block_at(&d->state, d->state_k_first, x->piece.slot, x->piece.h, v + BLOCK_ROWS);
+        prefetch_block(&next);
+    }
     for (int i = 0; i < x->length; i++) {
-        float b = value_of(d->beta.data, d->beta.dtype,
-                           fkda_row_offset(&d->beta, x->s.row, x->s.begin + i, x->h));
-        if (d->beta_kind != FLASH_KDA_BETA_ACTIVATED) b = sigmoid_exp2(splat(b * -LOG2E))[0];
-        t->write[i] = d->beta_kind == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.0f * b : b;
-    }
-}
-
-static void prepare_layer(const layer_head *x, layer_tokens *t)
-{
-    read_inputs(x, t);
-    convolve(x, t, 0, t->q);
-    convolve(x, t, 1, t->k);
-    convolve(x, t, 2, t->v);
-    activate_gates(x, t);
-    read_betas(x, t);
-    for (int i = 0; i < x->length; i++) {
-        if (!x->p->decode.qk_is_normalised) normalise_layer(t->q[i]), normalise_layer(t->k[i]);
-        vec sum = {0};
-        for (int c = 0; c < FKDA_DIM; c += LANES) sum += load(t->q[i] + c) * load(t->k[i] + c);
-        t->key_query[i] = layer_sum(sum);
-    }
-}
-
-/* ---- The state: LAYER_ROWS rows of V from `v` on ---- */
-
-static void load_layer_rows(const fkda_decode_problem *d, int64_t at, int v, float block[LAYER_ROWS][FKDA_DIM])
-{
-    if (!d->state_k_first) {
-        for (int r = 0; r < LAYER_ROWS; r++)
-            for (int c = 0; c < FKDA_DIM; c += LANES)
-                *vec_at(block[r] + c) = load_state_vec(&d->state, at + (v + r) * FKDA_DIM + c);
-        return;
-    }
-    for (int c = 0; c < FKDA_DIM; c += LANES) {
-        vec tile[LANES];
-        for (int i = 0; i < LANES; i++) tile[i] = load_state_vec(&d->state, at + (c + i) * FKDA_DIM + v);
-        transpose(tile);
-        for (int i = 0; i < LANES; i++) *vec_at(block[i] + c) = tile[i];
-    }
-}
-
-/* Rounds rows to bf16 at random, with zeros in the dropped bits. */
-static void round_layer_rows(const layer_head *x, int token, int v, float block[LAYER_ROWS][FKDA_DIM])
-{
-    enum { BLOCK = FKDA_CHANNELS_OF_A_RANDOM_BLOCK };
-    const fkda_decode_problem *d = &x->p->decode;
-    const uint64_t seed = (uint64_t)d->rounding[0], offset = (uint64_t)d->rounding[1];
-    for (int r = 0; r < LAYER_ROWS; r++)
-        for (int c = 0; c < FKDA_DIM; c += BLOCK) {
-            const fkda_random_block random =
-                fkda_random(seed, offset, fkda_random_place(x->n, token, d->heads, x->h, v + r, c / BLOCK));
-            for (int i = 0; i < BLOCK; i++) {
-                uint32_t bits;
-                memcpy(&bits, &block[r][c + i], sizeof bits);
-                bits = (uint32_t)fkda_round_at_random(bits, fkda_random_bits(&random, i)) << 16;
-                memcpy(&block[r][c + i], &bits, sizeof bits);
-            }
-        }
-}
-
-static void store_layer_rows(const layer_head *x, int64_t slot, int token, int v,
-                             float block[LAYER_ROWS][FKDA_DIM])
-{
-    const fkda_decode_problem *d = &x->p->decode;
-    const int64_t at = fkda_state_offset(&d->state, slot, x->h);
-    float rounded[LAYER_ROWS][FKDA_DIM] __attribute__((aligned(64)));
-    if (d->rounding && d->state.dtype == FLASH_KDA_BF16) {
-        memcpy(rounded, block, sizeof rounded);
-        round_layer_rows(x, token, v, rounded);
-        block = rounded;
-    }
-    if (!d->state_k_first) {
-        for (int r = 0; r < LAYER_ROWS; r++)
-            for (int c = 0; c < FKDA_DIM; c += LANES)
-                store_state_vec(&d->state, at + (v + r) * FKDA_DIM + c, load(block[r] + c));
-        return;
-    }
-    for (int c = 0; c < FKDA_DIM; c += LANES) {
-        vec tile[LANES];
-        for (int i = 0; i < LANES; i++) tile[i] = load(block[i] + c);
-        transpose(tile);
-        for (int i = 0; i < LANES; i++) store_state_vec(&d->state, at + (c + i) * FKDA_DIM + v, tile[i]);
-    }
-}
-
-/* One token of LAYER_ROWS rows. */
-static void step_layer_rows(layer_tokens *t, int i, int v, float scale, float block[LAYER_ROWS][FKDA_DIM])
-{
-    const float *decay = t->decay[i], *k = t->k[i], *q = t->q[i];
-    vec of_key[LANES], of_query[LANES];
-    for (int r = 0; r < LAYER_ROWS; r++) {
-        vec p = {0}, o = {0};
-        UNROLL
-        for (int c = 0; c < FKDA_DIM; c += LANES) {
-            const vec x = load(block[r] + c) * load(decay + c);
-            *vec_at(block[r] + c) = x;
-            p += x * load(k + c);
-            o += x * load(q + c);
-        }
-        of_key[r] = p, of_query[r] = o;
-    }
-    const vec p = lane_sums(of_key), o = lane_sums(of_query);
-    const vec u = t->write[i] * (load(t->v[i] + v) - p);
-    *vec_at(t->u[i] + v) = u;
-    *vec_at(t->out[i] + v) = scale * (o + u * t->key_query[i]);
-    for (int r = 0; r < LAYER_ROWS; r++) {
-        const float of_row = u[r];
-        UNROLL
-        for (int c = 0; c < FKDA_DIM; c += LANES) *vec_at(block[r] + c) += load(k + c) * of_row;
-    }
-}
-
-static void run_layer_rows(const layer_head *x, layer_tokens *t, int v)
-{
-    const fkda_decode_problem *d = &x->p->decode;
-    load_layer_rows(d, fkda_state_offset(&d->state, x->from, x->h), v, t->block);
-    for (int i = 0; i < x->length; i++) {
-        step_layer_rows(t, i, v, d->scale, t->block);
+        run_layer_token(x, t, i, v, block);
         if (d->write_states != FLASH_KDA_WRITE_EACH) continue;
-        const int64_t slot = fkda_decode_slot_after(d, x->n, i);
-        if (slot != FKDA_NO_SLOT) store_layer_rows(x, slot, i, v, t->block);
+        const int64_t slot = fkda_decode_slot_after(d, x->piece.n, i);
+        if (slot != FKDA_NO_SLOT) write_layer_block(x, block, slot, i, v);
     }
-    if (d->write_states == FLASH_KDA_WRITE_LAST && x->length) store_layer_rows(x, x->from, 0, v, t->block);
+    if (d->write_states == FLASH_KDA_WRITE_LAST) write_layer_block(x, block, x->piece.slot, 0, v);
 }
 
-/* ---- Outputs ---- */
-
-static void finish_layer(const layer_head *x, layer_tokens *t)
+/* The norm over V and the output gate. */
+static void finish_layer(const layer_head *x, const tokens *to, const layer_tokens *t)
 {
     const fkda_decode_layer_problem *p = x->p;
-    const fkda_token_view *to = &p->decode.out, *gate = &p->output_gate;
+    const fkda_token_view *gate = &p->output_gate;
     for (int i = 0; i < x->length; i++) {
-        const int64_t token = x->s.begin + i, at = fkda_row_offset(to, x->s.row, token, x->h);
-        vec sum = {0};
-        for (int c = 0; c < FKDA_DIM; c += LANES) sum += load(t->out[i] + c) * load(t->out[i] + c);
-        const float factor = 1.0f / sqrtf(layer_sum(sum) / FKDA_DIM + p->norm_eps);
-        for (int c = 0; c < FKDA_DIM; c += LANES) {
-            vec o = load(t->out[i] + c);
-            if (p->norm_weight) o *= factor * load_either(p->norm_weight, p->norm_weight_dtype, c);
-            if (gate->data)
-                o *= sigmoid_exp2(load_either(gate->data, gate->dtype,
-                                              fkda_row_offset(gate, x->s.row, token, x->h) + c) *
-                                  -LOG2E);
-            store_bf16((uint16_t *)to->data + at + c, o);
+        const int64_t gate_at =
+            fkda_row_offset(gate, x->piece.sequence.row, x->piece.sequence.begin + i, x->piece.h);
+        const float factor = 1.0f / sqrtf(product_of(t->out[i], t->out[i]) / V + p->norm_eps);
+        for (int v = 0; v < V; v += LANES) {
+            vec o = load(t->out[i] + v);
+            if (p->norm_weight) o *= factor * load_either(p->norm_weight, p->norm_weight_dtype, v);
+            if (gate->data) o *= sigmoid_exp2(load_either(gate->data, gate->dtype, gate_at + v) * -LOG2E);
+            store_bf16(to->out + i * to->out_stride + v, o);
         }
-    }
-}
-
-static float *record_of(const layer_head *x, int i)
-{
-    const fkda_decode_problem *d = &x->p->decode;
-    return d->records + fkda_record_offset(x->n, d->record_columns, i, d->heads, x->h);
-}
-
-static void write_layer_records(const layer_head *x, const layer_tokens *t)
-{
-    for (int i = 0; i < x->length; i++) {
-        float *to = record_of(x, i);
-        memcpy(to + FKDA_RECORD_DECAY * FKDA_DIM, t->decay[i], sizeof t->decay[i]);
-        memcpy(to + FKDA_RECORD_KEY * FKDA_DIM, t->k[i], sizeof t->k[i]);
-        memcpy(to + FKDA_RECORD_U * FKDA_DIM, t->u[i], sizeof t->u[i]);
     }
 }
 
 /* A sequence without a state gives zeros. */
-static void write_zeros(const layer_head *x, layer_tokens *t)
+static void write_layer_zeros(const layer_head *x, const tokens *to, layer_tokens *t)
 {
     const fkda_decode_layer_problem *p = x->p;
-    const fkda_token_view *to = &p->decode.out;
+    write_zeros(&p->decode, &x->piece, to);
     memset(t->inputs, 0, sizeof t->inputs);
-    for (int i = 0; i < x->length; i++) {
-        memset((uint16_t *)to->data + fkda_row_offset(to, x->s.row, x->s.begin + i, x->h), 0,
-               FKDA_DIM * sizeof(uint16_t));
-        if (p->windows.data)
-            write_inputs(x, t, &p->windows,
-                         x->n * p->windows_sequence_stride + i * p->windows_token_stride, 0, FKDA_WINDOW);
-        if (p->decode.records)
-            memset(record_of(x, i), 0, FKDA_RECORD_ROWS * FKDA_DIM * sizeof(float));
-    }
+    for (int i = 0; p->windows.data && i < x->length; i++)
+        write_inputs(x, t, &p->windows,
+                     x->piece.n * p->windows_sequence_stride + i * p->windows_token_stride, 0, FKDA_WINDOW);
+}
+
+/* The tokens of sequence n, which have room in records and windows also if another thread has made the sequence
+ * longer since the check. */
+static fkda_sequence layer_sequence_at(const fkda_decode_layer_problem *p, int64_t n)
+{
+    fkda_sequence s = fkda_decode_sequence_at(&p->decode, n);
+    int64_t most = s.end - s.begin;
+    if (p->decode.records && most > p->decode.record_columns) most = p->decode.record_columns;
+    if (p->windows.data && most > p->windows_columns) most = p->windows_columns;
+    s.end = s.begin + most;
+    return s;
 }
 
 static void run_layer_head(const fkda_decode_layer_problem *p, int64_t n, int64_t h)
 {
     const fkda_decode_problem *d = &p->decode;
-    const int64_t from = fkda_decode_first_slot(d, n);
-    const fkda_sequence s = fkda_decode_sequence_at(d, n);
+    const int64_t slot = fkda_decode_first_slot(d, n);
+    const fkda_sequence s = layer_sequence_at(p, n);
     const layer_head x = {.p = p,
-                          .n = n,
-                          .h = h,
-                          .s = s,
+                          .piece = {.n = n, .h = h, .v_end = V, .sequence = s, .slot = slot},
                           .length = (int)(s.end - s.begin),
-                          .from = from,
-                          .window_slot = fkda_window_slot(p, n, from),
+                          .window_slot = fkda_window_slot(p, n, slot),
                           .window_column = fkda_window_column(p, n)};
-    layer_tokens t;
-    if (x.from == FKDA_NO_SLOT || x.window_slot == FKDA_NO_SLOT) {
-        write_zeros(&x, &t);
+    const tokens t = layer_tokens_at(&x);
+    layer_tokens prepared;
+    if (slot == FKDA_NO_SLOT || x.window_slot == FKDA_NO_SLOT) {
+        write_layer_zeros(&x, &t, &prepared);
         return;
     }
-    prepare_layer(&x, &t);
-    for (int v = 0; v < FKDA_DIM; v += LAYER_ROWS) run_layer_rows(&x, &t, v);
-    finish_layer(&x, &t);
-    if (d->records) write_layer_records(&x, &t);
-    write_windows(&x, &t);
+    if (!x.length) return;
+    const block_view first = block_at(&d->state, d->state_k_first, slot, h, 0);
+    prefetch_block(&first);
+    prepare_layer(&x, &t, &prepared);
+    record_tokens(d, &x.piece, &prepared.prepared);
+    for (int v = 0; v < V; v += BLOCK_ROWS) run_layer_block(&x, &prepared, v);
+    finish_layer(&x, &t, &prepared);
+    write_windows(&x, &prepared);
 }
 
 #endif
