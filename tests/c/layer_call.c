@@ -819,3 +819,25 @@ void layer_check_threads(layer_call *c, int count)
         for (int i = 0; i < LAYER_TENSORS; i++) check_equal(c, (layer_tensor)i, kept[i], "with more threads");
     for (int i = 0; i < LAYER_TENSORS; i++) free(kept[i]);
 }
+
+static void allow_element(layer_call *c, layer_tensor which, const int64_t *index, void *context)
+{
+    (void)context;
+    allow(c, which, index);
+}
+
+static void put_wild(layer_call *c, layer_tensor which, const int64_t *index, void *context)
+{
+    static const double wild[] = {-1.0, 0.0, 1.0, 2.0, 5.0, 17.0, 1000.0, -1000.0, 2147483647.0, -2147483648.0};
+    put(c, which, index, wild[below(context, sizeof wild / sizeof *wild)]);
+}
+
+void layer_check_wild(rng *r, layer_call *c)
+{
+    static const layer_tensor indices[] = {LAYER_STATE_INDICES, LAYER_ACCEPTED, LAYER_SEQLENS},
+                              written[] = {LAYER_OUT, LAYER_STATE, LAYER_CONV_STATE, LAYER_RECORDS,
+                                           LAYER_WINDOWS};
+    for (int i = 0; i < 3; i++) for_each(c, indices[i], put_wild, r);
+    for (int i = 0; i < 5; i++) for_each(c, written[i], allow_element, NULL);
+    if (run(c)) check_damage(c);
+}

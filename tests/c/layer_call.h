@@ -73,4 +73,7 @@ void layer_run_and_check(layer_call *c);
 void layer_check_one_by_one(layer_call *c);
 void layer_check_threads(layer_call *c, int count);
 
+/* Fills the tensors of indices with anything, and checks that a call on a GPU writes to no other memory. */
+void layer_check_wild(rng *r, layer_call *c);
+
 #endif

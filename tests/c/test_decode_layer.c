@@ -46,6 +46,19 @@ static void one_by_one(void)
     }
 }
 
+/* Indices that may be anything. */
+static void wild_indices(void)
+{
+    if (test.device.type != FLASH_KDA_CUDA) return;
+    for (int i = 0; i < (test.quick ? 20 : 200); i++) {
+        rng r = rng_seed(123 + (uint64_t)i);
+        layer_call *c = layer_draw(&r, layer_any_sizes(&r));
+        trying("call %d: %s", i, c->text);
+        layer_check_wild(&r, c);
+        layer_free(c);
+    }
+}
+
 /* The number of threads changes no bit. */
 static void threads(void)
 {
@@ -60,7 +73,8 @@ static void threads(void)
 
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"drawn", drawn}, {"one-by-one", one_by_one}, {"threads", threads}};
+    static const group groups[] = {{"drawn", drawn}, {"one-by-one", one_by_one}, {"threads", threads},
+                                   {"wild-indices", wild_indices}};
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }
