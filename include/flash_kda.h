@@ -440,9 +440,7 @@ FLASH_KDA_API flash_kda_status flash_kda_apply(const flash_kda_apply_params *par
 
 /* As flash_kda_check_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params);
-/* ---- Decode of a whole layer: convolution, recurrence, norm --------------------------------------------- */
-
-enum { FLASH_KDA_CONV_TAPS = 4 }; /* inputs that each output of the convolution depends on */
+/* ---- Decode of a whole layer: convolution, recurrence, norm -------------------------------------------- */
 
 /*
  * The arguments of flash_kda_decode_layer(), which computes one step of a KDA layer between its projections,

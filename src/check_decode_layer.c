@@ -97,8 +97,8 @@ static flash_kda_status check_columns(const flash_kda_tensor *t, const char *nam
                                       int64_t tokens)
 {
     if (t->shape[1] < tokens)
-        return INVALID("%s has %s = %lld; it must be at least T = %lld", name, letter,
-                       (long long)t->shape[1], (long long)tokens);
+        return INVALID("%s has %s = %lld; it must be at least T = %lld", name, letter, (long long)t->shape[1],
+                       (long long)tokens);
     if (t->shape[1] > FKDA_MAX_COLUMNS)
         return INVALID("%s has %s = %lld; it must be at most %d", name, letter, (long long)t->shape[1],
                        FKDA_MAX_COLUMNS);
@@ -137,10 +137,10 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
                       *const x_dims = packed ? "[1, total, 3 * H * D]" : "[N, T, 3 * H * D]",
                       *const beta_dims = packed ? "[1, total, H]" : "[N, T, H]",
                       *const state_dims = p->state_k_first ? "[slots, H, K, V]" : "[slots, H, V, K]";
-    const fkda_requirement by_part = {"weight", "[3, 4, H * D]", 3, {PARTS, TAPS, H * D}, {F32, BF16}, 0,
-                                      FKDA_FREE, false},
-                           by_channel = {"weight", "[3 * H * D, 4]", 2, {PARTS * H * D, TAPS}, {F32, BF16}, 0,
-                                         FKDA_FREE, false};
+    const fkda_requirement by_part = {"weight", "[3, 4, H * D]", 3,    {PARTS, TAPS, H * D}, {F32, BF16},
+                                      0,        FKDA_FREE,       false},
+                           by_channel = {"weight", "[3 * H * D, 4]", 2,    {PARTS * H * D, TAPS}, {F32, BF16},
+                                         0,        FKDA_FREE,        false};
     const struct {
         const flash_kda_tensor *tensor;
         bool optional;
@@ -149,11 +149,21 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
     } tensors[] = {
         {&p->x, false, true, {"x", x_dims, 3, {rows, T, PARTS * H * D}, {BF16}, 0, FKDA_ROWS, false}},
         {&p->weight, false, true, p->weight.ndim == 3 ? by_part : by_channel},
-        {&p->bias, true, true, {"bias", "3 * H * D", 0, {PARTS * H * D}, {F32, BF16}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->bias,
+         true,
+         true,
+         {"bias", "3 * H * D", 0, {PARTS * H * D}, {F32, BF16}, 0, FKDA_CONTIGUOUS, false}},
         {&p->conv_state,
          false,
          true,
-         {"conv_state", "[slots, 3 * H * D, L]", 3, {ANY, PARTS * H * D, ANY}, {BF16}, 0, FKDA_FREE, writes_state}},
+         {"conv_state",
+          "[slots, 3 * H * D, L]",
+          3,
+          {ANY, PARTS * H * D, ANY},
+          {BF16},
+          0,
+          FKDA_FREE,
+          writes_state}},
         {&p->g, false, true, {"g", dims, 4, {rows, T, H, D}, {BF16, F32}, 0, FKDA_ROWS, false}},
         {&p->beta, false, true, {"beta", beta_dims, 3, {rows, T, H}, {BF16, F32}, 0, FKDA_FREE, false}},
         {&p->out, for_reference, true, {"out", dims, 4, {rows, T, H, D}, {BF16}, 0, FKDA_ROWS, true}},
@@ -171,7 +181,14 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
         {&p->state_indices,
          true,
          true,
-         {"state_indices", each ? "[N, S]" : "[N]", each ? 2 : 1, {N, ANY}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+         {"state_indices",
+          each ? "[N, S]" : "[N]",
+          each ? 2 : 1,
+          {N, ANY},
+          {I64, I32},
+          0,
+          FKDA_CONTIGUOUS,
+          false}},
         {&p->num_accepted_tokens,
          true,
          true,
@@ -187,7 +204,13 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
         {&p->conv_windows,
          true,
          true,
-         {"conv_windows", "[N, C, 3 * H * D, 3]", 4, {N, ANY, PARTS * H * D, WINDOW}, {BF16}, 0, FKDA_FREE,
+         {"conv_windows",
+          "[N, C, 3 * H * D, 3]",
+          4,
+          {N, ANY, PARTS * H * D, WINDOW},
+          {BF16},
+          0,
+          FKDA_FREE,
           !for_reference}},
         {&p->rounding, true, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
     };
@@ -337,8 +360,7 @@ static void fill_decode(const flash_kda_decode_layer_params *p, fkda_decode_prob
     out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->interrupt = p->interrupt;
     out->threads = 0;
-    if (p->device.type == FLASH_KDA_CPU)
-        out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
+    if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
 }
 
 static void fill_problem(const flash_kda_decode_layer_params *p, fkda_decode_layer_problem *out)

@@ -32,8 +32,8 @@ flash_kda_status flash_kda_check_decode_layer(const flash_kda_decode_layer_param
     return fkda_check_decode_layer_shapes(params);
 }
 
-/* The other functions are cancellation points, after all work is done and no lock, thread or memory of the call is
- * left (fwd.c). */
+/* The other functions are cancellation points, after all work is done and no lock, thread or memory of the
+ * call is left (fwd.c). */
 flash_kda_status flash_kda_decode_layer(const flash_kda_decode_layer_params *params)
 {
     const flash_kda_status status = decode_layer(params);

@@ -8,7 +8,7 @@
 #include "decode_problem.h"
 
 enum {
-    FKDA_CONV_TAPS = FLASH_KDA_CONV_TAPS,
+    FKDA_CONV_TAPS = 4, /* inputs that each output of the convolution depends on */
     FKDA_WINDOW = FKDA_CONV_TAPS - 1, /* inputs that the convolution keeps */
     FKDA_CONV_PARTS = 3,              /* q, k, v */
 };
@@ -16,9 +16,9 @@ enum {
 /* A tensor of numbers, one for each channel of q, k and v and each of some columns. Strides count elements.
  */
 typedef struct fkda_channel_view {
-    void *data;                                       /* or NULL */
+    void *data;                                         /* or NULL */
     int64_t part_stride, channel_stride, column_stride; /* from q to k and from k to v; and so on */
-    int32_t dtype;                                    /* flash_kda_dtype */
+    int32_t dtype;                                      /* flash_kda_dtype */
 } fkda_channel_view;
 
 typedef struct fkda_decode_layer_problem {
@@ -29,10 +29,10 @@ typedef struct fkda_decode_layer_problem {
     fkda_channel_view bias;       /* of one column */
     fkda_channel_view conv_state; /* of `window_columns` columns, with as many slots as decode.state */
     int64_t conv_slot_stride;
-    int64_t window_columns; /* L */
+    int64_t window_columns;    /* L */
     fkda_channel_view windows; /* conv_windows */
     int64_t windows_sequence_stride, windows_token_stride;
-    int64_t windows_columns; /* C */
+    int64_t windows_columns;     /* C */
     fkda_token_view output_gate; /* data is NULL if it is absent */
     const void *norm_weight;     /* [128], or NULL */
     int32_t norm_weight_dtype;

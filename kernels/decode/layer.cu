@@ -1,6 +1,6 @@
 /*
- * decode_layer for compute capability 8.0 and newer: convolution, recurrence and norm of a few tokens of each of
- * many sequences, in one launch that reads and writes each state once.
+ * decode_layer for compute capability 8.0 and newer: convolution, recurrence and norm of a few tokens of each
+ * of many sequences, in one launch that reads and writes each state once.
  *
  * Algorithm. A CTA has a head of a sequence, because the norm over V needs all rows. Its threads load the
  * state into registers (tile.cuh), convolve meanwhile (layer_prepare.cuh), and take the tokens one after the
@@ -11,8 +11,8 @@
  *
  * k and q lie in shared memory as the convolution gives them. One over their norms, and k . q, are sums that
  * every eight lanes make for themselves beside p and r, so that no barrier stands between the convolution and
- * the recurrence but the one that hands the vectors over. At the end a warp has the outputs of a token and makes
- * the norm over V.
+ * the recurrence but the one that hands the vectors over. At the end a warp has the outputs of a token and
+ * makes the norm over V.
  */
 #include "layer_prepare.cuh"
 
@@ -61,8 +61,7 @@ __device__ __forceinline__ void step_layer(const fkda_decode_args &args, Work wo
     const float u = layer_small().beta[i] * (layer_vector(LAYER_VALUE, i)[row] - p),
                 of_raw_key = u * key_factor;
     if (tile.lane >= ROWS)
-        layer_vector(LAYER_OUT, i)[row] =
-            args.scale * query_factor * __fmaf_rn(of_raw_key, kq, sums[0]);
+        layer_vector(LAYER_OUT, i)[row] = args.scale * query_factor * __fmaf_rn(of_raw_key, kq, sums[0]);
     else if (float *record = find_record(args, work, i, 2))
         record[row] = u;
     if (threadIdx.x == 0) layer_small().key_factor[i] = key_factor;
@@ -120,7 +119,8 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     using State = Tile<is_bf16, k_first>;
     const fkda_decode_args &decode = args.decode;
     const Work work = find_work(decode.heads, 0);
-    const Sequence sequence = single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(decode, work.sequence);
+    const Sequence sequence =
+        single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(decode, work.sequence);
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = FKDA_LAYER_THREADS / 32;
     const long long slot = find_start_slot(decode, work.sequence);
     WindowPlace window = {slot, 0};

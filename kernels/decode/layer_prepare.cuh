@@ -1,9 +1,9 @@
 /*
  * The preparation of decode_layer: the convolution, SiLU, the gates and the write strengths.
  *
- * A thread has two or three jobs: a channel of q, k or v, the decay of a channel, or the factor of a channel of
- * the outputs. It does a job for all tokens, so that the window of a channel slides through registers. A channel belongs to one head and one
- * thread, which reads its window before it writes it.
+ * A thread has two or three jobs: a channel of q, k or v, the decay of a channel, or the factor of a channel
+ * of the outputs. It does a job for all tokens, so that the window of a channel slides through registers. A
+ * channel belongs to one head and one thread, which reads its window before it writes it.
  */
 #ifndef FKDA_DECODE_LAYER_PREPARE_CUH
 #define FKDA_DECODE_LAYER_PREPARE_CUH
@@ -45,7 +45,8 @@ __device__ __forceinline__ LayerSmall &layer_small()
 /* A vector of token i. */
 __device__ __forceinline__ float *layer_vector(int which, int i)
 {
-    return reinterpret_cast<float *>(cta_memory() + FKDA_LAYER_SMALL_BYTES) + (i * LAYER_VECTORS + which) * DIM;
+    return reinterpret_cast<float *>(cta_memory() + FKDA_LAYER_SMALL_BYTES) +
+           (i * LAYER_VECTORS + which) * DIM;
 }
 
 __device__ __forceinline__ float load_number(const void *data, int is_f32, long long at)
@@ -182,8 +183,7 @@ struct DecayJob {
     static __device__ __forceinline__ float load_gate(const fkda_decode_args &args, const Work &work,
                                                       const Sequence &sequence, int channel, int i)
     {
-        return load_number(args.g, args.g_is_f32,
-                           find_row(args.g_strides, sequence, i, work.head) + channel);
+        return load_number(args.g, args.g_is_f32, find_row(args.g_strides, sequence, i, work.head) + channel);
     }
 
     __device__ __forceinline__ void load(const fkda_decode_args &args, const Work &work,
@@ -295,8 +295,8 @@ __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args
     {
         const LayerJobs jobs(work, thread);
         const int place = Tile::place_of_four(jobs.channel / 4 * 4) + jobs.channel % 4;
-        first.run(args, sequence, jobs.first, window, work.sequence,
-                  jobs.has_decay ? LAYER_KEY : LAYER_QUERY, place);
+        first.run(args, sequence, jobs.first, window, work.sequence, jobs.has_decay ? LAYER_KEY : LAYER_QUERY,
+                  place);
         if (jobs.has_decay) {
             decay.run(decode, work, sequence, jobs.channel, place);
             factor.run(args, work, sequence, jobs.channel);

@@ -5,8 +5,8 @@
 #include "flush.h"
 #include "variant.h"
 
-/* Estimates in nanoseconds, of a core of a server, as decode.c has them. A head is not divided, because the norm
- * over V needs all of its rows. */
+/* Estimates in nanoseconds, of a core of a server, as decode.c has them. A head is not divided, because the
+ * norm over V needs all of its rows. */
 enum {
     HEAD_COST = 8000,    /* the state of a head, from memory and back, and its convolution's weights */
     TOKEN_COST = 2000,   /* a token of a head */

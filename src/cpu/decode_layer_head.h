@@ -4,8 +4,8 @@
  *
  * The convolution makes queries, keys and values of all tokens in fp32. The recurrence is that of
  * decode_head.h: blocks of 16 rows of V pass through all tokens, so the state crosses memory once in each
- * direction. Outputs stay in fp32 until the norm over V, which needs all rows, so a head is not divided. No sum
- * depends on the number of threads.
+ * direction. Outputs stay in fp32 until the norm over V, which needs all rows, so a head is not divided. No
+ * sum depends on the number of threads.
  */
 #ifndef FKDA_CPU_DECODE_LAYER_HEAD_H
 #define FKDA_CPU_DECODE_LAYER_HEAD_H
@@ -66,9 +66,8 @@ static void read_inputs(const layer_head *x, layer_tokens *t)
     const fkda_channel_view *window = &p->conv_state;
     for (int part = 0; part < LAYER_PARTS; part++) {
         for (int j = 0; j < FKDA_WINDOW; j++) {
-            const uint16_t *from =
-                (const uint16_t *)window->data + x->window_slot * p->conv_slot_stride +
-                fkda_channel_offset(window, part, x->piece.h * K, x->window_column + j);
+            const uint16_t *from = (const uint16_t *)window->data + x->window_slot * p->conv_slot_stride +
+                                   fkda_channel_offset(window, part, x->piece.h * K, x->window_column + j);
             for (int i = 0; i < K; i++) t->inputs[part][j][i] = from[i * window->channel_stride];
         }
         for (int i = 0; i < x->length; i++)
@@ -86,8 +85,7 @@ static void write_inputs(const layer_head *x, const layer_tokens *t, const fkda_
 {
     for (int part = 0; part < LAYER_PARTS; part++)
         for (int j = 0; j < count; j++) {
-            uint16_t *column =
-                (uint16_t *)to->data + at + fkda_channel_offset(to, part, x->piece.h * K, j);
+            uint16_t *column = (uint16_t *)to->data + at + fkda_channel_offset(to, part, x->piece.h * K, j);
             const uint16_t *from = t->inputs[part][first + j];
             for (int i = 0; i < K; i++) column[i * to->channel_stride] = from[i];
         }
@@ -260,12 +258,12 @@ static void write_layer_zeros(const layer_head *x, const tokens *to, layer_token
     write_zeros(&p->decode, &x->piece, to);
     memset(t->inputs, 0, sizeof t->inputs);
     for (int i = 0; p->windows.data && i < x->length; i++)
-        write_inputs(x, t, &p->windows,
-                     x->piece.n * p->windows_sequence_stride + i * p->windows_token_stride, 0, FKDA_WINDOW);
+        write_inputs(x, t, &p->windows, x->piece.n * p->windows_sequence_stride + i * p->windows_token_stride,
+                     0, FKDA_WINDOW);
 }
 
-/* The tokens of sequence n, which have room in records and windows also if another thread has made the sequence
- * longer since the check. */
+/* The tokens of sequence n, which have room in records and windows also if another thread has made the
+ * sequence longer since the check. */
 static fkda_sequence layer_sequence_at(const fkda_decode_layer_problem *p, int64_t n)
 {
     fkda_sequence s = fkda_decode_sequence_at(&p->decode, n);

@@ -1,6 +1,6 @@
 /* The definition of decode_layer: convolution, recurrence and norm in fp64, one token after the other. It is
- * written to be read and believed, because every other implementation is held to it. The recurrence is that of
- * reference.c. */
+ * written to be read and believed, because every other implementation is held to it. The recurrence is that
+ * of reference.c. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,9 +33,9 @@ static double input_at(const fkda_decode_layer_problem *p, const fkda_sequence *
                        int64_t channel, int64_t t)
 {
     if (t < 0) return number_of(&p->conv_state, window, part, channel, t + FKDA_WINDOW);
-    return fkda_reference_value(
-        p->x.data, p->x.dtype,
-        fkda_row_offset(&p->x, s->row, s->begin + t, 0) + part * p->x_part_stride + channel);
+    return fkda_reference_value(p->x.data, p->x.dtype,
+                                fkda_row_offset(&p->x, s->row, s->begin + t, 0) + part * p->x_part_stride +
+                                    channel);
 }
 
 /* y_t of a channel. */

@@ -79,10 +79,11 @@ void fkda_reference_load(const fkda_state_view *from, int64_t slot, int64_t h, b
     const int64_t k_stride = k_first ? V : 1, v_stride = k_first ? 1 : K;
     for (int k = 0; k < K; k++)
         for (int v = 0; v < V; v++)
-            S[k][v] = slot == FKDA_NO_SLOT
-                          ? 0.0
-                          : fkda_reference_value(from->data, from->dtype,
-                                     fkda_state_offset(from, slot, h) + k * k_stride + v * v_stride);
+            S[k][v] =
+                slot == FKDA_NO_SLOT
+                    ? 0.0
+                    : fkda_reference_value(from->data, from->dtype,
+                                           fkda_state_offset(from, slot, h) + k * k_stride + v * v_stride);
 }
 
 void fkda_reference_store(double S[K][V], double *to)
@@ -99,7 +100,8 @@ void fkda_reference_step(const fkda_problem *p, int64_t row, int64_t token, int6
     load_unit(p, &p->q, fkda_row_offset(&p->q, row, token, of), q);
     load_unit(p, &p->k, fkda_row_offset(&p->k, row, token, of), k);
     const int64_t g = fkda_row_offset(&p->g, row, token, h);
-    for (int i = 0; i < K; i++) decay[i] = exp(log_decay(p, h, i, fkda_reference_value(p->g.data, p->g.dtype, g + i)));
+    for (int i = 0; i < K; i++)
+        decay[i] = exp(log_decay(p, h, i, fkda_reference_value(p->g.data, p->g.dtype, g + i)));
     const int64_t beta = fkda_row_offset(&p->beta, row, token, h);
     const double b = write_strength(p, fkda_reference_value(p->beta.data, p->beta.dtype, beta));
     const int64_t values = fkda_row_offset(&p->v, row, token, h);

@@ -65,8 +65,8 @@ static flash_kda_status launch(const fkda_driver *driver, const fkda_decode_laye
     const flash_kda_status status = fkda_load_module(driver, &module, ordinal);
     if (status != FLASH_KDA_OK) return status;
     const CUresult result = driver->cuLaunchKernel(
-        module.functions[ordinal][kernel], (unsigned)(d->sequences * d->heads), 1, 1, FKDA_LAYER_THREADS, 1, 1,
-        (unsigned)FKDA_LAYER_SHARED_BYTES(tokens), (CUstream)d->stream, pointers, NULL);
+        module.functions[ordinal][kernel], (unsigned)(d->sequences * d->heads), 1, 1, FKDA_LAYER_THREADS, 1,
+        1, (unsigned)FKDA_LAYER_SHARED_BYTES(tokens), (CUstream)d->stream, pointers, NULL);
     return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
 }
 

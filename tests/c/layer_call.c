@@ -16,7 +16,10 @@ static const struct {
     const char *name;
     size_t offset; /* in flash_kda_decode_layer_params */
 } names[LAYER_TENSORS] = {
-#define NAME(x) {#x, offsetof(flash_kda_decode_layer_params, x)}
+#define NAME(x)                                                                                              \
+    {                                                                                                        \
+#x, offsetof(flash_kda_decode_layer_params, x)                                                       \
+    }
     NAME(x),
     NAME(weight),
     NAME(bias),
@@ -154,7 +157,8 @@ static void place_pages(rng *r, layer_call *c, flash_kda_dtype state_dtype, cons
     for (int i = 0; i < 4; i++) state->tensor.shape[i] = state_shape[i];
     for (int i = 0; i < 3; i++) conv->tensor.shape[i] = conv_shape[i];
     const int64_t of_state[] = {page / (int64_t)dtype_size(state_dtype), DIM * DIM, DIM, 1},
-                  of_conv[] = {page / 2, channels_last ? 1 : conv_shape[2], channels_last ? conv_shape[1] : 1};
+                  of_conv[] = {page / 2, channels_last ? 1 : conv_shape[2],
+                               channels_last ? conv_shape[1] : 1};
     memcpy(state->tensor.stride, of_state, sizeof of_state);
     memcpy(conv->tensor.stride, of_conv, sizeof of_conv);
     conv->at = BAND;
@@ -294,7 +298,9 @@ static void draw_pools(rng *r, layer_call *c)
 {
     const int64_t H = c->sizes.heads, C = PARTS * H * DIM;
     const bool each = c->sizes.write == FLASH_KDA_WRITE_EACH;
-    c->window_columns = one_in(r, 2) ? WINDOW : each ? c->slot_columns + 2 + below(r, 2) : WINDOW + below(r, 4);
+    c->window_columns = one_in(r, 2) ? WINDOW
+                        : each       ? c->slot_columns + 2 + below(r, 2)
+                                     : WINDOW + below(r, 4);
     const int64_t state_shape[] = {c->slots, H, DIM, DIM}, conv_shape[] = {c->slots, C, c->window_columns};
     const flash_kda_dtype dtype = either(r);
     if (one_in(r, 2)) {
@@ -537,7 +543,8 @@ static void allow(layer_call *c, layer_tensor which, const int64_t *index)
     const layer_argument *a = &c->arguments[which];
     layer_memory *m = &c->memories[a->memory];
     unsigned char *at = at_element(c, which, m->before, index);
-    for (size_t i = 0; i < dtype_size(a->tensor.dtype); i++) m->may_change[at - m->before + (ptrdiff_t)i] = true;
+    for (size_t i = 0; i < dtype_size(a->tensor.dtype); i++)
+        m->may_change[at - m->before + (ptrdiff_t)i] = true;
 }
 
 /* Sums of squares of what was got, against the truth. */
@@ -608,10 +615,12 @@ static uint16_t input_at(const layer_call *c, int64_t n, int64_t channel, int64_
     if (c->from[n] < 0) return 0;
     if (t < 0) {
         const int64_t column = keeps_drafts(c) ? accepted_at(c, n) - 1 : 0,
-                      index[] = {keeps_drafts(c) ? slot_at(c, n, 0) : c->from[n], channel, column + t + WINDOW};
-        memcpy(&bits,
-               at_element(c, LAYER_CONV_STATE, c->memories[c->arguments[LAYER_CONV_STATE].memory].before, index),
-               sizeof bits);
+                      index[] = {keeps_drafts(c) ? slot_at(c, n, 0) : c->from[n], channel,
+                                 column + t + WINDOW};
+        memcpy(
+            &bits,
+            at_element(c, LAYER_CONV_STATE, c->memories[c->arguments[LAYER_CONV_STATE].memory].before, index),
+            sizeof bits);
         return bits;
     }
     const int64_t index[] = {c->sizes.packed ? 0 : n, c->begin[n] + t, channel};
@@ -631,7 +640,8 @@ static void check_columns(layer_call *c, layer_tensor which, const int64_t *plac
             index[dimensions] = channel;
             index[dimensions + 1] = j;
             allow(c, which, index);
-            memcpy(&got, at_element(c, which, c->memories[c->arguments[which].memory].after, index), sizeof got);
+            memcpy(&got, at_element(c, which, c->memories[c->arguments[which].memory].after, index),
+                   sizeof got);
             const uint16_t want = input_at(c, n, channel, first + j);
             if (got == want) continue;
             CHECK(false, "%s of sequence %lld, channel %lld, column %lld is %04x; it must be %04x",
@@ -777,7 +787,8 @@ void layer_check_one_by_one(layer_call *c)
 {
     static const layer_tensor written[] = {LAYER_OUT, LAYER_STATE, LAYER_CONV_STATE};
     unsigned char *kept[3];
-    if (c->arguments[LAYER_STATE].tensor.dtype == FLASH_KDA_BF16) return; /* It is rounded between the calls. */
+    if (c->arguments[LAYER_STATE].tensor.dtype == FLASH_KDA_BF16)
+        return; /* It is rounded between the calls. */
     if (!run(c)) return;
     for (int i = 0; i < 3; i++) {
         const layer_memory *m = &c->memories[written[i]];
@@ -828,7 +839,8 @@ static void allow_element(layer_call *c, layer_tensor which, const int64_t *inde
 
 static void put_wild(layer_call *c, layer_tensor which, const int64_t *index, void *context)
 {
-    static const double wild[] = {-1.0, 0.0, 1.0, 2.0, 5.0, 17.0, 1000.0, -1000.0, 2147483647.0, -2147483648.0};
+    static const double wild[] = {-1.0, 0.0,    1.0,     2.0,          5.0,
+                                  17.0, 1000.0, -1000.0, 2147483647.0, -2147483648.0};
     put(c, which, index, wild[below(context, sizeof wild / sizeof *wild)]);
 }
 

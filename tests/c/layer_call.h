@@ -55,7 +55,7 @@ typedef struct layer_call {
     int64_t total; /* tokens of all sequences with cu_seqlens, else of one */
     int64_t begin[LAYER_MOST_SEQUENCES], length[LAYER_MOST_SEQUENCES]; /* of a sequence in its batch row */
     int64_t slots, slot_columns, window_columns;
-    int dropped_tokens; /* which tensors have no dimension of tokens, where that is allowed */
+    int dropped_tokens;                 /* which tensors have no dimension of tokens, where that is allowed */
     int64_t from[LAYER_MOST_SEQUENCES]; /* the slot of the state, -1: none */
     layer_argument arguments[LAYER_TENSORS];
     layer_memory memories[LAYER_TENSORS];

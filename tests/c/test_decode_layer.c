@@ -18,8 +18,7 @@ static int number_from(const char *variable, int otherwise)
 /* Calls with any option. */
 static void drawn(void)
 {
-    const int calls =
-        number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? QUICK_CALLS : CALLS);
+    const int calls = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? QUICK_CALLS : CALLS);
     const int seed = number_from("FLASH_KDA_TEST_SEED", SEED);
     for (int i = 0; i < calls; i++) {
         rng r = rng_seed((uint64_t)seed * 1000003 + (uint64_t)i);
@@ -73,8 +72,8 @@ static void threads(void)
 
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"drawn", drawn}, {"one-by-one", one_by_one}, {"threads", threads},
-                                   {"wild-indices", wild_indices}};
+    static const group groups[] = {
+        {"drawn", drawn}, {"one-by-one", one_by_one}, {"threads", threads}, {"wild-indices", wild_indices}};
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }

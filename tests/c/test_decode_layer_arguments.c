@@ -135,7 +135,8 @@ static void structs(void)
     const size_t least = offsetof(flash_kda_decode_layer_params, kernel),
                  sizes[] = {0, least - 8, sizeof rows + 8, sizeof rows - 4};
     for (int i = 0; i < 4; i++)
-        ROWS(text("params->struct_size is %zu; it must be sizeof(flash_kda_decode_layer_params) = %zu (in older "
+        ROWS(text("params->struct_size is %zu; it must be sizeof(flash_kda_decode_layer_params) = %zu (in "
+                  "older "
                   "headers %zu or more)",
                   sizes[i], sizeof rows, least),
              p.struct_size = sizes[i]);
@@ -249,9 +250,11 @@ static void strides(void)
          p.g.stride[3] = 2);
     ROWS("out has stride 64 in dimension 2; its elements must not share memory, so it must be at least 128",
          p.out.stride[2] = 64);
-    ROWS("conv_state has stride 0 in dimension 1; its elements must not share memory, so it must be at least 1",
+    ROWS("conv_state has stride 0 in dimension 1; its elements must not share memory, so it must be at least "
+         "1",
          p.conv_state.stride[1] = 0);
-    ROWS("conv_windows has stride 2 in dimension 1; its elements must not share memory, so it must be at least "
+    ROWS("conv_windows has stride 2 in dimension 1; its elements must not share memory, so it must be at "
+         "least "
          "3",
          p.conv_windows.stride[1] = 2, p.conv_windows.stride[0] = 100000);
     ROWS("state has stride 32760 in dimension 0; its elements must not share memory, so it must be at least "
@@ -317,7 +320,8 @@ static void options(void)
            p.write_states = FLASH_KDA_WRITE_NONE);
     ROWS("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS",
          p.gate = FLASH_KDA_GATE_SOFTPLUS, p.A_log.data = NULL);
-    ROWS("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it must be "
+    ROWS("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it "
+         "must be "
          "absent",
          p.gate = FLASH_KDA_GATE_ACTIVATED);
     int32_t stop = 1;
@@ -355,10 +359,13 @@ static void indices(void)
     if (test.device.type != FLASH_KDA_CPU) return;
     int64_t far[] = {1, 2, 3, 4, 5, 12, 7, 8}, accepted[] = {1, 5}, none[] = {0, 1}, borders[] = {0, 2, 6};
     int64_t long_first[] = {0, 4, 5};
-    PACKED("state_indices[1, 1] is 12; it must be less than 12, the slots of state", p.state_indices.data = far);
+    PACKED("state_indices[1, 1] is 12; it must be less than 12, the slots of state",
+           p.state_indices.data = far);
     far[5] = 6, far[0] = 12;
-    PACKED("state_indices[0, 0] is 12; it must be less than 12, the slots of state", p.state_indices.data = far);
-    PACKED("num_accepted_tokens[1] is 5; it must be in [1, S] = [1, 4]", p.num_accepted_tokens.data = accepted);
+    PACKED("state_indices[0, 0] is 12; it must be less than 12, the slots of state",
+           p.state_indices.data = far);
+    PACKED("num_accepted_tokens[1] is 5; it must be in [1, S] = [1, 4]",
+           p.num_accepted_tokens.data = accepted);
     PACKED("num_accepted_tokens[0] is 0; it must be in [1, S] = [1, 4]", p.num_accepted_tokens.data = none);
     PACKED("cu_seqlens ends with 6; its last entry must be total = 5", p.cu_seqlens.data = borders);
     PACKED("conv_windows has C = 3 and sequence 0 has 4 tokens; C must be at least the longest sequence",

@@ -12,7 +12,9 @@ template <void kernel(fkda_decode_layer_args)> static void run(const void *argum
 
 #define KERNELS(suffix)                                                                                      \
     {"fkda_layer_one_" #suffix, run<fkda_layer_one_##suffix>, sizeof(fkda_decode_layer_args)},               \
-        {"fkda_layer_steps_" #suffix, run<fkda_layer_steps_##suffix>, sizeof(fkda_decode_layer_args)}
+    {                                                                                                        \
+        "fkda_layer_steps_" #suffix, run<fkda_layer_steps_##suffix>, sizeof(fkda_decode_layer_args)          \
+    }
 
 const emulator::Kernel emulator::layer_kernels[] = {
     KERNELS(f32), KERNELS(bf16), KERNELS(k_first_f32), KERNELS(k_first_bf16), {},
