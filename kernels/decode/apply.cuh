@@ -1,6 +1,6 @@
 /*
- * Brings states up to date after drafts were verified: S = D S + sum over j of (D_j k_j) u_j^T, where D_j is the
- * decay from token j to the last accepted token. The state is read and written once.
+ * Brings states up to date after drafts were verified: S = D S + sum over j of (D_j k_j) u_j^T, where D_j is
+ * the decay from token j to the last accepted token. The state is read and written once.
  */
 #ifndef FKDA_DECODE_APPLY_CUH
 #define FKDA_DECODE_APPLY_CUH

@@ -1,8 +1,8 @@
 /*
  * Decode all tokens of a sequence at once, also where they are a tree.
  *
- * Algorithm. Let D_ij be the decay of each channel from token j to token i, along the tokens between them, and
- * D_i the decay from the starting state S0. With "j < i" for "token j is an ancestor of token i",
+ * Algorithm. Let D_ij be the decay of each channel from token j to token i, along the tokens between them,
+ * and D_i the decay from the starting state S0. With "j < i" for "token j is an ancestor of token i",
  *
  *     P_i = S0^T (D_i k_i),  R_i = S0^T (D_i q_i)                      for all tokens, in one pass over S0
  *     u_i = b_i (v_i - P_i - sum over j < i of (k_i . D_ij k_j) u_j)    token after token
@@ -12,8 +12,8 @@
  * A token by itself costs four multiply-adds for each element of the state (steps.cuh), and here two, and one
  * more if the last state is written. A tree costs no more than a chain.
  *
- * Decays are products of the decays of tokens. No division and no logarithm is needed, so that decays of zero,
- * and decays above 1, are as accurate as others.
+ * Decays are products of the decays of tokens. No division and no logarithm is needed, so that decays of
+ * zero, and decays above 1, are as accurate as others.
  *
  * A token that is not an ancestor of another one does not touch it, even if it is NaN.
  */
@@ -47,9 +47,9 @@ __device__ __forceinline__ float multiply_four(const float (&x)[4], const float 
 }
 
 /*
- * A warp walks from token i to the starting state: products with the ancestors, and the key and the query with
- * the decay from the start. The walk of the sequence's last token also leaves the keys with the decay to the
- * last token, and the decay of all tokens in `total`.
+ * A warp walks from token i to the starting state: products with the ancestors, and the key and the query
+ * with the decay from the start. The walk of the sequence's last token also leaves the keys with the decay to
+ * the last token, and the decay of all tokens in `total`.
  *
  * Products with eight ancestors are 16 sums over the warp's lanes, of which every two lanes get one.
  */
@@ -89,8 +89,8 @@ __device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *t
     if (is_last) store_four(total + at, decay[0], decay[1], decay[2], decay[3]);
 }
 
-/* P and R of all tokens. Lanes r and ROWS + r of the eight get P and R of row r, and write P - v in the place of
- * v, and R, for themselves. */
+/* P and R of all tokens. Lanes r and ROWS + r of the eight get P and R of row r, and write P - v in the place
+ * of v, and R, for themselves. */
 template <class Tile> __device__ __forceinline__ void multiply_start(const Tile &tile, const Small &small)
 {
 #pragma unroll 1

@@ -1,17 +1,17 @@
 /*
- * Decode for compute capability 8.0 and newer: a few tokens of each of many sequences, in one launch that reads
- * and writes each state once.
+ * Decode for compute capability 8.0 and newer: a few tokens of each of many sequences, in one launch that
+ * reads and writes each state once.
  *
  * Algorithm. A CTA has some rows of V of one head of one sequence: all 128, or fewer, because CTAs in smaller
  * pieces keep the memory busier, and because few heads alone would leave SMs idle. Rows do not depend on each
  * other, and a row is computed by eight lanes in any case, so results do not depend on the division.
  *
  * Optimizations.
- * - A thread issues all loads of its part of the state before anything waits for them. The tokens are prepared
- *   meanwhile. Registers hold the state, two CTAs of 256 threads fit on an SM, and then 128 KB of states are on
- *   their way to or from each SM.
- * - Tokens that follow each other are computed one after the other (steps.cuh) or at once (chunk.cuh). The host
- *   chooses.
+ * - A thread issues all loads of its part of the state before anything waits for them. The tokens are
+ *   prepared meanwhile. Registers hold the state, two CTAs of 256 threads fit on an SM, and then 128 KB of
+ *   states are on their way to or from each SM.
+ * - Tokens that follow each other are computed one after the other (steps.cuh) or at once (chunk.cuh). The
+ *   host chooses.
  */
 #include "apply.cuh"
 #include "chunk.cuh"

@@ -1,5 +1,5 @@
-/* What the decode kernels take: a fkda_decode_problem or fkda_apply_problem as the device sees it. Included by
- * C and by CUDA C++. */
+/* What the decode kernels take: a fkda_decode_problem or fkda_apply_problem as the device sees it. Included
+ * by C and by CUDA C++. */
 #ifndef FKDA_DECODE_ARGS_H
 #define FKDA_DECODE_ARGS_H
 

@@ -216,7 +216,8 @@ struct Preparation {
     }
 };
 
-/* Loads the starting state, which begins at element `at` of the pool, and prepares all tokens meanwhile. `single`: there is one token. */
+/* Loads the starting state, which begins at element `at` of the pool, and prepares all tokens meanwhile.
+ * `single`: there is one token. */
 template <int vectors, bool single, class Tile>
 __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, const Work &work,
                                                  const Sequence &sequence, long long at, Tile &tile,

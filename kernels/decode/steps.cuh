@@ -59,7 +59,8 @@ __device__ __forceinline__ void step(const fkda_decode_args &args, Work work, Se
     tile.add(key, u_of_row);
 }
 
-/* `single`: every sequence has one token. Else the tokens of a sequence follow each other: there is no tree. */
+/* `single`: every sequence has one token. Else the tokens of a sequence follow each other: there is no
+ * tree. */
 template <bool is_bf16, bool k_first, bool single>
 __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
 {

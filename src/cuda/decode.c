@@ -24,9 +24,9 @@ enum {
     /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
      * meetings of the CTA that they need cost more than a token does. */
     CHUNK_FROM = 5,
-    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of half
-     * a head let loads of one overlap with stores of another. With more tokens, CTAs that share a head would
-     * prepare them twice. */
+    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of
+     * half a head let loads of one overlap with stores of another. With more tokens, CTAs that share a head
+     * would prepare them twice. */
     SPLIT_FOR_ONE_TOKEN = 1,
     SPLIT_FOR_MORE = 0,
     /* At most. A warp prepares one token at a time, so CTAs for several tokens keep some warps. */
@@ -77,8 +77,8 @@ static int which_decode(const fkda_decode_problem *p)
     if (p->parents.data) return CHUNK;
     if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
-    /* With cu_seqlens the lengths are not known here, and a sequence is computed in one way whatever else is in
-     * the call. */
+    /* With cu_seqlens the lengths are not known here, and a sequence is computed in one way whatever else is
+     * in the call. */
     return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
 }
 
