@@ -112,6 +112,49 @@ __device__ __forceinline__ void clear_layer(const fkda_decode_layer_args &args, 
                     args.windows, work.sequence * args.windows_sequence + i * args.windows_token, j) = 0;
 }
 
+/* The element of state_indices that names the slot where a sequence's state is, as it is in memory. The slot is
+ * looked at once other loads were issued too. */
+struct StartIndex {
+    uint32_t low, high;
+
+    __device__ __forceinline__ void load(const fkda_decode_args &args, int n)
+    {
+        const fkda_index_args &indices = args.state_indices;
+        long long column = 0;
+        low = static_cast<uint32_t>(n), high = 0;
+        if (!indices.data) return;
+        if (args.num_accepted_tokens.data)
+            column = clamp(read_index(args.num_accepted_tokens, n), 1, indices.columns) - 1;
+        const long long i = static_cast<long long>(n) * indices.columns + column;
+        const uint32_t *data = static_cast<const uint32_t *>(indices.data);
+        if (indices.is_i32) {
+            low = data[i];
+        } else {
+            const uint2 both = reinterpret_cast<const uint2 *>(data)[i];
+            low = both.x, high = both.y;
+        }
+        forget(low), forget(high);
+    }
+
+    __device__ __forceinline__ long long slot(const fkda_decode_args &args) const
+    {
+        const unsigned long long bits = static_cast<unsigned long long>(high) << 32 | low;
+        const long long index = args.state_indices.is_i32 ? static_cast<long long>(static_cast<int>(low))
+                                                          : static_cast<long long>(bits);
+        return check_slot(index, args.state_indices.data ? args.first_slot : 0, args.state);
+    }
+};
+
+/* The window that a sequence starts from. `slot` is that of its state. */
+__device__ __forceinline__ WindowPlace find_window(const fkda_decode_layer_args &args, int n, long long slot)
+{
+    const fkda_index_args &accepted = args.decode.num_accepted_tokens;
+    if (!args.keeps_drafts) return {slot, 0};
+    long long column = 0;
+    if (accepted.data) column = clamp(read_index(accepted, n), 1, args.decode.state_indices.columns) - 1;
+    return {find_slot_after(args.decode, n, 0), static_cast<int>(column)};
+}
+
 /* `single`: every sequence has one token. */
 template <bool is_bf16, bool k_first, bool single>
 __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
@@ -122,15 +165,12 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     const Sequence sequence =
         single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(decode, work.sequence);
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = FKDA_LAYER_THREADS / 32;
-    const long long slot = find_start_slot(decode, work.sequence);
-    WindowPlace window = {slot, 0};
-    if (args.keeps_drafts) {
-        window.slot = find_slot_after(decode, work.sequence, 0);
-        if (decode.num_accepted_tokens.data)
-            window.column = static_cast<int>(clamp(read_index(decode.num_accepted_tokens, work.sequence), 1,
-                                                   decode.state_indices.columns)) -
-                            1;
-    }
+    StartIndex start;
+    LayerInputs inputs = {};
+    start.load(decode, work.sequence);
+    if (sequence.length > 0) inputs.load<single>(args, work, sequence);
+    const long long slot = start.slot(decode);
+    const WindowPlace window = find_window(args, work.sequence, slot);
     if (slot == NO_SLOT || window.slot == NO_SLOT) return clear_layer(args, work, sequence);
     if (sequence.left_out)
         clear_outputs(decode, work, sequence, sequence.length, sequence.length + sequence.left_out);
@@ -138,7 +178,7 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     const long long at = find_state(decode.state, slot, work.head);
 
     State tile(work.first_row);
-    prepare_layer(args, work, sequence, at, window, tile);
+    prepare_layer<single>(args, work, sequence, inputs, at, window, tile);
     const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
 #pragma unroll 1
     for (int i = 0; i < sequence.length; i++) {

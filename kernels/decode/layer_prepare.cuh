@@ -49,10 +49,23 @@ __device__ __forceinline__ float *layer_vector(int which, int i)
            (i * LAYER_VECTORS + which) * DIM;
 }
 
-__device__ __forceinline__ float load_number(const void *data, int is_f32, long long at)
+/* Begins to load an element of bf16 or fp32. The compiler would otherwise move the load to where its result is
+ * used, or begin with that use, and wait for it, before it has issued the loads that follow. */
+__device__ __forceinline__ uint32_t begin_load(const void *data, int is_f32, long long at)
 {
-    if (is_f32) return __ldg(static_cast<const float *>(data) + at);
-    return bf16_low(__ldg(static_cast<const uint16_t *>(data) + at));
+    uint32_t bits;
+    if (is_f32)
+        bits = __ldg(static_cast<const uint32_t *>(data) + at);
+    else
+        bits = __ldg(static_cast<const uint16_t *>(data) + at);
+    forget(bits);
+    return bits;
+}
+
+/* What begin_load() has loaded. */
+__device__ __forceinline__ float number_of(uint32_t bits, int is_f32)
+{
+    return __uint_as_float(is_f32 ? bits : bits << 16);
 }
 
 __device__ __forceinline__ float layer_sigmoid(float x)
@@ -91,8 +104,8 @@ struct Channel {
 
 /* The convolution of one channel. */
 struct ConvJob {
-    float weight[TAPS], bias;
-    uint32_t window[WINDOW]; /* bits of bf16, the oldest first */
+    uint32_t weight[TAPS], bias;
+    uint32_t window[WINDOW]; /* bf16, the oldest first */
     uint32_t input;          /* of the next token */
 
     /* Begins to load what does not depend on the slot. */
@@ -100,12 +113,12 @@ struct ConvJob {
                                          const Channel &c)
     {
         const long long at = c.find(args.weight);
-        input = __ldg(c.input(args, sequence, 0));
+        input = begin_load(c.input(args, sequence, 0), false, 0);
 #pragma unroll
         for (int j = 0; j < TAPS; j++)
-            weight[j] = load_number(args.weight.data, args.weight_is_f32, at + j * args.weight.column);
-        bias = 0.0f;
-        if (args.bias.data) bias = load_number(args.bias.data, args.bias_is_f32, c.find(args.bias));
+            weight[j] = begin_load(args.weight.data, args.weight_is_f32, at + j * args.weight.column);
+        bias = 0;
+        if (args.bias.data) bias = begin_load(args.bias.data, args.bias_is_f32, c.find(args.bias));
     }
 
     __device__ __forceinline__ void load_window(const fkda_decode_layer_args &args, const Channel &c,
@@ -113,7 +126,10 @@ struct ConvJob {
     {
         const long long at = place.slot * args.conv_slot_stride + place.column * args.conv_state.column;
 #pragma unroll
-        for (int j = 0; j < WINDOW; j++) window[j] = *c.column(args.conv_state, at, j);
+        for (int j = 0; j < WINDOW; j++) {
+            window[j] = *c.column(args.conv_state, at, j);
+            forget(window[j]);
+        }
     }
 
     __device__ __forceinline__ void store_window(const fkda_channel_args &to, const Channel &c,
@@ -124,12 +140,13 @@ struct ConvJob {
     }
 
     /* y of the next token, whose input moves into the window. */
-    __device__ __forceinline__ float step()
+    __device__ __forceinline__ float step(const fkda_decode_layer_args &args)
     {
-        float sum = bias;
+        float sum = number_of(bias, args.bias_is_f32);
 #pragma unroll
-        for (int j = 0; j < WINDOW; j++) sum = __fmaf_rn(weight[j], bf16_low(window[j]), sum);
-        sum = __fmaf_rn(weight[WINDOW], bf16_low(input), sum);
+        for (int j = 0; j < TAPS; j++)
+            sum = __fmaf_rn(number_of(weight[j], args.weight_is_f32),
+                            bf16_low(j < WINDOW ? window[j] : input), sum);
 #pragma unroll
         for (int j = 0; j < WINDOW - 1; j++) window[j] = window[j + 1];
         window[WINDOW - 1] = input;
@@ -168,7 +185,7 @@ struct ConvJob {
         for (int i = 0; i < sequence.length; i++) {
             forget(c.channel); /* addresses would occupy registers from token to token */
             if (i > 0) input = __ldg(c.input(args, sequence, i));
-            layer_vector(which, i)[place] = step();
+            layer_vector(which, i)[place] = step(args);
             keep(args, c, from, n, i);
         }
         if (args.decode.write_states == FLASH_KDA_WRITE_LAST) store_window(args.conv_state, c, at);
@@ -177,32 +194,34 @@ struct ConvJob {
 
 /* The decay of one channel. */
 struct DecayJob {
-    float a_log, dt_bias;
-    float input; /* of the next token */
+    uint32_t a_log, dt_bias;
+    uint32_t input; /* of the next token */
 
-    static __device__ __forceinline__ float load_gate(const fkda_decode_args &args, const Work &work,
-                                                      const Sequence &sequence, int channel, int i)
+    static __device__ __forceinline__ uint32_t load_gate(const fkda_decode_args &args, const Work &work,
+                                                         const Sequence &sequence, int channel, int i)
     {
-        return load_number(args.g, args.g_is_f32, find_row(args.g_strides, sequence, i, work.head) + channel);
+        return begin_load(args.g, args.g_is_f32, find_row(args.g_strides, sequence, i, work.head) + channel);
     }
 
     __device__ __forceinline__ void load(const fkda_decode_args &args, const Work &work,
                                          const Sequence &sequence, int channel)
     {
         input = load_gate(args, work, sequence, channel, 0);
-        a_log = args.A_log ? __ldg(args.A_log + work.head) : 0.0f;
-        dt_bias = args.dt_bias ? __ldg(args.dt_bias + work.head * DIM + channel) : 0.0f;
+        a_log = dt_bias = 0;
+        if (args.A_log) a_log = begin_load(args.A_log, true, work.head);
+        if (args.dt_bias) dt_bias = begin_load(args.dt_bias, true, work.head * DIM + channel);
     }
 
     /* The decay of the next token. */
     __device__ __forceinline__ float step(const fkda_decode_args &args) const
     {
-        const float slope = sigmoid_gate_slope(a_log);
+        const float slope = sigmoid_gate_slope(__uint_as_float(a_log)), bias = __uint_as_float(dt_bias),
+                    g = number_of(input, args.g_is_f32);
         if (args.gate == FLASH_KDA_GATE_BOUNDED)
-            return decay_from_log2(sigmoid_gate(input, slope, sigmoid_gate_offset(dt_bias, slope),
+            return decay_from_log2(sigmoid_gate(g, slope, sigmoid_gate_offset(bias, slope),
                                                 sigmoid_gate_bound(args.lower_bound)));
-        return decay_from_log2(args.gate == FLASH_KDA_GATE_SOFTPLUS ? softplus_gate(input, slope, dt_bias)
-                                                                    : activated_gate(input));
+        return decay_from_log2(args.gate == FLASH_KDA_GATE_SOFTPLUS ? softplus_gate(g, slope, bias)
+                                                                    : activated_gate(g));
     }
 
     __device__ __forceinline__ void run(const fkda_decode_args &args, const Work &work,
@@ -218,23 +237,22 @@ struct DecayJob {
 
 /* The factor of one channel of the outputs. */
 struct FactorJob {
-    float weight;
-    float gate; /* of the next token */
+    uint32_t weight;
+    uint32_t gate; /* of the next token */
 
-    static __device__ __forceinline__ float load_gate(const fkda_decode_layer_args &args, const Work &work,
-                                                      const Sequence &sequence, int channel, int i)
+    static __device__ __forceinline__ uint32_t load_gate(const fkda_decode_layer_args &args, const Work &work,
+                                                         const Sequence &sequence, int channel, int i)
     {
-        if (!args.output_gate) return INFINITY; /* whose sigmoid is 1 */
-        return load_number(args.output_gate, args.output_gate_is_f32,
-                           find_row(args.output_gate_strides, sequence, i, work.head) + channel);
+        return begin_load(args.output_gate, args.output_gate_is_f32,
+                          find_row(args.output_gate_strides, sequence, i, work.head) + channel);
     }
 
     __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Work &work,
                                          const Sequence &sequence, int channel)
     {
-        weight = 1.0f;
-        if (args.norm_weight) weight = load_number(args.norm_weight, args.norm_weight_is_f32, channel);
-        gate = load_gate(args, work, sequence, channel, 0);
+        weight = gate = 0;
+        if (args.norm_weight) weight = begin_load(args.norm_weight, args.norm_weight_is_f32, channel);
+        if (args.output_gate) gate = load_gate(args, work, sequence, channel, 0);
     }
 
     __device__ __forceinline__ void run(const fkda_decode_layer_args &args, const Work &work,
@@ -242,8 +260,10 @@ struct FactorJob {
     {
 #pragma unroll 1
         for (int i = 0; i < sequence.length; i++) {
-            if (i > 0) gate = load_gate(args, work, sequence, channel, i);
-            layer_vector(LAYER_FACTOR, i)[channel] = weight * layer_sigmoid(gate);
+            if (i > 0 && args.output_gate) gate = load_gate(args, work, sequence, channel, i);
+            float factor = args.norm_weight ? number_of(weight, args.norm_weight_is_f32) : 1.0f;
+            if (args.output_gate) factor *= layer_sigmoid(number_of(gate, args.output_gate_is_f32));
+            layer_vector(LAYER_FACTOR, i)[channel] = factor;
         }
     }
 };
@@ -262,50 +282,81 @@ struct LayerJobs {
     }
 };
 
-/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
-template <class Tile>
-__device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args, const Work &work,
-                                              const Sequence &sequence, long long at,
-                                              const WindowPlace &window, Tile &tile)
-{
-    const fkda_decode_args &decode = args.decode;
-    int thread = static_cast<int>(threadIdx.x);
+/* The inputs of a thread's jobs. */
+struct LayerInputs {
     ConvJob first, second;
     DecayJob decay;
-    FactorJob factor = {};
-    float beta = 0.0f;
-    typename Tile::Loaded loaded;
+    FactorJob factor;
+    uint32_t beta;
+
+    __device__ __forceinline__ void load_second(const fkda_decode_layer_args &args, const Work &work,
+                                                const Sequence &sequence, const LayerJobs &jobs)
     {
-        const LayerJobs jobs(work, thread);
-        first.load(args, sequence, jobs.first);
         if (jobs.has_decay) {
-            decay.load(decode, work, sequence, jobs.channel);
+            decay.load(args.decode, work, sequence, jobs.channel);
             factor.load(args, work, sequence, jobs.channel);
         } else {
             second.load(args, sequence, jobs.second);
         }
+    }
+
+    /* Begins to load what does not depend on the slot. `single`: there is one token. With more tokens there are
+     * no registers for the inputs of all jobs beside the state. */
+    template <bool single>
+    __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Work &work,
+                                         const Sequence &sequence)
+    {
+        const fkda_decode_args &decode = args.decode;
+        const int thread = static_cast<int>(threadIdx.x);
+        const LayerJobs jobs(work, thread);
+        first.load(args, sequence, jobs.first);
+        beta = 0;
         if (thread < sequence.length)
-            beta = load_number(decode.beta, decode.beta_is_f32,
-                               find_row(decode.beta_strides, sequence, thread, work.head));
-        first.load_window(args, jobs.first, window);
-        if (!jobs.has_decay) second.load_window(args, jobs.second, window);
+            beta = begin_load(decode.beta, decode.beta_is_f32,
+                              find_row(decode.beta_strides, sequence, thread, work.head));
+        if (single) load_second(args, work, sequence, jobs);
+    }
+};
+
+/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
+template <bool single, class Tile>
+__device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args, const Work &work,
+                                              const Sequence &sequence, LayerInputs &inputs, long long at,
+                                              const WindowPlace &window, Tile &tile)
+{
+    const fkda_decode_args &decode = args.decode;
+    int thread = static_cast<int>(threadIdx.x);
+    typename Tile::Loaded loaded;
+    {
+        const LayerJobs jobs(work, thread);
+        inputs.first.load_window(args, jobs.first, window);
+        if (single && !jobs.has_decay) inputs.second.load_window(args, jobs.second, window);
     }
     tile.load(loaded, decode.state.data, at);
     forget(thread);
+    /* The compiler does not know that there is one token, so jobs are loops. It would otherwise begin with the
+     * convolution, which waits for its inputs, before it has issued the loads of the state. */
+    Sequence tokens = sequence;
+    forget(tokens.length);
     {
         const LayerJobs jobs(work, thread);
         const int place = Tile::place_of_four(jobs.channel / 4 * 4) + jobs.channel % 4;
-        first.run(args, sequence, jobs.first, window, work.sequence, jobs.has_decay ? LAYER_KEY : LAYER_QUERY,
-                  place);
+        inputs.first.run(args, tokens, jobs.first, window, work.sequence,
+                         jobs.has_decay ? LAYER_KEY : LAYER_QUERY, place);
+        if (!single) {
+            inputs.load_second(args, work, sequence, jobs);
+            if (!jobs.has_decay) inputs.second.load_window(args, jobs.second, window);
+        }
         if (jobs.has_decay) {
-            decay.run(decode, work, sequence, jobs.channel, place);
-            factor.run(args, work, sequence, jobs.channel);
+            inputs.decay.run(decode, work, tokens, jobs.channel, place);
+            inputs.factor.run(args, work, tokens, jobs.channel);
         } else {
-            second.run(args, sequence, jobs.second, window, work.sequence, LAYER_VALUE, jobs.channel);
+            inputs.second.run(args, tokens, jobs.second, window, work.sequence, LAYER_VALUE, jobs.channel);
         }
     }
     if (thread < sequence.length)
-        layer_small().beta[thread] = Preparation(decode, work, sequence).write_strength(beta);
+        layer_small().beta[thread] =
+            Preparation(decode, work, sequence).write_strength(number_of(inputs.beta, decode.beta_is_f32));
     __syncthreads();
     tile.unpack(loaded);
 }
