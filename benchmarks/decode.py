@@ -1,14 +1,16 @@
-"""Times decode on one GPU beside the rate at which the same GPU copies memory, and beside
+"""Times decode beside the rate at which the same GPU or CPU copies memory, and on a GPU beside
 flash-linear-attention's fused_recurrent_kda where that is installed.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --rows 64x12 256x8 --rounds 5 --json decode.json
+    python benchmarks/decode.py --device cpu --rows "64x12 T=1"
 
 A row is a number of sequences x heads, tokens of each sequence, and what happens to the states. A time is the
-median of rounds of CUDA-graph replays. Calls of a graph take turns at slots of one pool that is far beyond the
-L2 cache, in a random order, so that every state comes from memory. "floor" is the time in which the bytes that
-a call has to move (states, records, inputs and outputs) could be copied, "of copy" is floor / time. A row with
-a bar in microseconds, in per cent of the copy rate, or in terms of another row's time says whether it is met.
+median of rounds of CUDA-graph replays, or of plain calls on the CPU. Calls of a graph take turns at slots
+of one pool that is far beyond the L2 cache, in a random order, so that every state comes from memory.
+"floor" is the time in which the bytes that a call has to move (states, records, inputs and outputs) could
+be copied, "of copy" is floor / time. A row with a bar in microseconds, in per cent of the copy rate, or in
+terms of another row's time says whether it is met.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from typing import Any, Callable, NamedTuple
 
 from peer_timing.shapes import DIM
@@ -38,6 +41,7 @@ class Row(NamedTuple):
     bf16: bool = False
     rounds_at_random: bool = False
     k_first: bool = False
+    layer: bool = False  # decode_layer: convolution, recurrence, norm and output gate
     most_us: float | None = None
     least_share: float | None = None
     most_ratio: float | None = None  # to the row with one token
@@ -47,7 +51,7 @@ class Row(NamedTuple):
         words = [f"{self.sequences}x{self.heads}", f"T={self.tokens}", self.writes]
         words += ["bf16" if self.bf16 else "fp32"]
         words += ["at random"] * self.rounds_at_random + ["K first"] * self.k_first
-        words += ["records"] * self.records + ["applied"] * self.applies
+        words += ["records"] * self.records + ["applied"] * self.applies + ["layer"] * self.layer
         return " ".join(words)
 
     @property
@@ -62,6 +66,9 @@ class Row(NamedTuple):
         moved += self.state_bytes * (
             1 if self.writes == "none" else self.tokens + 1 if self.writes == "each" else 2
         )
+        if self.layer:  # the output gate, windows that are read and written, and weights once
+            moved += tokens * DIM * 2 + self.sequences * self.heads * 3 * DIM * 3 * 2 * 2
+            moved += self.heads * 3 * DIM * 4 * 4
         if self.records:
             moved += tokens * RECORD_BYTES
         if self.applies:
@@ -90,6 +97,11 @@ ROWS = [
     Row(256, 32, bf16=True, rounds_at_random=True),
     Row(256, 32, k_first=True),
     Row(1024, 12, least_share=0.88),
+    Row(1, 12, layer=True, most_us=5.5),
+    Row(64, 12, layer=True, most_us=34.0),
+    Row(64, 12, 4, "none", layer=True),
+    Row(256, 32, layer=True),
+    Row(256, 32, bf16=True, layer=True),
 ]
 
 # ---- Timing ------------------------------------------------------------------------------------------------
@@ -98,19 +110,19 @@ ROWS = [
 class Inputs:
     """A pool, and for each call of a graph the tensors of its tokens and its slots."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, device: str) -> None:
         import torch
 
         def normal(*size: int) -> torch.Tensor:
-            return torch.randn(*size, dtype=torch.bfloat16, device="cuda")
+            return torch.randn(*size, dtype=torch.bfloat16, device=device)
 
         # Between two uses of a slot, four times the cache is moved.
         self.sets = max(1, min(64, 4 * L2_BYTES // row.state_bytes))
         columns = row.tokens if row.writes == "each" else 1
         slots = self.sets * row.sequences * columns
         dtype = torch.bfloat16 if row.bf16 else torch.float32
-        self.pool = torch.empty(slots, row.heads, DIM, DIM, dtype=dtype, device="cuda").normal_(std=0.1)
-        order = torch.randperm(slots, device="cuda").to(torch.int32)
+        self.pool = torch.empty(slots, row.heads, DIM, DIM, dtype=dtype, device=device).normal_(std=0.1)
+        order = torch.randperm(slots, device=device).to(torch.int32)
         shape = (self.sets, row.sequences, columns) if columns > 1 else (self.sets, row.sequences)
         self.indices = order.reshape(shape)
         self.tokens = []
@@ -119,13 +131,20 @@ class Inputs:
             x = {name: normal(*wide) for name in "qkvg"}
             x["beta"] = normal(*wide[:3])
             self.tokens.append(x)
-        self.A_log = torch.zeros(row.heads, device="cuda")
-        self.dt_bias = torch.linspace(-10.0, 2.0, DIM, device="cuda").expand(row.heads, DIM).contiguous()
-        self.rounding = torch.tensor([1, 2], device="cuda") if row.rounds_at_random else None
-        self.all_tokens = torch.full((row.sequences,), row.tokens, dtype=torch.int32, device="cuda")
+        channels = 3 * row.heads * DIM
+        self.windows = normal(slots if row.layer else 0, channels, 3)
+        self.weight = normal(channels, 4).float()
+        self.norm_weight = torch.ones(DIM, device=device)
+        for x in self.tokens if row.layer else ():
+            x["x"] = normal(row.sequences, row.tokens, channels)
+            x["output_gate"] = normal(row.sequences, row.tokens, row.heads, DIM)
+        self.A_log = torch.zeros(row.heads, device=device)
+        self.dt_bias = torch.linspace(-10.0, 2.0, DIM, device=device).expand(row.heads, DIM).contiguous()
+        self.rounding = torch.tensor([1, 2], device=device) if row.rounds_at_random else None
+        self.all_tokens = torch.full((row.sequences,), row.tokens, dtype=torch.int32, device=device)
 
 
-def own_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]]:
+def own_calls(row: Row, inputs: Inputs, device: str) -> list[Callable[[], None]]:
     import torch
 
     import flash_kda
@@ -135,8 +154,15 @@ def own_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]]:
         out = torch.empty_like(x["v"])
         records = None
         if row.records:
-            records = torch.empty(row.sequences, row.tokens, row.heads, 3, DIM, device="cuda")
+            records = torch.empty(row.sequences, row.tokens, row.heads, 3, DIM, device=device)
         options = {"state_indices": indices, "rounding": inputs.rounding, "state_v_first": not row.k_first}
+
+        def layer(x: Any = x, out: Any = out, options: Any = options) -> None:
+            flash_kda.decode_layer(
+                x["x"], inputs.weight, None, inputs.windows, x["g"], x["beta"], inputs.A_log, inputs.dt_bias,
+                options["state_indices"], inputs.pool, out=out, lower_bound=-5.0,
+                output_gate=x["output_gate"], norm_weight=inputs.norm_weight, write_states=row.writes,
+            )  # fmt: skip
 
         def call(x: Any = x, out: Any = out, records: Any = records, options: Any = options) -> None:
             flash_kda.decode(
@@ -146,7 +172,7 @@ def own_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]]:
             if row.applies:
                 flash_kda.apply_records(records, inputs.all_tokens, inputs.pool, **options)
 
-        calls.append(call)
+        calls.append(layer if row.layer else call)
     return calls
 
 
@@ -158,7 +184,7 @@ def fla_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]] | None:
         from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
     except ImportError:
         return None
-    if row.writes == "none" or row.records or row.rounds_at_random:
+    if row.writes == "none" or row.records or row.rounds_at_random or row.layer:
         return None
     ends = torch.arange(0, (row.sequences + 1) * row.tokens, row.tokens, device="cuda")
     calls: list[Callable[[], None]] = []
@@ -213,12 +239,28 @@ class Graph:
         return 1e3 * start.elapsed_time(end) / (replays * self.calls)
 
 
-def time_row(row: Row, rounds: int, with_fla: bool) -> tuple[float, float | None]:
+class Plain:
+    """Calls on the CPU, which return when they are done."""
+
+    def __init__(self, calls: list[Callable[[], None]]) -> None:
+        self.calls = calls
+        for call in calls:
+            call()
+
+    def microseconds(self) -> float:
+        """Of one call."""
+        start = time.perf_counter()
+        for call in self.calls:
+            call()
+        return 1e6 * (time.perf_counter() - start) / len(self.calls)
+
+
+def time_row(row: Row, rounds: int, device: str, with_fla: bool) -> tuple[float, float | None]:
     """Microseconds of a call: this library's, and FLA's."""
-    inputs = Inputs(row)
-    graph = Graph(own_calls(row, inputs))
-    own = statistics.median(graph.microseconds() for _ in range(rounds))
-    del graph
+    inputs = Inputs(row, device)
+    timed: Any = (Plain if device == "cpu" else Graph)(own_calls(row, inputs, device))
+    own = statistics.median(timed.microseconds() for _ in range(rounds))
+    del timed
     theirs = None
     calls = fla_calls(row, inputs) if with_fla else None
     if calls:
@@ -230,8 +272,8 @@ def time_row(row: Row, rounds: int, with_fla: bool) -> tuple[float, float | None
     return own, theirs
 
 
-def judge(row: Row, own: float, share: float, one_token: float | None) -> str:
-    if row.most_us is not None:
+def judge(row: Row, own: float, share: float, one_token: float | None, on_gpu: bool) -> str:
+    if row.most_us is not None and on_gpu:
         return f"{row.most_us:.0f} us: {'met' if own <= row.most_us else 'missed'}"
     if row.least_share is not None:
         return f"{100 * row.least_share:.0f}%: {'met' if share >= row.least_share else 'missed'}"
@@ -249,6 +291,7 @@ def main(argv: list[str]) -> None:
     add("--rows", nargs="+", metavar="NAME", help="rows whose name begins so; default: all")
     add("--rounds", type=int, default=3, help="default: 3")
     add("--fla", choices=("yes", "no"), default="yes", help="whether FLA is timed too; default: yes")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     add("--json", metavar="FILE", help="where the figures go, besides the table")
     options = parser.parse_args(argv)
     rows = [row for row in ROWS if options.rows is None or any(row.name.startswith(n) for n in options.rows)]
@@ -257,27 +300,28 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    if not torch.cuda.is_available():
-        parser.error("PyTorch can use no GPU here")
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("PyTorch can use no GPU here (--device cpu times the CPU)")
     from peer_timing.timing import copy_rate
 
     import flash_kda
 
-    rate = copy_rate("cuda")
-    print(
-        f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s, flash_kda {flash_kda.__version__}\n"
-    )
+    rate = copy_rate(options.device)
+    name, version = torch.cuda.get_device_name() if on_gpu else "CPU", flash_kda.__version__
+    print(f"{name}, copies at {rate / 1e12:.3g} TB/s, flash_kda {version}\n")
     print("| call | us | floor, us | of copy | bar | FLA, us |")
     print("| --- | --- | --- | --- | --- | --- |")
     results, one_token = [], {}
     with torch.inference_mode():
         for row in rows:
-            own, theirs = time_row(row, options.rounds, options.fla == "yes")
-            torch.cuda.empty_cache()
+            own, theirs = time_row(row, options.rounds, options.device, options.fla == "yes" and on_gpu)
+            if on_gpu:
+                torch.cuda.empty_cache()
             floor = 1e6 * row.moved_bytes / rate
-            if row.tokens == 1 and not (row.bf16 or row.k_first):
+            if row.tokens == 1 and not (row.bf16 or row.k_first or row.layer):
                 one_token[row.sequences, row.heads] = own
-            verdict = judge(row, own, floor / own, one_token.get((row.sequences, row.heads)))
+            verdict = judge(row, own, floor / own, one_token.get((row.sequences, row.heads)), on_gpu)
             print(
                 f"| {row.name} | {own:.2f} | {floor:.2f} | {100 * floor / own:.1f}% | {verdict} "
                 f"| {f'{theirs:.2f}' if theirs else ''} |",
@@ -286,7 +330,7 @@ def main(argv: list[str]) -> None:
             results.append({"name": row.name, "us": own, "floor_us": floor, "bar": verdict, "fla_us": theirs})
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "copy_rate": rate, "rows": results}, file)
+            json.dump({"device": name, "copy_rate": rate, "rows": results}, file)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ flash_kda_add_kernel(decode kernels/decode/decode.cu
 flash_kda_add_kernel(decode_layer kernels/decode/layer.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 target_sources(flashkda PRIVATE
-  src/cuda/decode.c src/cuda/decode_layer.c src/cuda/nonfinite.c src/cuda/portable/portable.c)
+  src/cuda/decode.c src/cuda/decode_launch.c src/cuda/decode_layer.c
+  src/cuda/nonfinite.c src/cuda/portable/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 
 # The Hopper kernels are compiled for 90a, which alone has wgmma and setmaxnreg; PTX cannot carry these to
@@ -151,6 +152,9 @@ if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_segments kernels/hopper/segments.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_general_fwd kernels/hopper/general_fwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_general_segments kernels/hopper/general_segments.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_bounded kernels/hopper/bounded.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_softplus kernels/hopper/softplus.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_activated kernels/hopper/activated.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_states_fwd kernels/hopper/states_fwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_states_segments kernels/hopper/states_segments.cu ARCHS 90a)
   target_sources(flashkda PRIVATE

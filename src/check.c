@@ -273,7 +273,8 @@ static int32_t features_of(const flash_kda_fwd_params *p, const fkda_shape *s, f
     if (p->gate == FLASH_KDA_GATE_ACTIVATED) features |= FKDA_ACTIVATED;
     if (bounded && !has(&p->A_log, purpose)) features |= FKDA_NO_PARAMETER;
     if (p->gate != FLASH_KDA_GATE_ACTIVATED && !has(&p->dt_bias, purpose)) features |= FKDA_NO_PARAMETER;
-    if (p->g.dtype == FLASH_KDA_F32 || p->beta.dtype == FLASH_KDA_F32) features |= FKDA_FP32_INPUT;
+    if (p->g.dtype == FLASH_KDA_F32) features |= FKDA_FP32_GATES;
+    if (p->beta.dtype == FLASH_KDA_F32) features |= FKDA_FP32_BETA;
     if (p->beta_kind != FLASH_KDA_BETA_SIGMOID) features |= FKDA_BETA_KIND;
     if (p->qk_is_normalised) features |= FKDA_NORMALISED;
     if (p->state_k_first) features |= FKDA_K_FIRST;

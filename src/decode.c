@@ -45,8 +45,8 @@ flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params)
     return fkda_check_apply_shapes(params);
 }
 
-/* The other functions are cancellation points, after all work is done and no lock, thread or memory of the call is
- * left (fwd.c). */
+/* The other functions are cancellation points, after all work is done and no lock, thread or memory of the
+ * call is left (fwd.c). */
 flash_kda_status flash_kda_decode(const flash_kda_decode_params *params)
 {
     const flash_kda_status status = decode(params);

@@ -164,6 +164,7 @@ static const char *feature_text(int32_t features)
         "this beta_kind",
         "q and k that are normalised already",
         "states with K first",
+        "beta in float32",
         "flash_kda_decode() and flash_kda_apply()",
         "flash_kda_decode_layer()",
     };

@@ -24,15 +24,16 @@ typedef enum fkda_feature {
     FKDA_SOFTPLUS = 1 << 4,     /* gate */
     FKDA_ACTIVATED = 1 << 5,    /* gate */
     FKDA_NO_PARAMETER = 1 << 6, /* A_log or dt_bias is absent */
-    FKDA_FP32_INPUT = 1 << 7,   /* g or beta */
+    FKDA_FP32_GATES = 1 << 7,   /* g */
     FKDA_BETA_KIND = 1 << 8,    /* another one than the sigmoid */
     FKDA_NORMALISED = 1 << 9,   /* q and k */
     FKDA_K_FIRST = 1 << 10,     /* states */
+    FKDA_FP32_BETA = 1 << 11,   /* beta, not g */
     /* All of the forward pass. */
-    FKDA_ALL_FEATURES = (1 << 11) - 1,
+    FKDA_ALL_FEATURES = (1 << 12) - 1,
     /* flash_kda_decode() and flash_kda_apply() */
-    FKDA_DECODE = 1 << 11,
-    FKDA_DECODE_LAYER = 1 << 12, /* flash_kda_decode_layer() */
+    FKDA_DECODE = 1 << 12,
+    FKDA_DECODE_LAYER = 1 << 13, /* flash_kda_decode_layer() */
 } fkda_feature;
 
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made

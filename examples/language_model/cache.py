@@ -1,7 +1,8 @@
-"""What a server keeps of each sequence between calls, and the two ways in which it uses it: prefill and decode.
+"""What a server keeps of each sequence between calls, and the two ways in which it uses it: prefill and
+decode.
 
-A layer's cache has two pools. A slot of `state` is the KDA state of a sequence, and a slot of `inputs` has the
-last three inputs of its convolution. A sequence has the same slot in all layers.
+A layer's cache has two pools. A slot of `state` is the KDA state of a sequence, and a slot of `inputs` has
+the last three inputs of its convolution. A sequence has the same slot in all layers.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class LayerCache:
         self.norm = layer.norm.float()
 
     def prefill(self, slot: Tensor, first: bool) -> Callable[..., Tensor]:
-        """The mix of a prompt, or of its next part. slot is an int32 tensor [1]; first: there is no state yet.
-        The state after every 64 tokens is kept in `checkpoints`."""
+        """The mix of a prompt, or of its next part. slot is an int32 tensor [1]; first: there is no state
+        yet. The state after every 64 tokens is kept in `checkpoints`."""
 
         def mix(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
             before = None if first else self.inputs[slot.long()].transpose(1, 2)
@@ -56,8 +57,8 @@ class LayerCache:
         def mix(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
             out = torch.empty_like(g)
             flash_kda.decode_layer(
-                qkv[0], self.weight, None, self.inputs, g, beta, layer.A_log, layer.dt_bias, slots, self.state,
-                out=out, lower_bound=LOWER_BOUND, output_gate=gate[0], norm_weight=self.norm,
+                qkv[0], self.weight, None, self.inputs, g, beta, layer.A_log, layer.dt_bias, slots,
+                self.state, out=out, lower_bound=LOWER_BOUND, output_gate=gate[0], norm_weight=self.norm,
             )  # fmt: skip
             return out
 

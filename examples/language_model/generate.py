@@ -1,8 +1,8 @@
 """Text in, text out: python examples/language_model/generate.py "And the king said" [--sequences 8]
 
-The prompt is computed once, by flash_kda.fwd, into a slot of a pool of states. Then every sequence gets a copy
-of it, and all of them are continued, a byte a step, by one flash_kda.decode_layer a layer. On a GPU the step is
-a CUDA graph. Needs PyTorch and safetensors.
+The prompt is computed once, by flash_kda.fwd, into a slot of a pool of states. Then every sequence gets a
+copy of it, and all of them are continued, a byte a step, by one flash_kda.decode_layer a layer. On a GPU
+the step is a CUDA graph. Needs PyTorch and safetensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Generator:
         self.place = torch.zeros(1, dtype=torch.long, device=device)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Draws the next token of each row. Adding Gumbel noise and taking the largest draws from the softmax."""
+        """Draws the next token of each row. Adding Gumbel noise and taking the largest draws from the
+        softmax."""
         noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
         return (logits.float() + self.warmth * noise).argmax(-1)
 
@@ -41,7 +42,8 @@ class Generator:
         self.tokens.copy_(self.choose(self.model(self.tokens[None], mixes)[0]))
 
     def graph_of_step(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Running it once, to load all kernels, changes what it reads; that is put back."""
+        """The step as a graph. Running it once, to load all kernels, changes what it reads; that is put
+        back."""
         pools = [pool for layer in self.cache.layers for pool in (layer.state, layer.inputs)]
         kept = [x.clone() for x in (*pools, self.tokens, self.place)]
         side = torch.cuda.Stream()
@@ -92,9 +94,8 @@ def main() -> None:
     if N > 4:
         print(f"and {N - 4} more")
     print(f"prompt of {len(prompt)} bytes: {1e3 * (ready - start):.1f} ms, graph included")
-    print(
-        f"{N * options.bytes / (end - ready):,.0f} bytes a second, {1e3 * (end - ready) / options.bytes:.3f} ms a step"
-    )
+    seconds = end - ready
+    print(f"{N * options.bytes / seconds:,.0f} bytes a second, {1e3 * seconds / options.bytes:.3f} ms a step")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Speculative decoding with rollback: python examples/language_model/speculate.py "And the king said"
 
 A draft guesses the next bytes: what followed the last time that the text had the same four bytes. One call of
-the model verifies all guesses: flash_kda.decode leaves the states alone and keeps a record of each token. Then
-flash_kda.apply_records brings the states up to date with the guesses that were right. Needs PyTorch and
-safetensors.
+the model verifies all guesses: flash_kda.decode leaves the states alone and keeps a record of each token.
+Then flash_kda.apply_records brings the states up to date with the guesses that were right. Needs PyTorch
+and safetensors.
 """
 
 from __future__ import annotations

@@ -24,29 +24,35 @@ typedef struct fkda_checkpoint_args {
     int offsets_are_i32, indices_are_i32, starts_are_i32; /* else int64 */
 } fkda_checkpoint_args;
 
+/* What a launch needs first comes first, side by side: an SM fetches parameters in lines of 64 bytes, and the
+ * first chunk waits for each line that finding the first work item touches. */
 typedef struct fkda_fwd_args {
-    const void *q, *k, *v, *g, *beta; /* bf16, or fp32 where a flag says so; flash_kda.h has the shapes */
-    void *out;
-    fkda_token_strides q_strides, k_strides, v_strides, g_strides, beta_strides, out_strides;
-    const float *A_log, *dt_bias; /* or null: zeros */
-    fkda_state_args initial_state, final_state;
-    const void *cu_seqlens;                 /* or null */
-    const void *state_indices;              /* or null: sequence n has slot n */
-    const unsigned char *has_initial_state; /* or null: all have one */
-    long long first_slot;
-    fkda_checkpoint_args checkpoints;
-    long long tokens;      /* of one batch row */
-    long long chunk_bytes; /* bytes from a row of out to the row 16 tokens later */
-    int heads;             /* HV, of all tensors but q and k */
-    int group;             /* HV / H: value heads that share a head of q and k */
+    const void *cu_seqlens; /* or null */
+    long long tokens;       /* of one batch row */
+    int heads;              /* HV, of all tensors but q and k */
+    int group;              /* HV / H: value heads that share a head of q and k */
     int sequences;
-    float scale, lower_bound;
-    int state_is_bf16;
     int cu_seqlens_is_i32, state_indices_are_i32; /* else int64 */
-    int gate, beta_kind;                          /* flash_kda_gate, flash_kda_beta */
-    int g_is_f32, beta_is_f32;                    /* else bf16 */
-    int qk_is_normalised;
+    int state_is_bf16;
     int state_k_first; /* states are [.., K, V] */
+    float lower_bound;
+    fkda_state_args initial_state, final_state;
+    const unsigned char *has_initial_state; /* or null: all have one */
+    const void *state_indices;              /* or null: sequence n has slot n */
+    long long first_slot;
+    const float *A_log, *dt_bias; /* or null: zeros */
+    float scale;
+    int qk_is_normalised;
+    int gate, beta_kind;       /* flash_kda_gate, flash_kda_beta */
+    int g_is_f32, beta_is_f32; /* else bf16 */
+    void *out;
+    fkda_token_strides out_strides;
+    long long chunk_bytes; /* bytes from a row of out to the row 16 tokens later */
+    const void *beta; /* q, k, v, g, beta: bf16, or fp32 where a flag says so; flash_kda.h has the shapes */
+    fkda_token_strides beta_strides;
+    const void *q, *k, *v, *g;
+    fkda_token_strides q_strides, k_strides, v_strides, g_strides;
+    fkda_checkpoint_args checkpoints;
 } fkda_fwd_args;
 
 #endif

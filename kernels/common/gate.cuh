@@ -133,8 +133,8 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
 
 /* ---- Hopper, every gate ---- */
 
-/* The general kernels keep the constants of each gate in a HeadGate. With z = g slope + offset the log2 decay
- * is
+/* Kernels for other gates keep the constants of each gate in a HeadGate. With z = g slope + offset the log2
+ * decay is
  *
  *     bounded      1 / (inverse_bound 2^z + inverse_bound)
  *     softplus     rate log2(1 + 2^z)                         rate = -exp(A_log), in place of inverse_bound
@@ -142,15 +142,16 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
  *
  * Tokens past the end of a sequence have a raw gate that decays by exactly nothing: `neutral`. */
 struct GateOfCall {
-    int kind; /* flash_kda_gate */
+    enum { BOUNDED, SOFTPLUS, ACTIVATED }; /* flash_kda_gate */
+    int kind;
 
     __device__ bool is_bounded() const
     {
-        return kind == 0;
+        return kind == BOUNDED;
     }
     __device__ bool is_softplus() const
     {
-        return kind == 1;
+        return kind == SOFTPLUS;
     }
     __device__ float neutral() const
     {
@@ -182,27 +183,26 @@ __device__ __forceinline__ float hold_log2_decay(float x)
 }
 
 /*
- * log2(1 + 2^z), with a relative error of 4e-7 everywhere: slow channels have z far below zero, and their
- * decays add up over thousands of tokens.
+ * log2(1 + 2^z), with a relative error of at most 1e-5, and of next to nothing where z is far below zero:
+ * such channels are slow, and their decays add up over thousands of tokens. An error of 1e-5 in the logarithm
+ * changes what is left of a state by at most 4e-6 of what it was.
  *
- * With t = 2^-|z| in (0, 1] it is max(z, 0) + log2(1 + t). The polynomial is log2(1 + t) / t, with the
- * coefficients that make its largest relative error least.
+ * With t = 2^-|z| in (0, 1] it is max(z, 0) + log2(1 + t). The polynomial is log2(1 + t) / t, exact at zero,
+ * with the coefficients that make its largest relative error least.
  */
 __device__ __forceinline__ float log2_of_1_plus_ex2(float z)
 {
     const float t = ex2(-fabsf(z));
-    float p = -1.231947261840105e-2f;
-    p = __fmaf_rn(p, t, 6.360789388418198e-2f);
-    p = __fmaf_rn(p, t, -1.553518921136856e-1f);
-    p = __fmaf_rn(p, t, 2.560097575187683e-1f);
-    p = __fmaf_rn(p, t, -3.533948361873627e-1f);
-    p = __fmaf_rn(p, t, 4.800637066364288e-1f);
-    p = __fmaf_rn(p, t, -7.213100790977478e-1f);
-    p = __fmaf_rn(p, t, 1.4426947832107544f);
+    float p = -3.568439893641124e-2f;
+    p = __fmaf_rn(p, t, 1.494525857501165e-1f);
+    p = __fmaf_rn(p, t, -3.064344948826834e-1f);
+    p = __fmaf_rn(p, t, 4.706447523630256e-1f);
+    p = __fmaf_rn(p, t, -7.206831210677531e-1f);
+    p = __fmaf_rn(p, t, LOG2_E);
     return __fmaf_rn(p, t, fmaxf(z, 0.0f)); /* t is NaN if z is */
 }
 
-/* Makes log2 decays of `count` raw gates of one channel. */
+/* Makes log2 decays of `count` raw gates of one channel. Those of unbounded gates may be of any size. */
 template <int count>
 __device__ __forceinline__ void activate_gates(float (&x)[count], GateOfCall call, const HeadGate &gate,
                                                float offset)
@@ -215,10 +215,10 @@ __device__ __forceinline__ void activate_gates(float (&x)[count], GateOfCall cal
             x[i] = rcp(__fmaf_rn(ex2(x[i]), gate.inverse_bound, gate.inverse_bound));
     } else if (call.is_softplus()) {
 #pragma unroll
-        for (int i = 0; i < count; i++) x[i] = hold_log2_decay(gate.inverse_bound * log2_of_1_plus_ex2(x[i]));
+        for (int i = 0; i < count; i++) x[i] = gate.inverse_bound * log2_of_1_plus_ex2(x[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < count; i++) x[i] = hold_log2_decay(x[i] > 0.0f ? 0.0f : x[i]);
+        for (int i = 0; i < count; i++) x[i] = min_or_nan(x[i], 0.0f);
     }
 }
 

@@ -74,6 +74,14 @@ __device__ __forceinline__ float rsqrt_approx(float x)
     return y;
 }
 
+/* The smaller one, or NaN if one of them is NaN. */
+__device__ __forceinline__ float min_or_nan(float x, float y)
+{
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+}
+
 /* d += a b on 16 x 8 += (16 x 8) (8 x 8) tiles of tf32. Lane (g, t) = (lane / 4, lane % 4) has
  *   of d: rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1, 2 t, 2 t + 1
  *   of a: rows g, g + 8, g, g + 8 and depths t, t, t + 4, t + 4

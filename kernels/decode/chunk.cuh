@@ -9,13 +9,18 @@
  *     out_i = scale (R_i + sum over j <= i of (q_i . D_ij k_j) u_j)
  *     S_i = D_i S0 + sum over j <= i of (D_ij k_j) u_j^T                only where a state is written
  *
- * A token by itself costs four multiply-adds for each element of the state (steps.cuh), and here two, and one
- * more if the last state is written. A tree costs no more than a chain.
- *
  * Decays are products of the decays of tokens. No division and no logarithm is needed, so that decays of
  * zero, and decays above 1, are as accurate as others.
  *
  * A token that is not an ancestor of another one does not touch it, even if it is NaN.
+ *
+ * Optimizations.
+ * - Tensor cores compute P, R and what is added to the last state, for eight tokens at a time. A tensor core
+ *   takes 11 bits of the mantissa of an operand, so that operands are divided in a high part and a low part,
+ *   and the product is high high + high low + low high. That leaves out 2^-21 of it. A state of bf16 has no
+ *   low part.
+ * - The sum over the channels may be in any order. The order is such that what a lane loads of a state is
+ *   what the tensor core expects from it (tile.cuh).
  */
 #ifndef FKDA_DECODE_CHUNK_CUH
 #define FKDA_DECODE_CHUNK_CUH
@@ -26,12 +31,35 @@
 namespace fkda
 {
 
+constexpr int TILE_TOKENS = 8; /* that a tensor core computes at a time */
+
 __device__ __forceinline__ float *chunk_vector(int which, int i)
 {
     return vector_at<FKDA_DECODE_VECTORS_OF_A_CHUNK>(which, i);
 }
 
-/* Four neighbouring numbers of a vector in shared memory. */
+/*
+ * The operands of tensor cores, each as a high part and a low part (which = 0 and 1).
+ *
+ * - Keys and queries with the decay from the start, which lie side by side: those of token i and place p are
+ *   numbers 2 p and 2 p + 1 of token i, but with bit 2 flipped in odd tokens.
+ * - Keys with the decay to the last token, of pairs of tokens: those of tokens 2 i and 2 i + 1 and place p are
+ *   numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by those of i.
+ *
+ * The flips are for lanes that read several tokens. They find them in different banks.
+ */
+__device__ __forceinline__ float *start_part(int which, int i)
+{
+    return chunk_vector(which ? START_LOW : START_HIGH, i);
+}
+
+__device__ __forceinline__ float *last_part(const Small &small, int which, int pair)
+{
+    const int tokens = FKDA_DECODE_EIGHTS(small.sequence.length);
+    return chunk_vector(0, tokens) + (2 * pair + which) * (2 * DIM);
+}
+
+/* Four neighbouring numbers in shared memory. */
 __device__ __forceinline__ void read_four(float (&x)[4], const float *from)
 {
     const float4 y = *reinterpret_cast<const float4 *>(from);
@@ -46,14 +74,45 @@ __device__ __forceinline__ float multiply_four(const float (&x)[4], const float 
     return sum;
 }
 
+/* The bits of fp32 that a tensor core takes. */
+constexpr uint32_t TF32_MASK = 0xffffe000u;
+
+/* Divides x in a high part, which is rounded to tf32, and a low part. */
+__device__ __forceinline__ void divide(float &high, float &low, float x)
+{
+    high = __uint_as_float((__float_as_uint(x) + 0x1000u) & TF32_MASK);
+    low = x - high;
+}
+
+/* Writes the parts of two vectors side by side. Of them the lane has numbers of places 4 lane to 4 lane + 3;
+ * `flip` is as above. */
+__device__ __forceinline__ void store_parts(float *high, float *low, int flip, const float (&x)[4],
+                                            const float (&y)[4])
+{
+    const int at = 8 * (static_cast<int>(threadIdx.x) % 32);
+#pragma unroll
+    for (int c = 0; c < 4; c += 2) {
+        float h[4], l[4];
+        divide(h[0], l[0], x[c]), divide(h[1], l[1], y[c]);
+        divide(h[2], l[2], x[c + 1]), divide(h[3], l[3], y[c + 1]);
+        const int to = (at + 2 * c) ^ flip;
+        store_four(high + to, h[0], h[1], h[2], h[3]);
+        store_four(low + to, l[0], l[1], l[2], l[3]);
+    }
+}
+
+template <bool is_tree> __device__ __forceinline__ int parent_of(const Small &small, int i)
+{
+    return is_tree ? small.parent[i] : i - 1;
+}
+
 /*
  * A warp walks from token i to the starting state: products with the ancestors, and the key and the query
- * with the decay from the start. The walk of the sequence's last token also leaves the keys with the decay to
- * the last token, and the decay of all tokens in `total`.
+ * with the decay from the start.
  *
  * Products with eight ancestors are 16 sums over the warp's lanes, of which every two lanes get one.
  */
-__device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *total)
+template <bool is_tree> __device__ __forceinline__ void walk(Small &small, int i)
 {
     const int lane = static_cast<int>(threadIdx.x) % 32, at = 4 * lane, which = lane / 2 % 2;
     float k[4], q[4], decay[4] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -64,6 +123,7 @@ __device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *t
     for (int j = i; j >= 0;) {
         float sums[16] = {};
         int mine = -1; /* the token of this lane's sum */
+        if (!is_tree) mine = j - lane / 4;
 #pragma unroll
         for (int s = 0; s < 8; s++) {
             if (j < 0) continue;
@@ -72,88 +132,226 @@ __device__ __forceinline__ void walk(Small &small, int i, bool is_last, float *t
             read_four(d, chunk_vector(DECAY, j) + at);
 #pragma unroll
             for (int c = 0; c < 4; c++) x[c] *= decay[c], decay[c] *= d[c];
-            if (is_last) store_four(chunk_vector(KEY_TO_LAST, j) + at, x[0], x[1], x[2], x[3]);
             sums[2 * s] = multiply_four(k, x), sums[2 * s + 1] = multiply_four(q, x);
-            if (lane / 4 == s) mine = j;
-            if (j != i) before |= 1u << j;
-            j = small.parent[j];
+            if (is_tree && lane / 4 == s) mine = j;
+            if (is_tree) before |= 1u << j;
+            j = parent_of<is_tree>(small, j);
         }
         sum_and_scatter<32>(sums);
         if (mine >= 0 && lane % 2 == 0) small.product[which][i][mine] = sums[0];
     }
-    if (lane == 0) small.before[i] = before;
-    store_four(chunk_vector(KEY_FROM_START, i) + at, k[0] * decay[0], k[1] * decay[1], k[2] * decay[2],
-               k[3] * decay[3]);
-    store_four(chunk_vector(QUERY, i) + at, q[0] * decay[0], q[1] * decay[1], q[2] * decay[2],
-               q[3] * decay[3]);
-    if (is_last) store_four(total + at, decay[0], decay[1], decay[2], decay[3]);
+    if (is_tree && lane == 0) small.before[i] = before;
+#pragma unroll
+    for (int c = 0; c < 4; c++) k[c] *= decay[c], q[c] *= decay[c];
+    store_parts(start_part(0, i), start_part(1, i), i % 2 * 4, k, q);
 }
 
-/* P and R of all tokens. Lanes r and ROWS + r of the eight get P and R of row r, and write P - v in the place
- * of v, and R, for themselves. */
-template <class Tile> __device__ __forceinline__ void multiply_start(const Tile &tile, const Small &small)
+/* A warp writes the keys with the decay to the last token, zeros for what is not an ancestor of the last
+ * token, and the decay of all tokens. */
+template <bool is_tree> __device__ __forceinline__ void walk_from_last(Small &small)
 {
+    const int at = 4 * (static_cast<int>(threadIdx.x) % 32), length = small.sequence.length;
+    float decay[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    int next = length - 1; /* on the way to the start */
 #pragma unroll 1
-    for (int i = 0; i < small.sequence.length; i += 2) {
-        float sums[4 * ROWS] = {}; /* (P of each row, then R), each of two tokens */
+    for (int pair = FKDA_DECODE_EIGHTS(length) / 2 - 1; pair >= 0; pair--) {
+        float keys[2][4] = {};
 #pragma unroll
-        for (int j = 0; j < CHANNELS / 4; j++)
+        for (int i = 1; i >= 0; i--) {
+            const int j = 2 * pair + i;
+            if (j != next) continue;
+            float d[4];
+            read_four(keys[i], chunk_vector(KEY, j) + at);
+            read_four(d, chunk_vector(DECAY, j) + at);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float4 y = tile.read(chunk_vector(e < 2 ? KEY_FROM_START : QUERY, i + e % 2), j);
+            for (int c = 0; c < 4; c++) keys[i][c] *= decay[c], decay[c] *= d[c];
+            next = parent_of<is_tree>(small, j);
+        }
+        store_parts(last_part(small, 0, pair), last_part(small, 1, pair), pair % 4 * 8, keys[0], keys[1]);
+    }
+    store_four(small.total + at, decay[0], decay[1], decay[2], decay[3]);
+}
+
+template <bool is_tree> __device__ __forceinline__ void walk_all(Small &small, bool writes_last)
+{
+    const int length = small.sequence.length, warp = static_cast<int>(threadIdx.x) / 32,
+              warps = static_cast<int>(blockDim.x) / 32;
+    if (writes_last && warp == 0) walk_from_last<is_tree>(small);
+#pragma unroll 1
+    for (int pass = 0; pass * warps < length; pass++) {
+        /* Later tokens have longer walks: every other pass goes backwards. */
+        const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
+        if (i < length) walk<is_tree>(small, i);
+    }
+}
+
+/* P - v, which takes the place of v in shared memory, and R of all tokens, in the warp's rows. */
+template <bool has_low, class Tile>
+__device__ __forceinline__ void multiply_start(const Tile &tile, const Small &small)
+{
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = tile.lane;
+#pragma unroll 1
+    for (int first = 0; first < small.sequence.length; first += TILE_TOKENS) {
+        const int token = first + g, flip = token % 2 * 4;
+        const float *parts = start_part(0, token) + 8 * t;
+        float sums[2][4] = {}, small_sums[2][4] = {}; /* of rows of V 2 n and 2 n + 1 */
+        /* The subtracted number is 0. With it the compiler makes the low parts of the state in each turn, and
+         * not once: there are no registers to keep them. */
+        const uint32_t mask = TF32_MASK - static_cast<uint32_t>(first / MAX_TOKENS);
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    const float *x = &tile.x[r][4 * j];
-                    float &sum = sums[2 * (e / 2 * ROWS + r) + e % 2];
-                    sum = __fmaf_rn(x[0], y.x, sum), sum = __fmaf_rn(x[1], y.y, sum);
-                    sum = __fmaf_rn(x[2], y.z, sum), sum = __fmaf_rn(x[3], y.w, sum);
-                }
+        for (int c = 0; c < Tile::CHANNELS; c += 2) {
+            float high[4], low[4];
+            const float *from = parts + c / 4 * 32 + (c % 4 ? 4 - flip : flip);
+            read_four(high, from), read_four(low, from + (START_LOW - START_HIGH) * DIM);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float x = tile.x[r][c], y = tile.x[r][c + 1];
+                mma_tf32(sums[r], high[0], high[1], high[2], high[3], x, y);
+                mma_tf32(small_sums[r], low[0], low[1], low[2], low[3], x, y);
+                if (has_low)
+                    mma_tf32(small_sums[r], high[0], high[1], high[2], high[3],
+                             x - __uint_as_float(__float_as_uint(x) & mask),
+                             y - __uint_as_float(__float_as_uint(y) & mask));
             }
-        sum_and_scatter<8>(sums);
-        const int row = tile.row + tile.lane % ROWS;
+        }
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            if (tile.lane < ROWS)
-                chunk_vector(VALUE, i + e)[row] = sums[e] - chunk_vector(VALUE, i + e)[row];
-            else
-                chunk_vector(OUTPUT, i + e)[row] = sums[e];
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[r][i] += small_sums[r][i];
+        /* The lane has P and R of the token in columns 2 t and 2 t + 1, which are rows 4 t to 4 t + 3 of the
+         * warp. */
+        const int row = tile.row - 2 * g + 4 * t;
+        float *value = chunk_vector(VALUE, token) + row, v[4];
+        read_four(v, value);
+        store_four(value, sums[0][0] - v[0], sums[1][0] - v[1], sums[0][1] - v[2], sums[1][1] - v[3]);
+        store_four(chunk_vector(OUTPUT, token) + row, sums[0][2], sums[1][2], sums[0][3], sums[1][3]);
+    }
+    __syncwarp(); /* the warp's lanes read each other's numbers */
+}
+
+/* -u of all tokens in one row of V. Both lanes that have the row compute it. */
+template <bool is_tree>
+__device__ __forceinline__ void find_minus_u(float (&minus_u)[MAX_TOKENS], const Small &small, int row)
+{
+#pragma unroll
+    for (int first = 0; first < MAX_TOKENS; first += 4) {
+        if (first >= small.sequence.length) break;
+        float x[4], beta[4];
+        read_four(beta, small.beta + first);
+#pragma unroll
+        for (int e = 0; e < 4; e++) x[e] = chunk_vector(VALUE, first + e)[row];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int i = first + e;
+            const uint32_t before = is_tree ? small.before[i] : 0;
+#pragma unroll
+            for (int four = 0; four < i; four += 4) {
+                float product[4];
+                read_four(product, &small.product[0][i][four]);
+#pragma unroll
+                for (int j = four; j < i && j < four + 4; j++)
+                    if (!is_tree || before >> j & 1)
+                        x[e] = __fmaf_rn(product[j - four], -minus_u[j], x[e]);
+            }
+            minus_u[i] = beta[e] * x[e];
         }
     }
 }
 
-/* u of all tokens, which takes the place of v in shared memory, and the outputs. */
+/* The outputs of a row of V: those of even tokens by one lane, and those of odd tokens by another. */
+template <bool is_tree>
+__device__ __forceinline__ void store_outputs(const fkda_decode_args &args, const Small &small,
+                                              const float (&minus_u)[MAX_TOKENS], int row, int is_odd)
+{
+    const int length = small.sequence.length;
+    uint16_t *to = static_cast<uint16_t *>(args.out) +
+                   find_row(args.out_strides, small.sequence, is_odd, small.work.head) + row;
+#pragma unroll
+    for (int even = 0; even < MAX_TOKENS; even += 2) {
+        if (even >= length) break;
+        const int i = even + is_odd;
+        const uint32_t before = is_tree ? small.before[i] : 0;
+        float sum = chunk_vector(OUTPUT, i)[row];
+#pragma unroll
+        for (int four = 0; four <= even; four += 4) {
+            float product[4];
+            read_four(product, &small.product[1][i][four]);
+#pragma unroll
+            for (int j = four; j < even + 2 && j < four + 4; j++)
+                if (is_tree ? before >> j & 1 : j <= even || is_odd)
+                    sum = __fmaf_rn(product[j - four], -minus_u[j], sum);
+        }
+        if (i < length) *to = static_cast<uint16_t>(pack_bf16(args.scale * sum, 0.0f));
+        to += 2 * args.out_strides.token;
+    }
+}
+
+/* u of all tokens, which takes the place of P - v in shared memory, and the outputs. */
+template <bool is_tree>
+__device__ __forceinline__ void solve(const fkda_decode_args &args, const Small &small)
+{
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32,
+              row = small.work.first_row + 16 * warp + lane % 16, is_odd = lane / 16;
+    float minus_u[MAX_TOKENS];
+    find_minus_u<is_tree>(minus_u, small, row);
+    store_outputs<is_tree>(args, small, minus_u, row, is_odd);
+    if (!args.records && args.write_states == FLASH_KDA_WRITE_NONE) return;
+    const int length = small.sequence.length;
+    __syncwarp(); /* both lanes have read P - v */
+    if (!is_odd) {
+#pragma unroll
+        for (int i = 0; i < MAX_TOKENS; i++) {
+            if (i % 4 == 0 && i >= length) break;
+            chunk_vector(VALUE, i)[row] = -minus_u[i];
+        }
+    }
+    __syncwarp(); /* lanes read each other's u */
+#pragma unroll 1
+    for (int i = is_odd; i < length; i += 2)
+        if (float *record = find_record(args, small.work, i, 2)) record[row] = chunk_vector(VALUE, i)[row];
+}
+
+/* The last state, made of the starting state in registers. */
 template <class Tile>
-__device__ __forceinline__ void solve(const fkda_decode_args &args, const Tile &tile, const Small &small)
+__device__ __forceinline__ void make_last_state(Tile &tile, const Small &small, bool is_tree)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
-    const bool is_output = tile.lane >= ROWS;
-    float u[MAX_TOKENS];
+    const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = tile.lane, length = small.sequence.length;
+    const uint32_t counts = is_tree ? small.before[length - 1] : (1u << length) - 1;
+    float u[2][4], low_u[2][4]; /* of eight tokens each, of which the lane has 2 t and 2 t + 1 */
 #pragma unroll
-    for (int i = 0; i < MAX_TOKENS; i++) {
-        if (i >= small.sequence.length) break;
-        const float *product = small.product[is_output][i];
-        const uint32_t before = small.before[i];
-        float &value = chunk_vector(VALUE, i)[row];
-        float sum = is_output ? chunk_vector(OUTPUT, i)[row] : value;
-#pragma unroll
-        for (int j = 0; j < i; j++)
-            if (before >> j & 1) sum = __fmaf_rn(product[j], u[j], sum);
-        u[i] = __shfl_sync(~0u, small.beta[i] * -sum, lane & ~ROWS);
-        if (is_output) {
-            store_output(args, small.work, small.sequence, i, row,
-                         args.scale * __fmaf_rn(product[i], u[i], sum));
-        } else {
-            value = u[i];
-            if (float *record = find_record(args, small.work, i, 2)) record[row] = u[i];
-        }
+    for (int i = 0; i < 8; i++) {
+        const int token = i / 4 * TILE_TOKENS + 2 * t + i % 4 / 2;
+        const float x = counts >> token & 1 ? chunk_vector(VALUE, token)[tile.row + i % 2] : 0.0f;
+        u[i / 4][i % 4] = x, low_u[i / 4][i % 4] = x - __uint_as_float(__float_as_uint(x) & TF32_MASK);
     }
-    __syncwarp(); /* the warp's lanes read each other's u */
-}
-
-/* u of token j, of the thread's rows. */
-template <class Tile> __device__ __forceinline__ void read_u(float (&u)[ROWS], const Tile &tile, int j)
-{
-    read_four(u, chunk_vector(VALUE, j) + tile.row);
+    const float *keys = last_part(small, 0, t) + (4 * g ^ t * 8);
+#pragma unroll
+    for (int f = 0; f < Tile::CHANNELS / 4; f++) {
+        float added[2][4] = {}, d[4];
+#pragma unroll
+        for (int eight = 0; eight < 2; eight++) {
+            if (eight * TILE_TOKENS >= length) break;
+            const float(&a)[4] = u[eight], (&low_a)[4] = low_u[eight];
+            float k[4], low_k[4];
+            read_four(k, keys + eight * (TILE_TOKENS * 2 * DIM) + 32 * f);
+            read_four(low_k, keys + eight * (TILE_TOKENS * 2 * DIM) + 32 * f + 2 * DIM);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                mma_tf32(added[e], low_a[0], low_a[1], low_a[2], low_a[3], k[2 * e], k[2 * e + 1]);
+                mma_tf32(added[e], a[0], a[1], a[2], a[3], low_k[2 * e], low_k[2 * e + 1]);
+                mma_tf32(added[e], a[0], a[1], a[2], a[3], k[2 * e], k[2 * e + 1]);
+            }
+        }
+        /* Column 2 t of product e is channel e of the lane's four, and column 2 t + 1 channel 2 + e. */
+        read_four(d, small.total + 16 * f + 4 * t);
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float &x = tile.x[r][4 * f + c];
+                x = __fmaf_rn(x, d[c], added[c % 2][2 * r + c / 2]);
+            }
+    }
 }
 
 /* Stores the state after token i, made of the starting state, to element `at` of the pool. */
@@ -165,32 +363,34 @@ __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, 
     constexpr int PART = Tile::PART;
 #pragma unroll
     for (int part = 0; part < Tile::PARTS; part++) {
-        float decay[PART], y[ROWS][PART] = {};
+        float decay[PART], y[Tile::ROWS][PART] = {};
 #pragma unroll
         for (int e = 0; e < PART; e++) decay[e] = 1.0f;
 #pragma unroll 1
         for (int j = i; j >= 0; j = small.parent[j]) {
-            float u[ROWS];
-            read_u(u, tile, j);
+            float u[Tile::ROWS];
+#pragma unroll
+            for (int r = 0; r < Tile::ROWS; r++) u[r] = chunk_vector(VALUE, j)[tile.row + r];
 #pragma unroll
             for (int four = 0; four < PART / 4; four++) {
-                float k[4], d[4];
-                read_four(k, chunk_vector(KEY, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
-                read_four(d, chunk_vector(DECAY, j) + 32 * (part * PART / 4 + four) + 4 * tile.lane);
+                const float4 k = tile.read(chunk_vector(KEY, j), part * PART / 4 + four),
+                             d = tile.read(chunk_vector(DECAY, j), part * PART / 4 + four);
+                const float ks[4] = {k.x, k.y, k.z, k.w}, ds[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int e = 4 * four + c;
-                    const float key = k[c] * decay[e];
-                    decay[e] *= d[c];
+                    const float key = ks[c] * decay[e];
+                    decay[e] *= ds[c];
 #pragma unroll
-                    for (int r = 0; r < ROWS; r++) y[r][e] = __fmaf_rn(key, u[r], y[r][e]);
+                    for (int r = 0; r < Tile::ROWS; r++) y[r][e] = __fmaf_rn(key, u[r], y[r][e]);
                 }
             }
         }
 #pragma unroll
         for (int e = 0; e < PART; e++)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) y[r][e] = __fmaf_rn(tile.x[r][part * PART + e], decay[e], y[r][e]);
+            for (int r = 0; r < Tile::ROWS; r++)
+                y[r][e] = __fmaf_rn(tile.x[r][part * PART + e], decay[e], y[r][e]);
         tile.store_part(args.state.data, at, part, y, i, rounding);
     }
 }
@@ -220,36 +420,26 @@ template <bool is_bf16, bool k_first>
 __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
 {
     Small &small = *reinterpret_cast<Small *>(cta_memory());
-    Tile<is_bf16, k_first> tile(0);
+    Tile<is_bf16, k_first, 4> tile(0);
     if (!begin_chunk(args, small, tile)) return;
-    {
-        const int length = small.sequence.length;
-        const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
-        const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-#pragma unroll 1
-        for (int pass = 0; pass * warps < length; pass++) {
-            /* Later tokens have longer walks: every other pass goes backwards. */
-            const int i = pass * warps + (pass % 2 ? warps - 1 - warp : warp);
-            if (i < length) walk(small, i, writes_last && i == length - 1, small.total);
-        }
-    }
+    const bool writes_last = args.write_states == FLASH_KDA_WRITE_LAST;
+    if (args.parents.data)
+        walk_all<true>(small, writes_last);
+    else
+        walk_all<false>(small, writes_last);
     __syncthreads();
-    multiply_start(tile, small);
-    solve(args, tile, small);
-    const int length = small.sequence.length;
+    multiply_start<!is_bf16>(tile, small);
+    if (args.parents.data)
+        solve<true>(args, small);
+    else
+        solve<false>(args, small);
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads);
-    if (args.write_states == FLASH_KDA_WRITE_LAST) {
-        tile.decay(small.total);
-#pragma unroll 1
-        for (int j = 0; j < length; j++) {
-            float u[ROWS];
-            read_u(u, tile, j);
-            tile.add(chunk_vector(KEY_TO_LAST, j), u);
-        }
+    if (writes_last) {
+        make_last_state(tile, small, args.parents.data != nullptr);
         tile.store(args.state.data, small.at, 0, rounding);
     } else if (args.write_states == FLASH_KDA_WRITE_EACH) {
 #pragma unroll 1
-        for (int i = 0; i < length; i++) {
+        for (int i = 0; i < small.sequence.length; i++) {
             const long long after = find_slot_after(args, small.work.sequence, i);
             if (after != NO_SLOT)
                 store_state_after(args, tile, small, i, find_state(args.state, after, small.work.head),

@@ -4,34 +4,46 @@
  *
  * Algorithm. A CTA has some rows of V of one head of one sequence: all 128, or fewer, because CTAs in smaller
  * pieces keep the memory busier, and because few heads alone would leave SMs idle. Rows do not depend on each
- * other, and a row is computed by eight lanes in any case, so results do not depend on the division.
+ * other, and a row is summed in one order in any case, so results do not depend on the division.
  *
  * Optimizations.
  * - A thread issues all loads of its part of the state before anything waits for them. The tokens are
- *   prepared meanwhile. Registers hold the state, two CTAs of 256 threads fit on an SM, and then 128 KB of
- *   states are on their way to or from each SM.
- * - Tokens that follow each other are computed one after the other (steps.cuh) or at once (chunk.cuh). The
- *   host chooses.
+ *   prepared meanwhile.
+ * - One token has its own kernel, through which states stream (one.cuh). Tokens that follow each other are
+ *   computed one after the other (steps.cuh) or at once (chunk.cuh), and registers hold the state. The host
+ *   chooses.
+ * - A kernel starts before the previous one in the stream is over, and waits for its end before it touches
+ *   memory (programmatic dependent launch).
  */
 #include "apply.cuh"
 #include "chunk.cuh"
+#include "one.cuh"
 #include "steps.cuh"
 
-#define FKDA_DEFINE_KERNEL(name, arguments, call)                                                            \
-    extern "C" __global__ void __launch_bounds__(FKDA_DECODE_THREADS, FKDA_DECODE_CTAS_PER_SM)               \
+#define FKDA_DEFINE_KERNEL(name, arguments, threads, ctas_per_sm, call)                                      \
+    extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm)                                       \
         name(const __grid_constant__ arguments args)                                                         \
     {                                                                                                        \
         using namespace fkda;                                                                                \
+        let_next_kernel_start();                                                                             \
+        wait_for_previous_kernel();                                                                          \
         call(args);                                                                                          \
     }
 
+/* A kernel with the state in registers, and one through which it streams. */
+#define FKDA_DEFINE_USUAL(name, arguments, call)                                                             \
+    FKDA_DEFINE_KERNEL(name, arguments, FKDA_DECODE_THREADS, FKDA_DECODE_CTAS_PER_SM, call)
+#define FKDA_DEFINE_ONE(name, is_bf16, k_first)                                                              \
+    FKDA_DEFINE_KERNEL(name, fkda_decode_args, FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first),                 \
+                       FKDA_DECODE_CTAS_OF_ONE(is_bf16) * 32768 / FKDA_DECODE_BYTES_OF_ONE(is_bf16),         \
+                       (decode_one<is_bf16, k_first>))
+
 /* The kernels for a type and a layout of states. */
 #define FKDA_DEFINE_KERNELS(suffix, is_bf16, k_first)                                                        \
-    FKDA_DEFINE_KERNEL(fkda_decode_one_##suffix, fkda_decode_args, (decode_steps<is_bf16, k_first, true>))   \
-    FKDA_DEFINE_KERNEL(fkda_decode_steps_##suffix, fkda_decode_args,                                         \
-                       (decode_steps<is_bf16, k_first, false>))                                              \
-    FKDA_DEFINE_KERNEL(fkda_decode_chunk_##suffix, fkda_decode_args, (decode_chunk<is_bf16, k_first>))       \
-    FKDA_DEFINE_KERNEL(fkda_decode_apply_##suffix, fkda_apply_args, (apply<is_bf16, k_first>))
+    FKDA_DEFINE_ONE(fkda_decode_one_##suffix, is_bf16, k_first)                                              \
+    FKDA_DEFINE_USUAL(fkda_decode_steps_##suffix, fkda_decode_args, (decode_steps<is_bf16, k_first>))        \
+    FKDA_DEFINE_USUAL(fkda_decode_chunk_##suffix, fkda_decode_args, (decode_chunk<is_bf16, k_first>))        \
+    FKDA_DEFINE_USUAL(fkda_decode_apply_##suffix, fkda_apply_args, (apply<is_bf16, k_first>))
 
 FKDA_DEFINE_KERNELS(f32, false, false)
 FKDA_DEFINE_KERNELS(bf16, true, false)

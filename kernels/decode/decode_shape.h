@@ -6,15 +6,36 @@
 #define FKDA_DECODE_THREADS 256   /* of a CTA that has all rows of V; at most */
 #define FKDA_DECODE_CTAS_PER_SM 2 /* of that many threads, for which __launch_bounds__ leaves registers */
 
-/* Dynamic shared memory. A vector has 128 fp32. A call has T tokens of a sequence, rounded up to an even
- * number: the chunk kernels compute two tokens at a time. */
+/* Decode of one token (one.cuh). Lanes that share a row, and threads that have a head. A thread copies 4 x 4
+ * fp32 or 8 x 8 bf16 at a time. */
+#define FKDA_DECODE_LANES_OF_A_ROW(k_first) ((k_first) ? 4 : 8)
+#define FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first)                                                         \
+    (((is_bf16) ? 16 : 32) * FKDA_DECODE_LANES_OF_A_ROW(k_first))
+#define FKDA_DECODE_BYTES_OF_ONE(is_bf16) ((is_bf16) ? 32768 : 65536) /* of shared memory, for a head */
+/* CTAs with 32 KB of states on an SM, for which __launch_bounds__ leaves registers. */
+#define FKDA_DECODE_CTAS_OF_ONE(is_bf16) ((is_bf16) ? 5 : 6)
+
+/* Dynamic shared memory of the others. A vector has 128 fp32. */
 #define FKDA_DECODE_VECTOR_BYTES 512
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */
 #define FKDA_DECODE_VECTORS_OF_A_STEP 4 /* decay, key, query, value */
-#define FKDA_DECODE_VECTORS_OF_A_CHUNK 7
+#define FKDA_DECODE_VECTORS_OF_A_CHUNK 8
+#define FKDA_DECODE_VECTORS_FOR_LAST_STATE 2 /* besides these */
 #define FKDA_DECODE_APPLY_BYTES (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * 33) /* struct ToApply */
-#define FKDA_DECODE_EVEN(tokens) (((tokens) + 1) / 2 * 2)
-#define FKDA_DECODE_SHARED_BYTES(vectors, tokens)                                                            \
-    (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * (vectors)*FKDA_DECODE_EVEN(tokens))
+#define FKDA_DECODE_STEPS_BYTES(tokens)                                                                      \
+    (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_VECTORS_OF_A_STEP * (tokens))
+
+/* The chunk kernels compute eight tokens at a time. */
+#define FKDA_DECODE_EIGHTS(tokens) (((tokens) + 7) / 8 * 8)
+#define FKDA_DECODE_CHUNK_BYTES(tokens, writes_last)                                                         \
+    (FKDA_DECODE_SMALL_BYTES +                                                                               \
+     FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_EIGHTS(tokens) *                                                 \
+         (FKDA_DECODE_VECTORS_OF_A_CHUNK + ((writes_last) ? FKDA_DECODE_VECTORS_FOR_LAST_STATE : 0)))
+
+/* Of any kernel. */
+#define FKDA_DECODE_MOST_SHARED_BYTES                                                                        \
+    (FKDA_DECODE_BYTES_OF_ONE(0) > FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 1)                        \
+         ? FKDA_DECODE_BYTES_OF_ONE(0)                                                                       \
+         : FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 1))
 
 #endif

@@ -15,6 +15,7 @@
  * makes the norm over V.
  */
 #include "layer_prepare.cuh"
+#include "ptx.cuh"
 
 namespace fkda
 {
@@ -161,7 +162,7 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
 {
     using State = Tile<is_bf16, k_first>;
     const fkda_decode_args &decode = args.decode;
-    const Work work = find_work(decode.heads, 0);
+    Work work = find_work(decode.heads, 0);
     const Sequence sequence =
         single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(decode, work.sequence);
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = FKDA_LAYER_THREADS / 32;
@@ -175,11 +176,10 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     if (sequence.left_out)
         clear_outputs(decode, work, sequence, sequence.length, sequence.length + sequence.left_out);
     if (sequence.length == 0) return;
-    const long long at = find_state(decode.state, slot, work.head);
-
     State tile(work.first_row);
-    prepare_layer<single>(args, work, sequence, inputs, at, window, tile);
+    prepare_layer<single>(args, work, sequence, inputs, slot, window, tile);
     const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
+    forget(work.sequence), forget(work.head); /* addresses would occupy registers from here on */
 #pragma unroll 1
     for (int i = 0; i < sequence.length; i++) {
         step_layer(decode, work, tile, i);
@@ -188,7 +188,8 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
         if (after != NO_SLOT)
             tile.store(decode.state.data, find_state(decode.state, after, work.head), i, rounding);
     }
-    if (decode.write_states == FLASH_KDA_WRITE_LAST) tile.store(decode.state.data, at, 0, rounding);
+    if (decode.write_states == FLASH_KDA_WRITE_LAST)
+        tile.store(decode.state.data, find_state(decode.state, slot, work.head), 0, rounding);
     __syncthreads();
 #pragma unroll 1
     for (int i = warp; i < sequence.length; i += warps) finish_layer<State>(args, work, sequence, i);
@@ -200,7 +201,10 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     extern "C" __global__ void __launch_bounds__(FKDA_LAYER_THREADS, FKDA_LAYER_CTAS_PER_SM)                 \
         name(const __grid_constant__ fkda_decode_layer_args args)                                            \
     {                                                                                                        \
-        fkda::decode_layer<is_bf16, k_first, single>(args);                                                  \
+        using namespace fkda;                                                                                \
+        let_next_kernel_start();                                                                             \
+        wait_for_previous_kernel();                                                                          \
+        decode_layer<is_bf16, k_first, single>(args);                                                        \
     }
 
 /* The kernels for a type and a layout of states. */

@@ -321,7 +321,7 @@ struct LayerInputs {
 /* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
 template <bool single, class Tile>
 __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args, const Work &work,
-                                              const Sequence &sequence, LayerInputs &inputs, long long at,
+                                              const Sequence &sequence, LayerInputs &inputs, long long slot,
                                               const WindowPlace &window, Tile &tile)
 {
     const fkda_decode_args &decode = args.decode;
@@ -332,7 +332,7 @@ __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args
         inputs.first.load_window(args, jobs.first, window);
         if (single && !jobs.has_decay) inputs.second.load_window(args, jobs.second, window);
     }
-    tile.load(loaded, decode.state.data, at);
+    tile.load(loaded, decode.state.data, find_state(decode.state, slot, work.head));
     forget(thread);
     /* The compiler does not know that there is one token, so jobs are loops. It would otherwise begin with the
      * convolution, which waits for its inputs, before it has issued the loads of the state. */
@@ -355,8 +355,7 @@ __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args
         }
     }
     if (thread < sequence.length)
-        layer_small().beta[thread] =
-            Preparation(decode, work, sequence).write_strength(number_of(inputs.beta, decode.beta_is_f32));
+        layer_small().beta[thread] = Preparation(decode, work, sequence).write_strength(inputs.beta);
     __syncthreads();
     tile.unpack(loaded);
 }

@@ -29,7 +29,16 @@ struct Small {
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 
 /* The vectors of a token. The first four are those of a step, all of them those of a chunk. */
-enum Vector { DECAY, KEY, QUERY, VALUE, KEY_FROM_START, KEY_TO_LAST, OUTPUT };
+enum Vector {
+    DECAY,
+    KEY,
+    QUERY,
+    VALUE,
+    OUTPUT = QUERY, /* the query is needed no more when there is an output */
+    /* Operands of tensor cores (chunk.cuh), two vectors each. */
+    START_HIGH = VALUE + 1,
+    START_LOW = START_HIGH + 2
+};
 
 /* A vector of token i, where each token has that many. */
 template <int vectors> __device__ __forceinline__ float *vector_at(int which, int i)
@@ -67,7 +76,7 @@ __device__ __forceinline__ void unpack_four(float (&x)[4], uint2 bits)
 struct Inputs {
     uint2 q, k, v;
     uint4 g; /* fp32, or bf16 in x and y */
-    float beta;
+    uint32_t beta; /* the bits of fp32 or bf16 */
 };
 
 /* What a lane keeps of the gate of the head. */
@@ -132,10 +141,21 @@ struct Preparation {
         }
         const long long at = find_row(args.beta_strides, sequence, i, work.head);
         if (args.beta_is_f32)
-            x.beta = __ldg(static_cast<const float *>(args.beta) + at);
+            x.beta = __ldg(static_cast<const uint32_t *>(args.beta) + at);
         else
-            x.beta = bf16_low(__ldg(static_cast<const uint16_t *>(args.beta) + at));
+            x.beta = __ldg(static_cast<const uint16_t *>(args.beta) + at);
         return x;
+    }
+
+    __device__ __forceinline__ void read_gates(float (&g)[4], const Inputs &inputs) const
+    {
+        if (args.g_is_f32) {
+            const uint32_t bits[4] = {inputs.g.x, inputs.g.y, inputs.g.z, inputs.g.w};
+#pragma unroll
+            for (int c = 0; c < 4; c++) g[c] = __uint_as_float(bits[c]);
+        } else {
+            unpack_four(g, make_uint2(inputs.g.x, inputs.g.y));
+        }
     }
 
     /* Makes decays of four elements of g. */
@@ -155,8 +175,9 @@ struct Preparation {
         for (int c = 0; c < 4; c++) g[c] = decay_from_log2(g[c]);
     }
 
-    __device__ __forceinline__ float write_strength(float beta) const
+    __device__ __forceinline__ float write_strength(uint32_t bits) const
     {
+        const float beta = args.beta_is_f32 ? __uint_as_float(bits) : bf16_low(bits);
         if (args.beta_kind == FLASH_KDA_BETA_ACTIVATED) return beta;
         const float strength = rcp(1.0f + ex2(beta * -LOG2_E));
         return args.beta_kind == FLASH_KDA_BETA_TWICE_SIGMOID ? 2.0f * strength : strength;
@@ -187,24 +208,19 @@ struct Preparation {
         unpack_four(q, inputs.q);
         unpack_four(k, inputs.k);
         unpack_four(v, inputs.v);
-        if (args.g_is_f32) {
-            const uint32_t g[4] = {inputs.g.x, inputs.g.y, inputs.g.z, inputs.g.w};
-#pragma unroll
-            for (int c = 0; c < 4; c++) decay[c] = __uint_as_float(g[c]);
-        } else {
-            unpack_four(decay, make_uint2(inputs.g.x, inputs.g.y));
-        }
+        read_gates(decay, inputs);
         find_decays(decay);
         normalise(q);
         normalise(k);
-        const float kq = sum_of_products(k, q);
+        constexpr bool has_steps = vectors == FKDA_DECODE_VECTORS_OF_A_STEP;
+        const float kq = has_steps ? sum_of_products(k, q) : 0.0f;
         store_four(vector_at<vectors>(DECAY, i) + place, decay[0], decay[1], decay[2], decay[3]);
         store_four(vector_at<vectors>(KEY, i) + place, k[0], k[1], k[2], k[3]);
         store_four(vector_at<vectors>(QUERY, i) + place, q[0], q[1], q[2], q[3]);
         store_four(vector_at<vectors>(VALUE, i) + channel, v[0], v[1], v[2], v[3]);
         if (channel == 0) {
             small.beta[i] = write_strength(inputs.beta);
-            small.kq[i] = kq;
+            if (has_steps) small.kq[i] = kq;
             small.parent[i] = find_parent(args, work.sequence, i);
         }
         if (work.first_row != 0)

@@ -130,11 +130,13 @@ __device__ __forceinline__ void store_output(const fkda_decode_args &args, const
 __device__ __forceinline__ void clear_outputs(const fkda_decode_args &args, const Work &work,
                                               const Sequence &sequence, long long first, long long end)
 {
-    const int rows = static_cast<int>(blockDim.x) / 2, row = static_cast<int>(threadIdx.x) % rows;
+    const int rows = DIM >> args.split, threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
-    for (long long i = first + static_cast<int>(threadIdx.x) / rows; i < end; i += 2)
-        static_cast<uint16_t *>(
-            args.out)[find_row(args.out_strides, sequence, i, work.head) + work.first_row + row] = 0;
+    for (long long i = first; i < end; i++)
+#pragma unroll 1
+        for (int row = static_cast<int>(threadIdx.x); row < rows; row += threads)
+            static_cast<uint16_t *>(
+                args.out)[find_row(args.out_strides, sequence, i, work.head) + work.first_row + row] = 0;
 }
 
 /* What a sequence without a state gets: zeros as outputs and records. */

@@ -59,13 +59,12 @@ __device__ __forceinline__ void step(const fkda_decode_args &args, Work work, Se
     tile.add(key, u_of_row);
 }
 
-/* `single`: every sequence has one token. Else the tokens of a sequence follow each other: there is no
- * tree. */
-template <bool is_bf16, bool k_first, bool single>
+/* The tokens of a sequence follow each other: there is no tree. */
+template <bool is_bf16, bool k_first>
 __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
 {
     const Work work = find_work(args.heads, args.split);
-    const Sequence sequence = single ? Sequence{work.sequence, 0, 1, 0} : find_sequence(args, work.sequence);
+    const Sequence sequence = find_sequence(args, work.sequence);
     const long long slot = find_start_slot(args, work.sequence);
     if (slot == NO_SLOT) return clear_sequence(args, work, sequence);
     if (sequence.left_out)
@@ -74,7 +73,7 @@ __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
     const long long at = find_state(args.state, slot, work.head);
     Small &small = *reinterpret_cast<Small *>(cta_memory());
     Tile<is_bf16, k_first> tile(work.first_row);
-    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, single>(args, work, sequence, at, tile, small);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, false>(args, work, sequence, at, tile, small);
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
 #pragma unroll 1
     for (int i = 0; i < sequence.length; i++) {

@@ -1,16 +1,17 @@
 /*
- * The part of a state that a thread has in registers: four neighbouring rows of V and 16 channels of K.
+ * The part of a state that a thread has in registers: a few neighbouring rows of V and some channels of K.
  *
- * A warp has 16 rows. Eight neighbouring lanes share four of them. Lane l of the eight has
+ * A warp has 16 rows. Eight neighbouring lanes share four of them, or four lanes two of them (in chunk.cuh,
+ * for tensor cores): L lanes share L / 2. Lane l of the L has
  *
- *     of an fp32 state  channels 4 l + 32 j to 4 l + 32 j + 3, for j from 0 to 3
- *     of a bf16 state   channels 8 l + 64 j to 8 l + 64 j + 7, for j from 0 to 1
+ *     of an fp32 state  channels 4 l + 4 L j to 4 l + 4 L j + 3, for j from 0 to 32 / L - 1
+ *     of a bf16 state   channels 8 l + 8 L j to 8 l + 8 L j + 7, for j from 0 to 16 / L - 1
  *
  * so that a load of 16 bytes takes neighbours, eight lanes take 128 bytes, and a thread has all eight
- * channels of a block of random numbers (rounding.h). With K first a load takes the four rows of one channel.
+ * channels of a block of random numbers (rounding.h). With K first a load takes the rows of one channel.
  *
- * Vectors over the channels lie in shared memory in the order in which the eight lanes have them: the j-th
- * four channels of lane l are at 32 j + 4 l. Eight lanes then read 128 bytes in a row.
+ * Vectors over the channels lie in shared memory in the order in which the lanes have them: the j-th four
+ * channels of lane l are at 4 L j + 4 l. Neighbouring lanes then read neighbours.
  */
 #ifndef FKDA_DECODE_TILE_CUH
 #define FKDA_DECODE_TILE_CUH
@@ -21,7 +22,7 @@
 namespace fkda
 {
 
-constexpr int ROWS = 4, CHANNELS = 16; /* of a thread */
+constexpr int ROWS = 4, CHANNELS = 16; /* of a thread, where eight lanes share rows */
 
 /* How bf16 states are rounded. */
 struct Rounding {
@@ -40,49 +41,51 @@ __device__ __forceinline__ Rounding find_rounding(const long long *numbers, cons
     return rounding;
 }
 
-template <bool is_bf16, bool k_first> struct Tile {
+template <bool is_bf16, bool k_first, int lanes = 8> struct Tile {
+    static constexpr int ROWS = lanes / 2, CHANNELS = 128 / lanes; /* of a thread */
     /* Channels that are stored together. */
     static constexpr int PART = is_bf16 ? 8 : 4, PARTS = CHANNELS / PART;
     /* Loads as they come from memory. */
-    static constexpr int WORDS = !is_bf16 ? 4 : k_first ? 2 : 4;
+    static constexpr int WORDS = !k_first ? 4 : is_bf16 ? ROWS / 2 : ROWS;
     static constexpr int LOADS = ROWS * CHANNELS * (is_bf16 ? 2 : 4) / (4 * WORDS);
     struct Loaded {
         uint32_t word[LOADS][WORDS];
     };
 
-    int lane;                /* of the eight */
-    int row;                 /* of V: the first of four */
+    int lane;                /* of those that share rows */
+    int row;                 /* of V: the first */
     float x[ROWS][CHANNELS]; /* the state */
 
     /* `first_row`: of the CTA. */
     __device__ __forceinline__ Tile(int first_row)
     {
-        lane = static_cast<int>(threadIdx.x) % 8;
+        lane = static_cast<int>(threadIdx.x) % lanes;
         set_row(first_row);
     }
 
     __device__ __forceinline__ void set_row(int first_row)
     {
-        row = first_row + static_cast<int>(threadIdx.x) / 8 * ROWS;
+        row = first_row + static_cast<int>(threadIdx.x) / lanes * ROWS;
     }
 
     /* The channel of element e. */
     __device__ __forceinline__ int channel(int e) const
     {
-        return e / PART * (8 * PART) + PART * lane + e % PART;
+        return e / PART * (lanes * PART) + PART * lane + e % PART;
     }
 
     /* Where four neighbouring channels are in a vector in shared memory. */
     static __device__ __forceinline__ int place_of_four(int first_channel)
     {
         if (!is_bf16) return first_channel;
-        return (first_channel / 64 * 2 + first_channel / 4 % 2) * 32 + first_channel / 8 % 8 * 4;
+        return (first_channel / (8 * lanes) * 2 + first_channel / 4 % 2) * (4 * lanes) +
+               first_channel / 8 % lanes * 4;
     }
 
     /* The elements 4 j to 4 j + 3 of a vector in shared memory. */
     __device__ __forceinline__ float4 read(const float *vector, int j) const
     {
-        return *reinterpret_cast<const float4 *>(vector + 32 * j + 4 * lane);
+        return *reinterpret_cast<const float4 *>(vector + 4 * lanes * j + 4 * lane);
     }
 
     /* The address of element 0 of the thread's first row, in a state that begins at element `at` of the
@@ -96,7 +99,7 @@ template <bool is_bf16, bool k_first> struct Tile {
     /* The bytes from there to element e of row r: a constant. */
     static __device__ __forceinline__ constexpr int offset(int r, int e)
     {
-        return (r * (k_first ? 1 : DIM) + (e / PART * (8 * PART) + e % PART) * (k_first ? DIM : 1)) *
+        return (r * (k_first ? 1 : DIM) + (e / PART * (lanes * PART) + e % PART) * (k_first ? DIM : 1)) *
                (is_bf16 ? 2 : 4);
     }
 
@@ -110,9 +113,11 @@ template <bool is_bf16, bool k_first> struct Tile {
             if constexpr (WORDS == 4) {
                 const uint4 y = __ldcs(reinterpret_cast<const uint4 *>(from));
                 to.word[i][0] = y.x, to.word[i][1] = y.y, to.word[i][2] = y.z, to.word[i][3] = y.w;
-            } else {
+            } else if constexpr (WORDS == 2) {
                 const uint2 y = __ldcs(reinterpret_cast<const uint2 *>(from));
                 to.word[i][0] = y.x, to.word[i][1] = y.y;
+            } else {
+                to.word[i][0] = __ldcs(reinterpret_cast<const uint32_t *>(from));
             }
         }
     }
@@ -166,9 +171,13 @@ template <bool is_bf16, bool k_first> struct Tile {
                        make_float4(y[r][0], y[r][1], y[r][2], y[r][3]));
         } else if constexpr (!is_bf16) {
 #pragma unroll
-            for (int e = 0; e < PART; e++)
-                __stcs(reinterpret_cast<float4 *>(first + offset(0, part * PART + e)),
-                       make_float4(y[0][e], y[1][e], y[2][e], y[3][e]));
+            for (int e = 0; e < PART; e++) {
+                char *to = first + offset(0, part * PART + e);
+                if constexpr (ROWS == 4)
+                    __stcs(reinterpret_cast<float4 *>(to), make_float4(y[0][e], y[1][e], y[2][e], y[3][e]));
+                else
+                    __stcs(reinterpret_cast<float2 *>(to), make_float2(y[0][e], y[1][e]));
+            }
         } else {
             uint32_t word[ROWS][PART / 2];
 #pragma unroll
@@ -185,8 +194,12 @@ template <bool is_bf16, bool k_first> struct Tile {
 #pragma unroll
                     for (int r = 0; r < ROWS; r++)
                         half[r] = e % 2 ? word[r][e / 2] >> 16 : word[r][e / 2] & 0xffffu;
-                    __stcs(reinterpret_cast<uint2 *>(first + offset(0, part * PART + e)),
-                           make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16));
+                    char *to = first + offset(0, part * PART + e);
+                    if constexpr (ROWS == 4)
+                        __stcs(reinterpret_cast<uint2 *>(to),
+                               make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16));
+                    else
+                        __stcs(reinterpret_cast<uint32_t *>(to), half[0] | half[1] << 16);
                 }
             }
         }
@@ -234,21 +247,29 @@ template <bool is_bf16, bool k_first> struct Tile {
     }
 };
 
-/* Sums each of `count` numbers over neighbouring lanes, `lanes` of them. Lane l of the lanes gets the sums of
- * numbers l * count / lanes and following in the first places of x. If there are more lanes than numbers,
- * lanes / count neighbours get the same sum. */
-template <int lanes, int count> __device__ __forceinline__ void sum_and_scatter(float (&x)[count])
+/* One step of the function below. The compiler does not unroll a loop of such steps, and it would then select
+ * every number at every step. */
+template <int by, int half, int count> __device__ __forceinline__ void sum_and_scatter_by(float (&x)[count])
 {
-#pragma unroll
-    for (int by = lanes / 2, half = count / 2; by > 0; by /= 2, half /= 2) {
+    if constexpr (half == 0) {
+        x[0] += __shfl_xor_sync(~0u, x[0], by);
+    } else {
         const bool upper = (threadIdx.x & static_cast<unsigned>(by)) != 0;
-        if (half == 0) x[0] += __shfl_xor_sync(~0u, x[0], by);
 #pragma unroll
         for (int i = 0; i < half; i++) {
             const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + half], by);
             x[i] = (upper ? x[i + half] : x[i]) + other;
         }
     }
+    if constexpr (by > 1) sum_and_scatter_by<by / 2, half / 2>(x);
+}
+
+/* Sums each of `count` numbers over neighbouring lanes, `lanes` of them. Lane l of the lanes gets the sums of
+ * numbers l * count / lanes and following in the first places of x. If there are more lanes than numbers,
+ * lanes / count neighbours get the same sum. */
+template <int lanes, int count> __device__ __forceinline__ void sum_and_scatter(float (&x)[count])
+{
+    sum_and_scatter_by<lanes / 2, count / 2>(x);
 }
 
 } // namespace fkda

@@ -45,12 +45,12 @@ typedef struct fkda_tma_descriptor {
  * coordinates in the order channel, token, head, row of the batch, and rows of 128 bytes swizzled in shared
  * memory. */
 typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance.Padding): one a launch */
-    fkda_fwd_args fwd;
-    fkda_tma_descriptor q, k, g, v;
-    fkda_cut cut;
+    int work;                         /* FKDA_SEQUENCES, ...; of fkda_hopper_join FKDA_JOIN_COMPOSE, ... */
     fkda_handoff handoff;
+    fkda_fwd_args fwd;
+    fkda_cut cut;
+    fkda_tma_descriptor q, k, g, v;
     void *saved; /* workspace for checkpoints: a SavedState (join/layouts.cuh) for each CTA pair, or null */
-    int work;    /* FKDA_SEQUENCES, ...; of fkda_hopper_join FKDA_JOIN_COMPOSE, ... */
 } fkda_hopper_fwd_args;
 
 /* The mixed schedule has both chunk sizes in one launch: boxes of `pair` are chunks of a CTA pair, boxes of

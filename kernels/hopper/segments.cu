@@ -30,14 +30,14 @@ extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_relay(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_relay<false>(args);
+    fkda::run_relay<fkda::Arithmetic::USUAL>(args);
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
 {
-    fkda::run_mixed<false>(args);
+    fkda::run_mixed<fkda::Arithmetic::USUAL>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)

@@ -8,12 +8,14 @@
 extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
     fkda_hopper_states_solo(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block<fkda::Block<fkda::SoloCta, fkda::EvenShares, false, true>>(args, threadIdx.x);
+    fkda::run_block<fkda::Block<fkda::SoloCta, fkda::EvenShares, fkda::Arithmetic::USUAL, true>>(args,
+                                                                                                 threadIdx.x);
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_states_pair(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_block<fkda::Block<fkda::PairCta, fkda::EvenShares, false, true>>(args, threadIdx.x);
+    fkda::run_block<fkda::Block<fkda::PairCta, fkda::EvenShares, fkda::Arithmetic::USUAL, true>>(args,
+                                                                                                 threadIdx.x);
 }

@@ -7,12 +7,12 @@ extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_states_relay(const __grid_constant__ fkda_hopper_fwd_args args)
 {
-    fkda::run_relay<false, true>(args);
+    fkda::run_relay<fkda::Arithmetic::USUAL, true>(args);
 }
 
 extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
     __launch_bounds__(FKDA_HOPPER_THREADS, 1)
         fkda_hopper_states_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
 {
-    fkda::run_mixed<false, true>(args);
+    fkda::run_mixed<fkda::Arithmetic::USUAL, true>(args);
 }

@@ -2,7 +2,7 @@
 #include "../../kernels/decode/decode_shape.h"
 #include "cuda.h"
 #include "decode_args_of.h"
-#include "modules.h"
+#include "decode_launch.h"
 
 extern const unsigned char fkda_fatbin_decode[];
 
@@ -16,7 +16,7 @@ enum { ONE, STEPS, CHUNK, APPLY, KERNELS };
 static fkda_module module = {
     .image = fkda_fatbin_decode,
     .names = {FKDA_NAMES("f32"), FKDA_NAMES("bf16"), FKDA_NAMES("k_first_f32"), FKDA_NAMES("k_first_bf16")},
-    .shared_bytes = FKDA_DECODE_SHARED_BYTES(FKDA_DECODE_VECTORS_OF_A_CHUNK, FKDA_DECODE_MAX_TOKENS),
+    .shared_bytes = FKDA_DECODE_MOST_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
@@ -24,47 +24,29 @@ enum {
     /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
      * meetings of the CTA that they need cost more than a token does. */
     CHUNK_FROM = 5,
-    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token, CTAs of
-     * half a head let loads of one overlap with stores of another. With more tokens, CTAs that share a head
-     * would prepare them twice. */
-    SPLIT_FOR_ONE_TOKEN = 1,
+    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token a CTA has 32
+     * KB of a state. With more tokens, CTAs that share a head would prepare them twice. */
+    SPLIT_OF_FP32_FOR_ONE_TOKEN = 1,
+    SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
     SPLIT_FOR_MORE = 0,
     /* At most. A warp prepares one token at a time, so CTAs for several tokens keep some warps. */
-    MOST_SPLIT_FOR_ONE_TOKEN = 3,
     MOST_SPLIT_FOR_MORE = 1,
     CTAS_PER_SM = 2, /* with fewer, heads are divided further */
 };
 
-static int choose_split(int64_t heads, bool one_token, int sms)
+static int choose_split(int64_t heads, int least, int most, int sms)
 {
-    int split = one_token ? SPLIT_FOR_ONE_TOKEN : SPLIT_FOR_MORE;
-    const int most = one_token ? MOST_SPLIT_FOR_ONE_TOKEN : MOST_SPLIT_FOR_MORE;
+    int split = least;
     while (split < most && heads << split < (int64_t)CTAS_PER_SM * sms) split++;
     return split;
 }
 
-typedef struct launch {
-    int kernel, split, shared_bytes;
-    int64_t heads; /* of all sequences */
-    void *args;
-} launch;
-
-static flash_kda_status run(flash_kda_device device, void *stream, const launch *l)
+/* At most, with one token: CTAs of one warp. */
+static int most_split_of_one(int threads)
 {
-    const fkda_driver *driver;
-    const int ordinal = device.index;
-    flash_kda_status status = fkda_enter_device(ordinal, &driver);
-    if (status != FLASH_KDA_OK) return status;
-    status = fkda_load_module(driver, &module, ordinal);
-    if (status == FLASH_KDA_OK) {
-        void *pointers[] = {l->args};
-        const CUresult result =
-            driver->cuLaunchKernel(module.functions[ordinal][l->kernel], (unsigned)(l->heads << l->split), 1,
-                                   1, FKDA_DECODE_THREADS >> l->split, 1, 1, (unsigned)l->shared_bytes,
-                                   (CUstream)stream, pointers, NULL);
-        if (result) status = fkda_driver_fail("cuLaunchKernel", result);
-    }
-    return fkda_leave_device(driver, status);
+    int split = 0;
+    while (threads >> split > 32) split++;
+    return split;
 }
 
 static int kernel_of(const fkda_state_view *state, bool k_first, int which)
@@ -82,26 +64,46 @@ static int which_decode(const fkda_decode_problem *p)
     return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
 }
 
+static fkda_decode_launch launch_of_one(const fkda_decode_problem *p, int64_t heads, int sms)
+{
+    const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
+    const int threads = FKDA_DECODE_THREADS_OF_ONE(is_bf16, p->state_k_first),
+              least = is_bf16 ? SPLIT_OF_BF16_FOR_ONE_TOKEN : SPLIT_OF_FP32_FOR_ONE_TOKEN,
+              split = choose_split(heads, least, most_split_of_one(threads), sms);
+    return (fkda_decode_launch){
+        .split = split,
+        .threads = threads >> split,
+        .shared_bytes = FKDA_DECODE_BYTES_OF_ONE(is_bf16) >> split,
+    };
+}
+
+static fkda_decode_launch launch_of_more(int64_t heads, int shared_bytes, int sms)
+{
+    const int split = choose_split(heads, SPLIT_FOR_MORE, MOST_SPLIT_FOR_MORE, sms);
+    return (fkda_decode_launch){
+        .split = split, .threads = FKDA_DECODE_THREADS >> split, .shared_bytes = shared_bytes};
+}
+
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
 {
     const int which = which_decode(p);
     const int64_t heads = p->sequences * p->heads;
-    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS,
-              vectors = which == CHUNK ? FKDA_DECODE_VECTORS_OF_A_CHUNK : FKDA_DECODE_VECTORS_OF_A_STEP;
+    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
     int sms;
     if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_decode_args args = fkda_decode_args_of(p);
-    args.split = choose_split(heads, which == ONE, sms);
-    const launch l = {
-        .kernel = kernel_of(&p->state, p->state_k_first, which),
-        .split = args.split,
-        .shared_bytes = FKDA_DECODE_SHARED_BYTES(vectors, tokens),
-        .heads = heads,
-        .args = &args,
-    };
-    return run(p->device, p->stream, &l);
+    const bool writes_last = p->write_states == FLASH_KDA_WRITE_LAST;
+    const int shared_bytes =
+        which == CHUNK ? FKDA_DECODE_CHUNK_BYTES(tokens, writes_last) : FKDA_DECODE_STEPS_BYTES(tokens);
+    fkda_decode_launch l =
+        which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(heads, shared_bytes, sms);
+    l.kernel = kernel_of(&p->state, p->state_k_first, which);
+    l.heads = heads;
+    l.args = &args;
+    args.split = l.split;
+    return fkda_launch_decode(p->device, p->stream, &module, &l);
 }
 
 flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
@@ -112,7 +114,6 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_apply_args args = {
-        .split = choose_split(heads, false, sms),
         .records = p->records,
         .state = fkda_state_args_of(&p->state),
         .state_indices = fkda_index_args_of(&p->state_indices, 1),
@@ -126,12 +127,10 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
         .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
         .state_k_first = p->state_k_first,
     };
-    const launch l = {
-        .kernel = kernel_of(&p->state, p->state_k_first, APPLY),
-        .split = args.split,
-        .shared_bytes = FKDA_DECODE_APPLY_BYTES,
-        .heads = heads,
-        .args = &args,
-    };
-    return run(p->device, p->stream, &l);
+    fkda_decode_launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
+    l.kernel = kernel_of(&p->state, p->state_k_first, APPLY);
+    l.heads = heads;
+    l.args = &args;
+    args.split = l.split;
+    return fkda_launch_decode(p->device, p->stream, &module, &l);
 }

@@ -4,7 +4,7 @@
 #include "../decode_layer_problem.h"
 #include "cuda.h"
 #include "decode_args_of.h"
-#include "modules.h"
+#include "decode_launch.h"
 
 extern const unsigned char fkda_fatbin_decode_layer[];
 
@@ -53,29 +53,19 @@ static fkda_decode_layer_args args_of(const fkda_decode_layer_problem *p)
     };
 }
 
-static flash_kda_status launch(const fkda_driver *driver, const fkda_decode_layer_problem *p)
-{
-    const fkda_decode_problem *d = &p->decode;
-    const int ordinal = d->device.index,
-              tokens = d->tokens < FKDA_DECODE_MAX_TOKENS ? (int)d->tokens : FKDA_DECODE_MAX_TOKENS,
-              kernel = KERNELS * ((d->state.dtype == FLASH_KDA_BF16) + 2 * d->state_k_first) +
-                       (!d->cu_seqlens.data && d->tokens == 1 ? ONE : STEPS);
-    fkda_decode_layer_args args = args_of(p);
-    void *pointers[] = {&args};
-    const flash_kda_status status = fkda_load_module(driver, &module, ordinal);
-    if (status != FLASH_KDA_OK) return status;
-    const CUresult result = driver->cuLaunchKernel(
-        module.functions[ordinal][kernel], (unsigned)(d->sequences * d->heads), 1, 1, FKDA_LAYER_THREADS, 1,
-        1, (unsigned)FKDA_LAYER_SHARED_BYTES(tokens), (CUstream)d->stream, pointers, NULL);
-    return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
-}
-
 flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *p)
 {
-    const fkda_driver *driver;
-    if (p->decode.tokens == 0) return FLASH_KDA_OK;
-    flash_kda_status status = fkda_enter_device(p->decode.device.index, &driver);
-    if (status != FLASH_KDA_OK) return status;
-    status = launch(driver, p);
-    return fkda_leave_device(driver, status);
+    const fkda_decode_problem *d = &p->decode;
+    const int tokens = d->tokens < FKDA_DECODE_MAX_TOKENS ? (int)d->tokens : FKDA_DECODE_MAX_TOKENS,
+              which = !d->cu_seqlens.data && d->tokens == 1 ? ONE : STEPS;
+    fkda_decode_layer_args args = args_of(p);
+    const fkda_decode_launch launch = {
+        .kernel = KERNELS * ((d->state.dtype == FLASH_KDA_BF16) + 2 * d->state_k_first) + which,
+        .threads = FKDA_LAYER_THREADS,
+        .shared_bytes = FKDA_LAYER_SHARED_BYTES(tokens),
+        .heads = d->sequences * d->heads,
+        .args = &args,
+    };
+    if (d->tokens == 0) return FLASH_KDA_OK;
+    return fkda_launch_decode(d->device, d->stream, &module, &launch);
 }

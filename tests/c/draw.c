@@ -49,10 +49,11 @@ static bool drawn(rng *r, drawing how, option o, int64_t count)
 
 /* ---- Problems ------------------------------------------------------------------------------------------ */
 
-/* Around the sizes of chunks, now and then none or many. */
-static int64_t draw_length(rng *r, int64_t most)
+/* Around the sizes of chunks, now and then none or many; or long. */
+static int64_t draw_length(rng *r, drawing how, int64_t most)
 {
     if (one_in(r, 10)) return 0;
+    if (how.is_long) return most < 300 ? most : 300 + below(r, (most < 900 ? most : 900) - 299);
     const int64_t usual = one_in(r, 3) ? 130 : one_in(r, 2) ? 70 : 34;
     return 1 + below(r, usual < most ? usual : most);
 }
@@ -66,12 +67,12 @@ static problem *draw_shape(rng *r, drawing how)
     problem *p;
     if (one_in(r, 4)) {
         const int64_t batch = 1 + below(r, 3);
-        p = problem_create(batch, draw_length(r, most / batch + 1), heads);
+        p = problem_create(batch, draw_length(r, how, most / batch + 1), heads);
     } else {
         int64_t lengths[MOST_SEQUENCES], left = most;
         const int64_t count = 1 + below(r, MOST_SEQUENCES);
         for (int64_t i = 0; i < count; i++) {
-            lengths[i] = left > 0 ? draw_length(r, left) : 0;
+            lengths[i] = left > 0 ? draw_length(r, how, left) : 0;
             left -= lengths[i];
         }
         p = problem_create_ragged(lengths, count, heads);

@@ -27,6 +27,7 @@ extern const char *const option_names[OPTIONS];
 typedef struct drawing {
     int options;    /* a bit for each option that may be drawn */
     int64_t tokens; /* of all heads of v together, at most; a single long sequence may have a little more */
+    bool is_long;   /* sequences of 300 tokens and more, which may be cut, instead of short ones */
 } drawing;
 
 /* All options, a single one or some, of those in `options`. */

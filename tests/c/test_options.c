@@ -320,7 +320,7 @@ static int options_to_draw(void)
 
 static drawing what_to_draw(rng *r)
 {
-    return (drawing){draw_subset(r, options_to_draw()), most_tokens()};
+    return (drawing){draw_subset(r, options_to_draw()), most_tokens(), false};
 }
 
 static void say(uint64_t seed, const problem *p, const call_options *options)
@@ -329,10 +329,11 @@ static void say(uint64_t seed, const problem *p, const call_options *options)
     trying("seed %llu: %s", (unsigned long long)seed, describe(p, options, text));
 }
 
-static void try_draw(uint64_t seed)
+static void hold_draw(uint64_t seed, bool is_long)
 {
     rng r = rng_seed(seed);
-    const drawing how = what_to_draw(&r);
+    drawing how = what_to_draw(&r);
+    if (is_long) how.tokens = 1200, how.is_long = true;
     problem *p = draw_problem(&r, how);
     call_options options = draw_options(&r, how, p);
     say(seed, p, &options);
@@ -344,6 +345,17 @@ static void try_draw(uint64_t seed)
     }
     free_outputs(&o);
     problem_free(p);
+}
+
+static void try_draw(uint64_t seed)
+{
+    hold_draw(seed, false);
+}
+
+/* Sequences that kernels cut into segments. */
+static void try_long_draw(uint64_t seed)
+{
+    hold_draw(seed, true);
 }
 
 /* Tries as many seeds as the group has, and says how many were not taken. */
@@ -364,6 +376,12 @@ static void try_seeds(uint64_t share, void (*try)(uint64_t seed))
 static void drawn(void)
 {
     try_seeds(1, try_draw);
+    check_total();
+}
+
+static void long_draws(void)
+{
+    try_seeds(20, try_long_draw);
     check_total();
 }
 
@@ -839,8 +857,9 @@ static void wild(void)
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"drawn", drawn},     {"strides", strides},   {"k-first", k_first},           {"pool", pool},
-        {"grouped", grouped}, {"prefixes", prefixes}, {"later-tokens", later_tokens}, {"wild-indices", wild},
+        {"drawn", drawn},       {"long", long_draws}, {"strides", strides},   {"k-first", k_first},
+        {"pool", pool},         {"grouped", grouped}, {"prefixes", prefixes}, {"later-tokens", later_tokens},
+        {"wild-indices", wild},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

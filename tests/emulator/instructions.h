@@ -1,12 +1,13 @@
 /*
- * The functions of kernels/common/ptx.cuh and kernels/hopper/ptx/ in C++: each does what the PTX manual says
- * about its instruction. The include guards of these headers are taken here, so that the kernels get the
+ * The functions of kernels/common/ptx.cuh, kernels/decode/ptx.cuh and kernels/hopper/ptx/ in C++: each does
+ * what the PTX manual says about its instruction. The include guards of these headers are taken here, so that the kernels get the
  * functions below.
  */
 #ifndef FKDA_EMULATOR_INSTRUCTIONS_H
 #define FKDA_EMULATOR_INSTRUCTIONS_H
 
 #define FKDA_PTX_CUH
+#define FKDA_DECODE_PTX_CUH
 #define FKDA_HOPPER_PTX_MBARRIER_CUH
 #define FKDA_HOPPER_PTX_CLUSTER_CUH
 #define FKDA_HOPPER_PTX_COPIES_CUH
@@ -70,6 +71,10 @@ inline float flushed(float x)
 inline float ex2(float x)
 {
     return flushed(exp2f(flushed(x)));
+}
+inline float min_or_nan(float x, float y)
+{
+    return x < y || x != x ? x : y;
 }
 inline float rcp(float x)
 {
@@ -291,6 +296,18 @@ inline void copy_async_commit()
 {
 }
 template <int pending> void copy_async_wait()
+{
+}
+inline long long load_index_if(const void *tensor, long long i, bool is_i32, bool valid, long long otherwise)
+{
+    if (!valid) return otherwise;
+    return is_i32 ? static_cast<const int *>(tensor)[i] : static_cast<const long long *>(tensor)[i];
+}
+inline void copy_async(void *to, const void *from, bool valid)
+{
+    if (valid) memcpy(to, from, 16);
+}
+inline void wait_for_copies()
 {
 }
 template <int first, int threads> void barrier_sync(int index)

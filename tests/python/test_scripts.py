@@ -24,11 +24,18 @@ ROOT = Path(__file__).resolve().parents[2]
 STARTED_BY = {
     ".ci/run": "test_ci_runs_every_section",
     "benchmarks/cpu_sgemm.c": "cpu_sgemm",
+    "benchmarks/decode.py": "test_decode_runs_on_the_cpu",
     "benchmarks/host_time.c": "host_time",
     "benchmarks/options.py": "test_every_option_runs",
     "benchmarks/peers.py": "test_a_run_on_the_cpu",
     "benchmarks/python_overhead.py": "test_it_runs",
     "examples/forward.c": "example_forward",
+    "examples/language_model/cache.py": "test_text_in_text_out",
+    "examples/language_model/generate.py": "test_text_in_text_out",
+    "examples/language_model/kda.py": "test_training_takes_a_step",
+    "examples/language_model/model.py": "test_text_in_text_out",
+    "examples/language_model/speculate.py": "test_guesses_change_no_text",
+    "examples/language_model/train.py": "test_training_takes_a_step",
     "examples/quickstart.py": "test_quickstart_runs_as_it_stands",
     "scripts/build.sh": "test_build",
     "scripts/check_kernels.py": "test_check_kernels_of_a_folder",
@@ -53,7 +60,7 @@ def test_every_script_is_started():
     found = {
         str(path.relative_to(ROOT))
         for folder in ("scripts", "benchmarks", "examples", ".ci")
-        for path in (ROOT / folder).iterdir()
+        for path in [*(ROOT / folder).iterdir(), *(ROOT / folder / "language_model").glob("*")]
         if path.suffix in (".py", ".sh", ".c") or path.name == "run"
     }
     assert found == set(STARTED_BY), "STARTED_BY in test_scripts.py must name every script and its test"

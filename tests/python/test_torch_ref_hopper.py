@@ -83,8 +83,8 @@ def hold(row, out_equal, ulps, state):
 
 @pytest.mark.parametrize("shape", ["4:2048", "3:1300,547,33", "12:128x8", "64:256"])
 def test_on_a_gpu(cuda, shape, capsys):
-    """The bounds have room for every shape that was measured on an H200 (docs/measurements.md), where 86.8% to
-    94.9% of the outputs are equal. The part of equal elements falls with the length."""
+    """The bounds have room for every shape that was measured on an H200 (docs/measurements.md), where 86.8%
+    to 94.9% of the outputs are equal. The part of equal elements falls with the length."""
     kernels = ["portable"]
     if torch.cuda.get_device_capability() == (9, 0):
         kernels += ["hopper:never", "hopper:always"]

@@ -36,7 +36,7 @@ namespace fkda
 template <class Block> __device__ __forceinline__ uint32_t no_decay(const fkda_fwd_args &args)
 {
     constexpr uint32_t TWO_MINUS_INFINITIES = 0xff80ff80;
-    return Block::GENERAL && GateOfCall{args.gate}.neutral() == 0.0f ? 0 : TWO_MINUS_INFINITIES;
+    return gate_of_call<Block>(args).neutral() == 0.0f ? 0 : TWO_MINUS_INFINITIES;
 }
 
 /* The unit of 16 bytes that holds channels 8 unit to 8 unit + 7 of a token, in half of the channels. */
@@ -75,7 +75,7 @@ __device__ __forceinline__ float unusual_inverse_norm(const fkda_fwd_args &args,
 #pragma unroll
         for (int c = 0; c < 8; c++) sum = __fmaf_rn(x[c] * DOWN, x[c] * DOWN, sum);
     }
-    if (Block::GENERAL && args.qk_is_normalised) return sum < INFINITY && !is_key ? 1.0f : otherwise;
+    if (Block::OPTIONS && args.qk_is_normalised) return sum < INFINITY && !is_key ? 1.0f : otherwise;
     return sum < INFINITY ? rsqrt_approx(sum) * DOWN : otherwise;
 }
 
@@ -103,17 +103,17 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
         if (token < at.left) {
             const int channel = first_channel + 8 * unit;
             const long long from = at.place(args.g_strides, token) + channel;
-            const Eight raw = Block::GENERAL && args.g_is_f32 ? Eight{} : load_eight(args.g, from);
+            const bool fp32 = has_fp32_gates<Block>(args);
+            const Eight raw = fp32 ? Eight{} : load_eight(args.g, from);
             bool bad = __float_as_uint(key_factor[token]) == __float_as_uint(BAD_KEY);
             if (!bad) k = load_eight(args.k, at.place(args.k_strides, token, args.group) + channel);
             if (Block::OUTPUTS) q = load_eight(args.q, at.place(args.q_strides, token, args.group) + channel);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
                 float log2_decay;
-                if constexpr (Block::GENERAL) {
-                    float x[1] = {args.g_is_f32 ? __ldg(static_cast<const float *>(args.g) + from + c)
-                                                : raw[c]};
-                    activate_gates(x, {args.gate}, gate, offset[8 * unit + c]);
+                if constexpr (Block::UNBOUNDED) {
+                    float x[1] = {fp32 ? __ldg(static_cast<const float *>(args.g) + from + c) : raw[c]};
+                    activate_gates(x, gate_of_call<Block>(args), gate, offset[8 * unit + c]);
                     log2_decay = x[0];
                 } else
                     log2_decay = hopper_sigmoid_gate(raw[c], gate, offset[8 * unit + c]);

@@ -24,6 +24,8 @@
  *                                                                                    loaded and normed
  *                                                                  recurrence        a map overwrites tokens
  * chunk_ring.empty[received]  R: recurrence                        loader            v is loaded there
+ * checkpoints.ring.full[i]    1: loader                            recurrence        checkpoint i is read
+ * checkpoints.ring.empty[i]   R: recurrence                        loader            it is overwritten
  * product_ring.full[team]     T: the team                          solver            products are read
  * product_ring.empty[team]    1: solver                            the team          products are overwritten
  * meeting[team]               T: the team (only for racecheck)     the team          as at TEAM_BARRIER
@@ -85,6 +87,11 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
             mbarrier_init_for_warps(&shared.product_ring.empty[i], 1);
             if (FOR_RACECHECK) mbarrier_init_for_warps(&shared.meeting[i], Block::TEAM_WARPS);
         }
+        if constexpr (Block::CHECKPOINTS)
+            if (i < CHECKPOINTS_AHEAD) {
+                mbarrier_init(&shared.checkpoints.ring.full[i], 1);
+                mbarrier_init_for_warps(&shared.checkpoints.ring.empty[i], Block::RECURRENCE_WARPS);
+            }
         if constexpr (Block::JOINS) {
             constexpr int ALL_WARPS = Block::CTAS * Block::RECURRENCE_WARPS;
             if (i < MAP_QUARTERS_AHEAD) {

@@ -8,10 +8,11 @@
  *   fkda_hopper_relay   Block<MapCta, Relay>, then Block<PairCta, Relay>
  *   fkda_hopper_mixed   Block<MapCta, Mixed>, then Block<PairCta, Mixed>; or Block<SoloCta, Mixed>
  *
- * The kernels fkda_hopper_general_solo and so on have the same blocks with GENERAL: these blocks take every
- * gate, write strength and type of input, and look at the call's options while they run. Blocks without
- * GENERAL take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are to be
- * normalised.
+ * The usual kernels take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are
+ * to be normalised. Kernels for other arithmetic have the same blocks with another Arithmetic. Each of
+ * fkda_hopper_bounded_solo, fkda_hopper_softplus_solo, fkda_hopper_activated_solo and so on has one gate and
+ * looks at all other options while it runs. fkda_hopper_general_solo and so on look at the gate and at its
+ * type too. A gate's arithmetic is equal to the bit in all kernels that have the gate.
  *
  * The kernels fkda_hopper_states_solo and so on have the same blocks with STATES, as the general ones have:
  * these blocks write checkpoints and take states with K first. Their arithmetic is the usual one to the bit.
@@ -30,21 +31,37 @@ constexpr int ROW = 128;     /* bytes of a swizzled row: 64 channels of one toke
 /* Numbers of named barriers; barriers.cuh says who meets there. */
 constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
 
-template <class Cta, class SomeSchedule, bool general = false, bool states = general>
+/* What a block knows of the options that concern arithmetic. */
+enum class Arithmetic {
+    USUAL,     /* none of them */
+    BOUNDED,   /* every one but other gates and gates in fp32 */
+    SOFTPLUS,  /* as BOUNDED, and its gate is softplus */
+    ACTIVATED, /* as BOUNDED, and its gate is activated and in fp32 */
+    GENERAL,   /* every option; gates and their type are looked at while the kernel runs */
+};
+
+template <class Cta, class SomeSchedule, Arithmetic arithmetic = Arithmetic::USUAL,
+          bool states = arithmetic == Arithmetic::GENERAL>
 struct Block : SomeSchedule::template Phase<Cta> {
     using Schedule = SomeSchedule;
-    static constexpr bool GENERAL = general;
+    static constexpr Arithmetic ARITHMETIC = arithmetic;
+    static constexpr bool GENERAL = arithmetic == Arithmetic::GENERAL;
+    /* The block looks at write strengths, norms and absent parameters while it runs. */
+    static constexpr bool OPTIONS = arithmetic != Arithmetic::USUAL;
+    /* Log decays have no bound (prepare_slice.cuh). */
+    static constexpr bool UNBOUNDED = OPTIONS && arithmetic != Arithmetic::BOUNDED;
     static constexpr bool STATES = states;
-    /* Work items may come in pieces that end where checkpoints are (schedule/pieces.cuh). A mixed kernel and
-     * the general relay have no registers left for them, and calls with checkpoints are planned without
-     * these. */
-    static constexpr bool PIECES = states && Cta::OUTPUTS && !SomeSchedule::MIXED &&
-                                   !(general && SomeSchedule::template Phase<Cta>::RELAYS);
+    /* The block writes checkpoints. A mixed kernel and the general relay have no registers left for
+     * checkpoints, and calls with checkpoints are planned without these. */
+    static constexpr bool CHECKPOINTS = states && Cta::OUTPUTS && !SomeSchedule::MIXED &&
+                                        !(GENERAL && SomeSchedule::template Phase<Cta>::RELAYS);
+    /* Work items may come in pieces, because checkpoints may lie inside chunks (schedule/pieces.cuh). */
+    static constexpr bool PIECES = CHECKPOINTS && Cta::CHUNK > 16;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
-    /* The preparation of a general block needs more registers than a relay's output phase gives others. */
+    /* With options the preparation needs more registers than a relay's output phase gives others. */
     static constexpr Registers REGISTERS =
-        GENERAL && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
+        OPTIONS && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
     static constexpr int SLOTS = Cta::OWN_SLOTS + Cta::RECEIVED_SLOTS;
     static constexpr int SUBCHUNKS = Cta::CHUNK / SUBCHUNK;
     static constexpr int RECURRENCE_WARPS = Cta::ROWS / 16;

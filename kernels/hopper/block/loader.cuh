@@ -27,8 +27,9 @@ template <class Block> struct Loader {
     const fkda_hopper_fwd_args &args;
     Shared<Block> &shared;
     Pieces<Block> source;
-    Slot<ITEMS_AHEAD> published; /* where the next work item goes in the ring of work items */
-    LoadedItem item;             /* the last one that the source gave out */
+    CheckpointList<Block> checkpoints; /* of the work item whose chunks are loaded */
+    Slot<ITEMS_AHEAD> published;       /* where the next work item goes in the ring of work items */
+    LoadedItem item;                   /* the last one that the source gave out */
     /* The slots of the next chunk that this CTA prepares, and of the next one that the other CTA does. */
     Slot<Block::OWN_SLOTS> own;
     Slot<Block::RECEIVED_SLOTS + (Block::CTAS == 1)> received;
@@ -40,21 +41,23 @@ template <class Block> struct Loader {
     unsigned left_out;              /* chunks still to be loaded whose norms their teams find */
 
     __device__ Loader(const fkda_hopper_fwd_args &a, Shared<Block> &s, int lane)
-        : args(a), shared(s), source(a, piece_notes(s), pair_rank<Block>(), lane), published(0), item{},
-          own(0), received(0), turn(0), rank(pair_rank<Block>()), expected(0), asked_for(0),
-          to_norm(Block::TEAMS), without_norms(0), left_out(Block::TEAMS)
+        : args(a), shared(s), source(a, notes_of<PieceNotes>(s.pieces), pair_rank<Block>(), lane),
+          checkpoints(a.fwd, notes_of<CheckpointNotes>(s.checkpoint_notes)), published(0), item{}, own(0),
+          received(0), turn(0), rank(pair_rank<Block>()), expected(0), asked_for(0), to_norm(Block::TEAMS),
+          without_norms(0), left_out(Block::TEAMS)
     {
     }
 
-    static __device__ PieceNotes &piece_notes(Shared<Block> &s)
+    /* A block without checkpoints has no notes, and uses none. */
+    template <class Notes, class Member> static __device__ Notes &notes_of(Member &member)
     {
-        return reinterpret_cast<PieceNotes &>(s.pieces); /* a block without pieces does not use them */
+        return reinterpret_cast<Notes &>(member);
     }
 
     static __device__ void prefetch_descriptors(const fkda_hopper_fwd_args &args, int lane)
     {
         if (lane) return;
-        if (!Block::GENERAL || !args.fwd.g_is_f32) prefetch_descriptor(&args.g);
+        if (!has_fp32_gates<Block>(args.fwd)) prefetch_descriptor(&args.g);
         prefetch_descriptor(&args.k);
         prefetch_descriptor(&args.v);
         if (Block::OUTPUTS) prefetch_descriptor(&args.q);
@@ -69,7 +72,7 @@ template <class Block> struct Loader {
             !mbarrier_test(&shared.chunk_ring.loaded[to_norm.index], to_norm.parity))
             return false;
         int cta, thread = static_cast<int>(threadIdx.x);
-        if (Block::GENERAL)
+        if (Block::OPTIONS)
             read_indices(cta, thread); /* places are found anew, because registers are scarce */
         store_norms<Block, 1>(shared.inverse_norm[to_norm.index][0], shared.tokens[to_norm.index], args.fwd,
                               0, thread & 31);
@@ -105,6 +108,37 @@ template <class Block> struct Loader {
         published.advance(1);
     }
 
+    /* ---- Checkpoints ---- */
+
+    /* What CheckpointRing::number_of says of a chunk that a checkpoint is behind. */
+    __device__ unsigned char next_number() const
+    {
+        return static_cast<unsigned char>(1 + checkpoints.notes.number);
+    }
+
+    /* Hands the places of the next checkpoint to the recurrence. */
+    __device__ int publish_checkpoint()
+    {
+        return checkpoints.pass([&](void *to, bool more) {
+            CheckpointRing<Block> &queue = shared.checkpoints;
+            const int number = checkpoints.notes.number;
+            const Slot<CHECKPOINTS_AHEAD> slot(number);
+            wait(&queue.ring.empty[slot.index], slot.parity ^ 1);
+            if (elect_lane()) {
+                queue.entry[slot.index] = {to, more};
+                mbarrier_arrive(&queue.ring.full[slot.index]);
+                checkpoints.notes.number = (number + 1) % (2 * CHECKPOINTS_AHEAD);
+            }
+            __syncwarp();
+        });
+    }
+
+    /* Says of the chunk that comes to a slot whether a checkpoint is behind it. */
+    __device__ void note_checkpoint(int slot, const ValueBoxes &of) const
+    {
+        if constexpr (Block::CHECKPOINTS) shared.checkpoints.number_of[slot] = of.checkpoint;
+    }
+
     /* ---- Chunks ---- */
 
     __device__ void copy_values(int slot, const ValueBoxes &of, uint64_t *barrier) const
@@ -130,8 +164,9 @@ template <class Block> struct Loader {
         if constexpr (Block::JOINS)
             if (values.after_maps) wait(&shared.join.room_for_tokens, 0);
         if (elect_lane()) {
+            note_checkpoint(own.index, values);
             /* Gates in fp32 have no room in the slot: the preparation loads them from global memory. */
-            const bool with_g = !Block::GENERAL || !args.fwd.g_is_f32;
+            const bool with_g = !has_fp32_gates<Block>(args.fwd);
             const int bytes = static_cast<int>(sizeof to.half) - (with_g ? 0 : DIM / 64 * Block::HALF_TOKENS);
             mbarrier_arrive_expecting(barrier, values.boxes * Block::HALF_TOKENS + bytes);
 #pragma unroll
@@ -168,6 +203,7 @@ template <class Block> struct Loader {
         if (elect_lane()) {
             const ValueBoxes values = shared.expected[asked_for % MOST_EXPECTED];
             uint64_t *barrier = &shared.chunk_ring.ready[slot];
+            note_checkpoint(slot, values);
             mbarrier_arrive_expecting(barrier, values.boxes * Block::HALF_TOKENS +
                                                    static_cast<int>(sizeof shared.tokens[slot].half) +
                                                    static_cast<int>(sizeof(Stage<Block>)));
@@ -209,8 +245,11 @@ template <class Block> struct Loader {
                                  now.head,
                                  static_cast<unsigned char>(now.first_row / 64),
                                  static_cast<unsigned char>(no_values ? 0 : Block::ROWS / 64),
-                                 false};
+                                 false,
+                                 0};
             bool first = true;
+            int due = 0; /* what is left where the chunk begins that the next checkpoint is behind */
+            if constexpr (Block::CHECKPOINTS) due = checkpoints.begin(now);
             for (int left = now.length; left > 0 || first; left -= Block::CHUNK, first = false) {
                 if (left > 0) {
                     /* The join phase leaves the slots of the CTAs' first chunks free. */
@@ -218,11 +257,14 @@ template <class Block> struct Loader {
                         values.after_maps = now.attributes & AFTER_JOIN && chunks >= Block::CTAS;
                         chunks++;
                     }
+                    if constexpr (Block::CHECKPOINTS) values.checkpoint = left == due ? next_number() : 0;
                     if (Block::CTAS == 1 || turn == rank)
                         load(values, now.qk_head);
                     else
                         expect(values);
                     values.token += Block::CHUNK, turn ^= 1;
+                    if constexpr (Block::CHECKPOINTS)
+                        if (left == due) due = publish_checkpoint();
                 }
                 if (!first) continue;
                 item = source.next();

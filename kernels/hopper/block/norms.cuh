@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
     }
     if (t == g / 2) {
         const auto factor = [=](float sum) {
-            if (Block::GENERAL && normalised) return sum < LARGEST_SQUARES ? 1.0f : 0.0f;
+            if (Block::OPTIONS && normalised) return sum < LARGEST_SQUARES ? 1.0f : 0.0f;
             return rsqrt_approx(sum + 1e-6f);
         };
         to[g] = factor(g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]);

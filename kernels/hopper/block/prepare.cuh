@@ -31,10 +31,13 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     using Base::args, Base::shared, Base::team, Base::warp, Base::lane, Base::g, Base::t, Base::gate_here;
     using Base::SAVES_REGISTERS, Base::SUBCHUNKS, Base::WARPS;
     using Sums = typename Base::Sums;
+    using Gates = typename Base::Gates;
     using SlicePlace = typename Base::SlicePlace;
     static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
     static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
+    /* A general relay has no registers left for what tells whether it must be careful (prepare_slice.cuh). */
+    static constexpr bool ALWAYS_CAREFUL = Block::GENERAL && Block::RELAYS;
     unsigned meetings; /* of the team so far; for racecheck alone */
 
     __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : Base(a, s), meetings(0)
@@ -55,28 +58,28 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
 
     /* ---- Once for each head ---- */
 
-    /* Element i of A_log or dt_bias, which may be absent in a general block. */
+    /* Element i of A_log or dt_bias, which may be absent with options. */
     static __device__ float load_parameter(const float *tensor, int i)
     {
-        return Block::GENERAL && !tensor ? 0.0f : __ldg(&tensor[i]);
+        return Block::OPTIONS && !tensor ? 0.0f : __ldg(&tensor[i]);
     }
 
     __device__ void load_gate_parameters(int head)
     {
-        const GateOfCall call = {args.gate};
+        const GateOfCall call = gate_of_call<Block>(args);
         float bias[SHARE / 32]; /* on their way while A_log is waited for */
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             bias[i] = load_parameter(args.dt_bias, head * DIM + warp * SHARE + 32 * i + lane);
         const float A_log = load_parameter(args.A_log, head);
-        const float slope = Block::GENERAL ? call.slope(A_log) : hopper_sigmoid_gate_slope(A_log);
+        const float slope = Block::OPTIONS ? call.slope(A_log) : hopper_sigmoid_gate_slope(A_log);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             shared.gate_offset[team][warp * SHARE + 32 * i + lane] =
-                Block::GENERAL ? call.offset(bias[i], slope) : hopper_sigmoid_gate_offset(bias[i], slope);
+                Block::OPTIONS ? call.offset(bias[i], slope) : hopper_sigmoid_gate_offset(bias[i], slope);
         gate_here = {slope,
-                     Block::GENERAL ? call.factor(A_log, args.lower_bound)
+                     Block::OPTIONS ? call.factor(A_log, args.lower_bound)
                                     : hopper_sigmoid_gate_inverse_bound(args.lower_bound),
                      head};
         if (lane == 0) shared.gate[team][warp] = gate_here;
@@ -106,8 +109,10 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
 
     /* Turns the sums over all tokens into the state's decay over the chunk, less one. The decay of a slow
      * channel, rounded to fp32 itself, would be off by one amount chunk after chunk. Returns whether one of
-     * this warp's sums is NaN, or one of the chunk's norms is not usual. */
-    __device__ bool finish_gamma(float *gamma, const float *inverse_norm) const
+     * this warp's sums is NaN, or one of the chunk's norms is not usual; if the preparation was not careful,
+     * also whether there are wide elements. */
+    template <bool careful>
+    __device__ bool finish_gamma(float *gamma, const float *inverse_norm, Gates &gates) const
     {
         __syncwarp();
         float sum = 0.0f;
@@ -118,9 +123,18 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         for (int i = 0; i < SHARE / 32; i++) {
             float &x = gamma[32 * i + lane];
             sum += x;
+            if (Block::UNBOUNDED && SUBCHUNKS == 1) gates.least = fminf(gates.least, x);
             x = ex2_minus_1(x);
         }
-        return __any_sync(~0u, sum != sum || !usual);
+        bool unusual = sum != sum || !usual;
+        if constexpr (Block::UNBOUNDED && !ALWAYS_CAREFUL) {
+            const bool wide = gates.least < -Base::MAY_BE_WIDE;
+            if (careful)
+                gates.wide = __any_sync(~0u, wide);
+            else
+                unusual |= wide;
+        }
+        return __any_sync(~0u, unusual);
     }
 
     /* Finds the norms that are not usual, for which all warps of the team have come here. */
@@ -148,10 +162,10 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         HeadGate &gate = shared.gate[team][warp];
         float *offset = &shared.gate_offset[team][warp * SHARE];
         bool bad_head =
-            gate.slope != gate.slope || (Block::GENERAL && gate.inverse_bound != gate.inverse_bound);
+            gate.slope != gate.slope || (Block::OPTIONS && gate.inverse_bound != gate.inverse_bound);
         __syncwarp();
         if (bad_head) gate_here.slope = gate.slope = NEAREST_TO_ZERO;
-        if (Block::GENERAL && bad_head) gate_here.inverse_bound = gate.inverse_bound = NEAREST_TO_ZERO;
+        if (Block::OPTIONS && bad_head) gate_here.inverse_bound = gate.inverse_bound = NEAREST_TO_ZERO;
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             if (float &x = offset[32 * i + lane]; x != x) x = 0.0f, bad_head = true;
@@ -231,24 +245,38 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
 
     /* Prepares a slice whose channel is counted from the warp's first one. What leads to the slice is found
      * anew, so that no register keeps it meanwhile. */
-    __device__ void find_and_prepare_slice(int slot, int round, SlicePlace place, Sums &sums)
+    template <bool careful>
+    __device__ void find_and_prepare_slice(int slot, int round, SlicePlace place, Sums &sums, Gates &gates)
     {
         this->find_place();
         place.channel += warp * SHARE;
         auto &half = shared.tokens[slot].half[place.channel / 64];
-        this->prepare_slice(place,
-                            ((shared_address(&half) + matrix_row(lane)) ^ (2 * (place.channel % 64))) +
-                                place.sub * SUBCHUNK_BYTES,
-                            &shared.gate_offset[team][place.channel],
-                            norms(slot, round)[0] + g + place.sub * SUBCHUNK,
-                            shared.stage[slot].gamma_minus_1 + place.channel, sums);
+        this->template prepare_slice<careful>(
+            place,
+            ((shared_address(&half) + matrix_row(lane)) ^ (2 * (place.channel % 64))) +
+                place.sub * SUBCHUNK_BYTES,
+            &shared.gate_offset[team][place.channel], norms(slot, round)[0] + g + place.sub * SUBCHUNK,
+            shared.stage[slot].gamma_minus_1 + place.channel, sums, gates);
     }
 
-    /* All slices of this warp. Returns whether it needs a second try (bad_tokens.cuh), which `repairs`. */
+    /* Where the raw gate of this lane's first token and channel is, in fp32. */
+    __device__ const float *first_gate(const ChunkCursor<Block> &at) const
+    {
+        return static_cast<const float *>(args.g) + at.place(args.g_strides, 2 * t) + warp * SHARE + g;
+    }
+
+    /* All slices of this warp. Returns whether it needs another try: with inputs that are restored, in which
+     * gates are repaired (bad_tokens.cuh), or carefully. */
+    template <bool careful>
     __device__ bool prepare_slices(int slot, int round, const ChunkCursor<Block> &at, bool repairs,
-                                   Sums &sums)
+                                   Sums &sums, Gates &gates)
     {
         const int first = warp * SHARE; /* channel */
+        if (Block::UNBOUNDED) gates.least = 0.0f;
+        if constexpr (Base::GATES_AHEAD && !careful) {
+            gates.next = first_gate(at);
+            this->load_gates_ahead(gates.raw, gates.next);
+        }
         const uint32_t half = shared_address(&shared.tokens[slot].half[first / 64]) + matrix_row(lane);
         const float *factor = norms(slot, round)[0] + g;
         float *gamma = shared.stage[slot].gamma_minus_1;
@@ -263,17 +291,24 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
                 }
             }
 #pragma unroll 1
-            for (int c = 0; c < SHARE; c += 16)
-                if constexpr (Block::GENERAL)
-                    find_and_prepare_slice(slot, round, {at, sub, c, repairs}, sums);
+            for (int c = 0; c < SHARE; c += 16) {
+                if constexpr (Base::GATES_AHEAD && !careful) {
+                    const bool ends = c + 16 == SHARE;
+                    gates.next += ends ? SUBCHUNK * args.g_strides.token - (SHARE - 16) : 16;
+                    if (ends && sub + 1 == SUBCHUNKS) gates.next = nullptr;
+                }
+                if constexpr (Block::GENERAL || (Block::OPTIONS && careful))
+                    find_and_prepare_slice<careful>(slot, round, {at, sub, c, repairs}, sums, gates);
                 else
-                    this->prepare_slice({at, sub, first + c, repairs},
-                                        (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
-                                        &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK,
-                                        gamma + first + c, sums);
+                    this->template prepare_slice<careful>(
+                        {at, sub, first + c, repairs}, (half ^ 2 * (first % 64 + c)) + sub * SUBCHUNK_BYTES,
+                        &shared.gate_offset[team][first + c], factor + sub * SUBCHUNK, gamma + first + c,
+                        sums, gates);
+            }
         }
         if (SAVES_REGISTERS) this->find_place();
-        return finish_gamma(&shared.stage[slot].gamma_minus_1[warp * SHARE], norms(slot, round)[0]);
+        return finish_gamma<careful>(&shared.stage[slot].gamma_minus_1[warp * SHARE], norms(slot, round)[0],
+                                     gates);
     }
 
     /* Ends the preparation of a chunk in an own slot: what the recurrence and the solver get. */
@@ -309,6 +344,14 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             at.advance(Block::CTAS * Block::TEAMS);
             count++;
         };
+        Gates gates;
+        gates.wide = false;
+        /* Whether the chunk is prepared carefully from the start: if the chunk before it had wide elements,
+         * this one probably has some too. */
+        const auto starts_carefully = [&] {
+            return (Block::UNBOUNDED && !ALWAYS_CAREFUL && gates.wide) ||
+                   (Base::GATES_AHEAD && at.left < Block::CHUNK);
+        };
         while (!at.done()) {
             /* Chunks without bad tokens. The rare rest stands outside this loop, because loops of all roles
              * share the instruction cache. */
@@ -317,15 +360,27 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
                 if (SAVES_REGISTERS) this->find_place();
                 begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round());
                 Sums sums = {};
-                bad = prepare_slices(slot.index, round(), at, false, sums);
+                bad = starts_carefully() ||
+                      prepare_slices<ALWAYS_CAREFUL>(slot.index, round(), at, false, sums, gates);
                 if (bad) break;
                 finish_chunk(slot.index, round(), sums);
                 advance();
             }
             if (!bad) break;
             Sums sums = {};
-            restore(slot.index, round(), at);
-            prepare_slices(slot.index, round(), at, true, sums);
+            if constexpr (Block::UNBOUNDED && !ALWAYS_CAREFUL) {
+                bool restores = !starts_carefully();
+#pragma unroll 1
+                for (;; restores = true) {
+                    if (restores) restore(slot.index, round(), at);
+                    sums = {};
+                    if (!prepare_slices<true>(slot.index, round(), at, restores, sums, gates) || restores)
+                        break;
+                }
+            } else {
+                restore(slot.index, round(), at);
+                prepare_slices<true>(slot.index, round(), at, true, sums, gates);
+            }
             finish_chunk(slot.index, round(), sums);
             advance();
         }
@@ -347,7 +402,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         constexpr int RING = Block::OWN_SLOTS;
         if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
-        if (Block::GENERAL && args.g_is_f32) prefetch_gates(at);
+        if (has_fp32_gates<Block>(args)) prefetch_gates(at);
         /* If another team had the slot in the round before, this team does not know whether that round is
          * over, and the parity of `loaded` could deceive it. `empty` says that it is over. */
         static_assert(RING >= Block::TEAMS, "a team's next slot is another one than its last slot");

@@ -60,7 +60,20 @@ template <class Block> struct SlicePreparation {
         float within[SUBCHUNKS][3][4], across[2][2][4];
     };
 
-    /* Where a slice is, for what a general block does not take from the layout of fragments. */
+    /* Raw gates in fp32 come from global memory. A block that knows of them beforehand asks for those of the
+     * next slice while it works on a slice. */
+    static constexpr bool GATES_AHEAD =
+        Block::ARITHMETIC == Arithmetic::ACTIVATED && !(Block::OUTPUTS && SUBCHUNKS == 2);
+
+    /* What a chunk's slices keep about gates. */
+    struct Gates {
+        float raw[2][4];   /* with GATES_AHEAD: those of the slice, as find_decays() has them */
+        const float *next; /* with GATES_AHEAD: the next slice's first one of this lane, or null */
+        float least;       /* sum of log2 decays in a subchunk so far, where UNBOUNDED */
+        bool wide;         /* the last careful preparation met wide elements */
+    };
+
+    /* Where a slice is, for what is not taken from the layout of fragments. */
     struct SlicePlace {
         const ChunkCursor<Block> &chunk;
         int sub;      /* the subchunk */
@@ -74,7 +87,7 @@ template <class Block> struct SlicePreparation {
     {
         int cta, thread;
         read_indices(cta, thread);
-        const float none = GateOfCall{args.gate}.neutral();
+        const float none = gate_of_call<Block>(args).neutral();
         const int token = place.sub * SUBCHUNK + thread % 4 * 2, channel = place.channel + thread % 32 / 4;
         const fkda_token_strides &stride = args.g_strides;
         const int zero =
@@ -93,14 +106,28 @@ template <class Block> struct SlicePreparation {
         }
     }
 
-    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in a
-     * general block. `at` and `offset` are as in accumulate_gates(). */
+    /* Asks for the raw gates of a slice in fp32, all of whose tokens belong to the sequence. `from` is the
+     * gate of token 2 t and channel g. */
+    __device__ void load_gates_ahead(float (&x)[2][4], const float *from) const
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *const row = from + (i / 2 * 8 + i % 2) * args.g_strides.token;
+#pragma unroll
+            for (int b = 0; b < 2; b++) x[b][i] = load_ahead(row + 8 * b);
+        }
+    }
+
+    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. `at`
+     * and `offset` are as in accumulate_gates(). With GATES_AHEAD x has the raw gates, unless `careful`. */
+    template <bool careful>
     __device__ void find_decays(float (&x)[2][4], uint32_t at, const float *offset,
                                 const SlicePlace &place) const
     {
-        const GateOfCall call = {args.gate};
-        if (args.g_is_f32) {
-            load_gates(x, place);
+        const GateOfCall call = gate_of_call<Block>(args);
+        const bool fp32 = has_fp32_gates<Block>(args);
+        if (fp32) {
+            if (careful || !GATES_AHEAD) load_gates(x, place);
         } else {
             uint32_t raw[4];
             load_matrices_transposed(raw, at);
@@ -114,9 +141,14 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             activate_gates(x[b], call, gate_of_head, offset[8 * b + g]);
-            if (args.g_is_f32 && place.repairs)
+            if constexpr (careful) {
+                if (Block::UNBOUNDED)
 #pragma unroll
-                for (int i = 0; i < 4; i++) x[b][i] = x[b][i] == x[b][i] ? x[b][i] : 0.0f;
+                    for (int i = 0; i < 4; i++) x[b][i] = hold_log2_decay(x[b][i]);
+                if (fp32 && place.repairs)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) x[b][i] = x[b][i] == x[b][i] ? x[b][i] : 0.0f;
+            }
         }
     }
 
@@ -129,14 +161,15 @@ template <class Block> struct SlicePreparation {
      * transposes back. Each gate enters as the sum of two bf16, which leaves out at most 2^-18 of the
      * gate, with either sign. Sums are fp32, of at most 16 gates.
      *
-     * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels.
+     * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels,
+     * and x the raw gates with GATES_AHEAD.
      */
+    template <bool careful>
     __device__ void accumulate_gates(uint32_t at, const float *offset, const SlicePlace &place,
-                                     float (&sum)[2][4]) const
+                                     float (&x)[2][4], float (&sum)[2][4]) const
     {
-        if constexpr (Block::GENERAL) {
-            float x[2][4];
-            find_decays(x, at, offset, place);
+        if constexpr (Block::UNBOUNDED) {
+            find_decays<careful>(x, at, offset, place);
 #pragma unroll
             for (int b = 0; b < 2; b++) add_up(x[b], sum[b]);
             return;
@@ -177,15 +210,23 @@ template <class Block> struct SlicePreparation {
 
     /*
      * If the sum of a token's and a channel's log2 decay is below -WIDEST, exp(-G) leaves the range of fp32
-     * and tf32, and the element of this token and channel is *wide*. In a general block wide elements are
-     * left out of the products on the tensor core, and add_wide_elements() computes what a wide element's row
-     * gets in its channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5
-     * that 16 gates at the bound of -5 reach.
+     * and tf32, and the element of this token and channel is *wide*. Wide elements are left out of the
+     * products on the tensor core, and add_wide_elements() computes what a wide element's row gets in its
+     * channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5 that 16
+     * gates at the bound of -5 reach.
+     *
+     * Only a `careful` preparation knows wide elements, and only it holds gates. A preparation that is not
+     * careful keeps the `least` sum. If that is below -WIDEST, or if a sum is NaN because gates were not
+     * held, the warp prepares the chunk once more and carefully (prepare.cuh). Without wide elements both
+     * give equal bits.
      *
      * Whether an element is wide depends on the tokens up to its own alone, so a token changes no bit of the
      * tokens before it. In K~ and Q~ wide elements are zeros, as they would be in fp16.
      */
     static constexpr float WIDEST = 116.0f;
+    /* A subchunk whose least sum at its end is above -MAY_BE_WIDE has no wide element, however its sums are
+     * rounded. */
+    static constexpr float MAY_BE_WIDE = WIDEST - 0.25f;
 
     /* Whether the slice has wide elements: token g + 8 comes after token g. */
     static __device__ bool is_wide(const float (&sum)[2][4])
@@ -265,16 +306,23 @@ template <class Block> struct SlicePreparation {
      * `factor` the inverse norm of this lane's first token, and `gamma` has the channels' sums over all
      * tokens so far.
      */
+    template <bool careful>
     __device__ void prepare_slice(const SlicePlace &place, uint32_t at, const float *offset,
-                                  const float *factor, float *gamma, Sums &sums) const
+                                  const float *factor, float *gamma, Sums &sums, Gates &gates) const
     {
+        constexpr bool KNOWS_WIDE = Block::UNBOUNDED && careful,
+                       RELOADS = Block::GENERAL || KNOWS_WIDE; /* k and q, which takes fewer registers */
         const bool second = SUBCHUNKS == 2 && place.sub == 1;
         float sum[2][4], over[2][2]; /* over: the decay over this subchunk */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
-        accumulate_gates(at, offset, place, sum);
+        accumulate_gates<careful>(at, offset, place, gates.raw, sum);
+        if constexpr (GATES_AHEAD && !careful)
+            if (gates.next) load_gates_ahead(gates.raw, gates.next);
         float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
         bool wide = false;
-        if constexpr (Block::GENERAL) {
+        if constexpr (Block::UNBOUNDED && SUBCHUNKS == 2)
+            gates.least = fminf(fminf(gates.least, fminf(sum[0][2], sum[0][3])), fminf(sum[1][2], sum[1][3]));
+        if constexpr (KNOWS_WIDE) {
             wide = is_wide(sum);
             if (__builtin_expect(wide, 0)) add_wide_elements(within, sum, at, factor - g);
         }
@@ -282,7 +330,7 @@ template <class Block> struct SlicePreparation {
         /* ---- Elements, and products of the subchunk with itself ---- */
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            if (b == 0 || (Block::GENERAL && SUBCHUNKS == 2)) {
+            if (b == 0 || (RELOADS && SUBCHUNKS == 2)) {
                 load_matrices(raw_k, at + K * Block::HALF_TOKENS);
                 if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
             }
@@ -303,7 +351,7 @@ template <class Block> struct SlicePreparation {
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
                 }
-            if (Block::GENERAL && __builtin_expect(wide, 0))
+            if (KNOWS_WIDE && __builtin_expect(wide, 0))
 #pragma unroll
                 for (int e = 0; e < 2; e++)
 #pragma unroll
@@ -328,7 +376,7 @@ template <class Block> struct SlicePreparation {
                 if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
                 rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
             }
-            if (Block::GENERAL && __builtin_expect(wide, 0)) {
+            if (KNOWS_WIDE && __builtin_expect(wide, 0)) {
                 const float last[2] = {__shfl_sync(~0u, sum[b][2], 4 * 7 + t),
                                        __shfl_sync(~0u, sum[b][3], 4 * 7 + t)};
 #pragma unroll

@@ -39,7 +39,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     using Base::all, Base::args, Base::shared, Base::lane, Base::state, Base::scale, Base::is_map,
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
-    using Base::misfit, Base::adapt, Base::choose_first_scales, Base::load_state, Base::store_state;
+    using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
+        Base::load_state, Base::store_state;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
@@ -56,7 +57,6 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         output_place = half + ((lane >> 1) * ROW | ((lane & 1) ^ first ^ (lane >> 1 & 7)) * 16);
         value_place = half + (matrix_row_by_token(lane) ^ first * 16);
         keep_in_register(output_place), keep_in_register(value_place);
-        if (Block::PIECES) forget_state();
     }
 
     /* ---- Outputs ---- */
@@ -180,6 +180,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         wgmma_commit();
 
         /* ---- Meanwhile: does this chunk leave the usual path? ---- */
+        if constexpr (Block::OPTIONS)
+            if (look && may_grow() && __any_sync(~0u, has_grown())) faint = true;
         const float high = largest(raw, 0), low = largest(raw, 1);
         const bool act = misfit(high, low, look | look_again);
         /* The load gives 0 instead of the divisor if v does not fit. Its address depends on v, so that the
@@ -237,9 +239,6 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     /* Whether a CTA may overwrite a state that another one starts from (schedule/relay.cuh). */
     static constexpr bool OVERWRITES_STATES = Block::JOINS && !Block::MIXED;
 
-    /* Whether pieces may go back to a state that a piece before them has saved (schedule/pieces.cuh). */
-    static constexpr bool CHANGES_BACK = Block::PIECES && Block::CTAS == 2;
-
     /* Leaves the state as it is, with the notes that belong to it. */
     __device__ void save(const WorkItem &item) const
     {
@@ -253,19 +252,36 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
                         __uint_as_float(static_cast<unsigned>(faint)));
     }
 
-    /* The scales and notes before a work item, behind load_state(): those of the piece before it, those that
-     * were saved, or those of a new state. */
+    /* The scales and notes before a work item, behind load_state(): those that were saved, or those of a new
+     * state. */
     __device__ void take_notes(const WorkItem &item)
     {
         float x[4] = {1.0f, 1.0f, 0.0f, 0.0f};
-        if constexpr (CHANGES_BACK) {
+        if constexpr (Block::PIECES) {
             const SavedState *from = static_cast<const SavedState *>(global_memory(item.initial));
             load_four_if<0>(x, &from->notes[Base::row_group(item)][lane], item.attributes & RESTORES);
         }
-        const bool keeps = Block::PIECES && item.attributes & KEEPS_STATE;
-        scale[0] = keeps ? scale[0] : x[0], scale[1] = keeps ? scale[1] : x[1];
-        look_again = __any_sync(~0u, keeps ? look_again : __float_as_uint(x[2]) != 0);
-        faint = __any_sync(~0u, keeps ? faint : __float_as_uint(x[3]) != 0);
+        scale[0] = x[0], scale[1] = x[1];
+        look_again = __any_sync(~0u, __float_as_uint(x[2]) != 0);
+        faint = __any_sync(~0u, __float_as_uint(x[3]) != 0);
+    }
+
+    /* Stores the checkpoint behind a chunk, of which CheckpointRing::number_of says `number`. */
+    __device__ void store_checkpoint(int number)
+    {
+        bool more = true;
+#pragma unroll 1
+        for (number--; more; number++) {
+            const Slot<CHECKPOINTS_AHEAD> slot(number);
+            mbarrier_wait(&shared.checkpoints.ring.full[slot.index], slot.parity);
+            const auto entry = shared.checkpoints.entry[slot.index];
+            mbarrier_arrive_warp(&shared.checkpoints.ring.empty[slot.index]);
+            more = entry.more;
+            /* Otherwise the compiler would find all products with the scales in front of the loop, and keep
+             * them in registers. */
+            for (float &x : scale) x = __shfl_xor_sync(~0u, x, 0);
+            if (entry.to) Base::store_in_layout(global_memory(entry.to), args.checkpoints.is_bf16);
+        }
     }
 
     __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
@@ -298,6 +314,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             next.advance();
             const int next_slot = uniform(next.index());
             ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
+            int checkpoint = 0;
+            if constexpr (Block::CHECKPOINTS) checkpoint = shared.checkpoints.number_of[slot];
             if constexpr (Block::OUTPUTS) {
                 wgmma_wait<1>();
                 put_output(slot, own, &read[TILES]);
@@ -306,26 +324,18 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             }
             wgmma_wait<0>();
             release(place);
+            if constexpr (Block::CHECKPOINTS)
+                if (__builtin_expect(checkpoint != 0, 0)) store_checkpoint(checkpoint);
             place = next, slot = next_slot, position += CHUNK;
         }
         if (STORED_LATER && item.length > 0) store_output(0, to - stride, (item.length - 1) % CHUNK + 1);
         if constexpr (OVERWRITES_STATES)
             if (item.attributes & AWAITS_READ) await_flag(&item.read_flags[warp_row() >> 4]);
-        if (CHANGES_BACK && item.attributes & SAVES)
+        if (Block::PIECES && item.attributes & SAVES)
             save(item);
         else if (item.final)
             store_state(item, place);
         if (item.attributes & SIGNALS_FINAL) set_flag(&item.flags[warp_row() >> 4]);
-    }
-
-    __device__ void forget_state()
-    {
-#pragma unroll
-        for (int s = 0; s < DIM / 8; s++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) state[s][r] = 0.0f;
-        scale[0] = scale[1] = 0.0f;
-        look_again = faint = false;
     }
 
     /* The warp has read everything that it needs of a chunk. The CTA that sent the chunk is told too. */
@@ -347,11 +357,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (;; items.finish()) {
             const WorkItem &item = items.current(); /* read again for each use: registers are scarce */
             if constexpr (Block::JOINS)
-                if (item.attributes & JOINS_BEFORE) {
-                    RelayJoin<Block>(all, shared).carry_rows();
-                    if (Block::PIECES)
-                        forget_state(); /* so that it takes no registers while rows are carried */
-                }
+                if (item.attributes & JOINS_BEFORE) RelayJoin<Block>(all, shared).carry_rows();
             if (item.attributes & NO_WORK) break;
             compute_item(item, place);
         }

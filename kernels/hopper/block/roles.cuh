@@ -54,12 +54,12 @@ template <class Before, class Block> struct NextRegisters {
 
 /* ---- Roles --------------------------------------------------------------------------------------------- */
 
-/* The index of the thread. General kernels, and those with three sets of roles, read it again for each role:
- * else the compiler would keep it in local memory. */
+/* The index of the thread. Kernels for options, and those with three sets of roles, read it again for each
+ * role: else the compiler would keep it in local memory. */
 template <class Block> static __device__ __forceinline__ int thread_index(int known)
 {
     int cta;
-    if constexpr (Block::MIXED || (Block::GENERAL && !Block::RELAYS)) read_indices(cta, known);
+    if constexpr (Block::MIXED || (Block::STATES && !Block::RELAYS)) read_indices(cta, known);
     return known;
 }
 

@@ -92,19 +92,19 @@ static __device__ __forceinline__ void run_two_phases(const fkda_hopper_fwd_args
     end_phase(second);
 }
 
-template <bool general, bool states = general>
+template <Arithmetic arithmetic, bool states = arithmetic == Arithmetic::GENERAL>
 static __device__ __forceinline__ void run_relay(const fkda_hopper_fwd_args &all)
 {
-    run_two_phases<Block<MapCta, Relay, general, states>, Block<PairCta, Relay, general, states>,
+    run_two_phases<Block<MapCta, Relay, arithmetic, states>, Block<PairCta, Relay, arithmetic, states>,
                    RelayAssignment>(all, [&] { return RelayAssignment::has_map_phase(all); });
 }
 
 /* ---- Mixed: a relay, or a share of the rest ------------------------------------------------------------ */
 
-template <bool general, bool states = general>
+template <Arithmetic arithmetic, bool states = arithmetic == Arithmetic::GENERAL>
 static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &all)
 {
-    using Pair = Block<PairCta, Mixed, general, states>;
+    using Pair = Block<PairCta, Mixed, arithmetic, states>;
     using Usual = Block<PairCta, Mixed>;
     static_assert(offsetof(Shared<Pair>, assignment) == offsetof(Shared<Usual>, assignment),
                   "the schedule looks where a block that is not general has its assignment");
@@ -126,15 +126,15 @@ static __device__ __forceinline__ void run_mixed(const fkda_hopper_mixed_args &a
     }
     __syncwarp();
     cluster_sync();
-    /* A general kernel has no solo CTAs here: with three sets of roles it would have spills. Pairs then
-     * compute the rest, whatever the estimate says. */
-    if (general || assignment.is != MixedAssignment::REST_SOLO) {
-        run_two_phases<Block<MapCta, Mixed, general, states>, Pair, LongAssignment>(
+    /* Kernels with options have no solo CTAs here: with three sets of roles they would have spills. Pairs
+     * then compute the rest, whatever the estimate says. */
+    if (Pair::OPTIONS || assignment.is != MixedAssignment::REST_SOLO) {
+        run_two_phases<Block<MapCta, Mixed, arithmetic, states>, Pair, LongAssignment>(
             all.pair, [&] { return assignment.is == MixedAssignment::LONG && assignment.segment > 0; });
         return;
     }
-    if constexpr (!general) {
-        using Solo = Block<SoloCta, Mixed, general, states>;
+    if constexpr (!Pair::OPTIONS) {
+        using Solo = Block<SoloCta, Mixed, arithmetic, states>;
         const MixedAssignment own = assignment;
         /* All threads have read the assignment when a solo CTA has chunks in its place. */
         __syncthreads();

@@ -13,8 +13,8 @@
  * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
  * These bounds are for keys that are normalised and for write strengths of at most 1. In a call without them
- * a general block chooses scales every 128 tokens whatever v is, because the state can then grow by more than
- * v.
+ * the state can grow by more than v. A row's scale is then chosen anew, too, if the state exceeds 16 scales
+ * after 128 tokens.
  *
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
@@ -43,7 +43,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
     /* Truths, which take fewer instructions as int than as bool. */
     int look_again; /* the scales have just changed much: look at the next chunk too */
-    int faint;      /* a chunk had a divisor below one since the scales were chosen, or v says too little */
+    int faint;      /* a chunk had a divisor below one since the scales were chosen */
 
     __device__ ScaledRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
@@ -181,6 +181,23 @@ template <class Block> struct ScaledRows : StateRows<Block> {
                (low < least * scale[1]);
     }
 
+    /* Whether the state may grow by more than v. */
+    __device__ bool may_grow() const
+    {
+        return Block::OPTIONS && (args.beta_kind || args.qk_is_normalised);
+    }
+
+    /* Whether a number of this lane's state exceeds 16 scales. */
+    __device__ bool has_grown() const
+    {
+        float most[2] = {};
+#pragma unroll
+        for (int s = 0; s < DIM / 8; s++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) most[r % 2] = fmaxf(most[r % 2], fabsf(state[s][r]));
+        return fmaxf(most[0], most[1]) > 16.0f;
+    }
+
     /* ---- Choosing scales ---- */
 
     /* The largest x >= 0 of the four lanes that share a row. */
@@ -214,7 +231,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
         const auto is_large = [](float x) { return x >= 16.0f || x <= 0.0625f; };
         look_again = __any_sync(~0u, is_large(factor[0]) || is_large(factor[1]));
-        faint = Block::GENERAL && (args.beta_kind || args.qk_is_normalised);
+        faint = false;
         if (!__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
         for (int r = 0; r < 2; r++) {

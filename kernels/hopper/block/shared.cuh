@@ -25,6 +25,22 @@ template <class Block> __device__ __forceinline__ int pair_rank()
     return Block::CTAS == 2 ? cluster_rank() : 0;
 }
 
+/* The gate of a call, which only a general block does not know beforehand. */
+template <class Block> __device__ __forceinline__ GateOfCall gate_of_call(const fkda_fwd_args &args)
+{
+    switch (Block::ARITHMETIC) {
+    case Arithmetic::SOFTPLUS: return {GateOfCall::SOFTPLUS};
+    case Arithmetic::ACTIVATED: return {GateOfCall::ACTIVATED};
+    case Arithmetic::GENERAL: return {args.gate};
+    default: return {GateOfCall::BOUNDED};
+    }
+}
+
+template <class Block> __device__ __forceinline__ bool has_fp32_gates(const fkda_fwd_args &args)
+{
+    return Block::GENERAL ? args.g_is_f32 : Block::ARITHMETIC == Arithmetic::ACTIVATED;
+}
+
 /* The barriers of the slots of chunks. */
 template <class Block> struct ChunkRing {
     uint64_t loaded[Block::OWN_SLOTS], ready[Block::SLOTS], empty[Block::SLOTS];
@@ -35,7 +51,8 @@ template <class Block> struct ChunkRing {
 struct ValueBoxes {
     int row, token, head;
     unsigned char first_box, boxes;
-    bool after_maps; /* the slot holds maps of the join phase before it may hold the chunk */
+    bool after_maps;          /* the slot holds maps of the join phase before it may hold the chunk */
+    unsigned char checkpoint; /* what CheckpointRing::number_of says of the chunk */
 };
 
 /* The most chunks of the other CTA that may wait for a received slot. */
@@ -64,11 +81,34 @@ struct PieceNotes {
     bool saved;     /* the state before `rest` is in the workspace */
     WorkItem rest;
     LoadersNotes of_rest;
-    int begin;           /* tokens of the sequence before `rest` */
-    int offset, column;  /* the next checkpoint; its rows are looked for from this column on */
+    int begin; /* tokens of the sequence before `rest` */
+    int after; /* checkpoints up to this token of the sequence are in pieces that were given out */
+};
+
+/* What the loader knows of the checkpoints of the work item that it loads (block/checkpoint_list.cuh). */
+struct CheckpointNotes {
+    int sequence, head;
+    int begin, end;      /* of the work item, in tokens of the sequence */
+    int offset;          /* the next checkpoint */
+    int number;          /* of the next entry of the ring */
     int first_row_is_of; /* this sequence */
-    long long first_row; /* with `every` */
-    long long row;       /* the next row for the checkpoint, or NO_SLOT: not found yet */
+    long long first_row; /* with `every`: of the sequence */
+    long long row;       /* with `every`: of the next checkpoint */
+};
+
+/* Checkpoints on their way from the loader to the recurrence. */
+constexpr int CHECKPOINTS_AHEAD = 4;
+template <class Block> struct CheckpointRing {
+    struct __align__(16) Entry
+    {
+        void *to; /* where the head's state goes; null: nowhere */
+        int more; /* the state after the same chunk goes to the next entry's place too */
+    };
+    Entry entry[CHECKPOINTS_AHEAD];
+    Ring<CHECKPOINTS_AHEAD> ring;
+    /* For each slot of the chunk ring: 0, or if the state after the chunk is a checkpoint, one more than the
+     * number of its first entry. Entries are numbered modulo two rounds of the ring. */
+    unsigned char number_of[Block::SLOTS];
 };
 
 /* The end of a phase (end_phase in barriers.cuh). */
@@ -121,7 +161,9 @@ template <class Block> struct Shared {
      * them are never initialised. */
     uint64_t meeting[FOR_RACECHECK ? ITEMS_AHEAD : 1];
     std::conditional_t<Block::MIXED, MixedAssignment, Nothing> assignment;
-    std::conditional_t<Block::PIECES, PieceNotes, Nothing> pieces; /* the loader's */
+    std::conditional_t<Block::CHECKPOINTS, CheckpointRing<Block>, Nothing> checkpoints;
+    std::conditional_t<Block::CHECKPOINTS, CheckpointNotes, Nothing> checkpoint_notes; /* the loader's */
+    std::conditional_t<Block::PIECES, PieceNotes, Nothing> pieces;                     /* the loader's */
 };
 template <class Block> constexpr bool FITS = sizeof(Shared<Block>) <= FKDA_HOPPER_SHARED_BYTES;
 static_assert(FITS<Block<SoloCta, EvenShares>> && FITS<Block<PairCta, EvenShares>> &&

@@ -191,8 +191,8 @@ __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage
 
 /* ---- Write strengths ----------------------------------------------------------------------------------- */
 
-/* beta of a token, as it is in memory: bf16, or in a general block fp32. */
-template <class Block> using Beta = std::conditional_t<Block::GENERAL, uint32_t, uint16_t>;
+/* beta of a token, as it is in memory: bf16, or with options fp32. */
+template <class Block> using Beta = std::conditional_t<Block::OPTIONS, uint32_t, uint16_t>;
 
 /* beta of token lane % CHUNK; zero past the end of the sequence. */
 template <class Block>
@@ -202,7 +202,7 @@ __device__ __forceinline__ Beta<Block> load_beta(const fkda_fwd_args &args, cons
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
     const long long from = at.place_of_beta(args.beta_strides, token);
-    if (Block::GENERAL && token < at.left && args.beta_is_f32)
+    if (Block::OPTIONS && token < at.left && args.beta_is_f32)
         return __ldg(static_cast<const uint32_t *>(args.beta) + from);
     return token < at.left ? __ldg(beta + from) : 0;
 }
@@ -215,7 +215,7 @@ template <class Block>
 __device__ __forceinline__ float write_strength(const fkda_fwd_args &args, Beta<Block> beta)
 {
     float x = __uint_as_float(static_cast<uint32_t>(beta) << 16);
-    if constexpr (!Block::GENERAL) return rcp(1.0f + ex2(x * -LOG2_E));
+    if constexpr (!Block::OPTIONS) return rcp(1.0f + ex2(x * -LOG2_E));
     constexpr int TWICE_SIGMOID = 1, ACTIVATED = 2; /* flash_kda_beta */
     if (args.beta_is_f32) x = __uint_as_float(beta);
     if (args.beta_kind == ACTIVATED) return fabsf(x) < STRONGEST ? x : NAN;
@@ -227,7 +227,7 @@ __device__ __forceinline__ float write_strength(const fkda_fwd_args &args, Beta<
  * and a NaN is larger than any number. */
 template <class Block> __device__ __forceinline__ uint32_t largest_of_warp(float b)
 {
-    return __reduce_max_sync(~0u, __float_as_uint(Block::GENERAL ? fabsf(b) : b));
+    return __reduce_max_sync(~0u, __float_as_uint(Block::OPTIONS ? fabsf(b) : b));
 }
 constexpr uint32_t INFINITY_BITS = 0x7f800000;
 

@@ -110,8 +110,7 @@ template <class Block> struct StateRows {
     }
 
     /*
-     * Loads the state before a work item: from memory, or zeros or the identity, unless the item goes on with
-     * the state that is here.
+     * Loads the state before a work item: from memory, or zeros or the identity.
      *
      * Nothing here branches: behind a branch ptxas would put wgmma products one after the other. All loads of
      * one type are issued before those of the next type, because a load into a register waits for the
@@ -125,12 +124,11 @@ template <class Block> struct StateRows {
         const bool k_first = Block::STATES && args.state_k_first;
         const int begin = state_begin(item);
         const char *from = static_cast<const char *>(global_memory(item.initial));
-        const bool keeps = Block::PIECES && item.attributes & KEEPS_STATE;
         float raw[DIM / 8][4];
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) raw[s][r] = keeps ? state[s][r] : 0.0f;
+            for (int r = 0; r < 4; r++) raw[s][r] = 0.0f;
         if constexpr (STARTS_FROM_STATES) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32 && !k_first);
         if constexpr (STARTS_FROM_STATES && Block::STATES)
             load_tiles_k_first_fp32<0>(raw, from + 4 * k_first_begin(item), is_fp32 && k_first);
@@ -260,6 +258,65 @@ template <class Block> struct StateRows {
             }
     }
 
+    /* Stores the state as [V, K] in fp32, in units of 16 bytes: the lanes of two pairs of channels exchange
+     * words, until the even one has four neighbours of tile s and the odd one four of tile s + 1. `to` is at
+     * the warp's first row. The four lanes of a row cover two sectors of 32 bytes. */
+    __device__ void store_units_fp32(float *to) const
+    {
+        const int this_lane = read_lane();
+        const bool odd = this_lane & 1;
+        to += (this_lane >> 2) * DIM + (odd ? 8 : 0) + 4 * (this_lane >> 1 & 1);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int s = 0; s < DIM / 8; s += 2) {
+                float x[2], other[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float low = state[s][2 * r + i] * scale[r],
+                                high = state[s + 1][2 * r + i] * scale[r];
+                    x[i] = odd ? high : low;
+                    other[i] = __shfl_xor_sync(~0u, odd ? low : high, 1);
+                }
+                *reinterpret_cast<float4 *>(to + 8 * r * DIM + 8 * s) =
+                    odd ? make_float4(other[0], other[1], x[0], x[1])
+                        : make_float4(x[0], x[1], other[0], other[1]);
+            }
+    }
+
+    /* The same in bf16: the lanes of a quad exchange words, until a lane has the eight channels of tile
+     * 4 j + t. */
+    __device__ void store_units_bf16(uint16_t *to) const
+    {
+        const int this_lane = read_lane();
+        to += (this_lane >> 2) * DIM + 8 * (this_lane & 3);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int j = 0; j < DIM / 32; j++) {
+                uint32_t x[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    x[n] =
+                        pack_bf16(state[4 * j + n][2 * r] * scale[r], state[4 * j + n][2 * r + 1] * scale[r]);
+                transpose_in_quad(x, this_lane);
+                *reinterpret_cast<uint4 *>(to + 8 * r * DIM + 32 * j) = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+    }
+
+    /* Stores the state of an item with outputs in the layout of the caller's states; the head's state begins
+     * at `to`. */
+    __device__ void store_in_layout(void *to, bool is_bf16) const
+    {
+        const int row = Block::ROWS * pair_rank<Block>() + warp_row(), first = row * DIM;
+        if (args.state_k_first)
+            store_k_first(to, 2 * (read_lane() & 3) * DIM + row + (read_lane() >> 2), is_bf16);
+        else if (is_bf16)
+            store_units_bf16(static_cast<uint16_t *>(to) + first);
+        else
+            store_units_fp32(static_cast<float *>(to) + first);
+    }
+
     /* Stores the state after a work item. `after` is at the chunk behind the work item's last one. */
     __device__ void store_state(const WorkItem &item, const SlotCursor<Block> &after) const
     {
@@ -278,7 +335,7 @@ template <class Block> struct StateRows {
         if (!Block::OUTPUTS || item.attributes & FINAL_IMAGE)
             return store_image(static_cast<StateImage *>(to)->tile[row_group(item)]);
         const bool is_bf16 = item.attributes & FINAL_BF16;
-        if (Block::STATES && args.state_k_first) return store_k_first(to, k_first_begin(item), is_bf16);
+        if constexpr (Block::STATES) return store_in_layout(to, is_bf16);
         const int begin = state_begin(item);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)

@@ -1,14 +1,13 @@
 /*
- * Checkpoints: work items in pieces, so that each piece ends where a checkpoint is.
- *
- * Algorithm. The schedule knows nothing of checkpoints. What it gives out is divided here, behind the
- * schedule and before all roles. A piece goes on with the state that the recurrence has in registers
- * (KEEPS_STATE), and a checkpoint is what the piece stores as its final state. A checkpoint that is wanted in
- * several rows is stored by pieces without tokens.
+ * Checkpoints inside chunks: work items in pieces.
  *
  * A chunk of a CTA pair has 32 tokens, and a checkpoint may be behind its 16th token. The state there comes
- * from a piece of 16 tokens, a probe, after which the recurrence goes back to the state before the chunk,
- * which it has saved in the workspace (SAVES, RESTORES), and computes the whole chunk.
+ * from a piece of 16 tokens, a probe, before which and after which the recurrence starts from the state
+ * before the chunk. The piece before the probe saves this state in the workspace (SAVES, RESTORES).
+ * Checkpoints between chunks need no pieces (block/checkpoint_list.cuh).
+ *
+ * Algorithm. The schedule knows nothing of checkpoints. What it gives out is divided here, behind the
+ * schedule and before all roles.
  *
  * Why. The borders of chunks, and with them all bits of outputs and of the final state, are the same with and
  * without checkpoints; and a checkpoint has the bits of the final state of a work item that ends there,
@@ -19,10 +18,8 @@
 #ifndef FKDA_HOPPER_PIECES_CUH
 #define FKDA_HOPPER_PIECES_CUH
 
-#include "../../common/checkpoints.cuh"
-#include "../block/shared.cuh"
+#include "../block/checkpoint_list.cuh"
 #include "../join/layouts.cuh"
-#include "work_item.cuh"
 
 namespace fkda
 {
@@ -39,85 +36,64 @@ template <class Block> struct Pieces {
     __device__ Pieces(const fkda_hopper_fwd_args &a, PieceNotes &n, int rank_in_pair, int lane)
         : all(a), source(a, rank_in_pair, lane), notes(n)
     {
-        if (Block::PIECES && lane == 0) notes.in_pieces = false, notes.first_row_is_of = -1;
+        if (Block::PIECES) note([](PieceNotes &to) { to.in_pieces = false; });
     }
 
-    __device__ const fkda_checkpoint_args &wanted() const
+    __device__ CheckpointReader reader() const
     {
-        return all.fwd.checkpoints;
-    }
-
-    static __device__ int lane()
-    {
-        return static_cast<int>(threadIdx.x) & 31;
+        return CheckpointReader{all.fwd};
     }
 
     /* Changes the notes, by one lane for all. */
     template <class Change> __device__ void note(Change change) const
     {
         __syncwarp();
-        if (lane() == 0) change(notes);
+        if (CheckpointReader::lane() == 0) change(notes);
         __syncwarp();
     }
-
-    /* ---- Pieces ---- */
 
     __device__ LoadedItem next()
     {
         if constexpr (Block::PIECES)
-            if (wanted().states.data) return next_piece();
+            if (all.fwd.checkpoints.states.data) return next_piece();
         return source.next();
     }
 
     __device__ LoadedItem next_piece()
     {
-        __syncwarp();
-        for (;;) {
-            if (!notes.in_pieces) {
-                const LoadedItem item = source.next();
-                if (item.attributes & NO_WORK) return item;
-                begin_item(item);
-            }
-            if (notes.row == NO_SLOT) find_row();
-            if (notes.row != NO_SLOT) return cut_off_piece();
-            note([](PieceNotes &n) { n.in_pieces = false; });
-            const LoadedItem rest = {notes.rest, notes.of_rest};
-            if (rest.length > 0 || rest.final || !(rest.attributes & KEEPS_STATE) ||
-                rest.attributes & SIGNALS_FINAL)
-                return rest;
+        if (!notes.in_pieces) {
+            const LoadedItem item = source.next();
+            if (item.attributes & NO_WORK) return item;
+            const int before = reader().tokens_before(item);
+            note([&](PieceNotes &to) {
+                to.in_pieces = true, to.saved = false;
+                to.rest = item, to.of_rest = item, to.begin = to.after = before;
+            });
         }
-    }
-
-    __device__ LoadedItem cut_off_piece() const
-    {
-        const int before = notes.offset - notes.begin, over = before % Block::CHUNK;
-        const bool inside = Block::CTAS == 2 && over > 0 && before < notes.rest.length;
-        const bool saves = inside && !(notes.saved && before < Block::CHUNK);
+        const int offset = next_inside();
         LoadedItem piece = {notes.rest, notes.of_rest};
-        piece.length = saves ? before - over : before;
-        piece.attributes &= ~LAST_ONLY;
-        if (saves) {
-            piece.final = saved_state();
-            piece.attributes |= SAVES;
-        } else {
-            const long long at = notes.row * wanted().states.slot_stride + piece.head * (128LL * 128);
-            piece.final = static_cast<char *>(wanted().states.data) + at * (wanted().is_bf16 ? 2 : 4);
-            if (wanted().is_bf16) piece.attributes |= FINAL_BF16;
+        if (offset == NO_CHECKPOINT) {
+            note([](PieceNotes &n) { n.in_pieces = false; });
+            return piece;
         }
+        const int before = offset - notes.begin;
+        const bool is_probe = notes.saved && before < Block::CHUNK;
+        piece.length = is_probe ? before : before / Block::CHUNK * Block::CHUNK;
+        piece.final = is_probe ? nullptr : saved_state();
+        piece.attributes = (piece.attributes & ~LAST_ONLY) | (is_probe ? 0 : SAVES);
         note([&](PieceNotes &n) {
             WorkItem &rest = n.rest;
-            if (!saves) n.row = NO_SLOT;
-            if (inside && !saves) { /* the piece's tokens stay in the rest */
-                rest.initial = saved_state();
-                rest.attributes = (rest.attributes & ~KEEPS_STATE) | INITIAL_IMAGE | RESTORES;
+            if (is_probe) { /* the piece's tokens stay in the rest */
+                n.after = offset, rest.attributes |= AFTER_PROBE;
                 return;
             }
             const int tokens = piece.length;
-            n.saved = saves;
+            n.saved = true;
             n.begin += tokens, n.of_rest.before += tokens, rest.token += tokens, rest.length -= tokens;
-            rest.initial = nullptr;
-            rest.attributes = (rest.attributes & ~(FIRST_ONLY | 7 << PHASE_BIT)) | KEEPS_STATE |
-                              (tokens > 0 ? SCALES_CHOSEN : 0) |
+            n.after = n.begin;
+            rest.initial = saved_state();
+            rest.attributes = (rest.attributes & ~(FIRST_ONLY | AFTER_PROBE | 7 << PHASE_BIT)) |
+                              INITIAL_IMAGE | RESTORES | (tokens > 0 ? SCALES_CHOSEN : 0) |
                               n.of_rest.before / CHECKPOINT_UNIT % 8 << PHASE_BIT;
         });
         return piece;
@@ -128,106 +104,17 @@ template <class Block> struct Pieces {
         return static_cast<SavedState *>(all.saved) + blockIdx.x / FKDA_HOPPER_PAIR_CTAS;
     }
 
-    /* ---- Where checkpoints are ---- */
-
-    __device__ void begin_item(const LoadedItem &item) const
+    /* The next checkpoint that is inside a chunk of the rest. */
+    __device__ int next_inside() const
     {
-        const int n = item.sequence;
-        const int first_token =
-            all.fwd.cu_seqlens ? Cut::of_first_lane(static_cast<int>(sequence_border(all.fwd, n))) : 0;
-        const bool new_row = wanted().every && notes.first_row_is_of != n;
-        const long long row = new_row ? find_first_row(n) : notes.first_row;
-        note([&](PieceNotes &to) {
-            to.in_pieces = true, to.saved = false;
-            to.rest = item, to.of_rest = item, to.begin = item.token - first_token;
-            to.first_row = row, to.first_row_is_of = n;
-            to.row = NO_SLOT, to.column = 0;
-        });
-        const int offset = next_offset(notes.begin);
-        note([=](PieceNotes &to) { to.offset = offset; });
-    }
-
-    __device__ long long read_offset(int i) const
-    {
-        const long long at = static_cast<long long>(notes.of_rest.sequence) * wanted().columns + i;
-        return read_index(wanted().offsets, wanted().offsets_are_i32, at);
-    }
-
-    /* The first checkpoint of the rest after more than `after` tokens of the sequence. */
-    __device__ int next_offset(int after) const
-    {
-        const int end = notes.begin + notes.rest.length;
-        if (wanted().every) {
-            const long long next = static_cast<long long>(after / every() + 1) * every();
-            return next <= end ? static_cast<int>(next) : NO_CHECKPOINT;
-        }
-        constexpr unsigned NONE = ~0u;
-        unsigned least = NONE;
-#pragma unroll 1
-        for (int i = lane(); i < wanted().columns; i += 32) {
-            const long long x = read_offset(i);
-            if (x > after && x <= end && x % CHECKPOINT_UNIT == 0)
-                least = min(least, static_cast<unsigned>(x));
-        }
-        least = __reduce_min_sync(~0u, least);
-        return least == NONE ? NO_CHECKPOINT : static_cast<int>(least);
-    }
-
-    /* Notes the next row for the state at `offset`, or at the next checkpoint that has one. */
-    __device__ void find_row() const
-    {
-        int offset = notes.offset, column = notes.column;
-        long long row = NO_SLOT;
-        while (offset != NO_CHECKPOINT && row == NO_SLOT) {
-            const bool is_every = wanted().every != 0;
-            if (column >= (is_every ? 1 : wanted().columns)) {
-                offset = next_offset(offset), column = 0;
-                continue;
-            }
-            const int i = column + lane();
-            long long x = NO_SLOT;
-            if (is_every && i == 0)
-                x = notes.first_row + offset / every() - 1;
-            else if (!is_every && i < wanted().columns && read_offset(i) == offset)
-                x = row_of_column(i);
-            const unsigned there = __ballot_sync(~0u, x >= 0 && x < wanted().states.slots);
-            const int from = there ? __ffs(static_cast<int>(there)) - 1 : 31;
-            column += from + 1;
-            if (there) row = __shfl_sync(~0u, x, from);
-        }
-        note([=](PieceNotes &n) { n.offset = offset, n.column = column, n.row = row; });
-    }
-
-    __device__ long long row_of_column(int i) const
-    {
-        const long long at = static_cast<long long>(notes.of_rest.sequence) * wanted().columns + i;
-        return wanted().indices ? read_index(wanted().indices, wanted().indices_are_i32, at) : at;
-    }
-
-    /* Tokens from one checkpoint to the next, in 32 bits, of which divisions take little code. No sequence is
-     * as long as the greatest number. */
-    __device__ int every() const
-    {
-        return static_cast<int>(min(wanted().every, 0x7ffffff0LL));
-    }
-
-    /* As first_checkpoint_row(), by all lanes together. */
-    __device__ long long find_first_row(int sequence) const
-    {
-        long long rows = 0;
-        if (wanted().starts)
-            rows = read_index(wanted().starts, wanted().starts_are_i32, sequence);
-        else if (!all.fwd.cu_seqlens)
-            rows = static_cast<long long>(static_cast<int>(all.fwd.tokens) / every()) * sequence;
-        else {
-#pragma unroll 1
-            for (int n = lane(); n < sequence; n += 32) {
-                const long long length = sequence_border(all.fwd, n + 1LL) - sequence_border(all.fwd, n);
-                if (length > 0) rows += static_cast<int>(length) / every();
-            }
-            for (int by = 16; by > 0; by /= 2) rows += __shfl_xor_sync(~0u, rows, by);
-        }
-        return __shfl_sync(~0u, rows, 0);
+        const fkda_checkpoint_args &wanted = all.fwd.checkpoints;
+        const int begin = notes.begin, after = notes.after, last = begin + notes.rest.length - 1;
+        const auto is_inside = [=](long long offset) { return (offset - begin) % Block::CHUNK != 0; };
+        if (!wanted.every) return reader().least_offset(notes.of_rest.sequence, after, last, is_inside);
+        const int every = reader().every();
+        long long offset = static_cast<long long>(after / every + 1) * every;
+        if (!is_inside(offset)) offset += every;
+        return offset <= last && is_inside(offset) ? static_cast<int>(offset) : NO_CHECKPOINT;
     }
 };
 

@@ -51,8 +51,8 @@ enum {
     AWAITS_READ = 2048,  /* `final` may be overwritten once the warp's read flag is set */
     JOINS_BEFORE =
         4096, /* the CTA takes part in the join phase right before this item, even if it is NO_WORK */
-    /* Pieces of a work item with checkpoints (pieces.cuh): */
-    KEEPS_STATE = 8192,    /* the state is the one that the recurrence has */
+    /* Pieces of a work item with checkpoints inside chunks (pieces.cuh): */
+    AFTER_PROBE = 8192,    /* the checkpoint behind the first 16 tokens is a probe's */
     SCALES_CHOSEN = 16384, /* a piece before it has chosen scales for the rows */
     SAVES = 32768,         /* `final` is a SavedState, to which the state goes as it is */
     RESTORES = 65536,      /* `initial` is a SavedState, from which the state comes as it was */

@@ -1,5 +1,5 @@
-/* Launches the kernels of kernels/hopper as a plan says: those of fwd.cu and segments.cu, or for calls with
- * an option that concerns arithmetic those of general_fwd.cu and general_segments.cu. */
+/* Launches the kernels of kernels/hopper as a plan says: those of fwd.cu and segments.cu, or others that know
+ * the call's options (choose_kernels). */
 #include "launch.h"
 
 #include "../../errors.h"
@@ -10,7 +10,8 @@
 
 extern const unsigned char fkda_fatbin_hopper_fwd[], fkda_fatbin_hopper_segments[],
     fkda_fatbin_hopper_general_fwd[], fkda_fatbin_hopper_general_segments[], fkda_fatbin_hopper_states_fwd[],
-    fkda_fatbin_hopper_states_segments[];
+    fkda_fatbin_hopper_states_segments[], fkda_fatbin_hopper_bounded[], fkda_fatbin_hopper_softplus[],
+    fkda_fatbin_hopper_activated[];
 
 enum { SOLO, PAIR };
 static fkda_module fwd_module = {
@@ -59,6 +60,62 @@ static fkda_module states_segments_module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
+/* Modules with the kernels of both sorts have those for segments from here on. */
+enum { SEGMENTS = PAIR + 1 };
+static fkda_module bounded_module = {
+    .image = fkda_fatbin_hopper_bounded,
+    .names = {[SOLO] = "fkda_hopper_bounded_solo",
+              [PAIR] = "fkda_hopper_bounded_pair",
+              [SEGMENTS + RELAY] = "fkda_hopper_bounded_relay",
+              [SEGMENTS + MIXED] = "fkda_hopper_bounded_mixed",
+              [SEGMENTS + MAPS] = "fkda_hopper_bounded_maps"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+static fkda_module softplus_module = {
+    .image = fkda_fatbin_hopper_softplus,
+    .names = {[SOLO] = "fkda_hopper_softplus_solo",
+              [PAIR] = "fkda_hopper_softplus_pair",
+              [SEGMENTS + RELAY] = "fkda_hopper_softplus_relay",
+              [SEGMENTS + MIXED] = "fkda_hopper_softplus_mixed",
+              [SEGMENTS + MAPS] = "fkda_hopper_softplus_maps"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+static fkda_module activated_module = {
+    .image = fkda_fatbin_hopper_activated,
+    .names = {[SOLO] = "fkda_hopper_activated_solo",
+              [PAIR] = "fkda_hopper_activated_pair",
+              [SEGMENTS + RELAY] = "fkda_hopper_activated_relay",
+              [SEGMENTS + MIXED] = "fkda_hopper_activated_mixed",
+              [SEGMENTS + MAPS] = "fkda_hopper_activated_maps"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+/* The modules of a call. */
+typedef struct kernels {
+    fkda_module *fwd, *segments, *maps;
+    int first; /* kernel of `segments` and `maps` in these modules */
+} kernels;
+
+/* Kernels for one gate know no options that concern states. */
+static kernels choose_kernels(int32_t features)
+{
+    const int32_t gate = features & FKDA_HOPPER_GATE_FEATURES;
+    const bool states = features & FKDA_HOPPER_STATES_FEATURES;
+    fkda_module *one = NULL;
+    if (!(features & FKDA_HOPPER_GENERAL_FEATURES)) {
+        if (states) return (kernels){&states_fwd_module, &states_segments_module, &segments_module, 0};
+        return (kernels){&fwd_module, &segments_module, &segments_module, 0};
+    }
+    if (!states && gate == 0) one = &bounded_module;
+    if (!states && gate == FKDA_SOFTPLUS) one = &softplus_module;
+    if (!states && gate == (FKDA_ACTIVATED | FKDA_FP32_GATES)) one = &activated_module;
+    if (one) return (kernels){one, one, one, SEGMENTS};
+    return (kernels){&general_fwd_module, &general_segments_module, &general_segments_module, 0};
+}
+
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
 
 /* What all steps of one call need. */
@@ -66,8 +123,8 @@ typedef struct call {
     const fkda_driver *driver;
     const fkda_problem *problem;
     const fkda_hopper_plan *plan;
-    const CUfunction *fwd, *segments; /* kernels of the two modules, general ones or not */
-    const CUfunction *maps;           /* MAPS, general or not */
+    const CUfunction *fwd, *segments; /* SOLO and PAIR; RELAY and MIXED */
+    const CUfunction *maps;           /* MAPS */
     const CUfunction *lists;          /* those that do not look at tokens: LIST and JOIN */
     int *launches;                    /* of this call so far */
 } call;
@@ -329,29 +386,23 @@ flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_proble
                                     const fkda_hopper_plan *plan)
 {
     const int ordinal = problem->shape.device.index;
-    const bool general = problem->shape.features & FKDA_HOPPER_GENERAL_FEATURES,
-               states = problem->shape.features & FKDA_HOPPER_STATES_FEATURES;
-    fkda_module *const fwd = general ? &general_fwd_module : states ? &states_fwd_module : &fwd_module;
-    fkda_module *const segments = general  ? &general_segments_module
-                                  : states ? &states_segments_module
-                                           : &segments_module;
-    fkda_module *const maps = general ? &general_segments_module : &segments_module;
+    const kernels use = choose_kernels(problem->shape.features);
     int launches = 0;
     const call c = {.driver = driver,
                     .problem = problem,
                     .plan = plan,
-                    .fwd = fwd->functions[ordinal],
-                    .segments = segments->functions[ordinal],
-                    .maps = maps->functions[ordinal],
+                    .fwd = use.fwd->functions[ordinal],
+                    .segments = use.segments->functions[ordinal] + use.first,
+                    .maps = use.maps->functions[ordinal] + use.first,
                     .lists = segments_module.functions[ordinal],
                     .launches = &launches};
-    flash_kda_status status = fkda_load_module(driver, fwd, ordinal);
+    flash_kda_status status = fkda_load_module(driver, use.fwd, ordinal);
     if (status != FLASH_KDA_OK) return status;
     if (plan->strategy == FKDA_HOPPER_WHOLE) return run_whole(&c);
 
     fkda_hopper_fwd_args args;
     status = fkda_load_module(driver, &segments_module, ordinal);
-    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, segments, ordinal);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, use.segments, ordinal);
     if (status == FLASH_KDA_OK) status = make_args(&c, CHUNK, &args);
     if (status != FLASH_KDA_OK) return status;
     args.cut = fkda_hopper_cut(problem, plan);

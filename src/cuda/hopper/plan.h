@@ -22,10 +22,12 @@
 #include "../../../kernels/hopper/fwd_shape.h"
 #include "../../problem.h"
 
-/* The options that only the general kernels know, and those that the kernels with "states" know too. */
+/* The options that concern arithmetic, those of them that concern gates, and those that concern states. The
+ * general kernels know all of them; launch.c says which kernels know some. */
 enum {
-    FKDA_HOPPER_GENERAL_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_NO_PARAMETER | FKDA_FP32_INPUT |
-                                   FKDA_BETA_KIND | FKDA_NORMALISED,
+    FKDA_HOPPER_GATE_FEATURES = FKDA_SOFTPLUS | FKDA_ACTIVATED | FKDA_FP32_GATES,
+    FKDA_HOPPER_GENERAL_FEATURES =
+        FKDA_HOPPER_GATE_FEATURES | FKDA_NO_PARAMETER | FKDA_FP32_BETA | FKDA_BETA_KIND | FKDA_NORMALISED,
     FKDA_HOPPER_STATES_FEATURES = FKDA_CHECKPOINTS | FKDA_K_FIRST,
 };
 
