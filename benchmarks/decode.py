@@ -41,6 +41,7 @@ class Row(NamedTuple):
     bf16: bool = False
     rounds_at_random: bool = False
     k_first: bool = False
+    layer: bool = False  # decode_layer: convolution, recurrence, norm and output gate
     most_us: float | None = None
     least_share: float | None = None
     most_ratio: float | None = None  # to the row with one token
@@ -50,7 +51,7 @@ class Row(NamedTuple):
         words = [f"{self.sequences}x{self.heads}", f"T={self.tokens}", self.writes]
         words += ["bf16" if self.bf16 else "fp32"]
         words += ["at random"] * self.rounds_at_random + ["K first"] * self.k_first
-        words += ["records"] * self.records + ["applied"] * self.applies
+        words += ["records"] * self.records + ["applied"] * self.applies + ["layer"] * self.layer
         return " ".join(words)
 
     @property
@@ -65,6 +66,9 @@ class Row(NamedTuple):
         moved += self.state_bytes * (
             1 if self.writes == "none" else self.tokens + 1 if self.writes == "each" else 2
         )
+        if self.layer:  # the output gate, windows that are read and written, and weights once
+            moved += tokens * DIM * 2 + self.sequences * self.heads * 3 * DIM * 3 * 2 * 2
+            moved += self.heads * 3 * DIM * 4 * 4
         if self.records:
             moved += tokens * RECORD_BYTES
         if self.applies:
@@ -93,6 +97,11 @@ ROWS = [
     Row(256, 32, bf16=True, rounds_at_random=True),
     Row(256, 32, k_first=True),
     Row(1024, 12, least_share=0.88),
+    Row(1, 12, layer=True, most_us=5.5),
+    Row(64, 12, layer=True, most_us=34.0),
+    Row(64, 12, 4, "none", layer=True),
+    Row(256, 32, layer=True),
+    Row(256, 32, bf16=True, layer=True),
 ]
 
 # ---- Timing ------------------------------------------------------------------------------------------------
@@ -122,6 +131,13 @@ class Inputs:
             x = {name: normal(*wide) for name in "qkvg"}
             x["beta"] = normal(*wide[:3])
             self.tokens.append(x)
+        channels = 3 * row.heads * DIM
+        self.windows = normal(slots if row.layer else 0, channels, 3)
+        self.weight = normal(channels, 4).float()
+        self.norm_weight = torch.ones(DIM, device=device)
+        for x in self.tokens if row.layer else ():
+            x["x"] = normal(row.sequences, row.tokens, channels)
+            x["output_gate"] = normal(row.sequences, row.tokens, row.heads, DIM)
         self.A_log = torch.zeros(row.heads, device=device)
         self.dt_bias = torch.linspace(-10.0, 2.0, DIM, device=device).expand(row.heads, DIM).contiguous()
         self.rounding = torch.tensor([1, 2], device=device) if row.rounds_at_random else None
@@ -141,6 +157,13 @@ def own_calls(row: Row, inputs: Inputs, device: str) -> list[Callable[[], None]]
             records = torch.empty(row.sequences, row.tokens, row.heads, 3, DIM, device=device)
         options = {"state_indices": indices, "rounding": inputs.rounding, "state_v_first": not row.k_first}
 
+        def layer(x: Any = x, out: Any = out, options: Any = options) -> None:
+            flash_kda.decode_layer(
+                x["x"], inputs.weight, None, inputs.windows, x["g"], x["beta"], inputs.A_log, inputs.dt_bias,
+                options["state_indices"], inputs.pool, out=out, lower_bound=-5.0,
+                output_gate=x["output_gate"], norm_weight=inputs.norm_weight, write_states=row.writes,
+            )  # fmt: skip
+
         def call(x: Any = x, out: Any = out, records: Any = records, options: Any = options) -> None:
             flash_kda.decode(
                 **x, scale=DIM**-0.5, out=out, A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
@@ -149,7 +172,7 @@ def own_calls(row: Row, inputs: Inputs, device: str) -> list[Callable[[], None]]
             if row.applies:
                 flash_kda.apply_records(records, inputs.all_tokens, inputs.pool, **options)
 
-        calls.append(call)
+        calls.append(layer if row.layer else call)
     return calls
 
 
@@ -161,7 +184,7 @@ def fla_calls(row: Row, inputs: Inputs) -> list[Callable[[], None]] | None:
         from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
     except ImportError:
         return None
-    if row.writes == "none" or row.records or row.rounds_at_random:
+    if row.writes == "none" or row.records or row.rounds_at_random or row.layer:
         return None
     ends = torch.arange(0, (row.sequences + 1) * row.tokens, row.tokens, device="cuda")
     calls: list[Callable[[], None]] = []
@@ -296,7 +319,7 @@ def main(argv: list[str]) -> None:
             if on_gpu:
                 torch.cuda.empty_cache()
             floor = 1e6 * row.moved_bytes / rate
-            if row.tokens == 1 and not (row.bf16 or row.k_first):
+            if row.tokens == 1 and not (row.bf16 or row.k_first or row.layer):
                 one_token[row.sequences, row.heads] = own
             verdict = judge(row, own, floor / own, one_token.get((row.sequences, row.heads)), on_gpu)
             print(

@@ -13,6 +13,8 @@ set_property(SOURCE ${flash_kda_cpu_variants} APPEND PROPERTY COMPILE_OPTIONS
 
 target_sources(flashkda PRIVATE
   src/cpu/decode.c
+  src/cpu/decode_layer.c
+  src/cpu/decode_layer_reference.c
   src/cpu/decode_reference.c
   src/cpu/dispatch.c
   src/cpu/fwd.c

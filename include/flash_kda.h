@@ -441,6 +441,113 @@ FLASH_KDA_API flash_kda_status flash_kda_apply(const flash_kda_apply_params *par
 
 /* As flash_kda_check_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params);
+/* ---- Decode of a whole layer: convolution, recurrence, norm -------------------------------------------- */
+
+/*
+ * The arguments of flash_kda_decode_layer(), which computes one step of a KDA layer between its projections,
+ * in one launch: a causal depthwise convolution over the last four tokens with SiLU, which gives q, k and v,
+ * the recurrence of flash_kda_decode(), and RMS norm over V with a sigmoid gate:
+ *
+ *     y_t = silu(bias + sum of weight[j] x_(t-3+j), j = 0 .. 3)      each of the 3 H D channels for itself
+ *     q, k, v  = the three parts of y_t
+ *     o_t      = as at the top of this file
+ *     out      = o_t / sqrt(mean over V of o_t^2 + norm_eps) * norm_weight * sigmoid(output_gate)
+ *
+ * Zero the struct, set struct_size to sizeof(flash_kda_decode_layer_params), then fill in the rest. D = K = V
+ * = 128. Fields that flash_kda_decode_params has too mean the same there. There are as many heads of q and k
+ * as of v.
+ *
+ *   x              bf16 [N, T, 3 H D], T from 0 to 16; with cu_seqlens [1, total, 3 H D]. Channel D h + d of
+ *                  the parts q, k and v of head h
+ *   weight         f32 or bf16 [3, 4, H D], or [3 H D, 4]. The oldest input comes first
+ *   bias           f32 or bf16, 3 H D elements of any shape, optional: zeros
+ *   conv_state     bf16 [slots, 3 H D, L], L at least 3; read and written. Columns 0 to 2 of a slot are its
+ *                  window: the last three inputs of each channel, the oldest first
+ *   g              bf16 or f32 [N, T, H, D]
+ *   beta           bf16 or f32 [N, T, H]
+ *   out            bf16 [N, T, H, D], written
+ *   output_gate    bf16 or f32 [N, T, H, D], optional: without it out has no factor sigmoid(output_gate)
+ *   norm_weight    f32 or bf16 [D], optional: without it out is o_t, times sigmoid(output_gate) if that is
+ *                  there
+ *   state          f32 or bf16 [slots, H, V, K], of as many slots as conv_state
+ *   records        f32 [N, R, H, 3 * 128], as in flash_kda_decode_params
+ *   conv_windows   bf16 [N, C, 3 H D, 3], optional, written: the window after token i of sequence n in
+ *                  [n, i]. C is at least the longest sequence. After draft tokens were verified the caller
+ *                  copies the window after the last accepted token to the sequence's slot of conv_state, as
+ *                  flash_kda_apply() brings its state up to date
+ *
+ * With one token of each sequence x may be [N, 3 H D], and then g, out and output_gate [N, H, D] or [1, N, H,
+ * D], and beta [N, H] or [1, N, H]. With cu_seqlens x may be [total, 3 H D], and the others likewise.
+ *
+ * The convolution's state goes where the state goes:
+ *
+ *   FLASH_KDA_WRITE_LAST  the window after the last token replaces the sequence's window
+ *   FLASH_KDA_WRITE_NONE  conv_state stays as it is
+ *   FLASH_KDA_WRITE_EACH  With L = 3 a sequence starts from the window of the slot that its state is read
+ *                         from, and the window after token i goes to slot state_indices[n, i]. With L > 3 one
+ *                         slot, state_indices[n, 0], has the inputs of all draft tokens, as vLLM keeps them:
+ *                         the sequence starts from columns a to a + 2, where a = num_accepted_tokens[n] - 1
+ *                         or 0, and leaves columns a + 1 and a + 2 in columns 0 and 1 and its T inputs in
+ *                         columns 2 to T + 1. L is at least S + 2
+ *
+ * Of columns that are not named above none is read or written. Of a sequence without a state, conv_state is
+ * neither read nor written, and conv_windows are zeros like out.
+ *
+ * Strides. x, g, out and output_gate may have any strides, except that their last dimension is contiguous,
+ * and need no more than the alignment of an element, on a GPU too. weight, beta, conv_state and conv_windows
+ * may have any strides in all dimensions, so that conv_state may lie as [slots, L, 3 H D] in memory. state is
+ * as in flash_kda_decode_params. Slots of conv_state and of state may lie in one buffer with one stride, page
+ * after page. All other tensors are contiguous.
+ *
+ * Arithmetic. All numbers between the inputs and out are fp32: q, k and v are not rounded to bf16 after the
+ * convolution. Windows keep the bits of x. An input that is not finite makes its channel's y not finite for
+ * four tokens. Errors are as documented for |y| up to 1e18, whose squares fp32 holds.
+ */
+typedef struct flash_kda_decode_layer_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream;
+    flash_kda_tensor x, weight, bias, conv_state;
+    flash_kda_tensor g, beta;
+    flash_kda_tensor out;
+    flash_kda_tensor A_log, dt_bias;
+    flash_kda_tensor output_gate, norm_weight;
+    flash_kda_tensor state;
+    flash_kda_tensor state_indices;
+    flash_kda_tensor num_accepted_tokens;
+    flash_kda_tensor cu_seqlens;
+    flash_kda_tensor records;
+    flash_kda_tensor conv_windows;
+    flash_kda_tensor rounding;
+    float scale;              /* finite */
+    float lower_bound;        /* in [-5, 0]; of the bounded gate */
+    float norm_eps;           /* finite, at least 0 */
+    int32_t write_states;     /* flash_kda_write_states */
+    int32_t gate;             /* flash_kda_gate */
+    int32_t beta_kind;        /* flash_kda_beta */
+    int32_t qk_is_normalised; /* 1: q and k are used as the convolution gives them */
+    int32_t state_k_first;    /* 1: states are [.., K, V] */
+    int32_t cpu_threads;      /* 0: as many as the process may run on; results do not depend on it */
+    int32_t reserved;         /* 0 */
+    int64_t first_slot;       /* at least 0 */
+    const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
+    const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+} flash_kda_decode_layer_params;
+
+/* Computes a few tokens of a KDA layer for each sequence. On a GPU it enqueues one kernel on the stream and
+ * returns, as flash_kda_decode() does. */
+FLASH_KDA_API flash_kda_status flash_kda_decode_layer(const flash_kda_decode_layer_params *params);
+
+/* As flash_kda_check_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_check_decode_layer(const flash_kda_decode_layer_params *params);
+
+/* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, H, V] (with cu_seqlens [1, total, H,
+ * V]) and, unless NULL, states64 [N, T, H, V, K] (with cu_seqlens [total, H, V, K]): the state after each
+ * token, V before K whatever state_k_first says. params->state and params->conv_state are read and not
+ * written; params->out, params->records and params->conv_windows are not written and may be absent. Of tokens
+ * without a state out64 is zeros and states64 stays as it is. Slow, and meant for tests. */
+FLASH_KDA_API flash_kda_status flash_kda_decode_layer_reference(const flash_kda_decode_layer_params *params,
+                                                                double *out64, double *states64);
 
 /* What a binding for an interpreter (Python, Ruby, R) knows of it, for flash_kda_fwd_for(). */
 typedef struct flash_kda_interpreter {

@@ -2,6 +2,7 @@
 #ifndef FKDA_KERNEL_H
 #define FKDA_KERNEL_H
 
+#include "decode_layer_problem.h"
 #include "decode_problem.h"
 #include "nonfinite.h"
 #include "plan.h"
@@ -23,6 +24,8 @@ struct fkda_kernel {
     /* Do what flash_kda_decode() and flash_kda_apply() ask for. NULL in a kernel without FKDA_DECODE. */
     flash_kda_status (*decode)(const fkda_decode_problem *problem);
     flash_kda_status (*apply)(const fkda_apply_problem *problem);
+    /* Does what flash_kda_decode_layer() asks for. NULL in a kernel without FKDA_DECODE_LAYER. */
+    flash_kda_status (*decode_layer)(const fkda_decode_layer_problem *problem);
     /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
      * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);

@@ -9,9 +9,9 @@
 
 /* What each kernel knows beyond the plainest call. */
 enum {
-    FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE,
-    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE,
-    FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE,
+    FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
+    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
+    FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
 };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
@@ -19,7 +19,7 @@ enum {
         .info = {sizeof(flash_kda_kernel_info), name, FLASH_KDA_CPU, archs, description},                    \
         .features = FKDA_CPU_FEATURES, .plan = fkda_cpu_make_plan, .run = fkda_cpu_run,                      \
         .count_nonfinite = fkda_cpu_count_nonfinite, .decode = fkda_cpu_decode, .apply = fkda_cpu_apply,     \
-        .explain = fkda_cpu_explain,                                                                         \
+        .decode_layer = fkda_cpu_decode_layer, .explain = fkda_cpu_explain,                                  \
     }
 
 /* The default for a device is the first row that the device can run. */
@@ -46,6 +46,7 @@ static const fkda_kernel kernels[] = {
         .count_nonfinite = fkda_cuda_count_nonfinite,
         .decode = fkda_cuda_decode,
         .apply = fkda_cuda_apply,
+        .decode_layer = fkda_cuda_decode_layer,
         .explain = fkda_hopper_explain,
     },
 #endif
@@ -60,6 +61,7 @@ static const fkda_kernel kernels[] = {
         .count_nonfinite = fkda_cuda_count_nonfinite,
         .decode = fkda_cuda_decode,
         .apply = fkda_cuda_apply,
+        .decode_layer = fkda_cuda_decode_layer,
         .explain = fkda_portable_explain,
     },
 #endif
@@ -164,6 +166,7 @@ static const char *feature_text(int32_t features)
         "states with K first",
         "beta in float32",
         "flash_kda_decode() and flash_kda_apply()",
+        "flash_kda_decode_layer()",
     };
     return texts[__builtin_ctz((unsigned)features)];
 }

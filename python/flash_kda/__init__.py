@@ -3,7 +3,8 @@
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
 serves JAX. `decode` computes one to sixteen tokens of each of many sequences, whose states it updates in
-place, and `apply_records` brings states up to date after draft tokens were verified. `chunk_kda` and
+place, and `apply_records` brings states up to date after draft tokens were verified. `decode_layer` does the
+same for a whole layer: convolution, recurrence, norm and output gate in one launch. `chunk_kda` and
 `fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
 `describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are
 the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
@@ -31,7 +32,7 @@ from . import (
     _reference,
     _shapes,
 )
-from ._decode_options import APPLY, APPLY_BIT, DECODE, DECODE_BIT
+from ._decode_options import APPLY, APPLY_BIT, DECODE, DECODE_BIT, DECODE_LAYER, LAYER_BIT
 from ._options import BIT, BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ __all__ = [
     "chunk_kda",
     "compute",
     "decode",
+    "decode_layer",
+    "decode_layer_reference",
     "decode_reference",
     "describe_nonfinite",
     "devices",
@@ -94,6 +97,10 @@ _D_A_LOG, _D_DT_BIAS, _D_STATE_INDICES, _D_NUM_ACCEPTED_TOKENS, _D_CU_SEQLENS, _
     for name in ("A_log", "dt_bias", "state_indices", "num_accepted_tokens", "cu_seqlens", "parents")
 )
 _D_RECORDS, _D_ROUNDING = DECODE_BIT["records"], DECODE_BIT["rounding"]
+(
+    _L_BIAS, _L_A_LOG, _L_DT_BIAS, _L_STATE_INDICES, _L_OUTPUT_GATE, _L_NORM_WEIGHT, _L_NUM_ACCEPTED_TOKENS,
+    _L_CU_SEQLENS, _L_RECORDS, _L_CONV_WINDOWS, _L_ROUNDING,
+) = LAYER_BIT.values()  # fmt: skip
 _A_ACCEPTED, _A_STATE_INDICES, _A_ROUNDING = (
     APPLY_BIT[name] for name in ("accepted", "state_indices", "rounding")
 )
@@ -463,6 +470,131 @@ def decode(
         given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None,
     )  # fmt: skip
+
+
+def decode_layer(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    conv_state: Array,
+    g: Array,
+    beta: Array,
+    A_log: Array | None,
+    dt_bias: Array | None,
+    state_indices: Array | None,
+    state: Array,
+    *,
+    out: Array | None = None,
+    lower_bound: SupportsFloat | None = None,
+    output_gate: Array | None = None,
+    norm_weight: Array | None = None,
+    norm_eps: float = 1e-5,
+    first_slot: int = 0,
+    scale: SupportsFloat | None = None,
+    num_accepted_tokens: Array | None = None,
+    write_states: str = "last",
+    cu_seqlens: Array | None = None,
+    records: Array | None = None,
+    conv_windows: Array | None = None,
+    rounding: Array | None = None,
+    kernel: str | None = None,
+    threads: int = 0,
+    use_gate_in_kernel: bool = True,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
+) -> Any:
+    """One step of a KDA layer between its projections, in one launch: the convolution over the last four
+    tokens, which gives q, k and v, the recurrence of `decode`, and the norm with the output gate.
+
+        y_t     = silu(bias + sum of weight[j] x_(t-3+j), j = 0 .. 3)    each of the 3 H D channels alone
+        q, k, v = the three parts of y_t, and o_t as `fwd` has it
+        out     = o_t / sqrt(mean over V of o_t^2 + norm_eps) * norm_weight * sigmoid(output_gate)
+
+    Writes `out`, `state` and `conv_state`, and returns out. All numbers between the arguments and out are
+    fp32: q, k and v are not rounded to bf16. D = K = V = 128.
+
+    Args:
+        x: bf16 [N, T, 3 H D], T tokens of each of N sequences, 0 to 16: all channels of q, then of k, then of
+            v. With cu_seqlens [1, total, 3 H D]. With one token of each sequence also [N, 3 H D]: g, out and
+            output_gate may then be [N, H, D] or [1, N, H, D], and beta [N, H] or [1, N, H].
+        weight: fp32 or bf16 [3 H D, 4] or [3, 4, H D], the oldest input first.
+        bias: fp32 or bf16, 3 H D elements, or None: zeros.
+        conv_state: bf16 [slots, 3 H D, L], L at least 3, read and written. Columns 0 to 2 of a slot are its
+            window, the last three inputs of each channel, the oldest first.
+        g: bf16 or fp32 [N, T, H, D], gate before its activation.
+        beta: bf16 or fp32 [N, T, H], logits of the write strength.
+        A_log, dt_bias, lower_bound: as for `fwd`; a lower_bound of None chooses the softplus gate.
+        state_indices, first_slot: as for `decode`, for state and conv_state alike.
+        state: the pool, fp32 or bf16 [slots, H, V, K], of as many slots as conv_state.
+        out: bf16, the shape of g, written. None: a new array.
+        output_gate: bf16 or fp32 [N, T, H, D], or None: out has no factor sigmoid(output_gate).
+        norm_weight: fp32 or bf16 [D], or None: out is not normalised.
+        norm_eps: at least 0.
+        scale: finite; None: D ** -0.5.
+        num_accepted_tokens, write_states, cu_seqlens, records, rounding: as for `decode`. The convolution's
+            window goes where the state goes. "last": the window after the last token replaces the sequence's.
+            "none": conv_state stays as it is; see conv_windows. "each" with L = 3: the window after token i
+            goes to slot state_indices[n, i], and a sequence starts from the window of the slot that its state
+            is read from. "each" with L of at least S + 2: slot state_indices[n, 0] has the inputs of all
+            draft tokens. A sequence starts from its columns a to a + 2, with a = num_accepted_tokens[n] - 1
+            or 0, and leaves columns a + 1 and a + 2 in columns 0 and 1, and its T inputs behind them.
+        conv_windows: bf16 [N, C, 3 H D, 3], written, or None: the window after token i of sequence n in
+            [n, i]. Once draft tokens were verified, the window after the last accepted one belongs into the
+            sequence's slot of conv_state.
+        kernel, threads: as for `fwd`.
+        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
+            `fwd`; the norm is that of q and k after the convolution.
+        state_v_first: False: the pool is [slots, H, K, V].
+
+    x, g, out and output_gate may have any strides and any address, if their last dimension is contiguous, and
+    weight, beta, conv_state and conv_windows any strides at all; on a GPU too. So conv_state may be a
+    transposed [slots, L, 3 H D], and its slots may lie in pages beside those of state. state is as for
+    `decode`. Neither pool is ever copied. All else is as for `decode`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
+    """
+    if _torch_layer is None and "torch" in sys.modules:
+        _find_torch()
+    result, out = (out, out) if out is not None else _new_out(x, g)
+    arrays, given = [x, weight, conv_state, g, beta, out, state], 0
+    for bit, array in (
+        (_L_BIAS, bias),
+        (_L_A_LOG, A_log),
+        (_L_DT_BIAS, dt_bias),
+        (_L_STATE_INDICES, state_indices),
+        (_L_OUTPUT_GATE, output_gate),
+        (_L_NORM_WEIGHT, norm_weight),
+        (_L_NUM_ACCEPTED_TOKENS, num_accepted_tokens),
+        (_L_CU_SEQLENS, cu_seqlens),
+        (_L_RECORDS, records),
+        (_L_CONV_WINDOWS, conv_windows),
+        (_L_ROUNDING, rounding),
+    ):
+        if array is not None:
+            arrays.append(array)
+            given |= bit
+    _hand_over(
+        DECODE_LAYER, arrays, _SCALE if scale is None else scale, 0.0 if lower_bound is None else lower_bound,
+        given, norm_eps, first_slot, write_states, kernel, threads, use_gate_in_kernel,
+        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None,
+    )  # fmt: skip
+    return result
+
+
+_SCALE = 128**-0.5
+
+
+def _new_out(x: Any, g: Any) -> tuple[Any, Any]:
+    """A new array for the outputs of decode_layer, and what the call takes to write it."""
+    if not hasattr(g, "shape"):
+        raise TypeError(f"g is of type {type(g).__name__}; it must be an array")
+    if _torch_layer is not None and isinstance(x, _torch_layer.Tensor):
+        return _torch_layer.empty_like(x, g.shape, False)
+    _arrays.check_makes_arrays(x, "x", "pass an array as out")
+    return _arrays.empty_like(x, tuple(g.shape), False)
 
 
 def apply_records(
@@ -966,6 +1098,38 @@ def decode_reference(
         ValueError, TypeError: as `decode`.
     """
     return _reference.decode_reference(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, options)
+
+
+def decode_layer_reference(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    conv_state: Any,
+    g: Any,
+    beta: Any,
+    A_log: Any,
+    dt_bias: Any,
+    state_indices: Any,
+    state: Any,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """What `decode_layer` computes, token by token in fp64 on the CPU: slow, and meant for tests.
+
+    Takes the arguments of `decode_layer`, as `reference` takes those of `fwd`. Of records and conv_windows
+    the shape alone counts. Writes to none of its arguments.
+
+    Returns the output, in the shape of g, and for each row of it the state after that token, [.., H, V, K],
+    in fp64: CPU tensors if x is a tensor, else NumPy arrays. A token of a sequence without a state has zeros
+    in both. With state_v_first=False states are [.., K, V].
+
+    Raises:
+        ValueError, TypeError: as `decode_layer`.
+    """
+    given = {
+        "x": x, "weight": weight, "bias": bias, "conv_state": conv_state, "g": g, "beta": beta,
+        "A_log": A_log, "dt_bias": dt_bias, "state_indices": state_indices, "state": state,
+    }  # fmt: skip
+    return _reference.decode_layer_reference(given, options)
 
 
 _loading = threading.Lock()

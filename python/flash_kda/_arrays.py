@@ -147,13 +147,15 @@ class _New:
         self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
 
 
-def check_makes_arrays(v: Any) -> None:
-    """Refuses v if empty_like cannot make an array of its library."""
-    device_of("v", v)  # refuses what is no array
+def check_makes_arrays(
+    v: Any, name: str = "v", instead: str = "flash_kda.fwd writes arrays that are given to it"
+) -> None:
+    """Refuses v if empty_like cannot make an array of its library. instead: what else can be done."""
+    device_of(name, v)  # refuses what is no array
     if not is_numpy(v) and not all(hasattr(v, name) for name in ("__array_namespace__", "device", "shape")):
         raise TypeError(
-            f"v is of type {type(v).__module__}.{type(v).__name__}, of which flash_kda cannot make new "
-            "arrays; flash_kda.fwd writes arrays that are given to it"
+            f"{name} is of type {type(v).__module__}.{type(v).__name__}, of which flash_kda cannot make new "
+            f"arrays; {instead}"
         )
 
 

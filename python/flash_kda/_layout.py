@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 
-from ._decode_options import DecodeOptions
+from ._decode_options import DecodeLayerOptions, DecodeOptions
 from ._options import WRITTEN_ARRAYS
 
 _GATE_PARAMETERS = ("A_log", "dt_bias")
 _16_BITS = (torch.bfloat16, torch.float16)
-_WRITTEN = {*WRITTEN_ARRAYS, *DecodeOptions.written_arrays}
+_WRITTEN = {*WRITTEN_ARRAYS, *DecodeOptions.written_arrays, *DecodeLayerOptions.written_arrays}
 # How a tensor may lie in memory, as src/check.c and src/check_decode.c have it. All others are contiguous.
 _ROWS = ("q", "k", "v", "g", "out")  # the last dimension is contiguous
 _FREE = ("beta",)
+# Of decode_layer, which reads and writes all but the states element by element.
+_ELEMENT_ROWS = ("x", "g", "out", "output_gate")
+_ELEMENT_FREE = ("weight", "beta", "conv_state", "conv_windows")
 # All but the first dimension are contiguous.
 _SLOTS = ("initial_state", "final_state", "checkpoint_states", "state")
 # Pools, of which a call needs few slots, and what it writes in part.
-_NEVER_COPIED = ("workspace", "checkpoint_states", "state", "records")
+_NEVER_COPIED = ("workspace", "checkpoint_states", "state", "records", "conv_state", "conv_windows")
 _UNIT = 16  # bytes, of which addresses are multiples, and on a GPU strides
 _MOST_STRIDE = 2**31 - 1  # elements, on a GPU
 
@@ -62,21 +65,29 @@ def _strides_fit(name: str, t: Any, on_gpu: bool) -> bool:
     )
 
 
-def _fits(name: str, t: Any, on_gpu: bool) -> bool:
-    """Whether C takes the tensor's memory as it is."""
+def _fits(name: str, t: Any, on_gpu: bool, by_element: bool) -> bool:
+    """Whether C takes the tensor's memory as it is. by_element: in a call of decode_layer."""
+    if by_element and name not in _SLOTS:
+        if t.is_contiguous() or name in _ELEMENT_FREE:
+            return True
+        return name in _ELEMENT_ROWS and (t.shape[-1] < 2 or t.stride(-1) == 1)
     if (name in _ROWS or name in _SLOTS or name == "dt_bias") and t.data_ptr() % _UNIT:
         return False
     return t.is_contiguous() or _strides_fit(name, t, on_gpu)
 
 
-def readable(name: str, t: Any, on_gpu: bool) -> Any:
+def _by_element(names: tuple[str, ...]) -> bool:
+    return "conv_state" in names
+
+
+def readable(name: str, t: Any, on_gpu: bool, by_element: bool = False) -> Any:
     """A tensor that the call reads, as C takes it."""
     dtype, shape = taken_as(name, t.dtype, t.shape)
     if t.dtype is not dtype:
         t = t.to(dtype)
     if t.shape != shape:
         t = t.reshape(shape)
-    return t if _fits(name, t, on_gpu) else t.clone(memory_format=torch.contiguous_format)
+    return t if _fits(name, t, on_gpu, by_element) else t.clone(memory_format=torch.contiguous_format)
 
 
 def _has_own_elements(t: Any) -> bool:
@@ -88,7 +99,7 @@ def _is_copied(name: str, names: tuple[str, ...], t: Any, on_gpu: bool) -> bool:
     """Whether the call goes through a copy of the tensor."""
     if name in _NEVER_COPIED or (name in _SLOTS and "state_indices" in names):
         return False
-    return not _fits(name, t, on_gpu) and (name not in _WRITTEN or _has_own_elements(t))
+    return not _fits(name, t, on_gpu, _by_element(names)) and (name not in _WRITTEN or _has_own_elements(t))
 
 
 def must_copy(names: tuple[str, ...], tensors: list, on_gpu: bool) -> bool:
@@ -104,7 +115,7 @@ def for_c(names: tuple[str, ...], tensors: list, on_gpu: bool) -> tuple[list, li
     taken, copies = [], []
     for name, t in zip(names, tensors):
         if name in _GATE_PARAMETERS or (name not in _WRITTEN and _is_copied(name, names, t, on_gpu)):
-            taken.append(readable(name, t, on_gpu))
+            taken.append(readable(name, t, on_gpu, _by_element(names)))
         elif name in _WRITTEN and _is_copied(name, names, t, on_gpu):
             taken.append(torch.empty_like(t, memory_format=torch.contiguous_format))
             copies.append((t, taken[-1]))

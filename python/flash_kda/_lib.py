@@ -113,6 +113,45 @@ class DecodeParams(ctypes.Structure):
     ]
 
 
+class DecodeLayerParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        ("x", Tensor),
+        ("weight", Tensor),
+        ("bias", Tensor),
+        ("conv_state", Tensor),
+        ("g", Tensor),
+        ("beta", Tensor),
+        ("out", Tensor),
+        ("A_log", Tensor),
+        ("dt_bias", Tensor),
+        ("output_gate", Tensor),
+        ("norm_weight", Tensor),
+        ("state", Tensor),
+        ("state_indices", Tensor),
+        ("num_accepted_tokens", Tensor),
+        ("cu_seqlens", Tensor),
+        ("records", Tensor),
+        ("conv_windows", Tensor),
+        ("rounding", Tensor),
+        ("scale", c_float),
+        ("lower_bound", c_float),
+        ("norm_eps", c_float),
+        ("write_states", c_int32),
+        ("gate", c_int32),
+        ("beta_kind", c_int32),
+        ("qk_is_normalised", c_int32),
+        ("state_k_first", c_int32),
+        ("cpu_threads", c_int32),
+        ("reserved", c_int32),
+        ("first_slot", c_int64),
+        ("kernel", c_char_p),
+        ("interrupt", c_void_p),
+    ]
+
+
 class ApplyParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -201,6 +240,7 @@ def _load() -> ctypes.CDLL:
         raise ImportError(f"flash_kda: {_why_not_loaded(path, str(error))}") from error
     params = ctypes.POINTER(FwdParams)
     decode_params, apply_params = ctypes.POINTER(DecodeParams), ctypes.POINTER(ApplyParams)
+    layer_params = ctypes.POINTER(DecodeLayerParams)
     signatures = {
         "flash_kda_fwd": [params],
         "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
@@ -209,6 +249,9 @@ def _load() -> ctypes.CDLL:
         "flash_kda_decode": [decode_params],
         "flash_kda_check_decode": [decode_params],
         "flash_kda_decode_reference": [decode_params, *[ctypes.POINTER(c_double)] * 2],
+        "flash_kda_decode_layer": [layer_params],
+        "flash_kda_check_decode_layer": [layer_params],
+        "flash_kda_decode_layer_reference": [layer_params, *[ctypes.POINTER(c_double)] * 2],
         "flash_kda_apply": [apply_params],
         "flash_kda_check_apply": [apply_params],
         "flash_kda_list_devices": [
@@ -336,6 +379,9 @@ def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
 
 FWD = Function(FwdParams, lib.flash_kda_fwd, workspace_size)
 DECODE = Function(DecodeParams, lib.flash_kda_decode, _without_workspace(lib.flash_kda_check_decode))
+DECODE_LAYER = Function(
+    DecodeLayerParams, lib.flash_kda_decode_layer, _without_workspace(lib.flash_kda_check_decode_layer)
+)
 APPLY = Function(ApplyParams, lib.flash_kda_apply, _without_workspace(lib.flash_kda_check_apply))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _arrays, _functional, _interruptible, _lib
 from ._call import check_numbers
-from ._decode_options import DecodeOptions
+from ._decode_options import DecodeLayerOptions, DecodeOptions
 from ._options import OPTIONAL_ARRAYS, REQUIRED_ARRAYS, Options
 
 _NOT_READ = ("out", "final_state", "nonfinite", "workspace")
@@ -83,6 +83,28 @@ def decode_reference(
     tokens = shapes["v"][1:2] if "cu_seqlens" in shapes else shapes["v"][:2]
     results = [_new(q, shapes["v"]), _new(q, (*tokens, *heads, _DIM, _DIM))]
     _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(_pointer, results)))
+    if not options.state_v_first:
+        results[1] = _transposed(results[1])
+    return tuple(results)
+
+
+def decode_layer_reference(given: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
+    cls = DecodeLayerOptions
+    given |= {name: more.pop(name) for name in cls.optional_arrays if name in more}
+    given = {name: x for name, x in given.items() if x is not None or name in cls.required_arrays}
+    scale, lower_bound = more.pop("scale", None), more.pop("lower_bound", None)
+    more.pop("out", None)
+    options, params, shapes, _owners = _filled(
+        "decode_layer_reference",
+        cls,
+        given,
+        ("records", "conv_windows"),
+        _DIM**-0.5 if scale is None else scale,
+        lower_bound,
+        more,
+    )
+    results = [_new(given["x"], shapes["g"]), _new(given["x"], (*shapes["g"], _DIM))]
+    _lib.check(_lib.lib.flash_kda_decode_layer_reference(ctypes.byref(params), *map(_pointer, results)))
     if not options.state_v_first:
         results[1] = _transposed(results[1])
     return tuple(results)

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad as _forward_ad
 from . import _arrays, _layout, _lib
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._call_options import CallOptions, KnownOptions, operator_defaults, operator_schema, option_fields
-from ._decode_options import APPLY, DECODE
+from ._decode_options import APPLY, DECODE, DECODE_LAYER
 from ._options import FWD
 
 Tensor = torch.Tensor
@@ -272,7 +272,9 @@ def _prepare_and_run(tensors: list, options: CallOptions, scale: Any, lower_boun
     call = _calls.find(key) if kept else None
     if call is None:
         if device.type not in _DEVICES:
-            raise ValueError(f"q is on {device}; tensors must be on the CPU or a CUDA device")
+            raise ValueError(
+                f"{options.names[0]} is on {device}; tensors must be on the CPU or a CUDA device"
+            )
         check_devices([(name, str(t.device)) for name, t in zip(options.names, tensors)])
         for name, t in zip(options.names, tensors):
             if t.layout is not torch.strided:
@@ -477,4 +479,4 @@ def _example(x: Any) -> Any:
 
 
 # The name of each function's operator.
-OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, DECODE, APPLY)}
+OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, DECODE, DECODE_LAYER, APPLY)}

@@ -2,6 +2,7 @@
 #ifndef FKDA_CPU_H
 #define FKDA_CPU_H
 
+#include "../decode_layer_problem.h"
 #include "../decode_problem.h"
 #include "../nonfinite.h"
 #include "../plan.h"
@@ -45,5 +46,12 @@ flash_kda_status fkda_cpu_reference(const fkda_problem *problem, double *out, do
 /* decode_reference.c: writes out [N, T, HV, V] and, unless it is NULL, states [N, T, HV, V, K]. With
  * cu_seqlens N is 1 and T the tokens of all sequences. */
 flash_kda_status fkda_cpu_decode_reference(const fkda_decode_problem *problem, double *out, double *states);
+
+/* decode_layer.c: `decode_layer` of the same kernels. */
+flash_kda_status fkda_cpu_decode_layer(const fkda_decode_layer_problem *problem);
+
+/* decode_layer_reference.c: as fkda_cpu_decode_reference(). */
+flash_kda_status fkda_cpu_decode_layer_reference(const fkda_decode_layer_problem *problem, double *out,
+                                                 double *states);
 
 #endif

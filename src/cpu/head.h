@@ -34,6 +34,7 @@
 
 #include "chunk.h"
 #include "decode_head.h"
+#include "decode_layer_head.h"
 #include "gate.h"
 #include "prepare.h"
 #include "recurrence.h"
@@ -111,6 +112,7 @@ const fkda_cpu_variant FKDA_VARIANT = {
     .arch = FKDA_ARCH,
     .scratch_size = sizeof(scratch),
     .run_head = run_head,
+    .run_layer_head = run_layer_head,
     .decode = decode,
     .apply = apply,
 };

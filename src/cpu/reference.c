@@ -20,9 +20,9 @@ typedef struct job {
     double (*scratch_states)[K][V]; /* one for each worker */
 } job;
 
-/* Element i of a tensor of bf16 or fp32. */
-static double value_at(const void *data, int32_t dtype, int64_t i)
+double fkda_reference_value(const void *data, int32_t dtype, int64_t i)
 {
+    if (dtype == FLASH_KDA_F64) return ((const double *)data)[i];
     if (dtype == FLASH_KDA_F32) return ((const float *)data)[i];
     const uint16_t bits = ((const uint16_t *)data)[i];
     uint32_t wide = (uint32_t)bits << 16;
@@ -67,7 +67,7 @@ static void load_unit(const fkda_problem *p, const fkda_token_view *t, int64_t o
 {
     double sum = 0.0;
     for (int i = 0; i < K; i++) {
-        unit[i] = value_at(t->data, t->dtype, offset + i);
+        unit[i] = fkda_reference_value(t->data, t->dtype, offset + i);
         sum += unit[i] * unit[i];
     }
     const double factor = p->qk_is_normalised ? 1.0 : 1.0 / sqrt(sum + 1e-6);
@@ -79,10 +79,11 @@ void fkda_reference_load(const fkda_state_view *from, int64_t slot, int64_t h, b
     const int64_t k_stride = k_first ? V : 1, v_stride = k_first ? 1 : K;
     for (int k = 0; k < K; k++)
         for (int v = 0; v < V; v++)
-            S[k][v] = slot == FKDA_NO_SLOT
-                          ? 0.0
-                          : value_at(from->data, from->dtype,
-                                     fkda_state_offset(from, slot, h) + k * k_stride + v * v_stride);
+            S[k][v] =
+                slot == FKDA_NO_SLOT
+                    ? 0.0
+                    : fkda_reference_value(from->data, from->dtype,
+                                           fkda_state_offset(from, slot, h) + k * k_stride + v * v_stride);
 }
 
 void fkda_reference_store(double S[K][V], double *to)
@@ -99,9 +100,10 @@ void fkda_reference_step(const fkda_problem *p, int64_t row, int64_t token, int6
     load_unit(p, &p->q, fkda_row_offset(&p->q, row, token, of), q);
     load_unit(p, &p->k, fkda_row_offset(&p->k, row, token, of), k);
     const int64_t g = fkda_row_offset(&p->g, row, token, h);
-    for (int i = 0; i < K; i++) decay[i] = exp(log_decay(p, h, i, value_at(p->g.data, p->g.dtype, g + i)));
+    for (int i = 0; i < K; i++)
+        decay[i] = exp(log_decay(p, h, i, fkda_reference_value(p->g.data, p->g.dtype, g + i)));
     const int64_t beta = fkda_row_offset(&p->beta, row, token, h);
-    const double b = write_strength(p, value_at(p->beta.data, p->beta.dtype, beta));
+    const double b = write_strength(p, fkda_reference_value(p->beta.data, p->beta.dtype, beta));
     const int64_t values = fkda_row_offset(&p->v, row, token, h);
 
     for (int v = 0; v < V; v++) u[v] = 0.0;
@@ -112,7 +114,7 @@ void fkda_reference_step(const fkda_problem *p, int64_t row, int64_t token, int6
         }
     }
     for (int v = 0; v < V; v++) {
-        u[v] = b * (value_at(p->v.data, p->v.dtype, values + v) - u[v]);
+        u[v] = b * (fkda_reference_value(p->v.data, p->v.dtype, values + v) - u[v]);
         o[v] = 0.0;
     }
     for (int i = 0; i < K; i++) {

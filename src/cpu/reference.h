@@ -5,6 +5,9 @@
 
 #include "../problem.h"
 
+/* Element i of a tensor of bf16, fp32 or fp64. */
+double fkda_reference_value(const void *data, int32_t dtype, int64_t i);
+
 /* S becomes the state of head h in that slot, or zeros for FKDA_NO_SLOT. */
 void fkda_reference_load(const fkda_state_view *from, int64_t slot, int64_t h, bool k_first,
                          double S[FKDA_DIM][FKDA_DIM]);

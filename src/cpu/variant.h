@@ -2,7 +2,7 @@
 #ifndef FKDA_CPU_VARIANT_H
 #define FKDA_CPU_VARIANT_H
 
-#include "../decode_problem.h"
+#include "../decode_layer_problem.h"
 #include "../problem.h"
 #include "decode_piece.h"
 
@@ -15,6 +15,8 @@ typedef struct fkda_cpu_variant {
      * scratch is 64-byte aligned. Returns false if the call was interrupted. */
     bool (*run_head)(const fkda_problem *problem, const int64_t *first_rows, int64_t n, int64_t h,
                      int v_begin, int v_end, void *scratch);
+    /* Computes sequence n and head h of a call of decode_layer. */
+    void (*run_layer_head)(const fkda_decode_layer_problem *problem, int64_t n, int64_t h);
     /* Compute a piece of a call of decode and of apply. */
     void (*decode)(const fkda_decode_problem *problem, const fkda_decode_piece *piece);
     void (*apply)(const fkda_apply_problem *problem, const fkda_apply_piece *piece);

@@ -3,6 +3,7 @@
 #ifndef FKDA_CUDA_H
 #define FKDA_CUDA_H
 
+#include "../decode_layer_problem.h"
 #include "../decode_problem.h"
 #include "../nonfinite.h"
 #include "../plan.h"
@@ -35,6 +36,9 @@ flash_kda_status fkda_cuda_count_nonfinite(const fkda_problem *problem, fkda_cou
 /* decode.c: `decode` and `apply` of both kernels below. */
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *problem);
 flash_kda_status fkda_cuda_apply(const fkda_apply_problem *problem);
+
+/* decode_layer.c: `decode_layer` of both kernels below. */
+flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *problem);
 
 /* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
 flash_kda_status fkda_portable_make_plan(fkda_plan *plan);

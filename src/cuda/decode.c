@@ -1,10 +1,8 @@
 /* Decode and apply on a GPU: launches kernels/decode/decode.cu. */
-#include "../../kernels/decode/decode_args.h"
 #include "../../kernels/decode/decode_shape.h"
-#include "../decode_problem.h"
 #include "cuda.h"
-#include "kernel_args.h"
-#include "modules.h"
+#include "decode_args_of.h"
+#include "decode_launch.h"
 
 extern const unsigned char fkda_fatbin_decode[];
 
@@ -53,63 +51,6 @@ static int most_split_of_one(int threads)
     return split;
 }
 
-typedef struct launch {
-    int kernel, split;
-    int threads, shared_bytes; /* of a CTA */
-    int64_t heads;             /* of all sequences */
-    void *args;
-} launch;
-
-/* Kernels start before the previous one in the stream is over, where the driver and the GPU can do that. */
-static flash_kda_status start(const fkda_driver *driver, CUfunction kernel, bool early, CUstream stream,
-                              const launch *l)
-{
-    void *pointers[] = {l->args};
-    fkda_launch_attribute attribute = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION};
-    const fkda_launch_config config = {
-        .grid_x = (unsigned)(l->heads << l->split),
-        .grid_y = 1,
-        .grid_z = 1,
-        .block_x = (unsigned)l->threads,
-        .block_y = 1,
-        .block_z = 1,
-        .shared_bytes = (unsigned)l->shared_bytes,
-        .stream = stream,
-        .attributes = &attribute,
-        .attribute_count = 1,
-    };
-    CUresult result;
-    attribute.value.programmatic_stream_serialization_allowed = 1;
-    if (early && driver->cuLaunchKernelEx) {
-        result = driver->cuLaunchKernelEx(&config, kernel, pointers, NULL);
-        return result ? fkda_driver_fail("cuLaunchKernelEx", result) : FLASH_KDA_OK;
-    }
-    result = driver->cuLaunchKernel(kernel, config.grid_x, 1, 1, config.block_x, 1, 1, config.shared_bytes,
-                                    stream, pointers, NULL);
-    return result ? fkda_driver_fail("cuLaunchKernel", result) : FLASH_KDA_OK;
-}
-
-static flash_kda_status run(flash_kda_device device, void *stream, const launch *l)
-{
-    enum { STARTS_EARLY = 90 }; /* the compute capability from which on kernels wait for themselves */
-    const fkda_driver *driver;
-    const int ordinal = device.index;
-    int capability;
-    flash_kda_status status = fkda_cuda_capability(ordinal, &capability);
-    if (status == FLASH_KDA_OK) status = fkda_enter_device(ordinal, &driver);
-    if (status != FLASH_KDA_OK) return status;
-    status = fkda_load_module(driver, &module, ordinal);
-    if (status == FLASH_KDA_OK)
-        status = start(driver, module.functions[ordinal][l->kernel], capability >= STARTS_EARLY,
-                       (CUstream)stream, l);
-    return fkda_leave_device(driver, status);
-}
-
-static fkda_index_args index_args(const fkda_index_view *t, int64_t columns)
-{
-    return (fkda_index_args){t->data, t->is_i32, (int)columns};
-}
-
 static int kernel_of(const fkda_state_view *state, bool k_first, int which)
 {
     return KERNELS * ((state->dtype == FLASH_KDA_BF16) + 2 * k_first) + which;
@@ -127,66 +68,24 @@ static int which_decode(const fkda_decode_problem *p)
     return p->cu_seqlens.data || p->tokens >= from ? CHUNK : STEPS;
 }
 
-static fkda_decode_args args_of(const fkda_decode_problem *p)
-{
-    return (fkda_decode_args){
-        .q = p->q.data,
-        .k = p->k.data,
-        .v = p->v.data,
-        .g = p->g.data,
-        .beta = p->beta.data,
-        .out = p->out.data,
-        .q_strides = fkda_strides_of(&p->q),
-        .k_strides = fkda_strides_of(&p->k),
-        .v_strides = fkda_strides_of(&p->v),
-        .g_strides = fkda_strides_of(&p->g),
-        .beta_strides = fkda_strides_of(&p->beta),
-        .out_strides = fkda_strides_of(&p->out),
-        .A_log = p->A_log,
-        .dt_bias = p->dt_bias,
-        .state = fkda_state_args_of(&p->state),
-        .state_indices = index_args(&p->state_indices, p->slot_columns),
-        .num_accepted_tokens = index_args(&p->num_accepted_tokens, 1),
-        .cu_seqlens = index_args(&p->cu_seqlens, 1),
-        .parents = index_args(&p->parents, p->parent_columns),
-        .records = p->records,
-        .rounding = (const long long *)p->rounding,
-        .first_slot = p->first_slot,
-        .tokens = p->tokens,
-        .record_columns = (int)p->record_columns,
-        .heads = (int)p->heads,
-        .group = (int)(p->heads / p->qk_heads),
-        .sequences = (int)p->sequences,
-        .scale = p->scale,
-        .lower_bound = p->lower_bound,
-        .write_states = p->write_states,
-        .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
-        .state_k_first = p->state_k_first,
-        .gate = p->gate,
-        .beta_kind = p->beta_kind,
-        .g_is_f32 = p->g.dtype == FLASH_KDA_F32,
-        .beta_is_f32 = p->beta.dtype == FLASH_KDA_F32,
-        .qk_is_normalised = p->qk_is_normalised,
-    };
-}
-
-static launch launch_of_one(const fkda_decode_problem *p, int64_t heads, int sms)
+static fkda_decode_launch launch_of_one(const fkda_decode_problem *p, int64_t heads, int sms)
 {
     const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
     const int threads = FKDA_DECODE_THREADS_OF_ONE(is_bf16, p->state_k_first),
               least = is_bf16 ? SPLIT_OF_BF16_FOR_ONE_TOKEN : SPLIT_OF_FP32_FOR_ONE_TOKEN,
               split = choose_split(heads, least, most_split_of_one(threads), sms);
-    return (launch){
+    return (fkda_decode_launch){
         .split = split,
         .threads = threads >> split,
         .shared_bytes = FKDA_DECODE_BYTES_OF_ONE(is_bf16) >> split,
     };
 }
 
-static launch launch_of_more(int64_t heads, int shared_bytes, int sms)
+static fkda_decode_launch launch_of_more(int64_t heads, int shared_bytes, int sms)
 {
     const int split = choose_split(heads, SPLIT_FOR_MORE, MOST_SPLIT_FOR_MORE, sms);
-    return (launch){.split = split, .threads = FKDA_DECODE_THREADS >> split, .shared_bytes = shared_bytes};
+    return (fkda_decode_launch){
+        .split = split, .threads = FKDA_DECODE_THREADS >> split, .shared_bytes = shared_bytes};
 }
 
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
@@ -198,16 +97,17 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
     if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
-    fkda_decode_args args = args_of(p);
+    fkda_decode_args args = fkda_decode_args_of(p);
     const bool writes_last = p->write_states == FLASH_KDA_WRITE_LAST;
     const int shared_bytes =
         which == CHUNK ? FKDA_DECODE_CHUNK_BYTES(tokens, writes_last) : FKDA_DECODE_STEPS_BYTES(tokens);
-    launch l = which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(heads, shared_bytes, sms);
+    fkda_decode_launch l =
+        which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(heads, shared_bytes, sms);
     l.kernel = kernel_of(&p->state, p->state_k_first, which);
     l.heads = heads;
     l.args = &args;
     args.split = l.split;
-    return run(p->device, p->stream, &l);
+    return fkda_launch_decode(p->device, p->stream, &module, &l);
 }
 
 flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
@@ -220,9 +120,9 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     fkda_apply_args args = {
         .records = p->records,
         .state = fkda_state_args_of(&p->state),
-        .state_indices = index_args(&p->state_indices, 1),
-        .num_accepted_tokens = index_args(&p->num_accepted_tokens, 1),
-        .accepted = index_args(&p->accepted, p->accepted_columns),
+        .state_indices = fkda_index_args_of(&p->state_indices, 1),
+        .num_accepted_tokens = fkda_index_args_of(&p->num_accepted_tokens, 1),
+        .accepted = fkda_index_args_of(&p->accepted, p->accepted_columns),
         .rounding = (const long long *)p->rounding,
         .first_slot = p->first_slot,
         .record_columns = (int)p->record_columns,
@@ -231,10 +131,10 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
         .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
         .state_k_first = p->state_k_first,
     };
-    launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
+    fkda_decode_launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
     l.kernel = kernel_of(&p->state, p->state_k_first, APPLY);
     l.heads = heads;
     l.args = &args;
     args.split = l.split;
-    return run(p->device, p->stream, &l);
+    return fkda_launch_decode(p->device, p->stream, &module, &l);
 }

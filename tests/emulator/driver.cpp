@@ -187,6 +187,7 @@ CUresult cuModuleGetFunction(const void **function, void *, const char *name)
         emulator::portable_kernels,
         emulator::nonfinite_kernels,
         emulator::decode_kernels,
+        emulator::layer_kernels,
 #ifdef FKDA_WITH_HOPPER
         emulator::hopper_kernels,
 #endif

@@ -14,7 +14,7 @@ struct Kernel {
     int cluster = 1;                    /* CTAs of a cluster */
 };
 
-extern const Kernel decode_kernels[], hopper_kernels[], nonfinite_kernels[],
+extern const Kernel decode_kernels[], hopper_kernels[], layer_kernels[], nonfinite_kernels[],
     portable_kernels[]; /* the last entry has a null name */
 
 } // namespace emulator

@@ -16,6 +16,7 @@ STRUCTS = {
     "flash_kda_tensor": _lib.Tensor,
     "flash_kda_fwd_params": _lib.FwdParams,
     "flash_kda_decode_params": _lib.DecodeParams,
+    "flash_kda_decode_layer_params": _lib.DecodeLayerParams,
     "flash_kda_apply_params": _lib.ApplyParams,
     "flash_kda_interpreter": _lib.Interpreter,
     "flash_kda_device_info": _lib.DeviceInfo,

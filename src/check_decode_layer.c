@@ -1,0 +1,443 @@
+/* Checks every argument of decode_layer before anything is launched or written. A refusal is a sentence that
+ * names the argument, what it was and what it must be. */
+#include "check_decode_layer.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "check_decode.h"
+#include "check_shared.h"
+#include "cpu/cpu.h"
+#include "kernel.h"
+
+enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I32 = FLASH_KDA_I32, I64 = FLASH_KDA_I64 };
+enum {
+    MAX_LENGTH = FLASH_KDA_MAX_DECODE_TOKENS,
+    RECORD = FLASH_KDA_RECORD_ROWS * FKDA_DIM,
+    PARTS = FKDA_CONV_PARTS,
+    TAPS = FKDA_CONV_TAPS,
+    WINDOW = FKDA_WINDOW,
+};
+static const int64_t MAX_TOKENS = INT32_MAX - 1024, MAX_HEADS = INT32_MAX / (PARTS * FKDA_DIM);
+
+_Static_assert(offsetof(flash_kda_decode_layer_params, interrupt) + sizeof(const volatile int32_t *) ==
+                   sizeof(flash_kda_decode_layer_params),
+               "the struct must not end in padding: a later field there would read what an older caller left "
+               "in it");
+
+static bool has(const flash_kda_tensor *t)
+{
+    return t->data != NULL;
+}
+
+static flash_kda_status check_sizes(const flash_kda_decode_layer_params *p, fkda_decode_problem *out)
+{
+    const bool packed = has(&p->cu_seqlens);
+    TRY(fkda_check_rank(&p->x, "x", packed ? "[1, total, 3 * H * D]" : "[N, T, 3 * H * D]", 3));
+    TRY(fkda_check_rank(&p->g, "g", packed ? "[1, total, H, D]" : "[N, T, H, D]", 4));
+    const int64_t rows = p->x.shape[0], T = p->x.shape[1], H = p->g.shape[2];
+    int64_t N = rows, tokens;
+    if (p->g.shape[3] != FKDA_DIM)
+        return INVALID("g has D = %lld; the head size D must be 128", (long long)p->g.shape[3]);
+    if (H < 1 || H > MAX_HEADS)
+        return INVALID("g has H = %lld; there must be at least 1 head and at most %lld", (long long)H,
+                       (long long)MAX_HEADS);
+    if (packed) {
+        TRY(fkda_check_rank(&p->cu_seqlens, "cu_seqlens", "[N + 1]", 1));
+        N = p->cu_seqlens.shape[0] - 1;
+        if (rows != 1)
+            return INVALID("cu_seqlens is given and the first size of x is %lld; it must be 1, all sequences "
+                           "in one row",
+                           (long long)rows);
+        if (N < 1)
+            return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
+                           (long long)p->cu_seqlens.shape[0]);
+    }
+    if (N < 1) return INVALID("x has N = %lld; there must be at least 1 sequence", (long long)N);
+    if (!packed && T > MAX_LENGTH)
+        return INVALID("x has T = %lld; there must be at most %d tokens", (long long)T, MAX_LENGTH);
+    if (__builtin_mul_overflow(rows, T, &tokens) || tokens > MAX_TOKENS)
+        return INVALID("x has %lld * %lld tokens; there must be at most %lld", (long long)rows, (long long)T,
+                       (long long)MAX_TOKENS);
+    TRY(fkda_check_states(N, H));
+    out->sequences = N;
+    out->tokens = T;
+    out->heads = out->qk_heads = H;
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_options(const flash_kda_decode_layer_params *p)
+{
+    if (p->write_states < FLASH_KDA_WRITE_LAST || p->write_states > FLASH_KDA_WRITE_EACH)
+        return INVALID("write_states is %d; it must be a flash_kda_write_states, in [%d, %d]",
+                       p->write_states, FLASH_KDA_WRITE_LAST, FLASH_KDA_WRITE_EACH);
+    TRY(fkda_check_gate_kinds(p->gate, p->beta_kind));
+    TRY(fkda_check_flag(p->qk_is_normalised, "qk_is_normalised"));
+    TRY(fkda_check_flag(p->state_k_first, "state_k_first"));
+    TRY(fkda_check_scale(p->scale, p->gate, p->lower_bound));
+    if (!isfinite(p->norm_eps) || p->norm_eps < 0.0f)
+        return INVALID("norm_eps is not a finite number of at least 0; it must be one, usually 1e-5");
+    if (p->reserved) return INVALID("reserved is %d; it must be 0", p->reserved);
+    TRY(fkda_check_host(p->cpu_threads, p->interrupt));
+    TRY(fkda_check_gate_tensors(p->gate, has(&p->A_log), has(&p->dt_bias)));
+    TRY(fkda_check_first_slot(p->first_slot, has(&p->state_indices)));
+    const bool each = p->write_states == FLASH_KDA_WRITE_EACH;
+    if (each && !has(&p->state_indices))
+        return INVALID("state_indices is absent; it must be given with FLASH_KDA_WRITE_EACH");
+    if (!each && has(&p->num_accepted_tokens))
+        return INVALID("num_accepted_tokens is given without FLASH_KDA_WRITE_EACH; it must be absent");
+    if (p->weight.ndim != 2 && p->weight.ndim != 3)
+        return INVALID("weight has %d dimensions; it must have 2 or 3: [3 * H * D, 4] or [3, 4, H * D]",
+                       p->weight.ndim);
+    return FLASH_KDA_OK;
+}
+
+/* That a tensor has enough columns for `tokens` tokens, and few enough for a count in 32 bits. */
+static flash_kda_status check_columns(const flash_kda_tensor *t, const char *name, const char *letter,
+                                      int64_t tokens)
+{
+    if (t->shape[1] < tokens)
+        return INVALID("%s has %s = %lld; it must be at least T = %lld", name, letter, (long long)t->shape[1],
+                       (long long)tokens);
+    if (t->shape[1] > FKDA_MAX_COLUMNS)
+        return INVALID("%s has %s = %lld; it must be at most %d", name, letter, (long long)t->shape[1],
+                       FKDA_MAX_COLUMNS);
+    return FLASH_KDA_OK;
+}
+
+/* Both pools, and their columns. */
+static flash_kda_status check_pools(const flash_kda_decode_layer_params *p, const fkda_decode_problem *s)
+{
+    const int64_t slots = p->state.shape[0], columns = p->conv_state.shape[2];
+    if (p->conv_state.shape[0] != slots)
+        return INVALID("conv_state has %lld slots and state %lld; they must have as many",
+                       (long long)p->conv_state.shape[0], (long long)slots);
+    if (!has(&p->state_indices) && slots < s->sequences)
+        return INVALID("state has %lld slots; without state_indices it must have one for each of N = %lld "
+                       "sequences",
+                       (long long)slots, (long long)s->sequences);
+    if (columns < WINDOW)
+        return INVALID("conv_state has L = %lld; it must be at least %d", (long long)columns, WINDOW);
+    if (p->write_states == FLASH_KDA_WRITE_EACH && columns > WINDOW &&
+        columns < p->state_indices.shape[1] + WINDOW - 1)
+        return INVALID("conv_state has L = %lld and state_indices S = %lld; L must be 3 or at least S + 2",
+                       (long long)columns, (long long)p->state_indices.shape[1]);
+    return FLASH_KDA_OK;
+}
+
+static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, const fkda_decode_problem *s,
+                                      bool for_reference, bool with_memory)
+{
+    const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH,
+               writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !for_reference,
+               on_gpu = p->device.type == FLASH_KDA_CUDA;
+    const int64_t N = s->sequences, T = s->tokens, H = s->heads, D = FKDA_DIM, ANY = FKDA_ANY_SIZE,
+                  rows = packed ? 1 : N;
+    const char *const dims = packed ? "[1, total, H, D]" : "[N, T, H, D]",
+                      *const x_dims = packed ? "[1, total, 3 * H * D]" : "[N, T, 3 * H * D]",
+                      *const beta_dims = packed ? "[1, total, H]" : "[N, T, H]",
+                      *const state_dims = p->state_k_first ? "[slots, H, K, V]" : "[slots, H, V, K]";
+    const fkda_requirement by_part = {"weight", "[3, 4, H * D]", 3,    {PARTS, TAPS, H * D}, {F32, BF16},
+                                      0,        FKDA_FREE,       false},
+                           by_channel = {"weight", "[3 * H * D, 4]", 2,    {PARTS * H * D, TAPS}, {F32, BF16},
+                                         0,        FKDA_FREE,        false};
+    const struct {
+        const flash_kda_tensor *tensor;
+        bool optional;
+        bool by_element; /* The kernels read and write it element by element. */
+        fkda_requirement must;
+    } tensors[] = {
+        {&p->x, false, true, {"x", x_dims, 3, {rows, T, PARTS * H * D}, {BF16}, 0, FKDA_ROWS, false}},
+        {&p->weight, false, true, p->weight.ndim == 3 ? by_part : by_channel},
+        {&p->bias,
+         true,
+         true,
+         {"bias", "3 * H * D", 0, {PARTS * H * D}, {F32, BF16}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->conv_state,
+         false,
+         true,
+         {"conv_state",
+          "[slots, 3 * H * D, L]",
+          3,
+          {ANY, PARTS * H * D, ANY},
+          {BF16},
+          0,
+          FKDA_FREE,
+          writes_state}},
+        {&p->g, false, true, {"g", dims, 4, {rows, T, H, D}, {BF16, F32}, 0, FKDA_ROWS, false}},
+        {&p->beta, false, true, {"beta", beta_dims, 3, {rows, T, H}, {BF16, F32}, 0, FKDA_FREE, false}},
+        {&p->out, for_reference, true, {"out", dims, 4, {rows, T, H, D}, {BF16}, 0, FKDA_ROWS, true}},
+        {&p->A_log, true, true, {"A_log", "H", 0, {H}, {F32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->dt_bias, true, true, {"dt_bias", "H * D", 0, {H * D}, {F32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->output_gate,
+         true,
+         true,
+         {"output_gate", dims, 4, {rows, T, H, D}, {BF16, F32}, 0, FKDA_ROWS, false}},
+        {&p->norm_weight, true, true, {"norm_weight", "D", 0, {D}, {F32, BF16}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->state,
+         false,
+         false,
+         {"state", state_dims, 4, {ANY, H, D, D}, {F32, BF16}, 16, FKDA_SLOTS, writes_state}},
+        {&p->state_indices,
+         true,
+         true,
+         {"state_indices",
+          each ? "[N, S]" : "[N]",
+          each ? 2 : 1,
+          {N, ANY},
+          {I64, I32},
+          0,
+          FKDA_CONTIGUOUS,
+          false}},
+        {&p->num_accepted_tokens,
+         true,
+         true,
+         {"num_accepted_tokens", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->cu_seqlens,
+         true,
+         true,
+         {"cu_seqlens", "[N + 1]", 1, {N + 1}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->records,
+         true,
+         true,
+         {"records", "[N, R, H, 3 * K]", 4, {N, ANY, H, RECORD}, {F32}, 0, FKDA_CONTIGUOUS, !for_reference}},
+        {&p->conv_windows,
+         true,
+         true,
+         {"conv_windows",
+          "[N, C, 3 * H * D, 3]",
+          4,
+          {N, ANY, PARTS * H * D, WINDOW},
+          {BF16},
+          0,
+          FKDA_FREE,
+          !for_reference}},
+        {&p->rounding, true, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
+    };
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        if (tensors[i].optional && !has(tensors[i].tensor)) continue;
+        TRY(fkda_check_tensor(tensors[i].tensor, &tensors[i].must, packed ? N + 1 : 0, with_memory,
+                              on_gpu && !tensors[i].by_element));
+    }
+    const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
+    if (each) TRY(check_columns(&p->state_indices, "state_indices", "S", columns > 0 ? columns : 1));
+    if (has(&p->records)) TRY(check_columns(&p->records, "records", "R", columns));
+    if (has(&p->conv_windows)) TRY(check_columns(&p->conv_windows, "conv_windows", "C", columns));
+    return check_pools(p, s);
+}
+
+static flash_kda_status check_memory(const flash_kda_decode_layer_params *p)
+{
+    enum { STATE = 13, CONV_STATE, OUT, RECORDS, WINDOWS, COUNT };
+    const fkda_extent all[COUNT] = {
+        fkda_extent_of("x", &p->x),
+        fkda_extent_of("weight", &p->weight),
+        fkda_extent_of("bias", &p->bias),
+        fkda_extent_of("g", &p->g),
+        fkda_extent_of("beta", &p->beta),
+        fkda_extent_of("A_log", &p->A_log),
+        fkda_extent_of("dt_bias", &p->dt_bias),
+        fkda_extent_of("output_gate", &p->output_gate),
+        fkda_extent_of("norm_weight", &p->norm_weight),
+        fkda_extent_of("state_indices", &p->state_indices),
+        fkda_extent_of("num_accepted_tokens", &p->num_accepted_tokens),
+        fkda_extent_of("cu_seqlens", &p->cu_seqlens),
+        fkda_extent_of("rounding", &p->rounding),
+        [STATE] = fkda_extent_of("state", &p->state),
+        [CONV_STATE] = fkda_extent_of("conv_state", &p->conv_state),
+        [OUT] = fkda_extent_of("out", &p->out),
+        [RECORDS] = fkda_extent_of("records", &p->records),
+        [WINDOWS] = fkda_extent_of("conv_windows", &p->conv_windows),
+    };
+    for (int w = p->write_states == FLASH_KDA_WRITE_NONE ? OUT : STATE; w < COUNT; w++)
+        TRY(fkda_check_own_memory(&all[w], all, w));
+    return FLASH_KDA_OK;
+}
+
+/* ---- Calls with one token of each sequence, whose tensors have no dimension of tokens ---- */
+
+/* Gives a tensor a dimension of size 1 at that place. */
+static void insert_dimension(flash_kda_tensor *t, int place)
+{
+    for (int i = t->ndim++; i > place; i--) {
+        t->shape[i] = t->shape[i - 1];
+        t->stride[i] = t->stride[i - 1];
+    }
+    t->shape[place] = 1;
+    t->stride[place] = 0;
+}
+
+/* Makes [N, 1, ..] of [N, ..] and of [1, N, ..], and with cu_seqlens [1, total, ..] of [total, ..]. `rest` is
+ * how many dimensions follow. What is neither stays as it is, and is refused later. */
+static void add_tokens(flash_kda_tensor *t, int rest, int64_t rows, bool packed)
+{
+    if (!has(t)) return;
+    if (t->ndim == rest + 1) {
+        insert_dimension(t, packed ? 0 : 1);
+    } else if (!packed && t->ndim == rest + 2 && t->shape[0] == 1 && t->shape[1] == rows) {
+        t->shape[0] = rows;
+        t->stride[0] = t->stride[1];
+        t->shape[1] = 1;
+    }
+}
+
+/* x without a dimension of tokens says that the other tensors may lack it too. */
+static const flash_kda_decode_layer_params *with_tokens(const flash_kda_decode_layer_params *p,
+                                                        flash_kda_decode_layer_params *whole)
+{
+    if (p->x.ndim != 2) return p;
+    if (p != whole) *whole = *p;
+    const int64_t rows = p->x.shape[0];
+    const bool packed = has(&p->cu_seqlens);
+    insert_dimension(&whole->x, packed ? 0 : 1);
+    add_tokens(&whole->g, 2, rows, packed);
+    add_tokens(&whole->beta, 1, rows, packed);
+    add_tokens(&whole->out, 2, rows, packed);
+    add_tokens(&whole->output_gate, 2, rows, packed);
+    return whole;
+}
+
+/* ---- Views ---- */
+
+/* A tensor of which dimension `channels` has 3 H D elements, the parts q, k and v one after the other, and
+ * dimension `columns`, if it has one, the columns. */
+static fkda_channel_view channel_view(const flash_kda_tensor *t, int64_t heads, int channels, int columns)
+{
+    if (!has(t)) return (fkda_channel_view){0};
+    const int64_t step = fkda_stride_of(t, channels);
+    return (fkda_channel_view){.data = t->data,
+                               .part_stride = heads * FKDA_DIM * step,
+                               .channel_stride = step,
+                               .column_stride = columns < 0 ? 0 : fkda_stride_of(t, columns),
+                               .dtype = t->dtype};
+}
+
+static fkda_channel_view weight_view(const flash_kda_tensor *t, int64_t heads)
+{
+    if (t->ndim == 2) return channel_view(t, heads, 0, 1);
+    return (fkda_channel_view){.data = t->data,
+                               .part_stride = t->stride[0],
+                               .channel_stride = t->stride[2],
+                               .column_stride = t->stride[1],
+                               .dtype = t->dtype};
+}
+
+/* x, in which a head of a part is what a head is in other tensors. */
+static fkda_token_view x_view(const flash_kda_tensor *t)
+{
+    return (fkda_token_view){.data = t->data,
+                             .batch_stride = fkda_stride_of(t, 0),
+                             .token_stride = fkda_stride_of(t, 1),
+                             .head_stride = FKDA_DIM,
+                             .dtype = t->dtype};
+}
+
+static void fill_decode(const flash_kda_decode_layer_params *p, fkda_decode_problem *out)
+{
+    out->device = p->device;
+    out->stream = p->stream;
+    out->g = fkda_token_view_of(&p->g);
+    out->beta = fkda_token_view_of(&p->beta);
+    out->out = fkda_token_view_of(&p->out);
+    out->gate = p->gate;
+    out->beta_kind = p->beta_kind;
+    out->A_log = p->A_log.data;
+    out->dt_bias = p->dt_bias.data;
+    out->qk_is_normalised = p->qk_is_normalised;
+    out->state_k_first = p->state_k_first;
+    out->write_states = p->write_states;
+    out->state = fkda_state_view_of(&p->state, true);
+    out->state_indices = fkda_index_view_of(&p->state_indices);
+    out->slot_columns = p->write_states == FLASH_KDA_WRITE_EACH ? p->state_indices.shape[1] : 1;
+    out->num_accepted_tokens = fkda_index_view_of(&p->num_accepted_tokens);
+    out->cu_seqlens = fkda_index_view_of(&p->cu_seqlens);
+    out->records = p->records.data;
+    out->record_columns = has(&p->records) ? p->records.shape[1] : 0;
+    out->rounding = p->state.dtype == FLASH_KDA_BF16 ? p->rounding.data : NULL;
+    out->first_slot = p->first_slot;
+    out->scale = p->scale;
+    /* With another gate it may be any number, and kernels need not look out for one. */
+    out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
+    out->interrupt = p->interrupt;
+    out->threads = 0;
+    if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
+}
+
+static void fill_problem(const flash_kda_decode_layer_params *p, fkda_decode_layer_problem *out)
+{
+    const int64_t H = out->decode.heads;
+    fill_decode(p, &out->decode);
+    out->x = x_view(&p->x);
+    out->x_part_stride = H * FKDA_DIM;
+    out->weight = weight_view(&p->weight, H);
+    out->bias = (fkda_channel_view){p->bias.data, H * FKDA_DIM, 1, 0, p->bias.dtype};
+    out->conv_state = channel_view(&p->conv_state, H, 1, 2);
+    out->conv_slot_stride = fkda_stride_of(&p->conv_state, 0);
+    out->window_columns = p->conv_state.shape[2];
+    out->windows = channel_view(&p->conv_windows, H, 2, 3);
+    out->windows_sequence_stride = has(&p->conv_windows) ? fkda_stride_of(&p->conv_windows, 0) : 0;
+    out->windows_token_stride = has(&p->conv_windows) ? fkda_stride_of(&p->conv_windows, 1) : 0;
+    out->windows_columns = has(&p->conv_windows) ? p->conv_windows.shape[1] : 0;
+    if (has(&p->output_gate)) out->output_gate = fkda_token_view_of(&p->output_gate);
+    out->norm_weight = p->norm_weight.data;
+    out->norm_weight_dtype = p->norm_weight.dtype;
+    out->norm_eps = p->norm_eps;
+}
+
+/* For a call on the CPU: conv_windows has a place for each token. The rest is what decode looks at. */
+static flash_kda_status check_indices(const fkda_decode_layer_problem *p)
+{
+    TRY(fkda_check_decode_indices(&p->decode));
+    for (int64_t n = 0; p->windows.data && n < p->decode.sequences; n++) {
+        const fkda_sequence sequence = fkda_decode_sequence_at(&p->decode, n);
+        const int64_t length = sequence.end - sequence.begin;
+        if (length > p->windows_columns)
+            return INVALID("conv_windows has C = %lld and sequence %lld has %lld tokens; C must be at least "
+                           "the longest sequence",
+                           (long long)p->windows_columns, (long long)n, (long long)length);
+    }
+    if (!fkda_keeps_drafts(p)) return FLASH_KDA_OK;
+    for (int64_t n = 0; n < p->decode.sequences; n++) {
+        const int64_t slot = fkda_index_at(&p->decode.state_indices, n * p->decode.slot_columns);
+        if (slot >= p->decode.first_slot && slot >= p->decode.state.slots)
+            return INVALID("state_indices[%lld, 0] is %lld; it must be less than %lld, the slots of state",
+                           (long long)n, (long long)slot, (long long)p->decode.state.slots);
+    }
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p, bool for_reference,
+                                         fkda_decode_layer_problem *out)
+{
+    flash_kda_decode_layer_params whole;
+    const void *params = p;
+    memset(out, 0, sizeof *out);
+    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
+                             "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &whole);
+    if (for_reference && p->device.type != FLASH_KDA_CPU)
+        return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
+    TRY(check_sizes(p, &out->decode));
+    TRY(check_options(p));
+    TRY(check_tensors(p, &out->decode, for_reference, true));
+    if (!for_reference) TRY(check_memory(p));
+    TRY(fkda_find_kernel(p->device, p->kernel, for_reference ? 0 : FKDA_DECODE_LAYER, &out->decode.kernel));
+    fill_problem(p, out);
+    if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
+    TRY(fkda_check_interrupt(p->interrupt));
+    return check_indices(out);
+}
+
+flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *p)
+{
+    flash_kda_decode_layer_params whole;
+    fkda_decode_problem problem;
+    const void *params = p;
+    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
+                             "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &whole);
+    TRY(check_sizes(p, &problem));
+    TRY(check_options(p));
+    TRY(check_tensors(p, &problem, false, false));
+    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE_LAYER, &problem.kernel);
+}

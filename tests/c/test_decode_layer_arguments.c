@@ -1,0 +1,457 @@
+/* Wrong arguments of flash_kda_decode_layer() and flash_kda_decode_layer_reference() are refused with their
+ * sentences, and nothing is written. What is allowed is not refused. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "refusals.h"
+
+/* `rows` has three sequences of 2 tokens, H = 2, which write their last states into slots without indices: L =
+ * 3, R = 2, C = 2. `packed` has two sequences of 2 and 3 tokens, H = 2, which write each state: S = 4, L = 6 and
+ * 12 slots. */
+static flash_kda_decode_layer_params rows, packed;
+
+/* The memory of both calls, and what it holds before any of them. */
+enum { BYTES = 8 << 20 };
+static unsigned char *contents, *device_memory;
+static size_t used;
+
+static flash_kda_tensor place(flash_kda_dtype dtype, int ndim, int64_t a, int64_t b, int64_t c, int64_t d)
+{
+    const int64_t shape[4] = {a, b, c, d};
+    flash_kda_tensor t = tensor_of(device_memory + used, dtype, ndim, shape);
+    int64_t elements = 1;
+    for (int i = 0; i < ndim; i++) elements *= shape[i];
+    used += ((size_t)elements * dtype_size(dtype) + 255 + 256) / 256 * 256;
+    if (used > BYTES) die("the calls need more than %d bytes", BYTES);
+    return t;
+}
+
+static void put_integers(const flash_kda_tensor *t, const int64_t *numbers, int count)
+{
+    memcpy(contents + ((unsigned char *)t->data - device_memory), numbers, (size_t)count * sizeof *numbers);
+}
+
+#define BF16 FLASH_KDA_BF16
+#define F32 FLASH_KDA_F32
+#define I64 FLASH_KDA_I64
+enum { H = 2, C = 3 * H * DIM };
+
+static flash_kda_decode_layer_params common(int64_t n, int64_t t)
+{
+    return (flash_kda_decode_layer_params){
+        .struct_size = sizeof(flash_kda_decode_layer_params),
+        .device = test.device,
+        .kernel = test.kernel,
+        .x = place(BF16, 3, n, t, C, 1),
+        .g = place(BF16, 4, n, t, H, DIM),
+        .beta = place(BF16, 3, n, t, H, 1),
+        .out = place(BF16, 4, n, t, H, DIM),
+        .A_log = place(F32, 1, H, 1, 1, 1),
+        .dt_bias = place(F32, 2, H, DIM, 1, 1),
+        .output_gate = place(BF16, 4, n, t, H, DIM),
+        .norm_weight = place(F32, 1, DIM, 1, 1, 1),
+        .scale = 0.1f,
+        .lower_bound = -5.0f,
+        .norm_eps = 1e-5f,
+    };
+}
+
+static void make_calls(void)
+{
+    const int64_t borders[] = {0, 2, 5}, accepted[] = {1, 2}, slots[] = {1, 2, 3, 4, 5, 6, 7, 8};
+    const flash_kda_device host = {FLASH_KDA_CPU, 0};
+    void *memory;
+    used = 0;
+    must(flash_kda_malloc(test.device, BYTES, &memory));
+    device_memory = memory;
+    contents = allocate(BYTES, 1);
+    rows = common(3, 2);
+    rows.weight = place(F32, 3, 3, 4, H * DIM, 1);
+    rows.bias = place(F32, 1, C, 1, 1, 1);
+    rows.conv_state = place(BF16, 3, 3, C, 3, 1);
+    rows.state = place(F32, 4, 3, H, DIM, DIM);
+    rows.records = place(F32, 4, 3, 2, H, 3 * DIM);
+    rows.conv_windows = place(BF16, 4, 3, 2, C, 3);
+    packed = common(1, 5);
+    packed.weight = place(BF16, 2, C, 4, 1, 1);
+    packed.conv_state = place(BF16, 3, 12, C, 6, 1);
+    packed.state = place(BF16, 4, 12, H, DIM, DIM);
+    packed.state_indices = place(I64, 2, 2, 4, 1, 1);
+    packed.num_accepted_tokens = place(I64, 1, 2, 1, 1, 1);
+    packed.cu_seqlens = place(I64, 1, 3, 1, 1, 1);
+    packed.conv_windows = place(BF16, 4, 2, 3, C, 3);
+    packed.records = place(F32, 4, 2, 3, H, 3 * DIM);
+    packed.rounding = place(I64, 1, 2, 1, 1, 1);
+    packed.write_states = FLASH_KDA_WRITE_EACH;
+    packed.first_slot = 1;
+    put_integers(&packed.state_indices, slots, 8);
+    put_integers(&packed.num_accepted_tokens, accepted, 2);
+    put_integers(&packed.cu_seqlens, borders, 3);
+    must(flash_kda_copy(test.device, device_memory, host, contents, BYTES));
+}
+
+static void free_calls(void)
+{
+    must(flash_kda_free(test.device, device_memory));
+    free(contents);
+}
+
+static bool is_untouched(void)
+{
+    const flash_kda_device host = {FLASH_KDA_CPU, 0};
+    unsigned char *after = allocate(BYTES, 1);
+    must(flash_kda_synchronize(test.device, NULL));
+    must(flash_kda_copy(host, after, test.device, device_memory, BYTES));
+    const bool same = memcmp(after, contents, BYTES) == 0;
+    free(after);
+    return same;
+}
+
+static void refuses(const flash_kda_decode_layer_params *p, flash_kda_status want, const char *sentence)
+{
+    trying("expected: %s", sentence);
+    const flash_kda_status got = flash_kda_decode_layer(p);
+    CHECK(got == want, "%s; it must be %s", flash_kda_status_string(got), flash_kda_status_string(want));
+    CHECK(strcmp(flash_kda_last_error(), sentence) == 0, "the sentence is: %s", flash_kda_last_error());
+}
+
+#define REFUSES(c, status, sentence, ...)                                                                    \
+    do {                                                                                                     \
+        flash_kda_decode_layer_params p = (c);                                                               \
+        __VA_ARGS__;                                                                                         \
+        refuses(&p, FLASH_KDA_##status, sentence);                                                           \
+    } while (0)
+#define ROWS(sentence, ...) REFUSES(rows, INVALID_VALUE, sentence, __VA_ARGS__)
+#define PACKED(sentence, ...) REFUSES(packed, INVALID_VALUE, sentence, __VA_ARGS__)
+
+static const char *const FROM_SEQLENS = ", with N from the 3 entries of cu_seqlens";
+
+static void structs(void)
+{
+    refuses(NULL, FLASH_KDA_INVALID_VALUE,
+            "params is null; it must point to a flash_kda_decode_layer_params");
+    const size_t least = offsetof(flash_kda_decode_layer_params, kernel),
+                 sizes[] = {0, least - 8, sizeof rows + 8, sizeof rows - 4};
+    for (int i = 0; i < 4; i++)
+        ROWS(text("params->struct_size is %zu; it must be sizeof(flash_kda_decode_layer_params) = %zu (in "
+                  "older "
+                  "headers %zu or more)",
+                  sizes[i], sizeof rows, least),
+             p.struct_size = sizes[i]);
+}
+
+static void shapes(void)
+{
+    ROWS("x has 4 dimensions; it must have 3: [N, T, 3 * H * D]", p.x.ndim = 4);
+    PACKED("x has 1 dimensions; it must have 3: [1, total, 3 * H * D]", p.x.ndim = 1);
+    ROWS("x has shape [3, 2, 640]; it must be [N, T, 3 * H * D] = [3, 2, 768]", p.x.shape[2] = 640);
+    ROWS("x has N = 0; there must be at least 1 sequence", p.x.shape[0] = 0);
+    ROWS("x has T = 17; there must be at most 16 tokens", p.x.shape[1] = 17);
+    ROWS("x has size -1 in dimension 1; sizes must not be negative", p.x.shape[1] = -1);
+    ROWS("g has 3 dimensions; it must have 4: [N, T, H, D]", p.g.ndim = 3);
+    ROWS("g has D = 64; the head size D must be 128", p.g.shape[3] = 64);
+    ROWS("g has H = 0; there must be at least 1 head and at most 5592405", p.g.shape[2] = 0);
+    ROWS("g has shape [3, 1, 2, 128]; it must be [N, T, H, D] = [3, 2, 2, 128]", p.g.shape[1] = 1);
+    PACKED("cu_seqlens is given and the first size of x is 2; it must be 1, all sequences in one row",
+           p.x.shape[0] = 2);
+    PACKED("cu_seqlens has 1 entries; it must have N + 1 for N >= 1 sequences", p.cu_seqlens.shape[0] = 1);
+    PACKED("cu_seqlens has 2 dimensions; it must have 1: [N + 1]", p.cu_seqlens.ndim = 2);
+    ROWS("weight has 1 dimensions; it must have 2 or 3: [3 * H * D, 4] or [3, 4, H * D]", p.weight.ndim = 1);
+    ROWS("weight has shape [3, 3, 256]; it must be [3, 4, H * D] = [3, 4, 256]", p.weight.shape[1] = 3);
+    PACKED("weight has shape [768, 3]; it must be [3 * H * D, 4] = [768, 4]", p.weight.shape[1] = 3);
+    ROWS("bias has shape [767]; it must have 3 * H * D = 768 elements", p.bias.shape[0] = 767);
+    ROWS("conv_state has shape [3, 767, 3]; it must be [slots, 3 * H * D, L] = [3, 768, 3]",
+         p.conv_state.shape[1] = 767);
+    ROWS("conv_state has 2 slots and state 3; they must have as many", p.conv_state.shape[0] = 2);
+    ROWS("conv_state has L = 2; it must be at least 3", p.conv_state.shape[2] = 2);
+    PACKED("conv_state has L = 5 and state_indices S = 4; L must be 3 or at least S + 2",
+           p.conv_state.shape[2] = 5);
+    ROWS("beta has shape [3, 2, 1]; it must be [N, T, H] = [3, 2, 2]", p.beta.shape[2] = 1);
+    PACKED("out has shape [1, 4, 2, 128]; it must be [1, total, H, D] = [1, 5, 2, 128]", p.out.shape[1] = 4);
+    ROWS("A_log has shape [3]; it must have H = 2 elements", p.A_log.shape[0] = 3);
+    ROWS("dt_bias has shape [2, 64]; it must have H * D = 256 elements", p.dt_bias.shape[1] = 64);
+    ROWS("output_gate has shape [3, 2, 1, 128]; it must be [N, T, H, D] = [3, 2, 2, 128]",
+         p.output_gate.shape[2] = 1);
+    ROWS("norm_weight has shape [127]; it must have D = 128 elements", p.norm_weight.shape[0] = 127);
+    ROWS("state has shape [3, 1, 128, 128]; it must be [slots, H, V, K] = [3, 2, 128, 128]",
+         p.state.shape[1] = 1);
+    ROWS("state has 3 dimensions; it must have 4: [slots, H, K, V]", p.state.ndim = 3, p.state_k_first = 1);
+    ROWS("state has 2 slots; without state_indices it must have one for each of N = 3 sequences",
+         p.state.shape[0] = p.conv_state.shape[0] = 2);
+    PACKED(text("state_indices has shape [3, 4]; it must be [N, S] = [2, 4]%s", FROM_SEQLENS),
+           p.state_indices.shape[0] = 3);
+    PACKED("state_indices has S = 2147483584; it must be at most 2147483583",
+           p.state_indices.shape[1] = p.state_indices.stride[0] = INT32_MAX - 63);
+    PACKED(text("num_accepted_tokens has shape [1]; it must be [N] = [2]%s", FROM_SEQLENS),
+           p.num_accepted_tokens.shape[0] = 1);
+    ROWS("records has R = 1; it must be at least T = 2", p.records.shape[1] = 1, p.records.stride[0] = 768);
+    ROWS("records has shape [3, 2, 2, 128]; it must be [N, R, H, 3 * K] = [3, 2, 2, 384]",
+         p.records.shape[3] = 128);
+    ROWS("conv_windows has C = 1; it must be at least T = 2", p.conv_windows.shape[1] = 1);
+    ROWS("conv_windows has shape [3, 2, 768, 4]; it must be [N, C, 3 * H * D, 3] = [3, 2, 768, 3]",
+         p.conv_windows.shape[3] = 4);
+    PACKED("rounding has shape [3]; it must be [2] = [2]", p.rounding.shape[0] = 3);
+}
+
+/* Sizes of which products do not fit 64 bits, or a tensor no memory. */
+static void overflowing_sizes(void)
+{
+    const long long huge = 1LL << 62;
+    ROWS(text("x has %lld * 2 tokens; there must be at most 2147482623", huge), p.x.shape[0] = huge);
+    PACKED(text("x has 1 * %lld tokens; there must be at most 2147482623", (long long)INT64_MAX),
+           p.x.shape[1] = INT64_MAX);
+    PACKED("there are N * HV = 2147483647 * 2 states; there must be at most 2147482623",
+           p.cu_seqlens.shape[0] = 1LL << 31);
+    ROWS(text("g has H = %lld; there must be at least 1 head and at most 5592405", huge),
+         p.g.shape[2] = huge);
+    ROWS(text("state has shape [%lld, 2, 128, 128]; a tensor must fit in memory", huge),
+         p.state.shape[0] = huge);
+    ROWS(text("conv_state has shape [3, 768, %lld]; a tensor must fit in memory", huge),
+         p.conv_state.shape[2] = huge);
+    ROWS(text("conv_windows has shape [3, %lld, 768, 3]; a tensor must fit in memory", huge),
+         p.conv_windows.shape[1] = huge);
+    ROWS(text("weight has stride %lld in dimension 0; the tensor must fit in memory", (long long)INT64_MIN),
+         p.weight.stride[0] = INT64_MIN);
+    ROWS(text("x has stride %lld in dimension 0; the tensor must fit in memory", huge), p.x.stride[0] = huge);
+}
+
+#define DTYPE(c, tensor, type, sentence)                                                                     \
+    REFUSES(c, INVALID_DTYPE, #tensor " has dtype " sentence, p.tensor.dtype = FLASH_KDA_##type)
+
+static void dtypes(void)
+{
+    DTYPE(rows, x, F32, "float32; it must be bfloat16");
+    DTYPE(rows, weight, F16, "float16; it must be float32 or bfloat16");
+    DTYPE(rows, bias, F64, "float64; it must be float32 or bfloat16");
+    DTYPE(rows, conv_state, F32, "float32; it must be bfloat16");
+    DTYPE(rows, g, F16, "float16; it must be bfloat16 or float32");
+    DTYPE(rows, beta, I32, "int32; it must be bfloat16 or float32");
+    DTYPE(rows, out, F32, "float32; it must be bfloat16");
+    DTYPE(rows, A_log, BF16, "bfloat16; it must be float32");
+    DTYPE(rows, dt_bias, BF16, "bfloat16; it must be float32");
+    DTYPE(rows, output_gate, F16, "float16; it must be bfloat16 or float32");
+    DTYPE(rows, norm_weight, F16, "float16; it must be float32 or bfloat16");
+    DTYPE(rows, state, F16, "float16; it must be float32 or bfloat16");
+    DTYPE(rows, records, BF16, "bfloat16; it must be float32");
+    DTYPE(rows, conv_windows, F32, "float32; it must be bfloat16");
+    DTYPE(packed, state_indices, F32, "float32; it must be int64 or int32");
+    DTYPE(packed, num_accepted_tokens, BOOL, "bool; it must be int64 or int32");
+    DTYPE(packed, cu_seqlens, F64, "float64; it must be int64 or int32");
+    DTYPE(packed, rounding, I32, "int32; it must be int64");
+}
+
+static void strides(void)
+{
+    ROWS("x has strides [1536, 768, 2]; its last dimension must be contiguous, with stride 1",
+         p.x.stride[2] = 2);
+    ROWS("g has strides [512, 256, 128, 2]; its last dimension must be contiguous, with stride 1",
+         p.g.stride[3] = 2);
+    ROWS("out has stride 64 in dimension 2; its elements must not share memory, so it must be at least 128",
+         p.out.stride[2] = 64);
+    ROWS("conv_state has stride 0 in dimension 1; its elements must not share memory, so it must be at least "
+         "1",
+         p.conv_state.stride[1] = 0);
+    ROWS("conv_windows has stride 2 in dimension 1; its elements must not share memory, so it must be at "
+         "least "
+         "3",
+         p.conv_windows.stride[1] = 2, p.conv_windows.stride[0] = 100000);
+    ROWS("state has stride 32760 in dimension 0; its elements must not share memory, so it must be at least "
+         "32768",
+         p.state.stride[0] = 32760);
+    ROWS("state has strides [32768, 16384, 1, 128]; all but its first dimension must be contiguous, with "
+         "strides [16384, 128, 1]",
+         p.state.stride[2] = 1, p.state.stride[3] = 128);
+    ROWS("bias has strides [2]; it must be contiguous, with strides [1]", p.bias.stride[0] = 2);
+    ROWS("norm_weight has strides [2]; it must be contiguous, with strides [1]", p.norm_weight.stride[0] = 2);
+    PACKED("state_indices has strides [5, 1]; it must be contiguous, with strides [4, 1]",
+           p.state_indices.stride[0] = 5);
+    if (test.device.type != FLASH_KDA_CUDA) return;
+    ROWS("state has stride 32770 in dimension 0; on a GPU it must be a multiple of 16 bytes, which are 4 "
+         "elements, and not negative",
+         p.state.stride[0] = 32770);
+}
+
+static void misaligned(const flash_kda_decode_layer_params *c, size_t at, const char *name, size_t by,
+                       size_t alignment)
+{
+    flash_kda_decode_layer_params p = *c;
+    flash_kda_tensor *t = (flash_kda_tensor *)((char *)&p + at);
+    t->data = (char *)t->data + by;
+    refuses(&p, FLASH_KDA_INVALID_VALUE,
+            text("%s is at address %p; it must be aligned to %zu bytes", name, t->data, alignment));
+}
+#define MOVED(c, name, by, alignment)                                                                        \
+    misaligned(&(c), offsetof(flash_kda_decode_layer_params, name), #name, by, alignment)
+
+static void alignment(void)
+{
+    MOVED(rows, x, 1, 2);
+    MOVED(rows, weight, 2, 4);
+    MOVED(rows, bias, 2, 4);
+    MOVED(rows, conv_state, 1, 2);
+    MOVED(rows, out, 1, 2);
+    MOVED(rows, norm_weight, 2, 4);
+    MOVED(rows, state, 8, 16);
+    MOVED(rows, conv_windows, 1, 2);
+    MOVED(packed, state_indices, 4, 8);
+    MOVED(packed, rounding, 4, 8);
+}
+
+static void options(void)
+{
+    ROWS("write_states is 3; it must be a flash_kda_write_states, in [0, 2]", p.write_states = 3);
+    ROWS("gate is -1; it must be a flash_kda_gate, in [0, 2]", p.gate = -1);
+    ROWS("beta_kind is 3; it must be a flash_kda_beta, in [0, 2]", p.beta_kind = 3);
+    ROWS("qk_is_normalised is 2; it must be 0 or 1", p.qk_is_normalised = 2);
+    ROWS("state_k_first is -1; it must be 0 or 1", p.state_k_first = -1);
+    ROWS("scale is inf; it must be finite", p.scale = INFINITY);
+    ROWS("lower_bound is 0.5; it must be in [-5, 0]", p.lower_bound = 0.5f);
+    ROWS("norm_eps is not a finite number of at least 0; it must be one, usually 1e-5", p.norm_eps = NAN);
+    ROWS("norm_eps is not a finite number of at least 0; it must be one, usually 1e-5", p.norm_eps = -1e-5f);
+    ROWS("reserved is 1; it must be 0", p.reserved = 1);
+    ROWS("cpu_threads is -1; it must be 0 (all) or more", p.cpu_threads = -1);
+    ROWS("first_slot is -1; it must be 0 or more", p.first_slot = -1);
+    ROWS("first_slot is 1 without state_indices; it must be 0", p.first_slot = 1);
+    ROWS("state_indices is absent; it must be given with FLASH_KDA_WRITE_EACH",
+         p.write_states = FLASH_KDA_WRITE_EACH);
+    PACKED("num_accepted_tokens is given without FLASH_KDA_WRITE_EACH; it must be absent",
+           p.write_states = FLASH_KDA_WRITE_NONE);
+    ROWS("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS",
+         p.gate = FLASH_KDA_GATE_SOFTPLUS, p.A_log.data = NULL);
+    ROWS("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it "
+         "must be "
+         "absent",
+         p.gate = FLASH_KDA_GATE_ACTIVATED);
+    int32_t stop = 1;
+    if (test.device.type == FLASH_KDA_CPU)
+        REFUSES(rows, INTERRUPTED, "*interrupt is not 0, so the call was given up before it began",
+                p.interrupt = &stop);
+}
+
+static void missing(void)
+{
+    ROWS("x is null; it must point to its 9216 bytes", p.x.data = NULL);
+    ROWS("weight is null; it must point to its 12288 bytes", p.weight.data = NULL);
+    ROWS("conv_state is null; it must point to its 13824 bytes", p.conv_state.data = NULL);
+    ROWS("g is null; it must point to its 3072 bytes", p.g.data = NULL);
+    ROWS("out is null; it must point to its 3072 bytes", p.out.data = NULL);
+    ROWS("state is null; it must point to its 393216 bytes", p.state.data = NULL);
+}
+
+/* Memory that is written belongs to one argument alone. */
+static void overlaps(void)
+{
+    ROWS("out overlaps x; it must have memory of its own", p.out.data = p.x.data);
+    ROWS("out overlaps output_gate; it must have memory of its own", p.out.data = p.output_gate.data);
+    ROWS("state overlaps weight; it must have memory of its own", p.weight.data = p.state.data);
+    ROWS("conv_state overlaps x; it must have memory of its own", p.conv_state.data = p.x.data);
+    ROWS("conv_state overlaps state; it must have memory of its own", p.conv_state.data = p.state.data);
+    ROWS("records overlaps state; it must have memory of its own", p.records.data = p.state.data);
+    ROWS("conv_windows overlaps state; it must have memory of its own", p.conv_windows.data = p.state.data);
+    PACKED("state overlaps rounding; it must have memory of its own", p.rounding.data = p.state.data);
+}
+
+/* Numbers in tensors, which are looked at on the CPU. */
+static void indices(void)
+{
+    if (test.device.type != FLASH_KDA_CPU) return;
+    int64_t far[] = {1, 2, 3, 4, 5, 12, 7, 8}, accepted[] = {1, 5}, none[] = {0, 1}, borders[] = {0, 2, 6};
+    int64_t long_first[] = {0, 4, 5};
+    PACKED("state_indices[1, 1] is 12; it must be less than 12, the slots of state",
+           p.state_indices.data = far);
+    far[5] = 6, far[0] = 12;
+    PACKED("state_indices[0, 0] is 12; it must be less than 12, the slots of state",
+           p.state_indices.data = far);
+    PACKED("num_accepted_tokens[1] is 5; it must be in [1, S] = [1, 4]",
+           p.num_accepted_tokens.data = accepted);
+    PACKED("num_accepted_tokens[0] is 0; it must be in [1, S] = [1, 4]", p.num_accepted_tokens.data = none);
+    PACKED("cu_seqlens ends with 6; its last entry must be total = 5", p.cu_seqlens.data = borders);
+    PACKED("conv_windows has C = 3 and sequence 0 has 4 tokens; C must be at least the longest sequence",
+           p.cu_seqlens.data = long_first, p.records.data = NULL);
+    PACKED("records has R = 3 and sequence 0 has 4 tokens; R must be at least the longest sequence",
+           p.cu_seqlens.data = long_first);
+}
+
+static void kernels(void)
+{
+    flash_kda_decode_layer_params p = rows;
+    p.kernel = "none";
+    trying("a kernel that does not exist");
+    CHECK(flash_kda_decode_layer(&p) == FLASH_KDA_INVALID_VALUE, "an unknown kernel is taken");
+    CHECK(strncmp(flash_kda_last_error(), "kernel is \"none\"; it must be NULL or one of ", 44) == 0,
+          "the sentence is: %s", flash_kda_last_error());
+}
+
+static void references(void)
+{
+    double out = 0.0;
+    if (test.device.type != FLASH_KDA_CPU) {
+        CHECK(flash_kda_decode_layer_reference(&rows, &out, NULL) == FLASH_KDA_INVALID_VALUE, "taken");
+        CHECK(strcmp(flash_kda_last_error(),
+                     "device is not the CPU; the reference takes tensors in CPU memory") == 0,
+              "the sentence is: %s", flash_kda_last_error());
+        return;
+    }
+    CHECK(flash_kda_decode_layer_reference(&rows, NULL, NULL) == FLASH_KDA_INVALID_VALUE, "taken");
+    CHECK(strcmp(flash_kda_last_error(), "out64 is null; it must point to [N, T, H, V] doubles") == 0,
+          "the sentence is: %s", flash_kda_last_error());
+}
+
+static void refusals(void)
+{
+    make_calls();
+    structs();
+    shapes();
+    overflowing_sizes();
+    dtypes();
+    strides();
+    alignment();
+    options();
+    missing();
+    overlaps();
+    indices();
+    kernels();
+    references();
+    trying("all calls that were refused");
+    CHECK(is_untouched(), "a tensor was written");
+    free_calls();
+}
+
+#define TAKES(c, ...)                                                                                        \
+    do {                                                                                                     \
+        flash_kda_decode_layer_params p = (c);                                                               \
+        __VA_ARGS__;                                                                                         \
+        trying("allowed: %s", #__VA_ARGS__);                                                                 \
+        CHECK(flash_kda_decode_layer(&p) == FLASH_KDA_OK, "refused: %s", flash_kda_last_error());            \
+    } while (0)
+
+static void allowed(void)
+{
+    make_calls();
+    TAKES(rows, (void)p);
+    TAKES(packed, (void)p);
+    TAKES(rows, p.struct_size = offsetof(flash_kda_decode_layer_params, kernel));
+    TAKES(rows, p.bias.data = p.A_log.data = p.dt_bias.data = NULL);
+    TAKES(rows, p.norm_weight.data = p.output_gate.data = NULL);
+    TAKES(rows, p.records.data = p.conv_windows.data = NULL);
+    TAKES(rows, p.write_states = FLASH_KDA_WRITE_NONE);
+    TAKES(packed, p.num_accepted_tokens.data = NULL);
+    TAKES(packed, p.conv_state.shape[2] = 3);
+    TAKES(packed, p.conv_state.shape[2] = p.conv_state.stride[1] = 7, p.conv_state.stride[0] = 7 * C,
+          p.conv_state.shape[0] = p.state.shape[0] = 9);
+    TAKES(rows, p.x.shape[1] = p.g.shape[1] = p.beta.shape[1] = p.out.shape[1] = p.output_gate.shape[1] = 0);
+    TAKES(rows, p.state.shape[0] = 1, p.conv_state.shape[0] = 1, p.x.shape[0] = p.g.shape[0] = 1,
+          p.beta.shape[0] = p.out.shape[0] = p.output_gate.shape[0] = 1, p.records.shape[0] = 1,
+          p.conv_windows.shape[0] = 1);
+    must(flash_kda_synchronize(test.device, NULL));
+    free_calls();
+}
+
+int main(int argc, char **argv)
+{
+    static const group groups[] = {{"refusals", refusals}, {"allowed", allowed}};
+    harness_start(argc, argv);
+    return harness_run(groups, sizeof groups / sizeof *groups);
+}
