@@ -43,8 +43,8 @@ __device__ __forceinline__ float *chunk_vector(int which, int i)
  *
  * - Keys and queries with the decay from the start, which lie side by side: those of token i and place p are
  *   numbers 2 p and 2 p + 1 of token i, but with bit 2 flipped in odd tokens.
- * - Keys with the decay to the last token, of pairs of tokens: those of tokens 2 i and 2 i + 1 and place p are
- *   numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by those of i.
+ * - Keys with the decay to the last token, of pairs of tokens: those of tokens 2 i and 2 i + 1 and place p
+ *   are numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by those of i.
  *
  * The flips are for lanes that read several tokens. They find them in different banks.
  */
@@ -229,83 +229,88 @@ __device__ __forceinline__ void multiply_start(const Tile &tile, const Small &sm
     __syncwarp(); /* the warp's lanes read each other's numbers */
 }
 
-/* -u of all tokens in one row of V. Both lanes that have the row compute it. */
-template <bool is_tree>
-__device__ __forceinline__ void find_minus_u(float (&minus_u)[MAX_TOKENS], const Small &small, int row)
+/* x = x + sum over j of product_j u_j, for those of `count` tokens whose bit is set. Without a tree it is set
+ * for all. */
+template <bool is_tree, int count>
+__device__ __forceinline__ void add_products(float &x, const float *product, const float (&u)[4],
+                                             uint32_t before)
 {
+    float y[4];
+    read_four(y, product);
 #pragma unroll
-    for (int first = 0; first < MAX_TOKENS; first += 4) {
-        if (first >= small.sequence.length) break;
-        float x[4], beta[4];
-        read_four(beta, small.beta + first);
-#pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = chunk_vector(VALUE, first + e)[row];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int i = first + e;
-            const uint32_t before = is_tree ? small.before[i] : 0;
-#pragma unroll
-            for (int four = 0; four < i; four += 4) {
-                float product[4];
-                read_four(product, &small.product[0][i][four]);
-#pragma unroll
-                for (int j = four; j < i && j < four + 4; j++)
-                    if (!is_tree || before >> j & 1)
-                        x[e] = __fmaf_rn(product[j - four], -minus_u[j], x[e]);
-            }
-            minus_u[i] = beta[e] * x[e];
-        }
-    }
+    for (int j = 0; j < count; j++)
+        if (!is_tree || before >> j & 1) x = __fmaf_rn(y[j], u[j], x);
 }
 
-/* The outputs of a row of V: those of even tokens by one lane, and those of odd tokens by another. */
-template <bool is_tree>
-__device__ __forceinline__ void store_outputs(const fkda_decode_args &args, const Small &small,
-                                              const float (&minus_u)[MAX_TOKENS], int row, int is_odd)
-{
-    const int length = small.sequence.length;
-    uint16_t *to = static_cast<uint16_t *>(args.out) +
-                   find_row(args.out_strides, small.sequence, is_odd, small.work.head) + row;
-#pragma unroll
-    for (int even = 0; even < MAX_TOKENS; even += 2) {
-        if (even >= length) break;
-        const int i = even + is_odd;
-        const uint32_t before = is_tree ? small.before[i] : 0;
-        float sum = chunk_vector(OUTPUT, i)[row];
-#pragma unroll
-        for (int four = 0; four <= even; four += 4) {
-            float product[4];
-            read_four(product, &small.product[1][i][four]);
-#pragma unroll
-            for (int j = four; j < even + 2 && j < four + 4; j++)
-                if (is_tree ? before >> j & 1 : j <= even || is_odd)
-                    sum = __fmaf_rn(product[j - four], -minus_u[j], sum);
-        }
-        if (i < length) *to = static_cast<uint16_t>(pack_bf16(args.scale * sum, 0.0f));
-        to += 2 * args.out_strides.token;
-    }
-}
-
-/* u of all tokens, which takes the place of P - v in shared memory, and the outputs. */
+/* u of all tokens in one row of V, which takes the place of P - v in shared memory, and the outputs. Two lanes
+ * have the row. Both compute u, and one has the outputs of even tokens and one those of odd tokens. Four
+ * tokens at a time, so that registers need not hold all u. */
 template <bool is_tree>
 __device__ __forceinline__ void solve(const fkda_decode_args &args, const Small &small)
 {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32,
-              row = small.work.first_row + 16 * warp + lane % 16, is_odd = lane / 16;
-    float minus_u[MAX_TOKENS];
-    find_minus_u<is_tree>(minus_u, small, row);
-    store_outputs<is_tree>(args, small, minus_u, row, is_odd);
-    if (!args.records && args.write_states == FLASH_KDA_WRITE_NONE) return;
-    const int length = small.sequence.length;
-    __syncwarp(); /* both lanes have read P - v */
-    if (!is_odd) {
+    const unsigned thread = threadIdx.x;
+    const int row = small.work.first_row + static_cast<int>(thread / 32 * 16 + thread % 16),
+              is_odd = static_cast<int>(thread / 16 % 2), length = small.sequence.length;
+    uint16_t *to = static_cast<uint16_t *>(args.out) +
+                   find_row(args.out_strides, small.sequence, is_odd, small.work.head) + row;
+#pragma unroll 1
+    for (int first = 0; first < length; first += 4) {
+        float x[4], out[2], beta[4], u[4];
+        uint32_t before[4] = {}, before_out[2] = {};
+        read_four(beta, small.beta + first);
 #pragma unroll
-        for (int i = 0; i < MAX_TOKENS; i++) {
-            if (i % 4 == 0 && i >= length) break;
-            chunk_vector(VALUE, i)[row] = -minus_u[i];
+        for (int e = 0; e < 4; e++) {
+            x[e] = chunk_vector(VALUE, first + e)[row];
+            if (is_tree) before[e] = small.before[first + e];
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            out[e] = chunk_vector(OUTPUT, first + 2 * e + is_odd)[row];
+            if (is_tree) before_out[e] = small.before[first + 2 * e + is_odd];
+        }
+        const float *product = small.product[0][first], *product_out = small.product[1][first + is_odd];
+#pragma unroll 1
+        for (int four = 0; four < first; four += 4) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) u[e] = chunk_vector(VALUE, four + e)[row];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                add_products<is_tree, 4>(x[e], product + e * MAX_TOKENS, u, before[e]);
+                if (is_tree) before[e] >>= 4;
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                add_products<is_tree, 4>(out[e], product_out + 2 * e * MAX_TOKENS, u, before_out[e]);
+                if (is_tree) before_out[e] >>= 4;
+            }
+            product += 4, product_out += 4;
+        }
+        u[0] = -beta[0] * x[0];
+        add_products<is_tree, 1>(x[1], product + MAX_TOKENS, u, before[1]);
+        u[1] = -beta[1] * x[1];
+        add_products<is_tree, 2>(x[2], product + 2 * MAX_TOKENS, u, before[2]);
+        u[2] = -beta[2] * x[2];
+        add_products<is_tree, 3>(x[3], product + 3 * MAX_TOKENS, u, before[3]);
+        u[3] = -beta[3] * x[3];
+        __syncwarp(); /* both lanes have read P - v */
+        if (!is_odd) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) chunk_vector(VALUE, first + e)[row] = u[e];
+        }
+        __syncwarp(); /* u is there for all lanes of the warp */
+        /* Tokens `first` and first + 1, and then first + 2 and first + 3: the even one of two has no product
+         * with the odd one. */
+        if (!is_odd) before_out[0] &= ~2u, before_out[1] &= ~8u;
+        add_products<true, 2>(out[0], product_out, u, before_out[0]);
+        add_products<true, 4>(out[1], product_out + 2 * MAX_TOKENS, u, before_out[1]);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (first + 2 * e + is_odd < length)
+                *to = static_cast<uint16_t>(pack_bf16(args.scale * out[e], 0.0f));
+            to += 2 * args.out_strides.token;
         }
     }
-    __syncwarp(); /* lanes read each other's u */
+    if (!args.records) return;
 #pragma unroll 1
     for (int i = is_odd; i < length; i += 2)
         if (float *record = find_record(args, small.work, i, 2)) record[row] = chunk_vector(VALUE, i)[row];
@@ -428,11 +433,13 @@ __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
     else
         walk_all<false>(small, writes_last);
     __syncthreads();
+    tile.find_place_again(small.work.first_row);
     multiply_start<!is_bf16>(tile, small);
     if (args.parents.data)
         solve<true>(args, small);
     else
         solve<false>(args, small);
+    tile.find_place_again(small.work.first_row);
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads);
     if (writes_last) {
         make_last_state(tile, small, args.parents.data != nullptr);

@@ -38,7 +38,8 @@ struct Token {
 };
 
 /* What a lane takes from others for a square. */
-template <int side> __device__ __forceinline__ void get_vector(float (&x)[side], const float (&from)[4], int four)
+template <int side>
+__device__ __forceinline__ void get_vector(float (&x)[side], const float (&from)[4], int four)
 {
 #pragma unroll
     for (int e = 0; e < side; e++) x[e] = __shfl_sync(~0u, from[e % 4], four + e / 4);
@@ -74,7 +75,8 @@ template <bool is_bf16, bool k_first> struct Stream {
     __device__ __forceinline__ char *first_address(void *states, long long at) const
     {
         const int channel = SIDE * lane;
-        return static_cast<char *>(states) + (at + (k_first ? channel * DIM + row : row * DIM + channel)) * BYTES;
+        return static_cast<char *>(states) +
+               (at + (k_first ? channel * DIM + row : row * DIM + channel)) * BYTES;
     }
 
     /* The bytes from there to a piece. */
@@ -149,7 +151,8 @@ template <bool is_bf16, bool k_first> struct Stream {
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2 * SIDE; i++) sums[i] = PARTS == 1 ? parts[0][i] : parts[0][i] + parts[PARTS - 1][i];
+        for (int i = 0; i < 2 * SIDE; i++)
+            sums[i] = PARTS == 1 ? parts[0][i] : parts[0][i] + parts[PARTS - 1][i];
         sum_and_scatter<LANES>(sums);
     }
 

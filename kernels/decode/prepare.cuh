@@ -75,7 +75,7 @@ __device__ __forceinline__ void unpack_four(float (&x)[4], uint2 bits)
 /* What a lane has of a token's inputs, as in memory. */
 struct Inputs {
     uint2 q, k, v;
-    uint4 g; /* fp32, or bf16 in x and y */
+    uint4 g;       /* fp32, or bf16 in x and y */
     uint32_t beta; /* the bits of fp32 or bf16 */
 };
 

@@ -70,20 +70,26 @@ __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
     if (sequence.left_out)
         clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
     if (sequence.length == 0) return;
-    const long long at = find_state(args.state, slot, work.head);
     Small &small = *reinterpret_cast<Small *>(cta_memory());
     Tile<is_bf16, k_first> tile(work.first_row);
+    const long long at = find_state(args.state, slot, work.head);
+    if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at;
     prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, false>(args, work, sequence, at, tile, small);
-    const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, work, args.heads);
+    const bool writes_each = args.write_states == FLASH_KDA_WRITE_EACH;
 #pragma unroll 1
-    for (int i = 0; i < sequence.length; i++) {
-        step(args, work, sequence, tile, small, i);
-        if (args.write_states != FLASH_KDA_WRITE_EACH) continue;
-        const long long after = find_slot_after(args, work.sequence, i);
-        if (after != NO_SLOT)
-            tile.store(args.state.data, find_state(args.state, after, work.head), i, rounding);
+    for (int i = 0; i < small.sequence.length; i++) {
+        step(args, small.work, small.sequence, tile, small, i);
+        long long to = small.at;
+        if (writes_each) {
+            const long long after = find_slot_after(args, small.work.sequence, i);
+            if (after == NO_SLOT) continue;
+            to = find_state(args.state, after, small.work.head);
+        } else if (args.write_states == FLASH_KDA_WRITE_NONE || i + 1 < small.sequence.length) {
+            continue;
+        }
+        tile.store(args.state.data, to, writes_each ? i : 0,
+                   find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads));
     }
-    if (args.write_states == FLASH_KDA_WRITE_LAST) tile.store(args.state.data, at, 0, rounding);
 }
 
 } // namespace fkda

@@ -68,6 +68,15 @@ template <bool is_bf16, bool k_first, int lanes = 8> struct Tile {
         row = first_row + static_cast<int>(threadIdx.x) / lanes * ROWS;
     }
 
+    /* Finds lane and row again, so that the compiler need not keep them in registers meanwhile. */
+    __device__ __forceinline__ void find_place_again(int first_row)
+    {
+        int cta, thread;
+        read_indices(cta, thread);
+        lane = static_cast<int>(static_cast<unsigned>(thread) % lanes);
+        row = first_row + static_cast<int>(static_cast<unsigned>(thread) / lanes) * ROWS;
+    }
+
     /* The channel of element e. */
     __device__ __forceinline__ int channel(int e) const
     {

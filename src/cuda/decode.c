@@ -24,9 +24,11 @@ enum {
     /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
      * meetings of the CTA that they need cost more than a token does. */
     CHUNK_FROM = 5,
-    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token a CTA has 32
-     * KB of a state. With more tokens, CTAs that share a head would prepare them twice. */
-    SPLIT_OF_FP32_FOR_ONE_TOKEN = 1,
+    CHUNK_WITHOUT_WRITING_FROM = 4, /* where no state is written */
+    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token a CTA has
+     * 16 KB of an fp32 state or 32 KB of a bf16 state. With more tokens, CTAs that share a head would
+     * prepare them twice. */
+    SPLIT_OF_FP32_FOR_ONE_TOKEN = 2,
     SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
     SPLIT_FOR_MORE = 0,
     /* At most. A warp prepares one token at a time, so CTAs for several tokens keep some warps. */
@@ -61,7 +63,9 @@ static int which_decode(const fkda_decode_problem *p)
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
     /* With cu_seqlens the lengths are not known here, and a sequence is computed in one way whatever else is
      * in the call. */
-    return p->cu_seqlens.data || p->tokens >= CHUNK_FROM ? CHUNK : STEPS;
+    const bool writes = p->write_states != FLASH_KDA_WRITE_NONE;
+    const int from = writes ? CHUNK_FROM : CHUNK_WITHOUT_WRITING_FROM;
+    return p->cu_seqlens.data || p->tokens >= from ? CHUNK : STEPS;
 }
 
 static fkda_decode_launch launch_of_one(const fkda_decode_problem *p, int64_t heads, int sms)

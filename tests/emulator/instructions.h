@@ -1,7 +1,7 @@
 /*
  * The functions of kernels/common/ptx.cuh, kernels/decode/ptx.cuh and kernels/hopper/ptx/ in C++: each does
- * what the PTX manual says about its instruction. The include guards of these headers are taken here, so that the kernels get the
- * functions below.
+ * what the PTX manual says about its instruction. The include guards of these headers are taken here, so
+ * that the kernels get the functions below.
  */
 #ifndef FKDA_EMULATOR_INSTRUCTIONS_H
 #define FKDA_EMULATOR_INSTRUCTIONS_H
