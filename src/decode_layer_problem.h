@@ -8,7 +8,7 @@
 #include "decode_problem.h"
 
 enum {
-    FKDA_CONV_TAPS = 4, /* inputs that each output of the convolution depends on */
+    FKDA_CONV_TAPS = 4,               /* inputs that each output of the convolution depends on */
     FKDA_WINDOW = FKDA_CONV_TAPS - 1, /* inputs that the convolution keeps */
     FKDA_CONV_PARTS = 3,              /* q, k, v */
 };
@@ -45,8 +45,8 @@ static inline bool fkda_keeps_drafts(const fkda_decode_layer_problem *p)
     return p->decode.write_states == FLASH_KDA_WRITE_EACH && p->window_columns > FKDA_WINDOW;
 }
 
-/* The slot that the window of sequence n is read from, or FKDA_NO_SLOT, and its first column. For tensors that
- * the host may read. `from` is the slot of the state. */
+/* The slot that the window of sequence n is read from, or FKDA_NO_SLOT, and its first column. For tensors
+ * that the host may read. `from` is the slot of the state. */
 static inline int64_t fkda_window_slot(const fkda_decode_layer_problem *p, int64_t n, int64_t from)
 {
     if (!fkda_keeps_drafts(p) || from == FKDA_NO_SLOT) return from;

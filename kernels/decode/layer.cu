@@ -113,8 +113,8 @@ __device__ __forceinline__ void clear_layer(const fkda_decode_layer_args &args, 
                     args.windows, work.sequence * args.windows_sequence + i * args.windows_token, j) = 0;
 }
 
-/* The element of state_indices that names the slot where a sequence's state is, as it is in memory. The slot is
- * looked at once other loads were issued too. */
+/* The element of state_indices that names the slot where a sequence's state is, as it is in memory. The
+ * slot is looked at once other loads were issued too. */
 struct StartIndex {
     uint32_t low, high;
 

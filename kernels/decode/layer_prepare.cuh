@@ -49,8 +49,8 @@ __device__ __forceinline__ float *layer_vector(int which, int i)
            (i * LAYER_VECTORS + which) * DIM;
 }
 
-/* Begins to load an element of bf16 or fp32. The compiler would otherwise move the load to where its result is
- * used, or begin with that use, and wait for it, before it has issued the loads that follow. */
+/* Begins to load an element of bf16 or fp32. The compiler would otherwise move the load to where its result
+ * is used, or begin with that use, and wait for it, before it has issued the loads that follow. */
 __device__ __forceinline__ uint32_t begin_load(const void *data, int is_f32, long long at)
 {
     uint32_t bits;
@@ -300,8 +300,8 @@ struct LayerInputs {
         }
     }
 
-    /* Begins to load what does not depend on the slot. `single`: there is one token. With more tokens there are
-     * no registers for the inputs of all jobs beside the state. */
+    /* Begins to load what does not depend on the slot. `single`: there is one token. With more tokens there
+     * are no registers for the inputs of all jobs beside the state. */
     template <bool single>
     __device__ __forceinline__ void load(const fkda_decode_layer_args &args, const Work &work,
                                          const Sequence &sequence)
@@ -334,8 +334,8 @@ __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args
     }
     tile.load(loaded, decode.state.data, find_state(decode.state, slot, work.head));
     forget(thread);
-    /* The compiler does not know that there is one token, so jobs are loops. It would otherwise begin with the
-     * convolution, which waits for its inputs, before it has issued the loads of the state. */
+    /* The compiler does not know that there is one token, so jobs are loops. It would otherwise begin with
+     * the convolution, which waits for its inputs, before it has issued the loads of the state. */
     Sequence tokens = sequence;
     forget(tokens.length);
     {

@@ -68,8 +68,8 @@ typedef struct lie {
     int64_t unit;
 } lie;
 
-/* Gives a tensor strides: its outer dimensions in any order, with gaps. Returns its elements from the first to
- * the last. */
+/* Gives a tensor strides: its outer dimensions in any order, with gaps. Returns its elements from the first
+ * to the last. */
 static int64_t draw_strides(rng *r, flash_kda_tensor *t, lie how)
 {
     int order[4], outer = t->ndim > how.fixed ? t->ndim - how.fixed : 0;

@@ -7,9 +7,9 @@
 #include "harness.h"
 #include "refusals.h"
 
-/* `rows` has three sequences of 2 tokens, H = 2, which write their last states into slots without indices: L =
- * 3, R = 2, C = 2. `packed` has two sequences of 2 and 3 tokens, H = 2, which write each state: S = 4, L = 6 and
- * 12 slots. */
+/* `rows` has three sequences of 2 tokens, H = 2, which write their last states into slots without indices:
+ * L = 3, R = 2, C = 2. `packed` has two sequences of 2 and 3 tokens, H = 2, which write each state: S = 4,
+ * L = 6 and 12 slots. */
 static flash_kda_decode_layer_params rows, packed;
 
 /* The memory of both calls, and what it holds before any of them. */
