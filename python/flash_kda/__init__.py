@@ -579,8 +579,8 @@ def decode_layer(
     _hand_over(
         DECODE_LAYER, arrays, _SCALE if scale is None else scale, 0.0 if lower_bound is None else lower_bound,
         given, norm_eps, first_slot, write_states, kernel, threads, use_gate_in_kernel,
-        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is
-        not None,
+        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+        lower_bound is not None,
     )  # fmt: skip
     return result
 
