@@ -44,7 +44,7 @@ __device__ __forceinline__ float *chunk_vector(int which, int i)
  * - Keys and queries with the decay from the start, which lie side by side: those of token i and place p are
  *   numbers 2 p and 2 p + 1 of token i, but with bit 2 flipped in odd tokens.
  * - Keys with the decay to the last token, of pairs of tokens: those of tokens 2 i and 2 i + 1 and place p
- *   are numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by those of i.
+ *   are numbers 2 p and 2 p + 1 of pair i, but with bits 3 and 4 flipped by bits 0 and 1 of i.
  *
  * The flips are for lanes that read several tokens. They find them in different banks.
  */
@@ -226,7 +226,7 @@ __device__ __forceinline__ void multiply_start(const Tile &tile, const Small &sm
         store_four(value, sums[0][0] - v[0], sums[1][0] - v[1], sums[0][1] - v[2], sums[1][1] - v[3]);
         store_four(chunk_vector(OUTPUT, token) + row, sums[0][2], sums[1][2], sums[0][3], sums[1][3]);
     }
-    __syncwarp(); /* the warp's lanes read each other's numbers */
+    __syncwarp(); /* lanes read each other's numbers */
 }
 
 /* x = x + sum over j of product_j u_j, for those of `count` tokens whose bit is set. Without a tree it is set
@@ -242,9 +242,9 @@ __device__ __forceinline__ void add_products(float &x, const float *product, con
         if (!is_tree || before >> j & 1) x = __fmaf_rn(y[j], u[j], x);
 }
 
-/* u of all tokens in one row of V, which takes the place of P - v in shared memory, and the outputs. Two lanes
- * have the row. Both compute u, and one has the outputs of even tokens and one those of odd tokens. Four
- * tokens at a time, so that registers need not hold all u. */
+/* u of all tokens in one row of V, which takes the place of P - v in shared memory, and the outputs. Two
+ * lanes have the row. Both compute u, and one has the outputs of even tokens and one those of odd tokens. It
+ * is four tokens at a time, so that registers need not hold all u. */
 template <bool is_tree>
 __device__ __forceinline__ void solve(const fkda_decode_args &args, const Small &small)
 {
@@ -298,9 +298,8 @@ __device__ __forceinline__ void solve(const fkda_decode_args &args, const Small 
             for (int e = 0; e < 4; e++) chunk_vector(VALUE, first + e)[row] = u[e];
         }
         __syncwarp(); /* u is there for all lanes of the warp */
-        /* Tokens `first` and first + 1, and then first + 2 and first + 3: the even one of two has no product
-         * with the odd one. */
-        if (!is_odd) before_out[0] &= ~2u, before_out[1] &= ~8u;
+        /* With a tree the bits of tokens behind the output's are not set. */
+        if (!is_tree) before_out[0] = is_odd ? 3 : 1, before_out[1] = is_odd ? 15 : 7;
         add_products<true, 2>(out[0], product_out, u, before_out[0]);
         add_products<true, 4>(out[1], product_out + 2 * MAX_TOKENS, u, before_out[1]);
 #pragma unroll
