@@ -257,6 +257,34 @@ def test_cuda_graph(cuda):
     hold_decode(b, to_numpy(tensors), expected)
 
 
+def test_ten_thousand_replays(cuda):
+    """Replays with other indices each time leave the bits that plain calls leave."""
+    slots, times = 9, 10_000
+    a = make_decode(N=4, T=1, seed=15)
+    names = ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound")
+    tensors = {name: value for name, value in to_torch(a, cuda).items() if name in names}
+    pool = torch.randn(slots, tensors["v"].shape[2], 128, 128, device=cuda)
+    plain, out = pool.clone(), torch.empty_like(tensors["v"])
+    # An index of 0 has no state, as the padding of a batch.
+    order = torch.stack([torch.randperm(slots, device=cuda)[:4] for _ in range(times)]).int()
+    indices = order[0].clone()
+
+    def step(state, which):
+        flash_kda.decode(**tensors, out=out, state=state, state_indices=which, first_slot=1)
+
+    step(pool.clone(), indices)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(pool, indices)
+    for i in range(times):
+        indices.copy_(order[i])
+        graph.replay()
+        step(plain, order[i])
+    assert torch.isfinite(plain).all()
+    assert torch.equal(pool, plain)
+
+
 def test_current_stream(cuda):
     a = make_decode(seed=14)
     expected = truth_of_decode(a)
