@@ -55,6 +55,7 @@ endif()
 set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
 set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_FOR_RACECHECK")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
+set(FLASH_KDA_COMPILED "" CACHE PATH "The folder `kernels` of another build, whose fat binaries are copied")
 
 # An nvcc may be unusable: it needs a host C++ compiler. And an older nvcc does not know every architecture.
 set(probe ${CMAKE_CURRENT_BINARY_DIR}/kernels/probe)
@@ -81,6 +82,27 @@ endif()
 set(FLASH_KDA_CUDA_ARCHS ${archs})
 message(STATUS "flash_kda: CUDA kernels with ${NVCC} for ${archs}")
 
+# flash_kda_find_compiled(<variable> <name> <file>...)
+# Sets <variable> to the path, without its ending, of the fat binary <name> in FLASH_KDA_COMPILED, if it was
+# made by the same command and is newer than every <file>. Else <variable> is empty.
+function(flash_kda_find_compiled variable name)
+  set(${variable} "" PARENT_SCOPE)
+  set(compiled ${FLASH_KDA_COMPILED}/${name})
+  if(NOT FLASH_KDA_COMPILED OR NOT EXISTS ${compiled}.fatbin OR NOT EXISTS ${compiled}.flags)
+    return()
+  endif()
+  file(READ ${compiled}.flags theirs)
+  file(READ ${CMAKE_CURRENT_BINARY_DIR}/kernels/${name}.flags ours)
+  foreach(file IN LISTS ARGN)
+    if(${file} IS_NEWER_THAN ${compiled}.fatbin)
+      return()
+    endif()
+  endforeach()
+  if(ours STREQUAL theirs)
+    set(${variable} ${compiled} PARENT_SCOPE)
+  endif()
+endfunction()
+
 # flash_kda_add_kernel(<name> <source> ARCHS <arch>... [PTX <arch>])
 # Makes <source> the bytes fkda_fatbin_<name>. The compiler's report of registers, spills and shared memory is
 # kept in kernels/<name>.report, which scripts/check_kernels.py reads. The section is the one that nvcc's own
@@ -100,14 +122,26 @@ function(flash_kda_add_kernel name source)
   set(kernels ${CMAKE_CURRENT_SOURCE_DIR}/kernels)
   file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${kernels}/*.cuh ${kernels}/*.h)
   file(MAKE_DIRECTORY ${folder})
-  add_custom_command(
-    OUTPUT ${fatbin}
-    COMMAND sh -c "\"$0\" \"$@\" > ${folder}/${name}.report 2>&1 || { cat ${folder}/${name}.report; exit 1; }"
-            ${NVCC} -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${FLASH_KDA_NVCC_FLAGS}
-            ${gencode} -o ${fatbin} ${CMAKE_CURRENT_SOURCE_DIR}/${source}
-    DEPENDS ${source} ${headers}
-    COMMENT "Compiling ${source} for ${kernel_ARCHS}"
-    VERBATIM)
+  set(flags -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xptxas=-v ${FLASH_KDA_NVCC_FLAGS} ${gencode})
+  file(WRITE ${folder}/${name}.flags "${NVCC} ${flags}")
+  flash_kda_find_compiled(compiled ${name} ${CMAKE_CURRENT_SOURCE_DIR}/${source} ${headers})
+  if(compiled)
+    add_custom_command(
+      OUTPUT ${fatbin}
+      COMMAND ${CMAKE_COMMAND} -E copy ${compiled}.fatbin ${compiled}.report ${folder}
+      DEPENDS ${compiled}.fatbin ${source} ${headers}
+      COMMENT "Copying ${compiled}.fatbin"
+      VERBATIM)
+  else()
+    set(report ${folder}/${name}.report)
+    add_custom_command(
+      OUTPUT ${fatbin}
+      COMMAND sh -c "\"$0\" \"$@\" > ${report} 2>&1 || { cat ${report}; exit 1; }"
+              ${NVCC} ${flags} -o ${fatbin} ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+      DEPENDS ${source} ${headers}
+      COMMENT "Compiling ${source} for ${kernel_ARCHS}"
+      VERBATIM)
+  endif()
   file(GENERATE OUTPUT ${embed} CONTENT
 "/* ${source}, compiled. */
 __asm__(\".section .nv_fatbin,\\\"a\\\"\\n\"
