@@ -274,7 +274,7 @@ flash_kda_status fkda_check_decode(const flash_kda_decode_params *p, bool for_re
 flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *p)
 {
     flash_kda_decode_params whole;
-    fkda_decode_problem problem;
+    fkda_decode_problem problem = {0};
     const void *params = p;
     TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_params, kernel), sizeof whole,
                              "flash_kda_decode_params"));

@@ -12,7 +12,7 @@ enum { QUICK_CALLS = 40, CALLS = 600, SEED = 20261130 };
 static int number_from(const char *variable, int otherwise)
 {
     const char *text = getenv(variable);
-    return text ? atoi(text) : otherwise;
+    return text ? (int)strtol(text, NULL, 10) : otherwise;
 }
 
 /* Calls with any option. */
