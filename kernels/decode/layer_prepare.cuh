@@ -2,8 +2,8 @@
  * The preparation of decode_layer: the convolution, SiLU, the gates and the write strengths.
  *
  * A thread has two or three jobs: a channel of q, k or v, the decay of a channel, or the factor of a channel
- * of the outputs. It does a job for all tokens, so that the window of a channel slides through registers. A
- * channel belongs to one head and one thread, which reads its window before it writes it.
+ * of the outputs. A thread does a job for all tokens, so that the window of a channel slides through
+ * registers. A channel belongs to one head and one thread, which reads its window before it writes it.
  */
 #ifndef FKDA_DECODE_LAYER_PREPARE_CUH
 #define FKDA_DECODE_LAYER_PREPARE_CUH

@@ -448,10 +448,10 @@ class Operator:
         PreparedCall(options, (_lib.CPU, 0), views)
 
     def _register(self, wanted: str) -> str:
-        """Registers the operator, and returns its name in the namespace flash_kda. That is the wanted name,
-        unless another library has an operator of this name there already: then it gets a number. If the
-        package was imported before in this process, and its modules were dropped, the operator of then is
-        used."""
+        """Registers the operator, and returns its name in the namespace flash_kda. The name is the wanted
+        one, with a number behind it if another library has an operator of the wanted name there already. If
+        the package was imported before in this process, and its modules were dropped, the operator that was
+        registered then is used."""
         for name in itertools.chain([wanted], (f"{wanted}_{i}" for i in itertools.count(2))):
             qualified = f"flash_kda::{name}"
             found = getattr(torch.ops.flash_kda, name, None)
