@@ -416,7 +416,7 @@ __device__ __forceinline__ bool begin_chunk(const fkda_decode_args &args, Small 
     const long long at = find_state(args.state, slot, work.head);
     if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at;
     tile.set_row(work.first_row);
-    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_CHUNK, false>(args, work, sequence, at, tile, small);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_CHUNK>(args, work, sequence, at, tile, small);
     return true;
 }
 

@@ -232,9 +232,8 @@ struct Preparation {
     }
 };
 
-/* Loads the starting state, which begins at element `at` of the pool, and prepares all tokens meanwhile.
- * `single`: there is one token. */
-template <int vectors, bool single, class Tile>
+/* Loads the starting state, which begins at element `at` of the pool, and prepares all tokens meanwhile. */
+template <int vectors, class Tile>
 __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, const Work &work,
                                                  const Sequence &sequence, long long at, Tile &tile,
                                                  Small &small)
@@ -252,15 +251,11 @@ __device__ __forceinline__ void prepare_and_load(const fkda_decode_args &args, c
     tile.load(loaded, args.state.data, at);
     preparation.set_gate(a_log, dt_bias);
     const int place = Tile::place_of_four(preparation.channel);
-    if constexpr (single) {
-        if (warp == 0) preparation.finish<vectors>(inputs, small, 0, place);
-    } else {
 #pragma unroll 1 /* there are no registers for more */
-        for (int i = warp; i < sequence.length; i += warps) {
-            forget_addresses(preparation.work, preparation.sequence);
-            if (i != warp) inputs = preparation.load(i);
-            preparation.finish<vectors>(inputs, small, i, place);
-        }
+    for (int i = warp; i < sequence.length; i += warps) {
+        forget_addresses(preparation.work, preparation.sequence);
+        if (i != warp) inputs = preparation.load(i);
+        preparation.finish<vectors>(inputs, small, i, place);
     }
     __syncthreads();
     tile.unpack(loaded);

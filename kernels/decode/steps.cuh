@@ -74,7 +74,7 @@ __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
     Tile<is_bf16, k_first> tile(work.first_row);
     const long long at = find_state(args.state, slot, work.head);
     if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at;
-    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP, false>(args, work, sequence, at, tile, small);
+    prepare_and_load<FKDA_DECODE_VECTORS_OF_A_STEP>(args, work, sequence, at, tile, small);
     const bool writes_each = args.write_states == FLASH_KDA_WRITE_EACH;
 #pragma unroll 1
     for (int i = 0; i < small.sequence.length; i++) {
