@@ -28,7 +28,7 @@
 #include "gate.h"
 #include "prepare.h"
 
-_Static_assert((int)FLASH_KDA_MAX_DECODE_TOKENS == CHUNK, "a chunk of tokens holds all tokens of a call");
+_Static_assert(FLASH_KDA_MAX_DECODE_TOKENS - CHUNK == 0, "a chunk of tokens holds all tokens of a call");
 
 /* The tokens of a sequence, of one head, as the recurrence takes them. */
 typedef struct decode_tokens {
