@@ -30,6 +30,7 @@ def test_text_in_text_out(device):
     assert "bytes a second" in text
 
 
+@pytest.mark.slow
 def test_guesses_change_no_text(device):
     text = run("speculate.py", "And the LORD spake unto Moses, saying, ", "--device", device, "--bytes", "80")
     calls = [int(n) for n in re.findall(r"(\d+) calls", text)]
