@@ -362,7 +362,7 @@ static void try_seeds(uint64_t share, bool is_wild)
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1);
     const bool is_variant = strncmp(test.kernel, "cpu-", 4) == 0; /* The kernel "cpu" has all draws. */
-    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 40 : is_variant ? 150 : 2000);
+    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 40 : is_variant ? 100 : 600);
     total_out = (sums){0};
     for (uint64_t i = 0; i < asked / share + 1; i++) try_one(first + i, is_wild);
     trying("all draws together");
