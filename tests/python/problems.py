@@ -1,5 +1,7 @@
 """Problems for tests: arguments of fwd, the right results for them, and error measures, in NumPy alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from ml_dtypes import bfloat16
 
@@ -73,6 +75,13 @@ def hold_to(arguments, expected, device):
     assert error(arguments["out"], expected[0]) <= out_bar
     if arguments.get("final_state") is not None and arguments["final_state"].dtype == np.float32:
         assert error(arguments["final_state"], expected[1]) <= state_bar
+
+
+def in_threads(work, values):
+    """Calls work(value) in a thread for each value, and raises what the first call has raised that failed."""
+    with ThreadPoolExecutor(len(values)) as threads:
+        for done in [threads.submit(work, value) for value in values]:
+            done.result()
 
 
 def to_torch(arguments, device):
