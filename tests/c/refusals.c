@@ -14,6 +14,13 @@ const char *text(const char *format, ...)
     return words;
 }
 
+int64_t *copied(const int64_t *values, int64_t count)
+{
+    int64_t *copy = allocate((size_t)count, sizeof *copy);
+    memcpy(copy, values, (size_t)count * sizeof *copy);
+    return copy;
+}
+
 const volatile int32_t *unaligned_word(void)
 {
     static const volatile int32_t words[2] = {0, 0};

@@ -7,6 +7,9 @@
 /* A sentence, which is valid until the next call of text(). */
 const char *text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* New memory with these values. */
+int64_t *copied(const int64_t *values, int64_t count);
+
 /* The address of no int32_t. */
 const volatile int32_t *unaligned_word(void);
 

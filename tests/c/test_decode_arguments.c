@@ -638,13 +638,6 @@ static void reference(void)
 
 /* ---- The calls ----------------------------------------------------------------------------------------- */
 
-static int64_t *copied(const int64_t *values, int64_t count)
-{
-    int64_t *copy = allocate((size_t)count, sizeof *copy);
-    memcpy(copy, values, (size_t)count * sizeof *copy);
-    return copy;
-}
-
 /* A problem that has a pool of that many slots. */
 static problem *with_pool(problem *p, int64_t slots, uint64_t seed)
 {

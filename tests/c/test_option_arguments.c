@@ -586,13 +586,6 @@ static void older_structs(void)
 
 /* ---- The calls ----------------------------------------------------------------------------------------- */
 
-static int64_t *copied(const int64_t *values, int64_t count)
-{
-    int64_t *copy = allocate((size_t)count, sizeof *copy);
-    memcpy(copy, values, (size_t)count * sizeof *copy);
-    return copy;
-}
-
 static void open_calls(void)
 {
     static const int64_t lengths[] = {32, 48}, indices[] = {3, 1}, offsets[] = {32, 16, 48, 0},
