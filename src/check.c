@@ -60,7 +60,7 @@ static int64_t columns_of(const flash_kda_fwd_params *p, fkda_purpose purpose)
 static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_shape *s,
                                       fkda_purpose purpose)
 {
-    enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I32 = FLASH_KDA_I32, I64 = FLASH_KDA_I64 };
+    enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I64 = FLASH_KDA_I64 };
     const int64_t B = s->batch, T = s->tokens, H = s->qk_heads, HV = s->heads, N = s->sequences, D = FKDA_DIM,
                   ANY = FKDA_ANY_SIZE, slots = has(&p->state_indices, purpose) ? ANY : N;
     const char *const state_dims = p->state_k_first ? (slots == ANY ? "[slots, HV, K, V]" : "[N, HV, K, V]")
@@ -89,11 +89,11 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
         {&p->final_state,
          true,
          {"final_state", state_dims, 4, {slots, HV, D, D}, {F32, BF16}, 16, FKDA_SLOTS, true}},
-        {&p->cu_seqlens, true, {"cu_seqlens", "[N + 1]", 1, {N + 1}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->cu_seqlens, true, fkda_integers("cu_seqlens", "[N + 1]", 1, N + 1, 0)},
         {&p->nonfinite,
          true,
          {"nonfinite", "[tensors, 2]", 2, {FLASH_KDA_CHECKED_TENSORS, 2}, {I64}, 0, FKDA_CONTIGUOUS, true}},
-        {&p->state_indices, true, {"state_indices", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->state_indices, true, fkda_integers("state_indices", "[N]", 1, N, 0)},
         {&p->has_initial_state,
          true,
          {"has_initial_state", "[N]", 1, {N}, {FLASH_KDA_BOOL}, 0, FKDA_CONTIGUOUS, false}},
@@ -107,15 +107,11 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
           16,
           FKDA_SLOTS,
           !of_reference}},
-        {&p->checkpoint_offsets,
-         true,
-         {"checkpoint_offsets", offset_dims, by_column, {N, columns}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
-        {&p->checkpoint_indices,
-         true,
-         {"checkpoint_indices", offset_dims, by_column, {N, columns}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
-        {&p->checkpoint_starts,
-         true,
-         {"checkpoint_starts", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->checkpoint_offsets, true,
+         fkda_integers("checkpoint_offsets", offset_dims, by_column, N, columns)},
+        {&p->checkpoint_indices, true,
+         fkda_integers("checkpoint_indices", offset_dims, by_column, N, columns)},
+        {&p->checkpoint_starts, true, fkda_integers("checkpoint_starts", "[N]", 1, N, 0)},
     };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         const bool is_checkpoints = tensors[i].tensor == &p->checkpoint_states,

@@ -38,6 +38,18 @@ typedef struct fkda_requirement {
 
 enum { FKDA_ANY_SIZE = -1 };
 
+/* What a tensor of integers must be that a call reads: [rows] or, with two dimensions, [rows, columns]. */
+static inline fkda_requirement fkda_integers(const char *name, const char *dims, int ndim, int64_t rows,
+                                             int64_t columns)
+{
+    return (fkda_requirement){.name = name,
+                              .dims = dims,
+                              .ndim = ndim,
+                              .shape = {rows, columns},
+                              .dtypes = {FLASH_KDA_I64, FLASH_KDA_I32},
+                              .layout = FKDA_CONTIGUOUS};
+}
+
 const char *fkda_dtype_name(int32_t dtype);
 size_t fkda_dtype_size(int32_t dtype);
 

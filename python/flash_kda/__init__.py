@@ -32,8 +32,8 @@ from . import (
     _reference,
     _shapes,
 )
-from ._decode_options import APPLY, APPLY_BIT, DECODE, DECODE_BIT, DECODE_LAYER, LAYER_BIT
-from ._options import BIT, BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
+from ._decode_options import APPLY, DECODE, DECODE_LAYER
+from ._options import BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -76,34 +76,9 @@ def __dir__() -> list[str]:
 
 _ZERO, _AUTO = 0, "auto"  # these defaults are looked for by identity, since 0 == 0.0 == False
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
-_A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE, _WORKSPACE = (
-    BIT[name]
-    for name in (
-        "A_log",
-        "dt_bias",
-        "initial_state",
-        "final_state",
-        "cu_seqlens",
-        "nonfinite",
-        "workspace",
-    )
-)
-_STATE_INDICES, _HAS_INITIAL_STATE = BIT["state_indices"], BIT["has_initial_state"]
-_CHECKPOINT_STATES, _CHECKPOINT_OFFSETS, _CHECKPOINT_INDICES, _CHECKPOINT_STARTS = (
-    BIT["checkpoint_" + name] for name in ("states", "offsets", "indices", "starts")
-)
-_D_A_LOG, _D_DT_BIAS, _D_STATE_INDICES, _D_NUM_ACCEPTED_TOKENS, _D_CU_SEQLENS, _D_PARENTS = (
-    DECODE_BIT[name]
-    for name in ("A_log", "dt_bias", "state_indices", "num_accepted_tokens", "cu_seqlens", "parents")
-)
-_D_RECORDS, _D_ROUNDING = DECODE_BIT["records"], DECODE_BIT["rounding"]
-(
-    _L_BIAS, _L_A_LOG, _L_DT_BIAS, _L_STATE_INDICES, _L_OUTPUT_GATE, _L_NORM_WEIGHT, _L_NUM_ACCEPTED_TOKENS,
-    _L_CU_SEQLENS, _L_RECORDS, _L_CONV_WINDOWS, _L_ROUNDING,
-) = LAYER_BIT.values()  # fmt: skip
-_A_ACCEPTED, _A_STATE_INDICES, _A_ROUNDING = (
-    APPLY_BIT[name] for name in ("accepted", "state_indices", "rounding")
-)
+# The bits in `given` of the first optional arrays of `fwd`, whose order is that of _options.OPTIONAL_ARRAYS.
+_A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE = (1 << i for i in range(6))
+_PLACE_OF_WORKSPACE = 6  # the first one behind them
 
 
 def fwd(
@@ -325,18 +300,14 @@ def fwd(
             except TypeError:  # a value has a wrong type, or one that the cache cannot look up
                 options = known_options(given, kernel, threads, batch_invariant, max_seqlen, cut)
     else:
-        for bit, array in (
-            (_WORKSPACE, workspace),
-            (_STATE_INDICES, state_indices),
-            (_HAS_INITIAL_STATE, has_initial_state),
-            (_CHECKPOINT_STATES, checkpoint_states),
-            (_CHECKPOINT_OFFSETS, checkpoint_offsets),
-            (_CHECKPOINT_INDICES, checkpoint_indices),
-            (_CHECKPOINT_STARTS, checkpoint_starts),
-        ):
+        later_arrays = (
+            workspace, state_indices, has_initial_state, checkpoint_states, checkpoint_offsets,
+            checkpoint_indices, checkpoint_starts,
+        )  # fmt: skip
+        for place, array in enumerate(later_arrays, _PLACE_OF_WORKSPACE):
             if array is not None:
                 arrays.append(array)
-                given |= bit
+                given |= 1 << place
         # A compiler traces the constructor, since it cannot trace a cache.
         options = (Options if is_traced else known_options)(
             given, kernel, threads, batch_invariant, max_seqlen, cut, first_slot, checkpoint_every,
@@ -440,31 +411,10 @@ def decode(
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
-    arrays, given = [q, k, v, g, beta, out, state], 0
-    if A_log is not None:
-        arrays.append(A_log)
-        given |= _D_A_LOG
-    if dt_bias is not None:
-        arrays.append(dt_bias)
-        given |= _D_DT_BIAS
-    if state_indices is not None:
-        arrays.append(state_indices)
-        given |= _D_STATE_INDICES
-    if num_accepted_tokens is not None:
-        arrays.append(num_accepted_tokens)
-        given |= _D_NUM_ACCEPTED_TOKENS
-    if cu_seqlens is not None:
-        arrays.append(cu_seqlens)
-        given |= _D_CU_SEQLENS
-    if parents is not None:
-        arrays.append(parents)
-        given |= _D_PARENTS
-    if records is not None:
-        arrays.append(records)
-        given |= _D_RECORDS
-    if rounding is not None:
-        arrays.append(rounding)
-        given |= _D_ROUNDING
+    arrays = [q, k, v, g, beta, out, state]
+    given = _append_given(
+        arrays, A_log, dt_bias, state_indices, num_accepted_tokens, cu_seqlens, parents, records, rounding
+    )
     _hand_over(
         DECODE, arrays, scale, 0.0 if lower_bound is None else lower_bound,
         given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
@@ -559,23 +509,11 @@ def decode_layer(
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
     result, out = (out, out) if out is not None else _new_out(x, g)
-    arrays, given = [x, weight, conv_state, g, beta, out, state], 0
-    for bit, array in (
-        (_L_BIAS, bias),
-        (_L_A_LOG, A_log),
-        (_L_DT_BIAS, dt_bias),
-        (_L_STATE_INDICES, state_indices),
-        (_L_OUTPUT_GATE, output_gate),
-        (_L_NORM_WEIGHT, norm_weight),
-        (_L_NUM_ACCEPTED_TOKENS, num_accepted_tokens),
-        (_L_CU_SEQLENS, cu_seqlens),
-        (_L_RECORDS, records),
-        (_L_CONV_WINDOWS, conv_windows),
-        (_L_ROUNDING, rounding),
-    ):
-        if array is not None:
-            arrays.append(array)
-            given |= bit
+    arrays = [x, weight, conv_state, g, beta, out, state]
+    given = _append_given(
+        arrays, bias, A_log, dt_bias, state_indices, output_gate, norm_weight, num_accepted_tokens,
+        cu_seqlens, records, conv_windows, rounding,
+    )  # fmt: skip
     _hand_over(
         DECODE_LAYER, arrays, _SCALE if scale is None else scale, 0.0 if lower_bound is None else lower_bound,
         given, norm_eps, first_slot, write_states, kernel, threads, use_gate_in_kernel,
@@ -634,17 +572,21 @@ def apply_records(
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
-    arrays, given = [records, num_accepted_tokens, state], 0
-    if accepted is not None:
-        arrays.append(accepted)
-        given |= _A_ACCEPTED
-    if state_indices is not None:
-        arrays.append(state_indices)
-        given |= _A_STATE_INDICES
-    if rounding is not None:
-        arrays.append(rounding)
-        given |= _A_ROUNDING
+    arrays = [records, num_accepted_tokens, state]
+    given = _append_given(arrays, accepted, state_indices, rounding)
     _hand_over(APPLY, arrays, 0.0, 0.0, given, first_slot, kernel, threads, state_v_first)
+
+
+def _append_given(arrays: list[Any], *optional: Any) -> int:
+    """Appends those of a call's optional arrays that are given, and returns `given` of the call's options.
+    The order is that of `optional_arrays` of the function's options."""
+    given, bit = 0, 1
+    for array in optional:
+        if array is not None:
+            arrays.append(array)
+            given |= bit
+        bit += bit
+    return given
 
 
 def _hand_over(

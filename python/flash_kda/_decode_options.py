@@ -132,7 +132,3 @@ for _cls in (DecodeOptions, DecodeLayerOptions, ApplyOptions):
 DECODE = KnownOptions(DecodeOptions)
 DECODE_LAYER = KnownOptions(DecodeLayerOptions)
 APPLY = KnownOptions(ApplyOptions)
-DECODE_BIT = {name: DecodeOptions.bits_of(name) for name in DecodeOptions.optional_arrays}
-LAYER_BIT = {name: DecodeLayerOptions.bits_of(name) for name in DecodeLayerOptions.optional_arrays}
-APPLY_BIT = {name: ApplyOptions.bits_of(name) for name in ApplyOptions.optional_arrays}
-BOTH_PARAMETERS = DecodeOptions.bits_of("A_log", "dt_bias")

@@ -118,7 +118,6 @@ Options.operator_rest = OPERATOR_ARGUMENTS
 
 bits_of = Options.bits_of
 BOTH_PARAMETERS = bits_of("A_log", "dt_bias")
-BIT = {name: bits_of(name) for name in OPTIONAL_ARRAYS}
 
 FWD = KnownOptions(Options)
 cached_options, known_options, defaults_for = FWD.cached, FWD.known, FWD.defaults_for

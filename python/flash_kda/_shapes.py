@@ -8,7 +8,7 @@ from typing import Any
 
 from . import _arrays, _lib
 from ._call_options import as_int
-from ._options import BIT, BOTH_PARAMETERS, Options
+from ._options import BOTH_PARAMETERS, Options
 
 
 class Shape:
@@ -66,7 +66,7 @@ class Shape:
             "beta": (gate, (1, T, self.HV)),
             "out": (bf16, (1, T, self.HV, 128)),
         }
-        if self.options.given & BIT["A_log"]:
+        if self.options.has("A_log"):
             shapes |= {"A_log": (f32, (self.HV,)), "dt_bias": (f32, (self.HV, 128))}
         if N > 1:  # one sequence needs none
             shapes["cu_seqlens"] = (_lib.I64, (N + 1,))

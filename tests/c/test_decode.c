@@ -30,12 +30,6 @@ static double bf16_state_bar(bool at_random)
     return at_random ? BF16_STATE_BAR * sqrt(2.0) : BF16_STATE_BAR;
 }
 
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
-
 /* ---- Errors -------------------------------------------------------------------------------------------- */
 
 typedef struct sums {

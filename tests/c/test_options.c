@@ -52,12 +52,6 @@ static bool is_not_taken(flash_kda_status status)
     return true;
 }
 
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
-
 static bool by_reference(void)
 {
     return number_from("FLASH_KDA_TEST_REFERENCE", 0) && test.device.type == FLASH_KDA_CPU;

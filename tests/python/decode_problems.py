@@ -1,10 +1,11 @@
 """Problems for tests of decode and apply_records: arguments, and what the call must write."""
 
+import functools
+
 import numpy as np
-from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import BARS, error, to_numpy, to_torch
+from problems import BARS, error, hold_slots, make_inputs, run_any
 
 NOT_OF_THE_REFERENCE = ("out", "kernel", "threads")
 WRITES = ("last", "none", "each")
@@ -36,45 +37,14 @@ def make_decode(
     rows, tokens = (N, T) if lengths is None else (1, sum(lengths))
     if lengths is not None:
         N, T = len(lengths), max(lengths)
-
-    def normal(*shape):
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    a = {name: normal(rows, tokens, H, 128).astype(bfloat16) for name in ("q", "k")}
-    a["v"] = normal(rows, tokens, HV, 128).astype(bfloat16)
-    a["g"], a["beta"] = normal(rows, tokens, HV, 128), normal(rows, tokens, HV)
-    a |= {"scale": 128**-0.5, "lower_bound": -5.0}
-    a["A_log"] = rng.uniform(-1, 1, HV).astype(np.float32)
-    a["dt_bias"] = rng.uniform(-6, 1, (HV, 128)).astype(np.float32)
-    a["out"] = np.full(a["v"].shape, np.nan, bfloat16)
+    a = make_inputs(rng, rows, tokens, H, HV, gate, beta, normalised, wide)
     if lengths is not None:
         a["cu_seqlens"] = np.cumsum([0, *lengths]).astype(integers)
-    if gate.startswith("softplus"):
-        a["lower_bound"] = None
-    if gate == "activated":
-        a["g"] = -np.exp(2 * a["g"] - 3)
-        a |= {"A_log": None, "dt_bias": None, "lower_bound": None, "use_gate_in_kernel": False}
-    if gate.endswith("without A_log"):
-        a["A_log"] = None
-    if gate.endswith("without dt_bias"):
-        a["dt_bias"] = None
-    if beta == "twice":
-        a["allow_neg_eigval"] = True
-    elif beta == "activated":
-        a["beta"] = 2 / (1 + np.exp(-a["beta"]))
-        a["use_beta_sigmoid_in_kernel"] = False
-    if not wide:
-        a["g"], a["beta"] = a["g"].astype(bfloat16), a["beta"].astype(bfloat16)
-    if normalised:
-        for name in ("q", "k"):
-            x = a[name].astype(np.float32)
-            a[name] = (x / np.sqrt((x * x).sum(-1, keepdims=True))).astype(bfloat16)
-        a["use_qk_l2norm_in_kernel"] = False
     if k_first:
         a["state_v_first"] = False
     columns = T if write == "each" else 1
     slots = (N * columns if pool or write == "each" else N) + 3 * pool
-    a["state"] = normal(slots, HV, 128, 128).astype(state)
+    a["state"] = rng.standard_normal((slots, HV, 128, 128), dtype=np.float32).astype(state)
     a["write_states"] = write
     if pool or write == "each":
         indices = rng.permutation(slots - pool)[: N * columns].reshape(N, columns) + pool
@@ -135,32 +105,8 @@ def truth_of_decode(a):
     return {"out": out, "state": pool, "states": after}
 
 
-def run_decode(a, library="numpy", mode="eager", device="cpu", call=None, name="decode"):
-    """Calls decode on copies of the arguments, as a library and a mode have it, and returns them in NumPy."""
-    function = call or getattr(flash_kda, name)
-    if library == "numpy":
-        work = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in a.items()}
-        assert function(**work) is None
-        return work
-    import torch
-
-    work = to_torch(a, device)
-    if mode != "eager":
-        torch.compiler.reset()
-        inner = function
-        function = torch.compile(lambda **t: inner(**t), fullgraph=True, backend=mode)
-    with torch.no_grad():
-        assert function(**work) is None
-    return to_numpy(work)
-
-
-def hold_state(old, got, want, bar, name="state"):
-    """Asserts that slots are right, and that a slot that must stay as it is was not touched."""
-    for slot in range(len(want)):
-        if np.array_equal(want[slot], old[slot].astype(np.float64)):
-            assert got[slot].tobytes() == old[slot].tobytes(), f"{name}[{slot}] was touched"
-        else:
-            assert error(got[slot], want[slot]) <= bar, f"{name}[{slot}]"
+# Calls decode, or the function of another name, as run_any does.
+run_decode = functools.partial(run_any, name="decode")
 
 
 def bar_of(state, device="cpu"):
@@ -175,7 +121,7 @@ def hold_decode(before, after, expected):
             assert after[name].tobytes() == x.tobytes(), f"{name} was written"
     if after["out"].size:
         assert error(after["out"], expected["out"]) <= BARS["cpu"][0]
-    hold_state(before["state"], after["state"], expected["state"], bar_of(before["state"]))
+    hold_slots(before["state"], after["state"], expected["state"], bar_of(before["state"]), "state")
     for n, length in enumerate(lengths_of(before)):
         if not has_state(before, slot_of_start(before, n)):
             begin = before["cu_seqlens"][n] if "cu_seqlens" in before else 0

@@ -13,7 +13,6 @@ from decode_problems import (
     bar_of,
     has_state,
     hold_decode,
-    hold_state,
     lengths_of,
     make_decode,
     run_decode,
@@ -21,7 +20,7 @@ from decode_problems import (
     truth_of_decode,
 )
 from flash_kda import _call, _decode_options
-from problems import BARS, BETAS, GATES, error, make_any, to_numpy
+from problems import BARS, BETAS, GATES, error, hold_slots, make_any, to_numpy
 
 WAYS = [("numpy", "eager"), ("torch", "eager"), ("torch", "aot_eager")]
 
@@ -224,7 +223,7 @@ def test_apply(way, state, k_first):
         if m and has_state(a, slot_of_start(a, n)):
             want[slot_of_start(a, n)] = expected["states"][n][m - 1]
     done = run_decode(b, *way, name="apply_records")
-    hold_state(a["state"], done["state"], want, bar_of(a["state"]))
+    hold_slots(a["state"], done["state"], want, bar_of(a["state"]), "state")
 
 
 def test_apply_equals_decode(way):

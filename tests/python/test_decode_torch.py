@@ -1,21 +1,15 @@
 """decode and apply_records on PyTorch tensors: operators, compilers, CUDA graphs, refusals."""
 
-import shutil
-import threading
-
 import numpy as np
 import pytest
 
 import flash_kda
 from decode_problems import hold_decode, make_decode, run_decode, truth_of_decode
-from problems import error, to_numpy, to_torch
+from problems import error, in_threads, to_numpy, to_torch
+from torch_calls import COMPILERS, call_behind_other_work, captured
 
 torch = pytest.importorskip("torch")
 
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU"
-)
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)]
 INPUTS = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")
 
 
@@ -115,7 +109,7 @@ def test_opcheck_of_apply(device):
 # Compilers.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", *COMPILERS])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compile_a_step(device, backend, mode):
     """Verify, then bring the states up to date, in one graph, with arithmetic around both."""
@@ -144,7 +138,7 @@ def test_compile_a_step(device, backend, mode):
             assert torch.equal(one["state"], other["state"])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_compile_writes_arguments(device, backend):
     torch.compiler.reset()
     a = make_decode(write="each", accepted=True, seed=8)
@@ -242,11 +236,7 @@ def test_cuda_graph(cuda):
     """A replayed graph takes the indices of the replay, and raises the offset of random numbers itself."""
     a = make_decode(T=1, seed=12)
     tensors = to_torch(a, cuda)
-    flash_kda.decode(**tensors)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        flash_kda.decode(**tensors)
+    graph = captured(lambda: flash_kda.decode(**tensors))
     b = make_decode(T=1, seed=13)
     expected = truth_of_decode(b)
     for name, x in to_torch(b, cuda).items():
@@ -288,19 +278,7 @@ def test_ten_thousand_replays(cuda):
 def test_current_stream(cuda):
     a = make_decode(seed=14)
     expected = truth_of_decode(a)
-    late = to_torch(a, cuda)
-    tensors = {n: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for n, x in late.items()}
-    flash_kda.decode(**tensors)  # the first call on a device loads its kernels, which may wait
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for name, x in late.items():
-            if isinstance(x, torch.Tensor):
-                tensors[name].copy_(x)
-        flash_kda.decode(**tensors)
-        assert not stream.query(), "the call waited for the device"
-    stream.synchronize()
+    tensors = call_behind_other_work(flash_kda.decode, to_torch(a, cuda))
     hold_decode(a, to_numpy(tensors), expected)
 
 
@@ -417,22 +395,12 @@ def test_no_change_slips_past_a_prepared_call():
 
 
 def test_calls_from_many_threads(device):
-    problems = [make_decode(T=2 + i % 2, seed=i) for i in range(6)]
-    expected = [truth_of_decode(a) for a in problems]
-    failures = []
+    def work(seed):
+        a = make_decode(T=2 + seed % 2, seed=seed)
+        want = truth_of_decode(a)
+        for _ in range(10):
+            t = to_torch(a, device)
+            flash_kda.decode(**t)
+            hold_decode(a, to_numpy(t), want)
 
-    def work(a, want):
-        try:
-            for _ in range(10):
-                t = to_torch(a, device)
-                flash_kda.decode(**t)
-                hold_decode(a, to_numpy(t), want)
-        except BaseException as failure:
-            failures.append(failure)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    in_threads(work, range(6))

@@ -44,7 +44,8 @@ struct SoloCta {
     static constexpr int PARTIALS = 2;
     /* Slots of the chunk ring: for chunks that this CTA prepares itself and, behind them, for chunks that the
      * other CTA of the pair sends. Received chunks need fewer slots because they arrive prepared and are held
-     * for a shorter time. */
+     * for a shorter time. More slots let the preparation run further ahead of the recurrence. An SM's shared
+     * memory is the limit (FITS in shared.cuh). */
     static constexpr int OWN_SLOTS = 12, RECEIVED_SLOTS = 0;
     /* False: the teams find the norms of keys and queries. True: the loader finds them, except for each
      * team's first chunk: when a CTA starts, all SMs would fetch the loader's code for norms at the same

@@ -24,6 +24,15 @@
  * the first segment's slot, which nothing else uses. The last segment's pair waits for these flags before it
  * stores. The same holds for state pools, in which a sequence finds both of its states by one index.
  *
+ * Order of memory. A state or a map goes from one CTA pair to another through the workspace. The warp that
+ * stores 16 rows sets their flag with a release at GPU scope, after all its lanes have met (set_flag). The
+ * warp that needs the rows waits for the flag with an acquire (await_flag; both are in ptx/memory.cuh). A map
+ * is then read by bulk copies, which belong to the async proxy, so the map fetcher puts a proxy fence between
+ * the flag and the copy (fetch_maps() in join/relay_join.cuh). A map that is also stored by a bulk copy is
+ * complete, and behind a proxy fence, before its flag is set (copy_bulk_to_global in ptx/copies.cuh).
+ * join/layouts.cuh says how rows lie in the workspace. docs/hopper-kernel.md says, under "Barriers", who sets
+ * which flag and who waits for it.
+ *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long.
  *
  * Why no wait at a flag lasts for ever. relay_plan.c in src/cuda/hopper plans no more CTA pairs than run at

@@ -12,9 +12,10 @@
  *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a
  *                        sequence is cut depends on its own length alone, and a shorter one is cut at the
  *                        same places.
- *   cut always           Segments are so long that all tokens of all heads give about one segment of one
- *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
- *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
+ *   cut always           Sequences are cut whether cutting pays or not. The length of a segment is chosen so
+ *                        that there are about as many segments, counted over all heads, as CTA pairs. A
+ *                        sequence without room for two such segments, or for two of SHORTEST_SEGMENT tokens,
+ *                        stays whole.
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
@@ -46,8 +47,8 @@ enum {
      * sequence decides how all are cut. The workspace then stays under a quarter of the bytes of q, k, v and
      * g. */
     SHORTEST_INVARIANT = 1024,
-    /* Chunks of a sequence that the mixed schedule treats as long. A shorter one takes longer cut than
-     * whole. */
+    /* The mixed schedule treats sequences of at least this many chunks as long. A shorter sequence takes
+     * longer if it is cut than if it stays whole. */
     SHORTEST_LONG_CHUNKS = 72,
     /* Long sequences of a mixed launch, at most: the lanes of the warp that finds them. */
     MOST_LONG = 32,
@@ -63,7 +64,8 @@ typedef struct cut {
 
 static const cut WHOLE = {0};
 
-/* With checkpoints neither a mixed kernel nor the general relay keeps to its registers. */
+/* With checkpoints, the mixed kernels and the general relay would need more registers than they have, and
+ * would spill. So a call with checkpoints runs neither of them. */
 static bool can_mix(const fkda_shape *s)
 {
     return !(s->features & FKDA_CHECKPOINTS);
@@ -113,8 +115,8 @@ static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t
     if (!can_mix(s)) return WHOLE;
     return (cut){
         .shortest = length * CHUNK,
-        .slots = pairs / s->heads * 3 /
-                 2, /* n pairs give n + 1 segments, which is at most 3 / 2 n for n of 2 or more */
+        /* n pairs give n + 1 segments, which is at most 3 / 2 n for n of 2 or more. */
+        .slots = pairs / s->heads * 3 / 2,
         .mixed = {.pairs = (int)pairs,
                   .most_long = (int)fkda_least(MOST_LONG, (pairs - 1) / s->heads),
                   .cutting_chunks = (int)(cutting_clocks / FKDA_CLOCKS_PAIR_CHUNK)},
