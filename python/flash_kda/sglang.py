@@ -172,9 +172,8 @@ class FlashKDA:
             dim = ssm_states.shape[-1]
             of_v = num_v_heads * head_v_dim
             of_q = (mixed_qkv.shape[-1] - of_v) // 2
-            q, k, v = (
-                _one_token_each(x, -1, dim) for x in mixed_qkv.split([of_q, of_q, of_v], dim=-1)
-            )  # fmt: skip
+            parts = mixed_qkv.split([of_q, of_q, of_v], dim=-1)
+            q, k, v = (x.unflatten(-1, (-1, dim)).unsqueeze(1) for x in parts)
             out = _decode(q, k, v, a, b, scale, A_log, dt_bias, lower_bound, ssm_states, cache_indices)
         except (Refused, RuntimeError, TypeError, ValueError) as error:
             _give_back("packed_decode", error)
