@@ -329,7 +329,7 @@ def _adopt_kernel(module: Any) -> None:
         return
     HookRegistry.register(f"{FLASHKDA}.FlashKDAKernel", kernel_class(triton), HookType.REPLACE)
     HookRegistry.apply_hooks()
-    _log.once("kernel", f"SGLang's FlashKDAKernel is its own ({VARIABLE}=0 turns it off)")
+    _log.once("kernel", f"is SGLang's FlashKDAKernel ({VARIABLE}=0 turns it off)")
 
 
 def _choose(result: Any, dispatcher: Any, *arguments: Any, **named: Any) -> None:
@@ -348,7 +348,7 @@ def _choose(result: Any, dispatcher: Any, *arguments: Any, **named: Any) -> None
     if "decode" in taken:
         dispatcher.supports_packed_decode = True
         dispatcher.supports_packed_decode_safe_gate = True
-    _log.once("dispatcher", f"SGLang uses it for {', '.join(['extend', *taken])}")
+    _log.once("dispatcher", f"is SGLang's kernel for {', '.join(['extend', *taken])}")
 
 
 def _adopt_dispatcher(module: Any) -> None:

@@ -186,7 +186,7 @@ class _Operator:
             self.library.define(self.text.partition("::")[2])
         self._register(name, has_theirs=found is not None)
         _log.once(
-            ("adopted", self.name), f"vLLM's operator {self.name} goes through it ({VARIABLE}=0 turns it off)"
+            ("adopted", self.name), f"is in front of vLLM's operator {self.name} ({VARIABLE}=0 turns it off)"
         )
 
     def _register(self, name: str, has_theirs: bool) -> None:
@@ -256,7 +256,17 @@ class _SizeOperator(_Operator):
         def call(keys: Any, *arguments: Any) -> int:
             arguments = self._all_arguments(arguments)
             size = 0 if theirs is None else theirs.call_boxed(keys, *arguments)
-            return max(size, _workspace_size(*arguments))
+            try:
+                return max(size, _workspace_size(*arguments))
+            except (RuntimeError, TypeError, ValueError) as error:
+                if theirs is None:
+                    raise
+                _log.once(
+                    ("refused", self.name, str(error)),
+                    f"has no workspace for vLLM's largest batch: {error}",
+                    logging.WARNING,
+                )
+                return size
 
         self.library.impl(name, call, "CompositeExplicitAutograd", with_keyset=True)
 
