@@ -100,3 +100,103 @@ def alone(folder: Path, real: tuple[str, ...], given: dict[str, dict[str, Any]])
         sys.meta_path.remove(finder)  # type: ignore[arg-type]
         take_out()
         sys.modules.update(before)
+
+
+# ---- Triton kernels of the engines -------------------------------------------------------------------------
+
+
+def _capability() -> tuple[int, int]:
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+@contextlib.contextmanager
+def sglang_kernels() -> Iterator[Any]:
+    """SGLang's Triton class for KDA layers. Its CUDA kernel for decode, which SGLang compiles when it is first
+    called, is left out."""
+    import torch
+
+    folder = find("sglang")
+    if folder is None:
+        raise ImportError(f"there are no modules of SGLang {VERSIONS['sglang']}: {FETCH} sglang")
+    major, minor = _capability()
+    no = lambda: False  # noqa: E731
+    platform = dict.fromkeys(("is_cpu", "is_hip", "is_npu", "is_xpu", "is_gfx95_supported"), no)
+    platform |= {"is_cuda": lambda: True, "is_sm90_supported": lambda: major == 9}
+    platform |= {"get_device_sm": lambda: 10 * major + minor}
+    numbers = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
+    given = {
+        "sglang.srt.utils": platform,
+        "sglang.srt.utils.common": {"torch_release": numbers},
+        "sglang.kernels.jit.utils": {"is_arch_support_pdl": no},
+        "sglang.kernels.ops.attention.kda_packed_decode": {"covered": lambda *_: False},
+    }
+    linear = "sglang.srt.layers.attention.linear"
+    real = (linear, "sglang.kernels.ops.attention.fla", "sglang.kernels.ops.attention.linear")
+    with alone(folder, real, given):
+        yield importlib.import_module(f"{linear}.kernels.kda_triton").TritonKDAKernel
+
+
+class _Platform:
+    """vLLM's platform, as its Triton kernels ask for it."""
+
+    def is_cuda(self) -> bool:
+        return True
+
+    is_cuda_alike = is_cuda
+
+    def is_rocm(self) -> bool:
+        return False
+
+    is_cpu = is_arch_support_pdl = is_rocm
+
+    def is_device_capability_family(self, family: int, **_: Any) -> bool:
+        return _capability()[0] * 10 == family
+
+    def has_device_capability(self, least: int) -> bool:
+        major, minor = _capability()
+        return 10 * major + minor >= least
+
+
+@contextlib.contextmanager
+def vllm_kernels() -> Iterator[dict[str, Any]]:
+    """vLLM's Triton functions for KDA layers and, where they can be loaded, its compiled operators."""
+    import torch
+    import triton
+    import triton.language as tl
+    import triton.language.extra.libdevice as tldevice
+
+    folder = find("vllm")
+    if folder is None:
+        raise ImportError(f"there are no modules of vLLM {VERSIONS['vllm']}: {FETCH} vllm")
+    fla, kda = "vllm.third_party.flash_linear_attention.ops", "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
+    mamba = "vllm.model_executor.layers.mamba.ops"
+    custom_op = type("CustomOp", (torch.nn.Module,), {"register": lambda name: lambda cls: cls})
+    given = {
+        "vllm.platforms": {"current_platform": _Platform()},
+        "vllm.triton_utils": {"triton": triton, "tl": tl, "tldevice": tldevice},
+        "vllm.model_executor.custom_op": {"CustomOp": custom_op},
+        "vllm.utils.gpu_sync_debug": {"gpu_sync_allowed": contextlib.nullcontext},
+        "vllm.utils.torch_utils": {
+            "async_tensor_h2d": lambda x, dtype, device: torch.tensor(x, dtype=dtype, device=device)
+        },
+        "vllm.v1.attention.backends.utils": {"NULL_BLOCK_ID": 0, "PAD_SLOT_ID": -1},
+        f"{fla}.layernorm_guard": {},
+    }
+    extensions = ("vllm._flashkda_C", "vllm._C_stable_libtorch")
+    modules = tuple(f"{mamba}.{name}" for name in ("causal_conv1d", "gather_initial_states"))
+    with alone(folder, (fla, kda, *modules, "vllm.utils.math_utils", *extensions), given):
+        found: dict[str, Any] = {}
+        for name in extensions:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                print(f"vLLM's operators of {name} are left out: {error}", file=sys.stderr)
+        for module, name in (
+            (kda, "chunk_kda_with_fused_gate"), (kda, "fused_recurrent_kda_packed_decode"),
+            (modules[0], "causal_conv1d_update"), (modules[1], "gather_initial_states"),
+            (f"{fla}.kda", "rms_norm_gated"),
+        ):  # fmt: skip
+            found[name] = getattr(importlib.import_module(module), name)
+        yield found

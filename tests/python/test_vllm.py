@@ -281,19 +281,26 @@ def test_options_of_decode(options):
 def test_pytorch_s_own_checks(which):
     """What is written is what the schema says, and tensors without memory can be traced."""
     if which == "prefill":
-        operator, a = torch.ops._flashkda_C.fwd.default, prefill([20, 3], checkpoints=[16, 0])
-        a = {**a, "checkpoint_state": a["checkpoint_state"].clone(), "final_state": a["final_state"].zero_()}
+        operator, a = torch.ops._flashkda_C.fwd.default, apart(prefill([20, 3], checkpoints=[16, 0]))
         a["checkpoint_state"].zero_()
+        a["final_state"].zero_()
     else:
-        operator, a = torch.ops._C.fused_kda_decode.default, decode([2, 3])
-        a = {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in a.items()}
+        operator, a = torch.ops._C.fused_kda_decode.default, apart(decode([2, 3]))
         a["out"].zero_()
-    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in a.values()]
-    torch.library.opcheck(operator, tuple(detached), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, tuple(a.values()), test_utils=("test_schema", "test_faketensor"))
+
+
+def apart(a):
+    """The same arguments in memory of their own: PyTorch's compiler takes no two written tensors of one
+    buffer that differ in dtype."""
+    return {
+        name: x.detach().clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x
+        for name, x in a.items()
+    }
 
 
 def test_a_compiler_sees_what_the_operators_write():
-    a, b = prefill([40]), decode([2, 3])
+    a, b = apart(prefill([40])), apart(decode([2, 3]))
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -372,7 +379,11 @@ def test_another_schema_is_left_alone(fresh, caplog):
     namespace = "fkda_another"
     library = torch.library.Library(namespace, "DEF")
     library.define("fwd(Tensor q, Tensor(a!) out, *, bool more=False) -> ()")
-    library.impl("fwd", lambda q, out, more=False: out.fill_(7), "CPU")
+
+    def fill(q, out, more=False):
+        out.fill_(7)
+
+    library.impl("fwd", fill, "CPU")
     operator = plugin._TensorOperator(plugin.FWD.replace("_flashkda_C", namespace), None, None)
     caplog.set_level(logging.INFO, "vllm.flash_kda")
     for _ in range(2):
