@@ -9,6 +9,7 @@ import enum
 import importlib
 import logging
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -569,36 +570,26 @@ def test_another_signature_is_left_alone(fresh, caplog):
 # ---- On a GPU, beside SGLang's Triton kernels --------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def triton_kernel():
-    """SGLang's Triton class with its kernels, which run on a GPU alone."""
-    capability = torch.cuda.get_device_capability()
-    platform = {
-        "is_cuda": lambda: True, "is_cpu": lambda: False, "is_hip": lambda: False, "is_npu": lambda: False,
-        "is_xpu": lambda: False, "is_gfx95_supported": lambda: False,
-        "is_sm90_supported": lambda: capability[0] == 9,
-        "get_device_sm": lambda: 10 * capability[0] + capability[1],
-    }  # fmt: skip
-    release_of_torch = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    given = {
-        "sglang.srt.utils": platform,
-        "sglang.srt.utils.common": {"torch_release": release_of_torch},
-        "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: False},
-        "sglang.kernels.ops.attention.kda_packed_decode": {"covered": lambda *_: False},
-    }
-    real = (LINEAR, "sglang.kernels.ops.attention.fla", "sglang.kernels.ops.attention.linear")
-    with releases.alone(release(), real, given):
-        yield importlib.import_module(plugin.TRITON).TritonKDAKernel()
+def test_the_triton_kernels_can_be_imported_alone():
+    """What the tests below run on a GPU, and benchmarks/serving.py too."""
+    release()
+    pytest.importorskip("triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the modules warn where there is no GPU
+        with releases.sglang_kernels() as triton:
+            assert not _engines.differing(triton, plugin.KNOWN)
 
 
 def both(batch, call):
     """What the plug-in's class and SGLang's Triton class give for a call, and their pools."""
     pool = batch.pool.clone()
-    with triton_kernel() as theirs, torch.inference_mode():
-        ours = plugin.kernel_class(type(theirs))()
+    release()
+    with releases.sglang_kernels() as triton, torch.inference_mode():
+        theirs, ours = triton(), plugin.kernel_class(Behind)()
         for kernel in (ours, theirs):
             batch.pool = pool.clone()
             yield kernel is ours, call(kernel, batch), batch.pool
+        assert not ours.calls
 
 
 @pytest.mark.parametrize("gate", ["bounded", "softplus"])

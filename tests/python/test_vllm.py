@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,6 +285,7 @@ def test_pytorch_s_own_checks(which):
         operator, a = torch.ops._flashkda_C.fwd.default, apart(prefill([20, 3], checkpoints=[16, 0]))
         a["checkpoint_state"].zero_()
         a["final_state"].zero_()
+        a["workspace"] = torch.zeros(flash_kda.get_workspace_size(23, 2, 2) + 64, dtype=torch.uint8)
     else:
         operator, a = torch.ops._C.fused_kda_decode.default, apart(decode([2, 3]))
         a["out"].zero_()
@@ -530,6 +532,16 @@ def test_schemas_are_those_of_the_wheel(library, schema):
     assert len(found) == 1
     theirs = torch._C.parse_schema(f"{namespace}::{found[0].decode()}")
     assert plugin._looks(theirs) == plugin._looks(torch._C.parse_schema(schema))
+
+
+def test_the_triton_kernels_can_be_imported_alone():
+    """What benchmarks/serving.py times on a GPU."""
+    release()
+    pytest.importorskip("triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the modules warn where there is no GPU
+        with releases.vllm_kernels() as found:
+            assert {"chunk_kda_with_fused_gate", "fused_recurrent_kda_packed_decode"} <= set(found)
 
 
 @pytest.mark.slow

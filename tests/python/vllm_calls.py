@@ -263,10 +263,9 @@ def check_choice(module, plugin):
         "GLM, triton": lambda: glm._resolve_kda_prefill_backend("triton", 128, BF16, -5.0),
     }
     glm = importlib.import_module(GLM)
-    without = {
-        name: ask() for name, ask in asked.items() if name != "GLM by name"
-    }  # this machine has no GPU that the package could use
-    assert set(without.values()) == {"triton"}, without
+    without = {name: ask() for name, ask in asked.items() if name != "GLM by name"}
+    if not torch.cuda.is_available():
+        assert set(without.values()) == {"triton"}, without
     real_cuda = torch.cuda.is_available, torch.cuda.current_device, plugin._gpu
     torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
     plugin._gpu = lambda index: ("portable", (8, 0))
@@ -275,6 +274,31 @@ def check_choice(module, plugin):
     assert chosen == {
         **without, "prefill": "flashkda", "decode": "native", "GLM": "flashkda", "GLM by name": "flashkda",
     }, chosen  # fmt: skip
+
+
+def check_on_a_gpu(plugin):
+    """This package and vLLM's own operators for the same calls, both held to fp64."""
+    import test_vllm as cases
+
+    errors = {}
+    for lengths, checkpoints in (([300], None), ([100, 5, 64], [96, 0, 16])):
+        for takes in (True, False):
+            plugin._takes_prefill = lambda device, takes=takes: takes
+            a = cases.prefill(lengths, heads=12, device="cuda", checkpoints=checkpoints)
+            with torch.inference_mode():
+                torch.ops._flashkda_C.fwd(*a.values())
+            right = cases.right_prefill(a)
+            errors[takes] = cases.error(a["out"], right[0]), cases.error(a["final_state"], right[1])
+        print(f"prefill of {lengths}: errors of this package and of vLLM: {errors[True]}, {errors[False]}")
+        assert errors[True][0] <= 1.05 * errors[False][0]
+        assert errors[True][1] <= 1.05 * errors[False][1]
+    for takes in (True, False):
+        plugin._takes_decode = lambda device, heads, takes=takes: takes
+        cases.run_decode(cases.decode([3, 0, 6, -1, 2], heads=12, device="cuda"))
+
+
+def has_theirs():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10, 12)
 
 
 with releases.alone(FOLDER, real, given):
@@ -305,4 +329,6 @@ with releases.alone(FOLDER, real, given):
     check_decode(module)
     assert computed == ["fwd", "fwd", "decode_layer"]
     check_choice(module, plugin)
+    if has_theirs():
+        check_on_a_gpu(plugin)
 print("ok")
