@@ -113,8 +113,8 @@ def _capability() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def sglang_kernels() -> Iterator[Any]:
-    """SGLang's Triton class for KDA layers. Its CUDA kernel for decode, which SGLang compiles when it is first
-    called, is left out."""
+    """SGLang's Triton class for KDA layers. Its CUDA kernel for decode, which SGLang compiles at the first
+    call, is left out."""
     import torch
 
     folder = find("sglang")

@@ -32,7 +32,7 @@ BACKEND = "sglang.srt.layers.attention.linear.kda_backend"
 _CALL = ("ssm_states", "cache_indices", "query_start_loc")
 _GATE = ("A_log", "dt_bias")
 # The functions of SGLang 0.5.23 that the class below stands for, and their parameters.
-KNOWN = {
+KNOWN: dict[str, tuple[str, ...]] = {
     "extend": (
         "self", "q", "k", "v", "g", "beta", *_CALL, *_GATE, "lower_bound", "beta_is_raw",
         "return_intermediate_states", "kwargs",
@@ -48,7 +48,9 @@ KNOWN = {
         "replayssm_rawv", "replayssm_rawk", "replayssm_g", "replayssm_beta", "kwargs",
     ),
 }  # fmt: skip
-KNOWN_DISPATCHER = {"__init__": ("self", "decode_backend", "prefill_backend", "verify_backend")}
+KNOWN_DISPATCHER: dict[str, tuple[str, ...]] = {
+    "__init__": ("self", "decode_backend", "prefill_backend", "verify_backend")
+}
 
 # Keywords of SGLang's calls that change nothing here: what other kernels need, and what extend reads itself.
 _EXTEND_MAY_HAVE = frozenset(
@@ -150,8 +152,8 @@ class FlashKDA:
                 raise Refused("there is not one token for each sequence")
             _check(q, more)
             out = _decode(
-                *(x.transpose(0, 1) for x in (q, k, v)), a, b, q.shape[-1] ** -0.5, A_log, dt_bias,
-                lower_bound, ssm_states, cache_indices,
+                q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), a, b, q.shape[-1] ** -0.5, A_log,
+                dt_bias, lower_bound, ssm_states, cache_indices,
             )  # fmt: skip
         except (Refused, RuntimeError, TypeError, ValueError) as error:
             _give_back("decode", error)

@@ -1,14 +1,14 @@
 """vLLM's plug-in: this package behind vLLM's operators for KDA layers.
 
 vLLM 0.33 calls `register` in every process, as the entry point of the group vllm.general_plugins. Three
-operators of vLLM then go through this package: `_flashkda_C::fwd` (prefill), `_flashkda_C::get_workspace_size`
-and `_C::fused_kda_decode` (decode). Each operator keeps vLLM's schema and, behind this package, vLLM's own
-implementation, which computes the calls that this package leaves to it:
+operators of vLLM then go through this package: `_flashkda_C::fwd` (prefill),
+`_flashkda_C::get_workspace_size`, and `_C::fused_kda_decode` (decode). Each operator keeps vLLM's schema and,
+behind this package, vLLM's own implementation, which computes the calls that this package leaves to it:
 
 - fwd: calls on GPUs for which this package has only its portable kernel, while vLLM has one (compute
   capability 10 and 12).
-- fused_kda_decode: calls for which vLLM has a kernel, which are those with 12, 24, 48 or 96 heads on compute
-  capability 9.0, 10 and 12.
+- fused_kda_decode: calls for which vLLM has a kernel, which are those with 12, 24, 48 or 96 heads and states
+  in fp32 on compute capability 9.0, 10 and 12.
 - calls that this package refuses.
 
 vLLM asks functions of its layers whether an operator can serve a layer, and these functions know only vLLM's
@@ -20,6 +20,7 @@ can serve.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import sys
@@ -53,6 +54,7 @@ _THEIR_MAJORS, _THEIR_HEADS = (9, 10, 12), (12, 24, 48, 96)
 _ALIGNMENT = 64  # bytes, of a workspace
 
 _log = _engines.Log("vllm.flash_kda")
+_takes_all = False  # what FLASH_KDA_VLLM said when the plug-in was loaded
 
 
 # ---- Which calls are computed here -------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def _takes(device: torch.device, is_theirs: Callable[[str, tuple[int, int]], boo
     kernel, capability = _gpu(torch.cuda.current_device() if device.index is None else device.index)
     if not kernel:
         return False
-    return _engines.setting(VARIABLE) == "all" or not is_theirs(kernel, capability)
+    return _takes_all or not is_theirs(kernel, capability)
 
 
 def _takes_prefill(device: torch.device) -> bool:
@@ -85,10 +87,12 @@ def _takes_prefill(device: torch.device) -> bool:
     return _takes(device, is_theirs)
 
 
-def _takes_decode(device: torch.device, heads: int) -> bool:
+def _takes_decode(device: torch.device, heads: int, state: Any) -> bool:
+    """state: the dtype of states."""
+
     def is_theirs(kernel: str, capability: tuple[int, int]) -> bool:
         serves = capability == (9, 0) or capability[0] in _THEIR_MAJORS[1:]
-        return heads in _THEIR_HEADS and serves
+        return serves and heads in _THEIR_HEADS and state == torch.float32
 
     return _takes(device, is_theirs)
 
@@ -217,10 +221,9 @@ class _TensorOperator(_Operator):
             self.library.impl(
                 name, self._implementation(self._theirs(key) if has_theirs else None), key, with_keyset=True
             )
-        try:  # the operator writes tensors that are there, and returns nothing
+        # The operator writes tensors that are there, and returns nothing. vLLM may have said so already.
+        with contextlib.suppress(RuntimeError):
             torch.library.register_fake(self.name, lambda *arguments, **named: None)
-        except RuntimeError:
-            pass  # vLLM has said it already
 
     def _implementation(self, theirs: Any) -> Callable[..., None]:
         def call(keys: Any, *arguments: Any) -> None:
@@ -248,7 +251,7 @@ class _TensorOperator(_Operator):
 
 
 class _SizeOperator(_Operator):
-    """get_workspace_size: enough for this package and for vLLM's own kernels, as either may compute a call."""
+    """get_workspace_size: enough for this package and for vLLM's kernels, as either may compute a call."""
 
     def _register(self, name: str, has_theirs: bool) -> None:
         theirs = self._theirs("CPU") if has_theirs else None  # it depends on no device
@@ -285,7 +288,9 @@ def _looks(schema: Any) -> list:
 _prefill = _TensorOperator(FWD, lambda q, *rest: _takes_prefill(q.device), _fwd)
 _size = _SizeOperator(WORKSPACE_SIZE)
 _decode_op = _TensorOperator(
-    DECODE, lambda x, *rest: _takes_decode(x.device, x.shape[-1] // (3 * _DIM)), _decode
+    DECODE,
+    lambda x, *rest: _takes_decode(x.device, x.shape[-1] // (3 * _DIM), rest[8].dtype),  # rest[8]: state
+    _decode,
 )
 
 
@@ -317,7 +322,8 @@ def _make_prefill_there() -> bool:
 
 KIMI_K3, GLM = "vllm.models.kimi_k3.nvidia.kda", "vllm.models.glm5next.common.kda"
 _STATE_DTYPES = ("input_dtype", "conv_state_dtype", "recurrent_state_dtype")
-KNOWN = {
+# The functions of vLLM 0.33.0 that are replaced, and their parameters.
+KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
     KIMI_K3: {
         "is_flashkda_supported": ("head_dim", "input_dtype", "recurrent_state_dtype", "lower_bound"),
         "is_fused_kda_decode_supported": (
@@ -395,10 +401,11 @@ _registered = False
 
 def register() -> None:
     """The entry point. Changes nothing until vLLM imports what is to be changed."""
-    global _registered
-    if _registered or _engines.setting(VARIABLE) == "off":
+    global _registered, _takes_all
+    how = _engines.setting(VARIABLE)
+    if _registered or how == "off":
         return
-    _registered = True
+    _registered, _takes_all = True, how == "all"
     for module, adopt in (
         ("vllm._flashkda_C", _adopt_prefill),
         ("vllm._C_stable_libtorch", _adopt_decode),

@@ -26,7 +26,9 @@ class Batch:
     """Tokens of some sequences: slices of the convolution's output, raw gate and raw beta, the columns of a
     projection. tail: tokens behind the last sequence, which the padding of a CUDA graph has."""
 
-    def __init__(self, lengths, heads=2, slots=None, gate="bounded", dtype=torch.float32, device="cpu", tail=0):
+    def __init__(
+        self, lengths, heads=2, slots=None, gate="bounded", dtype=torch.float32, device="cpu", tail=0
+    ):
         generator = torch.Generator().manual_seed(len(lengths) + sum(lengths))
 
         def normal(*shape):
@@ -79,7 +81,7 @@ class Batch:
         total = sum(self.lengths)
         cpu = {
             name: x[:, :total].cpu()
-            for name, x in (("q", self.q), ("k", self.k), ("v", self.v), ("g", self.gate), ("beta", self.beta))
+            for name, x in zip("qkvgb", (self.q, self.k, self.v, self.gate, self.beta))
         }
         return flash_kda.reference(
             *cpu.values(), DIM**-0.5, self.A_log.detach().cpu(), self.dt_bias.detach().cpu(),

@@ -20,9 +20,10 @@ import flash_kda
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from peer_timing import releases  # noqa: E402
+
 from flash_kda import _engines  # noqa: E402
 from flash_kda import sglang as plugin  # noqa: E402
-from peer_timing import releases  # noqa: E402
 from sglang_batches import DIM, OUT, STATE, Batch, error, hold_extend  # noqa: E402
 
 LINEAR = "sglang.srt.layers.attention.linear"
@@ -35,9 +36,7 @@ def modules(folder, cpu=True, **given):
     real = (f"{LINEAR}", "sglang.srt.plugins", "sglang.srt.environ")
     platform = {name: lambda: False for name in ("is_cuda", "is_hip", "is_npu", "is_xpu")}
     utils = {**platform, "is_cpu": lambda: cpu}
-    return releases.alone(
-        folder, real, {"sglang.srt.utils": utils, "sglang.srt.utils.common": {}, **given}
-    )
+    return releases.alone(folder, real, {"sglang.srt.utils": utils, "sglang.srt.utils.common": {}, **given})
 
 
 class Behind:
@@ -50,8 +49,9 @@ class Behind:
         self.calls.append(name)
         return name
 
-    def extend(self, q, k, v, g, beta, *, ssm_states, cache_indices, query_start_loc, A_log=None, dt_bias=None,
-               lower_bound=None, beta_is_raw=False, return_intermediate_states=False, **kwargs):  # fmt: skip
+    def extend(self, q, k, v, g, beta, *, ssm_states, cache_indices, query_start_loc, A_log=None,
+               dt_bias=None, lower_bound=None, beta_is_raw=False, return_intermediate_states=False,
+               **kwargs):  # fmt: skip
         return self._note("extend")
 
     def decode(self, q, k, v, a, b, *, A_log, dt_bias, ssm_states, cache_indices, query_start_loc,
@@ -132,8 +132,9 @@ def test_extend_without_a_slot(kernel):
 @pytest.mark.parametrize("lengths_known", [True, False])
 def test_extend_writes_tracked_states(kernel, lengths_known):
     batch = Batch([130, 70, 64])
-    before, right = batch.pool.clone(), batch.right(
-        checkpoint_offsets=torch.tensor([128, 64, -64]), checkpoint_rows=3
+    before, right = (
+        batch.pool.clone(),
+        batch.right(checkpoint_offsets=torch.tensor([128, 64, -64]), checkpoint_rows=3),
     )
     call = batch.prompt()
     track_state = torch.full((3, batch.heads, DIM, DIM), torch.nan)
@@ -253,7 +254,9 @@ def test_decode(kernel, packed, gate, dtype):
     hold_decode(batch, before, out, right)
 
 
-@pytest.mark.parametrize("shape", [(5, 2 * DIM), (5, 2, DIM), (1, 5, 2 * DIM), (1, 5, 2, DIM), (5, 1, 2 * DIM)])
+@pytest.mark.parametrize(
+    "shape", [(5, 2 * DIM), (5, 2, DIM), (1, 5, 2 * DIM), (1, 5, 2, DIM), (5, 1, 2 * DIM)]
+)
 def test_shapes_of_the_gate(kernel, shape):
     batch = Batch([1] * 5)
     right = batch.right_drafts(1)
@@ -461,7 +464,11 @@ def prepare(backend, batch, **metadata):
          "track_ssm_h_src", "track_ssm_h_batch_src", "state_checkpoint_cu_starts",
          "state_checkpoint_indices", "mamba_track_mask_indices")
     )  # fmt: skip
-    tables |= {"num_state_checkpoints": 0, "state_checkpoint_every_n_tokens": 0, "has_mamba_track_mask": False}
+    tables |= {
+        "num_state_checkpoints": 0,
+        "state_checkpoint_every_n_tokens": 0,
+        "has_mamba_track_mask": False,
+    }
     tables |= {"query_start_loc": batch.query_start_loc, "mamba_cache_indices": batch.cache_indices}
     tables |= {"logical_num_tokens": sum(batch.lengths), **metadata}
     backend.forward_metadata = SimpleNamespace(**tables)
@@ -480,7 +487,8 @@ def test_the_release_s_backend_uses_it_for_everything(fresh, monkeypatch):
         tracked = []
         backend._track_mamba_state_extend = lambda *_, h_track_buf: tracked.append(h_track_buf)
         prepare(
-            backend, batch, has_mamba_track_mask=True, track_chunk_idx=torch.tensor([2, -1], dtype=torch.int32),
+            backend, batch, has_mamba_track_mask=True,
+            track_chunk_idx=torch.tensor([2, -1], dtype=torch.int32),
             track_ssm_h_src=torch.tensor([2]), track_ssm_h_batch_src=torch.tensor([0]),
             conv_states_mask_indices=torch.tensor([0]), track_conv_indices=torch.tensor([[0, 1, 2]]),
         )  # fmt: skip
@@ -554,7 +562,10 @@ def test_another_signature_is_left_alone(fresh, caplog):
     hooks = []
     registry = SimpleNamespace(register=lambda *a: hooks.append(a), apply_hooks=lambda: None)
     given = {
-        "sglang.srt.plugins.hook_registry": {"HookRegistry": registry, "HookType": SimpleNamespace(REPLACE=1)},
+        "sglang.srt.plugins.hook_registry": {
+            "HookRegistry": registry,
+            "HookType": SimpleNamespace(REPLACE=1),
+        },
         plugin.TRITON: {"TritonKDAKernel": Changed},
         plugin.FLASHKDA: {"FlashKDAKernel": Behind},
     }

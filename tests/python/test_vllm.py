@@ -23,9 +23,10 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from peer_timing import releases  # noqa: E402
+
 from flash_kda import _engines  # noqa: E402
 from flash_kda import vllm as plugin  # noqa: E402
-from peer_timing import releases  # noqa: E402
 
 DIM = 128
 OUT, STATE = 2.2e-3, 1e-5  # the largest relative errors of out and of fp32 states on the CPU
@@ -51,6 +52,7 @@ def fresh(monkeypatch):
     """As in a process that has loaded no plug-in yet."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "_takes_all", False)
     monkeypatch.setattr(plugin, "_log", _engines.Log("vllm.flash_kda"))
     monkeypatch.delenv(plugin.VARIABLE, raising=False)
 
@@ -412,10 +414,12 @@ def test_which_calls_it_takes(fresh, monkeypatch, kernel, capability, prefill, d
     monkeypatch.setattr(plugin, "_gpu", lambda index: (kernel, capability))
     gpu = torch.device("cuda", 0)
     assert plugin._takes_prefill(gpu) is prefill
-    assert plugin._takes_decode(gpu, 12) is decode_12
-    assert plugin._takes_decode(gpu, 32) is decode_32
+    assert plugin._takes_decode(gpu, 12, F32) is decode_12
+    assert plugin._takes_decode(gpu, 32, F32) is decode_32
+    assert plugin._takes_decode(gpu, 12, BF16) is (kernel != "")
     monkeypatch.setenv(plugin.VARIABLE, "all")
-    assert plugin._takes_prefill(gpu) is plugin._takes_decode(gpu, 12) is (kernel != "")
+    plugin.register()
+    assert plugin._takes_prefill(gpu) is plugin._takes_decode(gpu, 12, F32) is (kernel != "")
 
 
 # ---- How vLLM gets it --------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 sys.setdlopenflags(os.RTLD_LAZY)  # a stand-in for the driver's library has no functions
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 
-import flash_kda  # noqa: E402
 from peer_timing import releases  # noqa: E402
+
+import flash_kda  # noqa: E402
 
 K3, GLM = "vllm.models.kimi_k3.nvidia.kda", "vllm.models.glm5next.common.kda"
 H, DIM = 3, 128
@@ -250,7 +251,7 @@ def check_decode(module):
 
 
 def check_choice(module, plugin):
-    """vLLM's own functions choose the operators on a GPU that vLLM has no kernel for, and this package has."""
+    """vLLM's own functions choose the operators on a GPU for which only this package has kernels."""
     floats = BF16, BF16, F32
     asked = {
         "prefill": lambda: module.resolve_kda_prefill_backend("auto", 128, BF16, F32, -5.0),
@@ -283,7 +284,7 @@ def check_on_a_gpu(plugin):
     errors = {}
     for lengths, checkpoints in (([300], None), ([100, 5, 64], [96, 0, 16])):
         for takes in (True, False):
-            plugin._takes_prefill = lambda device, takes=takes: takes
+            plugin._takes_prefill = lambda *_, takes=takes: takes
             a = cases.prefill(lengths, heads=12, device="cuda", checkpoints=checkpoints)
             with torch.inference_mode():
                 torch.ops._flashkda_C.fwd(*a.values())
@@ -293,7 +294,7 @@ def check_on_a_gpu(plugin):
         assert errors[True][0] <= 1.05 * errors[False][0]
         assert errors[True][1] <= 1.05 * errors[False][1]
     for takes in (True, False):
-        plugin._takes_decode = lambda device, heads, takes=takes: takes
+        plugin._takes_decode = lambda *_, takes=takes: takes
         cases.run_decode(cases.decode([3, 0, 6, -1, 2], heads=12, device="cuda"))
 
 
