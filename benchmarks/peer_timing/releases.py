@@ -115,11 +115,11 @@ def _capability() -> tuple[int, int]:
 def sglang_kernels() -> Iterator[Any]:
     """SGLang's Triton class for KDA layers. Its CUDA kernel for decode, which SGLang compiles at the first
     call, is left out."""
-    import torch
-
     folder = find("sglang")
     if folder is None:
         raise ImportError(f"there are no modules of SGLang {VERSIONS['sglang']}: {FETCH} sglang")
+    import torch
+
     major, minor = _capability()
     no = lambda: False  # noqa: E731
     platform = dict.fromkeys(("is_cpu", "is_hip", "is_npu", "is_xpu", "is_gfx95_supported"), no)
@@ -162,14 +162,14 @@ class _Platform:
 @contextlib.contextmanager
 def vllm_kernels() -> Iterator[dict[str, Any]]:
     """vLLM's Triton functions for KDA layers and, where they can be loaded, its compiled operators."""
+    folder = find("vllm")
+    if folder is None:
+        raise ImportError(f"there are no modules of vLLM {VERSIONS['vllm']}: {FETCH} vllm")
     import torch
     import triton
     import triton.language as tl
     import triton.language.extra.libdevice as tldevice
 
-    folder = find("vllm")
-    if folder is None:
-        raise ImportError(f"there are no modules of vLLM {VERSIONS['vllm']}: {FETCH} vllm")
     fla, kda = "vllm.third_party.flash_linear_attention.ops", "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
     mamba = "vllm.model_executor.layers.mamba.ops"
     custom_op = type("CustomOp", (torch.nn.Module,), {"register": lambda name: lambda cls: cls})
