@@ -18,6 +18,7 @@ SGLang.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -86,6 +87,15 @@ def _index(device: torch.device) -> int:
     if device.type != "cuda" or device.index is not None:
         return device.index or 0
     return torch.cuda.current_device()
+
+
+def _is_deterministic() -> bool:
+    """Whether SGLang was asked for the same bits whatever else is in a batch."""
+    try:
+        execution: Any = sys.modules["sglang.srt.runtime_context"]
+        return execution.get_exec().deterministic.enable_deterministic_inference is True
+    except (AttributeError, KeyError):
+        return False
 
 
 def _longest(lengths: Any, tokens: int) -> int | None:
@@ -249,7 +259,7 @@ def _extend(
             q, k, v, g, beta, q.shape[-1] ** -0.5, out, A_log, dt_bias, lower_bound, ssm_states, ssm_states,
             query_start_loc, max_seqlen=longest or 0, state_indices=cache_indices,
             checkpoint_states=track_state, checkpoint_offsets=offsets, use_gate_in_kernel=A_log is not None,
-            use_beta_sigmoid_in_kernel=beta_is_raw,
+            use_beta_sigmoid_in_kernel=beta_is_raw, batch_invariant=_is_deterministic(),
         )  # fmt: skip
     return out
 

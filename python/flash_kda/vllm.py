@@ -111,17 +111,45 @@ def _serves_layer(head_dim: int, input_dtype: Any, state_dtype: Any) -> bool:
 # ---- The operators -----------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
+def _is_batch_invariant() -> bool:
+    """Whether vLLM was asked for the same bits whatever else is in a batch."""
+    return getattr(sys.modules.get("vllm.envs"), "VLLM_BATCH_INVARIANT", False) is True
+
+
+def _longest(cu_seqlens: Any, tokens: int) -> int:
+    """Tokens of the longest sequence, up to 7 more, or 0: not known. The operator gets lengths on the device
+    alone. But vLLM's metadata of the batch, which is found by its cu_seqlens, has on the host how many blocks
+    of 8 tokens the convolution of each sequence takes."""
+    if cu_seqlens is None:
+        return 0
+    if cu_seqlens.shape[0] == 2:
+        return tokens
+    context = sys.modules.get("vllm.forward_context")
+    try:
+        for layer in context.get_forward_context().attn_metadata.values():  # type: ignore[union-attr]
+            starts = getattr(layer, "non_spec_query_start_loc", None)
+            if starts is not None and starts.data_ptr() == cu_seqlens.data_ptr():
+                ((block, blocks),) = layer.nums_dict.items()
+                if blocks["nums"].device.type == "cpu":
+                    return min(tokens, block * int(blocks["nums"].max()))
+                break
+    except Exception:  # the metadata is not as vLLM 0.33 has it
+        pass
+    return 0
+
+
 def _fwd(
     q: Any, k: Any, v: Any, g: Any, beta: Any, scale: float, out: Any, workspace: Any, A_log: Any,
     dt_bias: Any, lower_bound: float, initial_state: Any, final_state: Any, cu_seqlens: Any,
     checkpoint_state: Any, checkpoint_offsets: Any,
 ) -> None:  # fmt: skip
-    """_flashkda_C::fwd. Lengths are known on the device alone, so only that of a single sequence is told."""
-    is_single = cu_seqlens is not None and cu_seqlens.shape[0] == 2
+    """_flashkda_C::fwd."""
     start = -workspace.data_ptr() % _ALIGNMENT
     _engines.package().fwd(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-        max_seqlen=q.shape[1] if is_single else 0,
+        batch_invariant=_is_batch_invariant(),
+        max_seqlen=_longest(cu_seqlens, q.shape[1]),
         workspace=workspace[start:] if start else workspace,
         checkpoint_states=checkpoint_state,
         checkpoint_offsets=checkpoint_offsets,

@@ -201,6 +201,17 @@ def batch_state_after(batch, pool, n, tokens):
     return state[0]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_determinism_is_sglang_s(monkeypatch, asked):
+    execution = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=asked))
+    context = SimpleNamespace(get_exec=lambda: execution)
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
+    options = []
+    monkeypatch.setattr(flash_kda, "fwd", lambda *a, **named: options.append(named))
+    plugin.kernel_class(Behind)().extend(**Batch([20]).prompt())
+    assert options[0]["batch_invariant"] is asked
+
+
 def test_extend_with_an_activated_gate_and_beta(kernel):
     batch = Batch([100])
     before = batch.pool.clone()

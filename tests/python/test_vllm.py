@@ -161,6 +161,40 @@ def test_prefill_with_gradients_on(calls):
     hold_prefill(a)
 
 
+def test_the_longest_sequence_is_known_on_the_host(monkeypatch):
+    """From vLLM's metadata of the batch, if it is as vLLM 0.33 has it. A single sequence needs none."""
+    cu_seqlens = torch.tensor([0, 100, 116, 149], dtype=torch.int32)
+    assert plugin._longest(None, 50) == 0
+    assert plugin._longest(cu_seqlens[:2], 100) == 100
+    assert plugin._longest(cu_seqlens, 149) == 0, "there is no vLLM here"
+    layer = SimpleNamespace(
+        non_spec_query_start_loc=cu_seqlens, nums_dict={8: {"nums": torch.tensor([13, 2, 5])}}
+    )
+    other = SimpleNamespace(non_spec_query_start_loc=cu_seqlens.clone(), nums_dict=None)
+    context = SimpleNamespace(attn_metadata={"attention": object(), "other": other, "layer": layer})
+    module = SimpleNamespace(get_forward_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
+    assert plugin._longest(cu_seqlens, 149) == 104
+    assert plugin._longest(cu_seqlens, 101) == 101
+    assert plugin._longest(cu_seqlens.clone(), 149) == 0, "this is another batch"
+    for broken in (None, {}, {8: {}}, {8: {"nums": [13]}}):
+        layer.nums_dict = broken
+        assert plugin._longest(cu_seqlens, 149) == 0
+    context.attn_metadata = None
+    assert plugin._longest(cu_seqlens, 149) == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_batch_invariance_is_vllm_s(monkeypatch, asked):
+    options = []
+    monkeypatch.setattr(flash_kda, "fwd", lambda *a, **named: options.append(named))
+    monkeypatch.setitem(sys.modules, "vllm.envs", SimpleNamespace(VLLM_BATCH_INVARIANT=asked))
+    plugin._is_batch_invariant.cache_clear()
+    torch.ops._flashkda_C.fwd(*prefill([20]).values())
+    plugin._is_batch_invariant.cache_clear()
+    assert options[0]["batch_invariant"] is asked
+
+
 def test_a_workspace_at_any_address():
     a = prefill([200, 3])
     a["workspace"] = a["workspace"][1:]

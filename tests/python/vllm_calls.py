@@ -188,6 +188,7 @@ def check_prefill(module, with_checkpoint):
             num_actual_tokens=sum(lengths), num_prefills=3, num_prefill_tokens=sum(lengths),
             has_initial_state=start, non_spec_query_start_loc=cu_seqlens, checkpoint=checkpoint,
             non_spec_state_indices_tensor=torch.tensor(slots, dtype=torch.int32),
+            nums_dict={8: {"nums": torch.tensor([13, 2, 5])}},
         )
     }  # fmt: skip
     q, k, v = (
@@ -321,14 +322,14 @@ with releases.alone(FOLDER, real, given):
         function = getattr(flash_kda, name)
 
         def spy(*arguments, name=name, function=function, **named):
-            computed.append(name)
+            computed.append((name, named.get("max_seqlen")))
             return function(*arguments, **named)
 
         setattr(flash_kda, name, spy)
     check_prefill(module, with_checkpoint=False)
     check_prefill(module, with_checkpoint=True)
     check_decode(module)
-    assert computed == ["fwd", "fwd", "decode_layer"]
+    assert computed == [("fwd", 104), ("fwd", 104), ("decode_layer", None)]
     check_choice(module, plugin)
     if has_theirs():
         check_on_a_gpu(plugin)
