@@ -4,8 +4,9 @@ through this package's plug-ins.
     python benchmarks/serving.py
     python benchmarks/serving.py --engines sglang --heads 12 --rounds 5 --json serving.json
 
-A row is an engine, a step, its size and a number of heads: prefill of one prompt of so many tokens, or decode
-of one token of so many sequences. A step begins behind the projections, ends with the states in the engine's
+A row is an engine, a step, its size and a number of heads: prefill of one prompt of so many tokens, decode of
+one token of so many sequences, or for SGLang verify of draft tokens of so many sequences, 4 in a chain or 8
+in a tree. A step begins behind the projections, ends with the states in the engine's
 pool, and has the tensors as the engine has them: slices of one tensor, columns of a projection, a pool with
 slots. Gates are bounded by -5. A time is the median of rounds of CUDA-graph replays over rotating inputs; on
 the CPU, where engines have no kernels, that of plain calls through the plug-ins.
@@ -35,7 +36,9 @@ from typing import Any, Callable, NamedTuple
 from peer_timing import releases
 from peer_timing.shapes import DIM
 
-PREFILL, DECODE = (64, 1024, 8192), (1, 32, 256)
+PREFILL, DECODE, VERIFY = (64, 1024, 8192), (1, 32, 256), (32,)
+DRAFTS = {"chain": 4, "tree": 8}  # tokens of a sequence
+PARENTS = (-1, 0, 0, 1, 1, 2, 2, 3)  # of the tree's tokens
 HEADS = (12, 32, 64, 96)
 LOWER_BOUND = -5.0
 L2_BYTES = 50 << 20
@@ -55,7 +58,7 @@ class Case(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.size
+        return self.size * DRAFTS.get(self.step, 1)
 
     @property
     def sequences(self) -> int:
@@ -63,7 +66,12 @@ class Case(NamedTuple):
 
     @property
     def bytes_of_states(self) -> int:
-        return self.sequences * self.heads * DIM * DIM * 4
+        """Of all states that a call reads, and of the buffer for draft tokens."""
+        return (self.sequences + self.drafts) * self.heads * DIM * DIM * 4
+
+    @property
+    def drafts(self) -> int:
+        return self.tokens if self.step in DRAFTS else 0
 
 
 # ---- Tensors as engines have them --------------------------------------------------------------------------
@@ -113,13 +121,18 @@ class Shared:
         self.dt_bias = torch.linspace(-10.0, 2.0, DIM, device=device).repeat(H)
         self.weight = torch.randn(3, 4, H * DIM, device=device) / 2
         self.norm_weight = torch.ones(DIM, device=device)
-        ends = [0, T] if case.step == "prefill" else range(N + 1)
+        ends = [0, T] if case.step == "prefill" else range(0, T + 1, T // N)
         self.query_start_loc = torch.tensor(ends, dtype=torch.int32, device=device)
         self.has_initial_state = torch.ones(N, dtype=torch.bool, device=device)
         chunks = -(-T // 64)
         self.chunk_indices = torch.tensor([[0, i] for i in range(chunks)], dtype=torch.int32, device=device)
         self.chunk_offsets = torch.tensor([0, chunks], dtype=torch.int32, device=device)
         self.final_state = torch.empty(N, H, DIM, DIM, device=device)
+        self.buffer = torch.empty(N, case.drafts // N, H, DIM, DIM, device=device)
+        self.rows = torch.arange(N, dtype=torch.int32, device=device)
+        self.parents = None
+        if case.step == "tree":
+            self.parents = torch.tensor([PARENTS] * N, dtype=torch.int64, device=device)
 
 
 # ---- SGLang ------------------------------------------------------------------------------------------------
@@ -151,6 +164,16 @@ def sglang_step(kernel: Any, case: Case, shared: Shared, x: Inputs, packed: bool
     def decode() -> tuple:
         return kernel.decode(x.q, x.k, x.v, x.flat_gate, x.beta, **states, **gate), None
 
+    def verify() -> tuple:
+        out = kernel.target_verify(
+            q=x.q, k=x.k, v=x.v, a=x.flat_gate, b=x.beta, **states, **gate,
+            intermediate_states_buffer=shared.buffer, intermediate_state_indices=shared.rows,
+            cache_steps=DRAFTS[case.step], retrieve_parent_token=shared.parents,
+        )  # fmt: skip
+        return out, None
+
+    if case.step in DRAFTS:
+        return verify
     if case.step == "prefill":
         return prefill
     return packed_decode if packed else decode
@@ -165,7 +188,7 @@ def sglang(case: Case, device: str) -> Any:
         def extend(self, *_: Any, **__: Any) -> None:
             raise RuntimeError("the plug-in left the call to SGLang")
 
-        decode = packed_decode = extend
+        decode = packed_decode = target_verify = extend
 
     ours = kernel_class(Nothing)()
 
@@ -343,6 +366,7 @@ def main(argv: list[str]) -> None:
     add("--heads", nargs="+", type=int, default=HEADS, metavar="H", help="default: 12 32 64 96")
     add("--prefill", nargs="*", type=int, default=PREFILL, metavar="TOKENS", help="default: 64 1024 8192")
     add("--decode", nargs="*", type=int, default=DECODE, metavar="SEQUENCES", help="default: 1 32 256")
+    add("--verify", nargs="*", type=int, default=VERIFY, metavar="SEQUENCES", help="default: 32")
     add("--rounds", type=int, default=3, help="rounds in which both take turns; default: 3")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     add("--json", metavar="FILE", help="where the figures go, besides the table")
@@ -363,10 +387,13 @@ def main(argv: list[str]) -> None:
     cases = [
         Case(engine, step, size, heads)
         for engine in options.engines
-        for step, sizes in (("prefill", options.prefill), ("decode", options.decode))
+        for step, sizes in (
+            ("prefill", options.prefill), ("decode", options.decode), *((x, options.verify) for x in DRAFTS)
+        )
         for heads in options.heads
         for size in sizes
-    ]
+        if engine == "sglang" or step not in DRAFTS
+    ]  # fmt: skip
     with torch.inference_mode():
         for case in cases:
             t = time_case(case, options.rounds, options.device)

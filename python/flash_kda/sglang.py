@@ -11,8 +11,8 @@ below:
 
 The class is derived from SGLang's Triton class, which computes the calls that this package leaves to it.
 
-The environment variable FLASH_KDA_SGLANG: "0" turns the plug-in off, "prefill" leaves decode and verify to
-SGLang.
+The environment variable FLASH_KDA_SGLANG: "0" turns the plug-in off. "prefill" leaves decode and verify to
+SGLang, "prefill,decode" verify, and "prefill,verify" decode.
 """
 
 from __future__ import annotations
@@ -350,11 +350,7 @@ def _choose(result: Any, dispatcher: Any, *arguments: Any, **named: Any) -> None
     ours = getattr(dispatcher, "extend_kernel", None)
     if not isinstance(ours, FlashKDA):
         return
-    taken = [
-        step
-        for step in ("decode", "verify")
-        if getattr(dispatcher, f"{step}_kernel") is dispatcher.triton_kernel
-    ]
+    taken = [step for step in _steps if getattr(dispatcher, f"{step}_kernel") is dispatcher.triton_kernel]
     for step in taken:
         setattr(dispatcher, f"{step}_kernel", ours)
     if "decode" in taken:
@@ -374,16 +370,23 @@ def _adopt_dispatcher(module: Any) -> None:
     HookRegistry.apply_hooks()
 
 
+_ALL_STEPS = ("decode", "verify")  # beside prefill
+_steps: tuple[str, ...] = _ALL_STEPS  # that are taken over
 _registered = False
 
 
 def register() -> None:
     """The entry point. Changes nothing until SGLang imports what is to be changed."""
-    global _registered
+    global _registered, _steps
     how = _engines.setting(VARIABLE)
     if _registered or how == "off":
         return
     _registered = True
+    named = [name.strip() for name in how.split(",") if name.strip()]
+    _steps = tuple(step for step in _ALL_STEPS if not named or step in named)
+    unknown = set(named) - {"prefill", *_ALL_STEPS}
+    if unknown:
+        _log.once("variable", f"does not know {min(unknown)!r} in {VARIABLE}", logging.WARNING)
     _engines.when_there(FLASHKDA, _adopt_kernel, _log)
-    if how != "prefill":
+    if _steps:
         _engines.when_there(BACKEND, _adopt_dispatcher, _log)

@@ -14,6 +14,7 @@ def test_serving_runs_on_the_cpu(tmp_path):
     pytest.importorskip("torch")
     figures = tmp_path / "serving.json"
     words = ("--device", "cpu", "--heads", "2", "--prefill", "64", "--decode", "3", "--rounds", "1")
+    words += ("--verify", "2")
     done = subprocess.run(
         [sys.executable, PROGRAM, *words, "--json", figures], capture_output=True, text=True
     )
@@ -21,6 +22,7 @@ def test_serving_runs_on_the_cpu(tmp_path):
     rows = json.loads(figures.read_text())["rows"]
     assert [(row["engine"], row["step"]) for row in rows] == [
         ("vllm", "prefill"), ("vllm", "decode"), ("sglang", "prefill"), ("sglang", "decode"),
+        ("sglang", "chain"), ("sglang", "tree"),
     ]  # fmt: skip
     assert all(row["ours"] > 0 and row["today"] is None for row in rows)
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]

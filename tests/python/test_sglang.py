@@ -96,6 +96,7 @@ def fresh(monkeypatch):
     """As in a process that has loaded no plug-in yet."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "_steps", plugin._ALL_STEPS)
     monkeypatch.setattr(plugin, "_log", _engines.Log("sglang.flash_kda"))
     monkeypatch.delenv(plugin.VARIABLE, raising=False)
 
@@ -547,13 +548,23 @@ def test_another_backend_keeps_its_kernels(fresh):
         assert not any(isinstance(x, plugin.FlashKDA) for x in chosen.values())
 
 
-def test_decode_can_stay_with_sglang(fresh, monkeypatch):
-    monkeypatch.setenv(plugin.VARIABLE, "prefill")
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [
+        ("prefill", {"extend"}),
+        ("prefill, Decode", {"extend", "decode"}),
+        ("prefill,verify", {"extend", "verify"}),
+        ("1", {"extend"}),
+    ],
+)
+def test_steps_that_stay_with_sglang(fresh, monkeypatch, caplog, value, taken):
+    caplog.set_level(logging.INFO, "sglang.flash_kda")
+    monkeypatch.setenv(plugin.VARIABLE, value)
     chosen = {}
     with backend_of(chosen):
-        assert isinstance(chosen["extend"], plugin.FlashKDA)
-        assert not isinstance(chosen["decode"], plugin.FlashKDA)
-        assert not isinstance(chosen["verify"], plugin.FlashKDA)
+        assert {step for step, x in chosen.items() if isinstance(x, plugin.FlashKDA)} == taken
+    said = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
+    assert said == (["flash_kda: does not know '1' in FLASH_KDA_SGLANG"] if value == "1" else [])
 
 
 def test_it_can_be_turned_off(fresh, monkeypatch):
