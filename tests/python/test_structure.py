@@ -17,13 +17,13 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
-    {"_call_options", "_interruptible", "_installed"},
+    {"_call_options", "_interruptible", "_installed", "_engines"},
     {"_options", "_decode_options"},
     {"_call", "_layout"},
     {"_arrays"},
     {"_torch", "_functional", "_shapes"},
     {"_reference", "_chunk_kda", "_fla"},
-    {"_fused_recurrent_kda"},
+    {"_fused_recurrent_kda", "vllm", "sglang"},
     {"__init__", "__main__"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
