@@ -88,6 +88,11 @@ static bool overlap(const fkda_extent *a, const fkda_extent *b)
     return levels_overlap(low, high, 0, (int64_t)apart);
 }
 
+fkda_extent fkda_workspace_extent(const void *workspace, size_t bytes)
+{
+    return (fkda_extent){.name = "workspace", .begin = (uintptr_t)workspace, .bytes = workspace ? bytes : 0};
+}
+
 flash_kda_status fkda_check_own_memory(const fkda_extent *written, const fkda_extent *others, int count)
 {
     for (int i = 0; i < count; i++)
@@ -118,8 +123,7 @@ flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
         [OUT] = fkda_extent_of("out", &p->out),
         [NONFINITE] = fkda_extent_of("nonfinite", &p->nonfinite),
         [CHECKPOINTS] = fkda_extent_of("checkpoint_states", &p->checkpoint_states),
-        [WORKSPACE] =
-            {"workspace", (uintptr_t)p->workspace, p->workspace ? p->workspace_size : 0, 0, {0}, {0}, 0},
+        [WORKSPACE] = fkda_workspace_extent(p->workspace, p->workspace_size),
     };
     const bool same_slots = p->initial_state.shape[0] < 2 || p->final_state.shape[0] < 2 ||
                             p->initial_state.stride[0] == p->final_state.stride[0];

@@ -74,6 +74,35 @@ flash_kda_status fkda_check_states(int64_t N, int64_t HV)
     return FLASH_KDA_OK;
 }
 
+flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v,
+                                  const flash_kda_tensor *cu_seqlens, bool has_cu_seqlens, fkda_shape *out)
+{
+    TRY(fkda_check_rank(q, "q", "[B, T, H, K]", 4));
+    TRY(fkda_check_rank(v, "v", "[B, T, HV, V]", 4));
+    int64_t B = q->shape[0], T = q->shape[1], N = B;
+    const int64_t H = q->shape[2], HV = v->shape[2];
+    TRY(fkda_check_head_sizes(q, v));
+    if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
+    if (has_cu_seqlens) {
+        TRY(fkda_check_rank(cu_seqlens, "cu_seqlens", "[N + 1]", 1));
+        if (B != 1)
+            return INVALID("cu_seqlens is given with B = %lld; B must be 1, all sequences in one row",
+                           (long long)B);
+        N = cu_seqlens->shape[0] - 1;
+        if (N < 1)
+            return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
+                           (long long)cu_seqlens->shape[0]);
+    }
+    TRY(fkda_check_counts("B", B, T, N, HV));
+    out->batch = B;
+    out->tokens = T;
+    out->heads = HV;
+    out->qk_heads = H;
+    out->sequences = N;
+    out->has_cu_seqlens = has_cu_seqlens;
+    return FLASH_KDA_OK;
+}
+
 /* ---- Numbers and flags ---- */
 
 flash_kda_status fkda_check_flag(int32_t flag, const char *name)
@@ -136,6 +165,13 @@ flash_kda_status fkda_check_first_slot(int64_t first_slot, bool has_state_indice
     if (first_slot && !has_state_indices)
         return INVALID("first_slot is %lld without state_indices; it must be 0", (long long)first_slot);
     return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_max_seqlen(int64_t max_seqlen, int64_t tokens)
+{
+    if (max_seqlen >= 0 && max_seqlen <= tokens) return FLASH_KDA_OK;
+    return INVALID("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)max_seqlen,
+                   (long long)tokens);
 }
 
 flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *interrupt)

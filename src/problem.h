@@ -34,6 +34,7 @@ typedef enum fkda_feature {
     /* flash_kda_decode() and flash_kda_apply() */
     FKDA_DECODE = 1 << 12,
     FKDA_DECODE_LAYER = 1 << 13, /* flash_kda_decode_layer() */
+    FKDA_BACKWARD = 1 << 14,     /* flash_kda_bwd() */
 } fkda_feature;
 
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made
