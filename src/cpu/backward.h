@@ -124,10 +124,10 @@ static void pass_chunk(const fkda_problem *p, scratch *s, const tokens *t, recor
 static bool find_borders(backward *b, const fkda_sequence *sequence, int64_t h, border *borders)
 {
     const fkda_problem *p = &b->p->fwd;
-    const int64_t length = sequence->end - sequence->begin;
+    const int64_t length = sequence->end - sequence->begin, last = (length - 1) / b->segment * b->segment;
     const gate_constants gate = gate_of_head(p, h);
     scratch *s = &b->records[0].s;
-    for (int64_t done = 0; done + b->segment < length; done += CHUNK) {
+    for (int64_t done = 0; done < last; done += CHUNK) {
         const tokens t = tokens_at(p, h, sequence, sequence->begin + done);
         if (fkda_interrupted(p)) return false;
         prepare(s, p, &t, &gate);
@@ -247,7 +247,7 @@ static bool walk_backwards(backward *b, const fkda_sequence *sequence, int64_t q
         (*dk)[K] = b->group > 1 ? b->sums[chunk][1] : w->dk;
         if (fkda_interrupted(&p->fwd)) return false;
         load_dout(p, at.row, at.token, h, r->t.count, w->y + CHUNK);
-        chunk_backwards(r, w, head->state, p->fwd.gate == FLASH_KDA_GATE_BOUNDED);
+        chunk_backwards(r, w, head->state, &gate, p->fwd.gate == FLASH_KDA_GATE_BOUNDED);
         channels_backwards(p, r, w, &gate, &at, index > 0, dq, dk);
         store_dv(p, r, w, &at);
         store_dbeta(p, r, w, &at);

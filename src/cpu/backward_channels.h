@@ -166,12 +166,12 @@ static void channels_backwards(const fkda_bwd_problem *p, const record *r, chunk
         vec dg[CHUNK], bias_sum = {0}, rate_sum = {0};
         load_gates(&p->fwd, r, gate, k, &gates);
         pair_tokens(r, w, &gates, k, add, dq, dk, dg);
-        for (int i = 0; i < r->t.count; i++) {
-            const vec by_g = dg[i] * gates.by_g[i];
-            store_dg(p, at, i, k, by_g);
-            bias_sum += by_g;
-            rate_sum += dg[i] * gates.by_A_log[i];
-        }
+        for (int i = 0; i < r->t.count; i++) rate_sum += dg[i] * gates.by_A_log[i];
+        for (int i = 0; i < r->t.count; i++) dg[i] *= gates.by_g[i];
+        /* A loop of its own, so that the sum has the same bits whether dg is wanted or not: the compiler
+         * would fuse the product above with one addition and not with the other. */
+        for (int i = 0; i < r->t.count; i++) bias_sum += dg[i];
+        for (int i = 0; i < r->t.count; i++) store_dg(p, at, i, k, dg[i]);
         *vec_at(w->bias_sum + k) = bias_sum;
         *vec_at(w->rate_sum + k) = rate_sum;
     }

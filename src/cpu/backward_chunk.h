@@ -10,10 +10,10 @@
 
 /* A chunk of a segment, as the walk forwards leaves it for the walk backwards. */
 typedef struct record {
-    scratch s; /* prepared; its state is the one before the chunk */
-    tokens t;
+    scratch s;                           /* prepared; its state is the one before the chunk */
     float keys[CHUNK][CHUNK];            /* L without the factors b_i */
     float u[CHUNK][V], missed[CHUNK][V]; /* U, and what the state did not predict: u_i = b_i missed_i */
+    tokens t;
 } __attribute__((aligned(64))) record;
 
 /* What the backward pass of a chunk computes with. */
@@ -136,9 +136,23 @@ static inline void row_products(float (*e)[V], float (*x)[V], float to[CHUNK])
     }
 }
 
+/* Lets channels of bounded gates that forget more than half have a factor, as those of unbounded gates have
+ * it. The forward pass needs none, since what its chunk writes outweighs what 2^G_last - 1 loses of them. Going
+ * back, there may be nothing else. */
+static inline void find_factors(scratch *s, const gate_constants *gate)
+{
+    for (int k = 0; k < K; k += LANES) {
+        const vec decay = load(s->to_last + k) * gate->down;
+        const ivec is_slow = decay > 0.5f;
+        *vec_at(s->factor + k) = choose(is_slow, splat(1.0f), decay);
+        *vec_at(s->decay_1 + k) = choose(is_slow, load(s->decay_1 + k), splat(0.0f));
+    }
+}
+
 /* Goes back over a chunk: D becomes the gradient with respect to the state before it. What the channels of K
  * still need is left in w. */
-static void chunk_backwards(record *r, chunk_gradients *w, strips D, bool is_bounded)
+static void chunk_backwards(record *r, chunk_gradients *w, strips D, const gate_constants *gate,
+                            bool is_bounded)
 {
     enum { ONE = CHUNK / LANES < COLUMNS ? 1 : COLUMNS, TALL = ONE < COLUMNS ? 2 * ROWS : ROWS };
     scratch *s = &r->s;
@@ -152,8 +166,9 @@ static void chunk_backwards(record *r, chunk_gradients *w, strips D, bool is_bou
     multiply_columns(s->state, w->columns[0], 2 * CHUNK, w->by_state[0], ROWS, COLUMNS);
     multiply_columns(D, w->u_columns[0], CHUNK, w->by_gradient[0], TALL, ONE);
     multiply_states(s->state, D, w->kept);
+    if (is_bounded) find_factors(s, gate);
     for (int v = 0; v < V; v += STRIP) {
-        if (!is_bounded) fade_fast_channels(s, D[v / STRIP]);
+        fade_fast_channels(s, D[v / STRIP]);
         decay_and_add(s->decay_1, s->kq, &w->y[0][v], V, 2 * CHUNK, D[v / STRIP]);
     }
 }
