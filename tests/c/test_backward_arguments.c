@@ -158,7 +158,7 @@ static void memory(void)
             p.dinitial_state = p.dfinal_state);
     INVALID("dA_log overlaps A_log; it must have memory of its own", p.dA_log = p.A_log);
     INVALID("workspace overlaps dg; it must have memory of its own",
-            p.workspace = (void *)((uintptr_t)p.dg.data / 64 * 64));
+            p.workspace = (void *)(((uintptr_t)p.dg.data + 63) / 64 * 64), p.workspace_size = 64);
     INVALID("workspace overlaps saved; it must have memory of its own", p.saved = p.workspace,
             p.saved_size = 64);
 }
@@ -236,7 +236,7 @@ static void saving(void)
         text("saved is at address %p; it must be aligned to 64 bytes", (void *)((char *)memory_of_64 + 4)),
         p.saved = (char *)memory_of_64 + 4, p.saved_size = needed);
     REFUSED(c, INVALID_VALUE, "saved overlaps out; it must have memory of its own",
-            p.saved = (void *)((uintptr_t)p.out.data / 64 * 64), p.saved_size = needed);
+            p.saved = (void *)(((uintptr_t)p.out.data + 63) / 64 * 64), p.saved_size = 64);
     free(memory_of_64);
     call_close(&c);
     problem_free(long_problem);
