@@ -12,6 +12,8 @@ set_property(SOURCE ${flash_kda_cpu_variants} APPEND PROPERTY COMPILE_OPTIONS
   -ffp-contract=fast -fno-math-errno -fno-trapping-math)
 
 target_sources(flashkda PRIVATE
+  src/cpu/bwd.c
+  src/cpu/bwd_reference.c
   src/cpu/decode.c
   src/cpu/decode_layer.c
   src/cpu/decode_layer_reference.c

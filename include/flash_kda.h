@@ -1,5 +1,6 @@
 /*
- * flash_kda: Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
+ * flash_kda: Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, decode, and on CPUs the
+ * backward pass.
  *
  * KDA is a linear attention with a forget gate per channel and the delta rule. Each head of each sequence
  * keeps a state S of K x V numbers. For every token t, in order:
@@ -24,8 +25,8 @@
  *   results are undefined: then the driver failed after some launches of the call, or the caller interrupted
  *   it.
  *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
- *   one: flash_kda_fwd(), flash_kda_decode(), flash_kda_apply() and the references are cancellation points
- *   when their work is done, and the others are none. A signal handler must not leave a call by longjmp().
+ *   one: flash_kda_fwd(), flash_kda_bwd(), flash_kda_decode(), flash_kda_apply() and the references are
+ *   cancellation points when their work is done, and the others are none. A signal handler must not leave a call by longjmp().
  *   Signal handlers run on the caller's threads alone. The floating-point settings of the calling thread
  *   (rounding, unmasked exceptions, flushing of tiny numbers) change no result, and are as before afterwards,
  *   the exception flags included.
@@ -273,6 +274,13 @@ typedef struct flash_kda_fwd_params {
     int32_t beta_kind;        /* flash_kda_beta */
     int32_t qk_is_normalised; /* 1: q and k are used as they are; 0: divided by sqrt(sum of squares + 1e-6) */
     int32_t state_k_first;    /* 1: all states are [.., K, V]; 0: [.., V, K] */
+
+    /* For training: NULL, or memory on the device, 64-byte aligned, of at least flash_kda_fwd_saved_size()
+     * bytes. The call writes states from inside of the sequences there, in a form of its own, and
+     * flash_kda_bwd() need not compute them again. It may also be NULL if 0 bytes are needed. No output has
+     * other bits for it. Kernels of this version that run on a GPU do not take it. */
+    void *saved;
+    size_t saved_size;
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
@@ -281,6 +289,13 @@ typedef struct flash_kda_fwd_params {
  * counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
+
+/* Bytes of flash_kda_fwd_params.saved that flash_kda_fwd() needs for these arguments. Looks at what
+ * flash_kda_fwd_workspace_size() looks at. On the CPU it is one fp32 state of each value head for every 320
+ * tokens of a batch row (for every 640 m / (m + 1), rounded up to a multiple of 16, if m value heads share a
+ * head of q and k), so never more than a fifth of q, k, v and g in bf16. The fastest setting is this one, and
+ * there is no other. */
+FLASH_KDA_API flash_kda_status flash_kda_fwd_saved_size(const flash_kda_fwd_params *params, size_t *bytes);
 
 /* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the
  * work out over the device, and its workspace. Looks at what flash_kda_fwd_workspace_size() looks at. Writes
@@ -303,6 +318,115 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
  * shape alone. Slow, and meant for tests. */
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
+
+/* ---- Training: the backward pass ----------------------------------------------------------------------- */
+
+/*
+ * The arguments of flash_kda_bwd(), which computes gradients of a loss with respect to the inputs of
+ * flash_kda_fwd(), from the loss's gradients with respect to out and final_state. With the names at the top
+ * of this file, S~_t for the state that token t has made forget and not yet written to, and D_t for the
+ * gradient with respect to the state after token t, for every token t from the last one to the first:
+ *
+ *     D_t  = D_t + scale q_t do_t^T             D of the last token begins with dfinal_state, or zeros
+ *     dq_t = scale S_t do_t
+ *     du_t = D_t^T k_t
+ *     dv_t = b_t du_t                           db_t = du_t . (v_t - S~_t^T k_t)
+ *     dk_t = D_t u_t - b_t S~_t du_t
+ *     D~_t = D_t - b_t k_t du_t^T
+ *     dg_t = sum over V of S~_t D~_t            element by element
+ *     D_(t-1) = diag(exp(g_t)) D~_t             D before the first token is dinitial_state
+ *
+ * These are gradients with respect to what the recurrence takes. The call goes on through norms, gates and
+ * sigmoids, so all that it writes are gradients with respect to the tensors of the call. (The formulas follow
+ * from the recurrence by the chain rule; docs/training.md has them in chunks.) flash_kda_bwd_reference()
+ * computes them as they stand here, in fp64.
+ *
+ * Zero the struct, set struct_size to sizeof(flash_kda_bwd_params), then fill in the rest. q, k, v, g, beta,
+ * A_log, dt_bias, initial_state, cu_seqlens and all options are those of the forward pass, and mean what they
+ * mean in flash_kda_fwd_params. State pools and checkpoints have no gradients.
+ *
+ *   dout            bf16 [B, T, HV, V], optional: zeros when absent
+ *   dfinal_state    f32 or bf16 [N, HV, V, K], optional: zeros
+ *   dq, dk          bf16 [B, T, H, K], optional, written. Value heads that share a head of q and k add up
+ *   dv              bf16 [B, T, HV, V], optional, written
+ *   dg              [B, T, HV, K] of the dtype of g, optional, written
+ *   dbeta           [B, T, HV] of the dtype of beta, optional, written
+ *   dA_log          f32 [HV]; any shape with HV elements. Optional, written; with A_log alone
+ *   ddt_bias        f32 [HV, K]; any shape with HV * K elements. Optional, written; with dt_bias alone
+ *   dinitial_state  f32 [N, HV, V, K], optional, written; also if initial_state is absent
+ *
+ * An absent gradient is not wanted, and at least one must be there. A gradient is written, not added to what
+ * the tensor held. Of a sequence without tokens dinitial_state is dfinal_state. The kernels of this version
+ * run on the CPU alone: on a GPU the call returns FLASH_KDA_UNAVAILABLE.
+ *
+ * Strides and memory are as in flash_kda_fwd_params: dout, dq, dk, dv and dg have free strides except for
+ * their last dimension, dbeta in all dimensions, states between states; dA_log and ddt_bias are contiguous.
+ * Gradients that are written and the workspace must not overlap each other or any other tensor.
+ *
+ * Arithmetic on the CPU is fp32, and gradients are rounded once, when they are written. The decay of a slow
+ * channel has a gradient of small relative error, because its terms are added and none is subtracted from
+ * their sum. Results depend neither on the number of threads nor on the other sequences of the batch, except
+ * that sums over tokens (dA_log, ddt_bias) are over all of them. A token with a NaN or an infinity may make
+ * all gradients of its sequence NaN, and those of other sequences keep their bits.
+ */
+typedef struct flash_kda_bwd_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream;
+    flash_kda_tensor q, k, v, g, beta;
+    flash_kda_tensor A_log, dt_bias;
+    flash_kda_tensor initial_state;
+    flash_kda_tensor cu_seqlens;
+    flash_kda_tensor dout, dfinal_state;
+    flash_kda_tensor dq, dk, dv, dg, dbeta;
+    flash_kda_tensor dA_log, ddt_bias;
+    flash_kda_tensor dinitial_state;
+    float scale;       /* finite */
+    float lower_bound; /* in [-5, 0]; of the bounded gate */
+    void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
+    size_t workspace_size;
+    /* What flash_kda_fwd_params.saved got from a forward pass on the same kind of device with the same inputs
+     * and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned; or NULL: the call computes
+     * the states again, which costs it about a fifth of its time. Gradients have the same bits with and
+     * without it if one kernel computes both passes. What another forward pass has saved gives wrong
+     * gradients, and no memory outside of the tensors is touched. */
+    const void *saved;
+    size_t saved_size;
+    const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
+    int32_t cpu_threads;      /* 0: as many as the process may run on; results do not depend on it */
+    int32_t gate;             /* flash_kda_gate */
+    int32_t beta_kind;        /* flash_kda_beta */
+    int32_t qk_is_normalised; /* 1: q and k are used as they are */
+    int32_t state_k_first;    /* 1: states and their gradients are [.., K, V] */
+    int32_t reserved;         /* 0 */
+    int64_t max_seqlen;       /* as in flash_kda_fwd_params; on the CPU it changes nothing */
+    const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+} flash_kda_bwd_params;
+
+/* Bytes of workspace that flash_kda_bwd() needs for these arguments. Depends on what
+ * flash_kda_fwd_workspace_size() looks at, on which gradients there are, and on whether `saved` is there: no
+ * pointer needs to be set (an optional tensor counts if its ndim is not 0, and `saved` if saved_size is not
+ * 0). */
+FLASH_KDA_API flash_kda_status flash_kda_bwd_workspace_size(const flash_kda_bwd_params *params,
+                                                            size_t *bytes);
+
+/* The backward pass. */
+FLASH_KDA_API flash_kda_status flash_kda_bwd(const flash_kda_bwd_params *params);
+
+/* Where flash_kda_bwd_reference() writes gradients: contiguous, in the shapes of flash_kda_bwd_params, states
+ * as [.., V, K] whatever state_k_first says. A pointer may be NULL: that gradient is not wanted. Set
+ * struct_size to sizeof(flash_kda_gradients64). */
+typedef struct flash_kda_gradients64 {
+    size_t struct_size;
+    double *dq, *dk, *dv, *dg, *dbeta;
+    double *dA_log, *ddt_bias; /* also if A_log or dt_bias is absent; zeros for the activated gate */
+    double *dinitial_state;
+} flash_kda_gradients64;
+
+/* The definition: the formulas above, token by token in fp64, for tensors in CPU memory. The gradients in
+ * params are not looked at, except for dout and dfinal_state. Slow, and meant for tests. */
+FLASH_KDA_API flash_kda_status flash_kda_bwd_reference(const flash_kda_bwd_params *params,
+                                                       const flash_kda_gradients64 *gradients);
 
 /* Decode: one to sixteen tokens of each sequence. Which states flash_kda_decode() writes to the pool. */
 typedef enum flash_kda_write_states {

@@ -22,34 +22,6 @@ static bool has_checkpoints(const flash_kda_fwd_params *p, fkda_purpose purpose)
     return has(&p->checkpoint_states, purpose);
 }
 
-static flash_kda_status check_sizes(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_shape *out)
-{
-    TRY(fkda_check_rank(&p->q, "q", "[B, T, H, K]", 4));
-    TRY(fkda_check_rank(&p->v, "v", "[B, T, HV, V]", 4));
-    int64_t B = p->q.shape[0], T = p->q.shape[1], N = B;
-    const int64_t H = p->q.shape[2], HV = p->v.shape[2];
-    TRY(fkda_check_head_sizes(&p->q, &p->v));
-    if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
-    if (has(&p->cu_seqlens, purpose)) {
-        TRY(fkda_check_rank(&p->cu_seqlens, "cu_seqlens", "[N + 1]", 1));
-        if (B != 1)
-            return INVALID("cu_seqlens is given with B = %lld; B must be 1, all sequences in one row",
-                           (long long)B);
-        N = p->cu_seqlens.shape[0] - 1;
-        if (N < 1)
-            return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
-                           (long long)p->cu_seqlens.shape[0]);
-    }
-    TRY(fkda_check_counts("B", B, T, N, HV));
-    out->batch = B;
-    out->tokens = T;
-    out->heads = HV;
-    out->qk_heads = H;
-    out->sequences = N;
-    out->has_cu_seqlens = has(&p->cu_seqlens, purpose);
-    return FLASH_KDA_OK;
-}
-
 /* C: offsets of a sequence. The fields of an absent tensor mean nothing. */
 static int64_t columns_of(const flash_kda_fwd_params *p, fkda_purpose purpose)
 {
@@ -175,16 +147,15 @@ static flash_kda_status check_kinds(const flash_kda_fwd_params *p)
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens)
+static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens, fkda_purpose purpose)
 {
     TRY(fkda_check_scale(p->scale, p->gate, p->lower_bound));
     TRY(fkda_check_host(p->cpu_threads, p->interrupt));
-    if (p->max_seqlen < 0 || p->max_seqlen > tokens)
-        return INVALID("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)p->max_seqlen,
-                       (long long)tokens);
+    TRY(fkda_check_max_seqlen(p->max_seqlen, tokens));
     if (p->cut < FLASH_KDA_CUT_AUTO || p->cut > FLASH_KDA_CUT_MIXED)
         return INVALID("cut is %d; it must be a flash_kda_cut, in [%d, %d]", p->cut, FLASH_KDA_CUT_AUTO,
                        FLASH_KDA_CUT_MIXED);
+    TRY(fkda_check_saved_pointer(p->saved, p->saved_size, purpose));
     if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
     return FLASH_KDA_OK;
 }
@@ -201,7 +172,7 @@ flash_kda_status fkda_check_workspace(const fkda_problem *p, size_t bytes_needed
 }
 
 _Static_assert(
-    offsetof(flash_kda_fwd_params, state_k_first) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+    offsetof(flash_kda_fwd_params, saved_size) + sizeof(size_t) == sizeof(flash_kda_fwd_params),
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
 /* The fields before `workspace` exist since the first version. */
@@ -254,6 +225,10 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fk
     out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
+    if (purpose != FKDA_FOR_REFERENCE) {
+        out->saved = p->saved;
+        out->saved_size = p->saved_size;
+    }
     out->interrupt = p->interrupt;
     out->nonfinite = p->nonfinite.data;
 }
@@ -274,6 +249,7 @@ static int32_t features_of(const flash_kda_fwd_params *p, const fkda_shape *s, f
     if (p->beta_kind != FLASH_KDA_BETA_SIGMOID) features |= FKDA_BETA_KIND;
     if (p->qk_is_normalised) features |= FKDA_NORMALISED;
     if (p->state_k_first) features |= FKDA_K_FIRST;
+    if (purpose != FKDA_FOR_REFERENCE && (p->saved || p->saved_size)) features |= FKDA_SAVED;
     return features;
 }
 
@@ -308,9 +284,9 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     TRY(fkda_complete_params(&p, &whole));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
-    TRY(check_sizes(p, purpose, &out->shape));
+    TRY(fkda_check_sizes(&p->q, &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), &out->shape));
     TRY(check_kinds(p));
-    TRY(check_scalars(p, out->shape.tokens));
+    TRY(check_scalars(p, out->shape.tokens, purpose));
     TRY(check_combinations(p, purpose));
     TRY(check_tensors(p, &out->shape, purpose));
     if (purpose == FKDA_FOR_FWD) TRY(fkda_check_overlap(p));

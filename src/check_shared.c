@@ -74,6 +74,35 @@ flash_kda_status fkda_check_states(int64_t N, int64_t HV)
     return FLASH_KDA_OK;
 }
 
+flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v,
+                                  const flash_kda_tensor *cu_seqlens, bool has_cu_seqlens, fkda_shape *out)
+{
+    TRY(fkda_check_rank(q, "q", "[B, T, H, K]", 4));
+    TRY(fkda_check_rank(v, "v", "[B, T, HV, V]", 4));
+    int64_t B = q->shape[0], T = q->shape[1], N = B;
+    const int64_t H = q->shape[2], HV = v->shape[2];
+    TRY(fkda_check_head_sizes(q, v));
+    if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
+    if (has_cu_seqlens) {
+        TRY(fkda_check_rank(cu_seqlens, "cu_seqlens", "[N + 1]", 1));
+        if (B != 1)
+            return INVALID("cu_seqlens is given with B = %lld; B must be 1, all sequences in one row",
+                           (long long)B);
+        N = cu_seqlens->shape[0] - 1;
+        if (N < 1)
+            return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
+                           (long long)cu_seqlens->shape[0]);
+    }
+    TRY(fkda_check_counts("B", B, T, N, HV));
+    out->batch = B;
+    out->tokens = T;
+    out->heads = HV;
+    out->qk_heads = H;
+    out->sequences = N;
+    out->has_cu_seqlens = has_cu_seqlens;
+    return FLASH_KDA_OK;
+}
+
 /* ---- Numbers and flags ---- */
 
 flash_kda_status fkda_check_flag(int32_t flag, const char *name)
@@ -138,12 +167,35 @@ flash_kda_status fkda_check_first_slot(int64_t first_slot, bool has_state_indice
     return FLASH_KDA_OK;
 }
 
+flash_kda_status fkda_check_max_seqlen(int64_t max_seqlen, int64_t tokens)
+{
+    if (max_seqlen >= 0 && max_seqlen <= tokens) return FLASH_KDA_OK;
+    return INVALID("max_seqlen is %lld; it must be in [0, T] = [0, %lld]", (long long)max_seqlen,
+                   (long long)tokens);
+}
+
 flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *interrupt)
 {
     if (cpu_threads < 0) return INVALID("cpu_threads is %d; it must be 0 (all) or more", cpu_threads);
     if ((uintptr_t)interrupt % sizeof *interrupt)
         return INVALID("interrupt is at address %p; it must be aligned to 4 bytes", (void *)interrupt);
     return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_saved_pointer(const void *saved, size_t size, fkda_purpose purpose)
+{
+    if (purpose != FKDA_FOR_FWD) return FLASH_KDA_OK;
+    if (!saved && size)
+        return INVALID("saved is null and saved_size is %zu; without saved it must be 0", size);
+    if ((uintptr_t)saved % 64)
+        return INVALID("saved is at address %p; it must be aligned to 64 bytes", saved);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_saved_size(const fkda_problem *p, size_t bytes_needed)
+{
+    if (!p->saved || p->saved_size >= bytes_needed) return FLASH_KDA_OK;
+    return INVALID("saved_size is %zu bytes; this call needs %zu", p->saved_size, bytes_needed);
 }
 
 flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt)

@@ -23,14 +23,23 @@ flash_kda_status fkda_check_counts(const char *rows, int64_t batch, int64_t toke
                                    int64_t heads);
 flash_kda_status fkda_check_states(int64_t sequences, int64_t heads);
 
+/* The sizes B, T, H, HV and N of the forward or the backward pass, which become those of a zeroed shape. */
+flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v,
+                                  const flash_kda_tensor *cu_seqlens, bool has_cu_seqlens, fkda_shape *shape);
+
 flash_kda_status fkda_check_flag(int32_t flag, const char *name);
 flash_kda_status fkda_check_gate_kinds(int32_t gate, int32_t beta_kind);
 flash_kda_status fkda_check_gate_tensors(int32_t gate, bool has_A_log, bool has_dt_bias);
 flash_kda_status fkda_check_scale(float scale, int32_t gate, float lower_bound);
 flash_kda_status fkda_check_first_slot(int64_t first_slot, bool has_state_indices);
 
+flash_kda_status fkda_check_max_seqlen(int64_t max_seqlen, int64_t tokens);
+
 /* cpu_threads and the address of interrupt. */
 flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *interrupt);
+
+/* The address of `saved`, of the forward and the backward pass. */
+flash_kda_status fkda_check_saved_pointer(const void *saved, size_t size, fkda_purpose purpose);
 
 /* That *interrupt is still 0 when the call begins. */
 flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt);

@@ -2,6 +2,7 @@
 #ifndef FKDA_KERNEL_H
 #define FKDA_KERNEL_H
 
+#include "bwd_problem.h"
 #include "decode_layer_problem.h"
 #include "decode_problem.h"
 #include "nonfinite.h"
@@ -26,6 +27,12 @@ struct fkda_kernel {
     flash_kda_status (*apply)(const fkda_apply_problem *problem);
     /* Does what flash_kda_decode_layer() asks for. NULL in a kernel without FKDA_DECODE_LAYER. */
     flash_kda_status (*decode_layer)(const fkda_decode_layer_problem *problem);
+    /* Does what flash_kda_bwd() asks for, and says how many bytes of workspace that takes. NULL in a kernel
+     * without FKDA_BACKWARD. */
+    flash_kda_status (*bwd)(const fkda_bwd_problem *problem);
+    size_t (*bwd_workspace)(const fkda_bwd_problem *problem);
+    /* How many bytes of `saved` the forward pass writes. NULL in a kernel without FKDA_SAVED. */
+    size_t (*saved_bytes)(const fkda_shape *shape);
     /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
      * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);

@@ -90,7 +90,7 @@ static tokens tokens_at(const fkda_problem *p, int64_t h, const fkda_sequence *s
         .beta = rows_of(&p->beta, row, token, h),
         .g_is_f32 = p->g.dtype == FLASH_KDA_F32,
         .beta_is_f32 = p->beta.dtype == FLASH_KDA_F32,
-        .out = (uint16_t *)p->out.data + fkda_row_offset(&p->out, row, token, h),
+        .out = p->out.data ? (uint16_t *)p->out.data + fkda_row_offset(&p->out, row, token, h) : NULL,
         .out_stride = p->out.token_stride,
         .count = left < CHUNK ? (int)left : CHUNK,
     };

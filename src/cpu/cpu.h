@@ -2,6 +2,7 @@
 #ifndef FKDA_CPU_H
 #define FKDA_CPU_H
 
+#include "../bwd_problem.h"
 #include "../decode_layer_problem.h"
 #include "../decode_problem.h"
 #include "../nonfinite.h"
@@ -53,5 +54,13 @@ flash_kda_status fkda_cpu_decode_layer(const fkda_decode_layer_problem *problem)
 /* decode_layer_reference.c: as fkda_cpu_decode_reference(). */
 flash_kda_status fkda_cpu_decode_layer_reference(const fkda_decode_layer_problem *problem, double *out,
                                                  double *states);
+
+/* bwd.c: `bwd` and `bwd_workspace` of the same kernels. */
+flash_kda_status fkda_cpu_bwd(const fkda_bwd_problem *problem);
+size_t fkda_cpu_bwd_workspace(const fkda_bwd_problem *problem);
+
+/* bwd_reference.c: writes each gradient that has a pointer. */
+flash_kda_status fkda_cpu_bwd_reference(const fkda_bwd_problem *problem,
+                                        const flash_kda_gradients64 *gradients);
 
 #endif

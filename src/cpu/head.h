@@ -28,6 +28,7 @@
  * on the range of value channels, so results do not depend on them either.
  */
 #include "../checkpoints.h"
+#include "../saved.h"
 #include "variant.h"
 
 #include "simd.h"
@@ -40,6 +41,8 @@
 #include "recurrence.h"
 #include "state.h"
 
+#include "backward.h"
+
 /* Value channels of one head of one sequence. */
 typedef struct piece {
     int64_t n, h;
@@ -48,11 +51,19 @@ typedef struct piece {
 
 /* Stores the state after `offset` tokens of the sequence into its rows of checkpoint_states. */
 static void store_checkpoints(const fkda_problem *p, const int64_t *first_rows, const piece *x,
-                              int64_t offset, const scratch *s)
+                              int64_t offset, scratch *s)
 {
     int64_t column = 0, row;
     while ((row = fkda_next_checkpoint_row(p, first_rows, x->n, offset, &column)) != FKDA_NO_CHECKPOINT)
-        store_state(p, &p->checkpoints.states, row, x->h, x->v_begin, x->v_end, s);
+        store_state(p, &p->checkpoints.states, row, x->h, x->v_begin, x->v_end, s->state);
+}
+
+/* Saves the state after `done` tokens of the sequence for the backward pass, if one is asked for there. */
+static void save_state(const fkda_problem *p, const fkda_sequence *sequence, int64_t done, const piece *x,
+                       scratch *s)
+{
+    if (!p->saved || done % fkda_saved_interval(&p->shape) || done >= sequence->end - sequence->begin) return;
+    copy_to_saved(s->state, x->v_begin, x->v_end, fkda_saved_state(p, sequence, done, x->h));
 }
 
 static void run_chunk(const fkda_problem *p, scratch *s, const piece *x, const tokens *t, const tokens *next,
@@ -72,20 +83,12 @@ static void run_chunk(const fkda_problem *p, scratch *s, const piece *x, const t
     }
 }
 
-static void load_bias(const fkda_problem *p, int64_t h, scratch *s)
-{
-    if (p->dt_bias)
-        memcpy(s->bias, p->dt_bias + h * K, sizeof s->bias);
-    else
-        memset(s->bias, 0, sizeof s->bias);
-}
-
 static bool run_head(const fkda_problem *p, const int64_t *first_rows, int64_t n, int64_t h, int v_begin,
                      int v_end, void *memory)
 {
     scratch *s = memory;
     const piece x = {n, h, v_begin, v_end};
-    load_state(p, &p->initial_state, fkda_slot_of(p, &p->initial_state, n), h, v_begin, v_end, s);
+    load_state(p, &p->initial_state, fkda_slot_of(p, &p->initial_state, n), h, v_begin, v_end, s->state);
     load_bias(p, h, s);
     const gate_constants gate = make_gate_constants(p->A_log ? p->A_log[h] : 0.0f, p->lower_bound, CHUNK);
     const fkda_sequence sequence = fkda_sequence_at(p, n);
@@ -97,11 +100,12 @@ static bool run_head(const fkda_problem *p, const int64_t *first_rows, int64_t n
         tokens t = tokens_at(p, h, &sequence, token), next = tokens_at(p, h, &sequence, token + CHUNK);
         if (t.count < CHUNK) t = pad(s, &t);
         run_chunk(p, s, &x, &t, &next, &gate);
+        save_state(p, &sequence, done + CHUNK, &x, s);
         if (done + CHUNK != checkpoint) continue;
         store_checkpoints(p, first_rows, &x, checkpoint, s);
         checkpoint = fkda_next_checkpoint(p, n, length, checkpoint);
     }
-    store_state(p, &p->final_state, fkda_slot_of(p, &p->final_state, n), h, v_begin, v_end, s);
+    store_state(p, &p->final_state, fkda_slot_of(p, &p->final_state, n), h, v_begin, v_end, s->state);
     return true;
 }
 
@@ -112,6 +116,8 @@ const fkda_cpu_variant FKDA_VARIANT = {
     .arch = FKDA_ARCH,
     .scratch_size = sizeof(scratch),
     .run_head = run_head,
+    .bwd_memory = bwd_memory,
+    .run_bwd = run_bwd,
     .run_layer_head = run_layer_head,
     .decode = decode,
     .apply = apply,

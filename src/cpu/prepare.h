@@ -68,14 +68,20 @@ static inline void leave_as_they_are(float scale[CHUNK], float unit[CHUNK])
     for (int i = 0; i < CHUNK; i++) scale[i] = unit[i] = 1.0f;
 }
 
-/* write[i] becomes the write strength of token i, and 0 where there is no token. */
-static inline void read_write_strengths(float write[CHUNK], const tokens *t, int32_t kind)
+/* to[i] becomes beta of token i, and 0 where there is no token. */
+static inline void read_betas(float to[CHUNK], const tokens *t)
 {
     for (int i = 0; i < CHUNK; i++) {
         uint32_t bits = i < t->count && !t->beta_is_f32 ? (uint32_t)*bf16_row(t->beta, i) << 16 : 0;
-        memcpy(&write[i], &bits, sizeof bits);
-        if (i < t->count && t->beta_is_f32) write[i] = *f32_row(t->beta, i);
+        memcpy(&to[i], &bits, sizeof bits);
+        if (i < t->count && t->beta_is_f32) to[i] = *f32_row(t->beta, i);
     }
+}
+
+/* write[i] becomes the write strength of token i, and 0 where there is no token. */
+static inline void read_write_strengths(float write[CHUNK], const tokens *t, int32_t kind)
+{
+    read_betas(write, t);
     if (kind != FLASH_KDA_BETA_ACTIVATED)
         for (int i = 0; i < CHUNK; i += LANES) *vec_at(write + i) = sigmoid_exp2(load(write + i) * -LOG2E);
     if (kind == FLASH_KDA_BETA_TWICE_SIGMOID)
@@ -147,7 +153,17 @@ static inline void prepare_bounded(scratch *s, const tokens *t, const gate_const
     }
 }
 
-static void prepare(scratch *s, const fkda_problem *p, const tokens *t, const gate_constants *gate)
+static inline void load_bias(const fkda_problem *p, int64_t h, scratch *s)
+{
+    if (p->dt_bias)
+        memcpy(s->bias, p->dt_bias + h * K, sizeof s->bias);
+    else
+        memset(s->bias, 0, sizeof s->bias);
+}
+
+/* Everything but the factors b_i of L. */
+static void prepare_without_strengths(scratch *s, const fkda_problem *p, const tokens *t,
+                                      const gate_constants *gate)
 {
     if (p->qk_is_normalised) {
         leave_as_they_are(s->scale, s->unit);
@@ -161,8 +177,18 @@ static void prepare(scratch *s, const fkda_problem *p, const tokens *t, const ga
         prepare_bounded(s, t, gate);
     else
         prepare_unbounded(s, t, gate, p->gate);
+}
+
+static inline void multiply_by_strengths(scratch *s)
+{
     for (int i = 0; i < CHUNK; i++)
         for (int j = 0; j < CHUNK; j += LANES) *vec_at(s->lower[i] + j) *= s->write[i];
+}
+
+static void prepare(scratch *s, const fkda_problem *p, const tokens *t, const gate_constants *gate)
+{
+    prepare_without_strengths(s, p, t, gate);
+    multiply_by_strengths(s);
 }
 
 #endif

@@ -5,28 +5,35 @@
 
 #include "chunk.h"
 
-/* read = [K~'; Q~'] S */
-static inline void read_state(scratch *s, float (*state)[STRIP])
+/* Rows 0 to count - 1 of `to`, which are `stride` floats apart, become those of `a` times the state. */
+INLINE void multiply_state(float (*a)[K], float (*state)[STRIP], float *to, int stride, int count)
 {
-    for (int row = 0; row < 2 * CHUNK; row += ROWS) {
+    for (int row = 0; row < count; row += ROWS) {
         vec sum[ROWS][COLUMNS] = {{{0}}};
-        for (int k = 0; k < K; k++) {
+        const float *column = a[row]; /* one pointer for all rows, for which GCC would have ROWS */
+        for (int k = 0; k < K; k++, column++) {
             vec part[COLUMNS];
             UNROLL
             for (int c = 0; c < COLUMNS; c++) part[c] = load(state[k] + c * LANES);
             UNROLL
             for (int r = 0; r < ROWS; r++) {
-                vec a = splat(s->kq[row + r][k]);
+                vec x = splat(column[r * K]);
                 UNROLL
-                for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * part[c];
+                for (int c = 0; c < COLUMNS; c++) sum[r][c] += x * part[c];
             }
         }
         UNROLL
         for (int r = 0; r < ROWS; r++) {
             UNROLL
-            for (int c = 0; c < COLUMNS; c++) *vec_at(s->read[row + r] + c * LANES) = sum[r][c];
+            for (int c = 0; c < COLUMNS; c++) *vec_at(to + (row + r) * stride + c * LANES) = sum[r][c];
         }
     }
+}
+
+/* read = [K~'; Q~'] S */
+static inline void read_state(scratch *s, float (*state)[STRIP])
+{
+    multiply_state(s->kq, state, s->read[0], STRIP, 2 * CHUNK);
 }
 
 /* u = (I + L)^-1 diag(b) (v - K~' S) by forward substitution, in strips of ROWS rows. */
@@ -92,8 +99,9 @@ static inline void fade_fast_channels(const scratch *s, float (*state)[STRIP])
     }
 }
 
-/* S = diag(1 + decay_1) S + Kr^T u */
-static inline void update_state(const scratch *s, float (*state)[STRIP])
+/* S = diag(1 + decay_1) S + a^T y, for `count` rows of `a` and of `y`, which are `stride` floats apart. */
+INLINE void decay_and_add(const float *decay_1, float (*a)[K], const float *y, int stride, int count,
+                          float (*state)[STRIP])
 {
     for (int k = 0; k < K; k += ROWS) {
         vec sum[ROWS][COLUMNS];
@@ -102,18 +110,19 @@ static inline void update_state(const scratch *s, float (*state)[STRIP])
             UNROLL
             for (int c = 0; c < COLUMNS; c++) {
                 vec old = load(state[k + r] + c * LANES);
-                sum[r][c] = s->decay_1[k + r] * old + old;
+                sum[r][c] = decay_1[k + r] * old + old;
             }
         }
-        for (int i = 0; i < CHUNK; i++) {
-            vec u[COLUMNS];
+        const float *row = a[0] + k;
+        for (int i = 0; i < count; i++, row += K) {
+            vec part[COLUMNS];
             UNROLL
-            for (int c = 0; c < COLUMNS; c++) u[c] = load(s->u[i] + c * LANES);
+            for (int c = 0; c < COLUMNS; c++) part[c] = load(y + i * stride + c * LANES);
             UNROLL
             for (int r = 0; r < ROWS; r++) {
-                vec a = splat(s->kr[i][k + r]);
+                vec x = splat(row[r]);
                 UNROLL
-                for (int c = 0; c < COLUMNS; c++) sum[r][c] += a * u[c];
+                for (int c = 0; c < COLUMNS; c++) sum[r][c] += x * part[c];
             }
         }
         UNROLL
@@ -122,6 +131,12 @@ static inline void update_state(const scratch *s, float (*state)[STRIP])
             for (int c = 0; c < COLUMNS; c++) *vec_at(state[k + r] + c * LANES) = sum[r][c];
         }
     }
+}
+
+/* S = diag(1 + decay_1) S + Kr^T u */
+static inline void update_state(scratch *s, float (*state)[STRIP])
+{
+    decay_and_add(s->decay_1, s->kr, s->u[0], STRIP, CHUNK, state);
 }
 
 #endif

@@ -31,7 +31,7 @@ double fkda_reference_value(const void *data, int32_t dtype, int64_t i)
     return value;
 }
 
-static double sigmoid(double x)
+double fkda_reference_sigmoid(double x)
 {
     return 1.0 / (1.0 + exp(-x));
 }
@@ -42,28 +42,26 @@ static double softplus(double x)
     return x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x));
 }
 
-/* The natural logarithm of the decay of channel i of head h, from element g of the gate tensor. */
-static double log_decay(const fkda_problem *p, int64_t h, int i, double g)
+double fkda_reference_log_decay(const fkda_problem *p, int64_t h, int i, double g)
 {
     const double A_log = p->A_log ? p->A_log[h] : 0.0, dt_bias = p->dt_bias ? p->dt_bias[h * K + i] : 0.0;
     switch (p->gate) {
-    case FLASH_KDA_GATE_BOUNDED: return p->lower_bound * sigmoid(exp(A_log) * (g + dt_bias));
+    case FLASH_KDA_GATE_BOUNDED: return p->lower_bound * fkda_reference_sigmoid(exp(A_log) * (g + dt_bias));
     case FLASH_KDA_GATE_SOFTPLUS: return -exp(A_log) * softplus(g + dt_bias);
     default: return g;
     }
 }
 
-static double write_strength(const fkda_problem *p, double beta)
+double fkda_reference_write_strength(const fkda_problem *p, double beta)
 {
     switch (p->beta_kind) {
-    case FLASH_KDA_BETA_SIGMOID: return sigmoid(beta);
-    case FLASH_KDA_BETA_TWICE_SIGMOID: return 2.0 * sigmoid(beta);
+    case FLASH_KDA_BETA_SIGMOID: return fkda_reference_sigmoid(beta);
+    case FLASH_KDA_BETA_TWICE_SIGMOID: return 2.0 * fkda_reference_sigmoid(beta);
     default: return beta;
     }
 }
 
-/* A row of q or k, as the recurrence takes it. */
-static void load_unit(const fkda_problem *p, const fkda_token_view *t, int64_t offset, double *unit)
+void fkda_reference_unit(const fkda_problem *p, const fkda_token_view *t, int64_t offset, double *unit)
 {
     double sum = 0.0;
     for (int i = 0; i < K; i++) {
@@ -97,13 +95,14 @@ void fkda_reference_step(const fkda_problem *p, int64_t row, int64_t token, int6
 {
     double q[K], k[K], decay[K], u[V], o[V];
     const int64_t of = fkda_qk_head(&p->shape, h);
-    load_unit(p, &p->q, fkda_row_offset(&p->q, row, token, of), q);
-    load_unit(p, &p->k, fkda_row_offset(&p->k, row, token, of), k);
+    fkda_reference_unit(p, &p->q, fkda_row_offset(&p->q, row, token, of), q);
+    fkda_reference_unit(p, &p->k, fkda_row_offset(&p->k, row, token, of), k);
     const int64_t g = fkda_row_offset(&p->g, row, token, h);
     for (int i = 0; i < K; i++)
-        decay[i] = exp(log_decay(p, h, i, fkda_reference_value(p->g.data, p->g.dtype, g + i)));
+        decay[i] = exp(fkda_reference_log_decay(p, h, i, fkda_reference_value(p->g.data, p->g.dtype, g + i)));
     const int64_t beta = fkda_row_offset(&p->beta, row, token, h);
-    const double b = write_strength(p, fkda_reference_value(p->beta.data, p->beta.dtype, beta));
+    const double b =
+        fkda_reference_write_strength(p, fkda_reference_value(p->beta.data, p->beta.dtype, beta));
     const int64_t values = fkda_row_offset(&p->v, row, token, h);
 
     for (int v = 0; v < V; v++) u[v] = 0.0;

@@ -1,0 +1,30 @@
+/*
+ * A call of the backward pass after its arguments were checked, as problem.h has it for the forward pass.
+ * Everything below check_bwd.c takes this struct.
+ */
+#ifndef FKDA_BWD_PROBLEM_H
+#define FKDA_BWD_PROBLEM_H
+
+#include "problem.h"
+
+/* A view whose `data` is NULL is of a gradient that is absent: zeros as an input, not wanted as an output. */
+typedef struct fkda_bwd_problem {
+    /* The forward pass whose gradients are asked for: inputs, options, workspace and interrupt. It has no
+     * outputs, no pool and no checkpoints. */
+    fkda_problem fwd;
+    fkda_token_view dout;
+    fkda_state_view dfinal_state;
+    fkda_token_view dq, dk, dv, dg, dbeta;
+    bool has_saved;           /* fwd.saved, which is read; the pointer is NULL in a size call */
+    bool wants_parameters;    /* whether dA_log or ddt_bias is wanted; the pointers are NULL in a size call */
+    float *dA_log, *ddt_bias; /* [HV], [HV, K], or NULL */
+    fkda_state_view dinitial_state;
+} fkda_bwd_problem;
+
+/* Sequence n has state n in all tensors of states. */
+static inline int64_t fkda_bwd_slot(const fkda_state_view *states, int64_t n)
+{
+    return states->data ? n : FKDA_NO_SLOT;
+}
+
+#endif

@@ -1,0 +1,711 @@
+/*
+ * The backward pass: the fp64 reference against finite differences of the forward pass's reference, and
+ * kernels against the fp64 reference.
+ *
+ * FLASH_KDA_TEST_PROBLEMS says how many calls with drawn options are tried, and FLASH_KDA_TEST_SEED where they
+ * begin.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bwd_call.h"
+#include "compare.h"
+#include "draw.h"
+#include "recorded.h"
+
+/* ---- Errors -------------------------------------------------------------------------------------------- */
+
+/* Relative RMS: of gradients in bf16, of gradients in fp32, and of what gradients in bf16 are off beyond their
+ * own rounding. */
+static const double BF16_BAR = 3.5e-3, F32_BAR = 1e-4;
+
+/* Gradients whose RMS is far below this are as good as 0: some of their factors are at the end of fp32. */
+static const double FLOOR = 1e-28;
+
+/* The largest error of each gradient so far, as fp32 and as bf16. */
+static double worst[GRADIENTS][2], worst_beyond;
+
+/* Half of the distance between neighbouring numbers of bf16 around x. */
+static double half_step(double x)
+{
+    int exponent;
+    frexp(x, &exponent);
+    return ldexp(1.0, exponent - 9);
+}
+
+/* The relative RMS of a gradient; `beyond_rounding` without the largest error that rounding to bf16 makes. */
+static double error_of(const double *truth, const void *got, bool narrow, int64_t count, bool beyond_rounding)
+{
+    double wrong = 0.0, all = FLOOR * FLOOR * (double)count;
+    for (int64_t i = 0; i < count; i++) {
+        const double value =
+            narrow ? (double)float_from_bf16(((const uint16_t *)got)[i]) : (double)((const float *)got)[i];
+        if (!isfinite(value)) return INFINITY;
+        const double off = fabs(value - truth[i]) - (beyond_rounding ? half_step(truth[i]) : 0.0);
+        if (off > 0.0) wrong += off * off;
+        all += truth[i] * truth[i];
+    }
+    return count ? sqrt(wrong / all) : 0.0;
+}
+
+static void hold_gradient(gradient which, const double *truth, const void *got, bool narrow, int64_t count)
+{
+    const double error = error_of(truth, got, narrow, count, false), bar = narrow ? BF16_BAR : F32_BAR;
+    CHECK(error <= bar, "%s has relative error %.3g; it must be at most %.3g", gradient_names[which], error,
+          bar);
+    if (error > worst[which][narrow]) worst[which][narrow] = error;
+    if (!narrow) return;
+    const double beyond = error_of(truth, got, narrow, count, true);
+    CHECK(beyond <= F32_BAR, "%s has relative error %.3g beyond its rounding; it must be at most %.3g",
+          gradient_names[which], beyond, F32_BAR);
+    if (beyond > worst_beyond) worst_beyond = beyond;
+}
+
+/* How far the terms of dA_log of a head are from 0, together. */
+static double size_of_terms(const problem *p, const double *dg, int64_t h)
+{
+    double sum = 0.0;
+    for (int64_t i = 0; i < problem_rows(p) * DIM; i++) {
+        if (i / DIM % p->heads != h) continue;
+        const double g = p->g_f32 ? (double)p->g_f32[i] : (double)float_from_bf16(p->g[i]),
+                     x = g + (p->without_dt_bias ? 0.0 : (double)p->dt_bias[h * DIM + i % DIM]);
+        const double by_g = p->gate == FLASH_KDA_GATE_BOUNDED ? x : x > 1.0 ? x : 1.5;
+        if (dg[i] != 0.0) sum += fabs(dg[i] * by_g); /* of softplus a little less than that */
+    }
+    return sum;
+}
+
+/* dA_log of a head may be a millionth of its terms, which cancel. It is then held to a hundredth of them. */
+static void hold_A_log(const problem *p, const bwd_answer *truth, const float *got)
+{
+    double wrong = 0.0, all = FLOOR * FLOOR;
+    for (int64_t h = 0; h < p->heads; h++) {
+        const double right = truth->of[GRAD_A_LOG][h], terms = size_of_terms(p, truth->of[GRAD_G], h);
+        wrong += pow((double)got[h] - right, 2.0);
+        all += pow(fmax(fabs(right), 1e-2 * terms), 2.0);
+    }
+    const double error = sqrt(wrong / all);
+    CHECK(error <= F32_BAR, "dA_log has relative error %.3g; it must be at most %.3g", error, F32_BAR);
+    if (!(error <= worst[GRAD_A_LOG][0])) worst[GRAD_A_LOG][0] = error;
+}
+
+static void hold(const bwd_call *c, const bwd_answer *truth)
+{
+    for (int i = READ_GRADIENTS; i < GRADIENTS; i++) {
+        const flash_kda_tensor *t = &c->places[i].view;
+        if (!t->ndim) continue;
+        void *got = bwd_call_read(c, (gradient)i);
+        if (i == GRAD_A_LOG)
+            hold_A_log(c->problem->forward, truth, got);
+        else
+            hold_gradient((gradient)i, truth->of[i], got, t->dtype == FLASH_KDA_BF16,
+                          gradient_elements(c->problem, (gradient)i));
+        free(got);
+    }
+}
+
+/* ---- Calls --------------------------------------------------------------------------------------------- */
+
+/* What a call wrote; NULL for what it did not. */
+typedef struct outcome {
+    void *of[GRADIENTS];
+    int64_t bytes[GRADIENTS];
+} outcome;
+
+static void outcome_free(outcome *o)
+{
+    for (int i = 0; i < GRADIENTS; i++) free(o->of[i]);
+    *o = (outcome){{NULL}, {0}};
+}
+
+static bwd_options plain_options(void)
+{
+    return (bwd_options){.forward = options_of(STATE_IN, false)};
+}
+
+/* Runs a call, checks that it wrote gradients alone, and holds them to the answer unless that is NULL. */
+static outcome run(const bwd_problem *b, const bwd_answer *truth, bwd_options options)
+{
+    bwd_call c;
+    outcome o = {{NULL}, {0}};
+    flash_kda_status status = bwd_call_open(&c, b, options);
+    if (!CHECK(status == FLASH_KDA_OK, "workspace size: %s", flash_kda_last_error())) return o;
+    status = bwd_call_run(&c);
+    if (CHECK(status == FLASH_KDA_OK, "%s", flash_kda_last_error())) {
+        const char *damaged = bwd_call_damage(&c);
+        CHECK(!damaged, "memory around %s was written, or it is an input and changed", damaged);
+        if (truth) hold(&c, truth);
+        for (int i = READ_GRADIENTS; i < GRADIENTS; i++) {
+            if (!c.places[i].view.ndim) continue;
+            o.of[i] = bwd_call_read(&c, (gradient)i);
+            o.bytes[i] = gradient_elements(b, (gradient)i) * (int64_t)dtype_size(c.places[i].view.dtype);
+        }
+    }
+    bwd_call_close(&c);
+    return o;
+}
+
+static void run_and_hold(const bwd_problem *b, bwd_options options)
+{
+    bwd_answer truth = bwd_problem_solve(b);
+    outcome o = run(b, &truth, options);
+    outcome_free(&o);
+    bwd_answer_free(&truth);
+}
+
+/* That gradients which both calls wrote have equal bits. */
+static void check_equal(const outcome *a, const outcome *b, const char *what)
+{
+    for (int i = READ_GRADIENTS; i < GRADIENTS; i++)
+        if (a->of[i] && b->of[i])
+            CHECK(memcmp(a->of[i], b->of[i], (size_t)a->bytes[i]) == 0, "%s depends on %s", gradient_names[i],
+                  what);
+}
+
+/* ---- Finite differences of the reference --------------------------------------------------------------- */
+
+/* Inputs lie on a grid of this step and within [-1, 1], so that they are exact in bf16 two steps further. */
+static const float STEP = 0x1p-6f;
+
+/* An input that can be moved. */
+typedef struct movable {
+    gradient which;
+    uint16_t *narrow; /* or */
+    float *wide;
+    int64_t count;
+} movable;
+
+static void move(const movable *m, const int8_t *direction, float step)
+{
+    for (int64_t i = 0; i < m->count; i++) {
+        const float by = step * (float)direction[i];
+        if (m->wide)
+            m->wide[i] += by;
+        else
+            m->narrow[i] = bf16_from_float(float_from_bf16(m->narrow[i]) + by);
+    }
+}
+
+/* The sum of out * dout and of final_state * dfinal_state. */
+static double loss(const bwd_problem *b)
+{
+    const problem *p = b->forward;
+    answer a = problem_solve(p, true);
+    double sum = 0.0;
+    for (int64_t i = 0; i < problem_rows(p) * DIM; i++) sum += a.out[i] * (double)float_from_bf16(b->dout[i]);
+    for (int64_t i = 0; i < problem_states(p) * DIM * DIM; i++)
+        sum += a.state[i] * (double)b->dfinal_state[i];
+    answer_free(&a);
+    return sum;
+}
+
+static double loss_at(const bwd_problem *b, const movable *m, const int8_t *direction, float steps)
+{
+    move(m, direction, steps * STEP);
+    const double value = loss(b);
+    move(m, direction, -steps * STEP);
+    return value;
+}
+
+/* The derivative along a direction, with an error of the fourth power of the step. */
+static double difference(const bwd_problem *b, const movable *m, const int8_t *direction)
+{
+    return (8.0 * (loss_at(b, m, direction, 1.0f) - loss_at(b, m, direction, -1.0f)) -
+            (loss_at(b, m, direction, 2.0f) - loss_at(b, m, direction, -2.0f))) /
+           (12.0 * (double)STEP);
+}
+
+static float on_grid(rng *r, double low, double high)
+{
+    return STEP * (float)floor(rng_uniform(r, low, high) / (double)STEP);
+}
+
+static void fill_on_grid(rng *r, uint16_t *to, int64_t count, double low, double high)
+{
+    for (int64_t i = 0; i < count; i++) to[i] = bf16_from_float(on_grid(r, low, high));
+}
+
+static bwd_problem *problem_on_grid(rng *r, flash_kda_gate gate, flash_kda_beta beta_kind, bool normalised)
+{
+    static const int64_t lengths[] = {4, 0, 3};
+    problem *p = problem_create_ragged(lengths, 3, 2);
+    const bool activated = gate == FLASH_KDA_GATE_ACTIVATED;
+    const double size = normalised ? 0.2 : 1.0; /* so that keys do not make the state grow */
+    problem_group_heads(p, 2);
+    p->gate = gate;
+    p->beta_kind = beta_kind;
+    p->qk_is_normalised = normalised;
+    fill_on_grid(r, p->q, problem_qk_rows(p) * DIM, -size, size);
+    fill_on_grid(r, p->k, problem_qk_rows(p) * DIM, -size, size);
+    fill_on_grid(r, p->v, problem_rows(p) * DIM, -1.0, 1.0);
+    fill_on_grid(r, p->g, problem_rows(p) * DIM, -1.0, activated ? -0.1 : 1.0);
+    fill_on_grid(r, p->beta, problem_rows(p), -1.0, 1.0);
+    for (int64_t i = 0; i < p->heads; i++) p->A_log[i] = on_grid(r, -1.0, 1.0);
+    for (int64_t i = 0; i < p->heads * DIM; i++) p->dt_bias[i] = on_grid(r, -1.0, 1.0);
+    for (int64_t i = 0; i < problem_states(p) * DIM * DIM; i++) p->initial_state[i] = on_grid(r, -1.0, 1.0);
+    return bwd_problem_create(p, rng_bits(r));
+}
+
+static void check_difference(rng *r, const bwd_problem *b, const movable *m, const double *gradients)
+{
+    int8_t *direction = allocate((size_t)m->count, 1);
+    double expected = 0.0, size = 0.0;
+    const bool single = one_in(r, 2); /* one element, or a third of all */
+    for (int64_t i = 0; i < m->count; i++) direction[i] = single ? 0 : (int8_t)(below(r, 3) - 1);
+    if (single) direction[below(r, m->count)] = 1;
+    for (int64_t i = 0; i < m->count; i++) {
+        expected += gradients[i] * direction[i];
+        size += gradients[i] * gradients[i] * abs(direction[i]);
+    }
+    const double got = difference(b, m, direction), error = fabs(got - expected) / sqrt(size + 1e-12);
+    CHECK(error <= 2e-5, "%s is %.9g along a direction, and the difference of losses is %.9g",
+          gradient_names[m->which], expected, got);
+    if (error > worst[m->which][0]) worst[m->which][0] = error;
+    free(direction);
+}
+
+static void differences(void)
+{
+    rng r = rng_seed(5);
+    for (int i = 0; i < (test.quick ? 6 : 18); i++) {
+        const flash_kda_gate gate = (flash_kda_gate)(i % 3);
+        bwd_problem *b = problem_on_grid(&r, gate, (flash_kda_beta)(i / 3 % 3), i / 2 % 2);
+        problem *p = b->forward;
+        const bool activated = gate == FLASH_KDA_GATE_ACTIVATED;
+        const int64_t qk_values = problem_qk_rows(p) * DIM, values = problem_rows(p) * DIM;
+        const movable all[] = {
+            {GRAD_Q, p->q, NULL, qk_values},
+            {GRAD_K, p->k, NULL, qk_values},
+            {GRAD_V, p->v, NULL, values},
+            {GRAD_G, p->g, NULL, values},
+            {GRAD_BETA, p->beta, NULL, problem_rows(p)},
+            {GRAD_INITIAL_STATE, NULL, p->initial_state, problem_states(p) * DIM * DIM},
+            {GRAD_A_LOG, NULL, p->A_log, p->heads},
+            {GRAD_DT_BIAS, NULL, p->dt_bias, p->heads * DIM},
+        };
+        bwd_answer a = bwd_problem_solve(b);
+        trying("gate %d, beta %d, %snormalised", (int)gate, (int)p->beta_kind,
+               p->qk_is_normalised ? "" : "not ");
+        for (int m = 0; m < (activated ? 6 : 8); m++)
+            for (int k = 0; k < 3; k++) check_difference(&r, b, &all[m], a.of[all[m].which]);
+        bwd_answer_free(&a);
+        bwd_problem_free(b);
+    }
+    memset(worst, 0, sizeof worst); /* the rest is about kernels */
+}
+
+/* ---- Kernels against the reference --------------------------------------------------------------------- */
+
+static void check_problem(problem *p, uint64_t seed)
+{
+    bwd_problem *b = bwd_problem_create(p, seed);
+    run_and_hold(b, plain_options());
+    bwd_problem_free(b);
+}
+
+static void lengths(void)
+{
+    for (int64_t tokens = 1; tokens <= 50; tokens++) {
+        const bool near_chunk_end = tokens % 16 <= 1 || tokens % 16 == 15;
+        if (test.quick && !near_chunk_end) continue;
+        problem *p = problem_create(1, tokens, 1);
+        fill_case(p, find_case("channels from fast to slow"), (uint64_t)tokens);
+        trying("T = %lld", (long long)tokens);
+        check_problem(p, (uint64_t)tokens);
+    }
+}
+
+static void ragged(void)
+{
+    static const int64_t by_hand[][5] = {
+        {0, 1, 0, 16, 0}, {17, 0, 0, 31, 1}, {16, 16, 16, 16, 16}, {0, 0, 0, 0, 70}, {0, 0, 0, 0, 0}};
+    for (int i = 0; i < 5; i++) {
+        problem *p = problem_create_ragged(by_hand[i], 5, 2);
+        fill_case(p, find_case("random"), (uint64_t)i);
+        trying("ragged %d", i);
+        check_problem(p, (uint64_t)i);
+    }
+    problem *p = problem_create(3, 40, 2);
+    fill_case(p, find_case("slow gates"), 7);
+    trying("3 batch rows");
+    check_problem(p, 7);
+}
+
+static void cases(void)
+{
+    for (int i = 0; i < test_case_count; i++) {
+        problem *p = problem_create(1, test.quick ? 70 : 200, 1);
+        fill_case(p, &test_cases[i], 11);
+        trying("%s, T = %lld", test_cases[i].name, (long long)p->tokens);
+        check_problem(p, 11);
+    }
+}
+
+static void gates(void)
+{
+    for (int i = 0; i < DECAY_KINDS; i++) {
+        for (int softplus = 0; softplus < 2; softplus++) {
+            for (int wide = 0; wide < 2; wide++) {
+                problem *p = problem_create(1, test.quick ? 40 : 100, 1);
+                fill_case(p, find_case("random"), 3);
+                p->gate = softplus ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_ACTIVATED;
+                fill_decays(p, (decays)i, wide, 17);
+                trying("%s, %s gate in %s", decays_names[i], softplus ? "softplus" : "activated",
+                       wide ? "f32" : "bf16");
+                check_problem(p, 17);
+            }
+        }
+    }
+}
+
+/* Gates that forget everything: an infinite one, and the largest finite one. */
+static void endless_gates(void)
+{
+    static const float values[] = {-INFINITY, -3e38f, -200.0f, 0.0f};
+    for (int gate = 0; gate < 3; gate++) {
+        for (int i = 0; i < 4; i++) {
+            problem *p = problem_create(1, 37, 1);
+            fill_case(p, find_case("random"), 3);
+            p->gate = (flash_kda_gate)gate;
+            for (int64_t at = 0; at < 37 * DIM; at += i == 3 ? 1 : 3)
+                p->g[at] = bf16_from_float(p->gate == FLASH_KDA_GATE_ACTIVATED ? values[i] : -values[i]);
+            trying("gate %d, every third g is %g", gate, (double)values[i]);
+            if (p->gate == FLASH_KDA_GATE_ACTIVATED)
+                for (int64_t at = 0; at < 37 * DIM; at++) p->g[at] |= 0x8000;
+            check_problem(p, 3);
+        }
+    }
+}
+
+static void groups(void)
+{
+    for (int64_t shared = 2; shared <= 4; shared++) {
+        static const int64_t sizes[] = {33, 0, 16, 1};
+        problem *p = problem_create_ragged(sizes, 4, 2 * shared);
+        problem_group_heads(p, shared);
+        fill_case(p, find_case("channels from fast to slow"), (uint64_t)shared);
+        trying("%lld value heads for 2 heads of q and k", (long long)p->heads);
+        check_problem(p, (uint64_t)shared);
+    }
+}
+
+/* More than one segment, in both halves of what a group's sums are kept in. */
+static void segments(void)
+{
+    static const int64_t sizes[] = {700, 5, 321};
+    for (int64_t shared = 1; shared <= 2; shared++) {
+        problem *p = problem_create_ragged(sizes, 3, shared);
+        problem_group_heads(p, shared);
+        fill_case(p, find_case("slow gates"), 23);
+        trying("long sequences, %lld heads", (long long)shared);
+        check_problem(p, 23);
+    }
+    if (test.quick) return;
+    problem *p = problem_create(1, 4000, 1);
+    fill_case(p, find_case("channels from fast to slow"), 29);
+    trying("T = 4000");
+    check_problem(p, 29);
+}
+
+/* Channels that forget 1e-6 nats a token: the gradient of each of them must be right, not only that of all
+ * together. */
+static void slow_channels(void)
+{
+    const int64_t tokens = test.quick ? 330 : 2000;
+    problem *p = problem_create(1, tokens, 1);
+    fill_case(p, find_case("random"), 31);
+    p->gate = FLASH_KDA_GATE_ACTIVATED;
+    p->g_f32 = allocate((size_t)tokens * DIM, sizeof *p->g_f32);
+    for (int64_t i = 0; i < tokens * DIM; i++) p->g_f32[i] = i % DIM % 8 ? -0.5f : -1e-6f;
+    bwd_problem *b = bwd_problem_create(p, 31);
+    bwd_answer truth = bwd_problem_solve(b);
+    trying("slow channels, T = %lld", (long long)tokens);
+    outcome o = run(b, &truth, plain_options());
+    double largest = 0.0;
+    for (int channel = 0; o.of[GRAD_G] && channel < DIM; channel++) {
+        double wrong = 0.0, all = 0.0;
+        for (int64_t i = channel; i < tokens * DIM; i += DIM) {
+            wrong += pow((double)((float *)o.of[GRAD_G])[i] - truth.of[GRAD_G][i], 2.0);
+            all += pow(truth.of[GRAD_G][i], 2.0);
+        }
+        const double error = sqrt(wrong / all);
+        if (!(error <= largest)) largest = error; /* a NaN stays */
+    }
+    CHECK(largest <= 1e-4, "dg of the worst channel has relative error %.3g; it must be at most 1e-4",
+          largest);
+    outcome_free(&o);
+    bwd_answer_free(&truth);
+    bwd_problem_free(b);
+}
+
+static void recorded(void)
+{
+    for (int i = 0; i < (test.quick ? 1 : RECORDED_CASES); i++) {
+        char path[512], why[256];
+        snprintf(path, sizeof path, "%s/%s", FLASH_KDA_DATA, recorded_files[i]);
+        problem *p = recorded_load(path, why);
+        if (!CHECK(p, "%s", why)) continue;
+        p->tokens = test.quick ? 50 : p->tokens < 600 ? p->tokens : 600;
+        trying("%s", recorded_files[i]);
+        check_problem(p, 37);
+    }
+}
+
+/* ---- Bits ---------------------------------------------------------------------------------------------- */
+
+static void determinism(void)
+{
+    static const int64_t sizes[] = {130, 0, 64, 33, 200};
+    problem *p = problem_create_ragged(sizes, 5, 4);
+    problem_group_heads(p, 2);
+    fill_case(p, find_case("random"), 41);
+    bwd_problem *b = bwd_problem_create(p, 41);
+    bwd_options options = plain_options();
+    options.forward.threads = 1;
+    outcome first = run(b, NULL, options);
+    for (int i = 0; i < (test.quick ? 4 : 12); i++) {
+        options.forward.threads = i;
+        trying("run %d, cpu_threads = %d", i, i);
+        outcome again = run(b, NULL, options);
+        check_equal(&first, &again, "the number of threads");
+        outcome_free(&again);
+    }
+    outcome_free(&first);
+    bwd_problem_free(b);
+}
+
+/* Gradients have the same bits with and without what the forward pass saved, and the forward pass writes the
+ * same output. */
+static void saved(void)
+{
+    static const int64_t sizes[] = {700, 0, 321, 5, 320, 644};
+    for (int64_t shared = 1; shared <= 3; shared++) {
+        problem *p = shared == 2 ? problem_create(2, 900, 2) : problem_create_ragged(sizes, 6, shared);
+        problem_group_heads(p, shared);
+        fill_case(p, find_case("slow gates"), 47);
+        bwd_problem *b = bwd_problem_create(p, 47);
+        bwd_options options = plain_options();
+        trying("%lld value heads for a head of q and k", (long long)shared);
+        outcome computed = run(b, NULL, options);
+        for (int threads = 1; threads < 4; threads += 2) {
+            options.saves = true;
+            options.forward.threads = threads;
+            outcome read = run(b, NULL, options);
+            check_equal(&computed, &read, "whether states were saved");
+            outcome_free(&read);
+        }
+        outcome_free(&computed);
+        bwd_problem_free(b);
+    }
+}
+
+/* The call reads what was saved: NaN there reach the gradients. */
+static void saved_is_read(void)
+{
+    problem *p = problem_create(1, 330, 1);
+    fill_case(p, find_case("slow gates"), 53);
+    bwd_problem *b = bwd_problem_create(p, 53);
+    bwd_options options = plain_options();
+    bwd_call c;
+    options.saves = true;
+    must(bwd_call_open(&c, b, options));
+    trying("NaN in what was saved");
+    memset(buffer_start(&c.saved), NAN_BYTE, c.saved.bytes);
+    must(bwd_call_run(&c));
+    uint16_t *dq = bwd_call_read(&c, GRAD_Q);
+    const int64_t border = 320 * DIM, end = 330 * DIM;
+    for (int64_t i = 0; i < end; i++)
+        CHECK(isnan(float_from_bf16(dq[i])) == (i >= border), "dq[%lld] is %g", (long long)i,
+              (double)float_from_bf16(dq[i]));
+    free(dq);
+    bwd_call_close(&c);
+    bwd_problem_free(b);
+}
+
+/* What is saved is at most a fifth of q, k, v and g, whatever the shape. */
+static void saved_bytes(void)
+{
+    for (int64_t shared = 1; shared <= 64; shared *= 2) {
+        for (int64_t tokens = 0; tokens < 5000; tokens += 1 + tokens / 7) {
+            const int64_t qk[] = {2, tokens, 3, DIM}, values[] = {2, tokens, 3 * shared, DIM};
+            flash_kda_fwd_params p = {
+                .struct_size = sizeof p,
+                .device = test.device,
+                .kernel = test.kernel,
+                .q = tensor_of(NULL, FLASH_KDA_BF16, 4, qk),
+                .v = tensor_of(NULL, FLASH_KDA_BF16, 4, values),
+                .beta = tensor_of(NULL, FLASH_KDA_BF16, 3, values),
+            };
+            p.k = p.q;
+            p.g = p.out = p.v;
+            size_t bytes = SIZE_MAX;
+            must(flash_kda_fwd_saved_size(&p, &bytes));
+            const int64_t inputs = 2 * 2 * tokens * DIM * (2 * 3 + 2 * 3 * shared);
+            trying("T = %lld, %lld value heads for a head of q and k", (long long)tokens, (long long)shared);
+            CHECK((int64_t)bytes * 5 <= inputs, "%zu bytes are saved of %lld", bytes, (long long)inputs);
+            CHECK(bytes > 0 || tokens <= 640, "nothing is saved");
+        }
+    }
+}
+
+/* A gradient has the same bits whatever others are wanted. */
+static void absent(void)
+{
+    static const int64_t sizes[] = {40, 0, 17};
+    problem *p = problem_create_ragged(sizes, 3, 2);
+    fill_case(p, find_case("random"), 43);
+    bwd_problem *b = bwd_problem_create(p, 43);
+    bwd_options options = plain_options();
+    outcome all = run(b, NULL, options);
+    for (int i = READ_GRADIENTS; i < GRADIENTS; i++) {
+        for (int others = 0; others < 2; others++) {
+            options.absent = others ? (1 << GRADIENTS) - 1 - (1 << i) : 1 << i;
+            trying("%s %s", others ? "only" : "without", gradient_names[i]);
+            outcome some = run(b, NULL, options);
+            check_equal(&all, &some, "which gradients are wanted");
+            outcome_free(&some);
+        }
+    }
+    outcome_free(&all);
+    for (int i = 1; i < 8; i++) {
+        b->without_dout = i & 1, b->without_dfinal_state = i & 2, b->without_initial_state = i & 4;
+        trying("%s%s%s", i & 1 ? "without dout " : "", i & 2 ? "without dfinal_state " : "",
+               i & 4 ? "without initial_state" : "");
+        run_and_hold(b, plain_options());
+    }
+    bwd_problem_free(b);
+}
+
+static void fill_nan(uint16_t *at, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) at[i] = 0x7fc0;
+}
+
+/* The gradients of a sequence do not depend on the sequences beside it. Here they hold nothing but NaN. */
+static void neighbours(void)
+{
+    static const int64_t sizes[] = {13, 20, 7};
+    problem *p = problem_create_ragged(sizes, 3, 2);
+    const int64_t width = p->heads * DIM, state = p->heads * DIM * DIM;
+    fill_case(p, find_case("random"), 61);
+    bwd_problem *b = bwd_problem_create(p, 61);
+    outcome before = run(b, NULL, plain_options());
+    for (int n = 0; n < 3; n += 2) {
+        const int64_t first = p->cu_seqlens[n];
+        uint16_t *const tensors[] = {p->q, p->k, p->v, p->g, b->dout};
+        for (int i = 0; i < 5; i++) fill_nan(tensors[i] + first * width, sizes[n] * width);
+        fill_nan(p->beta + first * p->heads, sizes[n] * p->heads);
+    }
+    trying("NaN before and after a sequence");
+    outcome after = run(b, NULL, plain_options());
+    for (int i = GRAD_Q; before.of[GRAD_Q] && after.of[GRAD_Q] && i <= GRAD_BETA; i++) {
+        const int64_t row = i == GRAD_BETA ? p->heads : width;
+        CHECK(memcmp((uint16_t *)before.of[i] + sizes[0] * row, (uint16_t *)after.of[i] + sizes[0] * row,
+                     (size_t)(sizes[1] * row) * 2) == 0,
+              "%s differs", gradient_names[i]);
+    }
+    if (before.of[GRAD_INITIAL_STATE] && after.of[GRAD_INITIAL_STATE])
+        CHECK(first_difference((float *)before.of[GRAD_INITIAL_STATE] + state,
+                               (float *)after.of[GRAD_INITIAL_STATE] + state, 4, state) < 0,
+              "dinitial_state differs");
+    outcome_free(&before);
+    outcome_free(&after);
+    bwd_problem_free(b);
+}
+
+/* ---- Drawn options ------------------------------------------------------------------------------------- */
+
+static uint64_t number_from(const char *variable, uint64_t otherwise)
+{
+    const char *text = getenv(variable);
+    return text ? strtoull(text, NULL, 10) : otherwise;
+}
+
+static void try_seed(uint64_t seed)
+{
+    rng r = rng_seed(seed);
+    const drawing how = {ALL_OPTIONS & ~(1 << OPTION_POOL | 1 << OPTION_CHECKPOINTS), test.quick ? 150 : 600,
+                         false};
+    problem *p = draw_problem(&r, how);
+    bwd_problem *b = bwd_problem_create(p, rng_bits(&r));
+    bwd_options options = {.forward = draw_options(&r, how, p)};
+    options.forward.counts_nonfinite = false;
+    options.forward.cut = FLASH_KDA_CUT_AUTO;
+    options.bf16_dfinal_state = one_in(&r, 2);
+    options.saves = one_in(&r, 3);
+    b->without_dout = one_in(&r, 6);
+    b->without_dfinal_state = one_in(&r, 3);
+    b->without_initial_state = one_in(&r, 3);
+    for (int i = 0; i < GRADIENTS; i++) options.layouts[i] = (layout)below(&r, 3);
+    if (one_in(&r, 3)) options.absent = (int)below(&r, 1 << GRADIENTS) & ~(1 << (GRAD_Q + below(&r, 5)));
+    char text[DESCRIPTION];
+    trying("seed %llu: %s", (unsigned long long)seed, describe(p, &options.forward, text));
+    run_and_hold(b, options);
+    bwd_problem_free(b);
+}
+
+static void drawn(void)
+{
+    const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1),
+                   count = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 20 : 100);
+    for (uint64_t seed = first; seed < first + count; seed++) try_seed(seed);
+}
+
+/* ---- Interruption -------------------------------------------------------------------------------------- */
+
+static void interrupted(void)
+{
+    problem *p = problem_create(1, 40, 2);
+    fill_case(p, find_case("random"), 71);
+    bwd_problem *b = bwd_problem_create(p, 71);
+    const volatile int32_t interrupt = 1;
+    bwd_call c;
+    must(bwd_call_open(&c, b, plain_options()));
+    c.params.interrupt = &interrupt;
+    trying("*interrupt is 1 when the call begins");
+    CHECK(bwd_call_run(&c) == FLASH_KDA_INTERRUPTED, "the call was not given up");
+    CHECK(bwd_call_untouched(&c), "a call that was given up wrote");
+    bwd_call_close(&c);
+    bwd_problem_free(b);
+}
+
+static void print_worst(void)
+{
+    printf("  errors:");
+    for (int i = READ_GRADIENTS; i < GRADIENTS; i++) {
+        if (worst[i][1] > 0.0) printf(" %s bf16 %.2e", gradient_names[i], worst[i][1]);
+        if (worst[i][0] > 0.0) printf(" %s f32 %.2e", gradient_names[i], worst[i][0]);
+    }
+    printf(" beyond rounding %.2e\n", worst_beyond);
+    worst_beyond = 0.0;
+    memset(worst, 0, sizeof worst);
+}
+
+int main(int argc, char **argv)
+{
+    static const group all[] = {
+        {"differences", differences},
+        {"lengths", lengths},
+        {"ragged", ragged},
+        {"cases", cases},
+        {"gates", gates},
+        {"endless-gates", endless_gates},
+        {"groups", groups},
+        {"segments", segments},
+        {"slow-channels", slow_channels},
+        {"recorded", recorded},
+        {"determinism", determinism},
+        {"saved", saved},
+        {"saved-is-read", saved_is_read},
+        {"saved-bytes", saved_bytes},
+        {"absent", absent},
+        {"neighbours", neighbours},
+        {"drawn", drawn},
+        {"interrupted", interrupted},
+        {"worst", print_worst},
+    };
+    harness_start(argc, argv);
+    return harness_run(all, sizeof all / sizeof *all);
+}
