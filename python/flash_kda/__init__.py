@@ -74,6 +74,16 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
+_ADAPTERS = ("fla", "jax")  # modules for other packages, each of which needs an import of its own
+
+
+def __getattr__(name: str) -> Any:
+    """So that `flash_kda.fla.install()` works after `import flash_kda`, which imports no adapter."""
+    if name in _ADAPTERS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _ZERO, _AUTO = 0, "auto"  # these defaults are looked for by identity, since 0 == 0.0 == False
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
 _A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE, _WORKSPACE = (
