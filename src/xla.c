@@ -162,7 +162,7 @@ static const char *place(const function *f, params *p, const ffi_buffer *buffer,
         return NULL;
     }
     if (offset > (int64_t)(f->size - sizeof(flash_kda_tensor))) return "a place is outside of its struct";
-    flash_kda_tensor *tensor = (flash_kda_tensor *)(void *)(p->bytes + offset);
+    flash_kda_tensor *tensor = (flash_kda_tensor *)(p->bytes + offset);
     if (!fits(tensor, buffer)) return "an array has another shape or dtype than when the call was traced";
     void *data = buffer->data ? buffer->data : empty;
     if (tensor->data && tensor->data != data) return "a tensor that is updated in place has two memories";
@@ -235,7 +235,7 @@ static ffi_error *run(const ffi_frame *frame, const function *f)
 static ffi_error *handle(ffi_frame *frame, const function *f)
 {
     if (frame->extensions && frame->extensions->type == FFI_METADATA) {
-        ffi_metadata *metadata = ((ffi_metadata_extension *)(void *)frame->extensions)->metadata;
+        ffi_metadata *metadata = ((ffi_metadata_extension *)frame->extensions)->metadata;
         /* The version that calls, since the structs above are the same in all versions with major 0. */
         metadata->version.struct_size = sizeof metadata->version;
         metadata->version.extensions = NULL;

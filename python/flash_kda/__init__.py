@@ -739,7 +739,7 @@ def compute(
         Python array API standard.
 
     Inside of `jax.jit`, `jax.grad` and `jax.vmap` arrays are tracers, which have no memory and are refused.
-    Under `jax.jit` the call can go through `jax.pure_callback`, which copies arrays to the CPU and back.
+    `flash_kda.jax.fwd` is this function for `jax.jit` and `jax.vmap`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`.

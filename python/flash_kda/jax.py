@@ -22,21 +22,22 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+from . import _arrays, _functional, _lib
+from ._call import PreparedCall, View, check_numbers
+from ._call_options import CallOptions, KnownOptions, option_fields
+from ._decode_options import DECODE
+from ._options import FWD
+
+_NEEDED = "flash_kda.jax needs JAX 0.6 or newer ({}); `pip install --upgrade jax` installs it"
 try:
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax import ffi
 except ImportError as error:
-    raise ImportError(
-        f"flash_kda.jax needs JAX 0.6 or newer ({error}); `pip install --upgrade jax` installs it"
-    ) from error
-
-from . import _arrays, _functional, _lib
-from ._call import PreparedCall, View, check_numbers
-from ._call_options import CallOptions, option_fields
-from ._decode_options import DECODE
-from ._options import FWD
+    raise ImportError(_NEEDED.format(error)) from error
+if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 6):
+    raise ImportError(_NEEDED.format(f"this one is {jax.__version__}"))
 
 __all__ = ["chunk_kda", "decode", "fwd"]
 
@@ -177,24 +178,34 @@ def _number(name: str, x: Any) -> float:
     return float(x)
 
 
-def _run(known: Any, arrays: dict[str, Any], numbers: dict[str, Any], options: dict[str, Any], **more: Any) -> Any:
-    """arrays: the arguments by name, None where there is none. more: the rest of a _Call, and the optional
-    arrays that only the results have."""
+def _run(
+    known: KnownOptions,
+    given: dict[str, Any],
+    scale: Any,
+    lower_bound: Any,
+    values: dict[str, Any],
+    in_place: list[tuple[str, str]],
+    state_shape: tuple[int, ...] = (),
+) -> tuple[Any, ...]:
+    """given: the arguments by name, None where there is none. values: of the options. The others as in
+    _Call."""
     cls = known.cls
-    written = more.pop("written")
-    arrays = {name: _array(name, x) for name, x in arrays.items() if x is not None}
+    arrays = {name: _array(name, x) for name, x in given.items() if x is not None}
     for name in ("A_log", "dt_bias"):  # C takes them in fp32 alone
         if name in arrays and arrays[name].dtype in (jnp.bfloat16, jnp.float16):
             arrays[name] = arrays[name].astype(jnp.float32)
-    given = cls.bits_of(*(n for n in cls.optional_arrays if n in arrays or n in written))
-    lower_bound = numbers["lower_bound"]
-    values = {"has_lower_bound": lower_bound is not None, **options, "given": given}
-    options = known.known(*(values.get(f.name, f.default) for f in dataclasses.fields(cls)))
-    numbers = {
-        "scale": _number("scale", numbers["scale"]),
-        "lower_bound": 0.0 if lower_bound is None else _number("lower_bound", lower_bound),
-    }
-    return _differentiable(_Call(options, **numbers, arguments=tuple(arrays), **more), *arrays.values())
+    results = {name for name, _ in in_place} | ({"final_state"} if state_shape else set())
+    present = [n for n in cls.optional_arrays if n in arrays or n in results]
+    values = {**values, "given": cls.bits_of(*present), "has_lower_bound": lower_bound is not None}
+    call = _Call(
+        known.known(*(values.get(f.name, f.default) for f in dataclasses.fields(cls))),
+        _number("scale", scale),
+        0.0 if lower_bound is None else _number("lower_bound", lower_bound),
+        tuple(arrays),
+        tuple(in_place),
+        state_shape,
+    )
+    return _differentiable(call, *arrays.values())
 
 
 def fwd(
@@ -252,18 +263,17 @@ def fwd(
     }  # fmt: skip
     _check_options("fwd", FWD, options)
     v_shape = _array("v", v).shape
-    in_place, state_shape, written = [], (), []
-    if output_final_state:
-        written.append("final_state")
-        if state_indices is None:
-            state_shape = _functional._state_shape(None, q, _array("v", v), cu_seqlens)
-        elif initial_state is None:
-            raise ValueError(
-                "state_indices is given without initial_state; initial_state must be the pool of which fwd "
-                "returns a changed copy"
-            )
-        else:
-            in_place.append(("final_state", "initial_state"))
+    in_place: list[tuple[str, str]] = []
+    state_shape: tuple[int, ...] = ()
+    if output_final_state and state_indices is None:
+        state_shape = _functional._state_shape(None, q, _array("v", v), cu_seqlens)
+    elif output_final_state and initial_state is None:
+        raise ValueError(
+            "state_indices is given without initial_state; initial_state must be the pool of which fwd "
+            "returns a changed copy"
+        )
+    elif output_final_state:
+        in_place.append(("final_state", "initial_state"))
     asked = {
         "checkpoint_offsets": checkpoint_offsets, "checkpoint_indices": checkpoint_indices,
         "checkpoint_starts": checkpoint_starts, "checkpoint_every": checkpoint_every,
@@ -273,11 +283,8 @@ def fwd(
     if rows is not None:
         arrays["checkpoint_states"] = jnp.zeros((rows, *v_shape[2:3], _DIM, _DIM), jnp.float32)
         in_place.append(("checkpoint_states", "checkpoint_states"))
-    done = _run(
-        FWD, arrays, {"scale": scale, "lower_bound": lower_bound},
-        {**options, "checkpoint_every": checkpoint_every},
-        written=written, in_place=tuple(in_place), state_shape=state_shape,
-    )  # fmt: skip
+    options["checkpoint_every"] = checkpoint_every
+    done = _run(FWD, arrays, scale, lower_bound, options, in_place, state_shape)
     out, *others = done
     state = others.pop(0) if output_final_state else None
     return (out, state, *others)
@@ -374,16 +381,13 @@ def decode(
         "cu_seqlens": cu_seqlens, "parents": parents, "rounding": rounding,
     }  # fmt: skip
     _check_options("decode", DECODE, options)
-    in_place = () if write_states == "none" else (("state", "state"),)
-    out, *states = _run(
-        DECODE, arrays, {"scale": scale, "lower_bound": lower_bound},
-        {**options, "write_states": write_states},
-        written=(), in_place=in_place, state_shape=(),
-    )  # fmt: skip
-    return (out, *(states or [jnp.asarray(state)]))
+    options["write_states"] = write_states
+    in_place = [] if write_states == "none" else [("state", "state")]
+    out, *states = _run(DECODE, arrays, scale, lower_bound, options, in_place)
+    return out, states[0] if states else jnp.asarray(state)
 
 
-def _check_options(function: str, known: Any, options: dict[str, Any]) -> None:
+def _check_options(function: str, known: KnownOptions, options: dict[str, Any]) -> None:
     takes = {f.name for f in option_fields(known.cls)}
     for name in options:
         if name not in takes:
