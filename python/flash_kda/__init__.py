@@ -74,6 +74,16 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
+_ADAPTERS = ("fla", "jax")  # modules for other packages, each of which needs an import of its own
+
+
+def __getattr__(name: str) -> Any:
+    """So that `flash_kda.fla.install()` works after `import flash_kda`, which imports no adapter."""
+    if name in _ADAPTERS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _ZERO, _AUTO = 0, "auto"  # these defaults are looked for by identity, since 0 == 0.0 == False
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
 # The bits in `given` of the first optional arrays of `fwd`, whose order is that of _options.OPTIONAL_ARRAYS.
@@ -671,7 +681,7 @@ def compute(
         Python array API standard.
 
     Inside of `jax.jit`, `jax.grad` and `jax.vmap` arrays are tracers, which have no memory and are refused.
-    Under `jax.jit` the call can go through `jax.pure_callback`, which copies arrays to the CPU and back.
+    `flash_kda.jax.fwd` is this function for `jax.jit` and `jax.vmap`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`.

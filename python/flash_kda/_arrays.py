@@ -286,7 +286,7 @@ def device_of(
     library = library_of(x)
     if library == "jax" and type(x).__name__.endswith("Tracer"):
         raise TypeError(
-            f"{name} is a tracer: flash_kda cannot be called inside of jax.jit, jax.grad or jax.vmap; "
+            f"{name} is a tracer of jax.jit, jax.grad or jax.vmap, which has no memory; "
             f"{options.instead_of_tracer}"
         )
     if library in _IMMUTABLE and written:

@@ -47,7 +47,7 @@ class DecodeOptions(GateAndBeta, CallOptions):
     written_arrays = ("out", "state", "records")
     operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")
     instead_of_immutable = _COPY
-    instead_of_tracer = "call it outside of them"
+    instead_of_tracer = "call flash_kda.jax.decode there, or decode outside of them"
 
     first_slot: int = first_slot_option()
     write_states: str = option("last", choice("last", "none", "each"))

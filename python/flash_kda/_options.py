@@ -72,10 +72,7 @@ class Options(GateAndBeta, CallOptions):
     written_arrays = WRITTEN_ARRAYS
     operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
     instead_of_immutable = "flash_kda.compute returns new arrays instead"
-    instead_of_tracer = (
-        "call flash_kda.compute outside of them. Inside of jax.jit alone it can also be called through "
-        "jax.pure_callback, which copies arrays to the CPU"
-    )
+    instead_of_tracer = "call flash_kda.jax.fwd there, or flash_kda.compute outside of them"
 
     kernel: str | None = kernel_option()
     threads: int = threads_option()

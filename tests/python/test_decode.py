@@ -587,5 +587,5 @@ def test_jax():
         flash_kda.decode(**{**work, "q": q})
         return q
 
-    with pytest.raises(TypeError, match=r"q is a tracer: flash_kda cannot be called inside of jax\.jit"):
+    with pytest.raises(TypeError, match=r"q is a tracer of jax\.jit, .* call flash_kda\.jax\.decode"):
         jax.jit(traced)(inputs["q"])

@@ -24,7 +24,7 @@ LEVELS = [
     {"_torch", "_functional", "_shapes"},
     {"_reference", "_chunk_kda", "_fla"},
     {"_fused_recurrent_kda", "vllm", "sglang"},
-    {"__init__", "__main__"},
+    {"__init__", "__main__", "fla", "jax"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
 
