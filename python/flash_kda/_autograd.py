@@ -14,6 +14,7 @@ This module is imported only once PyTorch itself is there.
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -56,13 +57,17 @@ _READ = (*INPUTS, "cu_seqlens")
 _DIM = 128
 
 
+@lru_cache(maxsize=1024, typed=True)
+def _options(known: Any, bits: int, values: tuple, has_lower_bound: bool) -> CallOptions:
+    named = {**dict(zip(OPTIONS, values)), "has_lower_bound": has_lower_bound}
+    return known.known(bits, *(named.get(f.name, f.default) for f in fields(known.cls) if f.name != "given"))
+
+
 def _options_of(known: Any, given: dict[str, Any], values: tuple, lower_bound: Any) -> CallOptions:
     """The options of a call with these arrays. values: those of OPTIONS."""
     cls = known.cls
     bits = cls.bits_of(*(name for name in given if name in cls.optional_arrays))
-    named = {**dict(zip(OPTIONS, values)), "has_lower_bound": lower_bound is not None}
-    fields = cls.__dataclass_fields__
-    return known.known(bits, *(named.get(name, fields[name].default) for name in fields if name != "given"))
+    return _options(known, bits, values, lower_bound is not None)
 
 
 def _call(known: Any, arrays: dict[str, Any], values: tuple, scale: float, lower_bound: Any) -> None:
@@ -222,15 +227,42 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients_of(ctx: Any, dout: Any, dfinal_state: Any, _: Any) -> tuple[Any, ...]:
+    return _go_back(getattr(torch.ops.flash_kda, _BACKWARD_NAME), ctx, dout, dfinal_state)
+
+
+def _go_back(backward: Any, ctx: Any, dout: Any, dfinal_state: Any) -> tuple[Any, ...]:
+    """What autograd wants of a backward pass: a gradient or None for each argument of _FORWARD."""
     needed = ctx.needs_input_grad[: len(INPUTS)]
     others = (None,) * (1 + len(ctx.rest) + 2)  # cu_seqlens, scale, ..., output_final_state, save
     if dout is None and dfinal_state is None:
         return (None,) * len(INPUTS) + others
     wanted = sum(1 << i for i, needs in enumerate(needed) if needs)
-    gradients = getattr(torch.ops.flash_kda, _BACKWARD_NAME)(
-        *ctx.saved_tensors, dout, dfinal_state, *ctx.rest, wanted
-    )
+    gradients = backward(*ctx.saved_tensors, dout, dfinal_state, *ctx.rest, wanted)
     return tuple(x if needs else None for x, needs in zip(gradients, needed)) + others
+
+
+class _Eager(torch.autograd.Function):
+    """What the operator does, for plain tensors. PyTorch's own way to the operator takes several times as
+    long as the call itself needs on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dfinal_state: Any, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph: the operator says that there is no second derivative
+            return _gradients_of(ctx, dout, dfinal_state, _)
+        return _go_back(_backward, ctx, dout, dfinal_state)
+
+
+def chunk_kda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """arguments: those of _FORWARD. Tensors are no plain ones under a compiler or a dispatch mode, say."""
+    if not torch.compiler.is_compiling() and _torch.are_plain(arguments[: len(_READ)]):
+        return _Eager.apply(*arguments)
+    return getattr(torch.ops.flash_kda, _FORWARD_NAME)(*arguments)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -238,6 +270,19 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
         "flash_kda.chunk_kda has no second derivative, and gradients of its gradients were asked for; they "
         "must not depend on gradients of a loss (create_graph=True)"
     )
+
+
+def refuse_strange(inputs: dict[str, Any]) -> None:
+    """Refuses tensors that an eager call cannot compute with: batched ones of torch.vmap, those with a
+    tangent, those of several devices, ..."""
+    for name, t in inputs.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is of type {type(t).__name__}; it must be a PyTorch tensor")
+    names, tensors = tuple(inputs), [*inputs.values()]
+    _torch.refuse_distributed(names, tensors)
+    _torch.refuse_unreadable(names, tensors)
+    if _torch.has_tangents():
+        _torch.refuse_tangents(tensors)
 
 
 def _refuse_batched(*args: Any, **kwargs: Any) -> Any:
@@ -268,4 +313,4 @@ def _register(wanted: str, schema: str, run: Any, fake: Any, gradients: Any, set
 _BACKWARD_NAME = _register(
     "chunk_kda_bwd", _BACKWARD, _backward, _fake_backward, _no_second_derivative, None
 )
-FORWARD_NAME = _register("chunk_kda", _FORWARD, _forward, _fake_forward, _gradients_of, _setup_context)
+_FORWARD_NAME = _register("chunk_kda", _FORWARD, _forward, _fake_forward, _gradients_of, _setup_context)

@@ -8,7 +8,7 @@ tensors under a dispatch mode, go to the function's operator instead, and throug
 `Operator._run`.
 
 A tensor whose memory does not hold what the tensor means (a tensor of torch.vmap, a lazy negation, ...) is
-refused by `_refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
+refused by `refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
 dispatch keys, which the guards of a prepared call compare, so only a call that fits no prepared one needs
 this.
 """
@@ -113,7 +113,7 @@ def why_unreadable(t: Tensor) -> str:
     return ""
 
 
-def _refuse_unreadable(names: tuple[str, ...], tensors: list) -> None:
+def refuse_unreadable(names: tuple[str, ...], tensors: list) -> None:
     for name, t in zip(names, tensors):
         why = why_unreadable(t)
         if why:
@@ -208,7 +208,7 @@ def call_c(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) ->
         return
     if _is_grad_enabled() and any(map(_requires_grad, tensors)):
         raise _no_gradients()
-    if _forward_ad._current_level >= 0:
+    if has_tangents():
         refuse_tangents(tensors)
     if _dispatch_modes() or (call is None and not _plain_types.issuperset(map(type, tensors))):
         refuse_distributed(options.names, tensors)
@@ -273,7 +273,7 @@ def call_below_autograd(tensors: list, options: CallOptions, scale: Any, lower_b
 
 def _prepare_and_run(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call that the latest prepared call does not fit: finds or prepares one that fits."""
-    _refuse_unreadable(options.names, tensors)
+    refuse_unreadable(options.names, tensors)
     device = tensors[0].device
     tensors, copies = _layout.for_c(options.names, tensors, device.type == "cuda")
     kept = all(t.layout is torch.strided for t in tensors)  # C refuses all others
@@ -354,6 +354,20 @@ def _no_gradients() -> RuntimeError:
     )
 
 
+def are_plain(tensors: Any) -> bool:
+    """Whether an eager call may read these tensors' memory by itself; None counts as plain."""
+    return (
+        not _dispatch_modes()
+        and _tracing_state() is None
+        and _plain_types.issuperset(type(t) for t in tensors if t is not None)
+    )
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode automatic differentiation is on."""
+    return _forward_ad._current_level >= 0
+
+
 def refuse_tangents(tensors: Any) -> None:
     """Refuses tensors of forward-mode automatic differentiation, which have a tangent beside their value.
     Those of function transforms are refused later."""
@@ -424,7 +438,7 @@ class Operator:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise _no_gradients()
-        if _forward_ad._current_level >= 0:
+        if has_tangents():
             refuse_tangents(tensors)
         with torch._C._AutoDispatchBelowAutograd():
             getattr(torch.ops.flash_kda, self.name)(*args, **kwargs)
