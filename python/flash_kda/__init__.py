@@ -32,6 +32,7 @@ from . import (
     _reference,
     _shapes,
 )
+from ._backward import Gradients, bwd, bwd_reference
 from ._decode_options import APPLY, DECODE, DECODE_LAYER
 from ._options import BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
 
@@ -50,7 +51,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "Gradients",
     "apply_records",
+    "bwd",
+    "bwd_reference",
     "chunk_kda",
     "compute",
     "decode",
@@ -62,6 +66,7 @@ __all__ = [
     "explain",
     "fused_recurrent_kda",
     "fwd",
+    "get_saved_size",
     "get_workspace_size",
     "kernels",
     "reference",
@@ -126,6 +131,7 @@ def fwd(
     use_beta_sigmoid_in_kernel: bool = True,
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
+    saved: Array | None = None,
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -219,6 +225,9 @@ def fwd(
         use_beta_sigmoid_in_kernel: False: beta is the write strength b_t itself.
         allow_neg_eigval: True: b_t = 2 sigmoid(beta), in (0, 2). Not with use_beta_sigmoid_in_kernel=False.
         state_v_first: False: all states are [.., K, V], checkpoints and pools too.
+        saved: for training: uint8 on the device, contiguous and aligned to 64 bytes, written, or None.
+            `get_saved_size` says how many bytes are enough. The call writes there, in a form of its own, what
+            `bwd` would otherwise have to compute again. No result has other bits for it.
 
     All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and
     heads; their last dimension is contiguous. beta may have any strides. States, pools and checkpoints may
@@ -249,7 +258,7 @@ def fwd(
         ValueError: an argument has a wrong shape, value, device or memory.
         TypeError: an argument has a wrong dtype or is of a wrong type.
         RuntimeError: there is no such device or kernel, the driver failed, or gradients or tangents were
-            asked for, as there is no derivative yet.
+            asked for: `chunk_kda` has gradients, and there are no tangents.
     In each of these cases nothing was written. The message of a ValueError or TypeError names the argument.
     """
     if _torch_layer is None and "torch" in sys.modules:
@@ -294,6 +303,7 @@ def fwd(
         and use_beta_sigmoid_in_kernel is True
         and allow_neg_eigval is False
         and state_v_first is True
+        and saved is None
     )
     if is_plain and not is_traced:
         if (
@@ -312,7 +322,7 @@ def fwd(
     else:
         later_arrays = (
             workspace, state_indices, has_initial_state, checkpoint_states, checkpoint_offsets,
-            checkpoint_indices, checkpoint_starts,
+            checkpoint_indices, checkpoint_starts, saved,
         )  # fmt: skip
         for place, array in enumerate(later_arrays, _PLACE_OF_WORKSPACE):
             if array is not None:
@@ -878,6 +888,35 @@ def get_workspace_size(
     )
 
 
+def get_saved_size(
+    T_total: int,
+    H: int,
+    N: int = 1,
+    *,
+    HV: int | None = None,
+    device: Any = None,
+    kernel: str | None = None,
+    max_seqlen: int | None = None,
+    **options: Any,
+) -> int:
+    """The bytes of `saved` that a forward pass with T_total tokens in all, H heads and N sequences may need.
+
+    Args:
+        HV: heads of v, if they are more than H.
+        device: as for `explain`; None: the size is the largest over the devices of this machine that can
+            train.
+        kernel: the kernel that the call names; None: the size is the largest over all kernels of the device.
+        max_seqlen: what the call passes; None: the size is the largest over what it may pass.
+        options: what else the call asks for: the arguments of `explain` from lower_bound on.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is out of range.
+        RuntimeError: no kernel of the device saves anything.
+    """
+    return _shapes.saved_size((T_total, H, N, HV), device, max_seqlen, {"kernel": kernel, **options})
+
+
 def explain(
     T_total: int,
     H: int,
@@ -1089,11 +1128,14 @@ _loading = threading.Lock()
 
 
 def _load_torch_layer() -> None:
-    """Imports flash_kda._torch, which also registers the operator. May run in several threads."""
+    """Imports flash_kda._torch and flash_kda._autograd, which also register the operators. May run in several
+    threads."""
     global _torch_layer
     with _loading:
         if _torch_layer is None:
-            _torch_layer = importlib.import_module("._torch", __name__)
+            layer = importlib.import_module("._torch", __name__)
+            importlib.import_module("._autograd", __name__)
+            _torch_layer = layer
 
 
 def _find_torch() -> None:
@@ -1101,6 +1143,13 @@ def _find_torch() -> None:
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     if spec is not None and not getattr(spec, "_initializing", False):
         _load_torch_layer()
+
+
+def _layer_of_torch() -> Any:
+    """flash_kda._torch, or None where PyTorch is not imported."""
+    if _torch_layer is None and "torch" in sys.modules:
+        _find_torch()
+    return _torch_layer
 
 
 _find_torch()

@@ -107,8 +107,12 @@ class PreparedCall:
         self.pointers = []
         given_bytes = None  # of a workspace that the caller gives
         for name, view in zip(options.names, views):
-            if name == "workspace":
-                given_bytes = _workspace_bytes(view)
+            if name in ("workspace", "saved"):
+                size_bytes = _bytes_of(name, view)
+                if name == "workspace":
+                    given_bytes = size_bytes
+                else:
+                    params.saved_size = size_bytes
                 self.pointers.append(self._field(c_void_p, name))
                 continue
             if name == "records":
@@ -188,13 +192,13 @@ class PreparedCall:
         _scratch.give_back(block)
 
 
-def _workspace_bytes(view: View) -> int:
-    """The size of a workspace that the caller gives. Whether it is enough is for C to check."""
+def _bytes_of(name: str, view: View) -> int:
+    """The size of memory without a form that the caller gives. Whether it is enough is for C to check."""
     if view.dtype != _lib.U8:
         dtype = _lib.DTYPE_NAMES.get(view.dtype, "another type")
-        raise TypeError(f"workspace has dtype {dtype}; it must be uint8")
+        raise TypeError(f"{name} has dtype {dtype}; it must be uint8")
     if view.stride is not None and view.stride != _lib.row_major(view.shape):
-        raise ValueError(f"workspace has strides {list(view.stride)}; it must be contiguous")
+        raise ValueError(f"{name} has strides {list(view.stride)}; it must be contiguous")
     return math.prod(view.shape)
 
 

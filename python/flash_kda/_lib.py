@@ -126,14 +126,14 @@ class BwdParams(ctypes.Structure):
 class Gradients64(ctypes.Structure):
     _fields_ = [
         ("struct_size", c_size_t),
-        ("dq", ctypes.POINTER(c_double)),
-        ("dk", ctypes.POINTER(c_double)),
-        ("dv", ctypes.POINTER(c_double)),
-        ("dg", ctypes.POINTER(c_double)),
-        ("dbeta", ctypes.POINTER(c_double)),
-        ("dA_log", ctypes.POINTER(c_double)),
-        ("ddt_bias", ctypes.POINTER(c_double)),
-        ("dinitial_state", ctypes.POINTER(c_double)),
+        ("dq", c_void_p),
+        ("dk", c_void_p),
+        ("dv", c_void_p),
+        ("dg", c_void_p),
+        ("dbeta", c_void_p),
+        ("dA_log", c_void_p),
+        ("ddt_bias", c_void_p),
+        ("dinitial_state", c_void_p),
     ]
 
 
@@ -363,6 +363,8 @@ _IN_PYTHON = (
     *((f"FLASH_KDA_WRITE_{name.upper()}", f'write_states="{name}"') for name in ("last", "none", "each")),
     ("checkpoint_every = 0", "checkpoint_every=None"),
     ("workspace_size is", "workspace has"),
+    ("saved_size is", "saved has"),
+    ("are all absent", "are all None"),
 )
 
 
@@ -405,10 +407,22 @@ def kernel_infos() -> list[KernelInfo]:
     return list(infos)
 
 
-def workspace_size(params: FwdParams) -> int:
+def _size(of: Any, params: Any) -> int:
     size = c_size_t()
-    check(lib.flash_kda_fwd_workspace_size(ctypes.byref(params), ctypes.byref(size)))
+    check(of(ctypes.byref(params), ctypes.byref(size)))
     return size.value
+
+
+def workspace_size(params: FwdParams) -> int:
+    return _size(lib.flash_kda_fwd_workspace_size, params)
+
+
+def saved_size(params: FwdParams) -> int:
+    return _size(lib.flash_kda_fwd_saved_size, params)
+
+
+def bwd_workspace_size(params: BwdParams) -> int:
+    return _size(lib.flash_kda_bwd_workspace_size, params)
 
 
 def explain(params: FwdParams) -> str:
@@ -440,6 +454,7 @@ def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
 
 
 FWD = Function(FwdParams, lib.flash_kda_fwd, workspace_size)
+BWD = Function(BwdParams, lib.flash_kda_bwd, bwd_workspace_size)
 DECODE = Function(DecodeParams, lib.flash_kda_decode, _without_workspace(lib.flash_kda_check_decode))
 DECODE_LAYER = Function(
     DecodeLayerParams, lib.flash_kda_decode_layer, _without_workspace(lib.flash_kda_check_decode_layer)

@@ -57,8 +57,9 @@ OPTIONAL_ARRAYS = (
     "checkpoint_offsets",
     "checkpoint_indices",
     "checkpoint_starts",
+    "saved",
 )
-WRITTEN_ARRAYS = ("out", "final_state", "nonfinite", "workspace", "checkpoint_states")
+WRITTEN_ARRAYS = ("out", "final_state", "nonfinite", "workspace", "checkpoint_states", "saved")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +104,14 @@ class Options(GateAndBeta, CallOptions):
 
 OPTION_NAMES = tuple(f.name for f in option_fields(Options))
 _GROWN_FROM = OPTION_NAMES.index("first_slot"), OPTIONAL_ARRAYS.index("workspace")
+_GROWN_LAST = OPTIONAL_ARRAYS.index("saved")
 # The arguments of the operator behind lower_bound, in their order.
 OPERATOR_ARGUMENTS = (
     *OPTIONAL_ARRAYS[OPTIONAL_ARRAYS.index("initial_state") : _GROWN_FROM[1]],
     *OPTION_NAMES[: _GROWN_FROM[0]],
-    *OPTIONAL_ARRAYS[_GROWN_FROM[1] :],
+    *OPTIONAL_ARRAYS[_GROWN_FROM[1] : _GROWN_LAST],
     *OPTION_NAMES[_GROWN_FROM[0] :],
+    *OPTIONAL_ARRAYS[_GROWN_LAST:],
 )
 
 Options.operator_rest = OPERATOR_ARGUMENTS

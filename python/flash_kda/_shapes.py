@@ -172,6 +172,33 @@ def workspace_size(
     return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
 
 
+def saved_size(
+    sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, asked: dict[str, Any]
+) -> int:
+    """sizes: T_total, H, N and HV. asked: the options that the caller names."""
+    shape = Shape(*sizes, max_seqlen=max_seqlen or 0, **asked)
+    T_total, N = shape.T_total, shape.N
+    found, refused = [], None
+    for info in _lib.device_infos() if device is None else [_device_of(device)]:
+        for kernel in _lib.kernel_infos():
+            is_named = shape.options.kernel in (None, kernel.name.decode())
+            if kernel.device_type != info.device.type or not is_named:
+                continue
+            params = shape.params(info.device)
+            params.kernel = kernel.name
+            longest = {0, T_total} if max_seqlen is None else {max_seqlen}
+            try:
+                for row, length in itertools.product({1, N} if T_total % N == 0 else {1}, longest):
+                    _resize(params, T_total, N, row)
+                    params.max_seqlen = length if row == 1 else 0
+                    found.append(_lib.saved_size(params))
+            except RuntimeError as error:
+                refused = error
+    if not found:
+        raise refused or ValueError(f"kernel is {shape.options.kernel!r}; it must be one of the device's")
+    return max(found)
+
+
 def _largest(
     shape: Shape, device: Any, batch_invariant: bool | None, max_seqlen: int | None, largest_batch: bool
 ) -> int:
