@@ -274,6 +274,13 @@ typedef struct flash_kda_fwd_params {
     int32_t beta_kind;        /* flash_kda_beta */
     int32_t qk_is_normalised; /* 1: q and k are used as they are; 0: divided by sqrt(sum of squares + 1e-6) */
     int32_t state_k_first;    /* 1: all states are [.., K, V]; 0: [.., V, K] */
+
+    /* For training: NULL, or memory on the device, 64-byte aligned, of at least flash_kda_fwd_saved_size()
+     * bytes. The call writes states from inside of the sequences there, in a form of its own, and
+     * flash_kda_bwd() need not compute them again. It may also be NULL if 0 bytes are needed. No output has
+     * other bits for it. Kernels of this version that run on a GPU do not take it. */
+    void *saved;
+    size_t saved_size;
 } flash_kda_fwd_params;
 
 /* Bytes of workspace that flash_kda_fwd() needs for these arguments. Depends on the device, shapes, kernel,
@@ -282,6 +289,13 @@ typedef struct flash_kda_fwd_params {
  * counts if its ndim is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params,
                                                             size_t *bytes);
+
+/* Bytes of flash_kda_fwd_params.saved that flash_kda_fwd() needs for these arguments. Looks at what
+ * flash_kda_fwd_workspace_size() looks at. On the CPU it is one fp32 state of each value head for every 320
+ * tokens of a batch row (for every 640 m / (m + 1), rounded up to a multiple of 16, if m value heads share a
+ * head of q and k), so never more than a fifth of q, k, v and g in bf16. The fastest setting is this one, and
+ * there is no other. */
+FLASH_KDA_API flash_kda_status flash_kda_fwd_saved_size(const flash_kda_fwd_params *params, size_t *bytes);
 
 /* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the
  * work out over the device, and its workspace. Looks at what flash_kda_fwd_workspace_size() looks at. Writes
@@ -371,6 +385,13 @@ typedef struct flash_kda_bwd_params {
     float lower_bound; /* in [-5, 0]; of the bounded gate */
     void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
     size_t workspace_size;
+    /* What flash_kda_fwd_params.saved got from a forward pass on the same kind of device with the same inputs
+     * and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned; or NULL: the call computes
+     * the states again, which costs it about a fifth of its time. Gradients have the same bits with and
+     * without it if one kernel computes both passes. What another forward pass has saved gives wrong
+     * gradients, and no memory outside of the tensors is touched. */
+    const void *saved;
+    size_t saved_size;
     const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
     int32_t cpu_threads;      /* 0: as many as the process may run on; results do not depend on it */
     int32_t gate;             /* flash_kda_gate */
@@ -383,8 +404,9 @@ typedef struct flash_kda_bwd_params {
 } flash_kda_bwd_params;
 
 /* Bytes of workspace that flash_kda_bwd() needs for these arguments. Depends on what
- * flash_kda_fwd_workspace_size() looks at, and on which gradients there are: no pointer needs to be set (an
- * optional tensor counts if its ndim is not 0). */
+ * flash_kda_fwd_workspace_size() looks at, on which gradients there are, and on whether `saved` is there: no
+ * pointer needs to be set (an optional tensor counts if its ndim is not 0, and `saved` if saved_size is not
+ * 0). */
 FLASH_KDA_API flash_kda_status flash_kda_bwd_workspace_size(const flash_kda_bwd_params *params,
                                                             size_t *bytes);
 

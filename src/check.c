@@ -151,7 +151,7 @@ static flash_kda_status check_kinds(const flash_kda_fwd_params *p)
     return FLASH_KDA_OK;
 }
 
-static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens)
+static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tokens, fkda_purpose purpose)
 {
     TRY(fkda_check_scale(p->scale, p->gate, p->lower_bound));
     TRY(fkda_check_host(p->cpu_threads, p->interrupt));
@@ -159,6 +159,7 @@ static flash_kda_status check_scalars(const flash_kda_fwd_params *p, int64_t tok
     if (p->cut < FLASH_KDA_CUT_AUTO || p->cut > FLASH_KDA_CUT_MIXED)
         return INVALID("cut is %d; it must be a flash_kda_cut, in [%d, %d]", p->cut, FLASH_KDA_CUT_AUTO,
                        FLASH_KDA_CUT_MIXED);
+    TRY(fkda_check_saved_pointer(p->saved, p->saved_size, purpose));
     if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
     return FLASH_KDA_OK;
 }
@@ -175,7 +176,7 @@ flash_kda_status fkda_check_workspace(const fkda_problem *p, size_t bytes_needed
 }
 
 _Static_assert(
-    offsetof(flash_kda_fwd_params, state_k_first) + sizeof(int32_t) == sizeof(flash_kda_fwd_params),
+    offsetof(flash_kda_fwd_params, saved_size) + sizeof(size_t) == sizeof(flash_kda_fwd_params),
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
 /* The fields before `workspace` exist since the first version. */
@@ -228,6 +229,10 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fk
     out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
+    if (purpose != FKDA_FOR_REFERENCE) {
+        out->saved = p->saved;
+        out->saved_size = p->saved_size;
+    }
     out->interrupt = p->interrupt;
     out->nonfinite = p->nonfinite.data;
 }
@@ -248,6 +253,7 @@ static int32_t features_of(const flash_kda_fwd_params *p, const fkda_shape *s, f
     if (p->beta_kind != FLASH_KDA_BETA_SIGMOID) features |= FKDA_BETA_KIND;
     if (p->qk_is_normalised) features |= FKDA_NORMALISED;
     if (p->state_k_first) features |= FKDA_K_FIRST;
+    if (purpose != FKDA_FOR_REFERENCE && (p->saved || p->saved_size)) features |= FKDA_SAVED;
     return features;
 }
 
@@ -284,7 +290,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(fkda_check_sizes(&p->q, &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), &out->shape));
     TRY(check_kinds(p));
-    TRY(check_scalars(p, out->shape.tokens));
+    TRY(check_scalars(p, out->shape.tokens, purpose));
     TRY(check_combinations(p, purpose));
     TRY(check_tensors(p, &out->shape, purpose));
     if (purpose == FKDA_FOR_FWD) TRY(fkda_check_overlap(p));

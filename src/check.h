@@ -20,4 +20,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *params, fkda_purpose pur
 
 flash_kda_status fkda_check_workspace(const fkda_problem *problem, size_t bytes_needed);
 
+/* As the kernel's saved_bytes() says. Without `saved` nothing is needed. */
+flash_kda_status fkda_check_saved_size(const fkda_problem *problem, size_t bytes_needed);
+
 #endif

@@ -99,6 +99,7 @@ static flash_kda_status check_options(const flash_kda_bwd_params *p, const fkda_
     TRY(fkda_check_scale(p->scale, p->gate, p->lower_bound));
     TRY(fkda_check_host(p->cpu_threads, p->interrupt));
     TRY(fkda_check_max_seqlen(p->max_seqlen, s->tokens));
+    TRY(fkda_check_saved_pointer(p->saved, p->saved_size, purpose));
     if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
     TRY(fkda_check_gate_tensors(p->gate, has(&p->A_log, purpose), has(&p->dt_bias, purpose)));
     if (purpose == FKDA_FOR_REFERENCE) return FLASH_KDA_OK;
@@ -111,7 +112,7 @@ static flash_kda_status check_options(const flash_kda_bwd_params *p, const fkda_
 
 static flash_kda_status check_overlap(const flash_kda_bwd_params *p)
 {
-    enum { FIRST_WRITTEN = 11, WORKSPACE = 19, COUNT };
+    enum { FIRST_WRITTEN = 12, WORKSPACE = 20, COUNT };
     const fkda_extent all[COUNT] = {
         fkda_extent_of("q", &p->q),
         fkda_extent_of("k", &p->k),
@@ -124,6 +125,7 @@ static flash_kda_status check_overlap(const flash_kda_bwd_params *p)
         fkda_extent_of("cu_seqlens", &p->cu_seqlens),
         fkda_extent_of("dout", &p->dout),
         fkda_extent_of("dfinal_state", &p->dfinal_state),
+        fkda_memory_extent("saved", p->saved, p->saved_size),
         [FIRST_WRITTEN] = fkda_extent_of("dq", &p->dq),
         fkda_extent_of("dk", &p->dk),
         fkda_extent_of("dv", &p->dv),
@@ -132,7 +134,7 @@ static flash_kda_status check_overlap(const flash_kda_bwd_params *p)
         fkda_extent_of("dA_log", &p->dA_log),
         fkda_extent_of("ddt_bias", &p->ddt_bias),
         fkda_extent_of("dinitial_state", &p->dinitial_state),
-        [WORKSPACE] = fkda_workspace_extent(p->workspace, p->workspace_size),
+        [WORKSPACE] = fkda_memory_extent("workspace", p->workspace, p->workspace_size),
     };
     for (int w = FIRST_WRITTEN; w < COUNT; w++) TRY(fkda_check_own_memory(&all[w], all, w));
     return FLASH_KDA_OK;
@@ -170,6 +172,8 @@ static void fill_inputs(const flash_kda_bwd_params *p, fkda_problem *out)
     out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->workspace = p->workspace;
     out->workspace_size = p->workspace_size;
+    out->saved = (void *)p->saved; /* read, and not written */
+    out->saved_size = p->saved_size;
     out->interrupt = p->interrupt;
 }
 
@@ -194,8 +198,8 @@ static flash_kda_status fill_shape(const flash_kda_bwd_params *p, fkda_purpose p
     out->max_seqlen = p->max_seqlen;
     out->kernel_is_asked_for = p->kernel != NULL;
     if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
-    return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : FKDA_BACKWARD,
-                            &out->kernel);
+    const int32_t features = FKDA_BACKWARD | (p->saved || p->saved_size ? FKDA_SAVED : 0);
+    return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : features, &out->kernel);
 }
 
 flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purpose, fkda_bwd_problem *out)
@@ -214,6 +218,7 @@ flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purp
     if (purpose != FKDA_FOR_REFERENCE) TRY(check_outputs(p, shape, purpose));
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     TRY(fill_shape(p, purpose, shape));
+    out->has_saved = p->saved || (purpose == FKDA_FOR_SHAPES && p->saved_size);
     out->wants_parameters = has(&p->dA_log, purpose) || has(&p->ddt_bias, purpose);
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */
     fill_inputs(p, &out->fwd);

@@ -88,9 +88,9 @@ static bool overlap(const fkda_extent *a, const fkda_extent *b)
     return levels_overlap(low, high, 0, (int64_t)apart);
 }
 
-fkda_extent fkda_workspace_extent(const void *workspace, size_t bytes)
+fkda_extent fkda_memory_extent(const char *name, const void *memory, size_t bytes)
 {
-    return (fkda_extent){.name = "workspace", .begin = (uintptr_t)workspace, .bytes = workspace ? bytes : 0};
+    return (fkda_extent){.name = name, .begin = (uintptr_t)memory, .bytes = memory ? bytes : 0};
 }
 
 flash_kda_status fkda_check_own_memory(const fkda_extent *written, const fkda_extent *others, int count)
@@ -103,7 +103,7 @@ flash_kda_status fkda_check_own_memory(const fkda_extent *written, const fkda_ex
 
 flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
 {
-    enum { INITIAL = 13, FINAL, OUT, NONFINITE, CHECKPOINTS, WORKSPACE, COUNT };
+    enum { INITIAL = 13, FINAL, OUT, NONFINITE, CHECKPOINTS, WORKSPACE, SAVED, COUNT };
     fkda_extent all[COUNT] = {
         fkda_extent_of("q", &p->q),
         fkda_extent_of("k", &p->k),
@@ -123,7 +123,8 @@ flash_kda_status fkda_check_overlap(const flash_kda_fwd_params *p)
         [OUT] = fkda_extent_of("out", &p->out),
         [NONFINITE] = fkda_extent_of("nonfinite", &p->nonfinite),
         [CHECKPOINTS] = fkda_extent_of("checkpoint_states", &p->checkpoint_states),
-        [WORKSPACE] = fkda_workspace_extent(p->workspace, p->workspace_size),
+        [WORKSPACE] = fkda_memory_extent("workspace", p->workspace, p->workspace_size),
+        [SAVED] = fkda_memory_extent("saved", p->saved, p->saved_size),
     };
     const bool same_slots = p->initial_state.shape[0] < 2 || p->final_state.shape[0] < 2 ||
                             p->initial_state.stride[0] == p->final_state.stride[0];

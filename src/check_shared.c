@@ -182,6 +182,22 @@ flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *in
     return FLASH_KDA_OK;
 }
 
+flash_kda_status fkda_check_saved_pointer(const void *saved, size_t size, fkda_purpose purpose)
+{
+    if (purpose != FKDA_FOR_FWD) return FLASH_KDA_OK;
+    if (!saved && size)
+        return INVALID("saved is null and saved_size is %zu; without saved it must be 0", size);
+    if ((uintptr_t)saved % 64)
+        return INVALID("saved is at address %p; it must be aligned to 64 bytes", saved);
+    return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_check_saved_size(const fkda_problem *p, size_t bytes_needed)
+{
+    if (!p->saved || p->saved_size >= bytes_needed) return FLASH_KDA_OK;
+    return INVALID("saved_size is %zu bytes; this call needs %zu", p->saved_size, bytes_needed);
+}
+
 flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt)
 {
     if (!fkda_is_interrupt(interrupt)) return FLASH_KDA_OK;

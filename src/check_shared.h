@@ -38,6 +38,9 @@ flash_kda_status fkda_check_max_seqlen(int64_t max_seqlen, int64_t tokens);
 /* cpu_threads and the address of interrupt. */
 flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *interrupt);
 
+/* The address of `saved`, of the forward and the backward pass. */
+flash_kda_status fkda_check_saved_pointer(const void *saved, size_t size, fkda_purpose purpose);
+
 /* That *interrupt is still 0 when the call begins. */
 flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt);
 

@@ -70,7 +70,8 @@ typedef struct fkda_extent {
 
 fkda_extent fkda_extent_of(const char *name, const flash_kda_tensor *t);
 
-fkda_extent fkda_workspace_extent(const void *workspace, size_t bytes);
+/* Of memory that is no tensor, or NULL. */
+fkda_extent fkda_memory_extent(const char *name, const void *memory, size_t bytes);
 
 /* Memory that is written must share nothing with the others. */
 flash_kda_status fkda_check_own_memory(const fkda_extent *written, const fkda_extent *others, int count);

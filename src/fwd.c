@@ -27,6 +27,22 @@ flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_params *params
     return status;
 }
 
+flash_kda_status flash_kda_fwd_saved_size(const flash_kda_fwd_params *params, size_t *bytes)
+{
+    FKDA_GUARD;
+    fkda_problem problem;
+    flash_kda_fwd_params whole;
+    if (!bytes) return fkda_fail(FLASH_KDA_INVALID_VALUE, "bytes is null; it must point to a size_t");
+    flash_kda_status status = fkda_complete_params(&params, &whole);
+    if (status != FLASH_KDA_OK) return status;
+    whole = *params;
+    whole.struct_size = sizeof whole;
+    whole.saved_size = 1; /* asks for a kernel that saves */
+    status = fkda_check(&whole, FKDA_FOR_SHAPES, &problem);
+    if (status == FLASH_KDA_OK) *bytes = problem.shape.kernel->saved_bytes(&problem.shape);
+    return status;
+}
+
 flash_kda_status flash_kda_explain(const flash_kda_fwd_params *params, char *text, size_t capacity)
 {
     FKDA_GUARD;
@@ -72,6 +88,8 @@ static flash_kda_status fwd(const flash_kda_fwd_params *params)
     flash_kda_status status = fkda_check(params, FKDA_FOR_FWD, &problem);
     if (status == FLASH_KDA_OK) status = fkda_find_plan(&problem.shape, &plan);
     if (status == FLASH_KDA_OK) status = fkda_check_workspace(&problem, plan->workspace_bytes);
+    if (status == FLASH_KDA_OK && problem.saved)
+        status = fkda_check_saved_size(&problem, problem.shape.kernel->saved_bytes(&problem.shape));
     if (status != FLASH_KDA_OK) return status;
     return problem.nonfinite ? run_and_count(&problem, plan) : plan->shape.kernel->run(&problem, plan);
 }

@@ -31,6 +31,8 @@ struct fkda_kernel {
      * without FKDA_BACKWARD. */
     flash_kda_status (*bwd)(const fkda_bwd_problem *problem);
     size_t (*bwd_workspace)(const fkda_bwd_problem *problem);
+    /* How many bytes of `saved` the forward pass writes. NULL in a kernel without FKDA_SAVED. */
+    size_t (*saved_bytes)(const fkda_shape *shape);
     /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
      * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);

@@ -6,10 +6,11 @@
 #include "cuda/cuda.h"
 #include "errors.h"
 #include "kernel.h"
+#include "saved.h"
 
 /* What each kernel knows beyond the plainest call. */
 enum {
-    FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD,
+    FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED,
     FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD,
     FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
 };
@@ -20,7 +21,7 @@ enum {
         .features = FKDA_CPU_FEATURES, .plan = fkda_cpu_make_plan, .run = fkda_cpu_run,                      \
         .count_nonfinite = fkda_cpu_count_nonfinite, .decode = fkda_cpu_decode, .apply = fkda_cpu_apply,     \
         .decode_layer = fkda_cpu_decode_layer, .bwd = fkda_cpu_bwd, .bwd_workspace = fkda_cpu_bwd_workspace, \
-        .explain = fkda_cpu_explain,                                                                         \
+        .saved_bytes = fkda_saved_bytes, .explain = fkda_cpu_explain,                                        \
     }
 
 /* The default for a device is the first row that the device can run. */
@@ -171,6 +172,7 @@ static const char *feature_text(int32_t features)
         "flash_kda_decode() and flash_kda_apply()",
         "flash_kda_decode_layer()",
         "flash_kda_bwd(), the backward pass",
+        "saved",
     };
     return texts[__builtin_ctz((unsigned)features)];
 }

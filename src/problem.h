@@ -35,6 +35,7 @@ typedef enum fkda_feature {
     FKDA_DECODE = 1 << 12,
     FKDA_DECODE_LAYER = 1 << 13, /* flash_kda_decode_layer() */
     FKDA_BACKWARD = 1 << 14,     /* flash_kda_bwd() */
+    FKDA_SAVED = 1 << 15,        /* saved, of the forward pass */
 } fkda_feature;
 
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made
@@ -118,6 +119,8 @@ typedef struct fkda_problem {
     float scale, lower_bound;
     void *workspace;
     size_t workspace_size;             /* bytes */
+    void *saved;                       /* what the backward pass reads, or NULL */
+    size_t saved_size;                 /* bytes */
     const volatile int32_t *interrupt; /* or NULL */
     flash_kda_nonfinite *nonfinite;    /* [FLASH_KDA_CHECKED_TENSORS], or NULL: nothing is counted */
 } fkda_problem;

@@ -211,6 +211,25 @@ static flash_kda_tensor argument_of(const bwd_call *c, gradient which)
     return t;
 }
 
+/* Runs the forward pass, which saves states into a buffer of the call. */
+static void save_states(bwd_call *c)
+{
+    flash_kda_fwd_params p = c->inputs.params;
+    size_t bytes;
+    must(flash_kda_fwd_saved_size(&p, &p.saved_size));
+    c->saved = (buffer){.device = c->options.forward.device, .bytes = p.saved_size, .band = OUTPUT_BAND_BYTE};
+    buffer_create(&c->saved);
+    p.saved = buffer_start(&c->saved);
+    must(flash_kda_fwd_workspace_size(&p, &bytes));
+    p.workspace = aligned_alloc(64, bytes + 64 - bytes % 64);
+    p.workspace_size = bytes;
+    must(flash_kda_fwd(&p));
+    free(p.workspace);
+    call_poison(&c->inputs); /* out is as it was */
+    c->params.saved = p.saved;
+    c->params.saved_size = p.saved_size;
+}
+
 flash_kda_status bwd_call_open(bwd_call *c, const bwd_problem *b, bwd_options options)
 {
     memset(c, 0, sizeof *c);
@@ -220,6 +239,7 @@ flash_kda_status bwd_call_open(bwd_call *c, const bwd_problem *b, bwd_options op
     c->options = options;
     must(call_open(&c->inputs, b->forward, options.forward));
     c->params = params_like(&c->inputs.params);
+    if (options.saves) save_states(c);
     for (int i = 0; i < GRADIENTS; i++) {
         const gradient which = (gradient)i;
         if (!is_there(c, which)) continue;
@@ -252,6 +272,7 @@ void bwd_call_close(bwd_call *c)
 {
     for (int i = 0; i < GRADIENTS; i++) buffer_free(&c->buffers[i]);
     buffer_free(&c->workspace);
+    buffer_free(&c->saved);
     call_close(&c->inputs);
 }
 
@@ -295,6 +316,7 @@ const char *bwd_call_damage(const bwd_call *c)
     for (int i = 0; i < GRADIENTS; i++)
         if (!is_intact(c, (gradient)i, true)) return gradient_names[i];
     if (!buffer_is_intact(&c->workspace)) return "workspace";
+    if (!buffer_is_intact(&c->saved)) return "saved";
     return call_untouched(&c->inputs) ? call_damage(&c->inputs, c->problem->forward) : "an input";
 }
 

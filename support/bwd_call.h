@@ -50,6 +50,7 @@ typedef struct bwd_options {
     call_options forward;      /* of the inputs; `mode` and what is about outputs mean nothing */
     layout layouts[GRADIENTS]; /* contiguous, padded or head-major; of states: padded or not */
     bool bf16_dfinal_state;
+    bool saves; /* a forward pass saves states, which the call reads */
     int absent; /* a bit for each gradient that is not wanted */
 } bwd_options;
 
@@ -59,7 +60,7 @@ typedef struct bwd_call {
     bwd_options options;
     flash_kda_bwd_params params;
     tensor_place places[GRADIENTS]; /* ndim 0: absent. States as [.., V, K], whatever their order */
-    buffer buffers[GRADIENTS], workspace;
+    buffer buffers[GRADIENTS], workspace, saved;
 } bwd_call;
 
 /* Puts everything in place, with NaN in what is written and around it. Ends the program if there is no

@@ -76,6 +76,64 @@ class FwdParams(ctypes.Structure):
         ("beta_kind", c_int32),
         ("qk_is_normalised", c_int32),
         ("state_k_first", c_int32),
+        ("saved", c_void_p),
+        ("saved_size", c_size_t),
+    ]
+
+
+class BwdParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("g", Tensor),
+        ("beta", Tensor),
+        ("A_log", Tensor),
+        ("dt_bias", Tensor),
+        ("initial_state", Tensor),
+        ("cu_seqlens", Tensor),
+        ("dout", Tensor),
+        ("dfinal_state", Tensor),
+        ("dq", Tensor),
+        ("dk", Tensor),
+        ("dv", Tensor),
+        ("dg", Tensor),
+        ("dbeta", Tensor),
+        ("dA_log", Tensor),
+        ("ddt_bias", Tensor),
+        ("dinitial_state", Tensor),
+        ("scale", c_float),
+        ("lower_bound", c_float),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+        ("saved", c_void_p),
+        ("saved_size", c_size_t),
+        ("kernel", c_char_p),
+        ("cpu_threads", c_int32),
+        ("gate", c_int32),
+        ("beta_kind", c_int32),
+        ("qk_is_normalised", c_int32),
+        ("state_k_first", c_int32),
+        ("reserved", c_int32),
+        ("max_seqlen", c_int64),
+        ("interrupt", c_void_p),
+    ]
+
+
+class Gradients64(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("dq", ctypes.POINTER(c_double)),
+        ("dk", ctypes.POINTER(c_double)),
+        ("dv", ctypes.POINTER(c_double)),
+        ("dg", ctypes.POINTER(c_double)),
+        ("dbeta", ctypes.POINTER(c_double)),
+        ("dA_log", ctypes.POINTER(c_double)),
+        ("ddt_bias", ctypes.POINTER(c_double)),
+        ("dinitial_state", ctypes.POINTER(c_double)),
     ]
 
 
@@ -240,12 +298,16 @@ def _load() -> ctypes.CDLL:
         raise ImportError(f"flash_kda: {_why_not_loaded(path, str(error))}") from error
     params = ctypes.POINTER(FwdParams)
     decode_params, apply_params = ctypes.POINTER(DecodeParams), ctypes.POINTER(ApplyParams)
-    layer_params = ctypes.POINTER(DecodeLayerParams)
+    layer_params, bwd_params = ctypes.POINTER(DecodeLayerParams), ctypes.POINTER(BwdParams)
     signatures = {
         "flash_kda_fwd": [params],
         "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
+        "flash_kda_fwd_saved_size": [params, ctypes.POINTER(c_size_t)],
         "flash_kda_explain": [params, c_char_p, c_size_t],
         "flash_kda_reference": [params, *[ctypes.POINTER(c_double)] * 3],
+        "flash_kda_bwd": [bwd_params],
+        "flash_kda_bwd_workspace_size": [bwd_params, ctypes.POINTER(c_size_t)],
+        "flash_kda_bwd_reference": [bwd_params, ctypes.POINTER(Gradients64)],
         "flash_kda_decode": [decode_params],
         "flash_kda_check_decode": [decode_params],
         "flash_kda_decode_reference": [decode_params, *[ctypes.POINTER(c_double)] * 2],

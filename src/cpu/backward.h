@@ -16,15 +16,16 @@
  * backward_chunk.h computes these products, and backward_channels.h what follows from them for q, k and g.
  *
  * A sequence is cut into segments. The state before each segment is kept: a first walk over the sequence finds
- * them. Then, from the last segment to the first, a walk forwards finds what each chunk needs, its state
+ * them, unless the forward pass has saved them. Then, from the last segment to the first, a walk forwards finds what each chunk needs, its state
  * included, and a walk backwards uses it. States are so computed twice, and a worker's memory grows with the
- * square root of the sequence's length.
+ * square root of the sequence's length, or with `saved` not at all.
  *
  * Value heads that share a head of q and k go through a segment one after the other, and their dq and dk are
  * added up in fp32 in this order. Every sum runs in an order that does not depend on the number of threads. */
 #ifndef FKDA_CPU_BACKWARD_H
 #define FKDA_CPU_BACKWARD_H
 
+#include "../saved.h"
 #include "backward_channels.h"
 #include "backward_chunk.h"
 #include "decode_head.h"
@@ -58,7 +59,7 @@ static size_t divide_memory(backward *b, const fkda_bwd_problem *p, int64_t segm
     const int64_t chunks = segment / CHUNK;
     size_t at = 0;
     *b = (backward){.p = p, .segment = segment, .group = s->heads / s->qk_heads};
-    b->most_borders = s->tokens > 0 ? (s->tokens - 1) / segment : 0;
+    b->most_borders = s->tokens > 0 && !p->has_saved ? (s->tokens - 1) / segment : 0;
     const struct {
         void **to;
         size_t bytes;
@@ -270,7 +271,7 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     for (int64_t i = 0; i < b->group; i++) {
         load_state(f, &p->dfinal_state, fkda_bwd_slot(&p->dfinal_state, n), first + i, 0, V,
                    b->heads[i].state);
-        if (length <= b->segment) continue;
+        if (length <= b->segment || p->has_saved) continue;
         load_state(f, &f->initial_state, initial_slot, first + i, 0, V, start);
         load_bias(f, first + i, &b->records[0].s);
         if (!find_borders(b, &sequence, first + i, b->borders + i * b->most_borders)) return false;
@@ -278,7 +279,9 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     for (int64_t end = length; end > 0;) {
         const int64_t segment = (end - 1) / b->segment, begin = segment * b->segment;
         for (int64_t i = 0; i < b->group; i++) {
-            if (segment > 0)
+            if (segment > 0 && p->has_saved)
+                copy_from_saved(fkda_saved_state(f, &sequence, begin, first + i), start);
+            else if (segment > 0)
                 memcpy(start, b->borders[i * b->most_borders + segment - 1], sizeof(border));
             else
                 load_state(f, &f->initial_state, initial_slot, first + i, 0, V, start);

@@ -84,14 +84,15 @@ INLINE void multiply_columns(strips state, const float *x, int width, float *to,
         for (int k = 0; k < K; k += height) {
             vec sum[2 * ROWS][COLUMNS] = {{{0}}};
             for (int strip = 0; strip < V / STRIP; strip++) {
-                for (int v = 0; v < STRIP; v++) {
+                const float *column = state[strip][k];
+                for (int v = 0; v < STRIP; v++, column++) {
                     vec part[COLUMNS];
                     UNROLL
                     for (int c = 0; c < columns; c++)
                         part[c] = load(x + (strip * STRIP + v) * width + at + c * LANES);
                     UNROLL
                     for (int r = 0; r < height; r++) {
-                        const vec factor = splat(state[strip][k + r][v]);
+                        const vec factor = splat(column[r * STRIP]);
                         UNROLL
                         for (int c = 0; c < columns; c++) sum[r][c] += factor * part[c];
                     }

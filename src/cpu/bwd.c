@@ -3,6 +3,7 @@
 
 #include "../errors.h"
 #include "../kernel.h"
+#include "../saved.h"
 #include "cpu.h"
 #include "flush.h"
 #include "variant.h"
@@ -40,6 +41,7 @@ static bwd_plan make_plan(const fkda_bwd_problem *p)
      * states, so this length makes both parts about equal. */
     const int64_t chunks = (int64_t)sqrt((double)(s->tokens * group) / (2.0 * CHUNK));
     plan.segment = chunks * CHUNK > MIN_SEGMENT ? chunks * CHUNK : MIN_SEGMENT;
+    if (p->has_saved) plan.segment = fkda_saved_interval(s);
     plan.blocks = fkda_clamp(MOST_PIECES / s->qk_heads, 1, s->sequences);
     const int64_t pieces = plan.blocks * s->qk_heads;
     plan.threads = (int)fkda_clamp(s->threads, 1, FKDA_MAX_THREADS);

@@ -28,6 +28,7 @@
  * on the range of value channels, so results do not depend on them either.
  */
 #include "../checkpoints.h"
+#include "../saved.h"
 #include "variant.h"
 
 #include "simd.h"
@@ -55,6 +56,14 @@ static void store_checkpoints(const fkda_problem *p, const int64_t *first_rows, 
     int64_t column = 0, row;
     while ((row = fkda_next_checkpoint_row(p, first_rows, x->n, offset, &column)) != FKDA_NO_CHECKPOINT)
         store_state(p, &p->checkpoints.states, row, x->h, x->v_begin, x->v_end, s->state);
+}
+
+/* Saves the state after `done` tokens of the sequence for the backward pass, if one is asked for there. */
+static void save_state(const fkda_problem *p, const fkda_sequence *sequence, int64_t done, const piece *x,
+                       scratch *s)
+{
+    if (!p->saved || done % fkda_saved_interval(&p->shape) || done >= sequence->end - sequence->begin) return;
+    copy_to_saved(s->state, x->v_begin, x->v_end, fkda_saved_state(p, sequence, done, x->h));
 }
 
 static void run_chunk(const fkda_problem *p, scratch *s, const piece *x, const tokens *t, const tokens *next,
@@ -91,6 +100,7 @@ static bool run_head(const fkda_problem *p, const int64_t *first_rows, int64_t n
         tokens t = tokens_at(p, h, &sequence, token), next = tokens_at(p, h, &sequence, token + CHUNK);
         if (t.count < CHUNK) t = pad(s, &t);
         run_chunk(p, s, &x, &t, &next, &gate);
+        save_state(p, &sequence, done + CHUNK, &x, s);
         if (done + CHUNK != checkpoint) continue;
         store_checkpoints(p, first_rows, &x, checkpoint, s);
         checkpoint = fkda_next_checkpoint(p, n, length, checkpoint);

@@ -101,7 +101,8 @@ void fkda_reference_step(const fkda_problem *p, int64_t row, int64_t token, int6
     for (int i = 0; i < K; i++)
         decay[i] = exp(fkda_reference_log_decay(p, h, i, fkda_reference_value(p->g.data, p->g.dtype, g + i)));
     const int64_t beta = fkda_row_offset(&p->beta, row, token, h);
-    const double b = fkda_reference_write_strength(p, fkda_reference_value(p->beta.data, p->beta.dtype, beta));
+    const double b =
+        fkda_reference_write_strength(p, fkda_reference_value(p->beta.data, p->beta.dtype, beta));
     const int64_t values = fkda_row_offset(&p->v, row, token, h);
 
     for (int v = 0; v < V; v++) u[v] = 0.0;

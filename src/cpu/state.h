@@ -55,4 +55,17 @@ static void store_state(const fkda_problem *p, const fkda_state_view *to, int64_
     }
 }
 
+/* Copy value channels of a state to what is saved for the backward pass, [K, V] (saved.h), and back. */
+static inline void copy_to_saved(float (*state)[K][STRIP], int v_begin, int v_end, float *to)
+{
+    for (int v = v_begin; v < v_end; v += STRIP)
+        for (int k = 0; k < K; k++) memcpy(to + k * V + v, state[v / STRIP][k], sizeof(float[STRIP]));
+}
+
+static inline void copy_from_saved(const float *from, float (*state)[K][STRIP])
+{
+    for (int v = 0; v < V; v += STRIP)
+        for (int k = 0; k < K; k++) memcpy(state[v / STRIP][k], from + k * V + v, sizeof(float[STRIP]));
+}
+
 #endif

@@ -495,6 +495,83 @@ static void determinism(void)
     bwd_problem_free(b);
 }
 
+/* Gradients have the same bits with and without what the forward pass saved, and the forward pass writes the
+ * same output. */
+static void saved(void)
+{
+    if (!is_exact()) return; /* kernels on GPUs do not take it */
+    static const int64_t sizes[] = {700, 0, 321, 5, 320, 644};
+    for (int64_t shared = 1; shared <= 3; shared++) {
+        problem *p = shared == 2 ? problem_create(2, 900, 2) : problem_create_ragged(sizes, 6, shared);
+        problem_group_heads(p, shared);
+        fill_case(p, find_case("slow gates"), 47);
+        bwd_problem *b = bwd_problem_create(p, 47);
+        bwd_options options = plain_options();
+        trying("%lld value heads for a head of q and k", (long long)shared);
+        outcome computed = run(b, NULL, options);
+        for (int threads = 1; threads < 4; threads += 2) {
+            options.saves = true;
+            options.forward.threads = threads;
+            outcome read = run(b, NULL, options);
+            check_equal(&computed, &read, "whether states were saved");
+            outcome_free(&read);
+        }
+        outcome_free(&computed);
+        bwd_problem_free(b);
+    }
+}
+
+/* The call reads what was saved: NaN there reach the gradients. */
+static void saved_is_read(void)
+{
+    if (!is_exact()) return; /* kernels on GPUs do not take it */
+    problem *p = problem_create(1, 330, 1);
+    fill_case(p, find_case("slow gates"), 53);
+    bwd_problem *b = bwd_problem_create(p, 53);
+    bwd_options options = plain_options();
+    bwd_call c;
+    options.saves = true;
+    must(bwd_call_open(&c, b, options));
+    trying("NaN in what was saved");
+    memset(buffer_start(&c.saved), NAN_BYTE, c.saved.bytes);
+    must(bwd_call_run(&c));
+    uint16_t *dq = bwd_call_read(&c, GRAD_Q);
+    const int64_t border = 320 * DIM, end = 330 * DIM;
+    for (int64_t i = 0; i < end; i++)
+        CHECK(isnan(float_from_bf16(dq[i])) == (i >= border), "dq[%lld] is %g", (long long)i,
+              (double)float_from_bf16(dq[i]));
+    free(dq);
+    bwd_call_close(&c);
+    bwd_problem_free(b);
+}
+
+/* What is saved is at most a fifth of q, k, v and g, whatever the shape. */
+static void saved_bytes(void)
+{
+    if (!is_exact()) return; /* kernels on GPUs do not take it */
+    for (int64_t shared = 1; shared <= 64; shared *= 2) {
+        for (int64_t tokens = 0; tokens < 5000; tokens += 1 + tokens / 7) {
+            const int64_t qk[] = {2, tokens, 3, DIM}, values[] = {2, tokens, 3 * shared, DIM};
+            flash_kda_fwd_params p = {
+                .struct_size = sizeof p,
+                .device = test.device,
+                .kernel = test.kernel,
+                .q = tensor_of(NULL, FLASH_KDA_BF16, 4, qk),
+                .v = tensor_of(NULL, FLASH_KDA_BF16, 4, values),
+                .beta = tensor_of(NULL, FLASH_KDA_BF16, 3, values),
+            };
+            p.k = p.q;
+            p.g = p.out = p.v;
+            size_t bytes = SIZE_MAX;
+            must(flash_kda_fwd_saved_size(&p, &bytes));
+            const int64_t inputs = 2 * 2 * tokens * DIM * (2 * 3 + 2 * 3 * shared);
+            trying("T = %lld, %lld value heads for a head of q and k", (long long)tokens, (long long)shared);
+            CHECK((int64_t)bytes * 5 <= inputs, "%zu bytes are saved of %lld", bytes, (long long)inputs);
+            CHECK(bytes > 0 || tokens <= 640, "nothing is saved");
+        }
+    }
+}
+
 /* A gradient has the same bits whatever others are wanted. */
 static void absent(void)
 {
@@ -579,6 +656,7 @@ static void try_seed(uint64_t seed)
     options.forward.counts_nonfinite = false;
     options.forward.cut = FLASH_KDA_CUT_AUTO;
     options.bf16_dfinal_state = one_in(&r, 2);
+    options.saves = one_in(&r, 3) && is_exact(); /* kernels on GPUs do not take it */
     b->without_dout = one_in(&r, 6);
     b->without_dfinal_state = one_in(&r, 3);
     b->without_initial_state = one_in(&r, 3);
@@ -641,6 +719,9 @@ int main(int argc, char **argv)
         {"slow-channels", slow_channels},
         {"recorded", recorded},
         {"determinism", determinism},
+        {"saved", saved},
+        {"saved-is-read", saved_is_read},
+        {"saved-bytes", saved_bytes},
         {"absent", absent},
         {"neighbours", neighbours},
         {"drawn", drawn},
