@@ -160,12 +160,14 @@ flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 flash_kda_add_kernel(nonfinite kernels/nonfinite/count.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
+flash_kda_add_kernel(backward kernels/backward/backward.cu
+  ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 flash_kda_add_kernel(decode kernels/decode/decode.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 flash_kda_add_kernel(decode_layer kernels/decode/layer.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 target_sources(flashkda PRIVATE
-  src/cuda/decode.c src/cuda/decode_launch.c src/cuda/decode_layer.c
+  src/cuda/bwd.c src/cuda/decode.c src/cuda/decode_launch.c src/cuda/decode_layer.c
   src/cuda/nonfinite.c src/cuda/portable/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 

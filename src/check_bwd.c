@@ -198,8 +198,8 @@ static flash_kda_status fill_shape(const flash_kda_bwd_params *p, fkda_purpose p
     out->max_seqlen = p->max_seqlen;
     out->kernel_is_asked_for = p->kernel != NULL;
     if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
-    return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : FKDA_BACKWARD,
-                            &out->kernel);
+    const int32_t features = FKDA_BACKWARD | (p->saved || p->saved_size ? FKDA_SAVED : 0);
+    return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : features, &out->kernel);
 }
 
 flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purpose, fkda_bwd_problem *out)

@@ -11,7 +11,7 @@
 /* What each kernel knows beyond the plainest call. */
 enum {
     FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED,
-    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
+    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD,
     FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
 };
 
@@ -64,6 +64,8 @@ static const fkda_kernel kernels[] = {
         .decode = fkda_cuda_decode,
         .apply = fkda_cuda_apply,
         .decode_layer = fkda_cuda_decode_layer,
+        .bwd = fkda_cuda_bwd,
+        .bwd_workspace = fkda_cuda_bwd_workspace,
         .explain = fkda_portable_explain,
     },
 #endif

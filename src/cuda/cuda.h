@@ -3,6 +3,7 @@
 #ifndef FKDA_CUDA_H
 #define FKDA_CUDA_H
 
+#include "../bwd_problem.h"
 #include "../decode_layer_problem.h"
 #include "../decode_problem.h"
 #include "../nonfinite.h"
@@ -39,6 +40,10 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *problem);
 
 /* decode_layer.c: `decode_layer` of both kernels below. */
 flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *problem);
+
+/* bwd.c: `bwd` and `bwd_workspace` of the kernel "portable". */
+flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *problem);
+size_t fkda_cuda_bwd_workspace(const fkda_bwd_problem *problem);
 
 /* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
 flash_kda_status fkda_portable_make_plan(fkda_plan *plan);

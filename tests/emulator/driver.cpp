@@ -186,6 +186,7 @@ CUresult cuModuleGetFunction(const void **function, void *, const char *name)
     static const emulator::Kernel *const tables[] = {
         emulator::portable_kernels, emulator::nonfinite_kernels,
         emulator::decode_kernels,   emulator::layer_kernels,
+        emulator::backward_kernels,
 #ifdef FKDA_WITH_HOPPER
         emulator::hopper_kernels,
 #endif

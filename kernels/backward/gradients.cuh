@@ -1,0 +1,298 @@
+/*
+ * The second launch: all gradients of a segment of a head. Segments are independent, because the first launch
+ * has left the state before each of them and the gradient with respect to the state after it.
+ *
+ * Algorithm. A walk forwards stores the state before each chunk of the segment, and what that state does not
+ * predict, to the CTA's records. A walk backwards then finds the gradients of each chunk, with the gradient of
+ * the state in registers. CTAs take one segment after the other, so that the records of those that run fit into
+ * the L2.
+ */
+#ifndef FKDA_BACKWARD_GRADIENTS_CUH
+#define FKDA_BACKWARD_GRADIENTS_CUH
+
+#include "channels.cuh"
+#include "columns.cuh"
+#include "walk.cuh"
+
+namespace fkda
+{
+
+struct Gradients {
+    const fkda_bwd_args &args;
+    Shared &s;
+    int thread, warp, lane, g, t;
+    int first; /* row of V, or channel of K, of the warp */
+
+    __device__ Gradients(const fkda_bwd_args &a, Shared &shared)
+        : args(a), s(shared), thread(threadIdx.x), warp(thread / 32), lane(thread % 32), g(lane / 4),
+          t(lane % 4), first(16 * warp)
+    {
+    }
+
+    /* ---- Memory ---- */
+
+    /* The row of a token of the chunk in a gradient of `heads` heads, which the caller wants. */
+    __device__ char *row(void *tensor, const fkda_token_strides &strides, int token, int head,
+                         int bytes) const
+    {
+        return static_cast<char *>(tensor) +
+               find_row(args.fwd, strides, s.piece.sequence, s.piece.task.begin, head, bytes) +
+               token * strides.token * bytes;
+    }
+
+    __device__ float *record(int chunk_of_segment) const
+    {
+        const long long chunks = args.segment / CHUNK;
+        return args.records + (blockIdx.x * chunks + chunk_of_segment) * FKDA_BWD_RECORD;
+    }
+
+    __device__ static void store_missed(float *to, const float (&x)[2][4], int thread)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            store_four(to + 4 * (THREADS * i + thread), x[i][0], x[i][1], x[i][2], x[i][3]);
+    }
+
+    __device__ static void load_missed(float (&x)[2][4], const float *from, int thread)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float4 four = *reinterpret_cast<const float4 *>(from + 4 * (THREADS * i + thread));
+            x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+        }
+    }
+
+    /* A lane has two tokens of one row of V; the transposes make two neighbouring rows of one token of them. */
+    __device__ void store_dv(int chunk, const float (&dr)[2][4]) const
+    {
+        if (!args.dv) return;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t low = transpose_matrix(pack_bf16(dr[i][0], dr[i][1])),
+                           high = transpose_matrix(pack_bf16(dr[i][2], dr[i][3]));
+            const int token = chunk * CHUNK + 8 * i + g;
+            if (token >= s.piece.task.length) continue;
+            auto *to =
+                reinterpret_cast<uint32_t *>(row(args.dv, args.dv_strides, token, s.piece.task.head, 2)) +
+                first / 2 + t;
+            to[0] = low;
+            to[4] = high;
+        }
+    }
+
+    __device__ void store_dbeta(int chunk) const
+    {
+        const int token = chunk * CHUNK + thread;
+        if (!args.dbeta || thread >= CHUNK || token >= s.piece.task.length) return;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += s.dbeta[w][thread];
+        sum *= s.strength_slope[thread];
+        const int is_f32 = args.fwd.beta_is_f32;
+        char *to = row(args.dbeta, args.dbeta_strides, token, s.piece.task.head, is_f32 ? 4 : 2);
+        if (is_f32)
+            *reinterpret_cast<float *>(to) = sum;
+        else
+            *reinterpret_cast<uint16_t *>(to) = static_cast<uint16_t>(pack_bf16(sum, 0.0f));
+    }
+
+    /* Four neighbouring elements of bf16. */
+    static __device__ void store_bf16(void *to, float4 x)
+    {
+        *static_cast<uint2 *>(to) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+    }
+
+    /* Stores a row of dq or dk, from the gradient x with respect to the normalised row, through the norm. Each
+     * lane has four channels. */
+    __device__ void store_row(void *tensor, const fkda_token_strides &strides, float *parts, int token,
+                              float4 x, const uint16_t *raw, float scale) const
+    {
+        if (!tensor) return;
+        if (!args.fwd.qk_is_normalised) {
+            const uint2 two = *reinterpret_cast<const uint2 *>(raw + 4 * lane);
+            const float4 n = make_float4(bf16_low(two.x) * scale, bf16_high(two.x) * scale,
+                                         bf16_low(two.y) * scale, bf16_high(two.y) * scale);
+            float along = __fmaf_rn(n.x, x.x, __fmaf_rn(n.y, x.y, __fmaf_rn(n.z, x.z, n.w * x.w)));
+#pragma unroll
+            for (int distance = 16; distance > 0; distance /= 2)
+                along += __shfl_xor_sync(~0u, along, distance);
+            x.x = __fmaf_rn(-n.x, along, x.x) * scale, x.y = __fmaf_rn(-n.y, along, x.y) * scale;
+            x.z = __fmaf_rn(-n.z, along, x.z) * scale, x.w = __fmaf_rn(-n.w, along, x.w) * scale;
+        }
+        if (token >= s.piece.task.length) return;
+        const int head = s.piece.task.head;
+        if (parts)
+            *reinterpret_cast<float4 *>(parts + ((s.piece.task.begin + token) * args.fwd.heads + head) * DIM +
+                                        4 * lane) = x;
+        else
+            store_bf16(row(tensor, strides, token, head, 2) + 8 * lane, x);
+    }
+
+    __device__ void store_rows(int chunk) const
+    {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int i = 2 * warp + e, token = chunk * CHUNK + i;
+            store_row(args.dq, args.dq_strides, args.dq_parts, token, s.q_read.four(i, 4 * lane), s.raw.q[i],
+                      s.q_scale[i]);
+            store_row(args.dk, args.dk_strides, args.dk_parts, token, s.k_read.four(i, 4 * lane), s.raw.k[i],
+                      s.k_scale[i]);
+            if (!args.dg || token >= s.piece.task.length) continue;
+            const int bytes = args.fwd.g_is_f32 ? 4 : 2;
+            char *to = row(args.dg, args.dg_strides, token, s.piece.task.head, bytes) + 4 * bytes * lane;
+            const float4 x = s.u.four(i, 4 * lane);
+            if (args.fwd.g_is_f32)
+                *reinterpret_cast<float4 *>(to) = x;
+            else
+                store_bf16(to, x);
+        }
+    }
+
+    /* ---- The walks ---- */
+
+    __device__ void walk_forwards(const ChannelGate &gate, int begin, int end) const
+    {
+        const fkda_fwd_args &f = args.fwd;
+        const int head = s.piece.task.head;
+        Rows state;
+        if (s.piece.segment > 0) {
+            const long long slot = s.piece.slot + s.piece.segment;
+            state.load(args.states + border_offset(args, slot, head), first, g, t);
+        } else if (f.initial_state.data) {
+            state.load(
+                state_memory(f.initial_state, args.initial_is_bf16, f.state_k_first, s.piece.sequence, head),
+                first, g, t);
+        } else {
+            state.clear();
+        }
+        for (int chunk = begin; chunk < end; chunk++) {
+            float missed[2][4], *const to = record(chunk - begin);
+            load_and_prepare<WANT_V, false>(s, args, gate, chunk);
+            state.store(to, first, g, t);
+            find_missed(missed, state, s, first, lane);
+            store_missed(to + DIM * DIM, missed, thread);
+            if (chunk + 1 < end) write_state(state, missed, s, lane);
+        }
+    }
+
+    /* The part of dbeta of the warp's rows. */
+    __device__ void add_dbeta(const float (&dx)[2][4], const float (&missed)[2][4]) const
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int tile = i / 2, e = i % 2;
+            float sum = __fmaf_rn(dx[tile][e], missed[tile][e], dx[tile][e + 2] * missed[tile][e + 2]);
+#pragma unroll
+            for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+            if (g == 0) s.dbeta[warp][8 * tile + 2 * t + e] = sum;
+        }
+    }
+
+    /* By rows of V: dX and what follows from it, and the gradient with respect to the state before the chunk. */
+    __device__ void go_through_rows(Rows &rows, const float *from, int chunk) const
+    {
+        float dx[2][4], dout[2][4], dr[2][4], missed[2][4], u[2][4];
+        find_dx(dx, dout, rows, s, first, lane);
+        load_missed(missed, from + DIM * DIM, thread);
+        add_dbeta(dx, missed);
+        multiply_by_strengths(dr, dx, s, t);
+        multiply_by_strengths(u, missed, s, t);
+        store_dv(chunk, dr);
+        store_columns<true>(s.dr, dr, first, g, t);
+        store_columns<true>(s.u, u, first, g, t);
+        write_gradient(rows, dout, dr, s, lane);
+    }
+
+    __device__ void add_pairs() const
+    {
+        const int i = thread / CHUNK, j = thread % CHUNK;
+        s.pairs[i][j] = make_float2((s.products[0][0][i][j] + s.products[1][0][i][j]) * args.fwd.scale,
+                                    -(s.products[0][1][i][j] + s.products[1][1][i][j]));
+    }
+
+    __device__ void load_gradient(Rows &rows, Columns &columns) const
+    {
+        const int head = s.piece.task.head, segments = count_segments(args, s.piece.task);
+        StateMemory from = state_memory(args.dfinal_state, args.dfinal_is_bf16, args.fwd.state_k_first,
+                                        s.piece.sequence, head);
+        if (s.piece.segment + 1 < segments) {
+            const long long slot = s.piece.slot + s.piece.segment;
+            from = {args.gradients, false, border_offset(args, slot, head), 1, DIM};
+        }
+        if (from.data) {
+            rows.load(from, first, g, t);
+            columns.load(from, first, g, t);
+        } else {
+            rows.clear();
+            columns.clear();
+        }
+    }
+
+    __device__ void walk_backwards(const ChannelGate &gate, int begin, int end, ParameterSums &sums) const
+    {
+        Rows rows;
+        Columns columns;
+        load_gradient(rows, columns);
+        for (int chunk = end - 1; chunk >= begin; chunk--) {
+            const float *from = record(chunk - begin);
+            ByChannel by;
+            load_and_prepare<WANT_Q | WANT_DOUT, true>(s, args, gate, chunk);
+            go_through_rows(rows, from, chunk);
+            __syncthreads();
+            columns.step_back(by, from, s, first, lane);
+            multiply_by_writes(s, warp, lane);
+            __syncthreads();
+            store_by_channel(s, by, args.fwd.scale, first, lane);
+            add_pairs();
+            store_dbeta(chunk);
+            __syncthreads();
+            go_through_channels(s, gate, args.fwd.g_is_f32, s.piece.task.length - chunk * CHUNK, thread,
+                                sums);
+            __syncthreads();
+            store_rows(chunk);
+        }
+        if (s.piece.segment > 0 || !args.dinitial_state.data) return;
+        float *to = static_cast<float *>(args.dinitial_state.data) +
+                    s.piece.sequence * args.dinitial_state.slot_stride +
+                    s.piece.task.head * (static_cast<long long>(DIM) * DIM);
+        if (args.fwd.state_k_first)
+            columns.store(to, first, g, t);
+        else
+            rows.store(to, first, g, t);
+    }
+
+    /* All of a segment. `slot` may be one that no sequence needs. */
+    __device__ void run(long long slot, int head) const
+    {
+        __syncthreads(); /* the previous segment is over */
+        if (thread == 0) {
+            find_piece(s.piece, args, sequence_of_slot(args, slot), head);
+            s.piece.segment = static_cast<int>(slot - s.piece.slot);
+        }
+        __syncthreads();
+        const int segment = s.piece.segment, of_segment = args.segment / CHUNK;
+        ParameterSums sums = {};
+        if (segment >= 0 && segment < count_segments(args, s.piece.task)) {
+            const ChannelGate gate(args.fwd, head, thread % DIM);
+            const int begin = segment * of_segment, end = min(begin + of_segment, s.piece.task.chunks);
+            walk_forwards(gate, begin, end);
+            walk_backwards(gate, begin, end, sums);
+        }
+        if (!args.sums || thread < DIM) return;
+        float *to = args.sums + (slot * args.fwd.heads + head) * (2 * DIM) + thread % DIM;
+        to[0] = sums.bias;
+        to[DIM] = sums.rate;
+    }
+};
+
+__device__ inline void find_gradients(const fkda_bwd_args &args)
+{
+    const Gradients gradients(args, *reinterpret_cast<Shared *>(cta_memory()));
+    const long long pieces = args.slots * args.fwd.heads;
+    for (long long i = blockIdx.x; i < pieces; i += gridDim.x)
+        gradients.run(i / args.fwd.heads, static_cast<int>(i % args.fwd.heads));
+}
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,229 @@
+/*
+ * The preparation of a chunk: everything that depends neither on the state nor on its gradient.
+ *
+ * Algorithm. Norms, write strengths and the running sums of the gates; then the decayed keys and backwards; then
+ * the products between tokens, L = tril(diag(b) K~ K^^T, -1) and P = tril(Q~ K^^T); then (I + L)^-1 by forward
+ * substitution in fp32. All threads of the CTA meet between these steps.
+ *
+ * Where exp(G) or exp(-G) leaves the range of fp32, which takes a gate without a bound, products between tokens
+ * are sums with exp(G_i - G_j) itself, as in ../portable/unbounded.cuh, but for the whole chunk.
+ */
+#ifndef FKDA_BACKWARD_PREPARE_CUH
+#define FKDA_BACKWARD_PREPARE_CUH
+
+#include "pieces.cuh"
+
+namespace fkda
+{
+
+/* `backwards`: P and Q~ are wanted, too, and the inverse is (I + L)^-1. Else it is (I + N)^-1 with N = tril(K~
+ * K^^T, -1) diag(b): U is diag(b) (I + N)^-1 R as well as (I + L)^-1 diag(b) R, and the first way gives what the
+ * state does not predict even where b is 0. */
+template <bool backwards> struct Preparation {
+    static constexpr int HALF = CHUNK / 2;
+    /* Of G log2(e), down or up. 16 tokens at -5 nats reach -115.4. */
+    static constexpr float RANGE = 116.0f;
+    static constexpr float NORM_SCALE = 0x1p-68f; /* squares of elements above 2^60 overflow */
+
+    Shared &s;
+    const fkda_bwd_args &args;
+    int thread, warp, lane;
+    int channel, half; /* the thread has the tokens 8 half to 8 half + 7 of a channel */
+
+    __device__ Preparation(Shared &shared, const fkda_bwd_args &a)
+        : s(shared), args(a), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
+          channel(thread % DIM), half(thread / DIM)
+    {
+    }
+
+    /* 1 / |x| of a row, of which each lane has four elements. */
+    __device__ float find_norm(const uint16_t *row) const
+    {
+        const uint2 two = *reinterpret_cast<const uint2 *>(row + 4 * lane);
+        const float x[4] = {bf16_low(two.x), bf16_high(two.x), bf16_low(two.y), bf16_high(two.y)};
+        float sum = sum_squares(x, 1.0f);
+        if (sum < INFINITY) return rsqrt_approx(sum + 1e-6f);
+        sum = sum_squares(x, NORM_SCALE);
+        return rsqrt_approx(sum) * NORM_SCALE;
+    }
+
+    static __device__ float sum_squares(const float (&x)[4], float factor)
+    {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum = __fmaf_rn(x[i] * factor, x[i] * factor, sum);
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        return sum;
+    }
+
+    __device__ void find_norms() const
+    {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int token = 2 * warp + e;
+            float k = 1.0f, q = 1.0f;
+            if (!args.fwd.qk_is_normalised) {
+                k = find_norm(s.raw.k[token]);
+                if (backwards) q = find_norm(s.raw.q[token]);
+            }
+            if (lane == 0) s.k_scale[token] = k, s.q_scale[token] = q;
+        }
+    }
+
+    __device__ void find_strengths(int chunk) const
+    {
+        if (thread >= CHUNK) return;
+        const fkda_fwd_args &f = args.fwd;
+        const long long token = chunk * CHUNK + thread;
+        float strength = 0.0f, slope = 0.0f;
+        if (token < s.piece.task.length) {
+            const long long at = token * f.beta_strides.token;
+            const float beta = f.beta_is_f32
+                                   ? reinterpret_cast<const float *>(s.piece.beta)[at]
+                                   : from_bf16_bits(reinterpret_cast<const uint16_t *>(s.piece.beta)[at]);
+            strength = write_strength(f.beta_kind, beta, slope);
+        }
+        s.strength[thread] = strength, s.strength_slope[thread] = slope;
+    }
+
+    /* The running sums of the thread's tokens from its first one on. */
+    __device__ void sum_gates(const ChannelGate &gate, int chunk, float (&sum)[HALF]) const
+    {
+        float total = 0.0f;
+#pragma unroll
+        for (int e = 0; e < HALF; e++) {
+            const int token = HALF * half + e;
+            const float x = gate.log2_decay(raw_gate(s.raw, args.fwd.g_is_f32, token, channel));
+            total += chunk * CHUNK + token < s.piece.task.length ? x : 0.0f;
+            sum[e] = total;
+        }
+        s.totals[half][channel] = total;
+    }
+
+    /* Writes the decayed tiles. `sum` becomes G. */
+    __device__ void decay(float (&sum)[HALF]) const
+    {
+        const float before = half ? s.totals[0][channel] : 0.0f,
+                    last = s.totals[0][channel] + s.totals[1][channel];
+        bool out = false;
+#pragma unroll
+        for (int e = 0; e < HALF; e++) {
+            const int token = HALF * half + e;
+            sum[e] += before;
+            out |= !(fabsf(sum[e]) < RANGE);
+            const float k = from_bf16_bits(s.raw.k[token][channel]) * s.k_scale[token], up = ex2(sum[e]);
+            s.k_read.at(token, channel) = to_tf32(k * up);
+            s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
+            s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
+            if (!backwards) continue;
+            const float q = from_bf16_bits(s.raw.q[token][channel]) * s.q_scale[token] * args.fwd.scale;
+            s.q_read.at(token, channel) = to_tf32(q * up);
+        }
+        if (out) s.is_out_of_range = 1;
+        if (half) return;
+        const bool is_slow = last > -1.0f;
+        s.factor[channel] = is_slow ? 1.0f : ex2(last);
+        s.more[channel] = !is_slow ? 0.0f : last <= 0.0f ? ex2_minus_1(last) : ex2(last) - 1.0f;
+    }
+
+    /* Products over 64 channels: one matrix and eight columns of it for each warp. */
+    __device__ void multiply_tokens() const
+    {
+        const int g = lane / 4, t = lane % 4, which = warp % 2, column = warp / 2 % 2 * 8, part = warp / 4;
+        if (which && !backwards) return;
+        const Tile &a = which ? s.q_read : s.k_read;
+        float sum[4] = {};
+#pragma unroll
+        for (int j = 0; j < DIM / 16; j++) {
+            const int c = DIM / 2 * part + 8 * j + 2 * t;
+            const float2 top = a.two(g, c), bottom = a.two(g + 8, c), b = s.k_up.two(column + g, c);
+            mma_tf32(sum, top.x, bottom.x, top.y, bottom.y, b.x, b.y);
+        }
+        store_two(&s.products[part][which][g][column + 2 * t], sum[0], sum[1]);
+        store_two(&s.products[part][which][g + 8][column + 2 * t], sum[2], sum[3]);
+    }
+
+    /* The same without factors that are out of range. k_up has G. */
+    __device__ void multiply_directly() const
+    {
+        const int i = thread / CHUNK, j = thread % CHUNK;
+        float of_k = 0.0f, of_q = 0.0f;
+        if (j <= i) {
+#pragma unroll 1
+            for (int c = 0; c < DIM; c++) {
+                const float faded = from_bf16_bits(s.raw.k[j][c]) * ex2(s.k_up.at(i, c) - s.k_up.at(j, c));
+                of_k = __fmaf_rn(from_bf16_bits(s.raw.k[i][c]) * s.k_scale[i], faded, of_k);
+                if (backwards)
+                    of_q =
+                        __fmaf_rn(from_bf16_bits(s.raw.q[i][c]) * s.q_scale[i] * args.fwd.scale, faded, of_q);
+            }
+            of_k *= s.k_scale[j], of_q *= s.k_scale[j];
+        }
+        s.products[0][0][i][j] = of_k, s.products[1][0][i][j] = 0.0f;
+        s.products[0][1][i][j] = of_q, s.products[1][1][i][j] = 0.0f;
+    }
+
+    __device__ void add_products() const
+    {
+        const int i = thread / CHUNK, j = thread % CHUNK;
+        const float of_k = s.products[0][0][i][j] + s.products[1][0][i][j];
+        s.l_columns[j][i] = j < i ? of_k * s.strength[backwards ? i : j] : 0.0f;
+        if (backwards)
+            s.attend_t[j][i] = j <= i ? to_tf32(s.products[0][1][i][j] + s.products[1][1][i][j]) : 0.0f;
+    }
+
+    /* (I + L)^-1, one column to a lane. One warp runs it. */
+    __device__ void solve() const
+    {
+        const int j = lane % CHUNK;
+        float x[CHUNK];
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) x[i] = i == j ? 1.0f : 0.0f;
+#pragma unroll
+        for (int m = 0; m < CHUNK - 1; m++) {
+            float column[CHUNK];
+#pragma unroll
+            for (int i = (m + 1) / 4 * 4; i < CHUNK; i += 4) {
+                const float4 four = *reinterpret_cast<const float4 *>(&s.l_columns[m][i]);
+                column[i] = four.x, column[i + 1] = four.y, column[i + 2] = four.z, column[i + 3] = four.w;
+            }
+#pragma unroll
+            for (int i = m + 1; i < CHUNK; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
+        }
+        if (lane >= CHUNK) return;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) s.inverse[i][j] = s.inverse_t[j][i] = to_tf32(x[i]);
+    }
+
+    /* The chunk's copies have come, and the CTA has met since. The CTA meets once more after the last step. */
+    __device__ void run(const ChannelGate &gate, int chunk) const
+    {
+        float sum[HALF];
+        if (thread == 0) s.is_out_of_range = 0;
+        find_norms();
+        find_strengths(chunk);
+        sum_gates(gate, chunk, sum);
+        __syncthreads();
+        decay(sum);
+        __syncthreads();
+        if (__builtin_expect(s.is_out_of_range, 0)) {
+            __syncthreads(); /* all have read the flag, which the next chunk clears */
+#pragma unroll
+            for (int e = 0; e < HALF; e++) s.k_up.at(HALF * half + e, channel) = sum[e];
+            __syncthreads();
+            multiply_directly();
+        } else {
+            multiply_tokens();
+        }
+        __syncthreads();
+        add_products();
+        __syncthreads();
+        if (warp == 0) solve();
+        __syncthreads();
+    }
+};
+
+} // namespace fkda
+
+#endif

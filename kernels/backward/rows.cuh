@@ -1,0 +1,192 @@
+/*
+ * A state, or the gradient with respect to one, as a CTA carries it from chunk to chunk: transposed to [V, K]
+ * in fp32 accumulators. Each warp has 16 rows of V, which need nothing of other rows.
+ *
+ *     forwards    M = (I + N)^-1 (V - K~ S)       U = diag(b) M      S = diag(gamma) S + Kr^T U
+ *     backwards   dX = (I + L)^-T (Kr D + P^T dO)     dR = diag(b) dX    D = diag(gamma) D + Q~^T dO - K~^T dR
+ *
+ * Q~ and P have the factor `scale`.
+ */
+#ifndef FKDA_BACKWARD_ROWS_CUH
+#define FKDA_BACKWARD_ROWS_CUH
+
+#include "shared.cuh"
+
+namespace fkda
+{
+
+/* Where an element is in a state in memory: at + channel * channel_step + row * row_step. */
+struct StateMemory {
+    const void *data;
+    bool is_bf16;
+    long long at;
+    int channel_step, row_step;
+
+    __device__ float load(int channel, int row) const
+    {
+        const long long i = at + channel * channel_step + row * row_step;
+        return is_bf16 ? __uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t *>(data)[i]) << 16)
+                       : static_cast<const float *>(data)[i];
+    }
+};
+
+struct Rows {
+    /* x[j]: rows g, g, g + 8, g + 8 and channels 8 j + 2 t, + 1, + 0, + 1 */
+    float x[DIM / 8][4];
+
+    __device__ __forceinline__ void clear()
+    {
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++) x[i / 4][i % 4] = 0.0f;
+    }
+
+    __device__ __forceinline__ void load(const StateMemory &from, int first_row, int g, int t)
+    {
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++)
+            x[i / 4][i % 4] = from.load(8 * (i / 4) + 2 * t + i % 2, first_row + g + i % 4 / 2 * 8);
+    }
+
+    /* From and to [V, K] in fp32. */
+    __device__ __forceinline__ void load(const float *from, int first_row, int g, int t)
+    {
+#pragma unroll
+        for (int i = 0; i < DIM / 4; i++) {
+            const float2 two = *reinterpret_cast<const float2 *>(from + (first_row + g + i % 2 * 8) * DIM +
+                                                                 8 * (i / 2) + 2 * t);
+            x[i / 2][i % 2 * 2] = two.x, x[i / 2][i % 2 * 2 + 1] = two.y;
+        }
+    }
+    __device__ __forceinline__ void store(float *to, int first_row, int g, int t) const
+    {
+#pragma unroll
+        for (int i = 0; i < DIM / 4; i++)
+            store_two(to + (first_row + g + i % 2 * 8) * DIM + 8 * (i / 2) + 2 * t, x[i / 2][i % 2 * 2],
+                      x[i / 2][i % 2 * 2 + 1]);
+    }
+
+    /* d = x A^T for a tile A of tokens. */
+    __device__ __forceinline__ void read(float (&d)[2][4], const Tile &a, int g, int t) const
+    {
+#pragma unroll
+        for (int j = 0; j < DIM / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) multiply(d[i], x[j], a.two(8 * i + g, 8 * j + 2 * t));
+    }
+
+    __device__ __forceinline__ void decay(const Shared &s, int j, int t)
+    {
+        const float2 factor = *reinterpret_cast<const float2 *>(&s.factor[8 * j + 2 * t]),
+                     more = *reinterpret_cast<const float2 *>(&s.more[8 * j + 2 * t]);
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float &y = x[j][r];
+            y = __fmaf_rn(y, r % 2 ? more.y : more.x, y * (r % 2 ? factor.y : factor.x));
+        }
+    }
+
+    /* Tile j of channels: x += u A. */
+    __device__ __forceinline__ void write(int j, const float (&u)[2][4], const Tile &a, int g, int t)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            multiply(x[j], u[i], a.at(8 * i + 2 * t, 8 * j + g), a.at(8 * i + 2 * t + 1, 8 * j + g));
+    }
+};
+
+/* d becomes the transpose [V, tokens] of a warp's rows of v or dout. */
+__device__ __forceinline__ void load_transposed(float (&d)[2][4], const uint16_t (&from)[CHUNK][DIM],
+                                                int first_row, int lane)
+{
+    uint32_t v[4];
+    const int token = lane % 8 + 8 * (lane / 16), row = first_row + lane / 8 % 2 * 8;
+    load_matrices_transposed(v, &from[token][value_column(token, row)]);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            d[i][2 * r] = bf16_low(v[2 * i + r]);
+            d[i][2 * r + 1] = bf16_high(v[2 * i + r]);
+        }
+}
+
+/* Multiplies the columns of tokens by their write strengths. */
+__device__ __forceinline__ void multiply_by_strengths(float (&to)[2][4], const float (&x)[2][4],
+                                                      const Shared &s, int t)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float2 b = *reinterpret_cast<const float2 *>(&s.strength[8 * i + 2 * t]);
+#pragma unroll
+        for (int r = 0; r < 4; r++) to[i][r] = x[i][r] * (r % 2 ? b.y : b.x);
+    }
+}
+
+/* What the state does not predict of the values of a chunk: M. */
+__device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &state, const Shared &s,
+                                            int first_row, int lane)
+{
+    const int g = lane / 4, t = lane % 4;
+    float predicted[2][4] = {}, rest[2][4];
+    state.read(predicted, s.k_read, g, t);
+    load_transposed(rest, s.raw.v, first_row, lane);
+#pragma unroll
+    for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= predicted[i / 4][i % 4], missed[i / 4][i % 4] = 0.0f;
+    multiply_lower(missed, rest, s.inverse, g, t);
+}
+
+/* S becomes the state after the chunk. */
+__device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2][4], const Shared &s,
+                                            int lane)
+{
+    const int g = lane / 4, t = lane % 4;
+    float u[2][4];
+    multiply_by_strengths(u, missed, s, t);
+#pragma unroll
+    for (int j = 0; j < DIM / 8; j++) {
+        state.decay(s, j, t);
+        state.write(j, u, s.k_rest, g, t);
+    }
+}
+
+/* dX, and dO transposed. */
+__device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], const Rows &gradient,
+                                        const Shared &s, int first_row, int lane)
+{
+    const int g = lane / 4, t = lane % 4;
+    float du[2][4] = {};
+    gradient.read(du, s.k_rest, g, t);
+    load_transposed(dout, s.raw.dout, first_row, lane);
+    multiply_upper(du, dout, s.attend_t, g, t);
+#pragma unroll
+    for (int i = 0; i < 8; i++) dx[i / 4][i % 4] = 0.0f;
+    multiply_upper(dx, du, s.inverse_t, g, t);
+}
+
+/* D becomes the gradient with respect to the state before the chunk. */
+__device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dout)[2][4],
+                                               const float (&dr)[2][4], const Shared &s, int lane)
+{
+    const int g = lane / 4, t = lane % 4;
+    float minus_dr[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; i++) minus_dr[i / 4][i % 4] = -dr[i / 4][i % 4];
+#pragma unroll
+    for (int j = 0; j < DIM / 8; j++) {
+        gradient.decay(s, j, t);
+        gradient.write(j, dout, s.q_read, g, t);
+        gradient.write(j, minus_dr, s.k_read, g, t);
+    }
+}
+
+/* The initial state of a sequence's head, as Rows load it. data is null if there is none. */
+__device__ inline StateMemory state_memory(const fkda_state_args &states, bool is_bf16, bool k_first,
+                                           int sequence, int head)
+{
+    return {states.data, is_bf16, sequence * states.slot_stride + head * (128LL * 128), k_first ? DIM : 1,
+            k_first ? 1 : DIM};
+}
+
+} // namespace fkda
+
+#endif

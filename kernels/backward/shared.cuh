@@ -1,0 +1,71 @@
+/* The shared memory of a CTA of the backward pass. All its threads meet at __syncthreads(). */
+#ifndef FKDA_BACKWARD_SHARED_CUH
+#define FKDA_BACKWARD_SHARED_CUH
+
+#include "bwd_args.h"
+#include "bwd_shape.h"
+#include "gates.cuh"
+#include "tiles.cuh"
+
+namespace fkda
+{
+
+constexpr int THREADS = FKDA_BWD_THREADS, WARPS = THREADS / 32;
+
+/* A chunk as it is in memory; zeros past the sequence's end. In v and dout eight channels are at
+ * value_column(). */
+struct Raw {
+    uint16_t q[CHUNK][DIM], k[CHUNK][DIM], v[CHUNK][DIM], dout[CHUNK][DIM];
+    union {
+        uint16_t bf16[CHUNK][DIM];
+        float f32[CHUNK][DIM];
+    } g;
+};
+
+/* Keeps loads of eight tokens at one channel free of bank conflicts. */
+__device__ __forceinline__ int value_column(int token, int channel)
+{
+    return channel ^ (token & 7) << 3;
+}
+
+/* The piece of a head that a CTA works on, and where its rows are. */
+struct Piece {
+    Task task; /* of the whole sequence */
+    int sequence, segment;
+    long long slot;
+    const char *q, *k, *v, *g, *beta, *dout; /* the sequence's first token */
+};
+
+struct Shared {
+    Raw raw;
+    /* A prepared chunk, with G the running sum of the log decay. Operands are rounded to tf32.
+     *   k_read = k_i exp(G_i)   q_read = scale q_i exp(G_i)   k_rest = k_i exp(G_last - G_i)
+     * Later the gradients with respect to them, without the factors exp(). */
+    Tile k_read, q_read, k_rest;
+    union {
+        Tile k_up; /* k_i exp(-G_i) */
+        Tile dr;   /* diag(b) dX, which is the gradient of v */
+    };
+    Tile u;
+    Square inverse;                         /* (I + N)^-1 or (I + L)^-1 (prepare.cuh) */
+    Square inverse_t;                       /* the transpose */
+    Square attend_t;                        /* P^T, P = tril(Q~ K^^T) */
+    float l_columns[CHUNK][CHUNK + 4];      /* L, transposed */
+    float products[2][2][CHUNK][CHUNK + 2]; /* of two halves of the depth: two matrices between tokens */
+    float2 pairs[CHUNK][CHUNK];             /* dP, and dL with the factors b_i */
+    float totals[2][DIM];                   /* of log2 decays, over half a chunk */
+    /* A channel's decay over the chunk: x becomes x factor + x more. Slow channels have the factor 1, because
+     * a decay near 1, rounded to fp32, would be off by one amount chunk after chunk. */
+    float factor[DIM], more[DIM];
+    float kept[DIM];                      /* the sum over V of S D */
+    float q_scale[CHUNK], k_scale[CHUNK]; /* 1 / |q|, 1 / |k| */
+    float strength[CHUNK], strength_slope[CHUNK];
+    float dbeta[WARPS][CHUNK];
+    int is_out_of_range; /* exp(G) or exp(-G) is not in the range of fp32 */
+    Piece piece;
+};
+static_assert(sizeof(Shared) == FKDA_BWD_SHARED_BYTES, "keep bwd_shape.h in step");
+
+} // namespace fkda
+
+#endif
