@@ -4,7 +4,8 @@
  *
  * Why decays are counted from the subchunk's start. Even if all 16 gates are at the bound of -5, exp(-G) is
  * at most e^80, which fp32 and tf32 hold; and k exp(G) and q exp(G) are K~ and Q~ without another factor. The
- * portable kernel counts from token 7 and the CPU from a constant (docs/portable-kernel.md, src/cpu/head.h).
+ * portable kernel counts from the start of its chunk, which has 16 tokens, too. The CPU shifts G by a
+ * constant (src/cpu/prepare.h).
  *
  * Lane (g, t) = (lane / 4, lane % 4) owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
  * This is the layout of the tensor core's fragments, so elements go from ldmatrix through the products to

@@ -20,10 +20,10 @@
  *   - While K~ S is on its way the warp looks whether v fits the rows' scales (scaled_rows.cuh). While T R is
  *     on its way, it decays the state and stores the outputs of the chunk before, if outputs have room of
  *     their own.
- *   - While the state is updated it leaves this chunk's outputs, finds the next chunk's slot and asks whether
- *     that chunk is ready.
- *   - The slot and the descriptors of slot 0 are kept in uniform registers, so that descriptors need not be
- *     moved there.
+ *   - While the state is updated, the warp writes this chunk's outputs to shared memory, finds the next
+ *     chunk's slot and asks whether that chunk is ready.
+ *   - The slot and the descriptors of slot 0 are kept in uniform registers, where wgmma takes descriptors
+ *     from. Descriptors made in other registers would have to be moved there, one by one.
  */
 #ifndef FKDA_HOPPER_RECURRENCE_CUH
 #define FKDA_HOPPER_RECURRENCE_CUH
