@@ -89,9 +89,9 @@ _NUMPY_DTYPES = {
     "uint8": _lib.U8,
 }
 
-_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule = ctypes.pythonapi["PyCapsule_IsValid"]
 _is_capsule.argtypes = [py_object, c_char_p]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
 _capsule_pointer.argtypes = [py_object, c_char_p]
 _capsule_pointer.restype = c_void_p
 

@@ -41,7 +41,7 @@ static problem *draw_tokens(rng *r, int64_t most_tokens, bool is_wild)
     }
     problem_group_heads(p, shared);
     const int options = draw_subset(r, ALL_OPTIONS);
-    draw_contents(r, (drawing){options, most_tokens}, p);
+    draw_contents(r, (drawing){.options = options, .tokens = most_tokens}, p);
     return p;
 }
 
@@ -191,7 +191,7 @@ decode_problem draw_decode(rng *r, int64_t most_tokens, bool is_wild)
 
 decode_options draw_decode_options(rng *r, const decode_problem *d)
 {
-    decode_options options = {.tokens = draw_options(r, (drawing){ALL_OPTIONS, 0}, d->tokens)};
+    decode_options options = {.tokens = draw_options(r, (drawing){.options = ALL_OPTIONS}, d->tokens)};
     options.tokens.counts_nonfinite = false;
     options.i32_slots = one_in(r, 2);
     options.i32_accepted = one_in(r, 2);
