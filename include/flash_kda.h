@@ -387,7 +387,7 @@ typedef struct flash_kda_bwd_params {
     size_t workspace_size;
     /* What flash_kda_fwd_params.saved got from a forward pass on the same kind of device with the same inputs
      * and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned; or NULL: the call computes
-     * the states again, which costs it about a fifth of its time. Gradients have the same bits with and
+     * the states again, which costs it about a sixth of its time. Gradients have the same bits with and
      * without it if one kernel computes both passes. What another forward pass has saved gives wrong
      * gradients, and no memory outside of the tensors is touched. */
     const void *saved;
