@@ -26,7 +26,8 @@
  *   it.
  *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
  *   one: flash_kda_fwd(), flash_kda_bwd(), flash_kda_decode(), flash_kda_apply() and the references are
- *   cancellation points when their work is done, and the others are none. A signal handler must not leave a call by longjmp().
+ *   cancellation points when their work is done, and the others are none. A signal handler must not leave
+ *   a call by longjmp().
  *   Signal handlers run on the caller's threads alone. The floating-point settings of the calling thread
  *   (rounding, unmasked exceptions, flushing of tiny numbers) change no result, and are as before afterwards,
  *   the exception flags included.
