@@ -639,12 +639,6 @@ static void neighbours(void)
 
 /* ---- Drawn options ------------------------------------------------------------------------------------- */
 
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
-
 static void try_seed(uint64_t seed)
 {
     rng r = rng_seed(seed);
