@@ -6,10 +6,10 @@ through this package's plug-ins.
 
 A row is an engine, a step, its size and a number of heads: prefill of one prompt of so many tokens, decode of
 one token of so many sequences, or for SGLang verify of draft tokens of so many sequences, 4 in a chain or 8
-in a tree. A step begins behind the projections, ends with the states in the engine's
-pool, and has the tensors as the engine has them: slices of one tensor, columns of a projection, a pool with
-slots. Gates are bounded by -5. A time is the median of rounds of CUDA-graph replays over rotating inputs; on
-the CPU, where engines have no kernels, that of plain calls through the plug-ins.
+in a tree. A step begins behind the projections, ends with the states in the engine's pool, and has the
+tensors as the engine has them: slices of one tensor, columns of a projection, a pool with slots. Gates are
+bounded by -5. A time is the median of rounds of CUDA-graph replays over rotating inputs; on the CPU, where
+engines have no kernels, that of plain calls through the plug-ins.
 
 What an engine does today:
 

@@ -8,6 +8,8 @@ import contextlib
 import enum
 import importlib
 import logging
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -602,7 +604,21 @@ def test_another_signature_is_left_alone(fresh, caplog):
     assert "Changed.decode takes other arguments" in record.getMessage()
 
 
-# ---- On a GPU, beside SGLang's Triton kernels --------------------------------------------------------------
+# ---- Beside SGLang's Triton kernels ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_decode_and_verify_beside_interpreted_triton():
+    """sglang_interpreted.py. SGLang's own kernels, on the CPU."""
+    release()
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(flash_kda.__path__[0])}
+    script = [sys.executable, Path(__file__).with_name("sglang_interpreted.py")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("ok\n")
 
 
 def test_the_triton_kernels_can_be_imported_alone():
