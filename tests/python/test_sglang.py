@@ -647,6 +647,9 @@ def both(batch, call):
 @pytest.mark.parametrize("lengths", [[1], [63, 64, 65], [700, 30, 2100]], ids=str)
 def test_extend_beside_triton(cuda, gate, lengths):
     """Both against fp64: the plug-in's error is within its bars, and not above Triton's."""
+    triton = pytest.importorskip("triton")
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9):
+        pytest.skip("SGLang 0.5.23's kernels for prefill need block pointers, which Triton 3.9 has removed")
     batch = Batch(lengths, heads=4, gate=gate, device=cuda)
     want, states = batch.right()
     errors = {}
