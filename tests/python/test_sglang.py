@@ -7,6 +7,7 @@ class of SGLang 0.5.23, if scripts/fetch_engines.py has fetched it.
 import contextlib
 import enum
 import importlib
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -404,10 +405,17 @@ def test_it_knows_the_release():
         }, "the class that is replaced takes other arguments"
 
 
-def test_the_class_is_replaced_in_the_release(fresh):
-    """By SGLang's own registry of hooks, once SGLang imports the module."""
+def test_the_class_is_replaced_in_the_release(fresh, monkeypatch):
+    """SGLang's own function loads the plug-in, and SGLang's own registry of hooks replaces the class, once
+    SGLang imports the class's module."""
+    point = importlib.metadata.EntryPoint("flash_kda", "flash_kda.sglang:register", "sglang.srt.plugins")
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [point] if group == point.group else []
+    )
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     with modules(release()):
-        plugin.register()
+        importlib.import_module("sglang.srt.plugins").load_plugins()
+        assert plugin._registered
         assert plugin.FLASHKDA not in sys.modules, "the plug-in imports SGLang's kernels by itself"
         module = importlib.import_module(plugin.FLASHKDA)
         base = importlib.import_module(plugin.TRITON).TritonKDAKernel

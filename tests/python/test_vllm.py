@@ -507,6 +507,21 @@ def test_layers_that_it_can_serve(fresh, monkeypatch):
         assert not module.is_fused_kda_decode_supported(*wrong, *floats)
 
 
+def test_a_vllm_without_the_module_of_the_operators(monkeypatch):
+    """The layers import the module, and find an empty one. A module that cannot be loaded stays as it is."""
+    monkeypatch.delitem(sys.modules, "vllm._flashkda_C", raising=False)
+    assert plugin._make_prefill_there()
+    assert sys.modules["vllm._flashkda_C"].__name__ == "vllm._flashkda_C"
+    del sys.modules["vllm._flashkda_C"]
+
+    def broken(name):
+        raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(plugin.importlib, "import_module", broken)
+    assert not plugin._make_prefill_there()
+    assert "vllm._flashkda_C" not in sys.modules
+
+
 def test_a_layer_with_other_functions_is_left_alone(fresh, caplog):
     def is_flashkda_supported(head_dim, another):
         return False
