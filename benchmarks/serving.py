@@ -6,10 +6,10 @@ through this package's plug-ins.
 
 A row is an engine, a step, its size and a number of heads: prefill of one prompt of so many tokens, decode of
 one token of so many sequences, or for SGLang verify of draft tokens of so many sequences, 4 in a chain or 8
-in a tree. A step begins behind the projections, ends with the states in the engine's
-pool, and has the tensors as the engine has them: slices of one tensor, columns of a projection, a pool with
-slots. Gates are bounded by -5. A time is the median of rounds of CUDA-graph replays over rotating inputs; on
-the CPU, where engines have no kernels, that of plain calls through the plug-ins.
+in a tree. A step begins behind the projections, ends with the states in the engine's pool, and has the
+tensors as the engine has them: slices of one tensor, columns of a projection, a pool with slots. Gates are
+bounded by -5. A time is the median of rounds of CUDA-graph replays over rotating inputs; on the CPU, where
+engines have no kernels, that of plain calls through the plug-ins.
 
 What an engine does today:
 
@@ -46,6 +46,7 @@ MOST_SETS = 32
 THEIR_MAJORS, THEIR_HEADS = (9, 10, 12), (12, 24, 48, 96)  # that vLLM's operators serve
 
 Call = Callable[[], tuple]
+Make = Callable[["Shared", "Inputs"], Call]
 
 
 class Case(NamedTuple):
@@ -179,9 +180,9 @@ def sglang_step(kernel: Any, case: Case, shared: Shared, x: Inputs, packed: bool
     return packed_decode if packed else decode
 
 
-@contextlib.contextmanager
-def sglang(case: Case, device: str) -> Any:
-    """What makes calls of today, with words about it, and what makes those of this package."""
+def sglang(case: Case, device: str, theirs: Any) -> tuple[Make | None, str, Make]:
+    """What makes calls of today, words about it, and what makes calls through this package. theirs: SGLang's
+    Triton class, or None."""
     from flash_kda.sglang import kernel_class
 
     class Nothing:
@@ -195,17 +196,11 @@ def sglang(case: Case, device: str) -> Any:
     def own(shared: Shared, x: Inputs) -> Call:
         return sglang_step(ours, case, shared, x, packed=True)
 
-    with contextlib.ExitStack() as stack:
-        today, words = None, ""
-        if device != "cpu":
-            try:
-                theirs = stack.enter_context(releases.sglang_kernels())()
-                # SGLang decodes through packed_decode with the softplus gate alone.
-                today = lambda shared, x: sglang_step(theirs, case, shared, x, packed=False)  # noqa: E731
-                words = "Triton"
-            except ImportError as error:
-                print(f"SGLang: {error}", file=sys.stderr)
-        yield today, words, own
+    def today(shared: Shared, x: Inputs) -> Call:
+        # With a bounded gate, SGLang does not decode through packed_decode.
+        return sglang_step(theirs, case, shared, x, packed=False)
+
+    return (None if theirs is None else today), "Triton", own
 
 
 # ---- vLLM --------------------------------------------------------------------------------------------------
@@ -289,70 +284,77 @@ def vllm_operator(name: str, case: Case) -> Any:
     return operator if case.step == "prefill" or case.heads in THEIR_HEADS else None
 
 
-@contextlib.contextmanager
-def vllm(case: Case, device: str) -> Any:
-    """As `sglang`. What the plug-in puts behind the operators is called directly, so that this process keeps
-    vLLM's own."""
+def vllm(case: Case, device: str, found: Any) -> tuple[Make | None, str, Make]:
+    """As `sglang`. found: vLLM's functions, or None. What the plug-in puts behind the operators is called
+    directly, so that this process keeps vLLM's own."""
     import torch
 
     import flash_kda
     import flash_kda.vllm as plugin
 
-    size = flash_kda.get_workspace_size(case.tokens, case.heads, 1, largest_batch=True)
-    workspace = torch.empty(size + 63, dtype=torch.uint8, device=device)
+    gather = found and found["gather_initial_states"]
+    name = "_flashkda_C::fwd" if case.step == "prefill" else "_C::fused_kda_decode"
+    operator = vllm_operator(name, case) if found else None
 
-    with contextlib.ExitStack() as stack:
-        today, words, gather = None, "", None
-        if device != "cpu":
-            try:
-                found = stack.enter_context(releases.vllm_kernels())
-                gather = found["gather_initial_states"]
-                name = "_flashkda_C::fwd" if case.step == "prefill" else "_C::fused_kda_decode"
-                operator = vllm_operator(name, case)
-                words = "Triton" if operator is None else name
-                if operator is None:
-                    today = lambda shared, x: vllm_triton(found, case, shared, x)  # noqa: E731
-                elif case.step == "decode":
-                    today = lambda shared, x: vllm_decode(operator, shared, x)  # noqa: E731
-                else:
-                    theirs = torch.ops._flashkda_C.get_workspace_size(case.tokens, case.heads, 1)
-                    scratch = torch.empty(theirs, dtype=torch.uint8, device=device)
-                    today = lambda shared, x: vllm_prefill(operator, gather, scratch, shared, x)  # noqa: E731
-            except ImportError as error:
-                print(f"vLLM: {error}", file=sys.stderr)
+    def scratch(size: int) -> Any:
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
-        def own(shared: Shared, x: Inputs) -> Call:
-            if case.step == "prefill":
-                return vllm_prefill(plugin._fwd, gather, workspace, shared, x)
+    def own(shared: Shared, x: Inputs) -> Call:
+        if case.step == "decode":
             return vllm_decode(plugin._decode, shared, x)
+        size = flash_kda.get_workspace_size(case.tokens, case.heads, 1, max_seqlen=case.tokens)
+        return vllm_prefill(plugin._fwd, gather, scratch(size + 63), shared, x)
 
-        yield today, words, own
+    def today(shared: Shared, x: Inputs) -> Call:
+        if operator is None:
+            return vllm_triton(found, case, shared, x)
+        if case.step == "decode":
+            return vllm_decode(operator, shared, x)
+        size = torch.ops._flashkda_C.get_workspace_size(case.tokens, case.heads, 1)
+        return vllm_prefill(operator, gather, scratch(size), shared, x)
+
+    return (today if found else None), (name if operator else "Triton"), own
 
 
 ENGINES = {"vllm": vllm, "sglang": sglang}
 
+
+def kernels_of(engine: str, device: str, stack: contextlib.ExitStack) -> Any:
+    """What the engine computes with today, or None."""
+    if device == "cpu":
+        return None
+    try:
+        if engine == "sglang":
+            return stack.enter_context(releases.sglang_kernels())()
+        return stack.enter_context(releases.vllm_kernels())
+    except ImportError as error:
+        print(f"{engine}: {error}", file=sys.stderr)
+        return None
+
+
 # ---- Timing ------------------------------------------------------------------------------------------------
 
 
-def time_case(case: Case, rounds: int, device: str) -> dict[str, Any]:
-    """Milliseconds of a step, today's and this package's, which take turns, and words about today's."""
+def time_case(case: Case, rounds: int, device: str, kernels: Any) -> dict[str, Any]:
+    """Milliseconds of a step, today's and this package's, which take turns, and words about today's.
+    kernels: of the engine."""
     from peer_timing.timing import Timed
 
     shared = Shared(case, device)
     inputs = [Inputs(case, shared, number, device) for number in range(shared.sets)]
     kind = "plain_ms" if device == "cpu" else "graph_ms"
     timed: dict[str, Any] = {}
-    with ENGINES[case.engine](case, device) as (today, words, own):
-        for name, make in (("today", today), ("ours", own)):
-            if make is None:
-                continue
-            try:
-                timed[name] = Timed([make(shared, x) for x in inputs], device)
-            except Exception as error:  # whatever another library raises
-                if name == "ours":
-                    raise
-                print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
-        turns = [{name: calls.round()[kind] for name, calls in timed.items()} for _ in range(rounds)]
+    today, words, own = ENGINES[case.engine](case, device, kernels)
+    for name, make in (("today", today), ("ours", own)):
+        if make is None:
+            continue
+        try:
+            timed[name] = Timed([make(shared, x) for x in inputs], device)
+        except Exception as error:  # whatever another library raises
+            if name == "ours":
+                raise
+            print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
+    turns = [{name: calls.round()[kind] for name, calls in timed.items()} for _ in range(rounds)]
     times = {name: statistics.median(turn[name] for turn in turns) for name in timed}
     return {"today": None, **times, "words": words if "today" in times else ""}
 
@@ -394,9 +396,10 @@ def main(argv: list[str]) -> None:
         for size in sizes
         if engine == "sglang" or step not in DRAFTS
     ]  # fmt: skip
-    with torch.inference_mode():
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        kernels = {engine: kernels_of(engine, options.device, stack) for engine in options.engines}
         for case in cases:
-            t = time_case(case, options.rounds, options.device)
+            t = time_case(case, options.rounds, options.device, kernels[case.engine])
             if on_gpu:
                 torch.cuda.empty_cache()
             today, ratio = (f"{t['today']:.4f}", f"{t['ours'] / t['today']:.3f}") if t["today"] else ("", "")

@@ -122,11 +122,12 @@ def sglang_kernels() -> Iterator[Any]:
 
     major, minor = _capability()
     no = lambda: False  # noqa: E731
-    platform = dict.fromkeys(("is_cpu", "is_hip", "is_npu", "is_xpu", "is_gfx95_supported"), no)
+    names = ("is_cpu", "is_hip", "is_npu", "is_xpu", "is_gfx95_supported")
+    platform: dict[str, Any] = dict.fromkeys(names, no)
     platform |= {"is_cuda": lambda: True, "is_sm90_supported": lambda: major == 9}
     platform |= {"get_device_sm": lambda: 10 * major + minor}
     numbers = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "sglang.srt.utils": platform,
         "sglang.srt.utils.common": {"torch_release": numbers},
         "sglang.kernels.jit.utils": {"is_arch_support_pdl": no},

@@ -213,15 +213,16 @@ class _Operator:
                 logging.WARNING,
             )
             return
-        self.library = torch.library.Library(namespace, "FRAGMENT")
+        library = torch.library.Library(namespace, "FRAGMENT")
         if found is None:
-            self.library.define(self.text.partition("::")[2])
-        self._register(name, has_theirs=found is not None)
+            library.define(self.text.partition("::")[2])
+        self._register(library, name, has_theirs=found is not None)
+        self.library = library
         _log.once(
             ("adopted", self.name), f"is in front of vLLM's operator {self.name} ({VARIABLE}=0 turns it off)"
         )
 
-    def _register(self, name: str, has_theirs: bool) -> None:
+    def _register(self, library: Any, name: str, has_theirs: bool) -> None:
         raise NotImplementedError
 
     def _theirs(self, key: str) -> Any:
@@ -244,11 +245,10 @@ class _TensorOperator(_Operator):
         super().__init__(schema)
         self.takes, self.compute = takes, compute
 
-    def _register(self, name: str, has_theirs: bool) -> None:
+    def _register(self, library: Any, name: str, has_theirs: bool) -> None:
         for key in ("CUDA", "CPU"):
-            self.library.impl(
-                name, self._implementation(self._theirs(key) if has_theirs else None), key, with_keyset=True
-            )
+            theirs = self._theirs(key) if has_theirs else None
+            library.impl(name, self._implementation(theirs), key, with_keyset=True)
         # The operator writes tensors that are there, and returns nothing. vLLM may have said so already.
         with contextlib.suppress(RuntimeError):
             torch.library.register_fake(self.name, lambda *arguments, **named: None)
@@ -281,7 +281,7 @@ class _TensorOperator(_Operator):
 class _SizeOperator(_Operator):
     """get_workspace_size: enough for this package and for vLLM's kernels, as either may compute a call."""
 
-    def _register(self, name: str, has_theirs: bool) -> None:
+    def _register(self, library: Any, name: str, has_theirs: bool) -> None:
         theirs = self._theirs("CPU") if has_theirs else None  # it depends on no device
 
         def call(keys: Any, *arguments: Any) -> int:
@@ -299,7 +299,7 @@ class _SizeOperator(_Operator):
                 )
                 return size
 
-        self.library.impl(name, call, "CompositeExplicitAutograd", with_keyset=True)
+        library.impl(name, call, "CompositeExplicitAutograd", with_keyset=True)
 
 
 def _looks(schema: Any) -> list:

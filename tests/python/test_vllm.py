@@ -433,6 +433,22 @@ def test_another_schema_is_left_alone(fresh, caplog):
     assert (out == 7).all()
 
 
+def test_a_pytorch_without_what_it_needs(fresh, monkeypatch, caplog):
+    """vLLM keeps its implementation, and no layer is told that this package serves it."""
+    namespace, theirs = "fkda_old_pytorch", []
+    library = torch.library.Library(namespace, "DEF")
+    library.define(plugin.FWD.partition("::")[2])
+    library.impl("fwd", lambda *arguments: theirs.append(1), "CPU")
+    operator = plugin._TensorOperator(plugin.FWD.replace("_flashkda_C", namespace), None, None)
+    monkeypatch.delattr(torch.library, "get_kernel")
+    caplog.set_level(logging.INFO, "vllm.flash_kda")
+    _engines.when_there("json", lambda module: operator.adopt(), plugin._log)
+    assert operator.library is None
+    assert "leaves json as it is" in caplog.text
+    torch.ops.fkda_old_pytorch.fwd(*prefill([20]).values())
+    assert theirs == [1]
+
+
 @pytest.mark.parametrize(
     ("kernel", "capability", "prefill", "decode_12", "decode_32"),
     [
@@ -489,6 +505,21 @@ def test_layers_that_it_can_serve(fresh, monkeypatch):
     assert module.is_fused_kda_decode_supported(32, 128, 4, 0, *floats)
     for wrong in ((32, 64, 4, 0), (32, 128, 3, 0), (32, 128, 4, 1)):
         assert not module.is_fused_kda_decode_supported(*wrong, *floats)
+
+
+def test_a_vllm_without_the_module_of_the_operators(monkeypatch):
+    """The layers import the module, and find an empty one. A module that cannot be loaded stays as it is."""
+    monkeypatch.delitem(sys.modules, "vllm._flashkda_C", raising=False)
+    assert plugin._make_prefill_there()
+    assert sys.modules["vllm._flashkda_C"].__name__ == "vllm._flashkda_C"
+    del sys.modules["vllm._flashkda_C"]
+
+    def broken(name):
+        raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(plugin.importlib, "import_module", broken)
+    assert not plugin._make_prefill_there()
+    assert "vllm._flashkda_C" not in sys.modules
 
 
 def test_a_layer_with_other_functions_is_left_alone(fresh, caplog):
@@ -611,18 +642,28 @@ def test_in_vllm_s_own_layer(tmp_path):
         assert f"flash_kda: computes {name} on cpu" in done.stdout
 
 
+def captured(call):
+    """The graph of a call that allocates nothing."""
+
+    def allocations():
+        return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+    with torch.inference_mode():
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            before = allocations()
+            call()
+            assert allocations() == before
+    return graph
+
+
 def test_in_a_cuda_graph(cuda):
     """A replay takes the slots that the tensor holds then, and nothing is allocated."""
     a = decode([3, 0, 6, -1, 2], device=cuda)
     operator = torch.ops._C.fused_kda_decode
-    with torch.inference_mode():
-        operator(*a.values())
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            operator(*a.values())
-        assert torch.cuda.memory_allocated() == before
+    graph = captured(lambda: operator(*a.values()))
     a["state_indices"].copy_(torch.tensor([0, 2, 3, 6, 5], dtype=torch.int32))
     want, states, inputs = right_decode(a)
     graph.replay()
@@ -633,14 +674,7 @@ def test_in_a_cuda_graph(cuda):
 
 def test_prefill_in_a_cuda_graph(cuda):
     a = prefill([100, 60, 40], device=cuda)
-    with torch.inference_mode():
-        torch.ops._flashkda_C.fwd(*a.values())
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            torch.ops._flashkda_C.fwd(*a.values())
-        assert torch.cuda.memory_allocated() == before, "the call has a workspace, and allocates nothing"
+    graph = captured(lambda: torch.ops._flashkda_C.fwd(*a.values()))
     a["cu_seqlens"].copy_(torch.tensor([0, 10, 150, 200], dtype=torch.int32))
     graph.replay()
     hold_prefill(a)

@@ -1,9 +1,9 @@
 """What test_vllm.py runs in a process of its own: vllm_calls.py FOLDER
 
 The plug-in in vLLM 0.33.0, of which FOLDER has the modules that are about KDA layers and the compiled
-operators. vLLM's own loader loads the plug-in, vLLM's own extension modules register the operators, and the
-forward pass of vLLM's own layer for Kimi K3 calls them, on the CPU. All other modules of vLLM are stand-ins:
-convolutions give back what they get, and states are gathered by PyTorch.
+operators. vLLM's own loader loads the plug-in, vLLM's own extension modules register the operators, and
+vLLM's own layers for Kimi K3 and GLM-5.3-Flash call them, on the CPU. All other modules of vLLM are
+stand-ins: convolutions give back what they get, and states are gathered by PyTorch.
 """
 
 import ast
@@ -251,6 +251,31 @@ def check_decode(module):
         assert torch.equal(conv_state[slot], before[0][slot])
 
 
+def check_glm(glm):
+    """The call of the operator in vLLM's layer for GLM-5.3-Flash, into a buffer of the workspace."""
+    lengths, kda = [64, 3], layer()
+    size = torch.ops._flashkda_C.get_workspace_size(300, H, 5)
+    states = ((5, H, DIM, DIM), F32)
+    kda._flashkda_buffer_specs = (states, states, ((size,), torch.uint8), ((1, 300, H, DIM), BF16))
+    kda.A_log = torch.nn.Parameter(torch.rand(1, 1, H, 1))
+    kda.kda_lower_bound = -5.0
+    x = inputs(sum(lengths), padding=0)
+    q, k, v = (part.unflatten(-1, (H, DIM)).unsqueeze(0) for part in x["mixed_qkv"].split(H * DIM, dim=-1))
+    initial_state, cu_seqlens = torch.randn(2, H, DIM, DIM), torch.tensor([0, 64, 67], dtype=torch.int32)
+    context.attn_metadata = None
+    with torch.inference_mode():
+        out, state = glm.Glm5NextLinearAttention._flashkda_prefill(
+            kda, q=q, k=k, v=v, g=x["g1"], beta=x["beta"], initial_state=initial_state,
+            cu_seqlens=cu_seqlens, out=None,
+        )  # fmt: skip
+    want = flash_kda.reference(
+        q, k, v, x["g1"], x["beta"], DIM**-0.5, kda.A_log.detach(), kda.dt_bias.detach(), -5.0,
+        initial_state, cu_seqlens,
+    )  # fmt: skip
+    assert error(out, want[0]) <= OUT
+    assert error(state, want[1]) <= STATE
+
+
 def check_choice(module, plugin):
     """vLLM's own functions choose the operators on a GPU for which only this package has kernels."""
     floats = BF16, BF16, F32
@@ -329,7 +354,8 @@ with releases.alone(FOLDER, real, given):
     check_prefill(module, with_checkpoint=False)
     check_prefill(module, with_checkpoint=True)
     check_decode(module)
-    assert computed == [("fwd", 104), ("fwd", 104), ("decode_layer", None)]
+    check_glm(importlib.import_module(GLM))
+    assert computed == [("fwd", 104), ("fwd", 104), ("decode_layer", None), ("fwd", 0)]
     check_choice(module, plugin)
     if has_theirs():
         check_on_a_gpu(plugin)
