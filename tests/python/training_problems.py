@@ -3,6 +3,7 @@ plain PyTorch, of which autograd knows the gradients."""
 
 import torch
 
+import flash_kda
 from problems import make_any, to_torch
 
 INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
@@ -11,7 +12,7 @@ FLAGS = ("use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_k
 BARS = {torch.bfloat16: 3.5e-3, torch.float32: 1e-3}
 
 
-def make_call(lengths=(33, 0, 60), device="cpu", rows=None, **options):
+def make_call(lengths=(20, 0, 43), device="cpu", rows=None, **options):
     """The arguments of chunk_kda, all of them tensors that may get gradients. rows: batch rows of equal
     sequences, without cu_seqlens. options: those of problems.make_any."""
     if rows is not None:
@@ -79,10 +80,24 @@ def gradients(call, dout, dstate):
     """The gradients of sum(out dout) + sum(state dstate), by autograd of the plain recurrence in fp64."""
     wide = in_fp64(call)
     leaves = [wide[name].requires_grad_() for name in INPUTS if wide[name] is not None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products of one token are too small for more
     out, state = recurrence(wide)
     loss = (out * dout.double().cpu()).sum() + (state * dstate.double().cpu()).sum()
     found = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    torch.set_num_threads(threads)
     return {name: None if wide[name] is None else next(found) for name in INPUTS}
+
+
+def by_reference(call, dout, dstate):
+    """The same, by bwd_reference, which test_backward.py holds to these gradients. It takes a tenth of the
+    time."""
+    found = flash_kda.bwd_reference(
+        *(call[n] for n in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound")),
+        call["initial_state"], call["cu_seqlens"], dout=dout, dfinal_state=dstate,
+        **{n: call[n] for n in (*FLAGS, "allow_neg_eigval", "state_v_first")},
+    )  # fmt: skip
+    return {name: None if call[name] is None else x for name, x in zip(INPUTS, found)}
 
 
 def upstream(call, seed=0):
@@ -110,3 +125,26 @@ def hold(got, want):
             assert got.get(name) is None, name
         else:
             assert error(got[name], x.reshape(got[name].shape)) <= BARS[got[name].dtype], name
+
+
+class Layer(torch.nn.Module):
+    """A small layer around chunk_kda. Its forward method takes [B, T, width] and returns as much."""
+
+    def __init__(self, width=32, HV=2, disable_recompute=False):
+        super().__init__()
+        self.HV, self.disable_recompute = HV, disable_recompute
+        self.qk, self.v, self.g = (torch.nn.Linear(width, 128 * n, bias=False) for n in (2, HV, HV))
+        self.beta = torch.nn.Linear(width, HV, bias=False)
+        self.A_log = torch.nn.Parameter(torch.zeros(HV))
+        self.dt_bias = torch.nn.Parameter(torch.linspace(-6.0, 0.0, 128).repeat(HV))
+        self.out = torch.nn.Linear(128 * HV, width, bias=False)
+
+    def forward(self, x):
+        q, k = self.qk(x).unflatten(-1, (2, 1, 128)).unbind(2)
+        v, g = (part(x).unflatten(-1, (self.HV, 128)) for part in (self.v, self.g))
+        o, _ = flash_kda.chunk_kda(
+            q.bfloat16(), k.bfloat16(), v.bfloat16(), g, self.beta(x), A_log=self.A_log, dt_bias=self.dt_bias,
+            lower_bound=-5.0, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, disable_recompute=self.disable_recompute,
+        )  # fmt: skip
+        return x + self.out(o.flatten(-2).to(x.dtype))
