@@ -26,7 +26,8 @@
  *   it.
  *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
  *   one: flash_kda_fwd(), flash_kda_bwd(), flash_kda_decode(), flash_kda_apply() and the references are
- *   cancellation points when their work is done, and the others are none. A signal handler must not leave a call by longjmp().
+ *   cancellation points when their work is done, and the others are none. A signal handler must not leave
+ *   a call by longjmp().
  *   Signal handlers run on the caller's threads alone. The floating-point settings of the calling thread
  *   (rounding, unmasked exceptions, flushing of tiny numbers) change no result, and are as before afterwards,
  *   the exception flags included.
@@ -387,7 +388,7 @@ typedef struct flash_kda_bwd_params {
     size_t workspace_size;
     /* What flash_kda_fwd_params.saved got from a forward pass on the same kind of device with the same inputs
      * and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned; or NULL: the call computes
-     * the states again, which costs it about a fifth of its time. Gradients have the same bits with and
+     * the states again, which costs it about a sixth of its time. Gradients have the same bits with and
      * without it if one kernel computes both passes. What another forward pass has saved gives wrong
      * gradients, and no memory outside of the tensors is touched. */
     const void *saved;

@@ -1,11 +1,12 @@
 /*
- * The backward pass on the CPU, for all value heads that share a head of q and k, of some sequences: the chain
- * rule through the chunk form of head.h, in fp32. Part of head.h, so compiled once for each instruction set.
+ * The backward pass on the CPU, for all value heads that share a head of q and k, of some sequences: the
+ * chain rule through the chunk form of head.h, in fp32. Part of head.h, so compiled once for each instruction
+ * set.
  *
  * Algorithm
  *
- * With the names of head.h, S the state before a chunk, D the gradient with respect to the state after it, and
- * dO scaled:
+ * With the names of head.h, S the state before a chunk, D the gradient with respect to the state after it,
+ * and dO scaled:
  *
  *     dU   = Kr D + P^T dO                    dX = (I + L)^-T dU
  *     dR   = diag(b) dX, which is also dV     db_i = dX_i . (what the state did not predict for token i)
@@ -15,13 +16,15 @@
  *
  * backward_chunk.h computes these products, and backward_channels.h what follows from them for q, k and g.
  *
- * A sequence is cut into segments. The state before each segment is kept: a first walk over the sequence finds
- * them, unless the forward pass has saved them. Then, from the last segment to the first, a walk forwards finds what each chunk needs, its state
- * included, and a walk backwards uses it. States are so computed twice, and a worker's memory grows with the
- * square root of the sequence's length, or with `saved` not at all.
+ * A sequence is cut into segments. The state before each segment is kept: a first walk over the sequence
+ * finds them, unless the forward pass has saved them. Then, from the last segment to the first, a walk
+ * forwards finds what each chunk needs, its state included, and a walk backwards uses it. So states are
+ * computed twice, or once with `saved`, and a worker's memory grows with the square root of the sequence's
+ * length, or with `saved` not at all.
  *
  * Value heads that share a head of q and k go through a segment one after the other, and their dq and dk are
- * added up in fp32 in this order. Every sum runs in an order that does not depend on the number of threads. */
+ * added up in fp32 in this order. Every sum runs in an order that does not depend on the number of threads.
+ */
 #ifndef FKDA_CPU_BACKWARD_H
 #define FKDA_CPU_BACKWARD_H
 

@@ -13,8 +13,8 @@ enum {
     /* Starting a thread takes some tens of microseconds, in which a thread goes back over a few tokens of a
      * head. */
     MIN_TOKENS_PER_THREAD = 16,
-    /* Tokens of a segment at least. Shorter ones need less of the cache for their records, and more memory for
-     * the states between them. */
+    /* Tokens of a segment at least. Shorter ones need less of the cache for their records, and more memory
+     * for the states between them. */
     MIN_SEGMENT = 320,
     /* Sequences are divided into as many blocks as make this many pieces of work, which are enough for any
      * number of threads. Each piece needs room for its part of dA_log and ddt_bias. */
@@ -30,8 +30,8 @@ typedef struct bwd_plan {
     size_t bytes;
 } bwd_plan;
 
-/* The plan depends on the shape alone, and neither on the number of threads, except for the number itself, nor
- * on the contents of tensors. */
+/* The plan depends on the shape alone, and neither on the number of threads, except for the number itself,
+ * nor on the contents of tensors. */
 static bwd_plan make_plan(const fkda_bwd_problem *p)
 {
     const fkda_shape *s = &p->fwd.shape;

@@ -10,13 +10,14 @@ INLINE void multiply_state(float (*a)[K], float (*state)[STRIP], float *to, int 
 {
     for (int row = 0; row < count; row += ROWS) {
         vec sum[ROWS][COLUMNS] = {{{0}}};
-        for (int k = 0; k < K; k++) {
+        const float *column = a[row]; /* one pointer for all rows, for which GCC would have ROWS */
+        for (int k = 0; k < K; k++, column++) {
             vec part[COLUMNS];
             UNROLL
             for (int c = 0; c < COLUMNS; c++) part[c] = load(state[k] + c * LANES);
             UNROLL
             for (int r = 0; r < ROWS; r++) {
-                vec x = splat(a[row + r][k]);
+                vec x = splat(column[r * K]);
                 UNROLL
                 for (int c = 0; c < COLUMNS; c++) sum[r][c] += x * part[c];
             }
@@ -112,13 +113,14 @@ INLINE void decay_and_add(const float *decay_1, float (*a)[K], const float *y, i
                 sum[r][c] = decay_1[k + r] * old + old;
             }
         }
-        for (int i = 0; i < count; i++) {
+        const float *row = a[0] + k;
+        for (int i = 0; i < count; i++, row += K) {
             vec part[COLUMNS];
             UNROLL
             for (int c = 0; c < COLUMNS; c++) part[c] = load(y + i * stride + c * LANES);
             UNROLL
             for (int r = 0; r < ROWS; r++) {
-                vec x = splat(a[i][k + r]);
+                vec x = splat(row[r]);
                 UNROLL
                 for (int c = 0; c < COLUMNS; c++) sum[r][c] += x * part[c];
             }

@@ -2,8 +2,8 @@
  * The backward pass: the fp64 reference against finite differences of the forward pass's reference, and
  * kernels against the fp64 reference.
  *
- * FLASH_KDA_TEST_PROBLEMS says how many calls with drawn options are tried, and FLASH_KDA_TEST_SEED where they
- * begin.
+ * FLASH_KDA_TEST_PROBLEMS says how many calls with drawn options are tried, and FLASH_KDA_TEST_SEED where
+ * they begin.
  */
 #include <math.h>
 #include <stdio.h>
@@ -17,8 +17,8 @@
 
 /* ---- Errors -------------------------------------------------------------------------------------------- */
 
-/* Relative RMS: of gradients in bf16, of gradients in fp32, and of what gradients in bf16 are off beyond their
- * own rounding. */
+/* Relative RMS: of gradients in bf16, of gradients in fp32, and of what gradients in bf16 are off beyond
+ * their own rounding. */
 static const double BF16_BAR = 3.5e-3, F32_BAR = 1e-4;
 
 /* Gradients whose RMS is far below this are as good as 0: some of their factors are at the end of fp32. */
