@@ -185,7 +185,7 @@ def bwd_reference(
     results = {name: _reference.new64(q, shape) for name, shape in wanted.items()}
     gradients = _lib.Gradients64(struct_size=ctypes.sizeof(_lib.Gradients64))
     for name, x in results.items():
-        setattr(gradients, name, _reference.address_of(x))
+        setattr(gradients, name, _reference.pointer_of(x))
     _lib.check(_lib.lib.flash_kda_bwd_reference(ctypes.byref(params), ctypes.byref(gradients)))
     if not asked.state_v_first:
         results["dinitial_state"] = _reference.transposed(results["dinitial_state"])

@@ -128,6 +128,9 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     bound = call["lower_bound"]
     if call["safe_gate"] and call["use_gate_in_kernel"] and (bound is None or not -5 <= bound < 0):
         raise ValueError(f"lower_bound is {bound} with safe_gate=True; it must be in [-5, 0)")
+    if not isinstance(call["disable_recompute"], bool):
+        kind = type(call["disable_recompute"]).__name__
+        raise TypeError(f"disable_recompute is of type {kind}; it must be True or False")
     initial_state = call["initial_state"]
     is_tensor = isinstance(initial_state, torch.Tensor)
     if initial_state is not None and not (is_tensor and initial_state.dtype == torch.float32):

@@ -126,14 +126,14 @@ class BwdParams(ctypes.Structure):
 class Gradients64(ctypes.Structure):
     _fields_ = [
         ("struct_size", c_size_t),
-        ("dq", c_void_p),
-        ("dk", c_void_p),
-        ("dv", c_void_p),
-        ("dg", c_void_p),
-        ("dbeta", c_void_p),
-        ("dA_log", c_void_p),
-        ("ddt_bias", c_void_p),
-        ("dinitial_state", c_void_p),
+        ("dq", ctypes.POINTER(c_double)),
+        ("dk", ctypes.POINTER(c_double)),
+        ("dv", ctypes.POINTER(c_double)),
+        ("dg", ctypes.POINTER(c_double)),
+        ("dbeta", ctypes.POINTER(c_double)),
+        ("dA_log", ctypes.POINTER(c_double)),
+        ("ddt_bias", ctypes.POINTER(c_double)),
+        ("dinitial_state", ctypes.POINTER(c_double)),
     ]
 
 

@@ -53,7 +53,7 @@ def reference(
         results.append(new64(q, (rows, *heads, _DIM, _DIM)))
         if states is None:
             _lib.set_shape(params.checkpoint_states, _lib.F32, (rows, *heads, _DIM, _DIM))
-    _interruptible.reference(params, *map(_pointer, results))
+    _interruptible.reference(params, *map(pointer_of, results))
     if not options.state_v_first:
         results[1:] = [transposed(x) for x in results[1:]]
     return tuple(results)
@@ -82,7 +82,7 @@ def decode_reference(
     heads = shapes["v"][2:3] or (0,)
     tokens = shapes["v"][1:2] if "cu_seqlens" in shapes else shapes["v"][:2]
     results = [new64(q, shapes["v"]), new64(q, (*tokens, *heads, _DIM, _DIM))]
-    _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(_pointer, results)))
+    _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(pointer_of, results)))
     if not options.state_v_first:
         results[1] = transposed(results[1])
     return tuple(results)
@@ -104,7 +104,7 @@ def decode_layer_reference(given: dict[str, Any], more: dict[str, Any]) -> tuple
         more,
     )
     results = [new64(given["x"], shapes["g"]), new64(given["x"], (*shapes["g"], _DIM))]
-    _lib.check(_lib.lib.flash_kda_decode_layer_reference(ctypes.byref(params), *map(_pointer, results)))
+    _lib.check(_lib.lib.flash_kda_decode_layer_reference(ctypes.byref(params), *map(pointer_of, results)))
     if not options.state_v_first:
         results[1] = transposed(results[1])
     return tuple(results)
@@ -145,13 +145,9 @@ def filled(
     return options, params, shapes, owners
 
 
-def address_of(result: Any) -> int:
+def pointer_of(result: Any) -> Any:
     """C refuses a null pointer, so an empty result has an address that is never written."""
-    return _arrays.read("result", result, None)[0].pointer or 8
-
-
-def _pointer(result: Any) -> Any:
-    return ctypes.cast(address_of(result), POINTER(c_double))
+    return ctypes.cast(_arrays.read("result", result, None)[0].pointer or 8, POINTER(c_double))
 
 
 _EMPTY = 64  # the address of an empty array, which C would otherwise take for an absent one
