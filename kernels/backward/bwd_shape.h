@@ -5,7 +5,7 @@
 #define FKDA_BWD_THREADS 256
 
 /* Dynamic shared memory of a CTA: sizeof(Shared) in shared.cuh, which asserts it. */
-#define FKDA_BWD_SHARED_BYTES 84064
+#define FKDA_BWD_SHARED_BYTES 100976
 
 /* Numbers of a chunk's record: the state before it, and what that did not predict of each value. */
 #define FKDA_BWD_RECORD (128 * 128 + 16 * 128)

@@ -4,18 +4,21 @@
  * Algorithm. With F_ij the decay of a channel between the writing of token j and the reading of token i, E_i
  * the one since the chunk's start, and the gradients that columns.cuh leaves:
  *
- *     z_ij = dP_ij q_i + b_i dL_ij k_i
+ *     w_j  = F_last,j dKr_j + sum over i > j of F_ij (dP_ij q_i + b_i dL_ij k_i)
  *     dq_i = E_i dQ~_i + sum over j <= i of F_ij dP_ij k_j
- *     dk_i = E_i dK~_i + sum over j < i of F_ij b_i dL_ij k_j + F_last,i dKr_i + sum over j >= i of F_ji z_ji
- *     dg_t = sum over j < t <= i of F_ij z_ij k_j + sum over i >= t of E_i (q_i dQ~_i + k_i dK~_i)
- *            + sum over j < t of F_last,j k_j dKr_j + E_last (sum over V of S D)
+ *     dk_i = E_i dK~_i + sum over j < i of F_ij b_i dL_ij k_j + w_i + dP_ii q_i
+ *     dg_t = sum over j < t of k_j w_j(t) + sum over i >= t of E_i (q_i dQ~_i + k_i dK~_i)
+ *            + E_last (sum over V of S D)
+ *
+ * where w_j(t) has the readers i >= t alone. Readers are taken from the last to the first, so that w_j is w_j(t)
+ * when dg_t is summed.
  *
  * Every term of dg has the decay of its token as a factor, and none is subtracted from another: a difference of
  * running sums of q dq and k dk would lose slow channels, and leave rounding errors where a gate forgets
  * everything. Decays are products of the decays of tokens, so no gate leaves the range of fp32.
  *
- * Two threads share a channel. One has the readers up to token 11, the other the rest, about as many pairs, and
- * the end of the chunk.
+ * Two threads share a channel. One has the readers up to token 11, the other the rest and the end of the chunk,
+ * which are about as many pairs.
  */
 #ifndef FKDA_BACKWARD_CHANNELS_CUH
 #define FKDA_BACKWARD_CHANNELS_CUH
@@ -27,69 +30,79 @@ namespace fkda
 
 constexpr int SHARE = 12; /* readers of the first thread */
 
+/* A channel of a chunk: raw inputs, gate, and the number of the chunk's tokens. */
+struct ChannelOfChunk {
+    const Raw &raw;
+    const ChannelGate gate;
+    bool g_is_f32;
+    int count, c;
+};
+
+/* Readers first to last - 1, and all that was written before them. */
 template <int first, int last> struct ChannelPairs {
-    float key[last], fade[last]; /* the decay since token j was written */
-    float writer[last];          /* parts of dk and dg */
-    float dg[last];
-    float since_start;
+    static constexpr bool is_late = last == CHUNK;
 
-    /* One reader and all that was written before it. */
-    __device__ __forceinline__ void read(Shared &s, int i, int c, float decay, float k, float q)
-    {
-        const float from_k = since_start * s.k_read.at(i, c), from_q = since_start * s.q_read.at(i, c),
-                    own = s.pairs[i][i].x;
-        float dq = __fmaf_rn(own, k, from_q), dk = from_k, sum = __fmaf_rn(k, from_k, q * from_q);
-        dg[0] += sum;
-#pragma unroll
-        for (int j = 0; j < i; j++) {
-            const float2 pair = s.pairs[i][j];
-            const float f = fade[j] * decay, faded = f * key[j], worth = __fmaf_rn(pair.x, q, pair.y * k) * f;
-            fade[j] = f;
-            dq = __fmaf_rn(pair.x, faded, dq);
-            dk = __fmaf_rn(pair.y, faded, dk);
-            writer[j] += worth;
-            sum = __fmaf_rn(worth, key[j], sum);
-            dg[j + 1] += sum;
-        }
-        writer[i] = own * q;
-        s.q_read.at(i, c) = dq;
-        s.k_read.at(i, c) = dk;
-    }
+    float decay[last], key[last], w[last];
+    float from_state; /* the part of dg of the state before the chunk */
 
-    /* `count`: tokens of the chunk. */
-    __device__ __forceinline__ void run(Shared &s, const ChannelGate &gate, bool g_is_f32, int count, int c)
+    __device__ __forceinline__ void load(const Shared &s, const ChannelOfChunk &x)
     {
-        since_start = 1.0f;
-#pragma unroll
-        for (int i = 0; i < last; i++) writer[i] = dg[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < last; i++) {
-            const float decay = i < count ? ex2(gate.log2_decay(raw_gate(s.raw, g_is_f32, i, c))) : 1.0f,
-                        k = from_bf16_bits(s.raw.k[i][c]) * s.k_scale[i];
-            since_start *= decay;
-            if (i >= first) {
-                read(s, i, c, decay, k, from_bf16_bits(s.raw.q[i][c]) * s.q_scale[i]);
-            } else {
-#pragma unroll
-                for (int j = 0; j < i; j++) fade[j] *= decay;
-            }
-            fade[i] = 1.0f;
-            key[i] = k;
+            const float g = raw_gate(x.raw, x.g_is_f32, i, x.c);
+            decay[i] = i < x.count ? ex2(x.gate.log2_decay(g)) : 1.0f;
+            key[i] = from_bf16_bits(x.raw.k[i][x.c]) * s.k_scale[i];
+            w[i] = 0.0f;
         }
+        from_state = 0.0f;
     }
 
-    /* The state before the chunk as a writer, and the state after it as a reader. */
-    __device__ __forceinline__ void end(const Shared &s, int c)
+    /* The state after the chunk as a reader. */
+    __device__ __forceinline__ void read_last(const Shared &s, int c)
     {
-        float sum = since_start * s.kept[c];
-        dg[0] += sum;
+        float f = 1.0f;
 #pragma unroll
-        for (int j = 0; j < last; j++) {
-            const float to_end = fade[j] * s.k_rest.at(j, c);
-            writer[j] += to_end;
-            sum = __fmaf_rn(key[j], to_end, sum);
-            if (j + 1 < last) dg[j + 1] += sum;
+        for (int j = last - 1; j >= 0; j--) {
+            w[j] = f * s.k_rest.at(j, c);
+            f *= decay[j];
         }
+        from_state = f * s.kept[c];
+    }
+
+    __device__ __forceinline__ void read(Shared &s, int i, float q, int c)
+    {
+        const float k = key[i], own = s.pairs[i][i].x;
+        float f = 1.0f, dq = own * k, dk = 0.0f;
+#pragma unroll
+        for (int j = i - 1; j >= 0; j--) {
+            const float4 two = *reinterpret_cast<const float4 *>(&s.pairs[i][j / 2 * 2]);
+            const float by_p = j % 2 ? two.z : two.x, by_l = j % 2 ? two.w : two.y;
+            f *= decay[j + 1];
+            const float faded = f * key[j];
+            w[j] = __fmaf_rn(__fmaf_rn(by_p, q, by_l * k), f, w[j]);
+            dq = __fmaf_rn(by_p, faded, dq);
+            dk = __fmaf_rn(by_l, faded, dk);
+        }
+        f *= decay[0];
+        const float from_k = f * s.k_read.at(i, c), from_q = f * s.q_read.at(i, c);
+        from_state = __fmaf_rn(k, from_k, __fmaf_rn(q, from_q, from_state));
+        float dg = from_state;
+#pragma unroll
+        for (int j = 0; j < i; j++) dg = __fmaf_rn(key[j], w[j], dg);
+        w[i] = __fmaf_rn(own, q, w[i]); /* no gate acts on it */
+        s.q_read.at(i, c) = dq + from_q;
+        s.k_read.at(i, c) = dk + from_k;
+        s.u.at(i, c) = dg;
+    }
+
+    /* Leaves dq in q_read, the part of dk of a reader in k_read, that of a writer in w, and dg in u. */
+    __device__ __forceinline__ void run(Shared &s, const ChannelOfChunk &x)
+    {
+        load(s, x);
+        if (is_late) read_last(s, x.c);
+#pragma unroll
+        for (int i = last - 1; i >= first; i--)
+            read(s, i, from_bf16_bits(x.raw.q[i][x.c]) * s.q_scale[i], x.c);
     }
 };
 
@@ -100,31 +113,33 @@ struct ParameterSums {
 
 /* Leaves dq in q_read and dk in k_read, of normalised queries and keys, and the gradient of g in u. The CTA has
  * met before, and meets afterwards. */
-__device__ __forceinline__ void go_through_channels(Shared &s, const ChannelGate &gate, bool g_is_f32,
-                                                    int count, int thread, ParameterSums &sums)
+__device__ __forceinline__ void go_through_channels(Shared &s, const ChannelOfChunk &x, int thread,
+                                                    ParameterSums &sums)
 {
-    const int c = thread % DIM;
+    const int c = x.c;
     if (thread < DIM) {
         ChannelPairs<0, SHARE> p;
-        p.run(s, gate, g_is_f32, count, c);
+        p.run(s, x);
 #pragma unroll
-        for (int j = 0; j < SHARE; j++) s.dr.at(j, c) = p.writer[j], s.u.at(j, c) = p.dg[j];
+        for (int j = 0; j < SHARE; j++) s.dr.at(j, c) = p.w[j];
         __syncthreads();
         return;
     }
     ChannelPairs<SHARE, CHUNK> p;
-    p.run(s, gate, g_is_f32, count, c);
-    p.end(s, c);
+    p.run(s, x);
     __syncthreads();
+    float late = p.from_state; /* what the late readers add to dg of an early token */
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
-        const float writer = j < SHARE ? p.writer[j] + s.dr.at(j, c) : p.writer[j],
-                    dg = j < SHARE ? p.dg[j] + s.u.at(j, c) : p.dg[j];
-        float by_g, by_A_log;
-        s.k_read.at(j, c) += writer;
-        gate.differentiate(raw_gate(s.raw, g_is_f32, j, c), by_g, by_A_log);
+        float dg = s.u.at(j, c), w = p.w[j], by_g, by_A_log;
+        if (j < SHARE) {
+            dg += late, w += s.dr.at(j, c);
+            late = __fmaf_rn(p.key[j], p.w[j], late);
+        }
+        s.k_read.at(j, c) += w;
+        x.gate.differentiate(raw_gate(x.raw, x.g_is_f32, j, c), by_g, by_A_log);
         s.u.at(j, c) = dg * by_g;
-        if (j >= count) continue;
+        if (j >= x.count) continue;
         sums.bias += dg * by_g;
         sums.rate = __fmaf_rn(dg, by_A_log, sums.rate);
     }

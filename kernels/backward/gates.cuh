@@ -4,19 +4,25 @@
 
 #include "../../include/flash_kda.h"
 #include "../common/gate.cuh"
+#include "../common/task.cuh"
 
 namespace fkda
 {
 
-/* The gate of one channel of a head. */
+/* The gate of a head, in shared memory. */
+struct GateOfHead {
+    float slope; /* -exp(A_log) log2(e) */
+    float bias[DIM];
+};
+
+/* The gate of one channel of a head. It is made anew where it is needed, for lack of registers. */
 struct ChannelGate {
     int kind;
-    float slope, rate, bound, lower_bound, bias; /* slope: -exp(A_log) log2(e), rate: exp(A_log) */
+    float slope, rate, bound, lower_bound, bias; /* rate: exp(A_log) */
 
-    __device__ ChannelGate(const fkda_fwd_args &args, int head, int channel)
-        : kind(args.gate), slope(sigmoid_gate_slope(args.A_log ? args.A_log[head] : 0.0f)),
-          rate(slope * (-1.0f / LOG2_E)), bound(sigmoid_gate_bound(args.lower_bound)),
-          lower_bound(args.lower_bound), bias(args.dt_bias ? args.dt_bias[head * DIM + channel] : 0.0f)
+    __device__ ChannelGate(const fkda_fwd_args &args, const GateOfHead &head, int channel)
+        : kind(args.gate), slope(head.slope), rate(slope * (-1.0f / LOG2_E)),
+          bound(sigmoid_gate_bound(args.lower_bound)), lower_bound(args.lower_bound), bias(head.bias[channel])
     {
     }
 
@@ -50,6 +56,14 @@ struct ChannelGate {
         }
     }
 };
+
+/* All threads of the CTA call it, and meet before the gate is read. */
+__device__ __forceinline__ void load_gate(GateOfHead &gate, const fkda_fwd_args &args, int head)
+{
+    const int channel = threadIdx.x;
+    if (channel == 0) gate.slope = sigmoid_gate_slope(args.A_log ? args.A_log[head] : 0.0f);
+    if (channel < DIM) gate.bias[channel] = args.dt_bias ? args.dt_bias[head * DIM + channel] : 0.0f;
+}
 
 /* The write strength, and its derivative. */
 __device__ __forceinline__ float write_strength(int kind, float beta, float &slope)

@@ -20,13 +20,22 @@ namespace fkda
 struct Gradients {
     const fkda_bwd_args &args;
     Shared &s;
-    int thread, warp, lane, g, t;
-    int first; /* row of V, or channel of K, of the warp */
 
-    __device__ Gradients(const fkda_bwd_args &a, Shared &shared)
-        : args(a), s(shared), thread(threadIdx.x), warp(thread / 32), lane(thread % 32), g(lane / 4),
-          t(lane % 4), first(16 * warp)
+    __device__ Gradients(const fkda_bwd_args &a, Shared &shared) : args(a), s(shared) {}
+
+    /* Where the thread is. The index is read again at each call, so that what is made of it occupies no registers
+     * from one step to the next. */
+    struct Place {
+        int thread, warp, lane, g, t;
+        int first; /* row of V, or channel of K, of the warp */
+    };
+    static __device__ Place place()
     {
+        int cta, id;
+        read_indices(cta, id);
+        const unsigned thread = static_cast<unsigned>(id), lane = thread % 32; /* never negative */
+        return {id, static_cast<int>(thread / 32), static_cast<int>(lane), static_cast<int>(lane / 4),
+                static_cast<int>(lane % 4), static_cast<int>(thread / 32 * 16)};
     }
 
     /* ---- Memory ---- */
@@ -38,6 +47,12 @@ struct Gradients {
         return static_cast<char *>(tensor) +
                find_row(args.fwd, strides, s.piece.sequence, s.piece.task.begin, head, bytes) +
                token * strides.token * bytes;
+    }
+
+    /* The first chunk of the segment. It is found anew where it is needed. */
+    __device__ int first_chunk() const
+    {
+        return s.piece.segment * (args.segment / CHUNK);
     }
 
     __device__ float *record(int chunk_of_segment) const
@@ -65,16 +80,17 @@ struct Gradients {
     /* A lane has two tokens of one row of V; the transposes make two neighbouring rows of one token of them. */
     __device__ void store_dv(int chunk, const float (&dr)[2][4]) const
     {
+        const Place p = place();
         if (!args.dv) return;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const uint32_t low = transpose_matrix(pack_bf16(dr[i][0], dr[i][1])),
                            high = transpose_matrix(pack_bf16(dr[i][2], dr[i][3]));
-            const int token = chunk * CHUNK + 8 * i + g;
+            const int token = chunk * CHUNK + 8 * i + p.g;
             if (token >= s.piece.task.length) continue;
             auto *to =
                 reinterpret_cast<uint32_t *>(row(args.dv, args.dv_strides, token, s.piece.task.head, 2)) +
-                first / 2 + t;
+                p.first / 2 + p.t;
             to[0] = low;
             to[4] = high;
         }
@@ -82,12 +98,13 @@ struct Gradients {
 
     __device__ void store_dbeta(int chunk) const
     {
-        const int token = chunk * CHUNK + thread;
-        if (!args.dbeta || thread >= CHUNK || token >= s.piece.task.length) return;
+        const Place p = place();
+        const int token = chunk * CHUNK + p.thread;
+        if (!args.dbeta || p.thread >= CHUNK || token >= s.piece.task.length) return;
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += s.dbeta[w][thread];
-        sum *= s.strength_slope[thread];
+        for (int w = 0; w < WARPS; w++) sum += s.dbeta[w][p.thread];
+        sum *= s.strength_slope[p.thread];
         const int is_f32 = args.fwd.beta_is_f32;
         char *to = row(args.dbeta, args.dbeta_strides, token, s.piece.task.head, is_f32 ? 4 : 2);
         if (is_f32)
@@ -107,9 +124,10 @@ struct Gradients {
     __device__ void store_row(void *tensor, const fkda_token_strides &strides, float *parts, int token,
                               float4 x, const uint16_t *raw, float scale) const
     {
+        const Place p = place();
         if (!tensor) return;
         if (!args.fwd.qk_is_normalised) {
-            const uint2 two = *reinterpret_cast<const uint2 *>(raw + 4 * lane);
+            const uint2 two = *reinterpret_cast<const uint2 *>(raw + 4 * p.lane);
             const float4 n = make_float4(bf16_low(two.x) * scale, bf16_high(two.x) * scale,
                                          bf16_low(two.y) * scale, bf16_high(two.y) * scale);
             float along = __fmaf_rn(n.x, x.x, __fmaf_rn(n.y, x.y, __fmaf_rn(n.z, x.z, n.w * x.w)));
@@ -123,24 +141,25 @@ struct Gradients {
         const int head = s.piece.task.head;
         if (parts)
             *reinterpret_cast<float4 *>(parts + ((s.piece.task.begin + token) * args.fwd.heads + head) * DIM +
-                                        4 * lane) = x;
+                                        4 * p.lane) = x;
         else
-            store_bf16(row(tensor, strides, token, head, 2) + 8 * lane, x);
+            store_bf16(row(tensor, strides, token, head, 2) + 8 * p.lane, x);
     }
 
-    __device__ void store_rows(int chunk) const
+    __device__ void store_rows(const Raw &raw, int chunk) const
     {
+        const Place p = place();
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const int i = 2 * warp + e, token = chunk * CHUNK + i;
-            store_row(args.dq, args.dq_strides, args.dq_parts, token, s.q_read.four(i, 4 * lane), s.raw.q[i],
+            const int i = 2 * p.warp + e, token = chunk * CHUNK + i;
+            store_row(args.dq, args.dq_strides, args.dq_parts, token, s.q_read.four(i, 4 * p.lane), raw.q[i],
                       s.q_scale[i]);
-            store_row(args.dk, args.dk_strides, args.dk_parts, token, s.k_read.four(i, 4 * lane), s.raw.k[i],
+            store_row(args.dk, args.dk_strides, args.dk_parts, token, s.k_read.four(i, 4 * p.lane), raw.k[i],
                       s.k_scale[i]);
             if (!args.dg || token >= s.piece.task.length) continue;
             const int bytes = args.fwd.g_is_f32 ? 4 : 2;
-            char *to = row(args.dg, args.dg_strides, token, s.piece.task.head, bytes) + 4 * bytes * lane;
-            const float4 x = s.u.four(i, 4 * lane);
+            char *to = row(args.dg, args.dg_strides, token, s.piece.task.head, bytes) + 4 * bytes * p.lane;
+            const float4 x = s.u.four(i, 4 * p.lane);
             if (args.fwd.g_is_f32)
                 *reinterpret_cast<float4 *>(to) = x;
             else
@@ -150,68 +169,81 @@ struct Gradients {
 
     /* ---- The walks ---- */
 
-    __device__ void walk_forwards(const ChannelGate &gate, int begin, int end) const
+    /* Requests the last chunk for the way back. There is a chunk. */
+    __device__ void walk_forwards(Reader &reader, int begin, int end) const
     {
+        const Place p = place();
         const fkda_fwd_args &f = args.fwd;
         const int head = s.piece.task.head;
         Rows state;
         if (s.piece.segment > 0) {
             const long long slot = s.piece.slot + s.piece.segment;
-            state.load(args.states + border_offset(args, slot, head), first, g, t);
+            state.load(args.states + border_offset(args, slot, head), p.first, p.g, p.t);
         } else if (f.initial_state.data) {
             state.load(
                 state_memory(f.initial_state, args.initial_is_bf16, f.state_k_first, s.piece.sequence, head),
-                first, g, t);
+                p.first, p.g, p.t);
         } else {
             state.clear();
         }
+        reader.request<FORWARDS>(begin);
         for (int chunk = begin; chunk < end; chunk++) {
             float missed[2][4], *const to = record(chunk - begin);
-            load_and_prepare<WANT_V, false>(s, args, gate, chunk);
-            state.store(to, first, g, t);
-            find_missed(missed, state, s, first, lane);
-            store_missed(to + DIM * DIM, missed, thread);
-            if (chunk + 1 < end) write_state(state, missed, s, lane);
+            const Raw &raw = reader.receive<FORWARDS>(chunk);
+            const float beta = reader.beta;
+            if (chunk + 1 < end)
+                reader.request<FORWARDS>(chunk + 1);
+            else
+                reader.request<BACKWARDS>(chunk);
+            Preparation<FORWARDS>(s, args, raw).run(chunk, beta);
+            state.store(to, p.first, p.g, p.t);
+            find_missed(missed, state, s, raw, p.first, p.lane);
+            store_missed(to + DIM * DIM, missed, p.thread);
+            if (chunk + 1 < end) write_state(state, missed, s, p.lane);
         }
     }
 
     /* The part of dbeta of the warp's rows. */
     __device__ void add_dbeta(const float (&dx)[2][4], const float (&missed)[2][4]) const
     {
+        const Place p = place();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int tile = i / 2, e = i % 2;
             float sum = __fmaf_rn(dx[tile][e], missed[tile][e], dx[tile][e + 2] * missed[tile][e + 2]);
 #pragma unroll
             for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-            if (g == 0) s.dbeta[warp][8 * tile + 2 * t + e] = sum;
+            if (p.g == 0) s.dbeta[p.warp][8 * tile + 2 * p.t + e] = sum;
         }
     }
 
     /* By rows of V: dX and what follows from it, and the gradient with respect to the state before the chunk. */
-    __device__ void go_through_rows(Rows &rows, const float *from, int chunk) const
+    __device__ void go_through_rows(Rows &rows, const Raw &raw, const float *from, int chunk) const
     {
+        const Place p = place();
         float dx[2][4], dout[2][4], dr[2][4], missed[2][4], u[2][4];
-        find_dx(dx, dout, rows, s, first, lane);
-        load_missed(missed, from + DIM * DIM, thread);
+        find_dx(dx, dout, rows, s, raw, p.first, p.lane);
+        load_missed(missed, from + DIM * DIM, p.thread);
         add_dbeta(dx, missed);
-        multiply_by_strengths(dr, dx, s, t);
-        multiply_by_strengths(u, missed, s, t);
+        multiply_by_strengths(dr, dx, s, p.t);
+        multiply_by_strengths(u, missed, s, p.t);
         store_dv(chunk, dr);
-        store_columns<true>(s.dr, dr, first, g, t);
-        store_columns<true>(s.u, u, first, g, t);
-        write_gradient(rows, dout, dr, s, lane);
+        store_columns<true>(s.dr, dr, p.first, p.g, p.t);
+        store_columns<true>(s.u, u, p.first, p.g, p.t);
+        write_gradient(rows, dout, dr, s, p.lane);
     }
 
     __device__ void add_pairs() const
     {
-        const int i = thread / CHUNK, j = thread % CHUNK;
+        const Place p = place();
+        const int i = p.thread / CHUNK, j = p.thread % CHUNK;
         s.pairs[i][j] = make_float2((s.products[0][0][i][j] + s.products[1][0][i][j]) * args.fwd.scale,
                                     -(s.products[0][1][i][j] + s.products[1][1][i][j]));
     }
 
     __device__ void load_gradient(Rows &rows, Columns &columns) const
     {
+        const Place p = place();
         const int head = s.piece.task.head, segments = count_segments(args, s.piece.task);
         StateMemory from = state_memory(args.dfinal_state, args.dfinal_is_bf16, args.fwd.state_k_first,
                                         s.piece.sequence, head);
@@ -220,66 +252,75 @@ struct Gradients {
             from = {args.gradients, false, border_offset(args, slot, head), 1, DIM};
         }
         if (from.data) {
-            rows.load(from, first, g, t);
-            columns.load(from, first, g, t);
+            rows.load(from, p.first, p.g, p.t);
+            columns.load(from, p.first, p.g, p.t);
         } else {
             rows.clear();
             columns.clear();
         }
     }
 
-    __device__ void walk_backwards(const ChannelGate &gate, int begin, int end, ParameterSums &sums) const
+    __device__ void walk_backwards(Reader &reader, int end,
+                                   ParameterSums &sums) const
     {
         Rows rows;
         Columns columns;
         load_gradient(rows, columns);
-        for (int chunk = end - 1; chunk >= begin; chunk--) {
-            const float *from = record(chunk - begin);
-            ByChannel by;
-            load_and_prepare<WANT_Q | WANT_DOUT, true>(s, args, gate, chunk);
-            go_through_rows(rows, from, chunk);
+        for (int chunk = end - 1; chunk >= first_chunk(); chunk--) {
+            const Raw &raw = reader.receive<BACKWARDS>(chunk);
+            const float beta = reader.beta;
+            if (chunk > first_chunk()) reader.request<BACKWARDS>(chunk - 1);
+            Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
+            const float *const from = record(chunk - first_chunk());
+            go_through_rows(rows, raw, from, chunk);
             __syncthreads();
-            columns.step_back(by, from, s, first, lane);
-            multiply_by_writes(s, warp, lane);
+            const Place p = place();
+            columns.go_back(from, s, raw, args.fwd.scale, p.first, p.lane);
+            multiply_by_writes(s, raw, p.warp, p.lane);
             __syncthreads();
-            store_by_channel(s, by, args.fwd.scale, first, lane);
             add_pairs();
             store_dbeta(chunk);
             __syncthreads();
-            go_through_channels(s, gate, args.fwd.g_is_f32, s.piece.task.length - chunk * CHUNK, thread,
-                                sums);
+            const ChannelOfChunk channel = {raw, {args.fwd, s.gate, p.thread % DIM}, args.fwd.g_is_f32 != 0,
+                                            s.piece.task.length - chunk * CHUNK, p.thread % DIM};
+            go_through_channels(s, channel, p.thread, sums);
             __syncthreads();
-            store_rows(chunk);
+            store_rows(raw, chunk);
         }
         if (s.piece.segment > 0 || !args.dinitial_state.data) return;
         float *to = static_cast<float *>(args.dinitial_state.data) +
                     s.piece.sequence * args.dinitial_state.slot_stride +
                     s.piece.task.head * (static_cast<long long>(DIM) * DIM);
+        const Place p = place();
         if (args.fwd.state_k_first)
-            columns.store(to, first, g, t);
+            columns.store(to, p.first, p.g, p.t);
         else
-            rows.store(to, first, g, t);
+            rows.store(to, p.first, p.g, p.t);
     }
 
     /* All of a segment. `slot` may be one that no sequence needs. */
     __device__ void run(long long slot, int head) const
     {
+        const Place p = place();
         __syncthreads(); /* the previous segment is over */
-        if (thread == 0) {
+        if (p.thread == 0) {
             find_piece(s.piece, args, sequence_of_slot(args, slot), head);
             s.piece.segment = static_cast<int>(slot - s.piece.slot);
         }
+        load_gate(s.gate, args.fwd, head);
         __syncthreads();
-        const int segment = s.piece.segment, of_segment = args.segment / CHUNK;
+        const int segment = s.piece.segment;
         ParameterSums sums = {};
         if (segment >= 0 && segment < count_segments(args, s.piece.task)) {
-            const ChannelGate gate(args.fwd, head, thread % DIM);
-            const int begin = segment * of_segment, end = min(begin + of_segment, s.piece.task.chunks);
-            walk_forwards(gate, begin, end);
-            walk_backwards(gate, begin, end, sums);
+            const int begin = first_chunk(), end = min(begin + args.segment / CHUNK, s.piece.task.chunks);
+            Reader reader(s, args);
+            if (begin < end) walk_forwards(reader, begin, end);
+            walk_backwards(reader, end, sums);
         }
-        if (!args.sums || thread < DIM) return;
-        float *to = args.sums + (slot * args.fwd.heads + head) * (2 * DIM) + thread % DIM;
+        if (!args.sums || p.thread < DIM) return;
+        float *to = args.sums +
+                    ((s.piece.slot + s.piece.segment) * args.fwd.heads + s.piece.task.head) * (2 * DIM) +
+                    p.thread % DIM;
         to[0] = sums.bias;
         to[DIM] = sums.rate;
     }
@@ -287,10 +328,13 @@ struct Gradients {
 
 __device__ inline void find_gradients(const fkda_bwd_args &args)
 {
-    const Gradients gradients(args, *reinterpret_cast<Shared *>(cta_memory()));
-    const long long pieces = args.slots * args.fwd.heads;
-    for (long long i = blockIdx.x; i < pieces; i += gridDim.x)
+    Shared &s = *reinterpret_cast<Shared *>(cta_memory());
+    const Gradients gradients(args, s);
+    long long i = blockIdx.x;
+    while (i < args.slots * args.fwd.heads) {
         gradients.run(i / args.fwd.heads, static_cast<int>(i % args.fwd.heads));
+        i = (s.piece.slot + s.piece.segment) * args.fwd.heads + s.piece.task.head + gridDim.x;
+    }
 }
 
 } // namespace fkda

@@ -67,36 +67,6 @@ __device__ inline long long border_offset(const fkda_bwd_args &args, long long s
     return (slot * args.fwd.heads + head) * (static_cast<long long>(DIM) * DIM);
 }
 
-/* Which tensors of a chunk are wanted. k and g always are. */
-enum Wanted { WANT_V = 1, WANT_Q = 2, WANT_DOUT = 4 };
-
-/* Starts the copies of a chunk. Each thread has eight channels of a token. */
-template <int wanted>
-__device__ __forceinline__ void copy_chunk(Raw &raw, const fkda_bwd_args &args, const Piece &piece, int chunk,
-                                           int thread)
-{
-    const fkda_fwd_args &f = args.fwd;
-    const int row = thread / (DIM / 8), channel = thread % (DIM / 8) * 8;
-    const long long token = chunk * CHUNK + row;
-    const bool valid = token < piece.task.length;
-    const auto copy = [&](uint16_t *to, const char *from, const fkda_token_strides &strides) {
-        const bool there = valid && from;
-        copy_async_16(to, there ? from + 2 * (token * strides.token + channel) : piece.k, there);
-    };
-    copy(&raw.k[row][channel], piece.k, f.k_strides);
-    if (wanted & WANT_Q) copy(&raw.q[row][channel], piece.q, f.q_strides);
-    if (wanted & WANT_V) copy(&raw.v[row][value_column(row, channel)], piece.v, f.v_strides);
-    if (wanted & WANT_DOUT) copy(&raw.dout[row][value_column(row, channel)], piece.dout, args.dout_strides);
-    if (f.g_is_f32) {
-        const char *from = valid ? piece.g + 4 * (token * f.g_strides.token + channel) : piece.g;
-        copy_async_16(&raw.g.f32[row][channel], from, valid);
-        copy_async_16(&raw.g.f32[row][channel + 4], valid ? from + 16 : from, valid);
-    } else {
-        copy(&raw.g.bf16[row][channel], piece.g, f.g_strides);
-    }
-    copy_async_commit();
-}
-
 __device__ __forceinline__ float from_bf16_bits(uint16_t x)
 {
     return __uint_as_float(static_cast<uint32_t>(x) << 16);
@@ -106,6 +76,76 @@ __device__ __forceinline__ float raw_gate(const Raw &raw, bool is_f32, int token
 {
     return is_f32 ? raw.g.f32[token][channel] : from_bf16_bits(raw.g.bf16[token][channel]);
 }
+
+/* Where a walk goes: forwards with v, or backwards with q and dout. */
+enum Way { FORWARDS, BACKWARDS };
+
+/* Which of the two raw chunks a chunk is. The last chunk of a walk forwards is the first one of the walk back, and
+ * is copied twice. */
+template <Way way> __device__ __forceinline__ int raw_index(int chunk)
+{
+    return (chunk + (way == FORWARDS)) & 1;
+}
+
+/* Chunks on their way to shared memory, one ahead of the chunk that the CTA works on. */
+struct Reader {
+    Shared &s;
+    const fkda_bwd_args &args;
+    float beta; /* of token `thread` of the chunk that was requested last */
+
+    __device__ Reader(Shared &shared, const fkda_bwd_args &a) : s(shared), args(a), beta(0.0f) {}
+
+    __device__ __forceinline__ float load_beta(int chunk, int thread) const
+    {
+        const fkda_fwd_args &f = args.fwd;
+        const long long token = chunk * CHUNK + thread, at = token * f.beta_strides.token;
+        if (thread >= CHUNK || token >= s.piece.task.length) return 0.0f;
+        return f.beta_is_f32 ? reinterpret_cast<const float *>(s.piece.beta)[at]
+                             : from_bf16_bits(reinterpret_cast<const uint16_t *>(s.piece.beta)[at]);
+    }
+
+    /* Starts the copies of a chunk. Each thread has eight channels of a token. */
+    template <Way way> __device__ __forceinline__ void request(int chunk)
+    {
+        const fkda_fwd_args &f = args.fwd;
+        const Piece &piece = s.piece;
+        Raw &raw = s.raw[raw_index<way>(chunk)];
+        int cta, thread;
+        read_indices(cta, thread);
+        const int row = static_cast<unsigned>(thread) / (DIM / 8), channel = thread % (DIM / 8) * 8;
+        const long long token = chunk * CHUNK + row;
+        const bool valid = token < piece.task.length;
+        const auto copy = [&](uint16_t *to, const char *from, const fkda_token_strides &strides) {
+            const bool there = valid && from;
+            copy_async_16(to, there ? from + 2 * (token * strides.token + channel) : piece.k, there);
+        };
+        copy(&raw.k[row][channel], piece.k, f.k_strides);
+        uint16_t *const values = &raw.values[row][value_column(row, channel)];
+        if (way == FORWARDS) {
+            copy(values, piece.v, f.v_strides);
+        } else {
+            copy(&raw.q[row][channel], piece.q, f.q_strides);
+            copy(values, piece.dout, args.dout_strides);
+        }
+        if (f.g_is_f32) {
+            const char *from = valid ? piece.g + 4 * (token * f.g_strides.token + channel) : piece.g;
+            copy_async_16(&raw.g.f32[row][channel], from, valid);
+            copy_async_16(&raw.g.f32[row][channel + 4], valid ? from + 16 : from, valid);
+        } else {
+            copy(&raw.g.bf16[row][channel], piece.g, f.g_strides);
+        }
+        copy_async_commit();
+        beta = load_beta(chunk, thread);
+    }
+
+    /* A chunk that was requested. The CTA meets here. */
+    template <Way way> __device__ __forceinline__ const Raw &receive(int chunk)
+    {
+        copy_async_wait<0>();
+        __syncthreads();
+        return s.raw[raw_index<way>(chunk)];
+    }
+};
 
 } // namespace fkda
 

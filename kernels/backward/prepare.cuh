@@ -16,10 +16,11 @@
 namespace fkda
 {
 
-/* `backwards`: P and Q~ are wanted, too, and the inverse is (I + L)^-1. Else it is (I + N)^-1 with N = tril(K~
+/* On the way back P and Q~ are wanted, too, and the inverse is (I + L)^-1. Forwards it is (I + N)^-1 with N = tril(K~
  * K^^T, -1) diag(b): U is diag(b) (I + N)^-1 R as well as (I + L)^-1 diag(b) R, and the first way gives what the
  * state does not predict even where b is 0. */
-template <bool backwards> struct Preparation {
+template <Way way> struct Preparation {
+    static constexpr bool backwards = way == BACKWARDS;
     static constexpr int HALF = CHUNK / 2;
     /* Of G log2(e), down or up. 16 tokens at -5 nats reach -115.4. */
     static constexpr float RANGE = 116.0f;
@@ -27,11 +28,12 @@ template <bool backwards> struct Preparation {
 
     Shared &s;
     const fkda_bwd_args &args;
+    const Raw &raw;
     int thread, warp, lane;
     int channel, half; /* the thread has the tokens 8 half to 8 half + 7 of a channel */
 
-    __device__ Preparation(Shared &shared, const fkda_bwd_args &a)
-        : s(shared), args(a), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
+    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r)
+        : s(shared), args(a), raw(r), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
           channel(thread % DIM), half(thread / DIM)
     {
     }
@@ -64,27 +66,22 @@ template <bool backwards> struct Preparation {
             const int token = 2 * warp + e;
             float k = 1.0f, q = 1.0f;
             if (!args.fwd.qk_is_normalised) {
-                k = find_norm(s.raw.k[token]);
-                if (backwards) q = find_norm(s.raw.q[token]);
+                k = find_norm(raw.k[token]);
+                if (backwards) q = find_norm(raw.q[token]);
             }
             if (lane == 0) s.k_scale[token] = k, s.q_scale[token] = q;
         }
     }
 
-    __device__ void find_strengths(int chunk) const
+    /* `beta`: of token `thread`. */
+    __device__ void find_strengths(int chunk, float beta) const
     {
         if (thread >= CHUNK) return;
-        const fkda_fwd_args &f = args.fwd;
-        const long long token = chunk * CHUNK + thread;
-        float strength = 0.0f, slope = 0.0f;
-        if (token < s.piece.task.length) {
-            const long long at = token * f.beta_strides.token;
-            const float beta = f.beta_is_f32
-                                   ? reinterpret_cast<const float *>(s.piece.beta)[at]
-                                   : from_bf16_bits(reinterpret_cast<const uint16_t *>(s.piece.beta)[at]);
-            strength = write_strength(f.beta_kind, beta, slope);
-        }
-        s.strength[thread] = strength, s.strength_slope[thread] = slope;
+        const bool valid = chunk * CHUNK + thread < s.piece.task.length;
+        float slope;
+        const float strength = write_strength(args.fwd.beta_kind, beta, slope);
+        s.strength[thread] = valid ? strength : 0.0f;
+        s.strength_slope[thread] = slope;
     }
 
     /* The running sums of the thread's tokens from its first one on. */
@@ -94,7 +91,7 @@ template <bool backwards> struct Preparation {
 #pragma unroll
         for (int e = 0; e < HALF; e++) {
             const int token = HALF * half + e;
-            const float x = gate.log2_decay(raw_gate(s.raw, args.fwd.g_is_f32, token, channel));
+            const float x = gate.log2_decay(raw_gate(raw, args.fwd.g_is_f32, token, channel));
             total += chunk * CHUNK + token < s.piece.task.length ? x : 0.0f;
             sum[e] = total;
         }
@@ -112,12 +109,12 @@ template <bool backwards> struct Preparation {
             const int token = HALF * half + e;
             sum[e] += before;
             out |= !(fabsf(sum[e]) < RANGE);
-            const float k = from_bf16_bits(s.raw.k[token][channel]) * s.k_scale[token], up = ex2(sum[e]);
+            const float k = from_bf16_bits(raw.k[token][channel]) * s.k_scale[token], up = ex2(sum[e]);
             s.k_read.at(token, channel) = to_tf32(k * up);
             s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
             s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
             if (!backwards) continue;
-            const float q = from_bf16_bits(s.raw.q[token][channel]) * s.q_scale[token] * args.fwd.scale;
+            const float q = from_bf16_bits(raw.q[token][channel]) * s.q_scale[token] * args.fwd.scale;
             s.q_read.at(token, channel) = to_tf32(q * up);
         }
         if (out) s.is_out_of_range = 1;
@@ -152,11 +149,11 @@ template <bool backwards> struct Preparation {
         if (j <= i) {
 #pragma unroll 1
             for (int c = 0; c < DIM; c++) {
-                const float faded = from_bf16_bits(s.raw.k[j][c]) * ex2(s.k_up.at(i, c) - s.k_up.at(j, c));
-                of_k = __fmaf_rn(from_bf16_bits(s.raw.k[i][c]) * s.k_scale[i], faded, of_k);
+                const float faded = from_bf16_bits(raw.k[j][c]) * ex2(s.k_up.at(i, c) - s.k_up.at(j, c));
+                of_k = __fmaf_rn(from_bf16_bits(raw.k[i][c]) * s.k_scale[i], faded, of_k);
                 if (backwards)
                     of_q =
-                        __fmaf_rn(from_bf16_bits(s.raw.q[i][c]) * s.q_scale[i] * args.fwd.scale, faded, of_q);
+                        __fmaf_rn(from_bf16_bits(raw.q[i][c]) * s.q_scale[i] * args.fwd.scale, faded, of_q);
             }
             of_k *= s.k_scale[j], of_q *= s.k_scale[j];
         }
@@ -196,14 +193,14 @@ template <bool backwards> struct Preparation {
         for (int i = 0; i < CHUNK; i++) s.inverse[i][j] = s.inverse_t[j][i] = to_tf32(x[i]);
     }
 
-    /* The chunk's copies have come, and the CTA has met since. The CTA meets once more after the last step. */
-    __device__ void run(const ChannelGate &gate, int chunk) const
+    /* The CTA meets after the last step, too. */
+    __device__ void run(int chunk, float beta) const
     {
         float sum[HALF];
         if (thread == 0) s.is_out_of_range = 0;
         find_norms();
-        find_strengths(chunk);
-        sum_gates(gate, chunk, sum);
+        find_strengths(chunk, beta);
+        sum_gates({args.fwd, s.gate, channel}, chunk, sum);
         __syncthreads();
         decay(sum);
         __syncthreads();

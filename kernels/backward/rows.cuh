@@ -124,12 +124,12 @@ __device__ __forceinline__ void multiply_by_strengths(float (&to)[2][4], const f
 
 /* What the state does not predict of the values of a chunk: M. */
 __device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &state, const Shared &s,
-                                            int first_row, int lane)
+                                            const Raw &raw, int first_row, int lane)
 {
     const int g = lane / 4, t = lane % 4;
     float predicted[2][4] = {}, rest[2][4];
     state.read(predicted, s.k_read, g, t);
-    load_transposed(rest, s.raw.v, first_row, lane);
+    load_transposed(rest, raw.values, first_row, lane);
 #pragma unroll
     for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= predicted[i / 4][i % 4], missed[i / 4][i % 4] = 0.0f;
     multiply_lower(missed, rest, s.inverse, g, t);
@@ -151,12 +151,12 @@ __device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2
 
 /* dX, and dO transposed. */
 __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], const Rows &gradient,
-                                        const Shared &s, int first_row, int lane)
+                                        const Shared &s, const Raw &raw, int first_row, int lane)
 {
     const int g = lane / 4, t = lane % 4;
     float du[2][4] = {};
     gradient.read(du, s.k_rest, g, t);
-    load_transposed(dout, s.raw.dout, first_row, lane);
+    load_transposed(dout, raw.values, first_row, lane);
     multiply_upper(du, dout, s.attend_t, g, t);
 #pragma unroll
     for (int i = 0; i < 8; i++) dx[i / 4][i % 4] = 0.0f;

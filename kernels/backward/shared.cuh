@@ -12,10 +12,10 @@ namespace fkda
 
 constexpr int THREADS = FKDA_BWD_THREADS, WARPS = THREADS / 32;
 
-/* A chunk as it is in memory; zeros past the sequence's end. In v and dout eight channels are at
- * value_column(). */
+/* A chunk as it is in memory; zeros past the sequence's end. `values` are v on the way forwards and dout on the
+ * way back, and eight of them are at value_column(). */
 struct Raw {
-    uint16_t q[CHUNK][DIM], k[CHUNK][DIM], v[CHUNK][DIM], dout[CHUNK][DIM];
+    uint16_t q[CHUNK][DIM], k[CHUNK][DIM], values[CHUNK][DIM];
     union {
         uint16_t bf16[CHUNK][DIM];
         float f32[CHUNK][DIM];
@@ -37,7 +37,7 @@ struct Piece {
 };
 
 struct Shared {
-    Raw raw;
+    Raw raw[2]; /* of a chunk and of the next one */
     /* A prepared chunk, with G the running sum of the log decay. Operands are rounded to tf32.
      *   k_read = k_i exp(G_i)   q_read = scale q_i exp(G_i)   k_rest = k_i exp(G_last - G_i)
      * Later the gradients with respect to them, without the factors exp(). */
@@ -47,13 +47,13 @@ struct Shared {
         Tile dr;   /* diag(b) dX, which is the gradient of v */
     };
     Tile u;
-    Square inverse;                         /* (I + N)^-1 or (I + L)^-1 (prepare.cuh) */
-    Square inverse_t;                       /* the transpose */
-    Square attend_t;                        /* P^T, P = tril(Q~ K^^T) */
-    float l_columns[CHUNK][CHUNK + 4];      /* L, transposed */
-    float products[2][2][CHUNK][CHUNK + 2]; /* of two halves of the depth: two matrices between tokens */
-    float2 pairs[CHUNK][CHUNK];             /* dP, and dL with the factors b_i */
-    float totals[2][DIM];                   /* of log2 decays, over half a chunk */
+    Square inverse;                           /* (I + N)^-1 or (I + L)^-1 (prepare.cuh) */
+    Square inverse_t;                         /* the transpose */
+    Square attend_t;                          /* P^T, P = tril(Q~ K^^T) */
+    float l_columns[CHUNK][CHUNK + 4];        /* L, transposed */
+    float products[2][2][CHUNK][CHUNK + 2];   /* of two halves of the depth: two matrices between tokens */
+    __align__(16) float2 pairs[CHUNK][CHUNK]; /* dP, and dL with the factors b_i */
+    float totals[2][DIM];                     /* of log2 decays, over half a chunk */
     /* A channel's decay over the chunk: x becomes x factor + x more. Slow channels have the factor 1, because
      * a decay near 1, rounded to fp32, would be off by one amount chunk after chunk. */
     float factor[DIM], more[DIM];
@@ -63,6 +63,7 @@ struct Shared {
     float dbeta[WARPS][CHUNK];
     int is_out_of_range; /* exp(G) or exp(-G) is not in the range of fp32 */
     Piece piece;
+    GateOfHead gate;
 };
 static_assert(sizeof(Shared) == FKDA_BWD_SHARED_BYTES, "keep bwd_shape.h in step");
 

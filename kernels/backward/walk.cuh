@@ -9,19 +9,7 @@
 namespace fkda
 {
 
-/* Copies a chunk and prepares it. */
-template <int wanted, bool backwards>
-__device__ __forceinline__ void load_and_prepare(Shared &s, const fkda_bwd_args &args,
-                                                 const ChannelGate &gate, int chunk)
-{
-    __syncthreads(); /* the previous chunk is over */
-    copy_chunk<wanted>(s.raw, args, s.piece, chunk, threadIdx.x);
-    copy_async_wait<0>();
-    __syncthreads();
-    Preparation<backwards>(s, args).run(gate, chunk);
-}
-
-__device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args, const ChannelGate &gate)
+__device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args)
 {
     const fkda_fwd_args &f = args.fwd;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = threadIdx.x / 32 * 16;
@@ -33,10 +21,15 @@ __device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args, const
         state.load(
             state_memory(f.initial_state, args.initial_is_bf16, f.state_k_first, s.piece.sequence, head),
             first_row, g, t);
+    Reader reader(s, args);
+    reader.request<FORWARDS>(0);
     for (int chunk = 0; chunk < last; chunk++) {
         float missed[2][4];
-        load_and_prepare<WANT_V, false>(s, args, gate, chunk);
-        find_missed(missed, state, s, first_row, lane);
+        const Raw &raw = reader.receive<FORWARDS>(chunk);
+        const float beta = reader.beta;
+        if (chunk + 1 < last) reader.request<FORWARDS>(chunk + 1);
+        Preparation<FORWARDS>(s, args, raw).run(chunk, beta);
+        find_missed(missed, state, s, raw, first_row, lane);
         write_state(state, missed, s, lane);
         if ((chunk + 1) % of_segment) continue;
         const long long slot = s.piece.slot + (chunk + 1) / of_segment;
@@ -44,7 +37,7 @@ __device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args, const
     }
 }
 
-__device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args, const ChannelGate &gate)
+__device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
 {
     const fkda_fwd_args &f = args.fwd;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = threadIdx.x / 32 * 16;
@@ -55,10 +48,15 @@ __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args, cons
         gradient.load(
             state_memory(args.dfinal_state, args.dfinal_is_bf16, f.state_k_first, s.piece.sequence, head),
             first_row, g, t);
+    Reader reader(s, args);
+    reader.request<BACKWARDS>(s.piece.task.chunks - 1);
     for (int chunk = s.piece.task.chunks - 1; chunk >= of_segment; chunk--) {
         float dx[2][4], dout[2][4], dr[2][4];
-        load_and_prepare<WANT_Q | WANT_DOUT, true>(s, args, gate, chunk);
-        find_dx(dx, dout, gradient, s, first_row, lane);
+        const Raw &raw = reader.receive<BACKWARDS>(chunk);
+        const float beta = reader.beta;
+        if (chunk > of_segment) reader.request<BACKWARDS>(chunk - 1);
+        Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
+        find_dx(dx, dout, gradient, s, raw, first_row, lane);
         multiply_by_strengths(dr, dx, s, t);
         write_gradient(gradient, dout, dr, s, lane);
         if (chunk % of_segment) continue;
@@ -74,13 +72,13 @@ __device__ inline void walk(const fkda_bwd_args &args)
     Shared &s = *reinterpret_cast<Shared *>(cta_memory());
     const int index = blockIdx.x / 2, head = index % args.fwd.heads;
     if (threadIdx.x == 0) find_piece(s.piece, args, index / args.fwd.heads, head);
+    load_gate(s.gate, args.fwd, head);
     __syncthreads();
     if (count_segments(args, s.piece.task) < 2) return;
-    const ChannelGate gate(args.fwd, head, threadIdx.x % DIM);
     if (blockIdx.x % 2)
-        walk_backwards(s, args, gate);
+        walk_backwards(s, args);
     else
-        walk_forwards(s, args, gate);
+        walk_forwards(s, args);
 }
 
 } // namespace fkda

@@ -191,8 +191,8 @@ static void devices(void)
     INVALID("device type is 7; it must be FLASH_KDA_CPU or FLASH_KDA_CUDA", p.device.type = 7);
     flash_kda_bwd_params p = fixed.params;
     p.device = (flash_kda_device){FLASH_KDA_CUDA, 0};
-    p.kernel = NULL;
-    trying("a GPU");
+    p.kernel = "cpu";
+    trying("a GPU and a kernel of the CPU, or no GPU");
     CHECK(flash_kda_bwd(&p) == FLASH_KDA_UNAVAILABLE, "no refusal");
     CHECK(bwd_call_untouched(&fixed), "a buffer was written");
 }
