@@ -35,18 +35,9 @@ def folder_of(release):
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("release", "first"),
-    [
-        ("installed", "device"),
-        *(
-            pytest.param(release, first, marks=pytest.mark.slow)
-            for release in ("installed", *RELEASES)
-            for first in ("flash_kda", "allow_neg_eigval", "device")
-            if (release, first) != ("installed", "device")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["flash_kda", "allow_neg_eigval", "device"])
+@pytest.mark.parametrize("release", ["installed", *RELEASES])
 def test_calls(release, first):
     run("fla_calls.py", first, folder_of(release))
 
