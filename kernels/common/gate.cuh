@@ -15,11 +15,13 @@
  *     offset = dt_bias slope            for each channel
  *     bound  = lower_bound log2(e)
  *
- * the log2 decay is bound / (1 + 2^(g slope + offset)). The portable kernel calls the functions in
- * portable/prepare.cuh. The Hopper kernels call those for the constants in hopper/block/prepare.cuh and those
- * for the log2 decay in hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh.
+ * the log2 decay is bound / (1 + 2^(g slope + offset)).
  *
- * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
+ * The portable and the Hopper kernels round differently, so each gate is here once for each. The functions
+ * under "Portable" are called in portable/prepare.cuh, decode/prepare.cuh, decode/layer_prepare.cuh and
+ * backward/gates.cuh. The Hopper kernels call the functions for the constants in hopper/block/prepare.cuh
+ * and those for the log2 decay in hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh. The bounded
+ * gate is here a third time, with the same bits, as a branch of activate_gates(), which knows every gate.
  */
 #ifndef FKDA_GATE_CUH
 #define FKDA_GATE_CUH

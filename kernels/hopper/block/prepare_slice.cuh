@@ -213,7 +213,7 @@ template <class Block> struct SlicePreparation {
      * If the sum of a token's and a channel's log2 decay is below -WIDEST, exp(-G) leaves the range of fp32
      * and tf32, and the element of this token and channel is *wide*. Wide elements are left out of the
      * products on the tensor core, and add_wide_elements() computes what a wide element's row gets in its
-     * channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5 that 16
+     * channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.4 that 16
      * gates at the bound of -5 reach.
      *
      * Only a `careful` preparation knows wide elements, and only it holds gates. A preparation that is not
