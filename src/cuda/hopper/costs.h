@@ -51,10 +51,10 @@ enum {
     FKDA_PERCENT_IDLE = 3,
 };
 
-/* Rounds of `places` at a time that `items` items take. */
-static inline int64_t fkda_rounds(int64_t items, int64_t places)
+/* dividend / divisor, rounded up. */
+static inline int64_t fkda_ceil_div(int64_t dividend, int64_t divisor)
 {
-    return (items + places - 1) / places;
+    return (dividend + divisor - 1) / divisor;
 }
 
 static inline int64_t fkda_least(int64_t x, int64_t y)

@@ -114,7 +114,7 @@ static cut cut_as_equal(const fkda_shape *s, int sms)
 static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t cutting_clocks)
 {
     const int64_t chunks = s->tokens / CHUNK, pairs = fkda_hopper_pairs(sms);
-    const int64_t length = fkda_most(least_chunks, fkda_rounds(3 * chunks * s->heads, 2 * pairs));
+    const int64_t length = fkda_most(least_chunks, fkda_ceil_div(3 * chunks * s->heads, 2 * pairs));
     if (fkda_equal_lengths(s) || s->heads > (pairs - 1) / 2 || length > chunks) return WHOLE;
     if (!can_mix(s)) return WHOLE;
     return (cut){
@@ -170,7 +170,7 @@ static cut cut_unknown(const fkda_shape *s, int sms)
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;
-    const int64_t shortest = fkda_rounds(chunks, fkda_hopper_pairs(sms) + s->heads) * CHUNK;
+    const int64_t shortest = fkda_ceil_div(chunks, fkda_hopper_pairs(sms) + s->heads) * CHUNK;
     if (!fkda_equal_lengths(s) || shortest == 0) return (cut){.shortest = shortest};
     for (int64_t more = FKDA_RELAY_SHARED; more > 0; more--) {
         const int64_t segments = s->tokens / shortest + more;
@@ -215,7 +215,7 @@ static fkda_hopper_whole share_out_whole(const fkda_shape *s, int sms)
 /* The relay for equal sequences in segments of this many tokens, if it is faster than passes. */
 static fkda_relay_plan relay_if_faster(const fkda_shape *s, int sms, int64_t shortest)
 {
-    const int64_t heads = s->sequences * s->heads, chunks = fkda_rounds(s->tokens, CHUNK),
+    const int64_t heads = s->sequences * s->heads, chunks = fkda_ceil_div(s->tokens, CHUNK),
                   segments = s->tokens / shortest;
     if (!fkda_equal_lengths(s) || s->batch_invariant || !can_relay(s)) return (fkda_relay_plan){0};
     const fkda_relay_plan relay = fkda_plan_relay(heads, chunks, segments, sms);
