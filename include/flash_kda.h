@@ -1,6 +1,5 @@
 /*
- * flash_kda: Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, decode, and on CPUs the
- * backward pass.
+ * flash_kda: Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, backward pass and decode.
  *
  * KDA is a linear attention with a forget gate per channel and the delta rule. Each head of each sequence
  * keeps a state S of K x V numbers. For every token t, in order:

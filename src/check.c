@@ -1,5 +1,6 @@
 /* Checks every argument before anything is launched or written. A refusal is a sentence that names the
- * argument, what it was and what it must be. What leaves this file are views with strides. */
+ * argument, what it was and what it must be. Each tensor leaves this file as a view (problem.h): pointer,
+ * strides, sizes and dtype. */
 #include "check.h"
 
 #include <string.h>
@@ -176,11 +177,11 @@ _Static_assert(
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
 /* The fields before `workspace` exist since the first version. */
-flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
+flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *complete)
 {
     const void *from = *params;
     const flash_kda_status status = fkda_complete_struct(
-        &from, whole, offsetof(flash_kda_fwd_params, workspace), sizeof *whole, "flash_kda_fwd_params");
+        &from, complete, offsetof(flash_kda_fwd_params, workspace), sizeof *complete, "flash_kda_fwd_params");
     *params = from;
     return status;
 }
@@ -253,7 +254,8 @@ static int32_t features_of(const flash_kda_fwd_params *p, const fkda_shape *s, f
     return features;
 }
 
-/* Whether a tensor has strides that no kernel had before strides were an option. */
+/* Whether a tensor is not contiguous, which takes a kernel with FKDA_STRIDES. The states of checkpoints are
+ * not looked at. */
 static bool has_strides(const flash_kda_fwd_params *p)
 {
     const flash_kda_tensor *const all[] = {
@@ -279,9 +281,9 @@ static flash_kda_status fill_options(const flash_kda_fwd_params *p, fkda_purpose
 
 flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
 {
-    flash_kda_fwd_params whole;
+    flash_kda_fwd_params complete;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_params(&p, &whole));
+    TRY(fkda_complete_params(&p, &complete));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(fkda_check_sizes(&p->q, &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), &out->shape));

@@ -252,10 +252,10 @@ static flash_kda_status check_decode_memory(const flash_kda_decode_params *p)
 flash_kda_status fkda_check_decode(const flash_kda_decode_params *p, bool for_reference,
                                    fkda_decode_problem *out)
 {
-    flash_kda_decode_params whole;
+    flash_kda_decode_params complete;
     const void *params = p;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_params, kernel), sizeof whole,
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_params, kernel), sizeof complete,
                              "flash_kda_decode_params"));
     p = params;
     if (for_reference && p->device.type != FLASH_KDA_CPU)
@@ -273,10 +273,10 @@ flash_kda_status fkda_check_decode(const flash_kda_decode_params *p, bool for_re
 
 flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *p)
 {
-    flash_kda_decode_params whole;
+    flash_kda_decode_params complete;
     fkda_decode_problem problem = {0};
     const void *params = p;
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_params, kernel), sizeof whole,
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_params, kernel), sizeof complete,
                              "flash_kda_decode_params"));
     p = params;
     TRY(check_sizes(p, &problem));
@@ -356,10 +356,10 @@ static void fill_apply(const flash_kda_apply_params *p, fkda_apply_problem *out)
 
 flash_kda_status fkda_check_apply(const flash_kda_apply_params *p, fkda_apply_problem *out)
 {
-    flash_kda_apply_params whole;
+    flash_kda_apply_params complete;
     const void *params = p;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_apply_params, kernel), sizeof whole,
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_apply_params, kernel), sizeof complete,
                              "flash_kda_apply_params"));
     p = params;
     TRY(check_apply_options(p));
@@ -374,10 +374,10 @@ flash_kda_status fkda_check_apply(const flash_kda_apply_params *p, fkda_apply_pr
 
 flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *p)
 {
-    flash_kda_apply_params whole;
+    flash_kda_apply_params complete;
     const fkda_kernel *kernel;
     const void *params = p;
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_apply_params, kernel), sizeof whole,
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_apply_params, kernel), sizeof complete,
                              "flash_kda_apply_params"));
     p = params;
     TRY(check_apply_options(p));

@@ -253,18 +253,18 @@ static void add_tokens(flash_kda_tensor *t, int rest, int64_t rows, bool packed)
 
 /* x without a dimension of tokens says that the other tensors may lack it too. */
 static const flash_kda_decode_layer_params *with_tokens(const flash_kda_decode_layer_params *p,
-                                                        flash_kda_decode_layer_params *whole)
+                                                        flash_kda_decode_layer_params *complete)
 {
     if (p->x.ndim != 2) return p;
-    if (p != whole) *whole = *p;
+    if (p != complete) *complete = *p;
     const int64_t rows = p->x.shape[0];
     const bool packed = has(&p->cu_seqlens);
-    insert_dimension(&whole->x, packed ? 0 : 1);
-    add_tokens(&whole->g, 2, rows, packed);
-    add_tokens(&whole->beta, 1, rows, packed);
-    add_tokens(&whole->out, 2, rows, packed);
-    add_tokens(&whole->output_gate, 2, rows, packed);
-    return whole;
+    insert_dimension(&complete->x, packed ? 0 : 1);
+    add_tokens(&complete->g, 2, rows, packed);
+    add_tokens(&complete->beta, 1, rows, packed);
+    add_tokens(&complete->out, 2, rows, packed);
+    add_tokens(&complete->output_gate, 2, rows, packed);
+    return complete;
 }
 
 /* ---- Views ---- */
@@ -349,12 +349,12 @@ static flash_kda_status check_indices(const fkda_decode_layer_problem *p)
 flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p, bool for_reference,
                                          fkda_decode_layer_problem *out)
 {
-    flash_kda_decode_layer_params whole;
+    flash_kda_decode_layer_params complete;
     const void *params = p;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
-                             "flash_kda_decode_layer_params"));
-    p = with_tokens(params, &whole);
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_layer_params, kernel),
+                             sizeof complete, "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &complete);
     if (for_reference && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, &out->decode));
@@ -370,12 +370,12 @@ flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p,
 
 flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *p)
 {
-    flash_kda_decode_layer_params whole;
+    flash_kda_decode_layer_params complete;
     fkda_decode_problem problem = {0};
     const void *params = p;
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
-                             "flash_kda_decode_layer_params"));
-    p = with_tokens(params, &whole);
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_layer_params, kernel),
+                             sizeof complete, "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &complete);
     TRY(check_sizes(p, &problem));
     TRY(check_options(p));
     TRY(check_tensors(p, &problem, false, false));

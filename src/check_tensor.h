@@ -12,8 +12,8 @@
         if (try_status != FLASH_KDA_OK) return try_status;                                                   \
     } while (0)
 
-/* No machine has memory for a tensor of more bytes. Estimates of clocks, which are at most some thousands for
- * each of these bytes, then fit 64 bits. */
+/* No machine has memory for a tensor of more bytes. The planner's estimates count at most some thousands of
+ * clocks for each byte of a tensor, so with this limit every estimate fits 64 bits. */
 #define FKDA_MAX_TENSOR_BYTES ((int64_t)1 << 50)
 
 /* How a tensor may lie in memory. */

@@ -338,9 +338,9 @@ def _load() -> ctypes.CDLL:
 
 lib = _load()
 
-_calls_of_the_interpreter = ctypes.PyDLL(
-    lib._name
-)  # called with Python's lock, which C gives up while it waits
+# The functions ..._for() are called with Python's lock held, unlike those of `lib`. They wait for the work in
+# C, and give the lock up during the wait.
+_calls_of_the_interpreter = ctypes.PyDLL(lib._name)
 
 
 def with_signals(name: str) -> Callable[..., int]:
@@ -371,7 +371,7 @@ _IN_PYTHON = (
 def last_error(status: int) -> Exception:
     """The exception for a status of the C library, with its sentence."""
     kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
-    # A kernel's name may end in half a character, where C has cut it.
+    # C cuts a long name of a kernel at a byte, which may be inside of a character of UTF-8.
     sentence = lib.flash_kda_last_error().decode(errors="replace")
     for c, python in _IN_PYTHON:
         sentence = sentence.replace(c, python)

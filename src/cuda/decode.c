@@ -57,7 +57,7 @@ static int choose_split(int64_t heads, int least, int most, int sms)
     return split;
 }
 
-/* At most, with one token: CTAs of one warp. */
+/* The largest split of the kernel `one`, which leaves each CTA one warp. */
 static int most_split_of_one(int threads)
 {
     int split = 0;

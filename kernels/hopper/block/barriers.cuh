@@ -38,10 +38,11 @@
  * end.others_done             15: all warps but the loader         loader            the phase ends
  *
  * A chunk of a pair lies in two slots: in an own slot of the CTA that prepared it, and in a received slot of
- * the other CTA. The recurrences of both CTAs arrive at empty[own] when they have read it, so that barrier
- * says that both slots are free. In a MapCta another team uses a slot in each round. A team that waited
- * for loaded[own] or normed[own] by the parity alone could pass because of the round two rounds earlier. So a
- * team of a MapCta waits for empty[own] first, which says that the round before is over.
+ * the other CTA. The recurrences of both CTAs arrive at the own slot's `empty` when they have read the chunk.
+ * A round of empty[own] that is over therefore says that both slots are free. In a MapCta another team uses a
+ * slot in each round. A team that waited for loaded[own] or normed[own] by the parity alone could pass
+ * because of the round two rounds earlier. So a team of a MapCta waits for empty[own] first, which says that
+ * the round before is over.
  *
  * Named barriers:
  *
@@ -101,7 +102,8 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
                 mbarrier_init_for_warps(&shared.join.room_for_tokens, ALL_WARPS);
             }
         }
-        if (i == ITEMS_AHEAD - 2) /* a number that few rings have, so that no warp gets much to do */
+        /* Few rings have a barrier with this number, so the warp that takes it has little else to do. */
+        if (i == ITEMS_AHEAD - 2)
             mbarrier_init_for_warps(&shared.end.others_done, FKDA_HOPPER_THREADS / 32 - 1);
     }
     static_assert(Block::SLOTS <= ITEMS_AHEAD && Block::TEAMS <= ITEMS_AHEAD,
@@ -109,9 +111,9 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
     fence_mbarrier_init();
 }
 
-/* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
- * the cluster's barrier too: roles wait at different places in the code, which synccheck would report as
- * divergence at __syncthreads. */
+/* Waits until all barriers are initialised, also those of the other CTA. A solo CTA is a cluster of one and
+ * uses the cluster's barrier too: roles wait at different places in the code, which synccheck would report as
+ * divergence at __syncthreads. Both members do the same here; in WaitForNextPhase (run.cuh) they differ. */
 struct WaitForBarriers {
     __device__ void operator()() const
     {

@@ -242,7 +242,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     /* Leaves the state as it is, with the notes that belong to it. */
     __device__ void save(const WorkItem &item) const
     {
-        SavedState &to = *static_cast<SavedState *>(global_memory(item.final));
+        PieceState &to = *static_cast<PieceState *>(global_memory(item.final));
         const int rows = Base::row_group(item);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
@@ -258,7 +258,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     {
         float x[4] = {1.0f, 1.0f, 0.0f, 0.0f};
         if constexpr (Block::PIECES) {
-            const SavedState *from = static_cast<const SavedState *>(global_memory(item.initial));
+            const PieceState *from = static_cast<const PieceState *>(global_memory(item.initial));
             load_four_if<0>(x, &from->notes[Base::row_group(item)][lane], item.attributes & RESTORES);
         }
         scale[0] = x[0], scale[1] = x[1];

@@ -153,7 +153,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     Assignment assignment;
     int head_index, next_segment; /* of the next work item; past the last segment: there is none */
     bool joins;                   /* the CTA takes part in the join phase */
-    bool before_join;             /* and has not yet met an item that comes after it */
+    bool before_join;             /* the CTA takes part, and has met no work item yet that follows the join */
 
     __device__ RelaySource(const fkda_hopper_fwd_args &all, int rank_in_pair, int)
         : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index),
@@ -178,8 +178,9 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         return assignment.spares_compute_first() ? 0 : none;
     }
 
-    /* The outputs of a first segment are followed by another first segment's (spare pair) or by the last
-     * segment's. A shared segment is followed by the one of the pair's next head. */
+    /* Goes to the next work item. A spare pair goes from the first segment of one head to the first segment
+     * of another one. The pair of a first segment that has computed its outputs goes to the last segment of
+     * its head. The pair of a shared segment goes to the segment of its next head. */
     __device__ void advance()
     {
         const bool first = next_segment == 0;

@@ -242,7 +242,7 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
     const fkda_problem *p = c->problem;
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
     if (args->fwd.checkpoints.states.data && chunk == FKDA_HOPPER_CHUNK_PAIR)
-        args->saved = (char *)p->workspace + c->plan->memory.saved;
+        args->piece_states = (char *)p->workspace + c->plan->memory.piece_states;
     if (p->shape.batch * p->shape.tokens == 0)
         return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
     const struct {
