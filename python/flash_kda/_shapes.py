@@ -172,9 +172,7 @@ def workspace_size(
     return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
 
 
-def saved_size(
-    sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, asked: dict[str, Any]
-) -> int:
+def saved_size(sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, asked: dict[str, Any]) -> int:
     """sizes: T_total, H, N and HV. asked: the options that the caller names."""
     shape = Shape(*sizes, max_seqlen=max_seqlen or 0, **asked)
     T_total, N = shape.T_total, shape.N

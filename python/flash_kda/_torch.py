@@ -23,9 +23,9 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from . import _arrays, _layout, _lib
+from ._backward_options import BWD
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._call_options import CallOptions, KnownOptions, operator_defaults, operator_schema, option_fields
-from ._backward_options import BWD
 from ._decode_options import APPLY, DECODE, DECODE_LAYER
 from ._options import FWD
 
