@@ -5,10 +5,10 @@ docstring has the formula. `fwd` writes into arrays that it is given; `compute` 
 serves JAX. `decode` computes one to sixteen tokens of each of many sequences, whose states it updates in
 place, and `apply_records` brings states up to date after draft tokens were verified. `decode_layer` does the
 same for a whole layer: convolution, recurrence, norm and output gate in one launch. `bwd` computes gradients
-of `fwd`, on the CPU. `chunk_kda` and `fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
-`describe_nonfinite` says where a call has found NaN and infinities. `reference`, `bwd_reference` and
-`decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
-run, and `get_workspace_size` how much scratch memory it may need.
+of `fwd`, on the CPU. `chunk_kda` and `fused_recurrent_kda` have the arguments of flash-linear-attention's
+functions of these names. `describe_nonfinite` says where a call has found NaN and infinities. `reference`,
+`bwd_reference` and `decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call
+can run on, `explain` says how it would run, and `get_workspace_size` how much scratch memory it may need.
 """
 
 from __future__ import annotations

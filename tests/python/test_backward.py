@@ -1,5 +1,5 @@
-"""The backward pass: the fp64 definition against PyTorch's autograd through a recurrence of its own, and `bwd`
-against the definition."""
+"""The backward pass: the fp64 definition against PyTorch's autograd through a recurrence of its own, and
+`bwd` against the definition."""
 
 import math
 
