@@ -320,8 +320,6 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
 
-/* ---- Training: the backward pass ----------------------------------------------------------------------- */
-
 /*
  * The arguments of flash_kda_bwd(), which computes gradients of a loss with respect to the inputs of
  * flash_kda_fwd(), from the loss's gradients with respect to out and final_state. With the names at the top
@@ -683,17 +681,23 @@ typedef struct flash_kda_interpreter {
                                     which ends the call: PyErr_CheckSignals. Called with the lock. */
 } flash_kda_interpreter;
 
-/* flash_kda_fwd() and flash_kda_reference() for long calls on the CPU from the thread in which an interpreter
- * handles signals. That thread calls with the interpreter's lock, gives the lock up, and lets the interpreter
- * handle signals while another thread computes. Once a handler has raised an exception, no other handler runs
- * before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK if all was
- * computed by then, and the exception is still the interpreter's. params->interrupt is not looked at. Where
- * the system has no more threads or file descriptors, the calling thread computes, and signals wait. */
+/* flash_kda_fwd(), flash_kda_bwd() and their references for long calls on the CPU from the thread in which an
+ * interpreter handles signals. That thread calls with the interpreter's lock, gives the lock up, and lets the
+ * interpreter handle signals while another thread computes. Once a handler has raised an exception, no other
+ * handler runs before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK
+ * if all was computed by then, and the exception is still the interpreter's. params->interrupt is not looked
+ * at. Where the system has no more threads or file descriptors, the calling thread computes, and signals
+ * wait. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
                                                  const flash_kda_fwd_params *params);
 FLASH_KDA_API flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
                                                        const flash_kda_fwd_params *params, double *out64,
                                                        double *state64, double *checkpoints64);
+FLASH_KDA_API flash_kda_status flash_kda_bwd_for(const flash_kda_interpreter *interpreter,
+                                                 const flash_kda_bwd_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interpreter,
+                                                           const flash_kda_bwd_params *params,
+                                                           const flash_kda_gradients64 *gradients);
 
 /* "0.1.0" */
 FLASH_KDA_API const char *flash_kda_version(void);

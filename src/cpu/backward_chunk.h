@@ -8,7 +8,7 @@
 #include "prepare.h"
 #include "recurrence.h"
 
-/* A chunk of a segment, as the walk forwards leaves it for the walk backwards. */
+/* A chunk of a stretch, as the walk forwards leaves it for the walk backwards. */
 typedef struct record {
     scratch s;                           /* prepared; its state is the one before the chunk */
     float keys[CHUNK][CHUNK];            /* L without the factors b_i */

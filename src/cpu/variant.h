@@ -28,10 +28,10 @@ typedef struct fkda_cpu_variant {
      * scratch is 64-byte aligned. Returns false if the call was interrupted. */
     bool (*run_head)(const fkda_problem *problem, const int64_t *first_rows, int64_t n, int64_t h,
                      int v_begin, int v_end, void *scratch);
-    /* Computes a piece of a backward pass in segments of that many tokens, a multiple of 16. The memory has
+    /* Computes a piece of a backward pass in stretches of that many tokens, a multiple of 16. The memory has
      * as many bytes as bwd_memory() says, and is 64-byte aligned. Returns false if interrupted. */
-    size_t (*bwd_memory)(const fkda_bwd_problem *problem, int64_t segment);
-    bool (*run_bwd)(const fkda_bwd_problem *problem, const fkda_bwd_piece *piece, int64_t segment,
+    size_t (*bwd_memory)(const fkda_bwd_problem *problem, int64_t stretch);
+    bool (*run_bwd)(const fkda_bwd_problem *problem, const fkda_bwd_piece *piece, int64_t stretch,
                     void *memory);
     /* Computes sequence n and head h of a call of decode_layer. */
     void (*run_layer_head)(const fkda_decode_layer_problem *problem, int64_t n, int64_t h);

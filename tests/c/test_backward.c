@@ -391,8 +391,8 @@ static void groups(void)
     }
 }
 
-/* More than one segment, in both halves of what a group's sums are kept in. */
-static void segments(void)
+/* More than one stretch, in both halves of what a group's sums are kept in. */
+static void stretches(void)
 {
     static const int64_t sizes[] = {700, 5, 321};
     for (int64_t shared = 1; shared <= 2; shared++) {
@@ -693,7 +693,7 @@ int main(int argc, char **argv)
         {"gates", gates},
         {"endless-gates", endless_gates},
         {"groups", groups},
-        {"segments", segments},
+        {"stretches", stretches},
         {"slow-channels", slow_channels},
         {"recorded", recorded},
         {"determinism", determinism},

@@ -294,6 +294,13 @@ def test_what_is_written_shares_no_memory():
         flash_kda.bwd(**{**a, "dk": a["dq"]})
 
 
+def test_what_is_written_is_writable():
+    a = problem()
+    a["dv"].flags.writeable = False
+    with pytest.raises(ValueError, match="dv is read-only; it must be writable"):
+        flash_kda.bwd(**a)
+
+
 def test_wrong_arguments_of_the_reference():
     a = problem()
     part = {n: x for n, x in a.items() if n not in NAMES}
