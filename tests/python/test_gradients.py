@@ -402,6 +402,19 @@ def test_wrong_arguments(device, change, exception, sentence):
     assert sentence in str(raised.value)
 
 
+def test_why_there_are_no_gradients():
+    """What an adapter asks before it takes a call that needs gradients."""
+    from flash_kda import _lib, _shapes
+
+    softplus = (("lower_bound", None), ("state_v_first", False), ("allow_neg_eigval", True))
+    activated = (("use_gate_in_kernel", False), ("use_qk_l2norm_in_kernel", False))
+    for options in ((), softplus, activated):
+        assert _shapes.why_no_gradients((_lib.CPU, 0), 2, options) == ""
+    assert "kernel" in _shapes.why_no_gradients((_lib.CPU, 0), 2, (("kernel", "no such"),))
+    if len(flash_kda.devices()) == 1:
+        assert _shapes.why_no_gradients((_lib.CUDA, 0), 2, ()) != ""
+
+
 def test_on_a_gpu(cuda):
     """Until a GPU has kernels for gradients, the forward pass already says so."""
     call, leaves = with_leaves(make_call(seed=20, device=cuda))
