@@ -1,4 +1,4 @@
-"""Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
+"""Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs, and on CPUs its gradients.
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
@@ -6,9 +6,11 @@ serves JAX. `decode` computes one to sixteen tokens of each of many sequences, w
 place, and `apply_records` brings states up to date after draft tokens were verified. `decode_layer` does the
 same for a whole layer: convolution, recurrence, norm and output gate in one launch. `chunk_kda` and
 `fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
-`describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are
-the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
-run, and `get_workspace_size` how much scratch memory it may need.
+In PyTorch `chunk_kda` has gradients; `bwd` writes them into arrays of any library.
+`describe_nonfinite` says where a call has found NaN and infinities. `reference`, `bwd_reference` and
+`decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call can run on,
+`explain` says how it would run, `get_workspace_size` how much scratch memory it may need, and
+`get_saved_size` how much memory a forward pass fills for the backward pass.
 """
 
 from __future__ import annotations
@@ -733,10 +735,13 @@ def chunk_kda(
     max_num_seqs: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """The forward pass with the arguments, defaults and results of `fla.ops.kda.chunk_kda` in
+    """The forward pass, with gradients, and with the arguments, defaults and results of
+    `fla.ops.kda.chunk_kda` in
     flash-linear-attention 0.6, for PyTorch tensors: replace the import, and the call stays as it is.
 
-    There is no gradient yet: a tensor that needs one is refused, unless gradients are off.
+    q, k, v, g, beta, A_log, dt_bias and initial_state have gradients, from those of out and final_state. A
+    gradient has the dtype of its tensor. This version computes gradients on the CPU alone: where tensors on a
+    GPU require them, the call raises RuntimeError. Under autocast to bf16, q, k and v are cast to bf16.
 
     Args:
         q, k: bf16 [B, T, H, K]; used as they are unless use_qk_l2norm_in_kernel.
@@ -750,7 +755,9 @@ def chunk_kda(
         safe_gate: with use_gate_in_kernel, lower_bound must be in [-5, 0). The flag changes no result.
         lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
             or with None -exp(A_log) * softplus(g + dt_bias).
-        disable_recompute: of the backward pass; changes nothing. False with return_intermediate_states.
+        disable_recompute: True: where gradients are wanted, the forward pass keeps states for the backward
+            pass, at most a fifth of the bytes of q, k, v and g in bf16. False: the backward pass computes
+            them again. No result has other bits. False with return_intermediate_states.
         return_intermediate_states: whether the state before each chunk is wanted, too; in
             torch.inference_mode() alone.
         state_v_first: states are [.., V, K] instead of [.., K, V].
@@ -771,7 +778,8 @@ def chunk_kda(
         cu_seqlens the chunks of all sequences follow each other.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `fwd`.
+        ValueError, TypeError, RuntimeError: as `fwd`. A RuntimeError also where gradients are wanted and no
+            kernel of the device computes them, or gradients of gradients are asked for.
     """
     call = {
         "q": q, "k": k, "v": v, "g": g, "beta": beta, "scale": scale, "initial_state": initial_state,

@@ -90,7 +90,8 @@ _Look = tuple[int, tuple[int, ...]]  # dtype and shape
 
 def _looks(given: dict[str, Any]) -> tuple[tuple[str, _Look], ...]:
     return tuple(
-        (name, (_torch.DTYPES.get(t.dtype, _lib.OTHER), tuple(map(int, t.shape)))) for name, t in given.items()
+        (name, (_torch.DTYPES.get(t.dtype, _lib.OTHER), tuple(map(int, t.shape))))
+        for name, t in given.items()
     )
 
 
@@ -189,9 +190,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     written = {n: x for n, x in gradients.items() if x.numel()}
     if written:
         _call(BWD, {**arrays, **written}, tuple(values), scale, lower_bound)
-    return tuple(
-        _as_input(gradients[name], arrays.get(source)) for name, source in zip(GRADIENTS, INPUTS)
-    )
+    return tuple(_as_input(gradients[name], arrays.get(source)) for name, source in zip(GRADIENTS, INPUTS))
 
 
 def _new_gradients(arrays: dict[str, Any], wanted: int) -> dict[str, Tensor]:
@@ -214,9 +213,7 @@ def _as_input(gradient: Tensor, x: Any) -> Tensor:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     arrays = {n: x for n, x in zip(_READ, arguments) if x is not None}
     gradients = _new_gradients(arrays, arguments[-1])
-    return tuple(
-        _as_input(gradients[name], arrays.get(source)) for name, source in zip(GRADIENTS, INPUTS)
-    )
+    return tuple(_as_input(gradients[name], arrays.get(source)) for name, source in zip(GRADIENTS, INPUTS))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -310,7 +307,5 @@ def _register(wanted: str, schema: str, run: Any, fake: Any, gradients: Any, set
     return name
 
 
-_BACKWARD_NAME = _register(
-    "chunk_kda_bwd", _BACKWARD, _backward, _fake_backward, _no_second_derivative, None
-)
+_BACKWARD_NAME = _register("chunk_kda_bwd", _BACKWARD, _backward, _fake_backward, _no_second_derivative, None)
 _FORWARD_NAME = _register("chunk_kda", _FORWARD, _forward, _fake_forward, _gradients_of, _setup_context)

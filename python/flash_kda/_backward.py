@@ -6,7 +6,7 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import _arrays, _lib, _reference
+from . import _arrays, _interruptible, _lib, _reference
 from ._backward_options import BWD, BWD_BIT, GRADIENTS, BwdOptions
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def bwd(
         RuntimeError: there is no such device or kernel, no kernel of the device computes gradients, the
             driver failed, or gradients of these gradients were asked for, which do not exist.
     In each of these cases nothing was written. The message of a ValueError or TypeError names the argument.
+    A signal whose handler raises ends a long call on the CPU, as it does for `fwd`.
     """
     package: Any = sys.modules[__package__]
     torch_layer = package._layer_of_torch()
@@ -186,7 +187,7 @@ def bwd_reference(
     gradients = _lib.Gradients64(struct_size=ctypes.sizeof(_lib.Gradients64))
     for name, x in results.items():
         setattr(gradients, name, _reference.pointer_of(x))
-    _lib.check(_lib.lib.flash_kda_bwd_reference(ctypes.byref(params), ctypes.byref(gradients)))
+    _interruptible.bwd_reference(params, ctypes.byref(gradients))
     if not asked.state_v_first:
         results["dinitial_state"] = _reference.transposed(results["dinitial_state"])
     return Gradients(*map(results.get, GRADIENTS))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import _arrays, _lib
-from ._call_options import as_int
+from ._backward_options import BWD, BwdOptions
+from ._call_options import as_int, option_fields
 from ._options import BOTH_PARAMETERS, Options
 
 
@@ -172,9 +173,7 @@ def workspace_size(
     return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
 
 
-def saved_size(
-    sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, asked: dict[str, Any]
-) -> int:
+def saved_size(sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, asked: dict[str, Any]) -> int:
     """sizes: T_total, H, N and HV. asked: the options that the caller names."""
     shape = Shape(*sizes, max_seqlen=max_seqlen or 0, **asked)
     T_total, N = shape.T_total, shape.N
@@ -197,6 +196,40 @@ def saved_size(
     if not found:
         raise refused or ValueError(f"kernel is {shape.options.kernel!r}; it must be one of the device's")
     return max(found)
+
+
+def why_no_gradients(device: tuple[int, int], HV: int, options: tuple[tuple[str, Any], ...]) -> str:
+    """Why no kernel of the device computes gradients, or "". HV: value heads for each head of q and k.
+    options: of `bwd`, and lower_bound, by name."""
+    named = dict(options)
+    lower_bound, with_gate = named.pop("lower_bound", -5.0), named.get("use_gate_in_kernel", True)
+    arrays = (*(("A_log", "dt_bias") if with_gate else ()), "dout", "dv")
+    asked = BWD.known(BwdOptions.bits_of(*arrays), *_values(named), lower_bound is not None)
+    params = _lib.BWD.new_params()
+    params.device.type, params.device.index = device
+    asked.apply_to(params)
+    params.lower_bound = 0.0 if lower_bound is None else lower_bound
+    rows = (1, 64, HV, 128)
+    shapes = {
+        "q": (1, 64, 1, 128),
+        "k": (1, 64, 1, 128),
+        "beta": rows[:3],
+        "A_log": (HV,),
+        "dt_bias": rows[2:],
+    }
+    for name in asked.names:
+        dtype = _lib.F32 if name in ("A_log", "dt_bias") else _lib.BF16
+        _lib.set_shape(getattr(params, name), dtype, shapes.get(name, rows))
+    try:
+        _lib.bwd_workspace_size(params)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _values(named: dict[str, Any]) -> Iterator[Any]:
+    """The values of the options of `bwd`, in their order."""
+    return (named.get(f.name, f.default) for f in option_fields(BwdOptions))
 
 
 def _largest(

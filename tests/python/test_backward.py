@@ -79,8 +79,8 @@ def test_reference_without_states():
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_reference_against_finite_differences(name):
-    """Of flash_kda.reference, along a random direction. Steps are numbers that the input's dtype holds without
-    rounding, and two of them give an error of the fourth order."""
+    """Of flash_kda.reference, along a random direction. The input's dtype holds the steps without rounding,
+    and two of them give an error of the fourth order."""
     call = make_call((12, 7), gate="bounded", wide=True, seed=4)
     step = 2.0**-8
     rng = torch.Generator().manual_seed(1)
@@ -109,7 +109,9 @@ def test_plain_recurrence_by_gradcheck():
     """The plain recurrence is held to finite differences by PyTorch itself, and to flash_kda.reference."""
     call = in_fp64(make_call((6, 4), wide=True, seed=5))
     leaves = [call[n].requires_grad_() for n in INPUTS]
-    assert torch.autograd.gradcheck(lambda *x: recurrence({**call, **dict(zip(INPUTS, x))}), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *x: recurrence({**call, **dict(zip(INPUTS, x))}), leaves, fast_mode=True
+    )
     call = make_call((30, 0, 5), seed=6)
     want = flash_kda.reference(
         *(call[n] for n in ARGUMENTS), call["cu_seqlens"], **{n: call[n] for n in OPTIONS}
@@ -266,8 +268,8 @@ def without(*names):
         (without(*NAMES), ValueError, "are all None; at least one gradient must be given"),
         ({"q": None}, TypeError, "q is of type"),
         ({"dout": np.zeros((1, 93, 2, 128), np.float32)}, TypeError, "dout has dtype float32; it must be bf"),
-        ({"dout": np.zeros((1, 92, 2, 128), bfloat16)}, ValueError, "dout has shape [1, 92, 2, 128]; it must be"),
-        ({"dg": np.zeros((1, 93, 2, 128), np.float32)}, TypeError, "dg has dtype float32; it must be bfloat16"),
+        ({"dout": np.zeros((1, 92, 2, 128), bfloat16)}, ValueError, "dout has shape [1, 92, 2, 128]; it"),
+        ({"dg": np.zeros((1, 93, 2, 128), np.float32)}, TypeError, "dg has dtype float32; it must be bf"),
         ({"dA_log": np.zeros(3, np.float32)}, ValueError, "dA_log has shape [3]; it must have HV = 2"),
         ({"A_log": None}, ValueError, "dA_log is given without A_log; it must be None"),
         ({"saved": np.zeros(3, np.float32)}, TypeError, "saved has dtype float32; it must be uint8"),
@@ -290,6 +292,13 @@ def test_what_is_written_shares_no_memory():
     a = problem()
     with pytest.raises(ValueError, match=r"dq .*overlap|overlap.* dq"):
         flash_kda.bwd(**{**a, "dk": a["dq"]})
+
+
+def test_what_is_written_is_writable():
+    a = problem()
+    a["dv"].flags.writeable = False
+    with pytest.raises(ValueError, match="dv is read-only; it must be writable"):
+        flash_kda.bwd(**a)
 
 
 def test_wrong_arguments_of_the_reference():

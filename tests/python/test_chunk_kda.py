@@ -147,18 +147,6 @@ def test_tensors_as_a_layer_holds_them():
     hold(got, truth_of({**call, "A_log": call["A_log"].float().reshape(2)}))
 
 
-@pytest.mark.parametrize("name", ["q", "g", "A_log", "initial_state"])
-def test_a_gradient_is_refused(name):
-    call = call_of("everything fused", lengths=(8,), seed=8)
-    call[name] = call[name].clone().requires_grad_()
-    with pytest.raises(
-        RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode"
-    ):
-        flash_kda.chunk_kda(**call)
-    with torch.no_grad():
-        flash_kda.chunk_kda(**call)
-
-
 @pytest.mark.parametrize(
     ("change", "exception", "sentence"),
     [

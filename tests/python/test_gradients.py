@@ -1,7 +1,9 @@
 """Gradients of chunk_kda in PyTorch: against autograd of a plain recurrence in fp64, in all the ways in which
 models train."""
 
+import argparse
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from training_problems import (  # noqa: E402
     INPUTS,
+    LanguageModel,
     Layer,
     by_reference,
     error,
@@ -140,7 +143,9 @@ def test_one_result(device):
     out, state = flash_kda.chunk_kda(**work)
     assert state is None
     out.backward(dout)
-    hold({name: leaf.grad for name, leaf in leaves.items()}, by_reference(call, dout, torch.zeros_like(dstate)))
+    hold(
+        {name: leaf.grad for name, leaf in leaves.items()}, by_reference(call, dout, torch.zeros_like(dstate))
+    )
 
 
 def test_results_are_those_without_gradients(device):
@@ -217,7 +222,10 @@ def test_a_frozen_layer_computes_no_gradients(device):
 
 def test_second_derivatives_are_refused(device):
     call, leaves = with_leaves(make_call((10,), seed=10, device=device))
-    for function in (flash_kda.chunk_kda, torch.compile(flash_kda.chunk_kda, backend="eager", fullgraph=True)):
+    for function in (
+        flash_kda.chunk_kda,
+        torch.compile(flash_kda.chunk_kda, backend="eager", fullgraph=True),
+    ):
         out, _ = function(**call)
         (dq,) = torch.autograd.grad(out.float().sum(), leaves["q"], create_graph=True)
         assert dq.isfinite().all()
@@ -311,7 +319,10 @@ def test_autocast(device):
     wide = {**call, **{n: call[n].float() for n in ("q", "k", "v")}}
     with pytest.raises(TypeError, match="q has dtype float32; it must be bfloat16"):
         flash_kda.chunk_kda(**wide)
-    for function in (flash_kda.chunk_kda, torch.compile(flash_kda.chunk_kda, backend="aot_eager", fullgraph=True)):
+    for function in (
+        flash_kda.chunk_kda,
+        torch.compile(flash_kda.chunk_kda, backend="aot_eager", fullgraph=True),
+    ):
         torch.compiler.reset()
         with torch.autocast(device, torch.bfloat16):
             got = found(wide, dout, dstate, function)
@@ -326,7 +337,9 @@ def test_opcheck(device):
     names = (*INPUTS, "cu_seqlens", "scale", "lower_bound")
     flags = (0, True, True, True, False, True, True)  # max_seqlen, ..., output_final_state
     for save in (False, True):
-        torch.library.opcheck(torch.ops.flash_kda.chunk_kda.default, (*(call[n] for n in names), *flags, save))
+        torch.library.opcheck(
+            torch.ops.flash_kda.chunk_kda.default, (*(call[n] for n in names), *flags, save)
+        )
 
 
 def strange(kind, call):
@@ -373,11 +386,11 @@ def test_strange_tensors(device, kind, exception, sentence):
         ({"A_log": lambda x: x.double()}, TypeError, "A_log has dtype float64; it must be float32"),
         ({"lower_bound": -6.0}, ValueError, "lower_bound is -6; it must be in [-5, 0]"),
         ({"A_log": 1.0}, TypeError, "A_log is of type float; it must be a PyTorch tensor"),
-        ({"allow_neg_eigval": True, "use_beta_sigmoid_in_kernel": False}, ValueError, "allow_neg_eigval is True"),
+        ({"allow_neg_eigval": True, "use_beta_sigmoid_in_kernel": False}, ValueError, "allow_neg_eigval"),
         ({"initial_state": lambda x: x.bfloat16()}, TypeError, "initial_state is of torch.bfloat16; it must"),
-        ({"initial_state": lambda x: x[:0]}, ValueError, "initial_state has shape [0, 2, 128, 128]; it must be"),
+        ({"initial_state": lambda x: x[:0]}, ValueError, "initial_state has shape [0, 2, 128, 128]; it"),
         ({"cu_seqlens": lambda x: x + 1}, ValueError, "cu_seqlens"),
-        ({"disable_recompute": "yes"}, TypeError, "disable_recompute is of type str; it must be True or False"),
+        ({"disable_recompute": "yes"}, TypeError, "disable_recompute is of type str; it must be"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(device, change, exception, sentence):
@@ -387,6 +400,19 @@ def test_wrong_arguments(device, change, exception, sentence):
     with pytest.raises(exception) as raised:
         flash_kda.chunk_kda(**call)
     assert sentence in str(raised.value)
+
+
+def test_why_there_are_no_gradients():
+    """What an adapter asks before it takes a call that needs gradients."""
+    from flash_kda import _lib, _shapes
+
+    softplus = (("lower_bound", None), ("state_v_first", False), ("allow_neg_eigval", True))
+    activated = (("use_gate_in_kernel", False), ("use_qk_l2norm_in_kernel", False))
+    for options in ((), softplus, activated):
+        assert _shapes.why_no_gradients((_lib.CPU, 0), 2, options) == ""
+    assert "kernel" in _shapes.why_no_gradients((_lib.CPU, 0), 2, (("kernel", "no such"),))
+    if len(flash_kda.devices()) == 1:
+        assert _shapes.why_no_gradients((_lib.CUDA, 0), 2, ()) != ""
 
 
 def test_on_a_gpu(cuda):
@@ -400,6 +426,31 @@ def test_on_a_gpu(cuda):
         return
     torch.autograd.backward(results, (dout, dstate))
     assert all(leaf.grad.isfinite().all() for leaf in leaves.values())
+
+
+def learn(text, steps, rows=4, length=64, **options):
+    """The loss of each step, in bits a byte."""
+    torch.manual_seed(0)
+    model = LanguageModel(**options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    starts = torch.randint(len(text) - length, (steps, rows), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for step in range(steps):
+        batch = torch.stack([text[i : i + length] for i in starts[step].tolist()])
+        loss = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_language_model_learns(device):
+    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
+    losses = learn(text, 20)
+    assert losses[0] > 7.5  # of 8, as nothing is known
+    assert sum(losses[-4:]) / 4 < 4.5
+    assert losses == learn(text, 20, disable_recompute=True)
 
 
 # Several processes.

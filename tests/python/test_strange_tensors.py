@@ -46,7 +46,9 @@ def untouched(tensors):
 def test_forward_mode(tensors, call, name, mode):
     with forward_ad.dual_level(), mode():
         dual = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
-        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.* pass its primal, which unpack_dual"):
+        with pytest.raises(
+            RuntimeError, match=r"no forward-mode derivative.* pass its primal, which unpack_dual"
+        ):
             call(**{**tensors, name: dual})
         assert untouched(tensors)
         call(**{**tensors, name: forward_ad.unpack_dual(dual).primal})

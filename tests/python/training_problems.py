@@ -1,5 +1,5 @@
-"""Problems for tests of gradients: arguments of chunk_kda, and the recurrence of KDA token by token in fp64 in
-plain PyTorch, of which autograd knows the gradients."""
+"""Problems for tests of gradients: arguments of chunk_kda, and the recurrence of KDA token by token in fp64,
+in plain PyTorch, of which autograd knows the gradients."""
 
 import torch
 
@@ -26,7 +26,9 @@ def make_call(lengths=(20, 0, 43), device="cpu", rows=None, **options):
     if rows is not None:
         for name in ("q", "k", "v", "g", "beta"):
             call[name] = call[name].reshape(rows, -1, *call[name].shape[2:])
-        state = torch.randn(rows, *call["initial_state"].shape[1:], generator=torch.Generator().manual_seed(5))
+        state = torch.randn(
+            rows, *call["initial_state"].shape[1:], generator=torch.Generator().manual_seed(5)
+        )
         call |= {"cu_seqlens": None, "initial_state": state.to(device)}
     return call
 
@@ -37,7 +39,9 @@ def log_decay(call):
         return g
     HV, K = g.shape[2:]
     x = g if call["dt_bias"] is None else g + call["dt_bias"].reshape(HV, K)
-    steepness = torch.ones(HV, 1, dtype=g.dtype) if call["A_log"] is None else call["A_log"].reshape(HV, 1).exp()
+    steepness = (
+        torch.ones(HV, 1, dtype=g.dtype) if call["A_log"] is None else call["A_log"].reshape(HV, 1).exp()
+    )
     if call["lower_bound"] is None:
         return -steepness * torch.nn.functional.softplus(x)
     return call["lower_bound"] * torch.sigmoid(steepness * x)
@@ -148,3 +152,20 @@ class Layer(torch.nn.Module):
             use_beta_sigmoid_in_kernel=True, disable_recompute=self.disable_recompute,
         )  # fmt: skip
         return x + self.out(o.flatten(-2).to(x.dtype))
+
+
+class LanguageModel(torch.nn.Module):
+    """A model of bytes with two layers."""
+
+    def __init__(self, width=64, disable_recompute=False):
+        super().__init__()
+        self.embed = torch.nn.Embedding(256, width)
+        self.layers = torch.nn.Sequential(*(Layer(width, 1, disable_recompute) for _ in range(2)))
+        self.head = torch.nn.Linear(width, 256, bias=False)
+
+    def forward(self, text):
+        """The bits that each byte takes, given those before it."""
+        logits = self.head(
+            torch.nn.functional.rms_norm(self.layers(self.embed(text)), self.embed.weight.shape[1:])
+        )
+        return torch.nn.functional.cross_entropy(logits[:, :-1].mT, text[:, 1:]) / 0.6931471805599453
