@@ -401,6 +401,22 @@ static void groups(void)
     }
 }
 
+static void scalars(void)
+{
+    static const float scales[] = {0.0f, -1.0f, 1e15f, 1e-15f},
+                       lower_bounds[] = {-5.0f, -1.0f, -1e-3f, -0.0f, 0.0f};
+    for (int i = 0; i < 9; i++) {
+        problem *p = problem_create(1, 37, 1);
+        fill_case(p, find_case("channels from fast to slow"), 21);
+        if (i < 4)
+            p->scale = scales[i];
+        else
+            p->lower_bound = lower_bounds[i - 4];
+        trying("scale = %g, lower_bound = %g", (double)p->scale, (double)p->lower_bound);
+        check_problem(p, 21);
+    }
+}
+
 /* More than one stretch, in both halves of what a group's sums are kept in. */
 static void stretches(void)
 {
@@ -703,6 +719,7 @@ int main(int argc, char **argv)
         {"cases", cases},
         {"gates", gates},
         {"endless-gates", endless_gates},
+        {"scalars", scalars},
         {"groups", groups},
         {"stretches", stretches},
         {"slow-channels", slow_channels},
