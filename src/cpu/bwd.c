@@ -30,8 +30,7 @@ typedef struct bwd_plan {
     size_t bytes;
 } bwd_plan;
 
-/* The plan depends on the shape alone, and neither on the number of threads, except for the number itself,
- * nor on the contents of tensors. */
+/* Depends on shapes and options alone. How sequences are divided does not depend on the number of threads. */
 static bwd_plan make_plan(const fkda_bwd_problem *p)
 {
     const fkda_shape *s = &p->fwd.shape;
