@@ -99,7 +99,7 @@ template <Way way> struct Preparation {
     }
 
     /* Writes the decayed tiles. `sum` becomes G. */
-    __device__ void decay(float (&sum)[HALF]) const
+    template <bool products> __device__ void decay(float (&sum)[HALF]) const
     {
         const float before = half ? s.totals[0][channel] : 0.0f,
                     last = s.totals[0][channel] + s.totals[1][channel];
@@ -108,11 +108,13 @@ template <Way way> struct Preparation {
         for (int e = 0; e < HALF; e++) {
             const int token = HALF * half + e;
             sum[e] += before;
-            out |= !(fabsf(sum[e]) < RANGE);
             const float k = from_bf16_bits(raw.k[token][channel]) * s.k_scale[token], up = ex2(sum[e]);
             s.k_read.at(token, channel) = to_tf32(k * up);
-            s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
-            s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
+            if (products) {
+                out |= !(fabsf(sum[e]) < RANGE);
+                s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
+                s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
+            }
             if (!backwards) continue;
             const float q = from_bf16_bits(raw.q[token][channel]) * s.q_scale[token] * args.fwd.scale;
             s.q_read.at(token, channel) = to_tf32(q * up);
@@ -193,6 +195,17 @@ template <Way way> struct Preparation {
         for (int i = 0; i < CHUNK; i++) s.inverse[i][j] = s.inverse_t[j][i] = to_tf32(x[i]);
     }
 
+    /* Norms and decayed tiles alone, without k_rest. */
+    __device__ void run_without_products(int chunk) const
+    {
+        float sum[HALF];
+        find_norms();
+        sum_gates({args.fwd, s.gate, channel}, chunk, sum);
+        __syncthreads();
+        decay<false>(sum);
+        __syncthreads();
+    }
+
     /* The CTA meets after the last step, too. */
     __device__ void run(int chunk, float beta) const
     {
@@ -202,7 +215,7 @@ template <Way way> struct Preparation {
         find_strengths(chunk, beta);
         sum_gates({args.fwd, s.gate, channel}, chunk, sum);
         __syncthreads();
-        decay(sum);
+        decay<true>(sum);
         __syncthreads();
         if (__builtin_expect(s.is_out_of_range, 0)) {
             __syncthreads(); /* all have read the flag, which the next chunk clears */

@@ -22,10 +22,10 @@ __device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args)
             state_memory(f.initial_state, args.initial_is_bf16, f.state_k_first, s.piece.sequence, head),
             first_row, g, t);
     Reader reader(s, args);
-    reader.request<FORWARDS>(0);
+    reader.begin<FORWARDS>(0);
     for (int chunk = 0; chunk < last; chunk++) {
         float missed[2][4];
-        const Raw &raw = reader.receive<FORWARDS>(chunk);
+        const Raw &raw = reader.receive(chunk);
         const float beta = reader.beta;
         if (chunk + 1 < last) reader.request<FORWARDS>(chunk + 1);
         Preparation<FORWARDS>(s, args, raw).run(chunk, beta);
@@ -49,10 +49,10 @@ __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
             state_memory(args.dfinal_state, args.dfinal_is_bf16, f.state_k_first, s.piece.sequence, head),
             first_row, g, t);
     Reader reader(s, args);
-    reader.request<BACKWARDS>(s.piece.task.chunks - 1);
+    reader.begin<BACKWARDS>(s.piece.task.chunks - 1);
     for (int chunk = s.piece.task.chunks - 1; chunk >= of_segment; chunk--) {
         float dx[2][4], dout[2][4], dr[2][4];
-        const Raw &raw = reader.receive<BACKWARDS>(chunk);
+        const Raw &raw = reader.receive(chunk);
         const float beta = reader.beta;
         if (chunk > of_segment) reader.request<BACKWARDS>(chunk - 1);
         Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
