@@ -26,7 +26,8 @@
  *   it.
  *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
  *   one: flash_kda_fwd(), flash_kda_bwd(), flash_kda_decode(), flash_kda_apply() and the references are
- *   cancellation points when their work is done, and the others are none. A signal handler must not leave a call by longjmp().
+ *   cancellation points when their work is done, and the others are none. A signal handler must not leave
+ *   a call by longjmp().
  *   Signal handlers run on the caller's threads alone. The floating-point settings of the calling thread
  *   (rounding, unmasked exceptions, flushing of tiny numbers) change no result, and are as before afterwards,
  *   the exception flags included.
@@ -319,8 +320,6 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd(const flash_kda_fwd_params *params)
 FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *params, double *out64,
                                                    double *state64, double *checkpoints64);
 
-/* ---- Training: the backward pass ----------------------------------------------------------------------- */
-
 /*
  * The arguments of flash_kda_bwd(), which computes gradients of a loss with respect to the inputs of
  * flash_kda_fwd(), from the loss's gradients with respect to out and final_state. With the names at the top
@@ -387,7 +386,7 @@ typedef struct flash_kda_bwd_params {
     size_t workspace_size;
     /* What flash_kda_fwd_params.saved got from a forward pass on the same kind of device with the same inputs
      * and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned; or NULL: the call computes
-     * the states again, which costs it about a fifth of its time. Gradients have the same bits with and
+     * the states again, which costs it about a sixth of its time. Gradients have the same bits with and
      * without it if one kernel computes both passes. What another forward pass has saved gives wrong
      * gradients, and no memory outside of the tensors is touched. */
     const void *saved;
@@ -682,17 +681,23 @@ typedef struct flash_kda_interpreter {
                                     which ends the call: PyErr_CheckSignals. Called with the lock. */
 } flash_kda_interpreter;
 
-/* flash_kda_fwd() and flash_kda_reference() for long calls on the CPU from the thread in which an interpreter
- * handles signals. That thread calls with the interpreter's lock, gives the lock up, and lets the interpreter
- * handle signals while another thread computes. Once a handler has raised an exception, no other handler runs
- * before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK if all was
- * computed by then, and the exception is still the interpreter's. params->interrupt is not looked at. Where
- * the system has no more threads or file descriptors, the calling thread computes, and signals wait. */
+/* flash_kda_fwd(), flash_kda_bwd() and their references for long calls on the CPU from the thread in which an
+ * interpreter handles signals. That thread calls with the interpreter's lock, gives the lock up, and lets the
+ * interpreter handle signals while another thread computes. Once a handler has raised an exception, no other
+ * handler runs before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK
+ * if all was computed by then, and the exception is still the interpreter's. params->interrupt is not looked
+ * at. Where the system has no more threads or file descriptors, the calling thread computes, and signals
+ * wait. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
                                                  const flash_kda_fwd_params *params);
 FLASH_KDA_API flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
                                                        const flash_kda_fwd_params *params, double *out64,
                                                        double *state64, double *checkpoints64);
+FLASH_KDA_API flash_kda_status flash_kda_bwd_for(const flash_kda_interpreter *interpreter,
+                                                 const flash_kda_bwd_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interpreter,
+                                                           const flash_kda_bwd_params *params,
+                                                           const flash_kda_gradients64 *gradients);
 
 /* "0.1.0" */
 FLASH_KDA_API const char *flash_kda_version(void);

@@ -9,7 +9,8 @@
 #include <stdio.h>
 #include <unistd.h>
 
-#include "check.h"
+#include "check_bwd.h"
+#include "check_tensor.h"
 #include "errors.h"
 #include "guard.h"
 
@@ -20,6 +21,8 @@ typedef struct work {
     flash_kda_status (*compute)(const struct work *);
     const flash_kda_fwd_params *params;
     double *out64, *state64, *checkpoints64; /* of flash_kda_reference() */
+    const flash_kda_bwd_params *bwd;
+    const flash_kda_gradients64 *gradients; /* of flash_kda_bwd_reference() */
     flash_kda_status status;
     char sentence[512]; /* of the error, which is the working thread's */
     int pipe[2];        /* the working thread writes a byte when it has ended */
@@ -33,6 +36,16 @@ static flash_kda_status compute_fwd(const work *w)
 static flash_kda_status compute_reference(const work *w)
 {
     return flash_kda_reference(w->params, w->out64, w->state64, w->checkpoints64);
+}
+
+static flash_kda_status compute_bwd(const work *w)
+{
+    return flash_kda_bwd(w->bwd);
+}
+
+static flash_kda_status compute_bwd_reference(const work *w)
+{
+    return flash_kda_bwd_reference(w->bwd, w->gradients);
 }
 
 static void *start_compute(void *argument)
@@ -81,26 +94,50 @@ static flash_kda_status compute_here(work *w, const flash_kda_interpreter *inter
     return status;
 }
 
-static flash_kda_status compute(work *w, const flash_kda_fwd_params *params,
-                                const flash_kda_interpreter *interpreter)
+/* Computes in a thread of its own; `interrupt` is what the work looks at. */
+static flash_kda_status compute(work *w, const flash_kda_interpreter *interpreter, int32_t *interrupt)
+{
+    pthread_t thread;
+    if (!start_thread(w, &thread)) return compute_here(w, interpreter);
+    wait_for_end(w, interpreter, interrupt);
+    pthread_join(thread, NULL);
+    for (int i = 0; i < 2; i++) close(w->pipe[i]);
+    return w->status == FLASH_KDA_OK ? FLASH_KDA_OK : fkda_fail(w->status, "%s", w->sentence);
+}
+
+static flash_kda_status check_interpreter(const flash_kda_interpreter *interpreter)
+{
+    if (interpreter) return FLASH_KDA_OK;
+    return fkda_fail(FLASH_KDA_INVALID_VALUE,
+                     "interpreter is null; it must point to a flash_kda_interpreter");
+}
+
+static flash_kda_status compute_forward(work *w, const flash_kda_fwd_params *params,
+                                        const flash_kda_interpreter *interpreter)
 {
     int32_t interrupt = 0;
-    pthread_t thread;
     flash_kda_fwd_params own;
-    if (!interpreter)
-        return fkda_fail(FLASH_KDA_INVALID_VALUE,
-                         "interpreter is null; it must point to a flash_kda_interpreter");
-    const flash_kda_status status = fkda_complete_params(&params, &own);
-    if (status != FLASH_KDA_OK) return status;
+    TRY(check_interpreter(interpreter));
+    TRY(fkda_complete_params(&params, &own));
     own = *params;
     own.struct_size = sizeof own;
     own.interrupt = &interrupt;
     w->params = &own;
-    if (!start_thread(w, &thread)) return compute_here(w, interpreter);
-    wait_for_end(w, interpreter, &interrupt);
-    pthread_join(thread, NULL);
-    for (int i = 0; i < 2; i++) close(w->pipe[i]);
-    return w->status == FLASH_KDA_OK ? FLASH_KDA_OK : fkda_fail(w->status, "%s", w->sentence);
+    return compute(w, interpreter, &interrupt);
+}
+
+static flash_kda_status compute_backward(work *w, const flash_kda_bwd_params *params,
+                                         const flash_kda_interpreter *interpreter)
+{
+    int32_t interrupt = 0;
+    flash_kda_bwd_params own;
+    TRY(check_interpreter(interpreter));
+    TRY(fkda_complete_bwd_params(&params, &own));
+    own = *params;
+    own.struct_size = sizeof own;
+    own.interrupt = &interrupt;
+    w->bwd = &own;
+    return compute(w, interpreter, &interrupt);
 }
 
 flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
@@ -108,7 +145,7 @@ flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
 {
     FKDA_GUARD;
     work w = {.compute = compute_fwd};
-    return compute(&w, params, interpreter);
+    return compute_forward(&w, params, interpreter);
 }
 
 flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
@@ -118,5 +155,22 @@ flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interprete
     FKDA_GUARD;
     work w = {
         .compute = compute_reference, .out64 = out64, .state64 = state64, .checkpoints64 = checkpoints64};
-    return compute(&w, params, interpreter);
+    return compute_forward(&w, params, interpreter);
+}
+
+flash_kda_status flash_kda_bwd_for(const flash_kda_interpreter *interpreter,
+                                   const flash_kda_bwd_params *params)
+{
+    FKDA_GUARD;
+    work w = {.compute = compute_bwd};
+    return compute_backward(&w, params, interpreter);
+}
+
+flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interpreter,
+                                             const flash_kda_bwd_params *params,
+                                             const flash_kda_gradients64 *gradients)
+{
+    FKDA_GUARD;
+    work w = {.compute = compute_bwd_reference, .gradients = gradients};
+    return compute_backward(&w, params, interpreter);
 }

@@ -1,12 +1,12 @@
 /*
- * What the forward pass saves for the backward pass on the CPU: fp32 states [K, V] from inside of sequences, so
- * that a walk over the whole sequence need not find them again. The states lie as
- * [B, states of a batch row, HV, K, V].
+ * What the forward pass saves for the backward pass on the CPU: fp32 states [K, V] from inside of sequences,
+ * so that a walk over the whole sequence need not find them again. The states lie as [B, states of a batch
+ * row, HV, K, V].
  *
  * States are apart by as many tokens as make them a fifth of the bytes of q, k, v and g in bf16, or a little
  * less. The place of a state depends on where its sequence begins, and the room on T alone, which the host
- * knows: a sequence that begins at token b has its state after j intervals C in place b / C + j - 1 of its row.
- * No two sequences share a place, because all states of a sequence lie before its last token.
+ * knows: a sequence that begins at token b has its state after j intervals C in place b / C + j - 1 of its
+ * row. No two sequences share a place, because all states of a sequence lie before its last token.
  */
 #ifndef FKDA_SAVED_H
 #define FKDA_SAVED_H
@@ -32,8 +32,8 @@ static inline size_t fkda_saved_bytes(const fkda_shape *s)
     return (size_t)(s->batch * fkda_saved_states(s) * s->heads) * (sizeof(float) * FKDA_DIM * FKDA_DIM);
 }
 
-/* The state of a head after `offset` tokens of a sequence: a multiple of the interval, less than the sequence's
- * length. */
+/* The state of a head after `offset` tokens of a sequence: a multiple of the interval, less than the
+ * sequence's length. */
 static inline float *fkda_saved_state(const fkda_problem *p, const fkda_sequence *sequence, int64_t offset,
                                       int64_t h)
 {

@@ -32,25 +32,6 @@ struct Gradients {
     {
     }
 
-    /* Where the thread is. The index is read again at each call, so that what is made of it occupies no registers
-     * from one step to the next. */
-    struct Place {
-        int thread, warp, lane, g, t;
-        int first; /* row of V, or channel of K, of the warp */
-    };
-    static __device__ Place place()
-    {
-        int cta, id;
-        read_indices(cta, id);
-        const unsigned thread = static_cast<unsigned>(id), lane = thread % 32; /* never negative */
-        return {id,
-                static_cast<int>(thread / 32),
-                static_cast<int>(lane),
-                static_cast<int>(lane / 4),
-                static_cast<int>(lane % 4),
-                static_cast<int>(thread / 32 * 16)};
-    }
-
     /* ---- Memory ---- */
 
     /* The row of a token of the chunk in a gradient of `heads` heads, which the caller wants. */
@@ -65,13 +46,14 @@ struct Gradients {
     /* The first chunk of the segment. It is found anew where it is needed. */
     __device__ int first_chunk() const
     {
-        return s.piece.segment * (args.segment / CHUNK);
+        return s.piece.segment * chunks_of_segment(args);
     }
 
     __device__ float *record(int chunk_of_segment) const
     {
-        const long long chunks = args.segment / CHUNK;
-        return args.records + (blockIdx.x * chunks + chunk_of_segment) * FKDA_BWD_RECORD;
+        return args.records +
+               (static_cast<long long>(blockIdx.x) * chunks_of_segment(args) + chunk_of_segment) *
+                   FKDA_BWD_RECORD;
     }
 
     __device__ static void store_values(float *to, const float (&x)[2][4], int thread)
@@ -340,7 +322,7 @@ struct Gradients {
         const int segment = s.piece.segment;
         ParameterSums sums = {};
         if (segment >= 0 && segment < count_segments(args, s.piece.task)) {
-            const int begin = first_chunk(), end = min(begin + args.segment / CHUNK, s.piece.task.chunks);
+            const int begin = first_chunk(), end = min(begin + chunks_of_segment(args), s.piece.task.chunks);
             Reader reader(s, args);
             if (begin < end) walk_forwards(reader, begin, end);
             walk_rows(reader, end);

@@ -133,7 +133,7 @@ template <Way way> struct Preparation {
         if (which && !backwards) return;
         const Tile &a = which ? s.q_read : s.k_read;
         float sum[4] = {};
-#pragma unroll
+#pragma unroll 2 /* for lack of registers */
         for (int j = 0; j < DIM / 16; j++) {
             const int c = DIM / 2 * part + 8 * j + 2 * t;
             const float2 top = a.two(g, c), bottom = a.two(g + 8, c), b = s.k_up.two(column + g, c);
@@ -182,6 +182,7 @@ template <Way way> struct Preparation {
 #pragma unroll
         for (int m = 0; m < CHUNK - 1; m++) {
             float column[CHUNK];
+            __syncwarp(); /* keeps later columns from being loaded here, for lack of registers */
 #pragma unroll
             for (int i = (m + 1) / 4 * 4; i < CHUNK; i += 4) {
                 const float4 four = *reinterpret_cast<const float4 *>(&s.l_columns[m][i]);

@@ -1,14 +1,14 @@
-"""Kimi Delta Attention (KDA), forward pass, on CPUs and NVIDIA GPUs.
+"""Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, decode, and on CPUs the backward pass.
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
 serves JAX. `decode` computes one to sixteen tokens of each of many sequences, whose states it updates in
 place, and `apply_records` brings states up to date after draft tokens were verified. `decode_layer` does the
-same for a whole layer: convolution, recurrence, norm and output gate in one launch. `chunk_kda` and
-`fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
-`describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are
-the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
-run, and `get_workspace_size` how much scratch memory it may need.
+same for a whole layer: convolution, recurrence, norm and output gate in one launch. `bwd` computes gradients
+of `fwd`, on the CPU. `chunk_kda` and `fused_recurrent_kda` have the arguments of flash-linear-attention's
+functions of these names. `describe_nonfinite` says where a call has found NaN and infinities. `reference`,
+`bwd_reference` and `decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call
+can run on, `explain` says how it would run, and `get_workspace_size` how much scratch memory it may need.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import (
     _arrays,
+    _backward,
     _chunk_kda,
     _fla,
     _functional,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Device",
     "apply_records",
+    "bwd",
+    "bwd_reference",
     "chunk_kda",
     "compute",
     "decode",
@@ -1071,6 +1074,85 @@ def reference(
     return _reference.reference(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, options
     )
+
+
+def bwd(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: SupportsFloat,
+    A_log: Array | None,
+    dt_bias: Array | None,
+    lower_bound: SupportsFloat | None,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    *,
+    dout: Array | None = None,
+    dfinal_state: Array | None = None,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+    dg: Array | None = None,
+    dbeta: Array | None = None,
+    dA_log: Array | None = None,
+    ddt_bias: Array | None = None,
+    dinitial_state: Array | None = None,
+    **options: Any,
+) -> None:
+    """The backward pass of `fwd`, for arrays in CPU memory: gradients of a loss, from those of out and of
+    final_state. docs/training.md has the formulas.
+
+    The first arguments are those of the forward pass. dout (bf16, as out) and dfinal_state (fp32 or bf16, as
+    final_state) are the loss's gradients, and zeros where they are None. The other arrays are written: dq,
+    dk, dv, dg and dbeta in the dtypes and shapes of q, k, v, g and beta, dA_log [HV], ddt_bias [HV, K] and
+    dinitial_state [N, HV, V, K] in fp32. What is None is not wanted; at least one must be given.
+
+    By keyword also kernel, threads, max_seqlen, use_gate_in_kernel, use_qk_l2norm_in_kernel,
+    use_beta_sigmoid_in_kernel, allow_neg_eigval and state_v_first, as in `fwd`.
+
+    Raises:
+        ValueError, TypeError: as `fwd`; an array is not in CPU memory.
+    """
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
+    inputs |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    inputs |= {"dout": dout, "dfinal_state": dfinal_state}
+    gradients = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "dA_log": dA_log}
+    gradients |= {"ddt_bias": ddt_bias, "dinitial_state": dinitial_state}
+    _backward.bwd(inputs, gradients, scale, lower_bound, options)
+
+
+def bwd_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: SupportsFloat,
+    A_log: Any,
+    dt_bias: Any,
+    lower_bound: SupportsFloat | None,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+    *,
+    dout: Any = None,
+    dfinal_state: Any = None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """What `bwd` computes, token by token in fp64 on the CPU: slow, and meant for tests.
+
+    Takes the arguments of `bwd` that it reads, as `reference` takes those of `fwd`. Returns the named tuple
+    (dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state) in fp64: CPU tensors if q is a tensor, else
+    NumPy arrays. dA_log and ddt_bias are also there if A_log or dt_bias is None.
+
+    Raises:
+        ValueError, TypeError: as `bwd`.
+    """
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
+    inputs |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    inputs |= {"dout": dout, "dfinal_state": dfinal_state}
+    return _backward.bwd_reference(inputs, scale, lower_bound, options)
 
 
 def decode_reference(

@@ -21,6 +21,9 @@ from . import _lib
 _fwd = _lib.lib.flash_kda_fwd, _lib.with_signals("flash_kda_fwd")
 _reference = _lib.lib.flash_kda_reference, _lib.with_signals("flash_kda_reference")
 
+_bwd = _lib.lib.flash_kda_bwd, _lib.with_signals("flash_kda_bwd")
+_bwd_reference = _lib.lib.flash_kda_bwd_reference, _lib.with_signals("flash_kda_bwd_reference")
+
 
 def fwd(params: _lib.FwdParams) -> None:
     """The forward pass. params.interrupt is not looked at."""
@@ -32,7 +35,17 @@ def reference(params: _lib.FwdParams, out64: Any, state64: Any, checkpoints64: A
     _call(_reference, params, out64, state64, checkpoints64)
 
 
-def _call(variants: tuple[Any, Any], params: _lib.FwdParams, *more: Any) -> None:
+def bwd(params: _lib.BwdParams) -> None:
+    """The backward pass. params.interrupt is not looked at."""
+    _call(_bwd, params)
+
+
+def bwd_reference(params: _lib.BwdParams, gradients: Any) -> None:
+    """Its fp64 definition. params.interrupt is not looked at."""
+    _call(_bwd_reference, params, gradients)
+
+
+def _call(variants: tuple[Any, Any], params: Any, *more: Any) -> None:
     in_main_thread = threading.get_ident() == threading.main_thread().ident
     status = variants[in_main_thread](ctypes.byref(params), *more)
     if status:

@@ -431,6 +431,12 @@ class Function(NamedTuple):
         return params
 
 
+def _bwd_workspace_size(params: BwdParams) -> int:
+    size = c_size_t()
+    check(lib.flash_kda_bwd_workspace_size(ctypes.byref(params), ctypes.byref(size)))
+    return size.value
+
+
 def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
     def workspace_size(params: Any) -> int:
         check(check_shapes(ctypes.byref(params)))
@@ -440,6 +446,7 @@ def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
 
 
 FWD = Function(FwdParams, lib.flash_kda_fwd, workspace_size)
+BWD = Function(BwdParams, lib.flash_kda_bwd, _bwd_workspace_size)
 DECODE = Function(DecodeParams, lib.flash_kda_decode, _without_workspace(lib.flash_kda_check_decode))
 DECODE_LAYER = Function(
     DecodeLayerParams, lib.flash_kda_decode_layer, _without_workspace(lib.flash_kda_check_decode_layer)

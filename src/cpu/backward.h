@@ -1,11 +1,12 @@
 /*
- * The backward pass on the CPU, for all value heads that share a head of q and k, of some sequences: the chain
- * rule through the chunk form of head.h, in fp32. Part of head.h, so compiled once for each instruction set.
+ * The backward pass on the CPU, for all value heads that share a head of q and k, of some sequences: the
+ * chain rule through the chunk form of head.h, in fp32. Part of head.h, so compiled once for each instruction
+ * set.
  *
  * Algorithm
  *
- * With the names of head.h, S the state before a chunk, D the gradient with respect to the state after it, and
- * dO scaled:
+ * With the names of head.h, S the state before a chunk, D the gradient with respect to the state after it,
+ * and dO scaled:
  *
  *     dU   = Kr D + P^T dO                    dX = (I + L)^-T dU
  *     dR   = diag(b) dX, which is also dV     db_i = dX_i . (what the state did not predict for token i)
@@ -15,13 +16,15 @@
  *
  * backward_chunk.h computes these products, and backward_channels.h what follows from them for q, k and g.
  *
- * A sequence is cut into segments. The state before each segment is kept: a first walk over the sequence finds
- * them, unless the forward pass has saved them. Then, from the last segment to the first, a walk forwards finds what each chunk needs, its state
- * included, and a walk backwards uses it. States are so computed twice, and a worker's memory grows with the
- * square root of the sequence's length, or with `saved` not at all.
+ * A sequence is cut into stretches. The state before each stretch is kept: a first walk over the sequence
+ * finds them, unless the forward pass has saved them. Then, from the last stretch to the first, a walk
+ * forwards finds what each chunk needs, its state included, and a walk backwards uses it. So states are
+ * computed twice, or once with `saved`, and a worker's memory grows with the square root of the sequence's
+ * length, or with `saved` not at all.
  *
- * Value heads that share a head of q and k go through a segment one after the other, and their dq and dk are
- * added up in fp32 in this order. Every sum runs in an order that does not depend on the number of threads. */
+ * Value heads that share a head of q and k go through a stretch one after the other, and their dq and dk are
+ * added up in fp32 in this order. Every sum runs in an order that does not depend on the number of threads.
+ */
 #ifndef FKDA_CPU_BACKWARD_H
 #define FKDA_CPU_BACKWARD_H
 
@@ -31,7 +34,7 @@
 #include "decode_head.h"
 #include "state.h"
 
-/* What lasts from segment to segment, of one value head. */
+/* What lasts from stretch to stretch, of one value head. */
 typedef struct head_gradients {
     float state[V / STRIP][K][STRIP];  /* D */
     double bias_sums[K], rate_sums[K]; /* for ddt_bias and dA_log, of all tokens of the piece */
@@ -42,24 +45,24 @@ typedef float border[V / STRIP][K][STRIP];
 /* The memory of a worker. */
 typedef struct backward {
     const fkda_bwd_problem *p;
-    int64_t segment; /* tokens */
+    int64_t stretch; /* tokens */
     int64_t group;   /* value heads that share a head of q and k */
     int64_t most_borders;
     chunk_gradients *w;
-    record *records;            /* of the chunks of a segment */
+    record *records;            /* of the chunks of a stretch */
     head_gradients *heads;      /* of the group */
-    border *borders;            /* of each head, the states before the segments but the first */
-    float (*sums)[2][CHUNK][K]; /* dq and dk of the chunks of a segment, of the heads so far; in groups */
+    border *borders;            /* of each head, the states before the stretches but the first */
+    float (*sums)[2][CHUNK][K]; /* dq and dk of the chunks of a stretch, of the heads so far; in groups */
 } backward;
 
 /* Divides memory from `start` on, and returns the bytes it takes. */
-static size_t divide_memory(backward *b, const fkda_bwd_problem *p, int64_t segment, char *start)
+static size_t divide_memory(backward *b, const fkda_bwd_problem *p, int64_t stretch, char *start)
 {
     const fkda_shape *s = &p->fwd.shape;
-    const int64_t chunks = segment / CHUNK;
+    const int64_t chunks = stretch / CHUNK;
     size_t at = 0;
-    *b = (backward){.p = p, .segment = segment, .group = s->heads / s->qk_heads};
-    b->most_borders = s->tokens > 0 && !p->has_saved ? (s->tokens - 1) / segment : 0;
+    *b = (backward){.p = p, .stretch = stretch, .group = s->heads / s->qk_heads};
+    b->most_borders = s->tokens > 0 && !p->has_saved ? (s->tokens - 1) / stretch : 0;
     const struct {
         void **to;
         size_t bytes;
@@ -77,10 +80,10 @@ static size_t divide_memory(backward *b, const fkda_bwd_problem *p, int64_t segm
     return at;
 }
 
-static size_t bwd_memory(const fkda_bwd_problem *p, int64_t segment)
+static size_t bwd_memory(const fkda_bwd_problem *p, int64_t stretch)
 {
     backward b;
-    return divide_memory(&b, p, segment, NULL);
+    return divide_memory(&b, p, stretch, NULL);
 }
 
 static gate_constants gate_of_head(const fkda_problem *p, int64_t h)
@@ -121,11 +124,11 @@ static void pass_chunk(const fkda_problem *p, scratch *s, const tokens *t, recor
     }
 }
 
-/* Finds the states before all segments but the first. Returns false if the call was interrupted. */
+/* Finds the states before all stretches but the first. Returns false if the call was interrupted. */
 static bool find_borders(backward *b, const fkda_sequence *sequence, int64_t h, border *borders)
 {
     const fkda_problem *p = &b->p->fwd;
-    const int64_t length = sequence->end - sequence->begin, last = (length - 1) / b->segment * b->segment;
+    const int64_t length = sequence->end - sequence->begin, last = (length - 1) / b->stretch * b->stretch;
     const gate_constants gate = gate_of_head(p, h);
     scratch *s = &b->records[0].s;
     for (int64_t done = 0; done < last; done += CHUNK) {
@@ -134,12 +137,12 @@ static bool find_borders(backward *b, const fkda_sequence *sequence, int64_t h, 
         prepare(s, p, &t, &gate);
         pass_chunk(p, s, &t, NULL, s->state);
         const int64_t after = done + CHUNK;
-        if (after % b->segment == 0) memcpy(borders[after / b->segment - 1], s->state, sizeof(border));
+        if (after % b->stretch == 0) memcpy(borders[after / b->stretch - 1], s->state, sizeof(border));
     }
     return true;
 }
 
-/* Fills the records of the segment that begins after `begin` tokens of the sequence. The first record has the
+/* Fills the records of the stretch that begins after `begin` tokens of the sequence. The first record has the
  * state before it. */
 static bool walk_forwards(backward *b, const fkda_sequence *sequence, int64_t h, int64_t begin, int64_t end)
 {
@@ -231,7 +234,7 @@ static void add_parameters(head_gradients *head, const chunk_gradients *w)
     }
 }
 
-/* Goes back over the records of a segment, of value head `index` of the group. */
+/* Goes back over the records of a stretch, of value head `index` of the group. */
 static bool walk_backwards(backward *b, const fkda_sequence *sequence, int64_t qk_head, int64_t index,
                            int64_t begin, int64_t end)
 {
@@ -271,18 +274,18 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     for (int64_t i = 0; i < b->group; i++) {
         load_state(f, &p->dfinal_state, fkda_bwd_slot(&p->dfinal_state, n), first + i, 0, V,
                    b->heads[i].state);
-        if (length <= b->segment || p->has_saved) continue;
+        if (length <= b->stretch || p->has_saved) continue;
         load_state(f, &f->initial_state, initial_slot, first + i, 0, V, start);
         load_bias(f, first + i, &b->records[0].s);
         if (!find_borders(b, &sequence, first + i, b->borders + i * b->most_borders)) return false;
     }
     for (int64_t end = length; end > 0;) {
-        const int64_t segment = (end - 1) / b->segment, begin = segment * b->segment;
+        const int64_t stretch = (end - 1) / b->stretch, begin = stretch * b->stretch;
         for (int64_t i = 0; i < b->group; i++) {
-            if (segment > 0 && p->has_saved)
+            if (stretch > 0 && p->has_saved)
                 copy_from_saved(fkda_saved_state(f, &sequence, begin, first + i), start);
-            else if (segment > 0)
-                memcpy(start, b->borders[i * b->most_borders + segment - 1], sizeof(border));
+            else if (stretch > 0)
+                memcpy(start, b->borders[i * b->most_borders + stretch - 1], sizeof(border));
             else
                 load_state(f, &f->initial_state, initial_slot, first + i, 0, V, start);
             if (!walk_forwards(b, &sequence, first + i, begin, end)) return false;
@@ -296,10 +299,10 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     return true;
 }
 
-static bool run_bwd(const fkda_bwd_problem *p, const fkda_bwd_piece *piece, int64_t segment, void *memory)
+static bool run_bwd(const fkda_bwd_problem *p, const fkda_bwd_piece *piece, int64_t stretch, void *memory)
 {
     backward b;
-    divide_memory(&b, p, segment, memory);
+    divide_memory(&b, p, stretch, memory);
     for (int64_t i = 0; i < b.group; i++) {
         memset(b.heads[i].bias_sums, 0, sizeof b.heads[i].bias_sums);
         memset(b.heads[i].rate_sums, 0, sizeof b.heads[i].rate_sums);

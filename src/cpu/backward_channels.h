@@ -20,9 +20,9 @@
  *          + E_last (sum over V of S D)
  *
  * The other way to write it, a difference of running sums over q dq + k dk, would lose slow channels, whose
- * sums of large terms cancel, and would leave rounding errors where a gate forgets everything. Here every term
- * has the factor 2^g_t, and nothing is subtracted. The sums over j run along with the pairs: a reader i adds
- * the writers before it one by one, and what it has so far is its part of the next token's dg.
+ * sums of large terms cancel, and would leave rounding errors where a gate forgets everything. Here every
+ * term has the factor 2^g_t, and nothing is subtracted. The sums over j run along with the pairs: a reader i
+ * adds the writers before it one by one, and what it has so far is its part of the next token's dg.
  *
  * Decays are products of the decays of single tokens, at most 1, so no gate leaves the range of fp32. */
 #ifndef FKDA_CPU_BACKWARD_CHANNELS_H
@@ -45,8 +45,8 @@ static inline vec clamp_to(vec x, float most)
     return choose(x < -most, splat(-most), x);
 }
 
-/* The exponent of the decay, as gate.h has it, and the derivatives. 2^-125 stands for all smaller sigmoids, so
- * that products with infinite arguments are 0 and not NaN. */
+/* The exponent of the decay, as gate.h has it, and the derivatives. 2^-125 stands for all smaller sigmoids,
+ * so that products with infinite arguments are 0 and not NaN. */
 static inline vec differentiate(const fkda_problem *p, const gate_constants *gate, vec g, vec bias, vec *by_g,
                                 vec *by_A_log)
 {
@@ -90,8 +90,8 @@ INLINE void load_columns(const float *from, int width, int first, int k, vec *to
     }
 }
 
-/* The gradients of a vector of channels with respect to the log decays. dq and dk are stored, or added to what
- * another head has stored. */
+/* The gradients of a vector of channels with respect to the log decays. dq and dk are stored, or added to
+ * what another head has stored. */
 static inline void pair_tokens(const record *r, const chunk_gradients *w, const channel_gates *gates, int k,
                                bool add, float (*dq)[K], float (*dk)[K], vec dg[CHUNK])
 {

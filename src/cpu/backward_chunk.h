@@ -1,5 +1,5 @@
-/* The backward pass of one chunk, as far as the state takes part: what is multiplied by the state S before the
- * chunk, and by D, the gradient with respect to the state after it. Part of backward.h, which has the
+/* The backward pass of one chunk, as far as the state takes part: what is multiplied by the state S before
+ * the chunk, and by D, the gradient with respect to the state after it. Part of backward.h, which has the
  * formulas. */
 #ifndef FKDA_CPU_BACKWARD_CHUNK_H
 #define FKDA_CPU_BACKWARD_CHUNK_H
@@ -8,7 +8,7 @@
 #include "prepare.h"
 #include "recurrence.h"
 
-/* A chunk of a segment, as the walk forwards leaves it for the walk backwards. */
+/* A chunk of a stretch, as the walk forwards leaves it for the walk backwards. */
 typedef struct record {
     scratch s;                           /* prepared; its state is the one before the chunk */
     float keys[CHUNK][CHUNK];            /* L without the factors b_i */
@@ -76,8 +76,8 @@ INLINE void transpose_rows(float (*from)[V], float *to, int count)
     }
 }
 
-/* to[k][i] = sum over v of state[k][v] x[v][i], for `width` columns i. `height` and `columns` are the size of a
- * register tile, in rows of the state and vectors of x. */
+/* to[k][i] = sum over v of state[k][v] x[v][i], for `width` columns i. `height` and `columns` are the size of
+ * a register tile, in rows of the state and vectors of x. */
 INLINE void multiply_columns(strips state, const float *x, int width, float *to, int height, int columns)
 {
     for (int at = 0; at < width; at += columns * LANES) {
@@ -138,8 +138,8 @@ static inline void row_products(float (*e)[V], float (*x)[V], float to[CHUNK])
 }
 
 /* Lets channels of bounded gates that forget more than half have a factor, as those of unbounded gates have
- * it. The forward pass needs none, since what its chunk writes outweighs what 2^G_last - 1 loses of them. Going
- * back, there may be nothing else. */
+ * it. The forward pass needs none, since what its chunk writes outweighs what 2^G_last - 1 loses of them.
+ * Going back, there may be nothing else. */
 static inline void find_factors(scratch *s, const gate_constants *gate)
 {
     for (int k = 0; k < K; k += LANES) {

@@ -13,9 +13,9 @@ enum {
     /* Starting a thread takes some tens of microseconds, in which a thread goes back over a few tokens of a
      * head. */
     MIN_TOKENS_PER_THREAD = 16,
-    /* Tokens of a segment at least. Shorter ones need less of the cache for their records, and more memory for
-     * the states between them. */
-    MIN_SEGMENT = 320,
+    /* Tokens of a stretch at least. Shorter ones need less of the cache for their records, and more memory
+     * for the states between them. */
+    MIN_STRETCH = 320,
     /* Sequences are divided into as many blocks as make this many pieces of work, which are enough for any
      * number of threads. Each piece needs room for its part of dA_log and ddt_bias. */
     MOST_PIECES = 4096,
@@ -23,30 +23,30 @@ enum {
 
 typedef struct bwd_plan {
     const fkda_cpu_variant *variant;
-    int64_t segment;
+    int64_t stretch;
     int64_t blocks; /* of sequences */
     int threads;
     size_t worker_bytes, sums_at; /* bytes of a worker's memory, and of all in front of the sums */
     size_t bytes;
 } bwd_plan;
 
-/* The plan depends on the shape alone, and neither on the number of threads, except for the number itself, nor
- * on the contents of tensors. */
+/* The plan depends on the shape alone, and neither on the number of threads, except for the number itself,
+ * nor on the contents of tensors. */
 static bwd_plan make_plan(const fkda_bwd_problem *p)
 {
     const fkda_shape *s = &p->fwd.shape;
     const int64_t group = s->heads / s->qk_heads, useful = s->batch * s->tokens * s->heads;
     bwd_plan plan = {.variant = fkda_cpu_find_variant(s->kernel->info.name)};
-    /* A worker keeps the states between segments and the records of one segment. A record has about two
+    /* A worker keeps the states between stretches and the records of one stretch. A record has about two
      * states, so this length makes both parts about equal. */
     const int64_t chunks = (int64_t)sqrt((double)(s->tokens * group) / (2.0 * CHUNK));
-    plan.segment = chunks * CHUNK > MIN_SEGMENT ? chunks * CHUNK : MIN_SEGMENT;
-    if (p->has_saved) plan.segment = fkda_saved_interval(s);
+    plan.stretch = chunks * CHUNK > MIN_STRETCH ? chunks * CHUNK : MIN_STRETCH;
+    if (p->has_saved) plan.stretch = fkda_saved_interval(s);
     plan.blocks = fkda_clamp(MOST_PIECES / s->qk_heads, 1, s->sequences);
     const int64_t pieces = plan.blocks * s->qk_heads;
     plan.threads = (int)fkda_clamp(s->threads, 1, FKDA_MAX_THREADS);
     plan.threads = (int)fkda_clamp(plan.threads, 1, fkda_clamp(useful / MIN_TOKENS_PER_THREAD, 1, pieces));
-    plan.worker_bytes = plan.variant->bwd_memory(p, plan.segment);
+    plan.worker_bytes = plan.variant->bwd_memory(p, plan.stretch);
     plan.sums_at = (size_t)plan.threads * plan.worker_bytes;
     plan.bytes = plan.sums_at;
     if (p->wants_parameters) plan.bytes += (size_t)(plan.blocks * s->heads * FKDA_BWD_SUMS) * sizeof(double);
@@ -81,7 +81,7 @@ static bool run_piece(void *context, int64_t index, int worker)
         return false; /* a sequence may have no token at which its head would ask */
     void *memory = (char *)p->fwd.workspace + (size_t)worker * j->plan->worker_bytes;
     const unsigned before = fkda_flush_tiny_results();
-    const bool finished = j->plan->variant->run_bwd(p, &piece, j->plan->segment, memory);
+    const bool finished = j->plan->variant->run_bwd(p, &piece, j->plan->stretch, memory);
     fkda_restore_tiny_results(before);
     return finished;
 }

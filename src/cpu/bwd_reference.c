@@ -26,7 +26,7 @@ typedef struct job {
 
 /* ---- One token ----------------------------------------------------------------------------------------- */
 
-/* The inputs of a token of one head, as the recurrence takes them, and its gradients with respect to these. */
+/* The inputs of a token of one head, as the recurrence takes them, and gradients with respect to these. */
 typedef struct token {
     double q[K], k[K], v[V], log_decay[K], b, dout[V];
     double dq[K], dk[K], dv[V], dlog_decay[K], db;

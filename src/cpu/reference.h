@@ -1,6 +1,5 @@
-/* The recurrence in fp64, as the references of the forward pass, of the backward pass and of decode run
- * it (reference.c). A state S
- * is kept as [K][V], so that the inner loops run along memory. */
+/* The recurrence in fp64, as the references of the forward pass, of the backward pass and of decode run it
+ * (reference.c). A state S is kept as [K][V], so that the inner loops run along memory. */
 #ifndef FKDA_CPU_REFERENCE_H
 #define FKDA_CPU_REFERENCE_H
 

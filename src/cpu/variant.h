@@ -1,4 +1,5 @@
-/* The forward pass and the backward pass of a head, and decode and apply of a head, compiled once for each instruction set. */
+/* The forward pass and the backward pass of a head, and decode and apply of a head, compiled once for each
+ * instruction set. */
 #ifndef FKDA_CPU_VARIANT_H
 #define FKDA_CPU_VARIANT_H
 
@@ -12,8 +13,8 @@
 typedef struct fkda_bwd_piece {
     int64_t first, last; /* sequences first to last - 1 */
     int64_t qk_head;
-    /* FKDA_BWD_SUMS numbers for each of these value heads, written: the sums over tokens for ddt_bias, then the
-     * sum for dA_log. NULL if they are not wanted. */
+    /* FKDA_BWD_SUMS numbers for each of these value heads, written: the sums over tokens for ddt_bias, then
+     * the sum for dA_log. NULL if they are not wanted. */
     double *sums;
 } fkda_bwd_piece;
 enum { FKDA_BWD_SUMS = FKDA_DIM + 1 };
@@ -27,10 +28,10 @@ typedef struct fkda_cpu_variant {
      * scratch is 64-byte aligned. Returns false if the call was interrupted. */
     bool (*run_head)(const fkda_problem *problem, const int64_t *first_rows, int64_t n, int64_t h,
                      int v_begin, int v_end, void *scratch);
-    /* Computes a piece of a backward pass in segments of that many tokens, a multiple of 16. The memory has as
-     * many bytes as bwd_memory() says, and is 64-byte aligned. Returns false if the call was interrupted. */
-    size_t (*bwd_memory)(const fkda_bwd_problem *problem, int64_t segment);
-    bool (*run_bwd)(const fkda_bwd_problem *problem, const fkda_bwd_piece *piece, int64_t segment,
+    /* Computes a piece of a backward pass in stretches of that many tokens, a multiple of 16. The memory has
+     * as many bytes as bwd_memory() says, and is 64-byte aligned. Returns false if interrupted. */
+    size_t (*bwd_memory)(const fkda_bwd_problem *problem, int64_t stretch);
+    bool (*run_bwd)(const fkda_bwd_problem *problem, const fkda_bwd_piece *piece, int64_t stretch,
                     void *memory);
     /* Computes sequence n and head h of a call of decode_layer. */
     void (*run_layer_head)(const fkda_decode_layer_problem *problem, int64_t n, int64_t h);

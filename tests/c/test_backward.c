@@ -2,8 +2,8 @@
  * The backward pass: the fp64 reference against finite differences of the forward pass's reference, and
  * kernels against the fp64 reference.
  *
- * FLASH_KDA_TEST_PROBLEMS says how many calls with drawn options are tried, and FLASH_KDA_TEST_SEED where they
- * begin.
+ * FLASH_KDA_TEST_PROBLEMS says how many calls with drawn options are tried, and FLASH_KDA_TEST_SEED where
+ * they begin.
  */
 #include <math.h>
 #include <stdio.h>
@@ -17,8 +17,8 @@
 
 /* ---- Errors -------------------------------------------------------------------------------------------- */
 
-/* Relative RMS: of gradients in bf16, of gradients in fp32, and of what gradients in bf16 are off beyond their
- * own rounding. */
+/* Relative RMS: of gradients in bf16, of gradients in fp32, and of what gradients in bf16 are off beyond
+ * their own rounding. */
 static const double BF16_BAR = 3.5e-3;
 
 /* GPUs multiply in tf32, whose operands are rounded to 2^-11 of themselves at most. */
@@ -409,8 +409,8 @@ static void groups(void)
     }
 }
 
-/* More than one segment, in both halves of what a group's sums are kept in. */
-static void segments(void)
+/* More than one stretch, in both halves of what a group's sums are kept in. */
+static void stretches(void)
 {
     static const int64_t sizes[] = {700, 5, 321};
     for (int64_t shared = 1; shared <= 2; shared++) {
@@ -716,7 +716,7 @@ int main(int argc, char **argv)
         {"gates", gates},
         {"endless-gates", endless_gates},
         {"groups", groups},
-        {"segments", segments},
+        {"stretches", stretches},
         {"slow-channels", slow_channels},
         {"recorded", recorded},
         {"determinism", determinism},

@@ -1,11 +1,14 @@
-/* flash_kda_fwd_for() and flash_kda_reference_for(), with an interpreter that counts what is asked of it. */
+/* The calls for interpreters, flash_kda_fwd_for() and others, with an interpreter that counts what is asked
+ * of it. */
 #define _POSIX_C_SOURCE 200809L
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 
+#include "bwd_call.h"
 #include "harness.h"
 
 /* ---- the interpreter ---- */
@@ -166,9 +169,53 @@ static void refusals(void)
     problem_free(p);
 }
 
+static void backward(void)
+{
+    problem *p = problem_create(1, 20000, 1);
+    fill_case(p, find_case("random"), 3);
+    bwd_problem *b = bwd_problem_create(p, 5);
+    bwd_call c;
+    double *dv = allocate((size_t)problem_rows(p) * DIM, sizeof *dv);
+    const flash_kda_gradients64 to = {.struct_size = sizeof to, .dv = dv};
+    must(bwd_call_open(&c, b, (bwd_options){.forward = one_thread()}));
+
+    trying("a handler raises during the backward pass");
+    start_interpreter(1);
+    check_interrupted(flash_kda_bwd_for(&interpreter, &c.params));
+    const char *damaged = bwd_call_damage(&c);
+    CHECK(!damaged, "memory around %s was written, or it is an input and changed", damaged);
+
+    trying("a handler raises during its reference");
+    start_interpreter(1);
+    check_interrupted(flash_kda_bwd_reference_for(&interpreter, &c.params, &to));
+
+    trying("handlers that return");
+    must(bwd_call_run(&c));
+    uint16_t *expected = bwd_call_read(&c, GRAD_K);
+    start_interpreter(0);
+    must(flash_kda_bwd_for(&interpreter, &c.params));
+    uint16_t *now = bwd_call_read(&c, GRAD_K);
+    CHECK(looks > 0 && locked, "the interpreter had no chance to handle signals");
+    CHECK(first_difference(expected, now, 2, problem_qk_rows(p) * DIM) < 0, "dk differs");
+
+    trying("wrong arguments");
+    c.params.scale = INFINITY;
+    CHECK(flash_kda_bwd_for(&interpreter, &c.params) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(strstr(flash_kda_last_error(), "scale is inf"), "%s", flash_kda_last_error());
+    CHECK(flash_kda_bwd_for(&interpreter, NULL) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(flash_kda_bwd_for(NULL, &c.params) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(locked, "the interpreter's lock is lost");
+    free(expected);
+    free(now);
+    free(dv);
+    bwd_call_close(&c);
+    bwd_problem_free(b);
+}
+
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"exceptions", exceptions}, {"results", results}, {"refusals", refusals}};
+    static const group groups[] = {
+        {"exceptions", exceptions}, {"results", results}, {"backward", backward}, {"refusals", refusals}};
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }

@@ -23,7 +23,7 @@ LEVELS = [
     {"_arrays"},
     {"_torch", "_functional", "_shapes"},
     {"_reference", "_chunk_kda", "_fla"},
-    {"_fused_recurrent_kda"},
+    {"_backward", "_fused_recurrent_kda"},
     {"__init__", "__main__"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
