@@ -7,8 +7,8 @@
 /* Dynamic shared memory of a CTA: sizeof(Shared) in shared.cuh, which asserts it. */
 #define FKDA_BWD_SHARED_BYTES 100976
 
-/* Numbers of a chunk's record: the state before it, and what that did not predict of each value. */
-#define FKDA_BWD_RECORD (128 * 128 + 16 * 128)
+/* Numbers of a chunk's record: the state before it, and two numbers for each value. */
+#define FKDA_BWD_RECORD (128 * 128 + 2 * 16 * 128)
 
 /* Threads of a CTA of the reduction. */
 #define FKDA_BWD_REDUCE_THREADS 128

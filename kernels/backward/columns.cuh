@@ -26,11 +26,15 @@ struct Columns {
         for (int i = 0; i < DIM / 2; i++) x[i / 4][i % 4] = 0.0f;
     }
 
-    __device__ __forceinline__ void load(const StateMemory &from, int first_channel, int g, int t)
+    __device__ __forceinline__ void load(StateMemory from, int first_channel, int g, int t)
     {
+        from.at += (first_channel + g) * from.channel_step + 2 * t * from.row_step;
 #pragma unroll
-        for (int i = 0; i < DIM / 2; i++)
-            x[i / 4][i % 4] = from.load(first_channel + g + i % 4 / 2 * 8, 8 * (i / 4) + 2 * t + i % 2);
+        for (int j = 0; j < DIM / 8; j++) {
+            forget(from.at);
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[j][r] = from.load(r / 2 * 8, 8 * j + r % 2);
+        }
     }
 
     /* To [K, V] in fp32. */

@@ -2,10 +2,14 @@
  * The second launch: all gradients of a segment of a head. Segments are independent, because the first launch
  * has left the state before each of them and the gradient with respect to the state after it.
  *
- * Algorithm. A walk forwards stores the state before each chunk of the segment, and what that state does not
- * predict, to the CTA's records. A walk backwards then finds the gradients of each chunk, with the gradient of
- * the state in registers. CTAs take one segment after the other, so that the records of those that run fit into
- * the L2.
+ * Algorithm. Three walks over the segment's chunks:
+ *
+ *     forwards    finds the state before each chunk, and what it does not predict
+ *     back        finds dR by rows of V, which is dv, and dbeta
+ *     back again  finds dq, dk and dg by channels of K
+ *
+ * The walks leave what the next ones need in the CTA's records. Each has one state or gradient of a state in
+ * registers. CTAs take one segment after the other, so that there is one set of records for each CTA that runs.
  */
 #ifndef FKDA_BACKWARD_GRADIENTS_CUH
 #define FKDA_BACKWARD_GRADIENTS_CUH
@@ -18,24 +22,14 @@ namespace fkda
 {
 
 struct Gradients {
+    /* Where values begin in a record. */
+    enum { MISSED = DIM * DIM, DR = MISSED + CHUNK * DIM };
+
     const fkda_bwd_args &args;
     Shared &s;
 
-    __device__ Gradients(const fkda_bwd_args &a, Shared &shared) : args(a), s(shared) {}
-
-    /* Where the thread is. The index is read again at each call, so that what is made of it occupies no registers
-     * from one step to the next. */
-    struct Place {
-        int thread, warp, lane, g, t;
-        int first; /* row of V, or channel of K, of the warp */
-    };
-    static __device__ Place place()
+    __device__ Gradients(const fkda_bwd_args &a, Shared &shared) : args(a), s(shared)
     {
-        int cta, id;
-        read_indices(cta, id);
-        const unsigned thread = static_cast<unsigned>(id), lane = thread % 32; /* never negative */
-        return {id, static_cast<int>(thread / 32), static_cast<int>(lane), static_cast<int>(lane / 4),
-                static_cast<int>(lane % 4), static_cast<int>(thread / 32 * 16)};
     }
 
     /* ---- Memory ---- */
@@ -52,23 +46,24 @@ struct Gradients {
     /* The first chunk of the segment. It is found anew where it is needed. */
     __device__ int first_chunk() const
     {
-        return s.piece.segment * (args.segment / CHUNK);
+        return s.piece.segment * chunks_of_segment(args);
     }
 
     __device__ float *record(int chunk_of_segment) const
     {
-        const long long chunks = args.segment / CHUNK;
-        return args.records + (blockIdx.x * chunks + chunk_of_segment) * FKDA_BWD_RECORD;
+        return args.records +
+               (static_cast<long long>(blockIdx.x) * chunks_of_segment(args) + chunk_of_segment) *
+                   FKDA_BWD_RECORD;
     }
 
-    __device__ static void store_missed(float *to, const float (&x)[2][4], int thread)
+    __device__ static void store_values(float *to, const float (&x)[2][4], int thread)
     {
 #pragma unroll
         for (int i = 0; i < 2; i++)
             store_four(to + 4 * (THREADS * i + thread), x[i][0], x[i][1], x[i][2], x[i][3]);
     }
 
-    __device__ static void load_missed(float (&x)[2][4], const float *from, int thread)
+    __device__ static void load_values(float (&x)[2][4], const float *from, int thread)
     {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -169,7 +164,7 @@ struct Gradients {
 
     /* ---- The walks ---- */
 
-    /* Requests the last chunk for the way back. There is a chunk. */
+    /* Stores the state before each chunk, and what it does not predict. */
     __device__ void walk_forwards(Reader &reader, int begin, int end) const
     {
         const Place p = place();
@@ -186,19 +181,16 @@ struct Gradients {
         } else {
             state.clear();
         }
-        reader.request<FORWARDS>(begin);
+        reader.begin<FORWARDS>(begin);
         for (int chunk = begin; chunk < end; chunk++) {
             float missed[2][4], *const to = record(chunk - begin);
-            const Raw &raw = reader.receive<FORWARDS>(chunk);
+            const Raw &raw = reader.receive(chunk);
             const float beta = reader.beta;
-            if (chunk + 1 < end)
-                reader.request<FORWARDS>(chunk + 1);
-            else
-                reader.request<BACKWARDS>(chunk);
+            if (chunk + 1 < end) reader.request<FORWARDS>(chunk + 1);
             Preparation<FORWARDS>(s, args, raw).run(chunk, beta);
             state.store(to, p.first, p.g, p.t);
             find_missed(missed, state, s, raw, p.first, p.lane);
-            store_missed(to + DIM * DIM, missed, p.thread);
+            store_values(to + MISSED, missed, p.thread);
             if (chunk + 1 < end) write_state(state, missed, s, p.lane);
         }
     }
@@ -217,20 +209,34 @@ struct Gradients {
         }
     }
 
-    /* By rows of V: dX and what follows from it, and the gradient with respect to the state before the chunk. */
-    __device__ void go_through_rows(Rows &rows, const Raw &raw, const float *from, int chunk) const
+    /* By rows of V: dv and dbeta of each chunk. Records keep U, in place of what states do not predict, and dR. */
+    __device__ void walk_rows(Reader &reader, int end) const
     {
+        Rows rows;
+        load_gradient(rows);
+        if (end > first_chunk()) reader.begin<BACKWARDS>(end - 1);
+        for (int chunk = end - 1; chunk >= first_chunk(); chunk--) {
+            const Raw &raw = reader.receive(chunk);
+            const float beta = reader.beta;
+            if (chunk > first_chunk()) reader.request<BACKWARDS>(chunk - 1);
+            Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
+            const Place p = place();
+            float dx[2][4], dout[2][4], dr[2][4],
+                missed[2][4], *const of_chunk = record(chunk - first_chunk());
+            load_values(missed, of_chunk + MISSED, p.thread);
+            find_dx(dx, dout, rows, s, raw, p.first, p.lane);
+            add_dbeta(dx, missed);
+            multiply_by_strengths(dr, dx, s, p.t);
+            multiply_by_strengths(missed, missed, s, p.t);
+            store_values(of_chunk + MISSED, missed, p.thread);
+            store_values(of_chunk + DR, dr, p.thread);
+            store_dv(chunk, dr);
+            write_gradient(rows, dout, dr, s, p.lane);
+            __syncthreads();
+            store_dbeta(chunk);
+        }
         const Place p = place();
-        float dx[2][4], dout[2][4], dr[2][4], missed[2][4], u[2][4];
-        find_dx(dx, dout, rows, s, raw, p.first, p.lane);
-        load_missed(missed, from + DIM * DIM, p.thread);
-        add_dbeta(dx, missed);
-        multiply_by_strengths(dr, dx, s, p.t);
-        multiply_by_strengths(u, missed, s, p.t);
-        store_dv(chunk, dr);
-        store_columns<true>(s.dr, dr, p.first, p.g, p.t);
-        store_columns<true>(s.u, u, p.first, p.g, p.t);
-        write_gradient(rows, dout, dr, s, p.lane);
+        if (!args.fwd.state_k_first && dinitial_state()) rows.store(dinitial_state(), p.first, p.g, p.t);
     }
 
     __device__ void add_pairs() const
@@ -241,7 +247,8 @@ struct Gradients {
                                     -(s.products[0][1][i][j] + s.products[1][1][i][j]));
     }
 
-    __device__ void load_gradient(Rows &rows, Columns &columns) const
+    /* The gradient with respect to the state after the segment, into Rows or Columns. */
+    template <class Part> __device__ void load_gradient(Part &part) const
     {
         const Place p = place();
         const int head = s.piece.task.head, segments = count_segments(args, s.piece.task);
@@ -251,51 +258,54 @@ struct Gradients {
             const long long slot = s.piece.slot + s.piece.segment;
             from = {args.gradients, false, border_offset(args, slot, head), 1, DIM};
         }
-        if (from.data) {
-            rows.load(from, p.first, p.g, p.t);
-            columns.load(from, p.first, p.g, p.t);
-        } else {
-            rows.clear();
-            columns.clear();
-        }
+        if (from.data)
+            part.load(from, p.first, p.g, p.t);
+        else
+            part.clear();
     }
 
-    __device__ void walk_backwards(Reader &reader, int end,
-                                   ParameterSums &sums) const
+    /* Where the gradient with respect to the initial state goes, or null. */
+    __device__ float *dinitial_state() const
     {
-        Rows rows;
+        if (s.piece.segment > 0 || !args.dinitial_state.data) return nullptr;
+        return static_cast<float *>(args.dinitial_state.data) +
+               s.piece.sequence * args.dinitial_state.slot_stride +
+               s.piece.task.head * (static_cast<long long>(DIM) * DIM);
+    }
+
+    /* By channels of K: dq, dk and dg of each chunk, from the records. */
+    __device__ void walk_columns(Reader &reader, int end, ParameterSums &sums) const
+    {
         Columns columns;
-        load_gradient(rows, columns);
+        load_gradient(columns);
+        if (end > first_chunk()) reader.begin<BACKWARDS>(end - 1);
         for (int chunk = end - 1; chunk >= first_chunk(); chunk--) {
-            const Raw &raw = reader.receive<BACKWARDS>(chunk);
-            const float beta = reader.beta;
-            if (chunk > first_chunk()) reader.request<BACKWARDS>(chunk - 1);
-            Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
-            const float *const from = record(chunk - first_chunk());
-            go_through_rows(rows, raw, from, chunk);
-            __syncthreads();
+            const Raw &raw = reader.receive(chunk);
             const Place p = place();
-            columns.go_back(from, s, raw, args.fwd.scale, p.first, p.lane);
+            const float *const of_chunk = record(chunk - first_chunk());
+            if (chunk > first_chunk()) reader.request<BACKWARDS>(chunk - 1);
+            float u[2][4], dr[2][4];
+            load_values(u, of_chunk + MISSED, p.thread);
+            load_values(dr, of_chunk + DR, p.thread);
+            store_columns<true>(s.u, u, p.first, p.g, p.t);
+            store_columns<true>(s.dr, dr, p.first, p.g, p.t);
+            Preparation<BACKWARDS>(s, args, raw).run_without_products(chunk);
+            columns.go_back(of_chunk, s, raw, args.fwd.scale, p.first, p.lane);
             multiply_by_writes(s, raw, p.warp, p.lane);
             __syncthreads();
             add_pairs();
-            store_dbeta(chunk);
             __syncthreads();
-            const ChannelOfChunk channel = {raw, {args.fwd, s.gate, p.thread % DIM}, args.fwd.g_is_f32 != 0,
-                                            s.piece.task.length - chunk * CHUNK, p.thread % DIM};
+            const ChannelOfChunk channel = {raw,
+                                            {args.fwd, s.gate, p.thread % DIM},
+                                            args.fwd.g_is_f32 != 0,
+                                            s.piece.task.length - chunk * CHUNK,
+                                            p.thread % DIM};
             go_through_channels(s, channel, p.thread, sums);
             __syncthreads();
             store_rows(raw, chunk);
         }
-        if (s.piece.segment > 0 || !args.dinitial_state.data) return;
-        float *to = static_cast<float *>(args.dinitial_state.data) +
-                    s.piece.sequence * args.dinitial_state.slot_stride +
-                    s.piece.task.head * (static_cast<long long>(DIM) * DIM);
         const Place p = place();
-        if (args.fwd.state_k_first)
-            columns.store(to, p.first, p.g, p.t);
-        else
-            rows.store(to, p.first, p.g, p.t);
+        if (args.fwd.state_k_first && dinitial_state()) columns.store(dinitial_state(), p.first, p.g, p.t);
     }
 
     /* All of a segment. `slot` may be one that no sequence needs. */
@@ -312,10 +322,11 @@ struct Gradients {
         const int segment = s.piece.segment;
         ParameterSums sums = {};
         if (segment >= 0 && segment < count_segments(args, s.piece.task)) {
-            const int begin = first_chunk(), end = min(begin + args.segment / CHUNK, s.piece.task.chunks);
+            const int begin = first_chunk(), end = min(begin + chunks_of_segment(args), s.piece.task.chunks);
             Reader reader(s, args);
             if (begin < end) walk_forwards(reader, begin, end);
-            walk_backwards(reader, end, sums);
+            walk_rows(reader, end);
+            walk_columns(reader, end, sums);
         }
         if (!args.sums || p.thread < DIM) return;
         float *to = args.sums +

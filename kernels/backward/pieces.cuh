@@ -80,20 +80,15 @@ __device__ __forceinline__ float raw_gate(const Raw &raw, bool is_f32, int token
 /* Where a walk goes: forwards with v, or backwards with q and dout. */
 enum Way { FORWARDS, BACKWARDS };
 
-/* Which of the two raw chunks a chunk is. The last chunk of a walk forwards is the first one of the walk back, and
- * is copied twice. */
-template <Way way> __device__ __forceinline__ int raw_index(int chunk)
-{
-    return (chunk + (way == FORWARDS)) & 1;
-}
-
 /* Chunks on their way to shared memory, one ahead of the chunk that the CTA works on. */
 struct Reader {
     Shared &s;
     const fkda_bwd_args &args;
     float beta; /* of token `thread` of the chunk that was requested last */
 
-    __device__ Reader(Shared &shared, const fkda_bwd_args &a) : s(shared), args(a), beta(0.0f) {}
+    __device__ Reader(Shared &shared, const fkda_bwd_args &a) : s(shared), args(a), beta(0.0f)
+    {
+    }
 
     __device__ __forceinline__ float load_beta(int chunk, int thread) const
     {
@@ -109,7 +104,7 @@ struct Reader {
     {
         const fkda_fwd_args &f = args.fwd;
         const Piece &piece = s.piece;
-        Raw &raw = s.raw[raw_index<way>(chunk)];
+        Raw &raw = s.raw[chunk & 1];
         int cta, thread;
         read_indices(cta, thread);
         const int row = static_cast<unsigned>(thread) / (DIM / 8), channel = thread % (DIM / 8) * 8;
@@ -138,12 +133,19 @@ struct Reader {
         beta = load_beta(chunk, thread);
     }
 
+    /* The first chunk of a walk. The CTA meets before. */
+    template <Way way> __device__ __forceinline__ void begin(int chunk)
+    {
+        __syncthreads();
+        request<way>(chunk);
+    }
+
     /* A chunk that was requested. The CTA meets here. */
-    template <Way way> __device__ __forceinline__ const Raw &receive(int chunk)
+    __device__ __forceinline__ const Raw &receive(int chunk)
     {
         copy_async_wait<0>();
         __syncthreads();
-        return s.raw[raw_index<way>(chunk)];
+        return s.raw[chunk & 1];
     }
 };
 

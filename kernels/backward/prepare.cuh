@@ -99,7 +99,7 @@ template <Way way> struct Preparation {
     }
 
     /* Writes the decayed tiles. `sum` becomes G. */
-    __device__ void decay(float (&sum)[HALF]) const
+    template <bool products> __device__ void decay(float (&sum)[HALF]) const
     {
         const float before = half ? s.totals[0][channel] : 0.0f,
                     last = s.totals[0][channel] + s.totals[1][channel];
@@ -108,11 +108,13 @@ template <Way way> struct Preparation {
         for (int e = 0; e < HALF; e++) {
             const int token = HALF * half + e;
             sum[e] += before;
-            out |= !(fabsf(sum[e]) < RANGE);
             const float k = from_bf16_bits(raw.k[token][channel]) * s.k_scale[token], up = ex2(sum[e]);
             s.k_read.at(token, channel) = to_tf32(k * up);
-            s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
-            s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
+            if (products) {
+                out |= !(fabsf(sum[e]) < RANGE);
+                s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
+                s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
+            }
             if (!backwards) continue;
             const float q = from_bf16_bits(raw.q[token][channel]) * s.q_scale[token] * args.fwd.scale;
             s.q_read.at(token, channel) = to_tf32(q * up);
@@ -131,7 +133,7 @@ template <Way way> struct Preparation {
         if (which && !backwards) return;
         const Tile &a = which ? s.q_read : s.k_read;
         float sum[4] = {};
-#pragma unroll
+#pragma unroll 2 /* for lack of registers */
         for (int j = 0; j < DIM / 16; j++) {
             const int c = DIM / 2 * part + 8 * j + 2 * t;
             const float2 top = a.two(g, c), bottom = a.two(g + 8, c), b = s.k_up.two(column + g, c);
@@ -170,27 +172,65 @@ template <Way way> struct Preparation {
             s.attend_t[j][i] = j <= i ? to_tf32(s.products[0][1][i][j] + s.products[1][1][i][j]) : 0.0f;
     }
 
-    /* (I + L)^-1, one column to a lane. One warp runs it. */
+    /* The inverse, by blocks of 8 x 8 tokens, in one warp: those on the diagonal by forward substitution, one
+     * column to a lane, then T21 = -T22 (L21 T11). */
     __device__ void solve() const
     {
-        const int j = lane % CHUNK;
-        float x[CHUNK];
+        float(&blocks)[2][CHUNK][CHUNK + 2] = s.products[0], (&product)[CHUNK][CHUNK + 2] = s.products[1][0];
+        if (lane < CHUNK) solve_block(blocks[lane / HALF], lane / HALF * HALF, lane % HALF);
+        __syncwarp();
+        const int i = lane / 4, j = lane % 4 * 2;
+        float sum[2] = {};
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) x[i] = i == j ? 1.0f : 0.0f;
-#pragma unroll
-        for (int m = 0; m < CHUNK - 1; m++) {
-            float column[CHUNK];
-#pragma unroll
-            for (int i = (m + 1) / 4 * 4; i < CHUNK; i += 4) {
-                const float4 four = *reinterpret_cast<const float4 *>(&s.l_columns[m][i]);
-                column[i] = four.x, column[i + 1] = four.y, column[i + 2] = four.z, column[i + 3] = four.w;
-            }
-#pragma unroll
-            for (int i = m + 1; i < CHUNK; i++) x[i] = __fmaf_rn(-column[i], x[m], x[i]);
+        for (int m = 0; m < HALF; m++) {
+            const float l = s.l_columns[m][HALF + i];
+            sum[0] = __fmaf_rn(l, blocks[0][m][j], sum[0]),
+            sum[1] = __fmaf_rn(l, blocks[0][m][j + 1], sum[1]);
         }
-        if (lane >= CHUNK) return;
+        product[i][j] = sum[0], product[i][j + 1] = sum[1];
+        __syncwarp();
+        sum[0] = sum[1] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) s.inverse[i][j] = s.inverse_t[j][i] = to_tf32(x[i]);
+        for (int m = 0; m < HALF; m++) {
+            const float t = -blocks[1][i][m];
+            sum[0] = __fmaf_rn(t, product[m][j], sum[0]), sum[1] = __fmaf_rn(t, product[m][j + 1], sum[1]);
+        }
+        store_inverse(HALF + i, j, sum[0]);
+        store_inverse(HALF + i, j + 1, sum[1]);
+    }
+
+    /* Column j of the block on the diagonal that begins with token `first`. */
+    __device__ void solve_block(float (&to)[CHUNK][CHUNK + 2], int first, int j) const
+    {
+        float x[HALF];
+#pragma unroll
+        for (int i = 0; i < HALF; i++) x[i] = i == j ? 1.0f : 0.0f;
+#pragma unroll
+        for (int m = 0; m < HALF - 1; m++)
+#pragma unroll
+            for (int i = m + 1; i < HALF; i++)
+                x[i] = __fmaf_rn(-s.l_columns[first + m][first + i], x[m], x[i]);
+#pragma unroll
+        for (int i = 0; i < HALF; i++) {
+            to[i][j] = x[i];
+            store_inverse(first + i, first + j, x[i]);
+        }
+    }
+
+    __device__ void store_inverse(int i, int j, float x) const
+    {
+        s.inverse[i][j] = s.inverse_t[j][i] = to_tf32(x);
+    }
+
+    /* Norms and decayed tiles alone, without k_rest. */
+    __device__ void run_without_products(int chunk) const
+    {
+        float sum[HALF];
+        find_norms();
+        sum_gates({args.fwd, s.gate, channel}, chunk, sum);
+        __syncthreads();
+        decay<false>(sum);
+        __syncthreads();
     }
 
     /* The CTA meets after the last step, too. */
@@ -202,7 +242,7 @@ template <Way way> struct Preparation {
         find_strengths(chunk, beta);
         sum_gates({args.fwd, s.gate, channel}, chunk, sum);
         __syncthreads();
-        decay(sum);
+        decay<true>(sum);
         __syncthreads();
         if (__builtin_expect(s.is_out_of_range, 0)) {
             __syncthreads(); /* all have read the flag, which the next chunk clears */

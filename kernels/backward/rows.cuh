@@ -15,6 +15,27 @@
 namespace fkda
 {
 
+/* Where a thread is. */
+struct Place {
+    int thread, warp, lane, g, t;
+    int first; /* row of V, or channel of K, of the warp */
+};
+
+/* The index is read again at each call, so that what is made of it occupies no registers from one step to the
+ * next. */
+__device__ __forceinline__ Place place()
+{
+    int cta, id;
+    read_indices(cta, id);
+    const unsigned thread = static_cast<unsigned>(id), lane = thread % 32; /* never negative */
+    return {id,
+            static_cast<int>(thread / 32),
+            static_cast<int>(lane),
+            static_cast<int>(lane / 4),
+            static_cast<int>(lane % 4),
+            static_cast<int>(thread / 32 * 16)};
+}
+
 /* Where an element is in a state in memory: at + channel * channel_step + row * row_step. */
 struct StateMemory {
     const void *data;
@@ -40,11 +61,15 @@ struct Rows {
         for (int i = 0; i < DIM / 2; i++) x[i / 4][i % 4] = 0.0f;
     }
 
-    __device__ __forceinline__ void load(const StateMemory &from, int first_row, int g, int t)
+    __device__ __forceinline__ void load(StateMemory from, int first_row, int g, int t)
     {
+        from.at += 2 * t * from.channel_step + (first_row + g) * from.row_step;
 #pragma unroll
-        for (int i = 0; i < DIM / 2; i++)
-            x[i / 4][i % 4] = from.load(8 * (i / 4) + 2 * t + i % 2, first_row + g + i % 4 / 2 * 8);
+        for (int j = 0; j < DIM / 8; j++) {
+            forget(from.at); /* so that addresses are made one after the other */
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[j][r] = from.load(8 * j + r % 2, r / 2 * 8);
+        }
     }
 
     /* From and to [V, K] in fp32. */
@@ -66,12 +91,15 @@ struct Rows {
     }
 
     /* d = x A^T for a tile A of tokens. */
-    __device__ __forceinline__ void read(float (&d)[2][4], const Tile &a, int g, int t) const
+    __device__ __forceinline__ void read(float (&d)[2][4], const Tile &a, int lane) const
     {
 #pragma unroll
-        for (int j = 0; j < DIM / 8; j++)
+        for (int j = 0; j < DIM / 8; j++) {
+            forget(lane); /* addresses are made anew for each tile, for lack of registers */
+            const unsigned id = static_cast<unsigned>(lane);
 #pragma unroll
-            for (int i = 0; i < 2; i++) multiply(d[i], x[j], a.two(8 * i + g, 8 * j + 2 * t));
+            for (int i = 0; i < 2; i++) multiply(d[i], x[j], a.two(8 * i + id / 4, 8 * j + 2 * (id % 4)));
+        }
     }
 
     __device__ __forceinline__ void decay(const Shared &s, int j, int t)
@@ -128,7 +156,7 @@ __device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &s
 {
     const int g = lane / 4, t = lane % 4;
     float predicted[2][4] = {}, rest[2][4];
-    state.read(predicted, s.k_read, g, t);
+    state.read(predicted, s.k_read, lane);
     load_transposed(rest, raw.values, first_row, lane);
 #pragma unroll
     for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= predicted[i / 4][i % 4], missed[i / 4][i % 4] = 0.0f;
@@ -144,6 +172,9 @@ __device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2
     multiply_by_strengths(u, missed, s, t);
 #pragma unroll
     for (int j = 0; j < DIM / 8; j++) {
+        forget(lane);
+        const unsigned id = static_cast<unsigned>(lane);
+        const int g = id / 4, t = id % 4;
         state.decay(s, j, t);
         state.write(j, u, s.k_rest, g, t);
     }
@@ -155,7 +186,7 @@ __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], 
 {
     const int g = lane / 4, t = lane % 4;
     float du[2][4] = {};
-    gradient.read(du, s.k_rest, g, t);
+    gradient.read(du, s.k_rest, lane);
     load_transposed(dout, raw.values, first_row, lane);
     multiply_upper(du, dout, s.attend_t, g, t);
 #pragma unroll
@@ -173,6 +204,9 @@ __device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dou
     for (int i = 0; i < 8; i++) minus_dr[i / 4][i % 4] = -dr[i / 4][i % 4];
 #pragma unroll
     for (int j = 0; j < DIM / 8; j++) {
+        forget(lane);
+        const unsigned id = static_cast<unsigned>(lane);
+        const int g = id / 4, t = id % 4;
         gradient.decay(s, j, t);
         gradient.write(j, dout, s.q_read, g, t);
         gradient.write(j, minus_dr, s.k_read, g, t);

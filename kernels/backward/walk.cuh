@@ -9,60 +9,75 @@
 namespace fkda
 {
 
+/* Chunks of a segment. */
+__device__ __forceinline__ int chunks_of_segment(const fkda_bwd_args &args)
+{
+    return static_cast<int>(static_cast<unsigned>(args.segment) / CHUNK);
+}
+
+/* Stores a state or a gradient of the segment that is `segment` after the first one. */
+__device__ __forceinline__ void store_border(const Shared &s, const fkda_bwd_args &args, const Rows &rows,
+                                             float *to, int segment)
+{
+    const Place p = place();
+    const long long slot = s.piece.slot + segment;
+    if (slot < args.slots) rows.store(to + border_offset(args, slot, s.piece.task.head), p.first, p.g, p.t);
+}
+
 __device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args)
 {
     const fkda_fwd_args &f = args.fwd;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = threadIdx.x / 32 * 16;
-    const int head = s.piece.task.head, of_segment = args.segment / CHUNK,
-              last = (count_segments(args, s.piece.task) - 1) * of_segment;
+    const int last = (count_segments(args, s.piece.task) - 1) * chunks_of_segment(args);
     Rows state;
-    state.clear();
-    if (f.initial_state.data)
-        state.load(
-            state_memory(f.initial_state, args.initial_is_bf16, f.state_k_first, s.piece.sequence, head),
-            first_row, g, t);
+    if (f.initial_state.data) {
+        const Place p = place();
+        state.load(state_memory(f.initial_state, args.initial_is_bf16, f.state_k_first, s.piece.sequence,
+                                s.piece.task.head),
+                   p.first, p.g, p.t);
+    } else {
+        state.clear();
+    }
     Reader reader(s, args);
-    reader.request<FORWARDS>(0);
+    reader.begin<FORWARDS>(0);
     for (int chunk = 0; chunk < last; chunk++) {
-        float missed[2][4];
-        const Raw &raw = reader.receive<FORWARDS>(chunk);
+        const Raw &raw = reader.receive(chunk);
         const float beta = reader.beta;
         if (chunk + 1 < last) reader.request<FORWARDS>(chunk + 1);
         Preparation<FORWARDS>(s, args, raw).run(chunk, beta);
-        find_missed(missed, state, s, raw, first_row, lane);
-        write_state(state, missed, s, lane);
-        if ((chunk + 1) % of_segment) continue;
-        const long long slot = s.piece.slot + (chunk + 1) / of_segment;
-        if (slot < args.slots) state.store(args.states + border_offset(args, slot, head), first_row, g, t);
+        const Place p = place();
+        float missed[2][4];
+        find_missed(missed, state, s, raw, p.first, p.lane);
+        write_state(state, missed, s, p.lane);
+        if ((chunk + 1) % chunks_of_segment(args) == 0)
+            store_border(s, args, state, args.states, (chunk + 1) / chunks_of_segment(args));
     }
 }
 
 __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
 {
-    const fkda_fwd_args &f = args.fwd;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = threadIdx.x / 32 * 16;
-    const int head = s.piece.task.head, of_segment = args.segment / CHUNK;
     Rows gradient;
-    gradient.clear();
-    if (args.dfinal_state.data)
-        gradient.load(
-            state_memory(args.dfinal_state, args.dfinal_is_bf16, f.state_k_first, s.piece.sequence, head),
-            first_row, g, t);
+    if (args.dfinal_state.data) {
+        const Place p = place();
+        gradient.load(state_memory(args.dfinal_state, args.dfinal_is_bf16, args.fwd.state_k_first,
+                                   s.piece.sequence, s.piece.task.head),
+                      p.first, p.g, p.t);
+    } else {
+        gradient.clear();
+    }
     Reader reader(s, args);
-    reader.request<BACKWARDS>(s.piece.task.chunks - 1);
-    for (int chunk = s.piece.task.chunks - 1; chunk >= of_segment; chunk--) {
-        float dx[2][4], dout[2][4], dr[2][4];
-        const Raw &raw = reader.receive<BACKWARDS>(chunk);
+    reader.begin<BACKWARDS>(s.piece.task.chunks - 1);
+    for (int chunk = s.piece.task.chunks - 1; chunk >= chunks_of_segment(args); chunk--) {
+        const Raw &raw = reader.receive(chunk);
         const float beta = reader.beta;
-        if (chunk > of_segment) reader.request<BACKWARDS>(chunk - 1);
+        if (chunk > chunks_of_segment(args)) reader.request<BACKWARDS>(chunk - 1);
         Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
-        find_dx(dx, dout, gradient, s, raw, first_row, lane);
-        multiply_by_strengths(dr, dx, s, t);
-        write_gradient(gradient, dout, dr, s, lane);
-        if (chunk % of_segment) continue;
-        const long long slot = s.piece.slot + chunk / of_segment - 1;
-        if (slot < args.slots)
-            gradient.store(args.gradients + border_offset(args, slot, head), first_row, g, t);
+        const Place p = place();
+        float dx[2][4], dout[2][4], dr[2][4];
+        find_dx(dx, dout, gradient, s, raw, p.first, p.lane);
+        multiply_by_strengths(dr, dx, s, p.t);
+        write_gradient(gradient, dout, dr, s, p.lane);
+        if (chunk % chunks_of_segment(args) == 0)
+            store_border(s, args, gradient, args.gradients, chunk / chunks_of_segment(args) - 1);
     }
 }
 
