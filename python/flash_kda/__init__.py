@@ -10,7 +10,8 @@ In PyTorch `chunk_kda` has gradients; `bwd` writes them into arrays of any libra
 `describe_nonfinite` says where a call has found NaN and infinities. `reference`, `bwd_reference` and
 `decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call can run on,
 `explain` says how it would run, `get_workspace_size` how much scratch memory it may need, and
-`get_saved_size` how much memory a forward pass fills for the backward pass.
+`get_saved_size` how much memory a forward pass fills for the backward pass. The modules `flash_kda.fla`, for
+flash-linear-attention and transformers, and `flash_kda.jax` are imported by those who want them.
 """
 
 from __future__ import annotations
