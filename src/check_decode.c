@@ -196,7 +196,7 @@ static flash_kda_status check_written(const flash_kda_decode_params *p, int64_t 
     const flash_kda_tensor *const t = &p->written_states;
     if (t->dtype != p->state.dtype)
         return fkda_fail(FLASH_KDA_INVALID_DTYPE,
-                         "written_states has dtype %s and state has dtype %s; they must have one",
+                         "written_states has dtype %s and state has dtype %s; they must have one dtype",
                          fkda_dtype_name(t->dtype), fkda_dtype_name(p->state.dtype));
     if (has(&p->written_indices) || t->shape[0] >= states) return FLASH_KDA_OK;
     return INVALID("written_states has %lld slots; without written_indices it must have one for each of the "
