@@ -16,7 +16,7 @@ enum { MAX_LENGTH = FLASH_KDA_MAX_DECODE_TOKENS, RECORD = FLASH_KDA_RECORD_ROWS 
         offsetof(type, field) + sizeof(field_type) == sizeof(type),                                          \
         "the struct must not end in padding: a later field there would read what an older caller "           \
         "left in it")
-ENDS_WITH(flash_kda_decode_params, interrupt, const volatile int32_t *);
+ENDS_WITH(flash_kda_decode_params, written_indices, flash_kda_tensor);
 ENDS_WITH(flash_kda_apply_params, interrupt, const volatile int32_t *);
 
 static bool has(const flash_kda_tensor *t)
@@ -100,11 +100,17 @@ flash_kda_status fkda_check_decode_options(const flash_kda_decode_params *p)
     TRY(fkda_check_host(p->cpu_threads, p->interrupt));
     TRY(fkda_check_gate_tensors(p->gate, has(&p->A_log), has(&p->dt_bias)));
     TRY(fkda_check_first_slot(p->first_slot, has(&p->state_indices)));
-    const bool each = p->write_states == FLASH_KDA_WRITE_EACH;
-    if (each && !has(&p->state_indices))
+    const bool each = p->write_states == FLASH_KDA_WRITE_EACH, apart = has(&p->written_states);
+    if (apart && p->write_states == FLASH_KDA_WRITE_NONE)
+        return INVALID("written_states is given with FLASH_KDA_WRITE_NONE; it must be absent");
+    if (!apart && has(&p->written_indices))
+        return INVALID("written_indices is given without written_states; it must be absent");
+    if (each && !apart && !has(&p->state_indices))
         return INVALID("state_indices is absent; it must be given with FLASH_KDA_WRITE_EACH");
     if (!each && has(&p->num_accepted_tokens))
         return INVALID("num_accepted_tokens is given without FLASH_KDA_WRITE_EACH; it must be absent");
+    if (apart && has(&p->num_accepted_tokens))
+        return INVALID("num_accepted_tokens is given with written_states; it must be absent");
     if (p->write_states == FLASH_KDA_WRITE_LAST && has(&p->parents))
         return INVALID("parents is given with FLASH_KDA_WRITE_LAST; a tree has no last state, so it must be "
                        "absent");
@@ -115,6 +121,20 @@ static int32_t threads_of(flash_kda_device device, int32_t cpu_threads)
 {
     if (device.type != FLASH_KDA_CPU) return 0;
     return cpu_threads ? cpu_threads : fkda_cpu_count();
+}
+
+/* Whether state_indices has a slot for each token. */
+static bool has_slots_of_tokens(const flash_kda_decode_params *p)
+{
+    return p->write_states == FLASH_KDA_WRITE_EACH && !has(&p->written_states);
+}
+
+static void fill_written(const flash_kda_decode_params *p, fkda_decode_problem *out)
+{
+    out->has_written_states = has(&p->written_states);
+    out->written = fkda_state_view_of(out->has_written_states ? &p->written_states : &p->state, true);
+    out->written_indices = fkda_index_view_of(&p->written_indices);
+    out->written_columns = p->write_states == FLASH_KDA_WRITE_EACH ? p->written_indices.shape[1] : 1;
 }
 
 void fkda_fill_decode(const flash_kda_decode_params *p, fkda_decode_problem *out)
@@ -136,7 +156,7 @@ void fkda_fill_decode(const flash_kda_decode_params *p, fkda_decode_problem *out
     out->write_states = p->write_states;
     out->state = fkda_state_view_of(&p->state, true);
     out->state_indices = fkda_index_view_of(&p->state_indices);
-    out->slot_columns = p->write_states == FLASH_KDA_WRITE_EACH ? p->state_indices.shape[1] : 1;
+    out->slot_columns = has_slots_of_tokens(p) ? p->state_indices.shape[1] : 1;
     out->num_accepted_tokens = fkda_index_view_of(&p->num_accepted_tokens);
     out->cu_seqlens = fkda_index_view_of(&p->cu_seqlens);
     out->parents = fkda_index_view_of(&p->parents);
@@ -145,6 +165,7 @@ void fkda_fill_decode(const flash_kda_decode_params *p, fkda_decode_problem *out
     out->record_columns = has(&p->records) ? p->records.shape[1] : 0;
     out->rounding = p->state.dtype == FLASH_KDA_BF16 ? p->rounding.data : NULL;
     out->first_slot = p->first_slot;
+    fill_written(p, out);
     out->scale = p->scale;
     /* With another gate it may be any number, and kernels need not look out for one. */
     out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
@@ -169,10 +190,25 @@ static flash_kda_status check_sizes(const flash_kda_decode_params *p, fkda_decod
     return FLASH_KDA_OK;
 }
 
+/* written_states, into which the call writes that many states if each has a slot. */
+static flash_kda_status check_written(const flash_kda_decode_params *p, int64_t states)
+{
+    const flash_kda_tensor *const t = &p->written_states;
+    if (t->dtype != p->state.dtype)
+        return fkda_fail(FLASH_KDA_INVALID_DTYPE,
+                         "written_states has dtype %s and state has dtype %s; they must have one dtype",
+                         fkda_dtype_name(t->dtype), fkda_dtype_name(p->state.dtype));
+    if (has(&p->written_indices) || t->shape[0] >= states) return FLASH_KDA_OK;
+    return INVALID("written_states has %lld slots; without written_indices it must have one for each of the "
+                   "%lld states that are written",
+                   (long long)t->shape[0], (long long)states);
+}
+
 static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, const fkda_decode_problem *s,
                                              bool for_reference, bool with_memory)
 {
-    const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH;
+    const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH,
+               apart = has(&p->written_states), has_columns = has_slots_of_tokens(p);
     const int64_t N = s->sequences, T = s->tokens, H = s->qk_heads, HV = s->heads, D = FKDA_DIM,
                   ANY = FKDA_ANY_SIZE, rows = packed ? 1 : N;
     const char *const q_dims = packed ? "[1, total, H, K]" : "[N, T, H, K]",
@@ -180,7 +216,8 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
                       *const g_dims = packed ? "[1, total, HV, K]" : "[N, T, HV, K]",
                       *const beta_dims = packed ? "[1, total, HV]" : "[N, T, HV]",
                       *const state_dims = p->state_k_first ? "[slots, HV, K, V]" : "[slots, HV, V, K]";
-    const bool writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !for_reference;
+    const bool writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !apart && !for_reference;
+    const char *const written_dims = p->state_k_first ? "[slots2, HV, K, V]" : "[slots2, HV, V, K]";
     const named_tensor tensors[] = {
         {&p->q, false, {"q", q_dims, 4, {rows, T, H, D}, {BF16}, 16, FKDA_ROWS, false}},
         {&p->k, false, {"k", q_dims, 4, {rows, T, H, D}, {BF16}, 16, FKDA_ROWS, false}},
@@ -194,7 +231,7 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
          false,
          {"state", state_dims, 4, {ANY, HV, D, D}, {F32, BF16}, 16, FKDA_SLOTS, writes_state}},
         {&p->state_indices, true,
-         fkda_integers("state_indices", each ? "[N, S]" : "[N]", each ? 2 : 1, N, ANY)},
+         fkda_integers("state_indices", has_columns ? "[N, S]" : "[N]", has_columns ? 2 : 1, N, ANY)},
         {&p->num_accepted_tokens, true, fkda_integers("num_accepted_tokens", "[N]", 1, N, 0)},
         {&p->cu_seqlens, true, fkda_integers("cu_seqlens", "[N + 1]", 1, N + 1, 0)},
         {&p->parents, true, fkda_integers("parents", "[N, P]", 2, N, ANY)},
@@ -209,14 +246,22 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
           FKDA_CONTIGUOUS,
           !for_reference}},
         {&p->rounding, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->written_states,
+         true,
+         {"written_states", written_dims, 4, {ANY, HV, D, D}, {F32, BF16}, 16, FKDA_SLOTS, !for_reference}},
+        {&p->written_indices, true,
+         fkda_integers("written_indices", each ? "[N, W]" : "[N]", each ? 2 : 1, N, ANY)},
     };
     TRY(check_tensors(tensors, sizeof tensors / sizeof *tensors, packed ? N + 1 : 0, with_memory,
                       p->device.type == FLASH_KDA_CUDA));
     TRY(fkda_check_slots(&p->state, has(&p->state_indices), N));
+    if (apart) TRY(check_written(p, each ? (packed ? T : N * T) : N));
     const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
-    if (each && p->state_indices.shape[1] < 1)
+    if (has_columns && p->state_indices.shape[1] < 1)
         return INVALID("state_indices has S = 0; it must have at least the slot that a sequence starts from");
-    if (each) TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns));
+    if (has_columns) TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns));
+    if (each && has(&p->written_indices))
+        TRY(fkda_check_columns(&p->written_indices, "written_indices", "W", columns));
     if (has(&p->parents)) TRY(fkda_check_columns(&p->parents, "parents", "P", columns));
     if (has(&p->records)) TRY(fkda_check_columns(&p->records, "records", "R", columns));
     return FLASH_KDA_OK;
@@ -224,7 +269,7 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
 
 static flash_kda_status check_decode_memory(const flash_kda_decode_params *p)
 {
-    enum { STATE = 11, OUT, RECORDS, COUNT };
+    enum { WRITTEN_INDICES = 11, STATE, OUT, RECORDS, WRITTEN, COUNT };
     const fkda_extent all[COUNT] = {
         fkda_extent_of("q", &p->q),
         fkda_extent_of("k", &p->k),
@@ -237,12 +282,15 @@ static flash_kda_status check_decode_memory(const flash_kda_decode_params *p)
         fkda_extent_of("num_accepted_tokens", &p->num_accepted_tokens),
         fkda_extent_of("cu_seqlens", &p->cu_seqlens),
         fkda_extent_of("parents", &p->parents),
+        [WRITTEN_INDICES] = fkda_extent_of("written_indices", &p->written_indices),
         [STATE] = fkda_extent_of("state", &p->state),
         [OUT] = fkda_extent_of("out", &p->out),
         [RECORDS] = fkda_extent_of("records", &p->records),
+        [WRITTEN] = fkda_extent_of("written_states", &p->written_states),
     };
     const fkda_extent rounding = fkda_extent_of("rounding", &p->rounding);
-    for (int w = p->write_states == FLASH_KDA_WRITE_NONE ? OUT : STATE; w < COUNT; w++) {
+    const bool writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !has(&p->written_states);
+    for (int w = writes_state ? STATE : OUT; w < COUNT; w++) {
         TRY(fkda_check_own_memory(&all[w], all, w));
         TRY(fkda_check_own_memory(&all[w], &rounding, 1));
     }

@@ -368,6 +368,8 @@ def decode(
     parents: Array | None = None,
     records: Array | None = None,
     rounding: Array | None = None,
+    written_states: Array | None = None,
+    written_indices: Array | None = None,
     kernel: str | None = None,
     threads: int = 0,
     use_gate_in_kernel: bool = True,
@@ -414,6 +416,14 @@ def decode(
             change at all where it forgets too little a token; rounded at random it is right on average. Equal
             seeds, offsets, indices and inputs give equal bits. The caller raises the offset from call to
             call. Ignored with an fp32 state.
+        written_states: a second pool [slots2, HV, V, K] in the dtype of state, or None. It takes all states
+            that the call writes, and state is read alone. state_indices is then [N], or None, also with
+            write_states="each". Not with write_states="none", nor with num_accepted_tokens.
+        written_indices: int32 or int64, or None; with written_states alone. The slot of written_states for
+            each state that is written. A negative one takes no state; one beyond written_states takes none on
+            a GPU, and is refused on the CPU. With write_states="last" [N]; None: slot n for sequence n. With
+            "each" [N, W], with [n, i] for token i of sequence n and W at least the longest sequence; None:
+            the slot is the token's number among all tokens, n T + i, or cu_seqlens[n] + i.
         kernel, threads: as for `fwd`.
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
             `fwd`.
@@ -421,13 +431,14 @@ def decode(
 
     Strides, addresses, devices and what is copied or converted of PyTorch tensors are as for `fwd`; a pool
     has any stride between slots, is contiguous inside of a slot, and is never copied, nor are records. If two
-    sequences have one slot and one of them writes it, the results of both are unspecified. On a GPU the
+    sequences have one slot and one of them writes it, the results of both are unspecified; from a slot that
+    nothing writes any number of sequences may start. On a GPU the
     values of cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and a sequence of
     more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU such values are refused.
 
     A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first
     call on a device it is safe under CUDA graph capture. A replayed graph takes the values that
-    state_indices, num_accepted_tokens, cu_seqlens, parents and rounding have at the replay.
+    state_indices, num_accepted_tokens, cu_seqlens, parents, rounding and written_indices have at the replay.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
@@ -436,8 +447,9 @@ def decode(
         _find_torch()
     arrays = [q, k, v, g, beta, out, state]
     given = _append_given(
-        arrays, A_log, dt_bias, state_indices, num_accepted_tokens, cu_seqlens, parents, records, rounding
-    )
+        arrays, A_log, dt_bias, state_indices, num_accepted_tokens, cu_seqlens, parents, records, rounding,
+        written_states, written_indices,
+    )  # fmt: skip
     _hand_over(
         DECODE, arrays, scale, 0.0 if lower_bound is None else lower_bound,
         given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,

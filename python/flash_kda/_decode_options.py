@@ -43,8 +43,10 @@ class DecodeOptions(GateAndBeta, CallOptions):
         "parents",
         "records",
         "rounding",
+        "written_states",
+        "written_indices",
     )
-    written_arrays = ("out", "state", "records")
+    written_arrays = ("out", "state", "records", "written_states")
     operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")
     instead_of_immutable = _COPY
     instead_of_tracer = "call flash_kda.jax.decode there, or decode outside of them"

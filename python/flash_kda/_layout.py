@@ -33,11 +33,13 @@ _ELEMENT_ROWS = ("x", "g", "out", "output_gate")
 _ELEMENT_FREE = ("weight", "beta", "conv_state", "conv_windows")
 # All but the first dimension are contiguous.
 _SLOTS = (
-    "initial_state", "final_state", "checkpoint_states", "state", "dinitial_state", "dfinal_state",
+    "initial_state", "final_state", "checkpoint_states", "state", "written_states", "dinitial_state",
+    "dfinal_state",
 )  # fmt: skip
 # Pools, of which a call needs few slots, and what it writes in part.
 _NEVER_COPIED = (
-    "workspace", "saved", "checkpoint_states", "state", "records", "conv_state", "conv_windows",
+    "workspace", "saved", "checkpoint_states", "state", "written_states", "records", "conv_state",
+    "conv_windows",
 )  # fmt: skip
 _ALIGNED = ("dt_bias", "ddt_bias")  # to _UNIT too
 _UNIT = 16  # bytes, of which addresses are multiples, and on a GPU strides

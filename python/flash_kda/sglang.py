@@ -283,11 +283,12 @@ def _verify(
     query_start_loc: Any, intermediate_states_buffer: Any, intermediate_state_indices: Any, cache_steps: int,
     retrieve_parent_token: Any, lower_bound: Any,
 ) -> Any:  # fmt: skip
-    """`decode` has one pool, from which it reads and to which it writes. So the states that sequences start
-    from are copied into the buffer first, each to where the state after its first token goes."""
+    """The states after tokens go to the buffer, as written_states."""
     buffer = intermediate_states_buffer
     if buffer is None:
         raise Refused("there is no buffer for the states")
+    if buffer.dtype != ssm_states.dtype:
+        raise Refused("the buffer and the pool have different dtypes")
     if cache_steps > _MOST_DRAFTS:
         raise Refused(f"there are more than {_MOST_DRAFTS} draft tokens")
     rows, steps, *head = buffer.shape
@@ -298,9 +299,7 @@ def _verify(
     tokens, heads, dim = q.shape[1], v.shape[2], v.shape[3]
     sequences = query_start_loc.shape[0] - 1
     first = intermediate_state_indices[:sequences].long() * pitch
-    starts = cache_indices[:sequences]
     written = first[:, None] + torch.arange(cache_steps, device=q.device)
-    written = torch.where(starts[:, None] >= 0, written, -1)
     written = torch.cat([written, written.new_full((1, cache_steps), -1)])
     parents = None
     if retrieve_parent_token is not None:
@@ -309,11 +308,11 @@ def _verify(
         parents = torch.cat([parents, parents.new_full((1, cache_steps), -1)])
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        slots.index_copy_(0, first, ssm_states.index_select(0, starts.clamp(min=0)).to(slots.dtype))
         _engines.package().decode(
             q, k, v, a.reshape(1, tokens, heads, dim), b.reshape(1, tokens, heads), dim**-0.5, out, A_log,
-            dt_bias, lower_bound, slots, state_indices=written, write_states="each",
-            cu_seqlens=_with_rest(query_start_loc, tokens), parents=parents,
+            dt_bias, lower_bound, ssm_states, state_indices=_without_slot(cache_indices[:sequences]),
+            write_states="each", cu_seqlens=_with_rest(query_start_loc, tokens), parents=parents,
+            written_states=slots, written_indices=written,
         )  # fmt: skip
     return out
 

@@ -45,6 +45,9 @@ def test_positions_of_arguments(device):
         {"write": "none", "records": True},
         {"lengths": (3, 0, 5)},
         {"write": "each", "tree": True},
+        {"write": "each", "apart": "indices", "tree": True},
+        {"write": "each", "apart": "none", "lengths": (3, 0, 5)},
+        {"apart": "indices"},
     ],
     ids=str,
 )
@@ -79,7 +82,8 @@ def test_schemas():
         "flash_kda::decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, "
         "Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(b!) state, Tensor? state_indices=None, "
         "Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, Tensor? parents=None, "
-        "Tensor(c!)? records=None, Tensor? rounding=None, int first_slot=0, "
+        "Tensor(c!)? records=None, Tensor? rounding=None, Tensor(d!)? written_states=None, "
+        "Tensor? written_indices=None, int first_slot=0, "
         'str write_states="last", str? kernel_name=None, int threads=0, bool use_gate_in_kernel=True, '
         "bool use_qk_l2norm_in_kernel=True, bool use_beta_sigmoid_in_kernel=True, "
         "bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
@@ -93,7 +97,12 @@ def test_schemas():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"write": "each", "accepted": True}, {"write": "none", "records": True, "tree": True}],
+    [
+        {},
+        {"write": "each", "accepted": True},
+        {"write": "none", "records": True, "tree": True},
+        {"write": "each", "apart": "indices"},
+    ],
     ids=str,
 )
 def test_opcheck(device, options):
@@ -349,8 +358,14 @@ def test_tangents_are_refused():
 
 
 def test_autograd_notices_what_was_written(device):
-    t = to_torch(make_decode(seed=20, write="last", records=True), device)
+    t = to_torch(make_decode(seed=20, write="last", records=True, apart="indices"), device)
     weight = torch.ones((), device=device, requires_grad=True)
+    for name in ("out", "records", "written_states"):
+        loss = (weight * t[name]).sum()
+        flash_kda.decode(**t)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    del t["written_states"], t["written_indices"]
     for name in ("out", "state", "records"):
         loss = (weight * t[name]).sum()
         flash_kda.decode(**t)
