@@ -1,4 +1,4 @@
-"""Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs, and on CPUs its gradients.
+"""Kimi Delta Attention (KDA) and its gradients, on CPUs and NVIDIA GPUs.
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
