@@ -570,10 +570,10 @@ FLASH_KDA_API flash_kda_status flash_kda_reference_for(const flash_kda_interpret
                                                        const flash_kda_fwd_params *params, double *out64,
                                                        double *state64, double *checkpoints64);
 
-/* Handlers for XLA's foreign function interface (XLA_FFI_Handler in xla/ffi/api/c_api.h), with which JAX makes
- * the calls flash_kda_fwd() and flash_kda_decode() inside of compiled programs, on the stream of the program.
- * call_frame is an XLA_FFI_CallFrame, and the result an XLA_FFI_Error or NULL. The attributes of the call are
- * private to flash_kda.jax of the Python package. */
+/* Handlers for XLA's foreign function interface (XLA_FFI_Handler in xla/ffi/api/c_api.h), with which JAX
+ * makes the calls flash_kda_fwd() and flash_kda_decode() inside of compiled programs, on the stream of the
+ * program. call_frame is an XLA_FFI_CallFrame, and the result an XLA_FFI_Error or NULL. The attributes of the
+ * call are private to flash_kda.jax of the Python package. */
 FLASH_KDA_API void *flash_kda_xla_fwd(void *call_frame);
 FLASH_KDA_API void *flash_kda_xla_decode(void *call_frame);
 

@@ -1,9 +1,12 @@
-"""What test_transformers.py runs in a process of its own: generate_text.py MODEL WITH DEVICE TOKENS
+"""What test_transformers.py runs in a process of its own:
 
-Gives the trained weights of examples/language_model to a model of another library, lets it continue prompts
-alone and in a padded batch, greedily, and prints a line of JSON: the texts, how far the likeliest byte was
-ahead of the second one at each step (in standard deviations of the logits), and which functions of KDA this
-package took, how often.
+    generate_text.py MODEL WITH DEVICE BYTES OUT [BEFORE]
+
+Gives the trained weights of examples/language_model to a model of another library, and lets it continue
+prompts by so many bytes, each alone and both in a padded batch. OUT gets what was written, the logits of each
+step, and the calls that this package took or left to FLA. Without BEFORE each byte is the likeliest one.
+BEFORE is the OUT of another run, whose bytes this run then writes too, so that both have logits of the same
+steps.
 
 MODEL: "kimi_linear", transformers' own Kimi Linear; "softplus" or "bounded", the KDA model of
 flash-linear-attention (FLA) with one of the two gates.
@@ -13,13 +16,11 @@ On the CPU, FLA's own kernels run in Triton's interpreter. The interpreter canno
 so FLA by itself computes prompts token by token there.
 """
 
-import collections
-import json
 import os
 import sys
 import warnings
 
-MODEL, WITH, DEVICE, TOKENS = sys.argv[1:]
+MODEL, WITH, DEVICE, BYTES, OUT, *BEFORE = sys.argv[1:]
 warnings.simplefilter("ignore")
 IS_FLA_S = MODEL != "kimi_linear"
 IN_INTERPRETER = DEVICE == "cpu" and IS_FLA_S
@@ -58,7 +59,13 @@ def make():
         gate = {"safe_gate": True, "lower_bound": -LOWER_BOUND} if MODEL == "bounded" else {}
         mode = "fused_recurrent" if IN_INTERPRETER and WITH == "fla" else "chunk"
         config = KDAConfig(
-            **sizes, **tokens, **gate, num_hidden_layers=LAYERS, num_heads=HEADS, attn_mode=mode, norm_eps=1e-5
+            **sizes,
+            **tokens,
+            **gate,
+            num_hidden_layers=LAYERS,
+            num_heads=HEADS,
+            attn_mode=mode,
+            norm_eps=1e-5,
         )
         return KDAForCausalLM(config)
     from transformers import KimiLinearConfig, KimiLinearForCausalLM
@@ -66,7 +73,12 @@ def make():
     # transformers wants one layer of full attention, which add_nothing() takes out again.
     kinds = {"layer_types": ["linear_attention"] * LAYERS + ["full_attention"]}
     kinds |= {"mlp_layer_types": ["dense"] * (LAYERS + 1), "num_hidden_layers": LAYERS + 1}
-    heads = {"linear_num_heads": HEADS, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 64}
+    heads = {
+        "linear_num_heads": HEADS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 64,
+    }
     return KimiLinearForCausalLM(KimiLinearConfig(**sizes, **tokens, **kinds, **heads, rms_norm_eps=1e-5))
 
 
@@ -84,7 +96,11 @@ def linear(weight):
 def set_layer(layer, w):
     """w: the weights of a layer of examples/language_model by name."""
     attention = layer.attn if IS_FLA_S else layer.self_attn
-    norms = (layer.attn_norm, layer.mlp_norm) if IS_FLA_S else (layer.input_layernorm, layer.post_attention_layernorm)
+    norms = (
+        (layer.attn_norm, layer.mlp_norm)
+        if IS_FLA_S
+        else (layer.input_layernorm, layer.post_attention_layernorm)
+    )
     for norm, name in zip((*norms, attention.o_norm), ("before", "between", "norm")):
         norm.weight.copy_(w[name])
     parts = w["qkv.weight"].chunk(3)
@@ -93,7 +109,9 @@ def set_layer(layer, w):
     attention.b_proj.weight.copy_(w["beta.weight"])
     attention.o_proj.weight.copy_(w["out.weight"])
     a, b = w["up.weight"].chunk(2)
-    for module, weight in zip((layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj), (a, b, w["down.weight"])):
+    for module, weight in zip(
+        (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj), (a, b, w["down.weight"])
+    ):
         module.weight.copy_(weight)
 
     # The gates of these models are products of two matrices, and here they are one matrix.
@@ -124,7 +142,9 @@ def with_weights(model):
     (inner.embeddings if IS_FLA_S else inner.embed_tokens).weight.copy_(weights["embed.weight"])
     for i in range(LAYERS):
         start = f"layers.{i}."
-        set_layer(inner.layers[i], {n.removeprefix(start): x for n, x in weights.items() if n.startswith(start)})
+        set_layer(
+            inner.layers[i], {n.removeprefix(start): x for n, x in weights.items() if n.startswith(start)}
+        )
     if not IS_FLA_S:
         add_nothing(inner.layers[LAYERS])
     inner.norm.weight.copy_(weights["last"])
@@ -136,23 +156,29 @@ def with_weights(model):
     return model
 
 
-def generate(model, prompts):
-    """The new tokens of prompts of any lengths, which are padded in front, and the leads."""
+def generate(model, prompts, written):
+    """The new bytes of prompts of any lengths, which are padded in front, and the logits of each step.
+    written: what to write, or None."""
     longest = max(map(len, prompts))
     rows = [[PAD] * (longest - len(p)) + p for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+
+    def write(tokens, scores):
+        if written is None:
+            return scores
+        now = written[:, tokens.shape[1] - longest, None].to(scores.device)
+        return torch.full_like(scores, -math.inf).scatter(1, now, 0.0)
+
     done = model.generate(
         torch.tensor(rows, device=DEVICE),
         attention_mask=torch.tensor(mask, device=DEVICE),
-        max_new_tokens=int(TOKENS),
+        max_new_tokens=int(BYTES),
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
+        logits_processor=[write],
     )
-    logits = torch.stack(done.logits).float()
-    best = logits.topk(2).values
-    leads = (best[..., 0] - best[..., 1]) / logits.std(-1)
-    return done.sequences[:, longest:].tolist(), leads.T.tolist()
+    return done.sequences[:, longest:].cpu(), torch.stack(done.logits, 1).float().cpu()
 
 
 def main():
@@ -162,17 +188,18 @@ def main():
         flash_kda.fla.install()
     model = with_weights(make())
     prompts = [list(text.encode()) for text in PROMPTS]
-    texts, leads, calls = [], [], []
-    for some in ([prompts[0]], [prompts[1]], prompts):
+    before = torch.load(BEFORE[0]) if BEFORE else {}
+    results = {}
+    for name, some in (("long", prompts[:1]), ("short", prompts[1:]), ("padded", prompts)):
+        written = before[name]["bytes"] if before else None
+        calls = []
         if WITH == "flash_kda":
-            with flash_kda.fla.record() as seen:
-                new = generate(model, some)
-            calls.append(sorted([*call, n] for call, n in collections.Counter(seen).items()))
+            with flash_kda.fla.record() as calls:
+                new, logits = generate(model, some, written)
         else:
-            new = generate(model, some)
-        texts += [bytes(row).decode(errors="replace") for row in new[0]]
-        leads += new[1]
-    print(json.dumps({"texts": texts, "leads": leads, "calls": calls}))
+            new, logits = generate(model, some, written)
+        results[name] = {"bytes": new, "logits": logits, "calls": [tuple(call) for call in calls]}
+    torch.save(results, OUT)
 
 
 main()

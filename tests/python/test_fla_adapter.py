@@ -24,11 +24,8 @@ def python(code, tmp_path, **environment):
 
 def make(tmp_path, **files):
     """Modules below fla, by their path with dots in place of slashes."""
-    for name, text in {
-        "fla": "",
-        "fla.ops": "",
-        **{k.replace("_dot_", "."): x for k, x in files.items()},
-    }.items():
+    named = {name.replace("_dot_", "."): text for name, text in files.items()}
+    for name, text in {"fla": "", "fla.ops": "", **named}.items():
         folder = tmp_path.joinpath(*name.split("."))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(text)
@@ -83,12 +80,13 @@ def test_fla_before_0_5(tmp_path):
 def test_fla_without_dispatch(tmp_path):
     make(
         tmp_path,
-        fla_dot_backends="import os; _DISPATCH_DISABLED = os.environ['FLA_DISABLE_BACKEND_DISPATCH'] == '1'",
+        fla_dot_backends="from os import environ as e\n"
+        "_DISPATCH_DISABLED = e['FLA_DISABLE_BACKEND_DISPATCH'] == '1'",
         fla_dot_ops_dot_kda="import fla.backends\ndef chunk_kda(q): ...",
     )
     assert python(INSTALL, tmp_path, FLA_DISABLE_BACKEND_DISPATCH="1") == (
-        "RuntimeError FLA_DISABLE_BACKEND_DISPATCH was 1 when flash-linear-attention was imported, so it asks "
-        "no backend; it must be unset, or 0"
+        "RuntimeError FLA_DISABLE_BACKEND_DISPATCH was 1 when flash-linear-attention was imported, so it "
+        "asks no backend; it must be unset, or 0"
     )
 
 
