@@ -223,7 +223,8 @@ static ffi_error *run(const ffi_frame *frame, const function *f)
     if (p.head.struct_size != bytes) return refuse(frame, f, "its arguments are of another size");
 
     char name[LONGEST_KERNEL_NAME + 1] = "";
-    memcpy(name, kernel->data, kernel->size < sizeof name ? kernel->size : LONGEST_KERNEL_NAME);
+    if (kernel->size)
+        memcpy(name, kernel->data, kernel->size < sizeof name ? kernel->size : LONGEST_KERNEL_NAME);
     set_pointer(&p, f->kernel, name[0] ? name : NULL);
     set_pointer(&p, f->interrupt, NULL);
     const char *wrong = place_all(f, &p, frame);

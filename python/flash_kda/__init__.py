@@ -8,7 +8,8 @@ same for a whole layer: convolution, recurrence, norm and output gate in one lau
 `fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
 `describe_nonfinite` says where a call has found NaN and infinities. `reference` and `decode_reference` are
 the slow fp64 definitions. `devices` and `kernels` list what a call can run on, `explain` says how it would
-run, and `get_workspace_size` how much scratch memory it may need.
+run, and `get_workspace_size` how much scratch memory it may need. The modules `flash_kda.fla`, for
+flash-linear-attention and transformers, and `flash_kda.jax` are imported by those who want them.
 """
 
 from __future__ import annotations

@@ -72,14 +72,46 @@ def _why_not_kernel(device: tuple[int, int], HV: int, options: tuple[tuple[str, 
     return ""
 
 
+_TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
+_MAY_BE_ABSENT = ("initial_state", "cu_seqlens", "A_log", "dt_bias")
+
+
 def _why_not_tensors(call: dict[str, Any]) -> str:
     """Why `fwd` cannot serve a call with these tensors, or ""."""
     import torch
 
+    tensors = [call.get(name) for name in _TENSORS]
+    looks: list[Any] = []
+    for name, t in zip(_TENSORS, tensors):
+        if t is None and name in _MAY_BE_ABSENT:
+            looks.append(None)
+        elif isinstance(t, torch.Tensor):
+            looks.append((t.dtype, t.shape, t.device))
+        else:
+            return f"flash_kda needs {name}"
+    reason = _why_not_looks(tuple(looks), bool(call.get("use_gate_in_kernel")))
+    if reason or not torch.is_grad_enabled():
+        return reason
+    for name, t in zip(_TENSORS, tensors):
+        is_used = call.get("use_gate_in_kernel") or name not in ("A_log", "dt_bias")
+        if t is not None and is_used and t.requires_grad:
+            return f"flash_kda has no backward pass yet, and {name} requires a gradient"
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def _why_not_looks(looks: tuple[Any, ...], with_gate: bool) -> str:
+    """looks: dtype, shape and device of each of _TENSORS, or None where there is none. In a model, calls of
+    few looks follow each other, so what is found is kept."""
+    import torch
+
     bf16, f32, f16 = torch.bfloat16, torch.float32, torch.float16
-    q, v, with_gate = call["q"], call["v"], call.get("use_gate_in_kernel")
-    (B, T, H, K), HV = q.shape, v.shape[2]
-    N = B if call.get("cu_seqlens") is None else call["cu_seqlens"].numel() - 1
+    look = dict(zip(_TENSORS, looks))
+    (_, q_shape, device), v_shape = look["q"], look["v"][1]
+    if len(q_shape) != 4 or len(v_shape) != 4:
+        return f"flash_kda does not take q of shape {list(q_shape)} and v of shape {list(v_shape)}"
+    (B, T, H, K), HV = q_shape, v_shape[2]
+    N = B if look["cu_seqlens"] is None else look["cu_seqlens"][1].numel() - 1
     rows = (B, T, HV, K)
     # The dtypes and the shape that each tensor may have, or its number of elements.
     takes: dict[str, tuple[tuple[Any, ...], Any]] = {
@@ -93,24 +125,20 @@ def _why_not_tensors(call: dict[str, Any]) -> str:
     }
     if with_gate:
         takes |= {"A_log": ((f32, bf16, f16), HV), "dt_bias": ((f32, bf16, f16), HV * K)}
-    if K != 128 or v.shape[-1] != 128:
-        return f"flash_kda takes K = V = 128, and they are {K} and {v.shape[-1]}"
+    if K != 128 or v_shape[-1] != 128:
+        return f"flash_kda takes K = V = 128, and they are {K} and {v_shape[-1]}"
     if HV % H:
         return f"flash_kda takes HV that is a multiple of H, and they are {HV} and {H}"
-    for name, (dtypes, shape) in takes.items():
-        t = call.get(name)
-        if t is None and name in ("initial_state", "cu_seqlens", "A_log", "dt_bias"):
+    for name, (dtypes, wanted) in takes.items():
+        if look[name] is None:
             continue
-        if not isinstance(t, torch.Tensor):
-            return f"flash_kda needs {name}"
-        if t.device != q.device:
-            return f"{name} is on {t.device} and q on {q.device}"
-        if t.dtype not in dtypes:
-            return f"flash_kda does not take {name} of {t.dtype}"
-        if (t.numel() if isinstance(shape, int) else t.shape) != shape:
-            return f"flash_kda does not take {name} of shape {list(t.shape)}"
-        if t.requires_grad and torch.is_grad_enabled():
-            return f"flash_kda has no backward pass yet, and {name} requires a gradient"
+        dtype, shape, where = look[name]
+        if where != device:
+            return f"{name} is on {where} and q on {device}"
+        if dtype not in dtypes:
+            return f"flash_kda does not take {name} of {dtype}"
+        if (shape.numel() if isinstance(wanted, int) else shape) != wanted:
+            return f"flash_kda does not take {name} of shape {list(shape)}"
     return ""
 
 
