@@ -1,8 +1,10 @@
 """flash_kda.jax: calls inside of programs that XLA compiles. Their results have the bits of the same calls
 outside of them, and are held to the fp64 definition."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -406,6 +408,50 @@ def test_an_exported_program(tmp_path):
     assert done.returncode == 0, done.stderr
     want = flash_kda.compute(**arrays, **rest)[0]
     assert np.load(files[2]).tobytes() == want.tobytes()
+
+
+SHARDED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import numpy as np, jax, flash_kda.jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from problems import make
+
+a = make(T=40, B=2, initial=np.float32)
+mesh = Mesh(np.array(jax.devices()), ("rows",))
+names = ("q", "k", "v", "g", "beta", "initial_state")
+arrays = [jax.device_put(a[n], NamedSharding(mesh, P("rows"))) for n in names]
+rest = [a[n] for n in ("scale", "A_log", "dt_bias", "lower_bound")]
+
+def work(*x):
+    return flash_kda.jax.fwd(*x[:5], *rest, x[5], output_final_state=True)
+
+try:
+    shard_map = jax.shard_map
+except AttributeError:
+    from jax.experimental.shard_map import shard_map
+local = shard_map(work, mesh=mesh, in_specs=(P("rows"),) * 6, out_specs=(P("rows"), P("rows")))
+want = flash_kda.compute(*(a[n] for n in names[:5]), *rest, a["initial_state"], output_final_state=True)
+for function, is_gathered in ((work, True), (local, False)):
+    compiled = jax.jit(function).lower(*arrays).compile()
+    assert ("all-gather" in compiled.as_text()) == is_gathered
+    for got, right in zip(compiled(*arrays), want):
+        assert np.asarray(got).tobytes() == right.tobytes()
+print("ok", len(jax.devices()))
+"""
+
+
+@pytest.mark.slow
+def test_sharded_arrays():
+    """They are gathered, unless shard_map says that each device computes its part."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-c", SHARDED, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok 2\n"
 
 
 @pytest.mark.parametrize("fake", ["sys.modules['jax'] = None", "import jax; jax.__version__ = '0.5.3'"])
