@@ -427,7 +427,8 @@ REFUSED = {
     ),
     "written_states and accepted": (
         {
-            "written_states": np.zeros((12, 2, 128, 128), np.float32), "write_states": "each",
+            "written_states": np.zeros((12, 2, 128, 128), np.float32),
+            "write_states": "each",
             "num_accepted_tokens": np.array([1, 1, 1]),
         },
         ValueError,

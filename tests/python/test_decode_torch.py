@@ -351,7 +351,9 @@ def test_tangents_are_refused():
     t = to_torch(make_decode(seed=19), "cpu")
     with forward_ad.dual_level(), torch.no_grad():
         t["v"] = forward_ad.make_dual(t["v"], torch.ones_like(t["v"]))
-        with pytest.raises(RuntimeError, match="no forward-mode derivative, and one of its tensors has a tangent"):
+        with pytest.raises(
+            RuntimeError, match="no forward-mode derivative, and one of its tensors has a tangent"
+        ):
             flash_kda.decode(**t)
 
 
