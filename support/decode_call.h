@@ -34,8 +34,8 @@ void decode_problem_free(decode_problem *d);
 /* The slot that sequence n starts from, or -1: it has no state. */
 int64_t decode_first_slot(const decode_problem *d, int64_t n);
 
-/* The slot of the pool, and that of written_states, that gets the state after token i of sequence n, which has
- * `length` tokens; -1 if none does. */
+/* The slot of the pool, and that of written_states, that gets the state after token i of sequence n, which
+ * has `length` tokens; -1 if none does. */
 int64_t decode_slot_after(const decode_problem *d, int64_t n, int64_t i, int64_t length);
 int64_t decode_written_slot(const decode_problem *d, int64_t n, int64_t i, int64_t length);
 
