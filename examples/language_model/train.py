@@ -64,7 +64,8 @@ def main() -> None:
             print(f"step {step}, {time.monotonic() - start:.0f} s, {loss.item():.3f} bits a byte", flush=True)
         step += 1
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        rows = held_out[: held // options.tokens * options.tokens].view(-1, options.tokens)[:128].to(device)
+        rows = held_out[: held // options.tokens * options.tokens].view(-1, options.tokens)
+        rows = rows[: 2 * options.rows].to(device)
         bits = torch.stack([cross_entropy(model(part, mixes), part) for part in rows.split(32)]).mean()
     print(f"{step} steps, {time.monotonic() - start:.0f} s, held-out text {bits.item():.3f} bits a byte")
     save(model)

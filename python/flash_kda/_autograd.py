@@ -2,8 +2,9 @@
 
 `fwd` and `bwd` write into tensors that they are given, and autograd knows no gradients of such functions. So
 these two operators return new tensors: the first computes the forward pass and what the backward pass needs
-of it, the second the gradients. torch.library.register_autograd joins them, for eager calls and for compilers
-alike. A compiler sees both operators and nothing inside of them.
+of it, the second the gradients. torch.library.register_autograd joins them. A compiler sees both operators
+and nothing inside of them. An eager call with plain tensors does the same without PyTorch's dispatcher:
+`_Eager`.
 
 A gradient that is not wanted, like a final state that is not wanted and states that are not saved, is a
 tensor without elements, since an operator returns a fixed number of tensors.
@@ -14,6 +15,7 @@ This module is imported only once PyTorch itself is there.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -78,7 +80,7 @@ def _call(known: Any, arrays: dict[str, Any], values: tuple, scale: float, lower
     _torch.call_below_autograd([*given.values()], options, scale, 0.0 if lower_bound is None else lower_bound)
 
 
-def _states(initial_state: Any, cu_seqlens: Any, v: Tensor) -> tuple[Any, ...]:
+def _shape_of_states(cu_seqlens: Any, v: Tensor) -> tuple[Any, ...]:
     N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (N, v.shape[2], _DIM, _DIM)
 
@@ -101,16 +103,9 @@ def _params_of(options: CallOptions, device: tuple[int, int], looks: tuple) -> A
     options.apply_to(params)
     for name, (dtype, shape) in looks:
         if name in ("A_log", "dt_bias"):  # in any shape, and in 16 bits too
-            dtype, shape = _lib.F32, (shape[0] if len(shape) == 1 else _product(shape),)
+            dtype, shape = _lib.F32, (math.prod(shape),)
         _lib.set_shape(getattr(params, name), dtype, shape)
     return params
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 @lru_cache(maxsize=256)
@@ -154,7 +149,7 @@ def _new_results(
     arrays: dict[str, Any], values: tuple, lower_bound: Any, output_final_state: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     v = arrays["v"]
-    shape = _states(arrays.get("initial_state"), arrays.get("cu_seqlens"), v) if output_final_state else (0,)
+    shape = _shape_of_states(arrays.get("cu_seqlens"), v) if output_final_state else (0,)
     size = _bytes_to_save(arrays, values, lower_bound) if save else 0
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),

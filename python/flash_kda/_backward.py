@@ -91,9 +91,9 @@ def bwd(
             pass has saved gives wrong gradients.
         workspace: as for `fwd`, or None.
         kernel, threads, max_seqlen: as for `fwd`.
-        use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
-        state_v_first: those of the forward pass. With state_v_first=False the gradients of states are
-            [.., K, V], too.
+        use_gate_in_kernel, use_qk_l2norm_in_kernel: those of the forward pass.
+        use_beta_sigmoid_in_kernel, allow_neg_eigval: those of the forward pass.
+        state_v_first: that of the forward pass. False: the gradients of states are [.., K, V], too.
 
     Gradients are written, not added to what the arrays held. Strides are as in `fwd`: those of dout, dq, dk,
     dv and dg are free except in the last dimension, those of dbeta in all dimensions, and those of states in

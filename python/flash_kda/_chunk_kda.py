@@ -4,7 +4,7 @@ The names and their meaning are FLA's, so that a caller may replace the import. 
 are [.., K, V] unless state_v_first, q, k, g and beta are used as they are unless the flags ask for more, and
 the results are new tensors.
 
-Where a gradient may be asked for, the operator of _autograd.py computes the call, and else fwd.
+Where a tensor requires a gradient, _autograd.py computes the call, and else fwd does.
 """
 
 from __future__ import annotations

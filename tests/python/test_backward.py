@@ -244,6 +244,19 @@ def test_saved_size():
         size("10", 1)
 
 
+def test_schema_of_the_operator():
+    """Programs that were exported hold names and positions."""
+    written = ", ".join(f"Tensor({mark}!)? {name}=None" for mark, name in zip("abcdefgh", NAMES))
+    assert str(torch.ops.flash_kda.bwd.default._schema) == (
+        "flash_kda::bwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? A_log, "
+        "Tensor? dt_bias, float? lower_bound, Tensor? initial_state=None, Tensor? cu_seqlens=None, "
+        f"Tensor? dout=None, Tensor? dfinal_state=None, {written}, Tensor? saved=None, "
+        "Tensor(i!)? workspace=None, str? kernel_name=None, int threads=0, SymInt max_seqlen=0, "
+        "bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "
+        "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
+    )
+
+
 def test_opcheck():
     tensors = to_torch(problem(), "cpu")
     torch.library.opcheck(torch.ops.flash_kda.bwd.default, (), tensors)

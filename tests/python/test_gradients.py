@@ -342,6 +342,27 @@ def test_opcheck(device):
         )
 
 
+def test_schemas_of_the_operators():
+    """Programs that were exported hold names and positions."""
+    tensors = (
+        "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
+        "Tensor? initial_state, Tensor? cu_seqlens, "
+    )
+    options = (
+        "float scale, float? lower_bound, SymInt max_seqlen, bool use_gate_in_kernel, "
+        "bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, "
+        "bool state_v_first, "
+    )
+    assert str(torch.ops.flash_kda.chunk_kda.default._schema) == (
+        f"flash_kda::chunk_kda({tensors}{options}bool output_final_state, bool save) -> "
+        "(Tensor, Tensor, Tensor)"
+    )
+    assert str(torch.ops.flash_kda.chunk_kda_bwd.default._schema) == (
+        f"flash_kda::chunk_kda_bwd({tensors}Tensor? saved, Tensor? dout, Tensor? dfinal_state, {options}"
+        "int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+
 def strange(kind, call):
     q = call["q"].detach()
 

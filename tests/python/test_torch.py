@@ -378,7 +378,7 @@ def test_schema_of_the_operator():
         "Tensor? checkpoint_indices=None, Tensor? checkpoint_starts=None, "
         "int first_slot=0, int? checkpoint_every=None, bool use_gate_in_kernel=True, "
         "bool use_qk_l2norm_in_kernel=True, bool use_beta_sigmoid_in_kernel=True, "
-        "bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
+        "bool allow_neg_eigval=False, bool state_v_first=True, Tensor(f!)? saved=None) -> ()"
     )
 
 
