@@ -2,8 +2,10 @@
  * A state, or the gradient with respect to one, as a CTA carries it from chunk to chunk: transposed to [V, K]
  * in fp32 accumulators. Each warp has 16 rows of V, which need nothing of other rows.
  *
- *     forwards    M = (I + N)^-1 (V - K~ S)       U = diag(b) M      S = diag(gamma) S + Kr^T U
- *     backwards   dX = (I + L)^-T (Kr D + P^T dO)     dR = diag(b) dX    D = diag(gamma) D + Q~^T dO - K~^T dR
+ *     forwards     M  = (I + N)^-1 (V - K~ S)          U  = diag(b) M
+ *                  S  = diag(gamma) S + Kr^T U
+ *     backwards    dX = (I + L)^-T (Kr D + P^T dO)     dR = diag(b) dX
+ *                  D  = diag(gamma) D + Q~^T dO - K~^T dR
  *
  * Q~ and P have the factor `scale`.
  */

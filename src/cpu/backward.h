@@ -49,7 +49,7 @@ typedef struct backward {
     int64_t group;   /* value heads that share a head of q and k */
     int64_t most_borders;
     chunk_gradients *w;
-    record *records;            /* of the chunks of a stretch */
+    kept_chunk *kept;           /* of the chunks of a stretch */
     head_gradients *heads;      /* of the group */
     border *borders;            /* of each head, the states before the stretches but the first */
     float (*sums)[2][CHUNK][K]; /* dq and dk of the chunks of a stretch, of the heads so far; in groups */
@@ -68,7 +68,7 @@ static size_t divide_memory(backward *b, const fkda_bwd_problem *p, int64_t stre
         size_t bytes;
     } parts[] = {
         {(void **)&b->w, sizeof *b->w},
-        {(void **)&b->records, (size_t)chunks * sizeof *b->records},
+        {(void **)&b->kept, (size_t)chunks * sizeof *b->kept},
         {(void **)&b->heads, (size_t)b->group * sizeof *b->heads},
         {(void **)&b->borders, (size_t)(b->group * b->most_borders) * sizeof *b->borders},
         {(void **)&b->sums, b->group > 1 ? (size_t)chunks * sizeof *b->sums : 0},
@@ -94,7 +94,7 @@ static gate_constants gate_of_head(const fkda_problem *p, int64_t h)
 /* ---- Walks forwards ------------------------------------------------------------------------------------ */
 
 /* Keeps U and what the state did not predict, of a strip. */
-static inline void keep_writes(record *r, int v)
+static inline void keep_writes(kept_chunk *r, int v)
 {
     const scratch *s = &r->s;
     for (int c = 0; c < STRIP; c += LANES) {
@@ -108,8 +108,8 @@ static inline void keep_writes(record *r, int v)
 }
 
 /* Computes a prepared chunk without its output. The state after it goes to `after`, unless that is NULL; it
- * may be the scratch's own. The record, if there is one, has the scratch. */
-static void pass_chunk(const fkda_problem *p, scratch *s, const tokens *t, record *r, strips after)
+ * may be the scratch's own. The kept chunk, if there is one, has the scratch. */
+static void pass_chunk(const fkda_problem *p, scratch *s, const tokens *t, kept_chunk *r, strips after)
 {
     for (int v = 0; v < V; v += STRIP) {
         float(*state)[STRIP] = s->state[v / STRIP];
@@ -130,7 +130,7 @@ static bool find_borders(backward *b, const fkda_sequence *sequence, int64_t h, 
     const fkda_problem *p = &b->p->fwd;
     const int64_t length = sequence->end - sequence->begin, last = (length - 1) / b->stretch * b->stretch;
     const gate_constants gate = gate_of_head(p, h);
-    scratch *s = &b->records[0].s;
+    scratch *s = &b->kept[0].s;
     for (int64_t done = 0; done < last; done += CHUNK) {
         const tokens t = tokens_at(p, h, sequence, sequence->begin + done);
         if (fkda_interrupted(p)) return false;
@@ -142,14 +142,14 @@ static bool find_borders(backward *b, const fkda_sequence *sequence, int64_t h, 
     return true;
 }
 
-/* Fills the records of the stretch that begins after `begin` tokens of the sequence. The first record has the
- * state before it. */
+/* Fills the kept chunks of the stretch that begins after `begin` tokens of the sequence. The first one has
+ * the state before it. */
 static bool walk_forwards(backward *b, const fkda_sequence *sequence, int64_t h, int64_t begin, int64_t end)
 {
     const fkda_problem *p = &b->p->fwd;
     const gate_constants gate = gate_of_head(p, h);
     for (int64_t done = begin; done < end; done += CHUNK) {
-        record *r = &b->records[(done - begin) / CHUNK];
+        kept_chunk *r = &b->kept[(done - begin) / CHUNK];
         if (fkda_interrupted(p)) return false;
         load_bias(p, h, &r->s);
         r->t = tokens_at(p, h, sequence, sequence->begin + done);
@@ -175,7 +175,8 @@ static void store_number(const fkda_token_view *to, int64_t offset, float x)
             x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); /* ties to even */
 }
 
-static void store_dbeta(const fkda_bwd_problem *p, const record *r, chunk_gradients *w, const chunk_place *at)
+static void store_dbeta(const fkda_bwd_problem *p, const kept_chunk *r, chunk_gradients *w,
+                        const chunk_place *at)
 {
     float slope[CHUNK] __attribute__((aligned(64)));
     if (!p->dbeta.data) return;
@@ -194,7 +195,8 @@ static void store_dbeta(const fkda_bwd_problem *p, const record *r, chunk_gradie
 }
 
 /* dV is dR, and -dR is in w->y. */
-static void store_dv(const fkda_bwd_problem *p, const record *r, chunk_gradients *w, const chunk_place *at)
+static void store_dv(const fkda_bwd_problem *p, const kept_chunk *r, chunk_gradients *w,
+                     const chunk_place *at)
 {
     if (!p->dv.data) return;
     for (int i = 0; i < r->t.count; i++) {
@@ -234,7 +236,7 @@ static void add_parameters(head_gradients *head, const chunk_gradients *w)
     }
 }
 
-/* Goes back over the records of a stretch, of value head `index` of the group. */
+/* Goes back over the kept chunks of a stretch, of value head `index` of the group. */
 static bool walk_backwards(backward *b, const fkda_sequence *sequence, int64_t qk_head, int64_t index,
                            int64_t begin, int64_t end)
 {
@@ -244,7 +246,7 @@ static bool walk_backwards(backward *b, const fkda_sequence *sequence, int64_t q
     const int64_t h = qk_head * b->group + index;
     const gate_constants gate = gate_of_head(&p->fwd, h);
     for (int64_t chunk = (end - begin - 1) / CHUNK; chunk >= 0; chunk--) {
-        record *r = &b->records[chunk];
+        kept_chunk *r = &b->kept[chunk];
         const scratch *s = &r->s;
         const chunk_place at = {sequence->row, sequence->begin + begin + chunk * CHUNK, h};
         float(*dq)[K] = b->group > 1 ? b->sums[chunk][0] : w->dq,
@@ -270,13 +272,13 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     const fkda_sequence sequence = fkda_sequence_at(f, n);
     const int64_t length = sequence.end - sequence.begin, first = qk_head * b->group,
                   initial_slot = fkda_bwd_slot(&f->initial_state, n);
-    strips start = b->records[0].s.state;
+    strips start = b->kept[0].s.state;
     for (int64_t i = 0; i < b->group; i++) {
         load_state(f, &p->dfinal_state, fkda_bwd_slot(&p->dfinal_state, n), first + i, 0, V,
                    b->heads[i].state);
         if (length <= b->stretch || p->has_saved) continue;
         load_state(f, &f->initial_state, initial_slot, first + i, 0, V, start);
-        load_bias(f, first + i, &b->records[0].s);
+        load_bias(f, first + i, &b->kept[0].s);
         if (!find_borders(b, &sequence, first + i, b->borders + i * b->most_borders)) return false;
     }
     for (int64_t end = length; end > 0;) {

@@ -68,7 +68,7 @@ static inline vec differentiate(const fkda_problem *p, const gate_constants *gat
     return activated_gate(g);
 }
 
-static inline void load_gates(const fkda_problem *p, const record *r, const gate_constants *gate, int k,
+static inline void load_gates(const fkda_problem *p, const kept_chunk *r, const gate_constants *gate, int k,
                               channel_gates *to)
 {
     const vec bias = load(r->s.bias + k);
@@ -92,8 +92,8 @@ INLINE void load_columns(const float *from, int width, int first, int k, vec *to
 
 /* The gradients of a vector of channels with respect to the log decays. dq and dk are stored, or added to
  * what another head has stored. */
-static inline void pair_tokens(const record *r, const chunk_gradients *w, const channel_gates *gates, int k,
-                               bool add, float (*dq)[K], float (*dk)[K], vec dg[CHUNK])
+static inline void pair_tokens(const kept_chunk *r, const chunk_gradients *w, const channel_gates *gates,
+                               int k, bool add, float (*dq)[K], float (*dk)[K], vec dg[CHUNK])
 {
     const scratch *s = &r->s;
     vec key[CHUNK], query[CHUNK], fade[CHUNK]; /* F_ij of the reader i */
@@ -157,7 +157,7 @@ static inline void store_dg(const fkda_bwd_problem *p, const chunk_place *at, in
 }
 
 /* From what chunk_backwards() left in w to the gradients of g, and of q and k before their norms. */
-static void channels_backwards(const fkda_bwd_problem *p, const record *r, chunk_gradients *w,
+static void channels_backwards(const fkda_bwd_problem *p, const kept_chunk *r, chunk_gradients *w,
                                const gate_constants *gate, const chunk_place *at, bool add, float (*dq)[K],
                                float (*dk)[K])
 {

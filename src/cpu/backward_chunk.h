@@ -9,12 +9,12 @@
 #include "recurrence.h"
 
 /* A chunk of a stretch, as the walk forwards leaves it for the walk backwards. */
-typedef struct record {
+typedef struct kept_chunk {
     scratch s;                           /* prepared; its state is the one before the chunk */
     float keys[CHUNK][CHUNK];            /* L without the factors b_i */
     float u[CHUNK][V], missed[CHUNK][V]; /* U, and what the state did not predict: u_i = b_i missed_i */
     tokens t;
-} __attribute__((aligned(64))) record;
+} __attribute__((aligned(64))) kept_chunk;
 
 /* What the backward pass of a chunk computes with. */
 typedef struct chunk_gradients {
@@ -48,7 +48,7 @@ static inline void load_dout(const fkda_bwd_problem *p, int64_t row, int64_t tok
 }
 
 /* dX = (I + L)^-T (dU + P^T scale dO), from the last token to the first, and -dR = -diag(b) dX. */
-static inline void solve_backwards(const record *r, chunk_gradients *w)
+static inline void solve_backwards(const kept_chunk *r, chunk_gradients *w)
 {
     for (int v = 0; v < V; v += LANES) {
         for (int i = CHUNK - 1; i >= 0; i--) {
@@ -152,7 +152,7 @@ static inline void find_factors(scratch *s, const gate_constants *gate)
 
 /* Goes back over a chunk: D becomes the gradient with respect to the state before it. What the channels of K
  * still need is left in w. */
-static void chunk_backwards(record *r, chunk_gradients *w, strips D, const gate_constants *gate,
+static void chunk_backwards(kept_chunk *r, chunk_gradients *w, strips D, const gate_constants *gate,
                             bool is_bounded)
 {
     enum { ONE = CHUNK / LANES < COLUMNS ? 1 : COLUMNS, TALL = ONE < COLUMNS ? 2 * ROWS : ROWS };

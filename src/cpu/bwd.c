@@ -13,7 +13,7 @@ enum {
     /* Starting a thread takes some tens of microseconds, in which a thread goes back over a few tokens of a
      * head. */
     MIN_TOKENS_PER_THREAD = 16,
-    /* Tokens of a stretch at least. Shorter ones need less of the cache for their records, and more memory
+    /* Tokens of a stretch at least. Shorter ones need less of the cache for their chunks, and more memory
      * for the states between them. */
     MIN_STRETCH = 320,
     /* Sequences are divided into as many blocks as make this many pieces of work, which are enough for any
@@ -30,14 +30,13 @@ typedef struct bwd_plan {
     size_t bytes;
 } bwd_plan;
 
-/* The plan depends on the shape alone, and neither on the number of threads, except for the number itself,
- * nor on the contents of tensors. */
+/* Depends on shapes and options alone. How sequences are divided does not depend on the number of threads. */
 static bwd_plan make_plan(const fkda_bwd_problem *p)
 {
     const fkda_shape *s = &p->fwd.shape;
     const int64_t group = s->heads / s->qk_heads, useful = s->batch * s->tokens * s->heads;
     bwd_plan plan = {.variant = fkda_cpu_find_variant(s->kernel->info.name)};
-    /* A worker keeps the states between stretches and the records of one stretch. A record has about two
+    /* A worker keeps the states between stretches and the chunks of one stretch. A kept chunk has about two
      * states, so this length makes both parts about equal. */
     const int64_t chunks = (int64_t)sqrt((double)(s->tokens * group) / (2.0 * CHUNK));
     plan.stretch = chunks * CHUNK > MIN_STRETCH ? chunks * CHUNK : MIN_STRETCH;
