@@ -32,10 +32,13 @@ template <Way way> struct Preparation {
     int thread, warp, lane;
     int channel, half; /* the thread has the tokens 8 half to 8 half + 7 of a channel */
 
-    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r)
-        : s(shared), args(a), raw(r), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
-          channel(thread % DIM), half(thread / DIM)
+    /* The index is read again, so that no address of a tile occupies registers from chunk to chunk. */
+    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r) : s(shared), args(a), raw(r)
     {
+        int cta;
+        read_indices(cta, thread);
+        const unsigned id = static_cast<unsigned>(thread); /* never negative, which saves instructions */
+        warp = id / 32, lane = id % 32, channel = id % DIM, half = id / DIM;
     }
 
     /* 1 / |x| of a row, of which each lane has four elements. */
