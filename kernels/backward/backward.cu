@@ -8,7 +8,7 @@
 #include "gradients.cuh"
 #include "reduce.cuh"
 
-extern "C" __global__ void __launch_bounds__(FKDA_BWD_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(FKDA_BWD_THREADS, 2)
     fkda_bwd_walk(const __grid_constant__ fkda_bwd_args args)
 {
     fkda::walk(args);
