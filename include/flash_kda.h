@@ -354,8 +354,8 @@ FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *p
  *   dinitial_state  f32 [N, HV, V, K], optional, written; also if initial_state is absent
  *
  * An absent gradient is not wanted, and at least one must be there. A gradient is written, not added to what
- * the tensor held. Of a sequence without tokens dinitial_state is dfinal_state. The kernels of this version
- * run on the CPU alone: on a GPU the call returns FLASH_KDA_UNAVAILABLE.
+ * the tensor held. Of a sequence without tokens dinitial_state is dfinal_state. The kernel "portable"
+ * computes gradients on every GPU that the library supports, and is the default for them there.
  *
  * Strides and memory are as in flash_kda_fwd_params: dout, dq, dk, dv and dg have free strides except for
  * their last dimension, dbeta in all dimensions, states between states; dA_log and ddt_bias are contiguous.
@@ -365,7 +365,8 @@ FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *p
  * channel has a gradient of small relative error, because its terms are added and none is subtracted from
  * their sum. Results depend neither on the number of threads nor on the other sequences of the batch, except
  * that sums over tokens (dA_log, ddt_bias) are over all of them. A token with a NaN or an infinity may make
- * all gradients of its sequence NaN, and those of other sequences keep their bits.
+ * all gradients of its sequence NaN, and those of other sequences keep their bits. On a GPU products run in
+ * tf32 with fp32 sums, and `saved` is not taken. Equal calls have results that are equal to the bit.
  */
 typedef struct flash_kda_bwd_params {
     size_t struct_size;

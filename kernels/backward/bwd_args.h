@@ -1,4 +1,4 @@
-/* The struct that the host passes by value to the kernels of the backward pass, the same in C and in CUDA C. */
+/* The struct that the host passes by value to the backward kernels, the same in C and in CUDA C. */
 #ifndef FKDA_BWD_ARGS_H
 #define FKDA_BWD_ARGS_H
 

@@ -10,15 +10,15 @@
  *     dg_t = sum over j < t of k_j w_j(t) + sum over i >= t of E_i (q_i dQ~_i + k_i dK~_i)
  *            + E_last (sum over V of S D)
  *
- * where w_j(t) has the readers i >= t alone. Readers are taken from the last to the first, so that w_j is w_j(t)
- * when dg_t is summed.
+ * where w_j(t) has the readers i >= t alone. Readers are taken from the last to the first, so that w_j is
+ * w_j(t) when dg_t is summed.
  *
- * Every term of dg has the decay of its token as a factor, and none is subtracted from another: a difference of
- * running sums of q dq and k dk would lose slow channels, and leave rounding errors where a gate forgets
+ * Every term of dg has the decay of its token as a factor, and none is subtracted from another: a difference
+ * of running sums of q dq and k dk would lose slow channels, and leave rounding errors where a gate forgets
  * everything. Decays are products of the decays of tokens, so no gate leaves the range of fp32.
  *
- * Two threads share a channel. One has the readers up to token 11, the other the rest and the end of the chunk,
- * which are about as many pairs.
+ * Two threads share a channel. One has the readers up to token 11, the other the rest and the end of the
+ * chunk, which are about as many pairs.
  */
 #ifndef FKDA_BACKWARD_CHANNELS_CUH
 #define FKDA_BACKWARD_CHANNELS_CUH
@@ -111,8 +111,8 @@ struct ParameterSums {
     float bias, rate;
 };
 
-/* Leaves dq in q_read and dk in k_read, of normalised queries and keys, and the gradient of g in u. The CTA has
- * met before, and meets afterwards. */
+/* Leaves dq in q_read and dk in k_read, of normalised queries and keys, and the gradient of g in u. The CTA
+ * has met before, and meets afterwards. */
 __device__ __forceinline__ void go_through_channels(Shared &s, const ChannelOfChunk &x, int thread,
                                                     ParameterSums &sums)
 {

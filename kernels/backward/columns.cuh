@@ -1,8 +1,7 @@
 /*
- * The gradient with respect to a state as [K, V], in a second copy whose warps have 16 channels of K each, and
- * the products that are sums over V. These need K as rows, and the accumulators of ../backward/rows.cuh have V:
- * carrying the gradient twice takes two products more for each chunk, and spares two states a way through
- * shared memory.
+ * The gradient with respect to a state as [K, V]: each warp has 16 channels of K. The products that are sums
+ * over V need K as rows, and the accumulators of rows.cuh have V. Carrying the gradient once more takes two
+ * products for each chunk, and spares states and gradients a way through shared memory.
  */
 #ifndef FKDA_BACKWARD_COLUMNS_CUH
 #define FKDA_BACKWARD_COLUMNS_CUH
@@ -13,8 +12,8 @@ namespace fkda
 {
 
 /*
- * The gradient. The warp's channels of q_read, k_read and k_rest, which only this warp still needs, become the
- * gradients with respect to them, without the factors exp(G) and exp(G_last - G).
+ * The gradient. The warp's channels of q_read, k_read and k_rest, which only this warp still needs, become
+ * the gradients with respect to them, without the factors exp(G) and exp(G_last - G).
  */
 struct Columns {
     /* x[j]: channels g, g, g + 8, g + 8 of the warp and rows 8 j + 2 t, + 1, + 0, + 1 of V */
@@ -156,8 +155,8 @@ struct Columns {
     }
 };
 
-/* The products over V between tokens, dO U^T and dR U^T, over 64 rows of V: one matrix and eight columns of it
- * for each warp. */
+/* The products over V between tokens, dO U^T and dR U^T, over 64 rows of V: one matrix and eight columns of
+ * it for each warp. */
 __device__ __forceinline__ void multiply_by_writes(Shared &s, const Raw &raw, int warp, int lane)
 {
     const int g = lane / 4, t = lane % 4, which = warp % 2, column = warp / 2 % 2 * 8, part = warp / 4;

@@ -9,7 +9,8 @@
  *     back again  finds dq, dk and dg by channels of K
  *
  * The walks leave what the next ones need in the CTA's records. Each has one state or gradient of a state in
- * registers. CTAs take one segment after the other, so that there is one set of records for each CTA that runs.
+ * registers. CTAs take one segment after the other, so that there is one set of records for each CTA that
+ * runs.
  */
 #ifndef FKDA_BACKWARD_GRADIENTS_CUH
 #define FKDA_BACKWARD_GRADIENTS_CUH
@@ -72,7 +73,7 @@ struct Gradients {
         }
     }
 
-    /* A lane has two tokens of one row of V; the transposes make two neighbouring rows of one token of them. */
+    /* A lane has two tokens of one row of V; the transposes make two neighbouring rows of one token. */
     __device__ void store_dv(int chunk, const float (&dr)[2][4]) const
     {
         const Place p = place();
@@ -114,8 +115,8 @@ struct Gradients {
         *static_cast<uint2 *>(to) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
     }
 
-    /* Stores a row of dq or dk, from the gradient x with respect to the normalised row, through the norm. Each
-     * lane has four channels. */
+    /* Stores a row of dq or dk, from the gradient x with respect to the normalised row, through the norm.
+     * Each lane has four channels. */
     __device__ void store_row(void *tensor, const fkda_token_strides &strides, float *parts, int token,
                               float4 x, const uint16_t *raw, float scale) const
     {
@@ -209,7 +210,8 @@ struct Gradients {
         }
     }
 
-    /* By rows of V: dv and dbeta of each chunk. Records keep U, in place of what states do not predict, and dR. */
+    /* By rows of V: dv and dbeta of each chunk. Records keep U, in place of what states do not predict, and
+     * dR. */
     __device__ void walk_rows(Reader &reader, int end) const
     {
         Rows rows;

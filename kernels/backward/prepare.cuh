@@ -1,12 +1,12 @@
 /*
  * The preparation of a chunk: everything that depends neither on the state nor on its gradient.
  *
- * Algorithm. Norms, write strengths and the running sums of the gates; then the decayed keys and backwards; then
- * the products between tokens, L = tril(diag(b) K~ K^^T, -1) and P = tril(Q~ K^^T); then (I + L)^-1 by forward
- * substitution in fp32. All threads of the CTA meet between these steps.
+ * Algorithm. Norms, write strengths and the running sums of the gates; then the decayed keys and queries;
+ * then the products between tokens, L = tril(diag(b) K~ K^^T, -1) and P = tril(Q~ K^^T); then (I + L)^-1 by
+ * forward substitution in fp32, in blocks of 8 x 8 tokens. All threads of the CTA meet between these steps.
  *
- * Where exp(G) or exp(-G) leaves the range of fp32, which takes a gate without a bound, products between tokens
- * are sums with exp(G_i - G_j) itself, as in ../portable/unbounded.cuh, but for the whole chunk.
+ * Where exp(G) or exp(-G) leaves the range of fp32, which takes a gate without a bound, products between
+ * tokens are sums with exp(G_i - G_j) itself, as in ../portable/unbounded.cuh, but for the whole chunk.
  */
 #ifndef FKDA_BACKWARD_PREPARE_CUH
 #define FKDA_BACKWARD_PREPARE_CUH
@@ -16,9 +16,9 @@
 namespace fkda
 {
 
-/* On the way back P and Q~ are wanted, too, and the inverse is (I + L)^-1. Forwards it is (I + N)^-1 with N = tril(K~
- * K^^T, -1) diag(b): U is diag(b) (I + N)^-1 R as well as (I + L)^-1 diag(b) R, and the first way gives what the
- * state does not predict even where b is 0. */
+/* On the way back P and Q~ are wanted, too, and the inverse is (I + L)^-1. Forwards it is (I + N)^-1 with N =
+ * tril(K~ K^^T, -1) diag(b): U is diag(b) (I + N)^-1 R as well as (I + L)^-1 diag(b) R, and the first way
+ * gives what the state does not predict even where b is 0. */
 template <Way way> struct Preparation {
     static constexpr bool backwards = way == BACKWARDS;
     static constexpr int HALF = CHUNK / 2;
@@ -32,10 +32,13 @@ template <Way way> struct Preparation {
     int thread, warp, lane;
     int channel, half; /* the thread has the tokens 8 half to 8 half + 7 of a channel */
 
-    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r)
-        : s(shared), args(a), raw(r), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
-          channel(thread % DIM), half(thread / DIM)
+    /* The index is read again, so that no address of a tile occupies registers from chunk to chunk. */
+    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r) : s(shared), args(a), raw(r)
     {
+        int cta;
+        read_indices(cta, thread);
+        const unsigned id = static_cast<unsigned>(thread); /* never negative, which saves instructions */
+        warp = id / 32, lane = id % 32, channel = id % DIM, half = id / DIM;
     }
 
     /* 1 / |x| of a row, of which each lane has four elements. */

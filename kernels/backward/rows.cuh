@@ -2,8 +2,10 @@
  * A state, or the gradient with respect to one, as a CTA carries it from chunk to chunk: transposed to [V, K]
  * in fp32 accumulators. Each warp has 16 rows of V, which need nothing of other rows.
  *
- *     forwards    M = (I + N)^-1 (V - K~ S)       U = diag(b) M      S = diag(gamma) S + Kr^T U
- *     backwards   dX = (I + L)^-T (Kr D + P^T dO)     dR = diag(b) dX    D = diag(gamma) D + Q~^T dO - K~^T dR
+ *     forwards     M  = (I + N)^-1 (V - K~ S)          U  = diag(b) M
+ *                  S  = diag(gamma) S + Kr^T U
+ *     backwards    dX = (I + L)^-T (Kr D + P^T dO)     dR = diag(b) dX
+ *                  D  = diag(gamma) D + Q~^T dO - K~^T dR
  *
  * Q~ and P have the factor `scale`.
  */
@@ -167,9 +169,8 @@ __device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &s
 __device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2][4], const Shared &s,
                                             int lane)
 {
-    const int g = lane / 4, t = lane % 4;
     float u[2][4];
-    multiply_by_strengths(u, missed, s, t);
+    multiply_by_strengths(u, missed, s, lane % 4);
 #pragma unroll
     for (int j = 0; j < DIM / 8; j++) {
         forget(lane);
@@ -198,7 +199,6 @@ __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], 
 __device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dout)[2][4],
                                                const float (&dr)[2][4], const Shared &s, int lane)
 {
-    const int g = lane / 4, t = lane % 4;
     float minus_dr[2][4];
 #pragma unroll
     for (int i = 0; i < 8; i++) minus_dr[i / 4][i % 4] = -dr[i / 4][i % 4];

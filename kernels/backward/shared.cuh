@@ -12,8 +12,8 @@ namespace fkda
 
 constexpr int THREADS = FKDA_BWD_THREADS, WARPS = THREADS / 32;
 
-/* A chunk as it is in memory; zeros past the sequence's end. `values` are v on the way forwards and dout on the
- * way back, and eight of them are at value_column(). */
+/* A chunk as it is in memory; zeros past the sequence's end. `values` are v on the way forwards and dout on
+ * the way back, and eight of them are at value_column(). */
 struct Raw {
     uint16_t q[CHUNK][DIM], k[CHUNK][DIM], values[CHUNK][DIM];
     union {

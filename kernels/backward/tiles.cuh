@@ -25,9 +25,9 @@ __device__ __forceinline__ float to_tf32(float x)
 
 struct Tile {
     /* 136 is 8 more than a multiple of 32 banks, and every second four tokens have their channels swapped in
-     * groups of 8. So eight tokens by pairs of channels (fragments of a product over channels) and four tokens,
-     * each second one or one after the other, by eight channels (of a product over tokens) lie in different
-     * banks. */
+     * groups of 8. So eight tokens by pairs of channels (fragments of a product over channels) and four
+     * tokens, each second one or one after the other, by eight channels (of a product over tokens) lie in
+     * different banks. */
     float x[CHUNK][DIM + 8];
 
     static __device__ __forceinline__ int column(int token, int channel)

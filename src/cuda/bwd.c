@@ -18,15 +18,15 @@ static fkda_module module = {
 
 enum {
     CHUNK = 16,
-    /* Tokens of a segment. Longer ones need fewer states between them, and more room for what a CTA keeps of
-     * each chunk, which is then no longer in the L2. */
+    /* Tokens of a segment, a multiple of 32. Longer ones need fewer states between them, and more room for
+     * what a CTA keeps of each chunk, which is then no longer in the L2. */
     SEGMENT = 128,
     STATE = FKDA_DIM * FKDA_DIM,
     SUMS = 2 * FKDA_DIM,
 };
 
-/* Where each part of the workspace begins, in floats, and how the work is divided. It depends on the shape, the
- * device and which gradients there are. */
+/* Where each part of the workspace begins, in floats, and how the work is divided. It depends on the shape,
+ * the device and which gradients there are. */
 typedef struct bwd_plan {
     int64_t row_slots, slots; /* segments of a row without cu_seqlens, and of all sequences */
     int64_t ctas;             /* of the launch for gradients */
