@@ -487,9 +487,9 @@ enum {
  * refused on the CPU. With FLASH_KDA_WRITE_EACH a slot that is below first_slot or beyond the pool takes no
  * state, and the others do. A slot beyond written_states takes no state on a GPU, and is refused on the CPU.
  * If two sequences have one slot and one of them writes it, the results of both are unspecified; from a slot
- * that nothing writes any number of sequences may start. On a GPU cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and
- * a sequence of more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU these are
- * refused.
+ * that nothing writes any number of sequences may start. On a GPU cu_seqlens, parents and num_accepted_tokens
+ * are clamped into their ranges, and a sequence of more than 16 tokens ends after 16: the rest of its out is
+ * zeros. On the CPU these are refused.
  *
  * Arithmetic is fp32. The state does not pass through the workspace, and there is none.
  */

@@ -749,12 +749,12 @@ def chunk_kda(
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """The forward pass, with gradients, and with the arguments, defaults and results of
-    `fla.ops.kda.chunk_kda` in
-    flash-linear-attention 0.6, for PyTorch tensors: replace the import, and the call stays as it is.
+    `fla.ops.kda.chunk_kda` in flash-linear-attention 0.6, for PyTorch tensors: replace the
+    import, and the call stays as it is.
 
     q, k, v, g, beta, A_log, dt_bias and initial_state have gradients, from those of out and final_state. A
-    gradient has the dtype of its tensor. This version computes gradients on the CPU alone: where tensors on a
-    GPU require them, the call raises RuntimeError. Under autocast to bf16, q, k and v are cast to bf16.
+    gradient has the dtype of its tensor. A device that cannot compute the gradients of a call is refused with
+    RuntimeError before anything is computed. Under autocast to bf16, q, k and v are cast to bf16.
 
     Args:
         q, k: bf16 [B, T, H, K]; used as they are unless use_qk_l2norm_in_kernel.

@@ -152,7 +152,7 @@ def _differentiable(call: _Call, *arrays: Any) -> tuple[Any, ...]:
 @_differentiable.defjvp
 def _refuse_derivatives(call: _Call, primals: Any, tangents: Any) -> Any:
     raise RuntimeError(
-        "flash_kda has no backward pass yet, and a derivative was asked for (jax.grad, jax.jvp, ...); pass "
+        "flash_kda.jax has no derivatives, and one was asked for (jax.grad, jax.jvp, ...); pass "
         "its arrays through jax.lax.stop_gradient, or call it outside of the function that is differentiated"
     )
 
