@@ -1,6 +1,5 @@
 /*
- * flash_kda: Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, decode, and on CPUs the
- * backward pass.
+ * flash_kda: Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, backward pass and decode.
  *
  * KDA is a linear attention with a forget gate per channel and the delta rule. Each head of each sequence
  * keeps a state S of K x V numbers. For every token t, in order:
@@ -473,12 +472,22 @@ enum {
  *                  it is right on average. Equal seeds, offsets, indices and inputs give equal bits. The
  *                  caller adds 1 to the offset from call to call, in a graph by a kernel. Ignored with an
  *                  f32 state
+ *   written_states the dtype of state [slots2, HV, V, K], [slots2, HV, K, V] with state_k_first, optional,
+ *                  written: a second pool that takes all states that the call writes. `state` is then read
+ *                  alone, and state_indices is [N] and optional with FLASH_KDA_WRITE_EACH too. Not with
+ *                  FLASH_KDA_WRITE_NONE, nor with num_accepted_tokens
+ *   written_indices  i32 or i64, optional, with written_states alone: the slot of written_states for each
+ *                  state that is written; a negative one takes no state. With FLASH_KDA_WRITE_LAST it is
+ *                  [N]; absent: slot n for sequence n. With FLASH_KDA_WRITE_EACH it is [N, W], with [n, i]
+ *                  for token i of sequence n, where W is at least the longest sequence; absent: the slot is
+ *                  the token's number among all tokens, n T + i, or with cu_seqlens cu_seqlens[n] + i
  *
  * An index below first_slot means that the sequence has no state: its out is zeros, its records are zeros,
  * and the pool is neither read nor written. An index beyond the pool means the same on a GPU, and is
  * refused on the CPU. With FLASH_KDA_WRITE_EACH a slot that is below first_slot or beyond the pool takes no
- * state, and the others do. If two sequences have one slot and one of them writes it, the results of both
- * are unspecified. On a GPU cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and
+ * state, and the others do. A slot beyond written_states takes no state on a GPU, and is refused on the CPU.
+ * If two sequences have one slot and one of them writes it, the results of both are unspecified; from a slot
+ * that nothing writes any number of sequences may start. On a GPU cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and
  * a sequence of more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU these are
  * refused.
  *
@@ -509,6 +518,8 @@ typedef struct flash_kda_decode_params {
     int64_t first_slot;       /* at least 0 */
     const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+    flash_kda_tensor written_states;
+    flash_kda_tensor written_indices;
 } flash_kda_decode_params;
 
 /* Computes a few tokens of each sequence. On a GPU it enqueues one kernel on the stream and returns: no
@@ -699,6 +710,13 @@ FLASH_KDA_API flash_kda_status flash_kda_bwd_for(const flash_kda_interpreter *in
 FLASH_KDA_API flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interpreter,
                                                            const flash_kda_bwd_params *params,
                                                            const flash_kda_gradients64 *gradients);
+
+/* Handlers for XLA's foreign function interface (XLA_FFI_Handler in xla/ffi/api/c_api.h), with which JAX
+ * makes the calls flash_kda_fwd() and flash_kda_decode() inside of compiled programs, on the stream of the
+ * program. call_frame is an XLA_FFI_CallFrame, and the result an XLA_FFI_Error or NULL. The attributes of the
+ * call are private to flash_kda.jax of the Python package. */
+FLASH_KDA_API void *flash_kda_xla_fwd(void *call_frame);
+FLASH_KDA_API void *flash_kda_xla_decode(void *call_frame);
 
 /* "0.1.0" */
 FLASH_KDA_API const char *flash_kda_version(void);

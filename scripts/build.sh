@@ -1,5 +1,6 @@
 #!/bin/sh
-# build.sh FOLDER [CMAKE OPTION...]: configures and builds. Takes cmake and ninja from PATH.
+# build.sh FOLDER [CMAKE OPTION...]: configures and builds. Takes cmake and ninja from PATH. With TARGETS
+# only the targets are built that it names.
 set -eu
 folder=$1
 shift
@@ -10,4 +11,5 @@ if ! cmake -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)"
     exit 1
 fi
 grep '^-- flash_kda' "$log" || true
-cmake --build "$folder"
+# shellcheck disable=SC2086
+cmake --build "$folder" ${TARGETS:+--target $TARGETS}

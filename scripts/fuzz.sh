@@ -16,14 +16,16 @@ if ! "$clang" -fsanitize=fuzzer,address,undefined "$probe/probe.c" -o "$probe/pr
     exit 0
 fi
 
-sh scripts/build.sh $folder -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+names=${*:-call file command plan}
+targets=$(for name in $names; do echo "fuzz_$name"; done)
+TARGETS=$targets sh scripts/build.sh $folder -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
     "-DCMAKE_C_COMPILER=$clang" -DFLASH_KDA_SANITIZE=fuzzer-no-link,address,undefined \
     -DFLASH_KDA_FUZZ=-fsanitize=fuzzer
 # An allocation that no memory has must fail, as it does without a sanitizer.
 export ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 mkdir -p $folder/found
 failed=0
-for name in ${@:-call file command plan}; do
+for name in $names; do
     log=$folder/fuzz_$name.log
     mkdir -p "$folder/corpus/$name"
     if "$folder/tests/fuzz/fuzz_$name" "-max_total_time=$seconds" -print_final_stats=1 -timeout=20 \

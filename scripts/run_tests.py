@@ -3,7 +3,8 @@
     python scripts/run_tests.py [--all] FOLDER
 
 FOLDER is where the project was built. Without --all the tests that are labelled or marked slow are left out,
-and the C programs run small problems (FLASH_KDA_TEST_QUICK=1).
+and the C programs run small problems (FLASH_KDA_TEST_QUICK=1). With --all the C tests that are labelled
+`part` are left out, since a slow test does the same and more.
 
 Every few seconds a line says how far the tests are. The output of a test that fails is shown as soon as the
 test's runner gives it; all other output is in FOLDER/Testing. CTest runs as many programs at a time as there
@@ -127,7 +128,8 @@ class CTests(Suite):
         command += ["--no-tests=error", "--timeout", str(NO_LIMIT_SECONDS)]
         command += ["--output-junit", str(folder / f"{self.name}.xml")]
         quick = {} if everything else {"FLASH_KDA_TEST_QUICK": "1"}
-        super().__init__([*command, *([] if everything else ["-LE", "^slow$"])], folder, quick, niceness=5)
+        command += ["-LE", "^part$" if everything else "^slow$"]
+        super().__init__(command, folder, quick, niceness=5)
 
     def line(self, text: str) -> None:
         found = self.RESULT.match(text)

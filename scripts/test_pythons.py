@@ -18,7 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = range(9, 15)  # the second number of the version
 OLDEST_NUMPY, NEWEST_PYTHON_WITH_IT = "numpy==1.26.4", 12
-TESTS = ("numpy", "dlpack", "interruptible", "installed", "errors", "structure", "compute")
+TESTS = (
+    "numpy", "dlpack", "interruptible", "installed", "errors", "structure", "structs", "compute", "decode",
+    "decode_layer",
+)  # fmt: skip
 
 
 def find(minor: int) -> str | None:

@@ -1,5 +1,6 @@
 /* Checks every argument before anything is launched or written. A refusal is a sentence that names the
- * argument, what it was and what it must be. What leaves this file are views with strides. */
+ * argument, what it was and what it must be. Each tensor leaves this file as a view (problem.h): pointer,
+ * strides, sizes and dtype. */
 #include "check.h"
 
 #include <string.h>
@@ -32,7 +33,7 @@ static int64_t columns_of(const flash_kda_fwd_params *p, fkda_purpose purpose)
 static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_shape *s,
                                       fkda_purpose purpose)
 {
-    enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I32 = FLASH_KDA_I32, I64 = FLASH_KDA_I64 };
+    enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I64 = FLASH_KDA_I64 };
     const int64_t B = s->batch, T = s->tokens, H = s->qk_heads, HV = s->heads, N = s->sequences, D = FKDA_DIM,
                   ANY = FKDA_ANY_SIZE, slots = has(&p->state_indices, purpose) ? ANY : N;
     const char *const state_dims = p->state_k_first ? (slots == ANY ? "[slots, HV, K, V]" : "[N, HV, K, V]")
@@ -61,11 +62,11 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
         {&p->final_state,
          true,
          {"final_state", state_dims, 4, {slots, HV, D, D}, {F32, BF16}, 16, FKDA_SLOTS, true}},
-        {&p->cu_seqlens, true, {"cu_seqlens", "[N + 1]", 1, {N + 1}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->cu_seqlens, true, fkda_integers("cu_seqlens", "[N + 1]", 1, N + 1, 0)},
         {&p->nonfinite,
          true,
          {"nonfinite", "[tensors, 2]", 2, {FLASH_KDA_CHECKED_TENSORS, 2}, {I64}, 0, FKDA_CONTIGUOUS, true}},
-        {&p->state_indices, true, {"state_indices", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->state_indices, true, fkda_integers("state_indices", "[N]", 1, N, 0)},
         {&p->has_initial_state,
          true,
          {"has_initial_state", "[N]", 1, {N}, {FLASH_KDA_BOOL}, 0, FKDA_CONTIGUOUS, false}},
@@ -79,15 +80,11 @@ static flash_kda_status check_tensors(const flash_kda_fwd_params *p, const fkda_
           16,
           FKDA_SLOTS,
           !of_reference}},
-        {&p->checkpoint_offsets,
-         true,
-         {"checkpoint_offsets", offset_dims, by_column, {N, columns}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
-        {&p->checkpoint_indices,
-         true,
-         {"checkpoint_indices", offset_dims, by_column, {N, columns}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
-        {&p->checkpoint_starts,
-         true,
-         {"checkpoint_starts", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->checkpoint_offsets, true,
+         fkda_integers("checkpoint_offsets", offset_dims, by_column, N, columns)},
+        {&p->checkpoint_indices, true,
+         fkda_integers("checkpoint_indices", offset_dims, by_column, N, columns)},
+        {&p->checkpoint_starts, true, fkda_integers("checkpoint_starts", "[N]", 1, N, 0)},
     };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         const bool is_checkpoints = tensors[i].tensor == &p->checkpoint_states,
@@ -180,11 +177,11 @@ _Static_assert(
     "the struct must not end in padding: a later field there would read what an older caller left in it");
 
 /* The fields before `workspace` exist since the first version. */
-flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *whole)
+flash_kda_status fkda_complete_params(const flash_kda_fwd_params **params, flash_kda_fwd_params *complete)
 {
     const void *from = *params;
     const flash_kda_status status = fkda_complete_struct(
-        &from, whole, offsetof(flash_kda_fwd_params, workspace), sizeof *whole, "flash_kda_fwd_params");
+        &from, complete, offsetof(flash_kda_fwd_params, workspace), sizeof *complete, "flash_kda_fwd_params");
     *params = from;
     return status;
 }
@@ -257,7 +254,8 @@ static int32_t features_of(const flash_kda_fwd_params *p, const fkda_shape *s, f
     return features;
 }
 
-/* Whether a tensor has strides that no kernel had before strides were an option. */
+/* Whether a tensor is not contiguous, which takes a kernel with FKDA_STRIDES. The states of checkpoints are
+ * not looked at. */
 static bool has_strides(const flash_kda_fwd_params *p)
 {
     const flash_kda_tensor *const all[] = {
@@ -283,9 +281,9 @@ static flash_kda_status fill_options(const flash_kda_fwd_params *p, fkda_purpose
 
 flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose, fkda_problem *out)
 {
-    flash_kda_fwd_params whole;
+    flash_kda_fwd_params complete;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_params(&p, &whole));
+    TRY(fkda_complete_params(&p, &complete));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(fkda_check_sizes(&p->q, &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), &out->shape));

@@ -202,20 +202,20 @@ static flash_kda_status fill_shape(const flash_kda_bwd_params *p, fkda_purpose p
     return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : features, &out->kernel);
 }
 
-flash_kda_status fkda_complete_bwd_params(const flash_kda_bwd_params **params, flash_kda_bwd_params *whole)
+flash_kda_status fkda_complete_bwd_params(const flash_kda_bwd_params **params, flash_kda_bwd_params *complete)
 {
     const void *from = *params;
     const flash_kda_status status =
-        fkda_complete_struct(&from, whole, sizeof *whole, sizeof *whole, "flash_kda_bwd_params");
+        fkda_complete_struct(&from, complete, sizeof *complete, sizeof *complete, "flash_kda_bwd_params");
     *params = from;
     return status;
 }
 
 flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purpose, fkda_bwd_problem *out)
 {
-    flash_kda_bwd_params whole;
+    flash_kda_bwd_params complete;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_bwd_params(&p, &whole));
+    TRY(fkda_complete_bwd_params(&p, &complete));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     fkda_shape *shape = &out->fwd.shape;

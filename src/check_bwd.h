@@ -6,7 +6,8 @@
 #include "check.h"
 
 /* As fkda_complete_params(). */
-flash_kda_status fkda_complete_bwd_params(const flash_kda_bwd_params **params, flash_kda_bwd_params *whole);
+flash_kda_status fkda_complete_bwd_params(const flash_kda_bwd_params **params,
+                                          flash_kda_bwd_params *complete);
 
 /* Turns a caller's struct into a problem, or refuses it in a sentence. `purpose` is FKDA_FOR_FWD for the call
  * itself. The reference looks at no gradient that is written. Whether the workspace is large enough is

@@ -18,4 +18,24 @@ flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *params);
 flash_kda_status fkda_check_decode_indices(const fkda_decode_problem *problem);
 flash_kda_status fkda_check_apply_indices(const fkda_apply_problem *problem);
 
+/* ---- What decode_layer has too ---- */
+
+/* That the tensor's second size, its number of columns, is enough for `tokens` tokens, and small enough for a
+ * count in 32 bits. `letter` is what the tensor's documentation calls that size. */
+flash_kda_status fkda_check_columns(const flash_kda_tensor *tensor, const char *name, const char *letter,
+                                    int64_t tokens);
+
+/* That there are enough slots if there are no state_indices: sequence n then has slot n. */
+flash_kda_status fkda_check_slots(const flash_kda_tensor *state, bool has_state_indices, int64_t sequences);
+
+/* N and T, from a tensor [N, T, ..] with that name or, with cu_seqlens, [1, total, ..]. */
+flash_kda_status fkda_check_sequences(const flash_kda_tensor *tensor, const char *name,
+                                      const flash_kda_tensor *cu_seqlens, int64_t *sequences);
+
+/* The numbers and flags, and which optional tensors go with them. */
+flash_kda_status fkda_check_decode_options(const flash_kda_decode_params *params);
+
+/* What follows from the arguments but sizes and the kernel, once everything was checked. */
+void fkda_fill_decode(const flash_kda_decode_params *params, fkda_decode_problem *problem);
+
 #endif

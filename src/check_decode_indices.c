@@ -41,6 +41,30 @@ static flash_kda_status check_slots(const fkda_index_view *indices, int64_t sequ
     return FLASH_KDA_OK;
 }
 
+/* That a slot of written_indices lies in written_states. */
+static flash_kda_status check_written_slot(const fkda_decode_problem *p, int64_t n, int64_t i)
+{
+    const int64_t slot = fkda_index_at(&p->written_indices, n * p->written_columns + i);
+    if (slot < p->written.slots) return FLASH_KDA_OK;
+    if (p->write_states == FLASH_KDA_WRITE_EACH)
+        return INVALID(
+            "written_indices[%lld, %lld] is %lld; it must be less than %lld, the slots of written_states",
+            (long long)n, (long long)i, (long long)slot, (long long)p->written.slots);
+    return INVALID("written_indices[%lld] is %lld; it must be less than %lld, the slots of written_states",
+                   (long long)n, (long long)slot, (long long)p->written.slots);
+}
+
+static flash_kda_status check_written_slots(const fkda_decode_problem *p)
+{
+    const bool each = p->write_states == FLASH_KDA_WRITE_EACH;
+    for (int64_t n = 0; n < p->sequences; n++) {
+        const fkda_sequence sequence = fkda_decode_sequence_at(p, n);
+        const int64_t count = each ? sequence.end - sequence.begin : 1;
+        for (int64_t i = 0; i < count; i++) TRY(check_written_slot(p, n, i));
+    }
+    return FLASH_KDA_OK;
+}
+
 /* state_indices [N, S]: the slot that a sequence starts from, and one for each token. */
 static flash_kda_status check_each_slot(const fkda_decode_problem *p)
 {
@@ -75,16 +99,19 @@ static flash_kda_status check_parents(const fkda_decode_problem *p)
 
 flash_kda_status fkda_check_decode_indices(const fkda_decode_problem *p)
 {
+    const bool each = p->write_states == FLASH_KDA_WRITE_EACH,
+               has_written_indices = p->has_written_states && p->written_indices.data;
     if (p->cu_seqlens.data) {
         TRY(fkda_check_borders(&p->cu_seqlens, p->sequences, p->tokens, "total",
                                FLASH_KDA_MAX_DECODE_TOKENS));
         if (p->records) TRY(check_columns(p, p->record_columns, "records", "R"));
         if (p->parents.data) TRY(check_columns(p, p->parent_columns, "parents", "P"));
-        if (p->write_states == FLASH_KDA_WRITE_EACH)
-            TRY(check_columns(p, p->slot_columns, "state_indices", "S"));
+        if (each && !p->has_written_states) TRY(check_columns(p, p->slot_columns, "state_indices", "S"));
+        if (each && has_written_indices) TRY(check_columns(p, p->written_columns, "written_indices", "W"));
     }
     if (p->parents.data) TRY(check_parents(p));
-    if (p->write_states == FLASH_KDA_WRITE_EACH) return check_each_slot(p);
+    if (has_written_indices) TRY(check_written_slots(p));
+    if (each && !p->has_written_states) return check_each_slot(p);
     return p->state_indices.data ? check_slots(&p->state_indices, p->sequences, p->first_slot, &p->state)
                                  : FLASH_KDA_OK;
 }

@@ -7,12 +7,10 @@
 
 #include "check_decode.h"
 #include "check_shared.h"
-#include "cpu/cpu.h"
 #include "kernel.h"
 
-enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I32 = FLASH_KDA_I32, I64 = FLASH_KDA_I64 };
+enum { BF16 = FLASH_KDA_BF16, F32 = FLASH_KDA_F32, I64 = FLASH_KDA_I64 };
 enum {
-    MAX_LENGTH = FLASH_KDA_MAX_DECODE_TOKENS,
     RECORD = FLASH_KDA_RECORD_ROWS * FKDA_DIM,
     PARTS = FKDA_CONV_PARTS,
     TAPS = FKDA_CONV_TAPS,
@@ -36,72 +34,62 @@ static flash_kda_status check_sizes(const flash_kda_decode_layer_params *p, fkda
     TRY(fkda_check_rank(&p->x, "x", packed ? "[1, total, 3 * H * D]" : "[N, T, 3 * H * D]", 3));
     TRY(fkda_check_rank(&p->g, "g", packed ? "[1, total, H, D]" : "[N, T, H, D]", 4));
     const int64_t rows = p->x.shape[0], T = p->x.shape[1], H = p->g.shape[2];
-    int64_t N = rows, tokens;
+    int64_t tokens;
     if (p->g.shape[3] != FKDA_DIM)
         return INVALID("g has D = %lld; the head size D must be 128", (long long)p->g.shape[3]);
     if (H < 1 || H > MAX_HEADS)
         return INVALID("g has H = %lld; there must be at least 1 head and at most %lld", (long long)H,
                        (long long)MAX_HEADS);
-    if (packed) {
-        TRY(fkda_check_rank(&p->cu_seqlens, "cu_seqlens", "[N + 1]", 1));
-        N = p->cu_seqlens.shape[0] - 1;
-        if (rows != 1)
-            return INVALID("cu_seqlens is given and the first size of x is %lld; it must be 1, all sequences "
-                           "in one row",
-                           (long long)rows);
-        if (N < 1)
-            return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
-                           (long long)p->cu_seqlens.shape[0]);
-    }
-    if (N < 1) return INVALID("x has N = %lld; there must be at least 1 sequence", (long long)N);
-    if (!packed && T > MAX_LENGTH)
-        return INVALID("x has T = %lld; there must be at most %d tokens", (long long)T, MAX_LENGTH);
+    TRY(fkda_check_sequences(&p->x, "x", &p->cu_seqlens, &out->sequences));
     if (__builtin_mul_overflow(rows, T, &tokens) || tokens > MAX_TOKENS)
         return INVALID("x has %lld * %lld tokens; there must be at most %lld", (long long)rows, (long long)T,
                        (long long)MAX_TOKENS);
-    TRY(fkda_check_states(N, H));
-    out->sequences = N;
+    TRY(fkda_check_states(out->sequences, H));
     out->tokens = T;
     out->heads = out->qk_heads = H;
     return FLASH_KDA_OK;
 }
 
+/* The arguments that decode has too. q, k, v and parents are absent. */
+static flash_kda_decode_params decode_params_of(const flash_kda_decode_layer_params *p)
+{
+    return (flash_kda_decode_params){
+        .device = p->device,
+        .stream = p->stream,
+        .g = p->g,
+        .beta = p->beta,
+        .out = p->out,
+        .A_log = p->A_log,
+        .dt_bias = p->dt_bias,
+        .state = p->state,
+        .state_indices = p->state_indices,
+        .num_accepted_tokens = p->num_accepted_tokens,
+        .cu_seqlens = p->cu_seqlens,
+        .records = p->records,
+        .rounding = p->rounding,
+        .scale = p->scale,
+        .lower_bound = p->lower_bound,
+        .write_states = p->write_states,
+        .gate = p->gate,
+        .beta_kind = p->beta_kind,
+        .qk_is_normalised = p->qk_is_normalised,
+        .state_k_first = p->state_k_first,
+        .cpu_threads = p->cpu_threads,
+        .first_slot = p->first_slot,
+        .interrupt = p->interrupt,
+    };
+}
+
 static flash_kda_status check_options(const flash_kda_decode_layer_params *p)
 {
-    if (p->write_states < FLASH_KDA_WRITE_LAST || p->write_states > FLASH_KDA_WRITE_EACH)
-        return INVALID("write_states is %d; it must be a flash_kda_write_states, in [%d, %d]",
-                       p->write_states, FLASH_KDA_WRITE_LAST, FLASH_KDA_WRITE_EACH);
-    TRY(fkda_check_gate_kinds(p->gate, p->beta_kind));
-    TRY(fkda_check_flag(p->qk_is_normalised, "qk_is_normalised"));
-    TRY(fkda_check_flag(p->state_k_first, "state_k_first"));
-    TRY(fkda_check_scale(p->scale, p->gate, p->lower_bound));
+    const flash_kda_decode_params decode = decode_params_of(p);
+    TRY(fkda_check_decode_options(&decode));
     if (!isfinite(p->norm_eps) || p->norm_eps < 0.0f)
         return INVALID("norm_eps is not a finite number of at least 0; it must be one, usually 1e-5");
     if (p->reserved) return INVALID("reserved is %d; it must be 0", p->reserved);
-    TRY(fkda_check_host(p->cpu_threads, p->interrupt));
-    TRY(fkda_check_gate_tensors(p->gate, has(&p->A_log), has(&p->dt_bias)));
-    TRY(fkda_check_first_slot(p->first_slot, has(&p->state_indices)));
-    const bool each = p->write_states == FLASH_KDA_WRITE_EACH;
-    if (each && !has(&p->state_indices))
-        return INVALID("state_indices is absent; it must be given with FLASH_KDA_WRITE_EACH");
-    if (!each && has(&p->num_accepted_tokens))
-        return INVALID("num_accepted_tokens is given without FLASH_KDA_WRITE_EACH; it must be absent");
     if (p->weight.ndim != 2 && p->weight.ndim != 3)
         return INVALID("weight has %d dimensions; it must have 2 or 3: [3 * H * D, 4] or [3, 4, H * D]",
                        p->weight.ndim);
-    return FLASH_KDA_OK;
-}
-
-/* That a tensor has enough columns for `tokens` tokens, and few enough for a count in 32 bits. */
-static flash_kda_status check_columns(const flash_kda_tensor *t, const char *name, const char *letter,
-                                      int64_t tokens)
-{
-    if (t->shape[1] < tokens)
-        return INVALID("%s has %s = %lld; it must be at least T = %lld", name, letter, (long long)t->shape[1],
-                       (long long)tokens);
-    if (t->shape[1] > FKDA_MAX_COLUMNS)
-        return INVALID("%s has %s = %lld; it must be at most %d", name, letter, (long long)t->shape[1],
-                       FKDA_MAX_COLUMNS);
     return FLASH_KDA_OK;
 }
 
@@ -112,10 +100,7 @@ static flash_kda_status check_pools(const flash_kda_decode_layer_params *p, cons
     if (p->conv_state.shape[0] != slots)
         return INVALID("conv_state has %lld slots and state %lld; they must have as many",
                        (long long)p->conv_state.shape[0], (long long)slots);
-    if (!has(&p->state_indices) && slots < s->sequences)
-        return INVALID("state has %lld slots; without state_indices it must have one for each of N = %lld "
-                       "sequences",
-                       (long long)slots, (long long)s->sequences);
+    TRY(fkda_check_slots(&p->state, has(&p->state_indices), s->sequences));
     if (columns < WINDOW)
         return INVALID("conv_state has L = %lld; it must be at least %d", (long long)columns, WINDOW);
     if (p->write_states == FLASH_KDA_WRITE_EACH && columns > WINDOW &&
@@ -178,25 +163,10 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
          false,
          false,
          {"state", state_dims, 4, {ANY, H, D, D}, {F32, BF16}, 16, FKDA_SLOTS, writes_state}},
-        {&p->state_indices,
-         true,
-         true,
-         {"state_indices",
-          each ? "[N, S]" : "[N]",
-          each ? 2 : 1,
-          {N, ANY},
-          {I64, I32},
-          0,
-          FKDA_CONTIGUOUS,
-          false}},
-        {&p->num_accepted_tokens,
-         true,
-         true,
-         {"num_accepted_tokens", "[N]", 1, {N}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
-        {&p->cu_seqlens,
-         true,
-         true,
-         {"cu_seqlens", "[N + 1]", 1, {N + 1}, {I64, I32}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->state_indices, true, true,
+         fkda_integers("state_indices", each ? "[N, S]" : "[N]", each ? 2 : 1, N, ANY)},
+        {&p->num_accepted_tokens, true, true, fkda_integers("num_accepted_tokens", "[N]", 1, N, 0)},
+        {&p->cu_seqlens, true, true, fkda_integers("cu_seqlens", "[N + 1]", 1, N + 1, 0)},
         {&p->records,
          true,
          true,
@@ -220,9 +190,9 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
                               on_gpu && !tensors[i].by_element));
     }
     const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
-    if (each) TRY(check_columns(&p->state_indices, "state_indices", "S", columns > 0 ? columns : 1));
-    if (has(&p->records)) TRY(check_columns(&p->records, "records", "R", columns));
-    if (has(&p->conv_windows)) TRY(check_columns(&p->conv_windows, "conv_windows", "C", columns));
+    if (each) TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns > 0 ? columns : 1));
+    if (has(&p->records)) TRY(fkda_check_columns(&p->records, "records", "R", columns));
+    if (has(&p->conv_windows)) TRY(fkda_check_columns(&p->conv_windows, "conv_windows", "C", columns));
     return check_pools(p, s);
 }
 
@@ -283,18 +253,18 @@ static void add_tokens(flash_kda_tensor *t, int rest, int64_t rows, bool packed)
 
 /* x without a dimension of tokens says that the other tensors may lack it too. */
 static const flash_kda_decode_layer_params *with_tokens(const flash_kda_decode_layer_params *p,
-                                                        flash_kda_decode_layer_params *whole)
+                                                        flash_kda_decode_layer_params *complete)
 {
     if (p->x.ndim != 2) return p;
-    if (p != whole) *whole = *p;
+    if (p != complete) *complete = *p;
     const int64_t rows = p->x.shape[0];
     const bool packed = has(&p->cu_seqlens);
-    insert_dimension(&whole->x, packed ? 0 : 1);
-    add_tokens(&whole->g, 2, rows, packed);
-    add_tokens(&whole->beta, 1, rows, packed);
-    add_tokens(&whole->out, 2, rows, packed);
-    add_tokens(&whole->output_gate, 2, rows, packed);
-    return whole;
+    insert_dimension(&complete->x, packed ? 0 : 1);
+    add_tokens(&complete->g, 2, rows, packed);
+    add_tokens(&complete->beta, 1, rows, packed);
+    add_tokens(&complete->out, 2, rows, packed);
+    add_tokens(&complete->output_gate, 2, rows, packed);
+    return complete;
 }
 
 /* ---- Views ---- */
@@ -332,41 +302,11 @@ static fkda_token_view x_view(const flash_kda_tensor *t)
                              .dtype = t->dtype};
 }
 
-static void fill_decode(const flash_kda_decode_layer_params *p, fkda_decode_problem *out)
-{
-    out->device = p->device;
-    out->stream = p->stream;
-    out->g = fkda_token_view_of(&p->g);
-    out->beta = fkda_token_view_of(&p->beta);
-    out->out = fkda_token_view_of(&p->out);
-    out->gate = p->gate;
-    out->beta_kind = p->beta_kind;
-    out->A_log = p->A_log.data;
-    out->dt_bias = p->dt_bias.data;
-    out->qk_is_normalised = p->qk_is_normalised;
-    out->state_k_first = p->state_k_first;
-    out->write_states = p->write_states;
-    out->state = fkda_state_view_of(&p->state, true);
-    out->state_indices = fkda_index_view_of(&p->state_indices);
-    out->slot_columns = p->write_states == FLASH_KDA_WRITE_EACH ? p->state_indices.shape[1] : 1;
-    out->num_accepted_tokens = fkda_index_view_of(&p->num_accepted_tokens);
-    out->cu_seqlens = fkda_index_view_of(&p->cu_seqlens);
-    out->records = p->records.data;
-    out->record_columns = has(&p->records) ? p->records.shape[1] : 0;
-    out->rounding = p->state.dtype == FLASH_KDA_BF16 ? p->rounding.data : NULL;
-    out->first_slot = p->first_slot;
-    out->scale = p->scale;
-    /* With another gate it may be any number, and kernels need not look out for one. */
-    out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
-    out->interrupt = p->interrupt;
-    out->threads = 0;
-    if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
-}
-
 static void fill_problem(const flash_kda_decode_layer_params *p, fkda_decode_layer_problem *out)
 {
+    const flash_kda_decode_params decode = decode_params_of(p);
     const int64_t H = out->decode.heads;
-    fill_decode(p, &out->decode);
+    fkda_fill_decode(&decode, &out->decode);
     out->x = x_view(&p->x);
     out->x_part_stride = H * FKDA_DIM;
     out->weight = weight_view(&p->weight, H);
@@ -409,12 +349,12 @@ static flash_kda_status check_indices(const fkda_decode_layer_problem *p)
 flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p, bool for_reference,
                                          fkda_decode_layer_problem *out)
 {
-    flash_kda_decode_layer_params whole;
+    flash_kda_decode_layer_params complete;
     const void *params = p;
     memset(out, 0, sizeof *out);
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
-                             "flash_kda_decode_layer_params"));
-    p = with_tokens(params, &whole);
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_layer_params, kernel),
+                             sizeof complete, "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &complete);
     if (for_reference && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     TRY(check_sizes(p, &out->decode));
@@ -430,12 +370,12 @@ flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p,
 
 flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *p)
 {
-    flash_kda_decode_layer_params whole;
+    flash_kda_decode_layer_params complete;
     fkda_decode_problem problem = {0};
     const void *params = p;
-    TRY(fkda_complete_struct(&params, &whole, offsetof(flash_kda_decode_layer_params, kernel), sizeof whole,
-                             "flash_kda_decode_layer_params"));
-    p = with_tokens(params, &whole);
+    TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_layer_params, kernel),
+                             sizeof complete, "flash_kda_decode_layer_params"));
+    p = with_tokens(params, &complete);
     TRY(check_sizes(p, &problem));
     TRY(check_options(p));
     TRY(check_tensors(p, &problem, false, false));

@@ -15,7 +15,7 @@ static const int64_t MAX_STATES = INT32_MAX - 1024;
 /* With this many heads the step from one token to the next, in elements, still fits 32 bits. */
 static const int64_t MAX_HEADS = INT32_MAX / FKDA_DIM;
 
-flash_kda_status fkda_complete_struct(const void **params, void *whole, size_t least, size_t most,
+flash_kda_status fkda_complete_struct(const void **params, void *complete, size_t least, size_t most,
                                       const char *name)
 {
     if (!*params) return INVALID("params is null; it must point to a %s", name);
@@ -26,9 +26,9 @@ flash_kda_status fkda_complete_struct(const void **params, void *whole, size_t l
         return INVALID(
             "params->struct_size is %zu; it must be sizeof(%s) = %zu (in older headers %zu or more)", size,
             name, most, least);
-    memset(whole, 0, most);
-    memcpy(whole, *params, size);
-    *params = whole;
+    memset(complete, 0, most);
+    memcpy(complete, *params, size);
+    *params = complete;
     return FLASH_KDA_OK;
 }
 

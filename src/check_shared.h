@@ -11,8 +11,8 @@ enum {
 };
 
 /* A caller built with an older header passes a shorter struct, of `least` bytes or more. `*params` then
- * becomes a copy in `whole`, in which the missing fields are zero. A struct begins with its struct_size. */
-flash_kda_status fkda_complete_struct(const void **params, void *whole, size_t least, size_t most,
+ * becomes a copy in `complete`, in which the missing fields are zero. A struct begins with struct_size. */
+flash_kda_status fkda_complete_struct(const void **params, void *complete, size_t least, size_t most,
                                       const char *name);
 
 /* K, V, H and HV. The ranks of q and v were checked. */

@@ -12,8 +12,8 @@
         if (try_status != FLASH_KDA_OK) return try_status;                                                   \
     } while (0)
 
-/* No machine has memory for a tensor of more bytes. Estimates of clocks, which are at most some thousands for
- * each of these bytes, then fit 64 bits. */
+/* No machine has memory for a tensor of more bytes. The planner's estimates count at most some thousands of
+ * clocks for each byte of a tensor, so with this limit every estimate fits 64 bits. */
 #define FKDA_MAX_TENSOR_BYTES ((int64_t)1 << 50)
 
 /* How a tensor may lie in memory. */
@@ -37,6 +37,18 @@ typedef struct fkda_requirement {
 } fkda_requirement;
 
 enum { FKDA_ANY_SIZE = -1 };
+
+/* What a tensor of integers must be that a call reads: [rows] or, with two dimensions, [rows, columns]. */
+static inline fkda_requirement fkda_integers(const char *name, const char *dims, int ndim, int64_t rows,
+                                             int64_t columns)
+{
+    return (fkda_requirement){.name = name,
+                              .dims = dims,
+                              .ndim = ndim,
+                              .shape = {rows, columns},
+                              .dtypes = {FLASH_KDA_I64, FLASH_KDA_I32},
+                              .layout = FKDA_CONTIGUOUS};
+}
 
 const char *fkda_dtype_name(int32_t dtype);
 size_t fkda_dtype_size(int32_t dtype);

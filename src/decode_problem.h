@@ -34,6 +34,10 @@ typedef struct fkda_decode_problem {
     int64_t record_columns;
     const int64_t *rounding; /* seed and offset, or NULL: to nearest */
     int64_t first_slot;
+    fkda_state_view written; /* where states go: written_states, or the pool that they come from */
+    bool has_written_states;
+    fkda_index_view written_indices; /* [N], or [N, written_columns] with FLASH_KDA_WRITE_EACH; or absent */
+    int64_t written_columns;
     float scale, lower_bound;
     const volatile int32_t *interrupt; /* or NULL */
 } fkda_decode_problem;
@@ -88,11 +92,24 @@ static inline int64_t fkda_decode_first_slot(const fkda_decode_problem *p, int64
     return fkda_slot_at(&p->state_indices, n * p->slot_columns + column, p->first_slot, &p->state);
 }
 
-/* With FLASH_KDA_WRITE_EACH: the slot that the state after token i of sequence n goes to, or FKDA_NO_SLOT. */
+/* With FLASH_KDA_WRITE_EACH: the slot of the pool that the state after token i of sequence n goes to, or
+ * FKDA_NO_SLOT. */
 static inline int64_t fkda_decode_slot_after(const fkda_decode_problem *p, int64_t n, int64_t i)
 {
     if (i >= p->slot_columns) return FKDA_NO_SLOT;
     return fkda_slot_at(&p->state_indices, n * p->slot_columns + i, p->first_slot, &p->state);
+}
+
+/* With written_states: their slot that takes the state after token i of sequence n, or FKDA_NO_SLOT. With
+ * FLASH_KDA_WRITE_LAST token i is the last one. */
+static inline int64_t fkda_decode_written_slot(const fkda_decode_problem *p, int64_t n,
+                                               const fkda_sequence *sequence, int64_t i)
+{
+    const bool each = p->write_states == FLASH_KDA_WRITE_EACH, has_indices = p->written_indices.data;
+    int64_t at = n;
+    if (each && has_indices && i >= p->written_columns) return FKDA_NO_SLOT;
+    if (each) at = has_indices ? n * p->written_columns + i : sequence->row * p->tokens + sequence->begin + i;
+    return fkda_slot_at(&p->written_indices, at, 0, &p->written);
 }
 
 /* The token that token i of sequence n continues from, or -1: the state that the sequence starts from. */

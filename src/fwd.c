@@ -31,14 +31,14 @@ flash_kda_status flash_kda_fwd_saved_size(const flash_kda_fwd_params *params, si
 {
     FKDA_GUARD;
     fkda_problem problem;
-    flash_kda_fwd_params whole;
+    flash_kda_fwd_params complete;
     if (!bytes) return fkda_fail(FLASH_KDA_INVALID_VALUE, "bytes is null; it must point to a size_t");
-    flash_kda_status status = fkda_complete_params(&params, &whole);
+    flash_kda_status status = fkda_complete_params(&params, &complete);
     if (status != FLASH_KDA_OK) return status;
-    whole = *params;
-    whole.struct_size = sizeof whole;
-    whole.saved_size = 1; /* asks for a kernel that saves */
-    status = fkda_check(&whole, FKDA_FOR_SHAPES, &problem);
+    complete = *params;
+    complete.struct_size = sizeof complete;
+    complete.saved_size = 1; /* asks for a kernel that saves */
+    status = fkda_check(&complete, FKDA_FOR_SHAPES, &problem);
     if (status == FLASH_KDA_OK) *bytes = problem.shape.kernel->saved_bytes(&problem.shape);
     return status;
 }

@@ -1,6 +1,10 @@
 /*
- * A call after its arguments were checked. Everything below check.c takes these structs: what is in them is
- * known to be right, so no backend checks it again.
+ * A call after its arguments were checked. Everything below check.c takes these structs. Pointers, shapes,
+ * strides, dtypes and numbers in them are known to be right, so no backend checks them again.
+ *
+ * The values in tensors of integers (cu_seqlens, state_indices, ...) are another matter. On the CPU they were
+ * checked, and another thread may have changed them since. On a GPU nobody has read them. So whoever reads
+ * such a value brings it into its range, as fkda_sequence_at() does.
  */
 #ifndef FKDA_PROBLEM_H
 #define FKDA_PROBLEM_H
@@ -18,24 +22,23 @@ typedef struct fkda_kernel fkda_kernel;
 /* What a call asks for beyond the plainest one. A kernel has the set of features that it knows (kernel.h). */
 typedef enum fkda_feature {
     FKDA_STRIDES = 1 << 0,      /* a tensor is not contiguous */
-    FKDA_POOL = 1 << 1,         /* state_indices or has_initial_state */
-    FKDA_CHECKPOINTS = 1 << 2,  /* checkpoint_states */
+    FKDA_POOL = 1 << 1,         /* state_indices or has_initial_state is given */
+    FKDA_CHECKPOINTS = 1 << 2,  /* checkpoint_states is given */
     FKDA_GROUPED = 1 << 3,      /* HV > H */
-    FKDA_SOFTPLUS = 1 << 4,     /* gate */
-    FKDA_ACTIVATED = 1 << 5,    /* gate */
+    FKDA_SOFTPLUS = 1 << 4,     /* the gate is softplus */
+    FKDA_ACTIVATED = 1 << 5,    /* the gate is activated */
     FKDA_NO_PARAMETER = 1 << 6, /* A_log or dt_bias is absent */
-    FKDA_FP32_GATES = 1 << 7,   /* g */
-    FKDA_BETA_KIND = 1 << 8,    /* another one than the sigmoid */
-    FKDA_NORMALISED = 1 << 9,   /* q and k */
-    FKDA_K_FIRST = 1 << 10,     /* states */
-    FKDA_FP32_BETA = 1 << 11,   /* beta, not g */
-    /* All of the forward pass. */
+    FKDA_FP32_GATES = 1 << 7,   /* g is in fp32 */
+    FKDA_BETA_KIND = 1 << 8,    /* the write strength is not the sigmoid of beta */
+    FKDA_NORMALISED = 1 << 9,   /* q and k are used as they are */
+    FKDA_K_FIRST = 1 << 10,     /* states are [.., K, V] */
+    FKDA_FP32_BETA = 1 << 11,   /* beta is in fp32 */
+    /* The features above: all of the forward pass but FKDA_SAVED. */
     FKDA_ALL_FEATURES = (1 << 12) - 1,
-    /* flash_kda_decode() and flash_kda_apply() */
-    FKDA_DECODE = 1 << 12,
+    FKDA_DECODE = 1 << 12,       /* flash_kda_decode() and flash_kda_apply() */
     FKDA_DECODE_LAYER = 1 << 13, /* flash_kda_decode_layer() */
     FKDA_BACKWARD = 1 << 14,     /* flash_kda_bwd() */
-    FKDA_SAVED = 1 << 15,        /* saved, of the forward pass */
+    FKDA_SAVED = 1 << 15,        /* the forward pass writes `saved`, or the backward pass reads it */
 } fkda_feature;
 
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made

@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SLOTS, ACCEPTED, PARENTS, RECORDS, ROUNDING, STARTS, APPLIED, APPLIED_TOKENS };
+#include "strided.h"
+
+enum { SLOTS, ACCEPTED, PARENTS, RECORDS, ROUNDING, STARTS, APPLIED, APPLIED_TOKENS, WRITTEN, WRITTEN_SLOTS };
 enum { RECORD = FLASH_KDA_RECORD_ROWS * DIM };
 
 static const char *const names[DECODE_BUFFERS] = {
@@ -16,6 +18,8 @@ static const char *const names[DECODE_BUFFERS] = {
     [STARTS] = "state_indices of apply",
     [APPLIED] = "num_accepted_tokens of apply",
     [APPLIED_TOKENS] = "accepted",
+    [WRITTEN] = "written_states",
+    [WRITTEN_SLOTS] = "written_indices",
 };
 
 /* ---- Problems ------------------------------------------------------------------------------------------ */
@@ -27,6 +31,7 @@ void decode_problem_free(decode_problem *d)
     free(d->num_accepted_tokens);
     free(d->parents);
     free(d->rounding);
+    free(d->written_indices);
     free(d->applied);
     free(d->accepted);
     *d = (decode_problem){0};
@@ -52,9 +57,22 @@ int64_t decode_first_slot(const decode_problem *d, int64_t n)
 int64_t decode_slot_after(const decode_problem *d, int64_t n, int64_t i, int64_t length)
 {
     const int64_t first = decode_first_slot(d, n);
-    if (first < 0 || d->write_states == FLASH_KDA_WRITE_NONE) return -1;
+    if (first < 0 || d->has_written || d->write_states == FLASH_KDA_WRITE_NONE) return -1;
     if (d->write_states == FLASH_KDA_WRITE_LAST) return i == length - 1 ? first : -1;
     return slot_at(d, n, i);
+}
+
+int64_t decode_written_slot(const decode_problem *d, int64_t n, int64_t i, int64_t length)
+{
+    const bool each = d->write_states == FLASH_KDA_WRITE_EACH;
+    int64_t begin, end, slot = n;
+    if (!d->has_written || decode_first_slot(d, n) < 0 || (!each && i != length - 1)) return -1;
+    problem_sequence(d->tokens, n, &begin, &end);
+    if (d->written_indices)
+        slot = d->written_indices[n * d->written_columns + (each ? i : 0)];
+    else if (each)
+        slot = begin + i;
+    return slot < 0 || slot >= d->written_slots ? -1 : slot;
 }
 
 int64_t decode_parent(const decode_problem *d, int64_t n, int64_t i)
@@ -85,10 +103,14 @@ static flash_kda_tensor integers(int64_t *data, int64_t rows, int64_t columns, i
     return data ? tensor_of(data, FLASH_KDA_I64, ndim, shape) : (flash_kda_tensor){0};
 }
 
+static bool has_slots_of_tokens(const decode_problem *d)
+{
+    return d->write_states == FLASH_KDA_WRITE_EACH && !d->has_written;
+}
+
 static flash_kda_tensor slots_of(const decode_problem *d)
 {
-    return integers(d->state_indices, d->tokens->sequences, d->slot_columns,
-                    d->write_states == FLASH_KDA_WRITE_EACH ? 2 : 1);
+    return integers(d->state_indices, d->tokens->sequences, d->slot_columns, has_slots_of_tokens(d) ? 2 : 1);
 }
 
 /* The parameters that a forward pass over the same tokens has too. */
@@ -128,6 +150,7 @@ decode_answer decode_solve(const decode_problem *d)
     const size_t values = (size_t)problem_rows(p) * DIM;
     decode_answer a = {allocate(values, sizeof *a.out), allocate(values * DIM, sizeof *a.states)};
     for (size_t i = 0; i < values * DIM; i++) a.states[i] = NAN;
+    if (d->has_written) params.write_states = FLASH_KDA_WRITE_NONE; /* the truth is the same */
     params.state_indices = slots_of(d);
     params.num_accepted_tokens = integers(d->num_accepted_tokens, p->sequences, 1, 1);
     params.parents = integers(d->parents, p->sequences, d->parent_columns, 2);
@@ -180,7 +203,31 @@ static void place_records(decode_call *c)
     free(poison);
 }
 
-/* With FLASH_KDA_WRITE_EACH apply gets the slots that sequences start from. */
+/* A buffer of NaN for written_states. */
+static void place_written(decode_call *c, const decode_options *options)
+{
+    const decode_problem *d = c->problem;
+    const int64_t shape[] = {d->written_slots, d->tokens->heads, DIM, DIM},
+                  stride = shape[1] * DIM * DIM + options->written_gap;
+    flash_kda_tensor *t = &c->decode.written_states, *view = &c->written_view;
+    buffer *b = &c->buffers[WRITTEN];
+    *t = tensor_of(NULL, c->decode.state.dtype, 4, shape);
+    t->stride[0] = stride;
+    *b = (buffer){.device = c->decode.device,
+                  .bytes = (size_t)(shape[0] * stride) * dtype_size(t->dtype),
+                  .band = OUTPUT_BAND_BYTE};
+    buffer_create(b);
+    c->images[WRITTEN] = allocate(b->bytes, 1);
+    memset(c->images[WRITTEN], NAN_BYTE, b->bytes);
+    buffer_write(b, c->images[WRITTEN]);
+    t->data = buffer_start(b);
+    *view = *t;
+    if (!options->tokens.k_first) return;
+    view->stride[2] = 1;
+    view->stride[3] = DIM;
+}
+
+/* With a slot for each token apply gets the slots that sequences start from. */
 static void place_starts(decode_call *c, bool is_i32)
 {
     const decode_problem *d = c->problem;
@@ -210,7 +257,7 @@ static void open_apply(decode_call *c, const decode_options *options)
         .first_slot = d->first_slot,
         .kernel = c->decode.kernel,
     };
-    if (d->write_states == FLASH_KDA_WRITE_EACH) place_starts(c, options->i32_slots);
+    if (has_slots_of_tokens(d)) place_starts(c, options->i32_slots);
     place(c, APPLIED, &c->apply.num_accepted_tokens, options->i32_accepted);
     place(c, APPLIED_TOKENS, &c->apply.accepted, options->i32_parents);
 }
@@ -231,6 +278,12 @@ void decode_call_open(decode_call *c, const decode_problem *d, decode_options op
     place(c, ACCEPTED, &c->decode.num_accepted_tokens, options.i32_accepted);
     place(c, PARENTS, &c->decode.parents, options.i32_parents);
     place(c, ROUNDING, &c->decode.rounding, false);
+    if (d->has_written) {
+        place_written(c, &options);
+        c->decode.written_indices = integers(d->written_indices, N, d->written_columns,
+                                             d->write_states == FLASH_KDA_WRITE_EACH ? 2 : 1);
+        place(c, WRITTEN_SLOTS, &c->decode.written_indices, options.i32_written);
+    }
     if (!d->record_columns) return;
     place_records(c);
     open_apply(c, &options);
@@ -249,6 +302,7 @@ void decode_call_close(decode_call *c)
 void decode_call_restore_pool(decode_call *c)
 {
     call_poison(&c->tokens);
+    if (c->problem->has_written) buffer_write(&c->buffers[WRITTEN], c->images[WRITTEN]);
 }
 
 flash_kda_status decode_call_run(decode_call *c)
@@ -271,6 +325,16 @@ uint16_t *decode_call_read_out(const decode_call *c)
 void *decode_call_read_pool(const decode_call *c)
 {
     return call_read_state(&c->tokens);
+}
+
+void *decode_call_read_written(const decode_call *c)
+{
+    const flash_kda_tensor *view = &c->written_view;
+    unsigned char *all = buffer_read(&c->buffers[WRITTEN]),
+                  *elements = allocate((size_t)elements_of(view) * dtype_size(view->dtype), 1);
+    gather(view, all, elements);
+    free(all);
+    return elements;
 }
 
 float *decode_call_read_records(const decode_call *c)
@@ -303,12 +367,30 @@ static void put_back_records(const decode_call *c, unsigned char *now)
     }
 }
 
+/* Puts back what the call may write of written_states. */
+static void put_back_written(const decode_call *c, unsigned char *now)
+{
+    const decode_problem *d = c->problem;
+    const size_t size = dtype_size(c->written_view.dtype),
+                 slot_bytes = (size_t)(d->tokens->heads * DIM * DIM) * size;
+    for (int64_t n = 0; n < d->tokens->sequences; n++) {
+        const int64_t length = decode_length(d, n);
+        for (int64_t i = 0; i < length; i++) {
+            const int64_t slot = decode_written_slot(d, n, i, length);
+            if (slot < 0) continue;
+            const size_t at = (size_t)(slot * c->written_view.stride[0]) * size;
+            memcpy(now + at, c->images[WRITTEN] + at, slot_bytes);
+        }
+    }
+}
+
 static bool is_damaged(const decode_call *c, int which, bool may_write)
 {
     const buffer *b = &c->buffers[which];
     if (!b->base) return false;
     unsigned char *now = buffer_read(b);
     if (which == RECORDS && may_write) put_back_records(c, now);
+    if (which == WRITTEN && may_write) put_back_written(c, now);
     const bool same = memcmp(now, c->images[which], b->bytes) == 0;
     free(now);
     return !same || !buffer_is_intact(b);

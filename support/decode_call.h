@@ -11,13 +11,17 @@ typedef struct decode_problem {
     problem *tokens;
     flash_kda_write_states write_states;
     int64_t *state_indices; /* [N, slot_columns], or NULL */
-    int64_t slot_columns;   /* 1, or S with FLASH_KDA_WRITE_EACH */
+    int64_t slot_columns;   /* 1, or S with FLASH_KDA_WRITE_EACH without written_states */
     int64_t first_slot;
     int64_t *num_accepted_tokens; /* [N] or NULL: where sequences start */
     int64_t *parents;             /* [N, parent_columns] or NULL */
     int64_t parent_columns;
     int64_t record_columns; /* 0: there are no records */
     int64_t *rounding;      /* [2] or NULL */
+    bool has_written;       /* whether there are written_states */
+    int64_t written_slots;
+    int64_t *written_indices; /* [N, written_columns], or NULL */
+    int64_t written_columns;  /* 1, or W with FLASH_KDA_WRITE_EACH */
 
     /* What apply does with the records. */
     int64_t *applied;  /* [N]: how many tokens */
@@ -30,8 +34,10 @@ void decode_problem_free(decode_problem *d);
 /* The slot that sequence n starts from, or -1: it has no state. */
 int64_t decode_first_slot(const decode_problem *d, int64_t n);
 
-/* The slot that gets the state after token i of sequence n, which has `length` tokens; -1 if none does. */
+/* The slot of the pool, and that of written_states, that gets the state after token i of sequence n, which
+ * has `length` tokens; -1 if none does. */
 int64_t decode_slot_after(const decode_problem *d, int64_t n, int64_t i, int64_t length);
+int64_t decode_written_slot(const decode_problem *d, int64_t n, int64_t i, int64_t length);
 
 /* The token that token i of sequence n continues from, or -1. */
 int64_t decode_parent(const decode_problem *d, int64_t n, int64_t i);
@@ -53,10 +59,11 @@ void decode_answer_free(decode_answer *a);
 
 typedef struct decode_options {
     call_options tokens; /* of the tensors of tokens and of the pool; `mode` means nothing */
-    bool i32_slots, i32_accepted, i32_parents;
+    bool i32_slots, i32_accepted, i32_parents, i32_written;
+    int64_t written_gap; /* elements between slots of written_states: a multiple of 16 bytes */
 } decode_options;
 
-enum { DECODE_BUFFERS = 8 };
+enum { DECODE_BUFFERS = 10 };
 
 typedef struct decode_call {
     const decode_problem *problem; /* must outlive the call */
@@ -64,24 +71,26 @@ typedef struct decode_call {
     buffer buffers[DECODE_BUFFERS];
     unsigned char *images[DECODE_BUFFERS]; /* what the buffers hold before the call */
     flash_kda_decode_params decode;
-    flash_kda_apply_params apply; /* without tensors if there are no records */
+    flash_kda_tensor written_view; /* written_states [slots, HV, V, K], from the beginning of its buffer */
+    flash_kda_apply_params apply;  /* without tensors if there are no records */
 } decode_call;
 
 /* Puts everything in place, and ends the program if there is no memory. */
 void decode_call_open(decode_call *c, const decode_problem *d, decode_options options);
 void decode_call_close(decode_call *c);
 
-/* Puts the pool back to what it held before the call. Records stay. */
+/* Puts the pool and written_states back to what they held before the call. Records stay. */
 void decode_call_restore_pool(decode_call *c);
 
 /* Run the call and wait until it is done. */
 flash_kda_status decode_call_run(decode_call *c);
 flash_kda_status decode_call_apply(decode_call *c);
 
-/* The bits of out, of the pool [slots, HV, DIM, DIM] with V before K, and of records [N, R, HV, 3, DIM]. The
- * caller frees them. */
+/* The bits of out, of the pool and of written_states [slots, HV, DIM, DIM] with V before K, and of records
+ * [N, R, HV, 3, DIM]. The caller frees them. */
 uint16_t *decode_call_read_out(const decode_call *c);
 void *decode_call_read_pool(const decode_call *c);
+void *decode_call_read_written(const decode_call *c);
 float *decode_call_read_records(const decode_call *c);
 
 /* The name of a tensor of which a byte was written that a call of decode, or of apply after it, may not

@@ -1,4 +1,5 @@
-"""The KDA recurrence in differentiable PyTorch, chunk by chunk, for training small models anywhere."""
+"""The KDA layer in training: by flash_kda.chunk_kda, which has gradients on the CPU, and beside it the same
+recurrence in differentiable PyTorch, chunk by chunk, which runs anywhere."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from model import LOWER_BOUND, Layer, convolve, gated_norm, split_heads
 from torch import Tensor
+
+import flash_kda
 
 CHUNK = 16  # tokens; decays within a chunk reach exp(-80), and their inverses exp(80), which fp32 holds
 
@@ -45,7 +48,17 @@ def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor,
     return torch.stack(out, 2).flatten(2, 3).transpose(1, 2)
 
 
-def mix_for_training(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
+def mix_by_flash_kda(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
+    q, k, v = split_heads(convolve(qkv, layer.taps), layer.heads)
+    o, _ = flash_kda.chunk_kda(
+        q, k, v, g, beta, A_log=layer.A_log, dt_bias=layer.dt_bias, lower_bound=LOWER_BOUND,
+        use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        disable_recompute=True,
+    )  # fmt: skip
+    return gated_norm(o, gate, layer.norm)
+
+
+def mix_in_pytorch(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     q, k, v = split_heads(convolve(qkv, layer.taps), layer.heads)
     o = kda(q, k, v, g, beta, layer.A_log, layer.dt_bias).to(qkv.dtype)
     return gated_norm(o, gate, layer.norm)

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import torch
-from kda import cross_entropy, mix_for_training
+from kda import cross_entropy, mix_by_flash_kda, mix_in_pytorch
 from model import Model, save
 
-TOKENS = 512  # of a row
+MIXES = {"flash_kda": mix_by_flash_kda, "pytorch": mix_in_pytorch}
 
 
-def batches(text: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
-    starts = torch.randint(len(text) - TOKENS, (rows,), generator=generator)
-    return torch.stack([text[i : i + TOKENS] for i in starts.tolist()])
+def batches(text: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    starts = torch.randint(len(text) - length, (rows,), generator=generator)
+    return torch.stack([text[i : i + length] for i in starts.tolist()])
 
 
 def main() -> None:
@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--steps", type=int, help="in place of --minutes")
+    parser.add_argument("--tokens", type=int, default=512, help="of a row; a multiple of 16")
+    parser.add_argument("--every", type=int, default=100, help="steps between two lines of output")
+    parser.add_argument("--kda", choices=MIXES, help="default: flash_kda on the CPU, pytorch on a GPU")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -37,28 +40,32 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = torch.frombuffer(bytearray(options.text.read_bytes()), dtype=torch.uint8).long()
-    held_out, text = text[-200_000:], text[:-200_000]
+    held = min(200_000, len(text) // 10)
+    held_out, text = text[-held:], text[:-held]
     model = Model().to(device)
-    mixes = [mix_for_training] * len(model.layers)
+    # flash_kda computes gradients on the CPU alone so far.
+    mixes = [MIXES[options.kda or ("flash_kda" if device == "cpu" else "pytorch")]] * len(model.layers)
+    warm = min(100, options.steps // 4 or 1) if options.steps else 100  # steps until the rate is full
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     start, share, step = time.monotonic(), 0.0, 0
     while share < 1:
         share = step / options.steps if options.steps else (time.monotonic() - start) / (60 * options.minutes)
-        rate = 2e-3 * min(1.0, (step + 1) / 100) * max(0.02, 1 - share)
+        rate = 2e-3 * min(1.0, (step + 1) / warm) * max(0.02, 1 - share)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens = batches(text, options.rows, generator).to(device)
+        tokens = batches(text, options.rows, options.tokens, generator).to(device)
         with torch.autocast(device, torch.bfloat16):
             loss = cross_entropy(model(tokens, mixes), tokens)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
+        if step % options.every == 0:
             print(f"step {step}, {time.monotonic() - start:.0f} s, {loss.item():.3f} bits a byte", flush=True)
         step += 1
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        rows = held_out[: len(held_out) // TOKENS * TOKENS].view(-1, TOKENS)[:128].to(device)
+        rows = held_out[: held // options.tokens * options.tokens].view(-1, options.tokens)
+        rows = rows[: 2 * options.rows].to(device)
         bits = torch.stack([cross_entropy(model(part, mixes), part) for part in rows.split(32)]).mean()
     print(f"{step} steps, {time.monotonic() - start:.0f} s, held-out text {bits.item():.3f} bits a byte")
     save(model)

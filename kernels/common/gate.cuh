@@ -15,11 +15,13 @@
  *     offset = dt_bias slope            for each channel
  *     bound  = lower_bound log2(e)
  *
- * the log2 decay is bound / (1 + 2^(g slope + offset)). The portable kernel calls the functions in
- * portable/prepare.cuh. The Hopper kernels call those for the constants in hopper/block/prepare.cuh and those
- * for the log2 decay in hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh.
+ * the log2 decay is bound / (1 + 2^(g slope + offset)).
  *
- * The portable and the Hopper kernel round differently, so each function for the log2 decay exists twice.
+ * The portable and the Hopper kernels round differently, so each gate is here once for each. The functions
+ * under "Portable" are called in portable/prepare.cuh, decode/prepare.cuh, decode/layer_prepare.cuh and
+ * backward/gates.cuh. The Hopper kernels call the functions for the constants in hopper/block/prepare.cuh
+ * and those for the log2 decay in hopper/block/prepare_slice.cuh and hopper/block/bad_tokens.cuh. The bounded
+ * gate is here a third time, with the same bits, as a branch of activate_gates(), which knows every gate.
  */
 #ifndef FKDA_GATE_CUH
 #define FKDA_GATE_CUH
@@ -39,6 +41,14 @@ __device__ __forceinline__ float sigmoid_gate_slope(float a_log)
 __device__ __forceinline__ float sigmoid_gate_offset(float dt_bias, float slope)
 {
     return dt_bias * slope;
+}
+
+/* Holds the log2 decay of a token, of a gate without a bound, at -128. 2^-128 leaves nothing that fp32 holds
+ * beside what was there before (ex2() flushes denormals to zero), so the hold changes no result. It keeps
+ * sums of log2 decays finite, and so small that their differences are exact enough. */
+__device__ __forceinline__ float hold_log2_decay(float log2_decay)
+{
+    return log2_decay < -128.0f ? -128.0f : log2_decay; /* fmaxf would hide a NaN */
 }
 
 /* ---- Portable ---- */
@@ -71,22 +81,15 @@ __device__ __forceinline__ float softplus(float x)
     return __fmaf_rn(series, y, fmaxf(x, 0.0f));
 }
 
-/* A log2 decay of a gate without a bound. From -128 on the decay is zero in fp32, as ex2() flushes
- * denormals, so the hold changes no result. It keeps sums of log2 decays finite and their roundings small. */
-__device__ __forceinline__ float hold_decay(float log2_decay)
-{
-    return log2_decay < -128.0f ? -128.0f : log2_decay; /* fmaxf would hide a NaN */
-}
-
 /* `slope` is that of the sigmoid gate. */
 __device__ __forceinline__ float softplus_gate(float g, float slope, float dt_bias)
 {
-    return hold_decay(softplus(g + dt_bias) * slope);
+    return hold_log2_decay(softplus(g + dt_bias) * slope);
 }
 
 __device__ __forceinline__ float activated_gate(float g)
 {
-    return hold_decay(g * LOG2_E);
+    return hold_log2_decay(g * LOG2_E);
 }
 
 /* ---- Hopper ---- */
@@ -100,8 +103,8 @@ __device__ __forceinline__ float activated_gate(float g)
 /* What a preparation warp keeps of the gate of the head that it is working on. */
 struct __align__(16) HeadGate
 {
-    float slope;         /* never zero */
-    float inverse_bound; /* 1 / bound */
+    float slope;  /* never zero */
+    float factor; /* bounded gate: 1 / bound; softplus: -exp(A_log); activated: 0, and not used */
     int head;
 };
 
@@ -128,7 +131,7 @@ __device__ __forceinline__ float hopper_sigmoid_gate_inverse_bound(float lower_b
 __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &gate, float offset)
 {
     const float e = ex2(__fmaf_rn(g, gate.slope, offset));
-    return rcp(__fmaf_rn(e, gate.inverse_bound, gate.inverse_bound));
+    return rcp(__fmaf_rn(e, gate.factor, gate.factor));
 }
 
 /* ---- Hopper, every gate ---- */
@@ -136,9 +139,9 @@ __device__ __forceinline__ float hopper_sigmoid_gate(float g, const HeadGate &ga
 /* Kernels for other gates keep the constants of each gate in a HeadGate. With z = g slope + offset the log2
  * decay is
  *
- *     bounded      1 / (inverse_bound 2^z + inverse_bound)
- *     softplus     rate log2(1 + 2^z)                         rate = -exp(A_log), in place of inverse_bound
- *     activated    z, where what is above zero is not a decay and counts as none
+ *     bounded      1 / (factor 2^z + factor)    factor = 1 / bound
+ *     softplus     factor log2(1 + 2^z)         factor = -exp(A_log)
+ *     activated    z, or 0 (no decay) where z is above zero, since a decay is at most 1
  *
  * Tokens past the end of a sequence have a raw gate that decays by exactly nothing: `neutral`. */
 struct GateOfCall {
@@ -161,7 +164,7 @@ struct GateOfCall {
     {
         return is_bounded() ? hopper_sigmoid_gate_slope(a_log) : LOG2_E;
     }
-    /* HeadGate::inverse_bound. sigmoid_gate_slope is -exp(A_log) log2(e). */
+    /* HeadGate::factor. sigmoid_gate_slope is -exp(A_log) log2(e). */
     __device__ float factor(float a_log, float lower_bound) const
     {
         if (is_bounded()) return hopper_sigmoid_gate_inverse_bound(lower_bound);
@@ -173,14 +176,6 @@ struct GateOfCall {
         return x > 3.4e38f ? 3.4e38f : x; /* with inf, tokens past the end would be NaN */
     }
 };
-
-/* No token decays by more than 2^-128, which leaves nothing that fp32 holds beside what was there before.
- * Sums of decays then stay so small that their differences are exact enough. */
-__device__ __forceinline__ float hold_log2_decay(float x)
-{
-    constexpr float LARGEST_DECAY = -128.0f;
-    return x < LARGEST_DECAY ? LARGEST_DECAY : x; /* fmaxf would hide a NaN */
-}
 
 /*
  * log2(1 + 2^z), with a relative error of at most 1e-5, and of next to nothing where z is far below zero:
@@ -211,11 +206,10 @@ __device__ __forceinline__ void activate_gates(float (&x)[count], GateOfCall cal
     for (int i = 0; i < count; i++) x[i] = __fmaf_rn(x[i], gate.slope, offset);
     if (call.is_bounded()) {
 #pragma unroll
-        for (int i = 0; i < count; i++)
-            x[i] = rcp(__fmaf_rn(ex2(x[i]), gate.inverse_bound, gate.inverse_bound));
+        for (int i = 0; i < count; i++) x[i] = rcp(__fmaf_rn(ex2(x[i]), gate.factor, gate.factor));
     } else if (call.is_softplus()) {
 #pragma unroll
-        for (int i = 0; i < count; i++) x[i] = gate.inverse_bound * log2_of_1_plus_ex2(x[i]);
+        for (int i = 0; i < count; i++) x[i] = gate.factor * log2_of_1_plus_ex2(x[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < count; i++) x[i] = min_or_nan(x[i], 0.0f);

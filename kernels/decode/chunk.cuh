@@ -358,7 +358,7 @@ __device__ __forceinline__ void make_last_state(Tile &tile, const Small &small, 
     }
 }
 
-/* Stores the state after token i, made of the starting state, to element `at` of the pool. */
+/* Stores the state after token i, made of the starting state, to element `at` of args.written. */
 template <class Tile>
 __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, const Tile &tile,
                                                   const Small &small, int i, long long at,
@@ -395,7 +395,7 @@ __device__ __forceinline__ void store_state_after(const fkda_decode_args &args, 
 #pragma unroll
             for (int r = 0; r < Tile::ROWS; r++)
                 y[r][e] = __fmaf_rn(tile.x[r][part * PART + e], decay[e], y[r][e]);
-        tile.store_part(args.state.data, at, part, y, i, rounding);
+        tile.store_part(args.written.data, at, part, y, i, rounding);
     }
 }
 
@@ -442,13 +442,15 @@ __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
     const Rounding rounding = find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads);
     if (writes_last) {
         make_last_state(tile, small, args.parents.data != nullptr);
-        tile.store(args.state.data, small.at, 0, rounding);
+        long long to = small.at;
+        if (find_last_state(args, small.work, small.sequence, to))
+            tile.store(args.written.data, to, 0, rounding);
     } else if (args.write_states == FLASH_KDA_WRITE_EACH) {
 #pragma unroll 1
         for (int i = 0; i < small.sequence.length; i++) {
-            const long long after = find_slot_after(args, small.work.sequence, i);
+            const long long after = find_slot_of_each(args, small.work.sequence, small.sequence, i);
             if (after != NO_SLOT)
-                store_state_after(args, tile, small, i, find_state(args.state, after, small.work.head),
+                store_state_after(args, tile, small, i, find_state(args.written, after, small.work.head),
                                   rounding);
         }
     }

@@ -2,16 +2,16 @@
  * Decode for compute capability 8.0 and newer: a few tokens of each of many sequences, in one launch that
  * reads and writes each state once.
  *
- * Algorithm. A CTA has some rows of V of one head of one sequence: all 128, or fewer, because CTAs in smaller
- * pieces keep the memory busier, and because few heads alone would leave SMs idle. Rows do not depend on each
- * other, and a row is summed in one order in any case, so results do not depend on the division.
+ * Algorithm. A CTA has some rows of V of one head of one sequence: all 128, or fewer. Smaller CTAs keep the
+ * memory busier, and with few heads, CTAs of 128 rows would leave SMs idle. Rows do not depend on each other,
+ * and a row is summed in one order in any case, so results do not depend on the division.
  *
  * Optimizations.
  * - A thread issues all loads of its part of the state before anything waits for them. The tokens are
  *   prepared meanwhile.
  * - One token has its own kernel, through which states stream (one.cuh). Tokens that follow each other are
  *   computed one after the other (steps.cuh) or at once (chunk.cuh), and registers hold the state. The host
- *   chooses.
+ *   chooses: which_decode() in src/cuda/decode.c.
  * - A kernel starts before the previous one in the stream is over, and waits for its end before it touches
  *   memory (programmatic dependent launch).
  */

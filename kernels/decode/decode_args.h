@@ -19,6 +19,9 @@ typedef struct fkda_decode_args {
     const float *A_log, *dt_bias; /* or null: zeros */
     fkda_state_args state;
     fkda_index_args state_indices, num_accepted_tokens, cu_seqlens, parents;
+    fkda_state_args written; /* where states go: written_states, or the pool that they come from */
+    fkda_index_args written_indices;
+    int has_written_states;
     float *records;            /* [N, record_columns, HV, 3, 128], or null */
     const long long *rounding; /* seed and offset, or null */
     long long first_slot;

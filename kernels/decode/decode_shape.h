@@ -4,7 +4,7 @@
 
 #define FKDA_DECODE_MAX_TOKENS 16 /* of a sequence; flash_kda.h has the same number */
 #define FKDA_DECODE_THREADS 256   /* of a CTA that has all rows of V; at most */
-#define FKDA_DECODE_CTAS_PER_SM 2 /* of that many threads, for which __launch_bounds__ leaves registers */
+#define FKDA_DECODE_CTAS_PER_SM 2 /* CTAs of 256 threads for which __launch_bounds__ leaves registers */
 
 /* Decode of one token (one.cuh). Lanes that share a row, and threads that have a head. A thread copies 4 x 4
  * fp32 or 8 x 8 bf16 at a time. */
@@ -12,7 +12,7 @@
 #define FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first)                                                         \
     (((is_bf16) ? 16 : 32) * FKDA_DECODE_LANES_OF_A_ROW(k_first))
 #define FKDA_DECODE_BYTES_OF_ONE(is_bf16) ((is_bf16) ? 32768 : 65536) /* of shared memory, for a head */
-/* CTAs with 32 KB of states on an SM, for which __launch_bounds__ leaves registers. */
+/* CTAs of one.cuh on an SM, with 32 KB of states each. __launch_bounds__ leaves registers for so many. */
 #define FKDA_DECODE_CTAS_OF_ONE(is_bf16) ((is_bf16) ? 5 : 6)
 
 /* Dynamic shared memory of the others. A vector has 128 fp32. */

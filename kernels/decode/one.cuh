@@ -288,10 +288,12 @@ __device__ __forceinline__ long long read_start_index(const fkda_decode_args &ar
 
 /* The slot that gets the state after the token, or NO_SLOT. */
 __device__ __forceinline__ long long find_slot_to_write(const fkda_decode_args &args, const Work &work,
-                                                        long long slot)
+                                                        const Sequence &sequence, long long slot)
 {
+    if (args.write_states == FLASH_KDA_WRITE_NONE) return NO_SLOT;
+    if (args.has_written_states) return find_written_slot(args, work.sequence, sequence, 0);
     if (args.write_states == FLASH_KDA_WRITE_EACH) return find_slot_after(args, work.sequence, 0);
-    return args.write_states == FLASH_KDA_WRITE_LAST ? slot : NO_SLOT;
+    return slot;
 }
 
 template <bool is_bf16, bool k_first> __device__ __forceinline__ void decode_one(const fkda_decode_args &args)
@@ -324,7 +326,7 @@ template <bool is_bf16, bool k_first> __device__ __forceinline__ void decode_one
     preparation.set_gate(a_log, dt_bias);
     const bool is_first = work.first_row == 0 && threadIdx.x < 32;
     prepare_token(token, preparation, inputs, is_first ? find_record(args, work, 0, 0) : nullptr);
-    const long long after = find_slot_to_write(args, work, slot);
+    const long long after = find_slot_to_write(args, work, sequence, slot);
     float *record = find_record(args, work, 0, 2);
     wait_for_copies();
 
@@ -343,13 +345,13 @@ template <bool is_bf16, bool k_first> __device__ __forceinline__ void decode_one
     if (after == NO_SLOT) return;
     state.share(u, own);
     __syncwarp(); /* the compiler then reads the state again, and does not keep it in registers */
-    const long long to = find_state(args.state, after, work.head);
+    const long long to = find_state(args.written, after, work.head);
     if constexpr (is_bf16) {
         const uint64_t random = fkda_random_place(work.sequence, 0, args.heads, work.head, 0, 0);
         if (rounding.at_random)
-            return state.template store<true>(args.state.data, to, token, u, rounding, random);
+            return state.template store<true>(args.written.data, to, token, u, rounding, random);
     }
-    state.template store<false>(args.state.data, to, token, u, rounding, 0);
+    state.template store<false>(args.written.data, to, token, u, rounding, 0);
 }
 
 } // namespace fkda

@@ -27,8 +27,10 @@ typedef struct fkda_random_block {
     uint32_t word[4];
 } fkda_random_block;
 
-/* The number of the block of channels 8 i to 8 i + 7 (i = channel_block) of row v of the state of one head
- * after one token of one sequence. With flash_kda_apply() and FLASH_KDA_WRITE_LAST `token` is 0. */
+/* Numbers the blocks of eight channels of all states that a call may write. Block `channel_block` has
+ * channels 8 channel_block to 8 channel_block + 7 of row v, in the state of head `head` of `heads`, as it is
+ * after token `token` of the sequence. flash_kda_apply() and FLASH_KDA_WRITE_LAST write one state of a
+ * sequence and pass 0 as `token`. */
 FKDA_DEVICE uint64_t fkda_random_place(int64_t sequence, int token, int64_t heads, int64_t head, int v,
                                        int channel_block)
 {

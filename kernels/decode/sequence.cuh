@@ -102,6 +102,42 @@ __device__ __forceinline__ long long find_slot_after(const fkda_decode_args &arg
                       args.state);
 }
 
+/* With written_states: their slot that gets the state after token i of sequence n, or NO_SLOT. With
+ * FLASH_KDA_WRITE_LAST token i is the last one. */
+__device__ __forceinline__ long long find_written_slot(const fkda_decode_args &args, int n,
+                                                       const Sequence &sequence, int i)
+{
+    const fkda_index_args &indices = args.written_indices;
+    const bool each = args.write_states == FLASH_KDA_WRITE_EACH;
+    long long slot = n;
+    if (indices.data) {
+        if (each && i >= indices.columns) return NO_SLOT;
+        slot = read_index(indices, static_cast<long long>(n) * indices.columns + (each ? i : 0));
+    } else if (each) {
+        slot = sequence.batch * args.tokens + sequence.begin + i;
+    }
+    return check_slot(slot, 0, args.written);
+}
+
+/* The slot of args.written that gets the state after token i of sequence n, with FLASH_KDA_WRITE_EACH, or
+ * NO_SLOT. */
+__device__ __forceinline__ long long find_slot_of_each(const fkda_decode_args &args, int n,
+                                                       const Sequence &sequence, int i)
+{
+    return args.has_written_states ? find_written_slot(args, n, sequence, i) : find_slot_after(args, n, i);
+}
+
+/* Where a head's last state goes, in elements of args.written, with FLASH_KDA_WRITE_LAST. Without
+ * written_states it is where the starting state begins, which is `at`. Returns false if it goes nowhere. */
+__device__ __forceinline__ bool find_last_state(const fkda_decode_args &args, const Work &work,
+                                                const Sequence &sequence, long long &at)
+{
+    if (!args.has_written_states) return true;
+    const long long slot = find_written_slot(args, work.sequence, sequence, 0);
+    at = find_state(args.written, slot, work.head);
+    return slot != NO_SLOT;
+}
+
 /* The token before token i of sequence n, which is less than i; below 0: the starting state. */
 __device__ __forceinline__ int find_parent(const fkda_decode_args &args, int n, int i)
 {

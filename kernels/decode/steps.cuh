@@ -81,13 +81,14 @@ __device__ __forceinline__ void decode_steps(const fkda_decode_args &args)
         step(args, small.work, small.sequence, tile, small, i);
         long long to = small.at;
         if (writes_each) {
-            const long long after = find_slot_after(args, small.work.sequence, i);
+            const long long after = find_slot_of_each(args, small.work.sequence, small.sequence, i);
             if (after == NO_SLOT) continue;
-            to = find_state(args.state, after, small.work.head);
-        } else if (args.write_states == FLASH_KDA_WRITE_NONE || i + 1 < small.sequence.length) {
+            to = find_state(args.written, after, small.work.head);
+        } else if (args.write_states == FLASH_KDA_WRITE_NONE || i + 1 < small.sequence.length ||
+                   !find_last_state(args, small.work, small.sequence, to)) {
             continue;
         }
-        tile.store(args.state.data, to, writes_each ? i : 0,
+        tile.store(args.written.data, to, writes_each ? i : 0,
                    find_rounding(is_bf16 ? args.rounding : nullptr, small.work, args.heads));
     }
 }

@@ -29,7 +29,7 @@ typedef struct fkda_handoff {
     int *flags;    /* [share border][FKDA_HANDOFF_FLAGS], zeros before the launch: one flag for 16 rows */
 } fkda_handoff;
 enum { FKDA_HANDOFF_FLAGS = 8 };
-enum { FKDA_SAVED_FLOATS = 128 * 128 + 8 * 32 * 4 }; /* of a SavedState */
+enum { FKDA_PIECE_STATE_FLOATS = 128 * 128 + 8 * 32 * 4 }; /* of a PieceState */
 
 /* The driver's CUtensorMap, with the alignment it must have. */
 typedef struct fkda_tma_descriptor {
@@ -50,7 +50,8 @@ typedef struct fkda_hopper_fwd_args { /* NOLINT(clang-analyzer-optin.performance
     fkda_fwd_args fwd;
     fkda_cut cut;
     fkda_tma_descriptor q, k, g, v;
-    void *saved; /* workspace for checkpoints: a SavedState (join/layouts.cuh) for each CTA pair, or null */
+    /* Workspace for checkpoints inside chunks: a PieceState (join/layouts.cuh) for each CTA pair, or null. */
+    void *piece_states;
 } fkda_hopper_fwd_args;
 
 /* The mixed schedule has both chunk sizes in one launch: boxes of `pair` are chunks of a CTA pair, boxes of

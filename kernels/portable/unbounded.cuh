@@ -1,5 +1,6 @@
 /*
- * Chunks whose decay leaves the range of fp32. A gate without a lower bound may forget e^-300 in one token.
+ * Chunks whose decay leaves the range of fp32. A gate without a lower bound may leave e^-300 of a channel
+ * after one token.
  *
  * Algorithm. L_ij and P_ij hold exp(G_i - G_j), which is at most 1 for j <= i, while the preparation
  * multiplies exp(G_i) by exp(-G_j). Where G_i is below LEAST_SUM in a channel, exp(-G_j) may overflow for

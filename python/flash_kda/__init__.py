@@ -1,14 +1,17 @@
-"""Kimi Delta Attention (KDA) on CPUs and NVIDIA GPUs: forward pass, decode, and on CPUs the backward pass.
+"""Kimi Delta Attention (KDA) and its gradients, on CPUs and NVIDIA GPUs.
 
 `fwd` is the forward pass, for PyTorch tensors, NumPy arrays and all arrays with DLPack's two methods. Its
 docstring has the formula. `fwd` writes into arrays that it is given; `compute` returns new ones, and so
 serves JAX. `decode` computes one to sixteen tokens of each of many sequences, whose states it updates in
 place, and `apply_records` brings states up to date after draft tokens were verified. `decode_layer` does the
-same for a whole layer: convolution, recurrence, norm and output gate in one launch. `bwd` computes gradients
-of `fwd`, on the CPU. `chunk_kda` and `fused_recurrent_kda` have the arguments of flash-linear-attention's
-functions of these names. `describe_nonfinite` says where a call has found NaN and infinities. `reference`,
-`bwd_reference` and `decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call
-can run on, `explain` says how it would run, and `get_workspace_size` how much scratch memory it may need.
+same for a whole layer: convolution, recurrence, norm and output gate in one launch. `chunk_kda` and
+`fused_recurrent_kda` have the arguments of flash-linear-attention's functions of these names.
+In PyTorch `chunk_kda` has gradients; `bwd` writes them into arrays of any library.
+`describe_nonfinite` says where a call has found NaN and infinities. `reference`, `bwd_reference` and
+`decode_reference` are the slow fp64 definitions. `devices` and `kernels` list what a call can run on,
+`explain` says how it would run, `get_workspace_size` how much scratch memory it may need, and
+`get_saved_size` how much memory a forward pass fills for the backward pass. The modules `flash_kda.fla`, for
+flash-linear-attention and transformers, and `flash_kda.jax` are imported by those who want them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import (
     _arrays,
-    _backward,
     _chunk_kda,
     _fla,
     _functional,
@@ -33,8 +35,9 @@ from . import (
     _reference,
     _shapes,
 )
-from ._decode_options import APPLY, APPLY_BIT, DECODE, DECODE_BIT, DECODE_LAYER, LAYER_BIT
-from ._options import BIT, BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
+from ._backward import Gradients, bwd, bwd_reference
+from ._decode_options import APPLY, DECODE, DECODE_LAYER
+from ._options import BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "Gradients",
     "apply_records",
     "bwd",
     "bwd_reference",
@@ -65,6 +69,7 @@ __all__ = [
     "explain",
     "fused_recurrent_kda",
     "fwd",
+    "get_saved_size",
     "get_workspace_size",
     "kernels",
     "reference",
@@ -77,36 +82,21 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
+_ADAPTERS = ("fla", "jax")  # modules for other packages, each of which needs an import of its own
+
+
+def __getattr__(name: str) -> Any:
+    """So that `flash_kda.fla.install()` works after `import flash_kda`, which imports no adapter."""
+    if name in _ADAPTERS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _ZERO, _AUTO = 0, "auto"  # these defaults are looked for by identity, since 0 == 0.0 == False
 _torch_layer: Any = None  # flash_kda._torch, once PyTorch is imported
-_A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE, _WORKSPACE = (
-    BIT[name]
-    for name in (
-        "A_log",
-        "dt_bias",
-        "initial_state",
-        "final_state",
-        "cu_seqlens",
-        "nonfinite",
-        "workspace",
-    )
-)
-_STATE_INDICES, _HAS_INITIAL_STATE = BIT["state_indices"], BIT["has_initial_state"]
-_CHECKPOINT_STATES, _CHECKPOINT_OFFSETS, _CHECKPOINT_INDICES, _CHECKPOINT_STARTS = (
-    BIT["checkpoint_" + name] for name in ("states", "offsets", "indices", "starts")
-)
-_D_A_LOG, _D_DT_BIAS, _D_STATE_INDICES, _D_NUM_ACCEPTED_TOKENS, _D_CU_SEQLENS, _D_PARENTS = (
-    DECODE_BIT[name]
-    for name in ("A_log", "dt_bias", "state_indices", "num_accepted_tokens", "cu_seqlens", "parents")
-)
-_D_RECORDS, _D_ROUNDING = DECODE_BIT["records"], DECODE_BIT["rounding"]
-(
-    _L_BIAS, _L_A_LOG, _L_DT_BIAS, _L_STATE_INDICES, _L_OUTPUT_GATE, _L_NORM_WEIGHT, _L_NUM_ACCEPTED_TOKENS,
-    _L_CU_SEQLENS, _L_RECORDS, _L_CONV_WINDOWS, _L_ROUNDING,
-) = LAYER_BIT.values()  # fmt: skip
-_A_ACCEPTED, _A_STATE_INDICES, _A_ROUNDING = (
-    APPLY_BIT[name] for name in ("accepted", "state_indices", "rounding")
-)
+# The bits in `given` of the first optional arrays of `fwd`, whose order is that of _options.OPTIONAL_ARRAYS.
+_A_LOG, _DT_BIAS, _INITIAL_STATE, _FINAL_STATE, _CU_SEQLENS, _NONFINITE = (1 << i for i in range(6))
+_PLACE_OF_WORKSPACE = 6  # the first one behind them
 
 
 def fwd(
@@ -144,6 +134,7 @@ def fwd(
     use_beta_sigmoid_in_kernel: bool = True,
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
+    saved: Array | None = None,
 ) -> None:
     """The forward pass of Kimi Delta Attention. Writes `out`, and `final_state` if given; returns None.
 
@@ -237,6 +228,9 @@ def fwd(
         use_beta_sigmoid_in_kernel: False: beta is the write strength b_t itself.
         allow_neg_eigval: True: b_t = 2 sigmoid(beta), in (0, 2). Not with use_beta_sigmoid_in_kernel=False.
         state_v_first: False: all states are [.., K, V], checkpoints and pools too.
+        saved: for training: uint8 on the device, contiguous and aligned to 64 bytes, written, or None.
+            `get_saved_size` says how many bytes are enough. The call writes there, in a form of its own, what
+            `bwd` would otherwise have to compute again. No result has other bits for it.
 
     All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and
     heads; their last dimension is contiguous. beta may have any strides. States, pools and checkpoints may
@@ -267,7 +261,7 @@ def fwd(
         ValueError: an argument has a wrong shape, value, device or memory.
         TypeError: an argument has a wrong dtype or is of a wrong type.
         RuntimeError: there is no such device or kernel, the driver failed, or gradients or tangents were
-            asked for, as there is no derivative yet.
+            asked for: `chunk_kda` has gradients, and there are no tangents.
     In each of these cases nothing was written. The message of a ValueError or TypeError names the argument.
     """
     if _torch_layer is None and "torch" in sys.modules:
@@ -312,6 +306,7 @@ def fwd(
         and use_beta_sigmoid_in_kernel is True
         and allow_neg_eigval is False
         and state_v_first is True
+        and saved is None
     )
     if is_plain and not is_traced:
         if (
@@ -328,18 +323,14 @@ def fwd(
             except TypeError:  # a value has a wrong type, or one that the cache cannot look up
                 options = known_options(given, kernel, threads, batch_invariant, max_seqlen, cut)
     else:
-        for bit, array in (
-            (_WORKSPACE, workspace),
-            (_STATE_INDICES, state_indices),
-            (_HAS_INITIAL_STATE, has_initial_state),
-            (_CHECKPOINT_STATES, checkpoint_states),
-            (_CHECKPOINT_OFFSETS, checkpoint_offsets),
-            (_CHECKPOINT_INDICES, checkpoint_indices),
-            (_CHECKPOINT_STARTS, checkpoint_starts),
-        ):
+        later_arrays = (
+            workspace, state_indices, has_initial_state, checkpoint_states, checkpoint_offsets,
+            checkpoint_indices, checkpoint_starts, saved,
+        )  # fmt: skip
+        for place, array in enumerate(later_arrays, _PLACE_OF_WORKSPACE):
             if array is not None:
                 arrays.append(array)
-                given |= bit
+                given |= 1 << place
         # A compiler traces the constructor, since it cannot trace a cache.
         options = (Options if is_traced else known_options)(
             given, kernel, threads, batch_invariant, max_seqlen, cut, first_slot, checkpoint_every,
@@ -377,6 +368,8 @@ def decode(
     parents: Array | None = None,
     records: Array | None = None,
     rounding: Array | None = None,
+    written_states: Array | None = None,
+    written_indices: Array | None = None,
     kernel: str | None = None,
     threads: int = 0,
     use_gate_in_kernel: bool = True,
@@ -423,6 +416,14 @@ def decode(
             change at all where it forgets too little a token; rounded at random it is right on average. Equal
             seeds, offsets, indices and inputs give equal bits. The caller raises the offset from call to
             call. Ignored with an fp32 state.
+        written_states: a second pool [slots2, HV, V, K] in the dtype of state, or None. It takes all states
+            that the call writes, and state is read alone. state_indices is then [N], or None, also with
+            write_states="each". Not with write_states="none", nor with num_accepted_tokens.
+        written_indices: int32 or int64, or None; with written_states alone. The slot of written_states for
+            each state that is written. A negative one takes no state; one beyond written_states takes none on
+            a GPU, and is refused on the CPU. With write_states="last" [N]; None: slot n for sequence n. With
+            "each" [N, W], with [n, i] for token i of sequence n and W at least the longest sequence; None:
+            the slot is the token's number among all tokens, n T + i, or cu_seqlens[n] + i.
         kernel, threads: as for `fwd`.
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
             `fwd`.
@@ -430,44 +431,25 @@ def decode(
 
     Strides, addresses, devices and what is copied or converted of PyTorch tensors are as for `fwd`; a pool
     has any stride between slots, is contiguous inside of a slot, and is never copied, nor are records. If two
-    sequences have one slot and one of them writes it, the results of both are unspecified. On a GPU the
+    sequences have one slot and one of them writes it, the results of both are unspecified; from a slot that
+    nothing writes any number of sequences may start. On a GPU the
     values of cu_seqlens, parents and num_accepted_tokens are clamped into their ranges, and a sequence of
     more than 16 tokens ends after 16: the rest of its out is zeros. On the CPU such values are refused.
 
     A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first
     call on a device it is safe under CUDA graph capture. A replayed graph takes the values that
-    state_indices, num_accepted_tokens, cu_seqlens, parents and rounding have at the replay.
+    state_indices, num_accepted_tokens, cu_seqlens, parents, rounding and written_indices have at the replay.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
-    arrays, given = [q, k, v, g, beta, out, state], 0
-    if A_log is not None:
-        arrays.append(A_log)
-        given |= _D_A_LOG
-    if dt_bias is not None:
-        arrays.append(dt_bias)
-        given |= _D_DT_BIAS
-    if state_indices is not None:
-        arrays.append(state_indices)
-        given |= _D_STATE_INDICES
-    if num_accepted_tokens is not None:
-        arrays.append(num_accepted_tokens)
-        given |= _D_NUM_ACCEPTED_TOKENS
-    if cu_seqlens is not None:
-        arrays.append(cu_seqlens)
-        given |= _D_CU_SEQLENS
-    if parents is not None:
-        arrays.append(parents)
-        given |= _D_PARENTS
-    if records is not None:
-        arrays.append(records)
-        given |= _D_RECORDS
-    if rounding is not None:
-        arrays.append(rounding)
-        given |= _D_ROUNDING
+    arrays = [q, k, v, g, beta, out, state]
+    given = _append_given(
+        arrays, A_log, dt_bias, state_indices, num_accepted_tokens, cu_seqlens, parents, records, rounding,
+        written_states, written_indices,
+    )  # fmt: skip
     _hand_over(
         DECODE, arrays, scale, 0.0 if lower_bound is None else lower_bound,
         given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
@@ -562,23 +544,11 @@ def decode_layer(
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
     result, out = (out, out) if out is not None else _new_out(x, g)
-    arrays, given = [x, weight, conv_state, g, beta, out, state], 0
-    for bit, array in (
-        (_L_BIAS, bias),
-        (_L_A_LOG, A_log),
-        (_L_DT_BIAS, dt_bias),
-        (_L_STATE_INDICES, state_indices),
-        (_L_OUTPUT_GATE, output_gate),
-        (_L_NORM_WEIGHT, norm_weight),
-        (_L_NUM_ACCEPTED_TOKENS, num_accepted_tokens),
-        (_L_CU_SEQLENS, cu_seqlens),
-        (_L_RECORDS, records),
-        (_L_CONV_WINDOWS, conv_windows),
-        (_L_ROUNDING, rounding),
-    ):
-        if array is not None:
-            arrays.append(array)
-            given |= bit
+    arrays = [x, weight, conv_state, g, beta, out, state]
+    given = _append_given(
+        arrays, bias, A_log, dt_bias, state_indices, output_gate, norm_weight, num_accepted_tokens,
+        cu_seqlens, records, conv_windows, rounding,
+    )  # fmt: skip
     _hand_over(
         DECODE_LAYER, arrays, _SCALE if scale is None else scale, 0.0 if lower_bound is None else lower_bound,
         given, norm_eps, first_slot, write_states, kernel, threads, use_gate_in_kernel,
@@ -637,17 +607,21 @@ def apply_records(
     """
     if _torch_layer is None and "torch" in sys.modules:
         _find_torch()
-    arrays, given = [records, num_accepted_tokens, state], 0
-    if accepted is not None:
-        arrays.append(accepted)
-        given |= _A_ACCEPTED
-    if state_indices is not None:
-        arrays.append(state_indices)
-        given |= _A_STATE_INDICES
-    if rounding is not None:
-        arrays.append(rounding)
-        given |= _A_ROUNDING
+    arrays = [records, num_accepted_tokens, state]
+    given = _append_given(arrays, accepted, state_indices, rounding)
     _hand_over(APPLY, arrays, 0.0, 0.0, given, first_slot, kernel, threads, state_v_first)
+
+
+def _append_given(arrays: list[Any], *optional: Any) -> int:
+    """Appends those of a call's optional arrays that are given, and returns `given` of the call's options.
+    The order is that of `optional_arrays` of the function's options."""
+    given, bit = 0, 1
+    for array in optional:
+        if array is not None:
+            arrays.append(array)
+            given |= bit
+        bit += bit
+    return given
 
 
 def _hand_over(
@@ -732,7 +706,7 @@ def compute(
         Python array API standard.
 
     Inside of `jax.jit`, `jax.grad` and `jax.vmap` arrays are tracers, which have no memory and are refused.
-    Under `jax.jit` the call can go through `jax.pure_callback`, which copies arrays to the CPU and back.
+    `flash_kda.jax.fwd` is this function for `jax.jit` and `jax.vmap`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`.
@@ -774,10 +748,13 @@ def chunk_kda(
     max_num_seqs: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """The forward pass with the arguments, defaults and results of `fla.ops.kda.chunk_kda` in
+    """The forward pass, with gradients, and with the arguments, defaults and results of
+    `fla.ops.kda.chunk_kda` in
     flash-linear-attention 0.6, for PyTorch tensors: replace the import, and the call stays as it is.
 
-    There is no gradient yet: a tensor that needs one is refused, unless gradients are off.
+    q, k, v, g, beta, A_log, dt_bias and initial_state have gradients, from those of out and final_state. A
+    gradient has the dtype of its tensor. This version computes gradients on the CPU alone: where tensors on a
+    GPU require them, the call raises RuntimeError. Under autocast to bf16, q, k and v are cast to bf16.
 
     Args:
         q, k: bf16 [B, T, H, K]; used as they are unless use_qk_l2norm_in_kernel.
@@ -791,7 +768,9 @@ def chunk_kda(
         safe_gate: with use_gate_in_kernel, lower_bound must be in [-5, 0). The flag changes no result.
         lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
             or with None -exp(A_log) * softplus(g + dt_bias).
-        disable_recompute: of the backward pass; changes nothing. False with return_intermediate_states.
+        disable_recompute: True: where gradients are wanted, the forward pass keeps states for the backward
+            pass, at most a fifth of the bytes of q, k, v and g in bf16. False: the backward pass computes
+            them again. No result has other bits. False with return_intermediate_states.
         return_intermediate_states: whether the state before each chunk is wanted, too; in
             torch.inference_mode() alone.
         state_v_first: states are [.., V, K] instead of [.., K, V].
@@ -812,7 +791,8 @@ def chunk_kda(
         cu_seqlens the chunks of all sequences follow each other.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `fwd`.
+        ValueError, TypeError, RuntimeError: as `fwd`. A RuntimeError also where gradients are wanted and no
+            kernel of the device computes them, or gradients of gradients are asked for.
     """
     call = {
         "q": q, "k": k, "v": v, "g": g, "beta": beta, "scale": scale, "initial_state": initial_state,
@@ -927,6 +907,35 @@ def get_workspace_size(
     return _shapes.workspace_size(
         (T_total, H, N, HV), device, batch_invariant, max_seqlen, largest_batch, {"kernel": kernel, **options}
     )
+
+
+def get_saved_size(
+    T_total: int,
+    H: int,
+    N: int = 1,
+    *,
+    HV: int | None = None,
+    device: Any = None,
+    kernel: str | None = None,
+    max_seqlen: int | None = None,
+    **options: Any,
+) -> int:
+    """The bytes of `saved` that a forward pass with T_total tokens in all, H heads and N sequences may need.
+
+    Args:
+        HV: heads of v, if they are more than H.
+        device: as for `explain`; None: the size is the largest over the devices of this machine that can
+            train.
+        kernel: the kernel that the call names; None: the size is the largest over all kernels of the device.
+        max_seqlen: what the call passes; None: the size is the largest over what it may pass.
+        options: what else the call asks for: the arguments of `explain` from lower_bound on.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is out of range.
+        RuntimeError: no kernel of the device saves anything.
+    """
+    return _shapes.saved_size((T_total, H, N, HV), device, max_seqlen, {"kernel": kernel, **options})
 
 
 def explain(
@@ -1076,85 +1085,6 @@ def reference(
     )
 
 
-def bwd(
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array,
-    beta: Array,
-    scale: SupportsFloat,
-    A_log: Array | None,
-    dt_bias: Array | None,
-    lower_bound: SupportsFloat | None,
-    initial_state: Array | None = None,
-    cu_seqlens: Array | None = None,
-    *,
-    dout: Array | None = None,
-    dfinal_state: Array | None = None,
-    dq: Array | None = None,
-    dk: Array | None = None,
-    dv: Array | None = None,
-    dg: Array | None = None,
-    dbeta: Array | None = None,
-    dA_log: Array | None = None,
-    ddt_bias: Array | None = None,
-    dinitial_state: Array | None = None,
-    **options: Any,
-) -> None:
-    """The backward pass of `fwd`, for arrays in CPU memory: gradients of a loss, from those of out and of
-    final_state. docs/training.md has the formulas.
-
-    The first arguments are those of the forward pass. dout (bf16, as out) and dfinal_state (fp32 or bf16, as
-    final_state) are the loss's gradients, and zeros where they are None. The other arrays are written: dq,
-    dk, dv, dg and dbeta in the dtypes and shapes of q, k, v, g and beta, dA_log [HV], ddt_bias [HV, K] and
-    dinitial_state [N, HV, V, K] in fp32. What is None is not wanted; at least one must be given.
-
-    By keyword also kernel, threads, max_seqlen, use_gate_in_kernel, use_qk_l2norm_in_kernel,
-    use_beta_sigmoid_in_kernel, allow_neg_eigval and state_v_first, as in `fwd`.
-
-    Raises:
-        ValueError, TypeError: as `fwd`; an array is not in CPU memory.
-    """
-    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
-    inputs |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    inputs |= {"dout": dout, "dfinal_state": dfinal_state}
-    gradients = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "dA_log": dA_log}
-    gradients |= {"ddt_bias": ddt_bias, "dinitial_state": dinitial_state}
-    _backward.bwd(inputs, gradients, scale, lower_bound, options)
-
-
-def bwd_reference(
-    q: Any,
-    k: Any,
-    v: Any,
-    g: Any,
-    beta: Any,
-    scale: SupportsFloat,
-    A_log: Any,
-    dt_bias: Any,
-    lower_bound: SupportsFloat | None,
-    initial_state: Any = None,
-    cu_seqlens: Any = None,
-    *,
-    dout: Any = None,
-    dfinal_state: Any = None,
-    **options: Any,
-) -> tuple[Any, ...]:
-    """What `bwd` computes, token by token in fp64 on the CPU: slow, and meant for tests.
-
-    Takes the arguments of `bwd` that it reads, as `reference` takes those of `fwd`. Returns the named tuple
-    (dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state) in fp64: CPU tensors if q is a tensor, else
-    NumPy arrays. dA_log and ddt_bias are also there if A_log or dt_bias is None.
-
-    Raises:
-        ValueError, TypeError: as `bwd`.
-    """
-    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
-    inputs |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    inputs |= {"dout": dout, "dfinal_state": dfinal_state}
-    return _backward.bwd_reference(inputs, scale, lower_bound, options)
-
-
 def decode_reference(
     q: Any,
     k: Any,
@@ -1219,11 +1149,14 @@ _loading = threading.Lock()
 
 
 def _load_torch_layer() -> None:
-    """Imports flash_kda._torch, which also registers the operator. May run in several threads."""
+    """Imports flash_kda._torch and flash_kda._autograd, which also register the operators. May run in several
+    threads."""
     global _torch_layer
     with _loading:
         if _torch_layer is None:
-            _torch_layer = importlib.import_module("._torch", __name__)
+            layer = importlib.import_module("._torch", __name__)
+            importlib.import_module("._autograd", __name__)
+            _torch_layer = layer
 
 
 def _find_torch() -> None:
@@ -1231,6 +1164,13 @@ def _find_torch() -> None:
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     if spec is not None and not getattr(spec, "_initializing", False):
         _load_torch_layer()
+
+
+def _layer_of_torch() -> Any:
+    """flash_kda._torch, or None where PyTorch is not imported."""
+    if _torch_layer is None and "torch" in sys.modules:
+        _find_torch()
+    return _torch_layer
 
 
 _find_torch()

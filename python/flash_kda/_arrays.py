@@ -89,9 +89,9 @@ _NUMPY_DTYPES = {
     "uint8": _lib.U8,
 }
 
-_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule = ctypes.pythonapi["PyCapsule_IsValid"]
 _is_capsule.argtypes = [py_object, c_char_p]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
 _capsule_pointer.argtypes = [py_object, c_char_p]
 _capsule_pointer.restype = c_void_p
 
@@ -286,7 +286,7 @@ def device_of(
     library = library_of(x)
     if library == "jax" and type(x).__name__.endswith("Tracer"):
         raise TypeError(
-            f"{name} is a tracer: flash_kda cannot be called inside of jax.jit, jax.grad or jax.vmap; "
+            f"{name} is a tracer of jax.jit, jax.grad or jax.vmap, which has no memory; "
             f"{options.instead_of_tracer}"
         )
     if library in _IMMUTABLE and written:

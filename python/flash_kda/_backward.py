@@ -1,29 +1,23 @@
-"""The backward pass of `fwd` for arrays in CPU memory, and its fp64 definition."""
+"""The backward pass: `bwd`, and `bwd_reference`, its definition in fp64."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_void_p
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _arrays, _interruptible, _lib, _reference
-from ._call_options import (
-    CallOptions,
-    GateAndBeta,
-    count,
-    gate_option,
-    kernel_option,
-    negated_option,
-    option,
-    threads_option,
-)
+from ._backward_options import BWD, BWD_BIT, GRADIENTS, BwdOptions
 
+if TYPE_CHECKING:
+    from typing import SupportsFloat
+
+_READ = ("A_log", "dt_bias", "initial_state", "cu_seqlens", "dout", "dfinal_state")
 _DIM = 128
 
 
 class Gradients(NamedTuple):
-    """What `bwd_reference` returns: fp64 arrays in the shapes of the arguments that they belong to."""
+    """The gradients of a loss with respect to the inputs of `fwd`. None: there is no such input."""
 
     dq: Any
     dk: Any
@@ -35,91 +29,165 @@ class Gradients(NamedTuple):
     dinitial_state: Any
 
 
-@dataclass(frozen=True, eq=False)
-class BackwardOptions(GateAndBeta, CallOptions):
-    """What one call of `bwd` asks for."""
-
-    function = _lib.BWD
-    operator = "bwd"
-    required_arrays = ("q", "k", "v", "g", "beta")
-    optional_arrays = (
-        "A_log",
-        "dt_bias",
-        "initial_state",
-        "cu_seqlens",
-        "dout",
-        "dfinal_state",
-        *Gradients._fields,
-    )
-    written_arrays = Gradients._fields
-
-    kernel: str | None = kernel_option()
-    threads: int = threads_option()
-    max_seqlen: int = option(0, count(64, "not known", schema="SymInt"))
-    use_gate_in_kernel: bool = gate_option(True)
-    use_qk_l2norm_in_kernel: bool = negated_option("qk_is_normalised")
-    use_beta_sigmoid_in_kernel: bool = gate_option(True)
-    allow_neg_eigval: bool = gate_option(False)
-    state_v_first: bool = negated_option("state_k_first")
-    #: whether lower_bound is a number
-    has_lower_bound: bool = True
-
-
-def _filled(
-    caller: str, inputs: dict[str, Any], scale: Any, lower_bound: Any, more: dict[str, Any]
-) -> tuple[Any, Any, dict[str, tuple[int, ...]], list[Any]]:
-    """As _reference._filled, for the arrays that a call reads."""
-    required = BackwardOptions.required_arrays
-    given = {name: x for name, x in inputs.items() if x is not None or name in required}
-    return _reference._filled(caller, BackwardOptions, given, (), scale, lower_bound, more)
-
-
 def bwd(
-    inputs: dict[str, Any], gradients: dict[str, Any], scale: Any, lower_bound: Any, more: dict[str, Any]
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: SupportsFloat,
+    A_log: Any,
+    dt_bias: Any,
+    lower_bound: SupportsFloat | None,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+    *,
+    dout: Any = None,
+    dfinal_state: Any = None,
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    dg: Any = None,
+    dbeta: Any = None,
+    dA_log: Any = None,
+    ddt_bias: Any = None,
+    dinitial_state: Any = None,
+    saved: Any = None,
+    workspace: Any = None,
+    kernel: str | None = None,
+    threads: int = 0,
+    max_seqlen: int = 0,
+    use_gate_in_kernel: bool = True,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
 ) -> None:
-    for name, x in (inputs | gradients).items():
-        if x is None:
-            continue
-        if _arrays.device_of(name, x, BackwardOptions, name in gradients)[0] != _lib.CPU:
-            raise ValueError(f"{name} is not on the CPU; the backward pass takes arrays in CPU memory")
-    options, params, _shapes, owners = _filled("bwd", inputs, scale, lower_bound, more)
-    options.apply_to(params)  # the kernel's name too
-    for name, x in gradients.items():
-        if x is None:
-            continue
-        view, owner = _arrays.read(name, x, None, written=True)
-        owners.append(owner)
-        _lib.set_shape(getattr(params, name), view.dtype, view.shape, view.stride)
-        getattr(params, name).data = view.pointer or _reference._EMPTY
-    cpu, workspace = _lib.Device(_lib.CPU, 0), c_void_p()
-    params.workspace_size = _lib.BWD.workspace_size(params)
-    _lib.check(_lib.lib.flash_kda_malloc(cpu, params.workspace_size, ctypes.byref(workspace)))
-    try:
-        params.workspace = workspace
-        _interruptible.bwd(params)
-    finally:
-        _lib.lib.flash_kda_free(cpu, workspace)
+    """The backward pass: from the gradients of a loss with respect to the results of `fwd`, those with
+    respect to its inputs. Writes the gradients that are given, and returns None. A gradient that is None is
+    not wanted, and at least one must be wanted.
+
+    The gradients are with respect to the arguments as they are passed, so they go through the norm of q and
+    k, the gate, and the sigmoid of beta. PyTorch users need not call this function: `chunk_kda` has
+    gradients.
+
+    Args:
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens: those of the forward
+            pass. There are no gradients through pools and checkpoints.
+        dout: bf16 [B, T, HV, V], the gradient with respect to out, or None: zeros.
+        dfinal_state: fp32 or bf16 [N, HV, V, K], the gradient with respect to the final state, or None:
+            zeros.
+        dq, dk: bf16 [B, T, H, K], written, or None. The value heads that share a head of q and k add up.
+        dv: bf16 [B, T, HV, V], written, or None.
+        dg: [B, T, HV, K] in the dtype of g, written, or None.
+        dbeta: [B, T, HV] in the dtype of beta, written, or None.
+        dA_log: fp32, HV elements in any shape, written, or None. Only with A_log.
+        ddt_bias: fp32, HV * K elements in any shape, written, or None. Only with dt_bias.
+        dinitial_state: fp32 [N, HV, V, K], written, or None. Also without initial_state, which is then
+            zeros.
+        saved: uint8 on the device, contiguous and aligned to 64 bytes: what `fwd` has written to the array
+            that it got as `saved`, with the same inputs and options. None: the call computes again what it
+            needs, which takes time. Gradients have the same bits with and without it. What another forward
+            pass has saved gives wrong gradients.
+        workspace: as for `fwd`, or None.
+        kernel, threads, max_seqlen: as for `fwd`.
+        use_gate_in_kernel, use_qk_l2norm_in_kernel: those of the forward pass.
+        use_beta_sigmoid_in_kernel, allow_neg_eigval: those of the forward pass.
+        state_v_first: that of the forward pass. False: the gradients of states are [.., K, V], too.
+
+    Gradients are written, not added to what the arrays held. Strides are as in `fwd`: those of dout, dq, dk,
+    dv and dg are free except in the last dimension, those of dbeta in all dimensions, and those of states in
+    the first one. PyTorch tensors whose strides do not fit are copied. What is written shares no elements
+    with anything else.
+
+    Raises:
+        ValueError: an argument has a wrong shape, value, device or memory.
+        TypeError: an argument has a wrong dtype or is of a wrong type.
+        RuntimeError: there is no such device or kernel, no kernel of the device computes gradients, the
+            driver failed, or gradients of these gradients were asked for, which do not exist.
+    In each of these cases nothing was written. The message of a ValueError or TypeError names the argument.
+    A signal whose handler raises ends a long call on the CPU, as it does for `fwd`.
+    """
+    package: Any = sys.modules[__package__]
+    torch_layer = package._layer_of_torch()
+    arrays, given = [q, k, v, g, beta], 0
+    for name, array in (
+        ("A_log", A_log), ("dt_bias", dt_bias), ("initial_state", initial_state), ("cu_seqlens", cu_seqlens),
+        ("dout", dout), ("dfinal_state", dfinal_state), ("dq", dq), ("dk", dk), ("dv", dv), ("dg", dg),
+        ("dbeta", dbeta), ("dA_log", dA_log), ("ddt_bias", ddt_bias), ("dinitial_state", dinitial_state),
+        ("saved", saved), ("workspace", workspace),
+    ):  # fmt: skip
+        if array is not None:
+            arrays.append(array)
+            given |= BWD_BIT[name]
+    is_tensor = torch_layer is not None and isinstance(q, torch_layer.Tensor)
+    is_traced = is_tensor and torch_layer.is_compiling()
+    # A compiler traces the constructor, since it cannot trace a cache.
+    options = (BwdOptions if is_traced else BWD.known)(
+        given, kernel, threads, max_seqlen, use_gate_in_kernel, use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None,
+    )  # fmt: skip
+    if lower_bound is None:
+        lower_bound = 0.0  # which C does not look at
+    if is_traced:
+        torch_layer.call_c_traced(arrays, options, scale, lower_bound)
+    elif is_tensor:
+        torch_layer.call_c(arrays, options, scale, lower_bound)
+    else:
+        _arrays.call_c(arrays, options, scale, lower_bound)
 
 
-def bwd_reference(inputs: dict[str, Any], scale: Any, lower_bound: Any, more: dict[str, Any]) -> Gradients:
-    options, params, shapes, _owners = _filled("bwd_reference", inputs, scale, lower_bound, more)
+def bwd_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: SupportsFloat,
+    A_log: Any,
+    dt_bias: Any,
+    lower_bound: SupportsFloat | None,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+    *,
+    dout: Any = None,
+    dfinal_state: Any = None,
+    **options: Any,
+) -> Gradients:
+    """What `bwd` computes, token by token in fp64 on the CPU: slow, and meant for tests.
+
+    Takes the arguments of `bwd`, as `reference` takes those of `fwd`, and its options by keyword. Options
+    that change no result (kernel, threads, max_seqlen) are taken and change nothing.
+
+    Returns all gradients in fp64 under the names that `bwd` has for them: CPU tensors if q is a tensor, else
+    NumPy arrays. dA_log has the shape [HV] and ddt_bias [HV, K]; they are None without A_log and without
+    dt_bias. dinitial_state is there also without initial_state. With state_v_first=False it is [.., K, V].
+
+    Raises:
+        ValueError, TypeError: as `bwd`.
+    """
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    optional = zip(_READ, (A_log, dt_bias, initial_state, cu_seqlens, dout, dfinal_state))
+    given |= {name: x for name, x in optional if x is not None}
+    asked, params, shapes, _owners = _reference.filled(
+        "bwd_reference", BwdOptions, given, (), scale, lower_bound, options
+    )
     # C checks that the arrays fit each other before it writes, so results of wrong arrays may have any size.
     borders = shapes["cu_seqlens"] if "cu_seqlens" in shapes else shapes["q"]
     N = max((borders or (0,))[0] - ("cu_seqlens" in shapes), 0)
     heads = shapes["v"][2:3] or (0,)
-    of_results = (
-        shapes["q"],
-        shapes["k"],
-        shapes["v"],
-        shapes["g"],
-        shapes["beta"],
-        heads,
-        (*heads, _DIM),
-        (N, *heads, _DIM, _DIM),
-    )
-    results = Gradients(*(_reference._new(inputs["q"], shape) for shape in of_results))
-    to = _lib.Gradients64(ctypes.sizeof(_lib.Gradients64), *map(_reference._pointer, results))
-    _interruptible.bwd_reference(params, ctypes.byref(to))
-    if options.state_v_first:
-        return results
-    return results._replace(dinitial_state=_reference._transposed(results.dinitial_state))
+    wanted = {
+        "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"], "dg": shapes["g"], "dbeta": shapes["beta"],
+        "dA_log": heads, "ddt_bias": (*heads, _DIM), "dinitial_state": (N, *heads, _DIM, _DIM),
+    }  # fmt: skip
+    for name in ("A_log", "dt_bias"):
+        if name not in shapes:
+            del wanted["d" + name]
+    results = {name: _reference.new64(q, shape) for name, shape in wanted.items()}
+    gradients = _lib.Gradients64(struct_size=ctypes.sizeof(_lib.Gradients64))
+    for name, x in results.items():
+        setattr(gradients, name, _reference.pointer_of(x))
+    _interruptible.bwd_reference(params, ctypes.byref(gradients))
+    if not asked.state_v_first:
+        results["dinitial_state"] = _reference.transposed(results["dinitial_state"])
+    return Gradients(*map(results.get, GRADIENTS))

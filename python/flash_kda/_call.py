@@ -30,6 +30,8 @@ _EMPTY_BUT_PRESENT = 64
 # read and written takes as long as 16 tokens.
 _LONG_TOKENS = 8000
 _TOKENS_OF_A_STATE = 16
+# The functions whose calls can be long, by their operators, and how a long call is made.
+_LONG: dict[str, Callable[[Any], None]] = {"fwd": _interruptible.fwd, "bwd": _interruptible.bwd}
 
 
 class View(NamedTuple):
@@ -74,6 +76,7 @@ class PreparedCall:
 
     __slots__ = (
         "busy",
+        "call_long",
         "device_index",
         "fits",
         "function",
@@ -107,8 +110,12 @@ class PreparedCall:
         self.pointers = []
         given_bytes = None  # of a workspace that the caller gives
         for name, view in zip(options.names, views):
-            if name == "workspace":
-                given_bytes = _workspace_bytes(view)
+            if name in ("workspace", "saved"):
+                size_bytes = _bytes_of(name, view)
+                if name == "workspace":
+                    given_bytes = size_bytes
+                else:
+                    params.saved_size = size_bytes
                 self.pointers.append(self._field(c_void_p, name))
                 continue
             if name == "records":
@@ -128,8 +135,9 @@ class PreparedCall:
         # Bytes that run() needs from its caller, or on the CPU from the thread.
         self.workspace_size = bytes_needed if given_bytes is None else 0
         params.workspace_size = bytes_needed if given_bytes is None else given_bytes
-        is_fwd = options.function is _lib.FWD  # calls of other functions are short
-        self.is_long = is_fwd and not self.on_gpu and _is_long(params)
+        # Calls of other functions are short.
+        self.call_long = _LONG.get(options.operator, _interruptible.fwd)
+        self.is_long = options.operator in _LONG and not self.on_gpu and _is_long(params)
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
@@ -180,21 +188,21 @@ class PreparedCall:
     def _run_long(self) -> None:
         """Handlers of signals run meanwhile, and may call fwd, so the call has a workspace of its own."""
         if not self.workspace_size:
-            _interruptible.fwd(self.params)
+            self.call_long(self.params)
             return
         block = _scratch.take(self.workspace_size)
         self.workspace.value = block[1]
-        _interruptible.fwd(self.params)
+        self.call_long(self.params)
         _scratch.give_back(block)
 
 
-def _workspace_bytes(view: View) -> int:
-    """The size of a workspace that the caller gives. Whether it is enough is for C to check."""
+def _bytes_of(name: str, view: View) -> int:
+    """The size of memory without a form that the caller gives. Whether it is enough is for C to check."""
     if view.dtype != _lib.U8:
         dtype = _lib.DTYPE_NAMES.get(view.dtype, "another type")
-        raise TypeError(f"workspace has dtype {dtype}; it must be uint8")
+        raise TypeError(f"{name} has dtype {dtype}; it must be uint8")
     if view.stride is not None and view.stride != _lib.row_major(view.shape):
-        raise ValueError(f"workspace has strides {list(view.stride)}; it must be contiguous")
+        raise ValueError(f"{name} has strides {list(view.stride)}; it must be contiguous")
     return math.prod(view.shape)
 
 
@@ -213,7 +221,7 @@ def _flat_records(view: View) -> View:
     return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
 
 
-def _is_long(params: _lib.FwdParams) -> bool:
+def _is_long(params: Any) -> bool:
     """Whether a call on the CPU may take so long that signals should not wait for it."""
     rows, tokens, heads = params.v.shape[:3]
     sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows

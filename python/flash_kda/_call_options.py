@@ -1,10 +1,10 @@
 """What a call asks for apart from the contents of its arrays and its numbers: the machinery of all functions.
 
-Every function that hands arrays to C has a subclass of `CallOptions`: `fwd` in _options.py, `decode` and
-`apply_records` in _decode_options.py. The subclass names the function's arrays, and has one field for each of
-its options. The field says which values the option takes. From the subclass follow the checks and their
-sentences, what goes into C's struct, the function's operator in PyTorch, and whether an earlier call's struct
-can be reused.
+Every function that hands arrays to C has a subclass of `CallOptions`: `fwd` in _options.py, and `decode`,
+`decode_layer` and `apply_records` in _decode_options.py. The subclass names the function's arrays, and has
+one field for each of its options. The field says which values the option takes. From the subclass follow the
+checks and their sentences, what goes into C's struct, the function's operator in PyTorch, and whether an
+earlier call's struct can be reused.
 
 `KnownOptions` returns the same frozen object for the same values, and it has checked the values of every
 object that it returns. Hence two calls that ask for the same are told by `is`.
@@ -14,7 +14,8 @@ To add a function, change
 1. _lib.py: its struct, and a `Function`;
 2. a module with the subclass of `CallOptions` and its `KnownOptions`;
 3. __init__.py: the function itself;
-4. _torch.py: `_OPERATORS`, which has the operator of each function;
+4. _torch.py: `OPERATORS` at its end, which registers an operator with PyTorch for each function. `Operator`
+   makes all that PyTorch needs, with the schema that follows from the subclass;
 5. _layout.py: how its arrays may lie in memory, and which of them are written.
 """
 

@@ -3,6 +3,8 @@
 The names and their meaning are FLA's, so that a caller may replace the import. What differs from fwd: states
 are [.., K, V] unless state_v_first, q, k, g and beta are used as they are unless the flags ask for more, and
 the results are new tensors.
+
+Where a tensor requires a gradient, _autograd.py computes the call, and else fwd does.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
         if not isinstance(call[name], torch.Tensor):
             raise TypeError(f"{name} is of type {type(call[name]).__name__}; it must be a PyTorch tensor")
     state_v_first = _check(call, more, torch)
-    with_gate, lower_bound = call["use_gate_in_kernel"], call["lower_bound"]
+    with_gate = call["use_gate_in_kernel"]
+    lower_bound = call["lower_bound"] if with_gate else None
+    q, k, v = _for_autocast(torch, q, k, v)
+    inputs = {
+        "q": q, "k": k, "v": v, "g": call["g"], "beta": call["beta"],
+        "A_log": more.get("A_log") if with_gate else None,
+        "dt_bias": more.get("dt_bias") if with_gate else None,
+        "initial_state": call["initial_state"],
+    }  # fmt: skip
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.values()):
+        return _with_gradients(torch, inputs, call, lower_bound, state_v_first)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV = v.shape[2] if v.ndim == 4 else 0
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -47,9 +59,9 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
         call["beta"],
         _DIM**-0.5 if call["scale"] is None else call["scale"],
         out,
-        A_log=more.get("A_log") if with_gate else None,
-        dt_bias=more.get("dt_bias") if with_gate else None,
-        lower_bound=lower_bound if with_gate else None,
+        A_log=inputs["A_log"],
+        dt_bias=inputs["dt_bias"],
+        lower_bound=lower_bound,
         initial_state=call["initial_state"],
         final_state=final_state,
         cu_seqlens=cu_seqlens,
@@ -63,6 +75,43 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
     if states is None:
         return out, final_state
     return out, final_state, states.finished(call["initial_state"])
+
+
+def _for_autocast(torch: Any, *tensors: Any) -> tuple[Any, ...]:
+    """q, k and v in the dtype of autocast where that is bf16, as autocast has the arguments of a product."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) is not torch.bfloat16:
+        return tensors
+    return tuple(x.to(torch.bfloat16) if x.is_floating_point() else x for x in tensors)
+
+
+def _with_gradients(
+    torch: Any, inputs: dict[str, Any], call: dict[str, Any], lower_bound: Any, state_v_first: bool
+) -> tuple[Any, Any]:
+    """inputs: the tensors that have gradients, in the order of the operator's arguments."""
+    from . import _autograd
+
+    max_seqlen = 0
+    if not torch.compiler.is_compiling():
+        given = {**inputs, "cu_seqlens": call["cu_seqlens"]}
+        _autograd.refuse_strange({name: x for name, x in given.items() if x is not None})
+        if call["cu_seqlens_cpu"] is not None:
+            max_seqlen = longest_of(call["cu_seqlens_cpu"])
+    out, final_state, _ = _autograd.chunk_kda(
+        *inputs.values(),
+        call["cu_seqlens"],
+        _DIM**-0.5 if call["scale"] is None else call["scale"],
+        lower_bound,
+        max_seqlen,
+        call["use_gate_in_kernel"],
+        call["use_qk_l2norm_in_kernel"],
+        call["use_beta_sigmoid_in_kernel"],
+        call["allow_neg_eigval"],
+        state_v_first,
+        call["output_final_state"],
+        call["disable_recompute"],
+    )
+    return out, final_state if call["output_final_state"] else None
 
 
 def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
@@ -79,6 +128,9 @@ def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:
     bound = call["lower_bound"]
     if call["safe_gate"] and call["use_gate_in_kernel"] and (bound is None or not -5 <= bound < 0):
         raise ValueError(f"lower_bound is {bound} with safe_gate=True; it must be in [-5, 0)")
+    if not isinstance(call["disable_recompute"], bool):
+        kind = type(call["disable_recompute"]).__name__
+        raise TypeError(f"disable_recompute is of type {kind}; it must be True or False")
     initial_state = call["initial_state"]
     is_tensor = isinstance(initial_state, torch.Tensor)
     if initial_state is not None and not (is_tensor and initial_state.dtype == torch.float32):

@@ -43,11 +43,13 @@ class DecodeOptions(GateAndBeta, CallOptions):
         "parents",
         "records",
         "rounding",
+        "written_states",
+        "written_indices",
     )
-    written_arrays = ("out", "state", "records")
+    written_arrays = ("out", "state", "records", "written_states")
     operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")
     instead_of_immutable = _COPY
-    instead_of_tracer = "call it outside of them"
+    instead_of_tracer = "call flash_kda.jax.decode there, or decode outside of them"
 
     first_slot: int = first_slot_option()
     write_states: str = option("last", choice("last", "none", "each"))
@@ -132,7 +134,3 @@ for _cls in (DecodeOptions, DecodeLayerOptions, ApplyOptions):
 DECODE = KnownOptions(DecodeOptions)
 DECODE_LAYER = KnownOptions(DecodeLayerOptions)
 APPLY = KnownOptions(ApplyOptions)
-DECODE_BIT = {name: DecodeOptions.bits_of(name) for name in DecodeOptions.optional_arrays}
-LAYER_BIT = {name: DecodeLayerOptions.bits_of(name) for name in DecodeLayerOptions.optional_arrays}
-APPLY_BIT = {name: ApplyOptions.bits_of(name) for name in ApplyOptions.optional_arrays}
-BOTH_PARAMETERS = DecodeOptions.bits_of("A_log", "dt_bias")

@@ -7,8 +7,10 @@ it also drops `allow_neg_eigval`. So this module replaces that backend, in FLA's
 takes each call that `flash_kda.chunk_kda` can serve, and says no to all others. FLA then computes these by
 itself.
 
-FLA 0.6 has no backend for fused_recurrent_kda, so this module adds one for its inner function
-fused_recurrent_kda_fwd. The inner function also knows pools of states, which stay with FLA.
+The same backend takes FLA's inner function fused_recurrent_kda_fwd, for which FLA has no backend. FLA 0.6
+asks its registry before it computes that function. FLA 0.5 does not, so `flash_kda.fla.install` puts FLA's
+own dispatcher around it (`dispatch_recurrent`). The inner function also knows pools of states, which stay
+with FLA.
 
 FLA imports flash_kda in the middle of the first call that it hands over, if nobody did before. That call was
 taken by FLA's own backend, so it goes back to FLA, which then asks this one: see `_give_back`.
@@ -19,11 +21,34 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _later, _lib, _shapes
 
 MODULE = "fla.ops.kda"  # which has chunk_kda
+
+
+class Call(NamedTuple):
+    """One call that FLA has offered to this package.
+
+    Attributes:
+        function: "chunk_kda" or "fused_recurrent_kda".
+        reason: why this package left the call to FLA, or "": this package took it.
+    """
+
+    function: str
+    reason: str
+
+
+records: list[list[Call]] = []  # of `flash_kda.fla.record`: each gets every call
+is_off = False  # after `flash_kda.fla.uninstall`
+
+
+def _decide(function: str, reason: str) -> tuple[bool, str | None]:
+    """What a verifier of FLA returns. reason: why the call stays with FLA, or ""."""
+    for record in records:
+        record.append(Call(function, reason))
+    return not reason, reason or None
 
 
 @lru_cache(maxsize=64)
@@ -47,14 +72,46 @@ def _why_not_kernel(device: tuple[int, int], HV: int, options: tuple[tuple[str, 
     return ""
 
 
+_TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
+_MAY_BE_ABSENT = ("initial_state", "cu_seqlens", "A_log", "dt_bias")
+
+
 def _why_not_tensors(call: dict[str, Any]) -> str:
     """Why `fwd` cannot serve a call with these tensors, or ""."""
     import torch
 
+    tensors = [call.get(name) for name in _TENSORS]
+    looks: list[Any] = []
+    for name, t in zip(_TENSORS, tensors):
+        if t is None and name in _MAY_BE_ABSENT:
+            looks.append(None)
+        elif isinstance(t, torch.Tensor):
+            looks.append((t.dtype, t.shape, t.device))
+        else:
+            return f"flash_kda needs {name}"
+    reason = _why_not_looks(tuple(looks), bool(call.get("use_gate_in_kernel")))
+    if reason or not torch.is_grad_enabled():
+        return reason
+    for name, t in zip(_TENSORS, tensors):
+        is_used = call.get("use_gate_in_kernel") or name not in ("A_log", "dt_bias")
+        if t is not None and is_used and t.requires_grad:
+            return f"flash_kda has no backward pass yet, and {name} requires a gradient"
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def _why_not_looks(looks: tuple[Any, ...], with_gate: bool) -> str:
+    """looks: dtype, shape and device of each of _TENSORS, or None where there is none. In a model, calls of
+    few looks follow each other, so what is found is kept."""
+    import torch
+
     bf16, f32, f16 = torch.bfloat16, torch.float32, torch.float16
-    q, v, with_gate = call["q"], call["v"], call.get("use_gate_in_kernel")
-    (B, T, H, K), HV = q.shape, v.shape[2]
-    N = B if call.get("cu_seqlens") is None else call["cu_seqlens"].numel() - 1
+    look = dict(zip(_TENSORS, looks))
+    (_, q_shape, device), v_shape = look["q"], look["v"][1]
+    if len(q_shape) != 4 or len(v_shape) != 4:
+        return f"flash_kda does not take q of shape {list(q_shape)} and v of shape {list(v_shape)}"
+    (B, T, H, K), HV = q_shape, v_shape[2]
+    N = B if look["cu_seqlens"] is None else look["cu_seqlens"][1].numel() - 1
     rows = (B, T, HV, K)
     # The dtypes and the shape that each tensor may have, or its number of elements.
     takes: dict[str, tuple[tuple[Any, ...], Any]] = {
@@ -68,24 +125,20 @@ def _why_not_tensors(call: dict[str, Any]) -> str:
     }
     if with_gate:
         takes |= {"A_log": ((f32, bf16, f16), HV), "dt_bias": ((f32, bf16, f16), HV * K)}
-    if K != 128 or v.shape[-1] != 128:
-        return f"flash_kda takes K = V = 128, and they are {K} and {v.shape[-1]}"
+    if K != 128 or v_shape[-1] != 128:
+        return f"flash_kda takes K = V = 128, and they are {K} and {v_shape[-1]}"
     if HV % H:
         return f"flash_kda takes HV that is a multiple of H, and they are {HV} and {H}"
-    for name, (dtypes, shape) in takes.items():
-        t = call.get(name)
-        if t is None and name in ("initial_state", "cu_seqlens", "A_log", "dt_bias"):
+    for name, (dtypes, wanted) in takes.items():
+        if look[name] is None:
             continue
-        if not isinstance(t, torch.Tensor):
-            return f"flash_kda needs {name}"
-        if t.device != q.device:
-            return f"{name} is on {t.device} and q on {q.device}"
-        if t.dtype not in dtypes:
-            return f"flash_kda does not take {name} of {t.dtype}"
-        if (t.numel() if isinstance(shape, int) else t.shape) != shape:
-            return f"flash_kda does not take {name} of shape {list(t.shape)}"
-        if t.requires_grad and torch.is_grad_enabled():
-            return f"flash_kda has no backward pass yet, and {name} requires a gradient"
+        dtype, shape, where = look[name]
+        if where != device:
+            return f"{name} is on {where} and q on {device}"
+        if dtype not in dtypes:
+            return f"flash_kda does not take {name} of {dtype}"
+        if (shape.numel() if isinstance(wanted, int) else shape) != wanted:
+            return f"flash_kda does not take {name} of shape {list(shape)}"
     return ""
 
 
@@ -140,36 +193,33 @@ def why_not_recurrent(call: dict[str, Any]) -> str:
     return why_not(call)
 
 
-def _chunk_kda_of_package() -> Any:
-    package: Any = sys.modules[__package__]
-    return package.chunk_kda
+_OFF = "flash_kda.fla.uninstall() was called"
 
 
-def _recurrent_backend_of(theirs: Any, base: Any) -> Any:
-    """A backend with the name, switches and place of FLA's own for chunk_kda, for fused_recurrent_kda_fwd."""
-    package: Any = sys.modules[__package__]
-    ours = inspect.signature(package.fused_recurrent_kda).parameters.values()
-    takes = {p.name for p in ours if p.kind is not p.VAR_KEYWORD}
+def _function(name: str) -> Any:
+    """A function of the package, as the package has it now."""
+    return getattr(sys.modules[__package__], name)
 
-    class RecurrentBackend(base):
-        backend_type, package_name = theirs.backend_type, theirs.package_name
-        env_var, default_enable, priority = theirs.env_var, theirs.default_enable, theirs.priority
 
-        def fused_recurrent_kda_fwd_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-            reason = "its arguments have no names" if args else why_not_recurrent(kwargs)
-            return not reason, reason or None
+def _keywords_of(name: str) -> set[str]:
+    """The keywords that a function of the package takes, without those behind **kwargs."""
+    ours = inspect.signature(_function(name)).parameters.values()
+    return {p.name for p in ours if p.kind is not p.VAR_KEYWORD}
 
-        def fused_recurrent_kda_fwd(self, **call: Any) -> Any:
-            return package.fused_recurrent_kda(**{name: x for name, x in call.items() if name in takes})
 
-    return RecurrentBackend
+def _taken(call: dict[str, Any], takes: set[str]) -> dict[str, Any]:
+    """A call of FLA as this package takes it. FLA ignores keywords that it does not know."""
+    call = dict(call)
+    if "transpose_state_layout" in call:  # as FLA 0.5.0 calls it
+        call["state_v_first"] = call.pop("transpose_state_layout")
+    return {name: x for name, x in call.items() if name in takes}
 
 
 def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
     """A class like FLA's backend that takes what this package can serve."""
     signature = inspect.signature(inspect.unwrap(chunk_kda))
-    ours = inspect.signature(_chunk_kda_of_package()).parameters.values()
-    takes = {p.name for p in ours if p.kind is not p.VAR_KEYWORD} | {"A_log", "dt_bias", "chunk_size"}
+    of_chunk = _keywords_of("chunk_kda") | {"A_log", "dt_bias", "chunk_size"}
+    of_recurrent = _keywords_of("fused_recurrent_kda")
 
     def named(args: tuple, kwargs: dict) -> dict[str, Any]:
         """The arguments of a call by name. FLA's backend has them in another order than chunk_kda itself."""
@@ -182,41 +232,59 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
 
     class Backend(theirs):
         def chunk_kda_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-            reason = why_not(named(args, kwargs))
-            return not reason, reason or None
+            return _decide("chunk_kda", _OFF if is_off else why_not(named(args, kwargs)))
 
         def chunk_kda(self, *args: Any, **kwargs: Any) -> Any:
-            call = dict(named(args, kwargs))
-            if "transpose_state_layout" in call:  # as FLA 0.5.0 calls it
-                call["state_v_first"] = call.pop("transpose_state_layout")
-            # FLA ignores keywords that it does not know.
-            return _chunk_kda_of_package()(**{name: x for name, x in call.items() if name in takes})
+            return _function("chunk_kda")(**_taken(named(args, kwargs), of_chunk))
+
+        def fused_recurrent_kda_fwd_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+            reason = "its arguments have no names" if args else why_not_recurrent(kwargs)
+            return _decide("fused_recurrent_kda", _OFF if is_off else reason)
+
+        def fused_recurrent_kda_fwd(self, **call: Any) -> Any:
+            return _function("fused_recurrent_kda")(**_taken(call, of_recurrent))
 
     return Backend
 
 
-def _adopt() -> None:
-    """Replaces FLA's backend. FLA stays as it is where it is not as the versions known here are."""
+def adopt() -> None:
+    """Replaces FLA's backend. Raises an exception where FLA is not as the versions known here are."""
+    from fla.ops.kda import backends, chunk_kda
+
+    if hasattr(backends, "kda_registry"):  # 0.5
+        theirs = backends.FlashKDABackend
+        backends.kda_registry.register(_backend_of(theirs, chunk_kda)())
+    else:  # 0.6
+        from fla.backends import register
+        from fla.ops.kda.backends import flash_kda as module
+
+        theirs = module.FlashKDABackend
+        Backend = _backend_of(theirs, chunk_kda)
+        register(chunk_kda)(Backend)
+        register("kda")(Backend)
+    in_progress = _frame_of(theirs.chunk_kda)
+    if in_progress is not None:
+        caller = in_progress.f_back.f_locals  # FLA's dispatcher, which has the arguments of chunk_kda
+        _give_back(in_progress, chunk_kda, caller["args"], caller["kwargs"])
+
+
+def dispatch_recurrent() -> None:
+    """Makes FLA 0.5 ask its registry before it computes fused_recurrent_kda_fwd, as FLA 0.6 does."""
+    from fla.ops.kda import backends, fused_recurrent
+
+    inner = fused_recurrent.fused_recurrent_kda_fwd
+    if hasattr(backends, "kda_registry") and not getattr(inner, "_asks_flash_kda", False):
+        asking = backends.dispatch("kda")(inner)
+        asking._asks_flash_kda = True
+        fused_recurrent.fused_recurrent_kda_fwd = asking
+
+
+def _adopt_if_possible() -> None:
+    """FLA stays as it is where it is not as the versions known here are, since FLA's import must not fail for
+    what this package wants of it."""
     try:
-        from fla.ops.kda import backends, chunk_kda
-
-        if hasattr(backends, "kda_registry"):  # 0.5
-            theirs = backends.FlashKDABackend
-            Backend = _backend_of(theirs, chunk_kda)
-            backends.kda_registry.register(Backend())
-        else:  # 0.6
-            from fla.backends import BaseBackend, register
-            from fla.ops.kda.backends import flash_kda as module
-
-            theirs = module.FlashKDABackend
-            Backend = _backend_of(theirs, chunk_kda)
-            register(chunk_kda)(Backend)
-            register("kda")(_recurrent_backend_of(theirs, BaseBackend))
-        in_progress = _frame_of(theirs.chunk_kda)
-        if in_progress is not None:
-            caller = in_progress.f_back.f_locals  # FLA's dispatcher, which has the arguments of chunk_kda
-            _give_back(in_progress, chunk_kda, caller["args"], caller["kwargs"])
-    except Exception:  # FLA's import must not fail for what this package wants of it
+        adopt()
+    except Exception:
         return
 
 
@@ -249,6 +317,6 @@ def _give_back(frame: Any, chunk_kda: Any, args: tuple, kwargs: dict) -> None:
 def serve() -> None:
     """Adopts FLA's backend now, or once FLA is imported."""
     if hasattr(sys.modules.get(MODULE), "chunk_kda"):
-        _adopt()
+        _adopt_if_possible()
     else:
-        _later.when_imported(MODULE, _adopt)
+        _later.when_imported(MODULE, _adopt_if_possible)

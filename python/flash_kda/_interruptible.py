@@ -20,7 +20,6 @@ from . import _lib
 
 _fwd = _lib.lib.flash_kda_fwd, _lib.with_signals("flash_kda_fwd")
 _reference = _lib.lib.flash_kda_reference, _lib.with_signals("flash_kda_reference")
-
 _bwd = _lib.lib.flash_kda_bwd, _lib.with_signals("flash_kda_bwd")
 _bwd_reference = _lib.lib.flash_kda_bwd_reference, _lib.with_signals("flash_kda_bwd_reference")
 

@@ -32,7 +32,7 @@ class _Watcher:
         execute = loader.exec_module
 
         def exec_module(module: Any) -> None:
-            del loader.exec_module
+            vars(loader).pop("exec_module", None)  # another watcher of the module may have done it
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)  # type: ignore[arg-type]

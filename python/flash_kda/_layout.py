@@ -12,22 +12,36 @@ from typing import Any
 
 import torch
 
+from ._backward_options import BwdOptions
 from ._decode_options import DecodeLayerOptions, DecodeOptions
 from ._options import WRITTEN_ARRAYS
 
 _GATE_PARAMETERS = ("A_log", "dt_bias")
 _16_BITS = (torch.bfloat16, torch.float16)
-_WRITTEN = {*WRITTEN_ARRAYS, *DecodeOptions.written_arrays, *DecodeLayerOptions.written_arrays}
-# How a tensor may lie in memory, as src/check.c and src/check_decode.c have it. All others are contiguous.
-_ROWS = ("q", "k", "v", "g", "out")  # the last dimension is contiguous
-_FREE = ("beta",)
+_WRITTEN = {
+    *WRITTEN_ARRAYS,
+    *DecodeOptions.written_arrays,
+    *DecodeLayerOptions.written_arrays,
+    *BwdOptions.written_arrays,
+}
+# How a tensor may lie in memory, as src/check.c, src/check_bwd.c and src/check_decode.c have it. All others
+# are contiguous.
+_ROWS = ("q", "k", "v", "g", "out", "dq", "dk", "dv", "dg", "dout")  # the last dimension is contiguous
+_FREE = ("beta", "dbeta")
 # Of decode_layer, which reads and writes all but the states element by element.
 _ELEMENT_ROWS = ("x", "g", "out", "output_gate")
 _ELEMENT_FREE = ("weight", "beta", "conv_state", "conv_windows")
 # All but the first dimension are contiguous.
-_SLOTS = ("initial_state", "final_state", "checkpoint_states", "state")
+_SLOTS = (
+    "initial_state", "final_state", "checkpoint_states", "state", "written_states", "dinitial_state",
+    "dfinal_state",
+)  # fmt: skip
 # Pools, of which a call needs few slots, and what it writes in part.
-_NEVER_COPIED = ("workspace", "checkpoint_states", "state", "records", "conv_state", "conv_windows")
+_NEVER_COPIED = (
+    "workspace", "saved", "checkpoint_states", "state", "written_states", "records", "conv_state",
+    "conv_windows",
+)  # fmt: skip
+_ALIGNED = ("dt_bias", "ddt_bias")  # to _UNIT too
 _UNIT = 16  # bytes, of which addresses are multiples, and on a GPU strides
 _MOST_STRIDE = 2**31 - 1  # elements, on a GPU
 
@@ -71,7 +85,7 @@ def _fits(name: str, t: Any, on_gpu: bool, by_element: bool) -> bool:
         if t.is_contiguous() or name in _ELEMENT_FREE:
             return True
         return name in _ELEMENT_ROWS and (t.shape[-1] < 2 or t.stride(-1) == 1)
-    if (name in _ROWS or name in _SLOTS or name == "dt_bias") and t.data_ptr() % _UNIT:
+    if (name in _ROWS or name in _SLOTS or name in _ALIGNED) and t.data_ptr() % _UNIT:
         return False
     return t.is_contiguous() or _strides_fit(name, t, on_gpu)
 

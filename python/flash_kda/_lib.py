@@ -168,6 +168,8 @@ class DecodeParams(ctypes.Structure):
         ("first_slot", c_int64),
         ("kernel", c_char_p),
         ("interrupt", c_void_p),
+        ("written_states", Tensor),
+        ("written_indices", Tensor),
     ]
 
 
@@ -338,9 +340,9 @@ def _load() -> ctypes.CDLL:
 
 lib = _load()
 
-_calls_of_the_interpreter = ctypes.PyDLL(
-    lib._name
-)  # called with Python's lock, which C gives up while it waits
+# The functions ..._for() are called with Python's lock held, unlike those of `lib`. They wait for the work in
+# C, and give the lock up during the wait.
+_calls_of_the_interpreter = ctypes.PyDLL(lib._name)
 
 
 def with_signals(name: str) -> Callable[..., int]:
@@ -363,13 +365,15 @@ _IN_PYTHON = (
     *((f"FLASH_KDA_WRITE_{name.upper()}", f'write_states="{name}"') for name in ("last", "none", "each")),
     ("checkpoint_every = 0", "checkpoint_every=None"),
     ("workspace_size is", "workspace has"),
+    ("saved_size is", "saved has"),
+    ("are all absent", "are all None"),
 )
 
 
 def last_error(status: int) -> Exception:
     """The exception for a status of the C library, with its sentence."""
     kind = {INVALID_VALUE: ValueError, INVALID_DTYPE: TypeError}.get(status, RuntimeError)
-    # A kernel's name may end in half a character, where C has cut it.
+    # C cuts a long name of a kernel at a byte, which may be inside of a character of UTF-8.
     sentence = lib.flash_kda_last_error().decode(errors="replace")
     for c, python in _IN_PYTHON:
         sentence = sentence.replace(c, python)
@@ -405,10 +409,22 @@ def kernel_infos() -> list[KernelInfo]:
     return list(infos)
 
 
-def workspace_size(params: FwdParams) -> int:
+def _size(of: Any, params: Any) -> int:
     size = c_size_t()
-    check(lib.flash_kda_fwd_workspace_size(ctypes.byref(params), ctypes.byref(size)))
+    check(of(ctypes.byref(params), ctypes.byref(size)))
     return size.value
+
+
+def workspace_size(params: FwdParams) -> int:
+    return _size(lib.flash_kda_fwd_workspace_size, params)
+
+
+def saved_size(params: FwdParams) -> int:
+    return _size(lib.flash_kda_fwd_saved_size, params)
+
+
+def bwd_workspace_size(params: BwdParams) -> int:
+    return _size(lib.flash_kda_bwd_workspace_size, params)
 
 
 def explain(params: FwdParams) -> str:
@@ -431,12 +447,6 @@ class Function(NamedTuple):
         return params
 
 
-def _bwd_workspace_size(params: BwdParams) -> int:
-    size = c_size_t()
-    check(lib.flash_kda_bwd_workspace_size(ctypes.byref(params), ctypes.byref(size)))
-    return size.value
-
-
 def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
     def workspace_size(params: Any) -> int:
         check(check_shapes(ctypes.byref(params)))
@@ -446,7 +456,7 @@ def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
 
 
 FWD = Function(FwdParams, lib.flash_kda_fwd, workspace_size)
-BWD = Function(BwdParams, lib.flash_kda_bwd, _bwd_workspace_size)
+BWD = Function(BwdParams, lib.flash_kda_bwd, bwd_workspace_size)
 DECODE = Function(DecodeParams, lib.flash_kda_decode, _without_workspace(lib.flash_kda_check_decode))
 DECODE_LAYER = Function(
     DecodeLayerParams, lib.flash_kda_decode_layer, _without_workspace(lib.flash_kda_check_decode_layer)

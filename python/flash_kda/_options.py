@@ -1,9 +1,11 @@
 """The options of a call of `fwd`: what it asks for apart from the contents of its arrays, scale and
 lower_bound.
 
-_call_options.py has the machinery. An option is one field of `Options`. To add an option, change
+_call_options.py has the machinery. An option is one field of `Options`, and one argument of the operator. To
+add an option, change
 
-1. _options.py: one field of `Options`, at the end of those that are options;
+1. _options.py: one field of `Options`, at the end of those that are options, and another split of
+   `OPERATOR_ARGUMENTS`, which puts the option behind the arguments that are there already;
 2. _lib.py: the struct's field in `FwdParams`, as include/flash_kda.h has it;
 3. __init__.py, `fwd`: the parameter, its lines in the docstring, its default in `is_plain`, and its value
    where `fwd` calls `known_options`; `explain` and _shapes.py likewise if it changes what runs.
@@ -17,7 +19,8 @@ To add an optional array, change
 
 Order counts in two places: `fwd` passes values to `known_options` in the order of the fields, and appends
 arrays in the order of `OPTIONAL_ARRAYS`. tests/python/test_structure.py and test_errors.py notice a wrong
-order. The operator's arguments only grow at the end: `OPERATOR_ARGUMENTS` has their order.
+order. The operator's arguments only grow at the end: `OPERATOR_ARGUMENTS` has their order. Each `_GROWN_...`
+is a place where arguments of a later version of the operator begin.
 """
 
 from __future__ import annotations
@@ -57,8 +60,9 @@ OPTIONAL_ARRAYS = (
     "checkpoint_offsets",
     "checkpoint_indices",
     "checkpoint_starts",
+    "saved",
 )
-WRITTEN_ARRAYS = ("out", "final_state", "nonfinite", "workspace", "checkpoint_states")
+WRITTEN_ARRAYS = ("out", "final_state", "nonfinite", "workspace", "checkpoint_states", "saved")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +76,7 @@ class Options(GateAndBeta, CallOptions):
     written_arrays = WRITTEN_ARRAYS
     operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
     instead_of_immutable = "flash_kda.compute returns new arrays instead"
-    instead_of_tracer = (
-        "call flash_kda.compute outside of them. Inside of jax.jit alone it can also be called through "
-        "jax.pure_callback, which copies arrays to the CPU"
-    )
+    instead_of_tracer = "call flash_kda.jax.fwd there, or flash_kda.compute outside of them"
 
     kernel: str | None = kernel_option()
     threads: int = threads_option()
@@ -106,19 +107,21 @@ class Options(GateAndBeta, CallOptions):
 
 OPTION_NAMES = tuple(f.name for f in option_fields(Options))
 _GROWN_FROM = OPTION_NAMES.index("first_slot"), OPTIONAL_ARRAYS.index("workspace")
-# The arguments of the operator behind lower_bound, in their order.
+_GROWN_LAST = OPTIONAL_ARRAYS.index("saved")
+# The arguments of the operator behind lower_bound, in their order. `saved` is the newest. A new option must
+# not come before it, so OPTION_NAMES has to be split once more when there is one.
 OPERATOR_ARGUMENTS = (
     *OPTIONAL_ARRAYS[OPTIONAL_ARRAYS.index("initial_state") : _GROWN_FROM[1]],
     *OPTION_NAMES[: _GROWN_FROM[0]],
-    *OPTIONAL_ARRAYS[_GROWN_FROM[1] :],
+    *OPTIONAL_ARRAYS[_GROWN_FROM[1] : _GROWN_LAST],
     *OPTION_NAMES[_GROWN_FROM[0] :],
+    *OPTIONAL_ARRAYS[_GROWN_LAST:],
 )
 
 Options.operator_rest = OPERATOR_ARGUMENTS
 
 bits_of = Options.bits_of
 BOTH_PARAMETERS = bits_of("A_log", "dt_bias")
-BIT = {name: bits_of(name) for name in OPTIONAL_ARRAYS}
 
 FWD = KnownOptions(Options)
 cached_options, known_options, defaults_for = FWD.cached, FWD.known, FWD.defaults_for

@@ -12,7 +12,7 @@ from ._call import check_numbers
 from ._decode_options import DecodeLayerOptions, DecodeOptions
 from ._options import OPTIONAL_ARRAYS, REQUIRED_ARRAYS, Options
 
-_NOT_READ = ("out", "final_state", "nonfinite", "workspace")
+_NOT_READ = ("out", "final_state", "nonfinite", "workspace", "saved")
 _READ = tuple(name for name in REQUIRED_ARRAYS + OPTIONAL_ARRAYS if name not in _NOT_READ)
 _DIM = 128
 
@@ -37,7 +37,7 @@ def reference(
     given |= {name: more.pop(name) for name in OPTIONAL_ARRAYS if name in more and name not in _NOT_READ}
     given = {name: given[name] for name in _READ if given.get(name) is not None or name in REQUIRED_ARRAYS}
     states = given.get("checkpoint_states")
-    options, params, shapes, _owners = _filled(
+    options, params, shapes, _owners = filled(
         "reference", Options, given, ("checkpoint_states",), scale, lower_bound, more
     )
     if states is not None:
@@ -47,15 +47,15 @@ def reference(
     borders = shapes["cu_seqlens"] if "cu_seqlens" in shapes else shapes["q"]
     N = max((borders or (0,))[0] - ("cu_seqlens" in shapes), 0)
     heads = shapes["v"][2:3] or (0,)
-    out, state = _new(q, shapes["v"]), _new(q, (N, *heads, _DIM, _DIM))
+    out, state = new64(q, shapes["v"]), new64(q, (N, *heads, _DIM, _DIM))
     results = [out, state]
     if rows is not None:
-        results.append(_new(q, (rows, *heads, _DIM, _DIM)))
+        results.append(new64(q, (rows, *heads, _DIM, _DIM)))
         if states is None:
             _lib.set_shape(params.checkpoint_states, _lib.F32, (rows, *heads, _DIM, _DIM))
-    _interruptible.reference(params, *map(_pointer, results))
+    _interruptible.reference(params, *map(pointer_of, results))
     if not options.state_v_first:
-        results[1:] = [_transposed(x) for x in results[1:]]
+        results[1:] = [transposed(x) for x in results[1:]]
     return tuple(results)
 
 
@@ -76,15 +76,15 @@ def decode_reference(
     given |= {name: more.pop(name) for name in DecodeOptions.optional_arrays if name in more}
     required = DecodeOptions.required_arrays
     given = {name: x for name, x in given.items() if x is not None or name in required}
-    options, params, shapes, _owners = _filled(
+    options, params, shapes, _owners = filled(
         "decode_reference", DecodeOptions, given, ("records",), scale, lower_bound, more
     )
     heads = shapes["v"][2:3] or (0,)
     tokens = shapes["v"][1:2] if "cu_seqlens" in shapes else shapes["v"][:2]
-    results = [_new(q, shapes["v"]), _new(q, (*tokens, *heads, _DIM, _DIM))]
-    _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(_pointer, results)))
+    results = [new64(q, shapes["v"]), new64(q, (*tokens, *heads, _DIM, _DIM))]
+    _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(pointer_of, results)))
     if not options.state_v_first:
-        results[1] = _transposed(results[1])
+        results[1] = transposed(results[1])
     return tuple(results)
 
 
@@ -94,7 +94,7 @@ def decode_layer_reference(given: dict[str, Any], more: dict[str, Any]) -> tuple
     given = {name: x for name, x in given.items() if x is not None or name in cls.required_arrays}
     scale, lower_bound = more.pop("scale", None), more.pop("lower_bound", None)
     more.pop("out", None)
-    options, params, shapes, _owners = _filled(
+    options, params, shapes, _owners = filled(
         "decode_layer_reference",
         cls,
         given,
@@ -103,14 +103,14 @@ def decode_layer_reference(given: dict[str, Any], more: dict[str, Any]) -> tuple
         lower_bound,
         more,
     )
-    results = [_new(given["x"], shapes["g"]), _new(given["x"], (*shapes["g"], _DIM))]
-    _lib.check(_lib.lib.flash_kda_decode_layer_reference(ctypes.byref(params), *map(_pointer, results)))
+    results = [new64(given["x"], shapes["g"]), new64(given["x"], (*shapes["g"], _DIM))]
+    _lib.check(_lib.lib.flash_kda_decode_layer_reference(ctypes.byref(params), *map(pointer_of, results)))
     if not options.state_v_first:
-        results[1] = _transposed(results[1])
+        results[1] = transposed(results[1])
     return tuple(results)
 
 
-def _filled(
+def filled(
     caller: str,
     cls: Any,
     given: dict[str, Any],
@@ -145,7 +145,7 @@ def _filled(
     return options, params, shapes, owners
 
 
-def _pointer(result: Any) -> Any:
+def pointer_of(result: Any) -> Any:
     """C refuses a null pointer, so an empty result has an address that is never written."""
     return ctypes.cast(_arrays.read("result", result, None)[0].pointer or 8, POINTER(c_double))
 
@@ -159,7 +159,8 @@ def _torch_of(x: Any) -> Any:
     return torch if torch is not None and isinstance(x, torch.Tensor) else None
 
 
-def _new(q: Any, shape: tuple[int, ...]) -> Any:
+def new64(q: Any, shape: tuple[int, ...]) -> Any:
+    """Zeros in fp64: a CPU tensor if q is a tensor, else a NumPy array."""
     torch = _torch_of(q)
     if torch is not None:
         return torch.zeros(shape, dtype=torch.float64)
@@ -168,7 +169,8 @@ def _new(q: Any, shape: tuple[int, ...]) -> Any:
     return numpy.zeros(shape)
 
 
-def _transposed(x: Any) -> Any:
+def transposed(x: Any) -> Any:
+    """States with K before V instead of V before K."""
     if _torch_of(x) is not None:
         return x.mT.contiguous()
     import numpy

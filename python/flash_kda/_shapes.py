@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import _arrays, _lib
-from ._call_options import as_int
-from ._options import BIT, BOTH_PARAMETERS, Options
+from ._backward_options import BWD, BwdOptions
+from ._call_options import as_int, option_fields
+from ._options import BOTH_PARAMETERS, Options
 
 
 class Shape:
@@ -66,7 +67,7 @@ class Shape:
             "beta": (gate, (1, T, self.HV)),
             "out": (bf16, (1, T, self.HV, 128)),
         }
-        if self.options.given & BIT["A_log"]:
+        if self.options.has("A_log"):
             shapes |= {"A_log": (f32, (self.HV,)), "dt_bias": (f32, (self.HV, 128))}
         if N > 1:  # one sequence needs none
             shapes["cu_seqlens"] = (_lib.I64, (N + 1,))
@@ -170,6 +171,65 @@ def workspace_size(
         shape = Shape(*sizes, max_seqlen=max_seqlen or 0, batch_invariant=bool(batch_invariant), **options)
         most = max(most, _largest(shape, device, batch_invariant, max_seqlen, largest_batch))
     return most + most * _PERCENT_BETWEEN // 100 // 64 * 64 if largest_batch else most
+
+
+def saved_size(sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, asked: dict[str, Any]) -> int:
+    """sizes: T_total, H, N and HV. asked: the options that the caller names."""
+    shape = Shape(*sizes, max_seqlen=max_seqlen or 0, **asked)
+    T_total, N = shape.T_total, shape.N
+    found, refused = [], None
+    for info in _lib.device_infos() if device is None else [_device_of(device)]:
+        for kernel in _lib.kernel_infos():
+            is_named = shape.options.kernel in (None, kernel.name.decode())
+            if kernel.device_type != info.device.type or not is_named:
+                continue
+            params = shape.params(info.device)
+            params.kernel = kernel.name
+            longest = {0, T_total} if max_seqlen is None else {max_seqlen}
+            try:
+                for row, length in itertools.product({1, N} if T_total % N == 0 else {1}, longest):
+                    _resize(params, T_total, N, row)
+                    params.max_seqlen = length if row == 1 else 0
+                    found.append(_lib.saved_size(params))
+            except RuntimeError as error:
+                refused = error
+    if not found:
+        raise refused or ValueError(f"kernel is {shape.options.kernel!r}; it must be one of the device's")
+    return max(found)
+
+
+def why_no_gradients(device: tuple[int, int], HV: int, options: tuple[tuple[str, Any], ...]) -> str:
+    """Why no kernel of the device computes gradients, or "". HV: value heads for each head of q and k.
+    options: of `bwd`, and lower_bound, by name."""
+    named = dict(options)
+    lower_bound, with_gate = named.pop("lower_bound", -5.0), named.get("use_gate_in_kernel", True)
+    arrays = (*(("A_log", "dt_bias") if with_gate else ()), "dout", "dv")
+    asked = BWD.known(BwdOptions.bits_of(*arrays), *_values(named), lower_bound is not None)
+    params = _lib.BWD.new_params()
+    params.device.type, params.device.index = device
+    asked.apply_to(params)
+    params.lower_bound = 0.0 if lower_bound is None else lower_bound
+    rows = (1, 64, HV, 128)
+    shapes = {
+        "q": (1, 64, 1, 128),
+        "k": (1, 64, 1, 128),
+        "beta": rows[:3],
+        "A_log": (HV,),
+        "dt_bias": rows[2:],
+    }
+    for name in asked.names:
+        dtype = _lib.F32 if name in ("A_log", "dt_bias") else _lib.BF16
+        _lib.set_shape(getattr(params, name), dtype, shapes.get(name, rows))
+    try:
+        _lib.bwd_workspace_size(params)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _values(named: dict[str, Any]) -> Iterator[Any]:
+    """The values of the options of `bwd`, in their order."""
+    return (named.get(f.name, f.default) for f in option_fields(BwdOptions))
 
 
 def _largest(

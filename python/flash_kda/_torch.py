@@ -8,7 +8,7 @@ tensors under a dispatch mode, go to the function's operator instead, and throug
 `Operator._run`.
 
 A tensor whose memory does not hold what the tensor means (a tensor of torch.vmap, a lazy negation, ...) is
-refused by `_refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
+refused by `refuse_unreadable`. Such tensors, and calls under torch.jit.trace, differ from others in their
 dispatch keys, which the guards of a prepared call compare, so only a call that fits no prepared one needs
 this.
 """
@@ -23,6 +23,7 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from . import _arrays, _layout, _lib
+from ._backward_options import BWD
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._call_options import CallOptions, KnownOptions, operator_defaults, operator_schema, option_fields
 from ._decode_options import APPLY, DECODE, DECODE_LAYER
@@ -31,7 +32,7 @@ from ._options import FWD
 Tensor = torch.Tensor
 is_compiling = torch.compiler.is_compiling
 
-_DTYPES = {
+DTYPES = {
     torch.bfloat16: _lib.BF16,
     torch.float32: _lib.F32,
     torch.int32: _lib.I32,
@@ -89,13 +90,13 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream
 
 
 _tracing_state = torch._C._get_tracing_state  # of torch.jit.trace
-_is_batched = torch._C._functorch.is_batchedtensor
+is_batched = torch._C._functorch.is_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def _why_unreadable(t: Tensor) -> str:
+def why_unreadable(t: Tensor) -> str:
     """Why the tensor's memory does not hold what the tensor means, and what to do instead; "" if it does."""
-    if _is_batched(t):
+    if is_batched(t):
         return (
             "is a batched tensor of torch.vmap, which flash_kda does not take; call it outside of torch.vmap "
             "on all batch rows at once, in the first dimension of its tensors"
@@ -112,9 +113,9 @@ def _why_unreadable(t: Tensor) -> str:
     return ""
 
 
-def _refuse_unreadable(names: tuple[str, ...], tensors: list) -> None:
+def refuse_unreadable(names: tuple[str, ...], tensors: list) -> None:
     for name, t in zip(names, tensors):
-        why = _why_unreadable(t)
+        why = why_unreadable(t)
         if why:
             raise TypeError(f"{name} {why}")
 
@@ -132,7 +133,7 @@ class _PythonGuards:
                 [*map(_describe, others)] == self.looks
                 and [*map(_stride, others)] == self.strides
                 and _tracing_state() is None
-                and not any(map(_why_unreadable, others))
+                and not any(map(why_unreadable, others))
             )
         except (AttributeError, RuntimeError, TypeError):  # no tensor; a sparse one, which has no strides
             return False
@@ -206,11 +207,11 @@ def call_c(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) ->
         _arrays.call_c(tensors, options, scale, lower_bound)
         return
     if _is_grad_enabled() and any(map(_requires_grad, tensors)):
-        raise _no_backward_pass()
-    if _forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
+        raise _no_gradients()
+    if has_tangents():
+        refuse_tangents(tensors)
     if _dispatch_modes() or (call is None and not _plain_types.issuperset(map(type, tensors))):
-        _refuse_distributed(options.names, tensors)
+        refuse_distributed(options.names, tensors)
         check_numbers(scale, lower_bound)
         _call_operator(tensors, options, float(scale), float(lower_bound))
     elif call is None and _tracing_state() is not None:
@@ -225,7 +226,7 @@ def call_c(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) ->
 def call_c_traced(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call that a compiler traces. The compiler sees the operator alone."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise _no_backward_pass()
+        raise _no_gradients()
     _call_operator(tensors, options, scale, lower_bound)
 
 
@@ -261,9 +262,18 @@ def _call_operator(tensors: list, options: CallOptions, scale: Any, lower_bound:
     getattr(torch.ops.flash_kda, OPERATORS[options.operator])(*arguments)
 
 
+def call_below_autograd(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
+    """A call of an operator's implementation, which gets plain tensors."""
+    call = _calls.latest_with.get(options)
+    if call is not None and not call.busy and call.fits(*tensors):
+        _run(call, tensors, scale, lower_bound)
+    else:
+        _prepare_and_run(tensors, options, scale, lower_bound)
+
+
 def _prepare_and_run(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) -> None:
     """A call that the latest prepared call does not fit: finds or prepares one that fits."""
-    _refuse_unreadable(options.names, tensors)
+    refuse_unreadable(options.names, tensors)
     device = tensors[0].device
     tensors, copies = _layout.for_c(options.names, tensors, device.type == "cuda")
     kept = all(t.layout is torch.strided for t in tensors)  # C refuses all others
@@ -284,7 +294,7 @@ def _prepare_and_run(tensors: list, options: CallOptions, scale: Any, lower_boun
         views = [
             View(
                 t.data_ptr(),
-                _DTYPES.get(t.dtype, _lib.OTHER),
+                DTYPES.get(t.dtype, _lib.OTHER),
                 tuple(t.shape),
                 None if t.is_contiguous() else t.stride(),
             )
@@ -336,24 +346,39 @@ def _count_as_written(call: PreparedCall, tensors: list) -> None:
     _count_writes([tensors[i] for i in call.written])
 
 
-def _no_backward_pass() -> RuntimeError:
+def _no_gradients() -> RuntimeError:
     return RuntimeError(
-        "flash_kda has no backward pass yet, and gradients are on for one of its tensors; call it under "
-        "torch.no_grad() or torch.inference_mode(), or pass detached tensors"
+        "this function of flash_kda computes no gradients, and gradients are on for one of its tensors; "
+        "flash_kda.chunk_kda computes them. Call this function under torch.no_grad() or "
+        "torch.inference_mode(), or pass detached tensors"
     )
 
 
-def _refuse_tangents(tensors: Any) -> None:
+def are_plain(tensors: Any) -> bool:
+    """Whether an eager call may read these tensors' memory by itself; None counts as plain."""
+    return (
+        not _dispatch_modes()
+        and _tracing_state() is None
+        and _plain_types.issuperset(type(t) for t in tensors if t is not None)
+    )
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode automatic differentiation is on."""
+    return _forward_ad._current_level >= 0
+
+
+def refuse_tangents(tensors: Any) -> None:
     """Refuses tensors of forward-mode automatic differentiation, which have a tangent beside their value.
     Those of function transforms are refused later."""
     if any(not _is_wrapped(t) and _forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
-            "flash_kda has no derivative yet, and one of its tensors has a tangent "
+            "flash_kda has no forward-mode derivative, and one of its tensors has a tangent "
             "(torch.autograd.forward_ad.make_dual); pass its primal, which unpack_dual() gives"
         )
 
 
-def _refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
+def refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
     for name, t in zip(names, tensors):
         if type(t).__name__ == "DTensor":
             raise TypeError(
@@ -407,45 +432,29 @@ class Operator:
     def _run(self, *arguments: Any) -> None:
         tensors, given, values, scale, lower_bound = self._arrays_and_options(arguments)
         options = self._options_of(given, values, lower_bound)
-        lower_bound = 0.0 if lower_bound is None else lower_bound
-        call = _calls.latest_with.get(options)
-        if call is not None and not call.busy and call.fits(*tensors):
-            _run(call, tensors, scale, lower_bound)
-        else:
-            _prepare_and_run(tensors, options, scale, lower_bound)
+        call_below_autograd(tensors, options, scale, 0.0 if lower_bound is None else lower_bound)
 
     def _autograd(self, *args: Any, **kwargs: Any) -> None:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise _no_backward_pass()
-        if _forward_ad._current_level >= 0:
-            _refuse_tangents(tensors)
+            raise _no_gradients()
+        if has_tangents():
+            refuse_tangents(tensors)
         with torch._C._AutoDispatchBelowAutograd():
             getattr(torch.ops.flash_kda, self.name)(*args, **kwargs)
 
     def _batched(self, *args: Any, **kwargs: Any) -> None:
-        batched = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and _is_batched(t))
-        raise TypeError(f"A tensor of the call {_why_unreadable(batched)}")
+        batched = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and is_batched(t))
+        raise TypeError(f"A tensor of the call {why_unreadable(batched)}")
 
     def _fake(self, *arguments: Any) -> None:
-        """The operator returns nothing, and what it writes has its shape before. Tensors without memory get
-        the
-        checks that need none: devices, dtypes and shapes. Sizes that a compiler keeps open are checked with
-        the numbers that it traces with, which binds them to nothing; sizes without such numbers are checked
-        once the call runs."""
+        """The operator returns nothing, and what it writes has its shape before."""
         tensors, given, values, _, lower_bound = self._arrays_and_options(arguments)
-        symbols = [x for t in tensors for x in t.shape] + values
-        if any(isinstance(x, torch.SymInt) and not x.node.has_hint() for x in symbols):
+        if not all_have_numbers(tensors, values):
             return
         values = [*map(_example, values)]
-        shapes = [tuple(map(_example, t.shape)) for t in tensors]
         values[self._kernel] = None  # the names of kernels depend on the device, and there may be none
-        options = self._options_of(given, values, lower_bound)
-        names = options.names
-        check_devices([(name, str(t.device)) for name, t in zip(names, tensors)])
-        taken = [_layout.taken_as(name, t.dtype, shape) for name, t, shape in zip(names, tensors, shapes)]
-        views = [View(64, _DTYPES.get(dtype, _lib.OTHER), shape, None) for dtype, shape in taken]
-        PreparedCall(options, (_lib.CPU, 0), views)
+        check_without_memory(tensors, self._options_of(given, values, lower_bound))
 
     def _register(self, wanted: str) -> str:
         """Registers the operator, and returns its name in the namespace flash_kda. The name is the wanted
@@ -473,10 +482,28 @@ class Operator:
         return name
 
 
+def all_have_numbers(tensors: list, values: list) -> bool:
+    """Whether the compiler has a number for each size and value that it keeps open."""
+    symbols = [x for t in tensors for x in t.shape] + values
+    return not any(isinstance(x, torch.SymInt) and not x.node.has_hint() for x in symbols)
+
+
+def check_without_memory(tensors: list, options: CallOptions) -> None:
+    """The checks that need no memory: devices, dtypes and shapes. Sizes that a compiler keeps open are
+    checked with the numbers that it traces with, which binds them to nothing; sizes without such numbers are
+    checked once the call runs."""
+    names = options.names
+    shapes = [tuple(map(_example, t.shape)) for t in tensors]
+    check_devices([(name, str(t.device)) for name, t in zip(names, tensors)])
+    taken = [_layout.taken_as(name, t.dtype, shape) for name, t, shape in zip(names, tensors, shapes)]
+    views = [View(64, DTYPES.get(dtype, _lib.OTHER), shape, None) for dtype, shape in taken]
+    PreparedCall(options, (_lib.CPU, 0), views)
+
+
 def _example(x: Any) -> Any:
     """x, or of a symbolic integer the number that the compiler traces with."""
     return x.node.hint if isinstance(x, torch.SymInt) else x
 
 
 # The name of each function's operator.
-OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, DECODE, DECODE_LAYER, APPLY)}
+OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, BWD, DECODE, DECODE_LAYER, APPLY)}

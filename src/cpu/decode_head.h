@@ -168,7 +168,7 @@ INLINE void decode_blocks(const fkda_decode_problem *p, const fkda_decode_piece 
             advance(p->state_k_first, places[step->from], prepared->decay[i], prepared->key[i], u,
                     places[step->to]);
             if (step->slot == FKDA_NO_SLOT) continue;
-            const block_view to = block_at(&p->state, p->state_k_first, step->slot, x->h, v);
+            const block_view to = block_at(&p->written, p->state_k_first, step->slot, x->h, v);
             write_block(&to, places[step->to], p->state_k_first, p->rounding, x->n,
                         p->write_states == FLASH_KDA_WRITE_EACH ? i : 0, x->h, v);
         }

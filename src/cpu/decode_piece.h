@@ -19,7 +19,7 @@ enum {
 typedef struct fkda_decode_step {
     int from;     /* the place of the state that the token continues from */
     int to;       /* the place for the state after the token, or FKDA_NO_PLACE: nothing needs it */
-    int64_t slot; /* of the pool, that takes the state after the token, or FKDA_NO_SLOT */
+    int64_t slot; /* of problem.written, that takes the state after the token, or FKDA_NO_SLOT */
 } fkda_decode_step;
 
 typedef struct fkda_decode_piece {

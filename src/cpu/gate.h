@@ -18,8 +18,8 @@ typedef struct gate_constants {
     float rate;  /* exp(A_log) */
     float slope; /* -log2(e) rate, of the bounded gate */
     float bound; /* log2(e) lower_bound, of the bounded gate */
-    /* 2^c and 2^-c, where c = floor(half of the largest log2 decay of a chunk) (prepare.h), of the bounded
-     * gate. */
+    /* 2^c and 2^-c, for the bounded gate. c is half of the size of the log2 decay of a chunk whose gates are
+     * all at the bound, rounded down (prepare.h). */
     float up, down;
 } gate_constants;
 

@@ -1,4 +1,16 @@
-/* Decode and apply on a GPU: launches kernels/decode/decode.cu. */
+/*
+ * Decode and apply on a GPU: chooses one of the kernels of kernels/decode/decode.cu and launches it.
+ *
+ *   one     one token of each sequence. The state streams through shared memory.
+ *   steps   a few tokens, one after the other, with the state in registers. It is the only kernel that
+ *           writes the state after each token of a chain.
+ *   chunk   more tokens at once, on tensor cores, with the state in registers; and trees of tokens.
+ *   apply   brings states up to date from records.
+ *
+ * which_decode() has the policy. A kernel is divided into more CTAs for a head if heads are few
+ * (choose_split()). Neither choice changes what a token means, but the kernels round differently, so calls
+ * with other numbers of tokens may differ in the last bits.
+ */
 #include "../../kernels/decode/decode_shape.h"
 #include "cuda.h"
 #include "decode_args_of.h"
@@ -21,19 +33,21 @@ static fkda_module module = {
 };
 
 enum {
-    /* Tokens of a sequence from which on they are computed at once. For fewer, the small matrices and the
-     * meetings of the CTA that they need cost more than a token does. */
+    /* From this many tokens of a sequence on, the kernel `chunk` computes them. For fewer tokens the small
+     * matrices of `chunk`, and the barriers of the CTA that they need, cost more than taking the tokens one
+     * after the other. */
     CHUNK_FROM = 5,
     CHUNK_WITHOUT_WRITING_FROM = 4, /* where no state is written */
-    /* log2 of the CTAs that a head is divided among where there are heads enough. With one token a CTA has
-     * 16 KB of an fp32 state or 32 KB of a bf16 state. With more tokens, CTAs that share a head would
-     * prepare them twice. */
+    /* log2 of the CTAs that a head is divided among if there are heads enough. With one token a CTA has
+     * 16 KB of an fp32 state or 32 KB of a bf16 state. With more tokens, each of the CTAs that share a head
+     * would prepare all tokens. */
     SPLIT_OF_FP32_FOR_ONE_TOKEN = 2,
     SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
     SPLIT_FOR_MORE = 0,
-    /* At most. A warp prepares one token at a time, so CTAs for several tokens keep some warps. */
+    /* log2 of these CTAs for several tokens, at most. A warp prepares one token at a time, so a CTA keeps
+     * enough warps to prepare several tokens side by side. */
     MOST_SPLIT_FOR_MORE = 1,
-    CTAS_PER_SM = 2, /* with fewer, heads are divided further */
+    CTAS_PER_SM = 2, /* heads are divided further while the launch has fewer CTAs than this on each SM */
 };
 
 static int choose_split(int64_t heads, int least, int most, int sms)
@@ -43,7 +57,7 @@ static int choose_split(int64_t heads, int least, int most, int sms)
     return split;
 }
 
-/* At most, with one token: CTAs of one warp. */
+/* The largest split of the kernel `one`, which leaves each CTA one warp. */
 static int most_split_of_one(int threads)
 {
     int split = 0;
@@ -61,8 +75,8 @@ static int which_decode(const fkda_decode_problem *p)
     if (p->parents.data) return CHUNK;
     if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
-    /* With cu_seqlens the lengths are not known here, and a sequence is computed in one way whatever else is
-     * in the call. */
+    /* With cu_seqlens the host does not know the lengths. It then takes `chunk`, so that a sequence is
+     * computed in one way whatever other sequences the call has. */
     const bool writes = p->write_states != FLASH_KDA_WRITE_NONE;
     const int from = writes ? CHUNK_FROM : CHUNK_WITHOUT_WRITING_FROM;
     return p->cu_seqlens.data || p->tokens >= from ? CHUNK : STEPS;

@@ -35,7 +35,9 @@ static flash_kda_status start(const fkda_driver *driver, CUfunction kernel, bool
 flash_kda_status fkda_launch_decode(flash_kda_device device, void *stream, fkda_module *module,
                                     const fkda_decode_launch *l)
 {
-    enum { STARTS_EARLY = 90 }; /* the compute capability from which on kernels wait for themselves */
+    /* From this compute capability on, a kernel may start before the kernel in front of it has ended, and
+     * waits for that end by itself. */
+    enum { STARTS_EARLY = 90 };
     const fkda_driver *driver;
     const int ordinal = device.index;
     int capability;

@@ -41,7 +41,7 @@ static problem *draw_tokens(rng *r, int64_t most_tokens, bool is_wild)
     }
     problem_group_heads(p, shared);
     const int options = draw_subset(r, ALL_OPTIONS);
-    draw_contents(r, (drawing){options, most_tokens}, p);
+    draw_contents(r, (drawing){.options = options, .tokens = most_tokens}, p);
     return p;
 }
 
@@ -60,7 +60,8 @@ static int64_t longest_of(const decode_problem *d)
 static void draw_slots(rng *r, decode_problem *d)
 {
     problem *p = d->tokens;
-    const bool each = d->write_states == FLASH_KDA_WRITE_EACH, has_indices = each || !one_in(r, 4);
+    const bool each = d->write_states == FLASH_KDA_WRITE_EACH && !d->has_written,
+               has_indices = each || !one_in(r, 4);
     d->slot_columns = each ? longest_of(d) + below(r, 3) : 1;
     if (d->slot_columns == 0) d->slot_columns = 1;
     const int64_t count = p->sequences * d->slot_columns, first = has_indices ? below(r, 3) : 0,
@@ -82,6 +83,29 @@ static void draw_slots(rng *r, decode_problem *d)
     if (!each || one_in(r, 3)) return;
     d->num_accepted_tokens = allocate((size_t)p->sequences, sizeof *all);
     for (int64_t n = 0; n < p->sequences; n++) d->num_accepted_tokens[n] = 1 + below(r, d->slot_columns);
+}
+
+/* As above, for written_states. Some entries are negative. */
+static void draw_written(rng *r, decode_problem *d)
+{
+    const problem *p = d->tokens;
+    const bool each = d->write_states == FLASH_KDA_WRITE_EACH;
+    int64_t begin, end, states = p->sequences;
+    problem_sequence(p, p->sequences - 1, &begin, &end);
+    if (each) states = end;
+    if (one_in(r, 3)) {
+        d->written_slots = states + below(r, 3);
+        d->written_columns = 1;
+        return;
+    }
+    d->written_columns = each ? longest_of(d) + below(r, 3) : 1;
+    const int64_t count = p->sequences * d->written_columns;
+    d->written_slots = count + below(r, 4);
+    d->written_indices = allocate((size_t)d->written_slots + 1, sizeof *d->written_indices);
+    for (int64_t i = 0; i < d->written_slots; i++) d->written_indices[i] = i;
+    shuffle(r, d->written_indices, d->written_slots);
+    for (int64_t i = 0; i < count; i++)
+        if (one_in(r, 6)) d->written_indices[i] = -1 - below(r, 3);
 }
 
 /* ---- Trees --------------------------------------------------------------------------------------------- */
@@ -150,6 +174,8 @@ static void make_wild(rng *r, decode_problem *d)
     const int64_t N = d->tokens->sequences;
     for (int64_t i = 0; d->state_indices && i < N * d->slot_columns; i++)
         if (one_in(r, 5)) d->state_indices[i] = draw_beyond(r, d->tokens->slots);
+    for (int64_t i = 0; d->written_indices && i < N * d->written_columns; i++)
+        if (one_in(r, 5)) d->written_indices[i] = draw_beyond(r, d->written_slots);
     for (int64_t n = 0; d->num_accepted_tokens && n < N; n++)
         if (one_in(r, 4))
             d->num_accepted_tokens[n] = one_in(r, 2) ? -below(r, 9) : draw_beyond(r, d->slot_columns + 1);
@@ -176,7 +202,9 @@ decode_problem draw_decode(rng *r, int64_t most_tokens, bool is_wild)
 {
     decode_problem d = {.tokens = draw_tokens(r, most_tokens, is_wild)};
     d.write_states = (flash_kda_write_states)below(r, 3);
+    d.has_written = d.write_states != FLASH_KDA_WRITE_NONE && one_in(r, 2);
     draw_slots(r, &d);
+    if (d.has_written) draw_written(r, &d);
     if (d.write_states != FLASH_KDA_WRITE_LAST && one_in(r, 2)) draw_tree(r, &d);
     if (is_wild) make_wild(r, &d);
     if (one_in(r, 2)) draw_applied(r, &d);
@@ -191,11 +219,13 @@ decode_problem draw_decode(rng *r, int64_t most_tokens, bool is_wild)
 
 decode_options draw_decode_options(rng *r, const decode_problem *d)
 {
-    decode_options options = {.tokens = draw_options(r, (drawing){ALL_OPTIONS, 0}, d->tokens)};
+    decode_options options = {.tokens = draw_options(r, (drawing){.options = ALL_OPTIONS}, d->tokens)};
     options.tokens.counts_nonfinite = false;
     options.i32_slots = one_in(r, 2);
     options.i32_accepted = one_in(r, 2);
     options.i32_parents = one_in(r, 2);
+    options.i32_written = one_in(r, 2);
+    options.written_gap = one_in(r, 2) ? 8 * below(r, 20) : 0;
     return options;
 }
 
@@ -207,7 +237,7 @@ decode_problem allowed_decode(const decode_problem *d)
     const int64_t N = p->sequences, most = 2 * N, S = d->slot_columns, P = d->parent_columns;
     int64_t count = 0, *borders = allocate((size_t)most + 1, sizeof *borders);
     to.tokens = q;
-    to.rounding = to.applied = to.accepted = NULL;
+    to.rounding = to.applied = to.accepted = to.written_indices = NULL;
     to.state_indices = allocate((size_t)(most * S), sizeof *to.state_indices);
     if (d->parents) to.parents = allocate((size_t)(most * P) + 1, sizeof *to.parents);
     if (d->num_accepted_tokens) to.num_accepted_tokens = allocate((size_t)most, sizeof *to.parents);
@@ -241,21 +271,25 @@ decode_problem allowed_decode(const decode_problem *d)
     return to;
 }
 
-const char *describe_decode(const decode_problem *d, const decode_options *options, char text[200])
+const char *describe_decode(const decode_problem *d, const decode_options *options, char text[240])
 {
     static const char *const writes[] = {"last", "none", "each"}, *const gates[] = {"bounded", "softplus",
                                                                                     "activated"};
     const problem *p = d->tokens;
     char layouts[STRIDED_ARGS + 1] = "";
     for (int a = 0; a < STRIDED_ARGS; a++) layouts[a] = "cphtfr"[options->tokens.layouts[a]];
-    snprintf(
-        text, 200,
-        "%lld %s, longest %lld, %lld/%lld heads, %s%s, beta %d, layouts %s, %s state%s%s%s, writes %s%s%s%s",
-        (long long)p->sequences, p->cu_seqlens ? "packed" : "rows", (long long)longest_of(d),
-        (long long)p->heads, (long long)p->qk_heads, gates[p->gate], p->g_f32 ? " f32" : "",
-        (int)p->beta_kind, layouts, options->tokens.bf16_state ? "bf16" : "f32",
-        options->tokens.k_first ? " K first" : "", d->rounding ? " at random" : "",
-        d->state_indices ? " in a pool" : "", writes[d->write_states], d->parents ? ", a tree" : "",
-        d->record_columns ? ", records" : "", d->accepted ? " listed" : "");
+    snprintf(text, 240,
+             "%lld %s, longest %lld, %lld/%lld heads, %s%s, beta %d, layouts %s, %s state%s%s%s, writes "
+             "%s%s%s%s%s",
+             (long long)p->sequences, p->cu_seqlens ? "packed" : "rows", (long long)longest_of(d),
+             (long long)p->heads, (long long)p->qk_heads, gates[p->gate], p->g_f32 ? " f32" : "",
+             (int)p->beta_kind, layouts, options->tokens.bf16_state ? "bf16" : "f32",
+             options->tokens.k_first ? " K first" : "", d->rounding ? " at random" : "",
+             d->state_indices ? " in a pool" : "", writes[d->write_states],
+             !d->has_written      ? ""
+             : d->written_indices ? " elsewhere by indices"
+                                  : " elsewhere",
+             d->parents ? ", a tree" : "", d->record_columns ? ", records" : "",
+             d->accepted ? " listed" : "");
     return text;
 }

@@ -16,6 +16,6 @@ decode_options draw_decode_options(rng *r, const decode_problem *d);
 decode_problem allowed_decode(const decode_problem *d);
 
 /* What a drawn call is, for a message. */
-const char *describe_decode(const decode_problem *d, const decode_options *options, char text[200]);
+const char *describe_decode(const decode_problem *d, const decode_options *options, char text[240]);
 
 #endif

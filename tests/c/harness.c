@@ -175,6 +175,12 @@ static void refuse_unknown_groups(const group *groups, int count)
     }
 }
 
+uint64_t number_from(const char *variable, uint64_t otherwise)
+{
+    const char *text = getenv(variable);
+    return text ? strtoull(text, NULL, 10) : otherwise;
+}
+
 int harness_run(const group *groups, int count)
 {
     flash_kda_kernel_info kernels[MAX_KERNELS];

@@ -28,6 +28,10 @@ typedef struct group {
  * the kernel that the command line names. Returns the exit status. */
 int harness_run(const group *groups, int count);
 
+/* The number that a variable of the environment holds, or `otherwise` if it is not set. How many problems a
+ * test draws is in FLASH_KDA_TEST_PROBLEMS, and with which seed it begins in FLASH_KDA_TEST_SEED. */
+uint64_t number_from(const char *variable, uint64_t otherwise);
+
 /* Says what is being tried. The message of a check that fails has it. Each thread has its own. */
 void trying(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

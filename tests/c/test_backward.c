@@ -73,9 +73,8 @@ static double error_of(const double *truth, const void *got, bool narrow, int64_
 
 static void hold_gradient(gradient which, const double *truth, const void *got, bool narrow, int64_t count)
 {
-    const double error = error_of(truth, got, narrow, count, false), bar = !narrow       ? f32_bar()
-                                                                           : count < FEW ? BF16_BAR_OF_FEW
-                                                                                         : BF16_BAR;
+    const double error = error_of(truth, got, narrow, count, false);
+    const double bar = !narrow ? f32_bar() : count < FEW ? BF16_BAR_OF_FEW : BF16_BAR;
     CHECK(error <= bar, "%s has relative error %.3g; it must be at most %.3g", gradient_names[which], error,
           bar);
     if (error > worst[which][narrow]) worst[which][narrow] = error;
@@ -665,12 +664,6 @@ static void neighbours(void)
 }
 
 /* ---- Drawn options ------------------------------------------------------------------------------------- */
-
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
 
 static void try_seed(uint64_t seed)
 {

@@ -30,12 +30,6 @@ static double bf16_state_bar(bool at_random)
     return at_random ? BF16_STATE_BAR * sqrt(2.0) : BF16_STATE_BAR;
 }
 
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
-
 /* ---- Errors -------------------------------------------------------------------------------------------- */
 
 typedef struct sums {
@@ -71,7 +65,7 @@ typedef struct draw {
     const decode_options *options;
     decode_answer truth;
     uint16_t *out;
-    void *pool;
+    void *pool, *written; /* the latter is NULL without written_states */
     float *records;
     sums out_sums, state_sums;
     long unlike; /* bf16 elements that are not what rounding.h makes of the truth */
@@ -163,16 +157,17 @@ static uint16_t rounded_at_random(const draw *w, int64_t n, int token, int64_t h
     return fkda_round_at_random(bits, fkda_random_bits(&block, k % FKDA_CHANNELS_OF_A_RANDOM_BLOCK));
 }
 
-/* Holds one head's state in a slot to the truth. `token` is the one that rounding.h knows. */
-static void check_state(draw *w, int64_t slot, int64_t n, int64_t i, int64_t h, int token, int roundings)
+/* Holds one head's state in a slot of a pool to the truth. `token` is the one that rounding.h knows. */
+static void check_state(draw *w, const void *pool, int64_t slot, int64_t n, int64_t i, int64_t h, int token,
+                        int roundings)
 {
     const double *truth = truth_after(w, n, i, h), size = rms_of(truth, DIM * DIM);
     const int64_t first = (slot * w->d->tokens->heads + h) * DIM * DIM;
     const double steps = w->d->rounding ? 1.01 : 0.51;
     double worst = 0.0;
     for (int e = 0; e < DIM * DIM; e++) {
-        const uint16_t bits = is_bf16(w) ? ((const uint16_t *)w->pool)[first + e] : 0;
-        const double got = is_bf16(w) ? float_from_bf16(bits) : ((const float *)w->pool)[first + e],
+        const uint16_t bits = is_bf16(w) ? ((const uint16_t *)pool)[first + e] : 0;
+        const double got = is_bf16(w) ? float_from_bf16(bits) : ((const float *)pool)[first + e],
                      off = got - truth[e],
                      allowed = (is_bf16(w) ? steps * bf16_step(truth[e]) : 0.0) + 1e-5 * size + 1e-37,
                      excess = fabs(off) / allowed;
@@ -210,10 +205,13 @@ static void check_states(draw *w)
     for (int64_t n = 0; n < w->d->tokens->sequences; n++) {
         const int64_t length = decode_length(w->d, n);
         for (int64_t i = 0; i < length; i++) {
-            const int64_t slot = decode_slot_after(w->d, n, i, length);
+            const int64_t slot = decode_slot_after(w->d, n, i, length),
+                          written = decode_written_slot(w->d, n, i, length);
             const int token = w->d->write_states == FLASH_KDA_WRITE_EACH ? (int)i : 0;
             for (int64_t h = 0; slot >= 0 && h < w->d->tokens->heads; h++)
-                check_state(w, slot, n, i, h, token, roundings_to(w->d, n, i));
+                check_state(w, w->pool, slot, n, i, h, token, roundings_to(w->d, n, i));
+            for (int64_t h = 0; written >= 0 && h < w->d->tokens->heads; h++)
+                check_state(w, w->written, written, n, i, h, token, roundings_to(w->d, n, i));
         }
     }
     check_state_sums(w);
@@ -295,7 +293,7 @@ static void check_apply(draw *w, decode_call *c)
         for (int64_t i = 0, token; (token = decode_applied_token(w->d, n, i)) >= 0; i++) last = token;
         const int64_t slot = decode_first_slot(w->d, n);
         for (int64_t h = 0; last >= 0 && slot >= 0 && h < w->d->tokens->heads; h++)
-            check_state(w, slot, n, last, h, 0, most_roundings(w));
+            check_state(w, w->pool, slot, n, last, h, 0, most_roundings(w));
     }
     check_state_sums(w);
 }
@@ -318,6 +316,12 @@ static void check_again(const draw *w, decode_call *c)
           "a second call's states differ");
     free(out);
     free(pool);
+    if (!w->written) return;
+    void *written = decode_call_read_written(c);
+    CHECK(first_difference(written, w->written, is_bf16(w) ? 2 : 4,
+                           w->d->written_slots * p->heads * DIM * DIM) < 0,
+          "a second call's written_states differ");
+    free(written);
 }
 
 static void check_call(draw *w, decode_call *c, bool again)
@@ -328,6 +332,7 @@ static void check_call(draw *w, decode_call *c, bool again)
     CHECK(!damaged, "bytes of %s, or around it, were written that are no part of an output", damaged);
     w->out = decode_call_read_out(c);
     w->pool = decode_call_read_pool(c);
+    if (w->d->has_written) w->written = decode_call_read_written(c);
     check_out(w);
     check_states(w);
     if (again) check_again(w, c);
@@ -341,7 +346,7 @@ static void check_call(draw *w, decode_call *c, bool again)
 static void try_one(uint64_t seed, bool is_wild)
 {
     rng r = rng_seed(seed);
-    char text[200];
+    char text[240];
     decode_problem d = draw_decode(&r, test.quick ? 40 : 100, is_wild), allowed = allowed_decode(&d);
     const decode_options options = draw_decode_options(&r, &d);
     draw w = {.d = &d, .options = &options, .truth = decode_solve(&allowed)};
@@ -353,6 +358,7 @@ static void try_one(uint64_t seed, bool is_wild)
     decode_answer_free(&w.truth);
     free(w.out);
     free(w.pool);
+    free(w.written);
     free(w.records);
     decode_problem_free(&d);
     decode_problem_free(&allowed);
@@ -362,7 +368,7 @@ static void try_seeds(uint64_t share, bool is_wild)
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1);
     const bool is_variant = strncmp(test.kernel, "cpu-", 4) == 0; /* The kernel "cpu" has all draws. */
-    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 40 : is_variant ? 150 : 2000);
+    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 40 : is_variant ? 100 : 600);
     total_out = (sums){0};
     for (uint64_t i = 0; i < asked / share + 1; i++) try_one(first + i, is_wild);
     trying("all draws together");

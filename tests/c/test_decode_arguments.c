@@ -13,14 +13,17 @@
  * indices: R = 2. */
 static decode_problem packed_problem, rows_problem;
 static decode_call packed, rows;
+/* `packed` and `rows` with written_states: 9 slots with indices of W = 4 columns and a tree, and 4 slots
+ * without indices. */
+static decode_problem apart_problem, plain_problem;
+static decode_call apart, plain;
 
 /* ---- Refusals ------------------------------------------------------------------------------------------ */
 
 static void check_refusal(const decode_call *c, flash_kda_status got, flash_kda_status want,
                           const char *sentence)
 {
-    CHECK(got == want, "%s; it must be %s", flash_kda_status_string(got), flash_kda_status_string(want));
-    CHECK(strcmp(flash_kda_last_error(), sentence) == 0, "the sentence is: %s", flash_kda_last_error());
+    expect_sentence(got, want, sentence);
     must(flash_kda_synchronize(test.device, NULL));
     CHECK(decode_call_untouched(c), "a tensor was written");
 }
@@ -53,6 +56,8 @@ static void refuses_apply(const decode_call *c, const flash_kda_apply_params *p,
     } while (0)
 #define PACKED(sentence, ...) OF_DECODE(packed, INVALID_VALUE, sentence, __VA_ARGS__)
 #define ROWS(sentence, ...) OF_DECODE(rows, INVALID_VALUE, sentence, __VA_ARGS__)
+#define APART(sentence, ...) OF_DECODE(apart, INVALID_VALUE, sentence, __VA_ARGS__)
+#define PLAIN(sentence, ...) OF_DECODE(plain, INVALID_VALUE, sentence, __VA_ARGS__)
 #define APPLY(sentence, ...) OF_APPLY(packed, INVALID_VALUE, sentence, __VA_ARGS__)
 
 static const char *const FROM_SEQLENS = ", with N from the 3 entries of cu_seqlens";
@@ -147,6 +152,44 @@ static void shapes(void)
          p.write_states = FLASH_KDA_WRITE_EACH, p.records.data = NULL);
 }
 
+static void shapes_of_written(void)
+{
+    APART("written_states has 3 dimensions; it must have 4: [slots2, HV, V, K]", p.written_states.ndim = 3);
+    APART("written_states has shape [9, 2, 128, 64]; it must be [slots2, HV, K, V] = [9, 2, 128, 128]",
+          p.written_states.shape[3] = 64, p.state_k_first = 1);
+    PLAIN("written_states has shape [4, 1, 128, 128]; it must be [slots2, HV, V, K] = [4, 2, 128, 128]",
+          p.written_states.shape[1] = 1);
+    PLAIN(
+        "written_states has 2 slots; without written_indices it must have one for each of the 3 states that "
+        "are written",
+        p.written_states.shape[0] = 2);
+    PLAIN(
+        "written_states has 4 slots; without written_indices it must have one for each of the 6 states that "
+        "are written",
+        p.write_states = FLASH_KDA_WRITE_EACH);
+    APART(
+        "written_states has 4 slots; without written_indices it must have one for each of the 5 states that "
+        "are written",
+        p.written_indices.data = NULL, p.written_states.shape[0] = 4);
+    APART(text("written_indices has shape [3, 4]; it must be [N, W] = [2, 4]%s", FROM_SEQLENS),
+          p.written_indices.shape[0] = 3);
+    APART("written_indices has 1 dimensions; it must have 2: [N, W]", p.written_indices.ndim = 1);
+    APART("written_indices has 2 dimensions; it must have 1: [N]", p.write_states = FLASH_KDA_WRITE_LAST,
+          p.parents.data = NULL);
+    APART("written_indices has W = 2147483584; it must be at most 2147483583",
+          p.written_indices.shape[1] = p.written_indices.stride[0] = INT32_MAX - 63);
+    APART("state_indices has 2 dimensions; it must have 1: [N]",
+          p.state_indices = packed.decode.state_indices);
+    /* Without the second pool, slots of tokens are state_indices. */
+    APART("state_indices has 1 dimensions; it must have 2: [N, S]",
+          p.written_states.data = p.written_indices.data = NULL);
+    flash_kda_tensor one_column = apart.decode.written_indices;
+    one_column.shape[0] = 3;
+    one_column.shape[1] = one_column.stride[0] = 1;
+    PLAIN("written_indices has W = 1; it must be at least T = 2", p.written_indices = one_column,
+          p.write_states = FLASH_KDA_WRITE_EACH);
+}
+
 static void shapes_of_apply(void)
 {
     APPLY("records has 3 dimensions; it must have 4: [N, R, HV, 3 * K]", p.records.ndim = 3);
@@ -236,6 +279,10 @@ static void dtypes(void)
     DTYPE(packed, cu_seqlens, F64, "float64; it must be int64 or int32");
     DTYPE(packed, parents, OTHER, "another type; it must be int64 or int32");
     DTYPE(packed, rounding, I32, "int32; it must be int64");
+    DTYPE(plain, written_states, F16, "float16; it must be float32 or bfloat16");
+    DTYPE(plain, written_states, BF16, "bfloat16 and state has dtype float32; they must have one dtype");
+    DTYPE(apart, written_states, F32, "float32 and state has dtype bfloat16; they must have one dtype");
+    DTYPE(apart, written_indices, F32, "float32; it must be int64 or int32");
     DTYPE_OF_APPLY(records, F16, "float16; it must be float32");
     DTYPE_OF_APPLY(num_accepted_tokens, F32, "float32; it must be int64 or int32");
     DTYPE_OF_APPLY(accepted, BF16, "bfloat16; it must be int64 or int32");
@@ -282,7 +329,19 @@ static void strides(void)
     APPLY("state_indices has strides [7]; it must be contiguous, with strides [1]",
           p.state_indices.stride[0] = 7);
     APPLY("rounding has strides [2]; it must be contiguous, with strides [1]", p.rounding.stride[0] = 2);
+    PLAIN("written_states has stride 32760 in dimension 0; its elements must not share memory, so it must be "
+          "at least 32768",
+          p.written_states.stride[0] = 32760);
+    PLAIN(
+        "written_states has strides [32768, 16384, 1, 128]; all but its first dimension must be contiguous, "
+        "with strides [16384, 128, 1]",
+        p.written_states.stride[2] = 1, p.written_states.stride[3] = 128);
+    APART("written_indices has strides [5, 1]; it must be contiguous, with strides [4, 1]",
+          p.written_indices.stride[0] = 5);
     if (test.device.type != FLASH_KDA_CUDA) return;
+    PLAIN("written_states has stride 32770 in dimension 0; on a GPU it must be a multiple of 16 bytes, which "
+          "are 4 elements, and not negative",
+          p.written_states.stride[0] = 32770);
     ROWS("q has stride 129 in dimension 1; on a GPU it must be a multiple of 16 bytes, which are 8 elements, "
          "and "
          "not negative",
@@ -295,49 +354,31 @@ static void strides(void)
           p.state.stride[0] = 32772);
 }
 
-/* Moves a tensor, which is at that offset in the parameters, by some bytes. */
-static void misaligned(const decode_call *c, bool of_apply, size_t at, const char *name, size_t by,
-                       size_t alignment)
-{
-    flash_kda_decode_params p = c->decode;
-    flash_kda_apply_params a = c->apply;
-    flash_kda_tensor *t = (flash_kda_tensor *)((of_apply ? (char *)&a : (char *)&p) + at);
-    t->data = (char *)t->data + by;
-    const char *sentence =
-        text("%s is at address %p; it must be aligned to %zu bytes", name, t->data, alignment);
-    if (of_apply)
-        refuses_apply(c, &a, FLASH_KDA_INVALID_VALUE, sentence);
-    else
-        refuses_decode(c, &p, FLASH_KDA_INVALID_VALUE, sentence);
-}
-#define DECODE_MISALIGNED(c, name, by, alignment)                                                            \
-    misaligned(&(c), false, offsetof(flash_kda_decode_params, name), #name, by, alignment)
-#define APPLY_MISALIGNED(name, by, alignment)                                                                \
-    misaligned(&packed, true, offsetof(flash_kda_apply_params, name), #name, by, alignment)
-
 static void alignment(void)
 {
-    DECODE_MISALIGNED(rows, q, 8, 16);
-    DECODE_MISALIGNED(rows, k, 2, 16);
-    DECODE_MISALIGNED(rows, v, 4, 16);
-    DECODE_MISALIGNED(rows, g, 8, 16);
-    DECODE_MISALIGNED(rows, beta, 1, 2);
-    DECODE_MISALIGNED(rows, out, 8, 16);
-    DECODE_MISALIGNED(rows, A_log, 2, 4);
-    DECODE_MISALIGNED(rows, dt_bias, 4, 16);
-    DECODE_MISALIGNED(rows, state, 8, 16);
-    DECODE_MISALIGNED(rows, records, 8, 16);
-    DECODE_MISALIGNED(packed, state_indices, 4, 8);
-    DECODE_MISALIGNED(packed, num_accepted_tokens, 2, 4);
-    DECODE_MISALIGNED(packed, cu_seqlens, 4, 8);
-    DECODE_MISALIGNED(packed, parents, 4, 8);
-    DECODE_MISALIGNED(packed, rounding, 4, 8);
-    APPLY_MISALIGNED(records, 4, 16);
-    APPLY_MISALIGNED(num_accepted_tokens, 2, 4);
-    APPLY_MISALIGNED(accepted, 4, 8);
-    APPLY_MISALIGNED(state, 8, 16);
-    APPLY_MISALIGNED(state_indices, 1, 8);
-    APPLY_MISALIGNED(rounding, 4, 8);
+    MISALIGNED(ROWS, q, 8, 16);
+    MISALIGNED(ROWS, k, 2, 16);
+    MISALIGNED(ROWS, v, 4, 16);
+    MISALIGNED(ROWS, g, 8, 16);
+    MISALIGNED(ROWS, beta, 1, 2);
+    MISALIGNED(ROWS, out, 8, 16);
+    MISALIGNED(ROWS, A_log, 2, 4);
+    MISALIGNED(ROWS, dt_bias, 4, 16);
+    MISALIGNED(ROWS, state, 8, 16);
+    MISALIGNED(ROWS, records, 8, 16);
+    MISALIGNED(PACKED, state_indices, 4, 8);
+    MISALIGNED(PACKED, num_accepted_tokens, 2, 4);
+    MISALIGNED(PACKED, cu_seqlens, 4, 8);
+    MISALIGNED(PACKED, parents, 4, 8);
+    MISALIGNED(PACKED, rounding, 4, 8);
+    MISALIGNED(PLAIN, written_states, 8, 16);
+    MISALIGNED(APART, written_indices, 4, 8);
+    MISALIGNED(APPLY, records, 4, 16);
+    MISALIGNED(APPLY, num_accepted_tokens, 2, 4);
+    MISALIGNED(APPLY, accepted, 4, 8);
+    MISALIGNED(APPLY, state, 8, 16);
+    MISALIGNED(APPLY, state_indices, 1, 8);
+    MISALIGNED(APPLY, rounding, 4, 8);
 }
 
 static void absent(void)
@@ -358,44 +399,23 @@ static void absent(void)
 
 static void options(void)
 {
-    static const volatile int32_t words[2] = {0, 0};
-    const volatile int32_t *between = (const volatile int32_t *)((const volatile char *)words + 2);
-    ROWS("write_states is 3; it must be a flash_kda_write_states, in [0, 2]", p.write_states = 3);
-    ROWS("write_states is -1; it must be a flash_kda_write_states, in [0, 2]", p.write_states = -1);
-    ROWS("gate is 3; it must be a flash_kda_gate, in [0, 2]", p.gate = 3);
-    ROWS("beta_kind is -7; it must be a flash_kda_beta, in [0, 2]", p.beta_kind = -7);
-    ROWS("qk_is_normalised is 2; it must be 0 or 1", p.qk_is_normalised = 2);
-    ROWS("state_k_first is -1; it must be 0 or 1", p.state_k_first = -1);
-    ROWS("scale is inf; it must be finite", p.scale = INFINITY);
-    ROWS("lower_bound is -5.5; it must be in [-5, 0]", p.lower_bound = -5.5f);
-    ROWS("lower_bound is 0.25; it must be in [-5, 0]", p.lower_bound = 0.25f);
-    ROWS("cpu_threads is -2; it must be 0 (all) or more", p.cpu_threads = -2);
-    ROWS(text("interrupt is at address %p; it must be aligned to 4 bytes", (const void *)between),
-         p.interrupt = between);
-    PACKED("first_slot is -1; it must be 0 or more", p.first_slot = -1);
-    ROWS("first_slot is 2 without state_indices; it must be 0", p.first_slot = 2);
-    ROWS("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS", p.A_log.data = NULL,
-         p.gate = FLASH_KDA_GATE_SOFTPLUS);
-    ROWS("A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it "
-         "must be "
-         "absent",
-         p.gate = FLASH_KDA_GATE_ACTIVATED);
-    ROWS("dt_bias is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it "
-         "must "
-         "be absent",
-         p.gate = FLASH_KDA_GATE_ACTIVATED, p.A_log.data = NULL);
-    ROWS("state_indices is absent; it must be given with FLASH_KDA_WRITE_EACH",
-         p.write_states = FLASH_KDA_WRITE_EACH);
+    WRONG_OPTIONS(ROWS);
+    WRONG_DECODE_OPTIONS(ROWS);
     ROWS("num_accepted_tokens is given without FLASH_KDA_WRITE_EACH; it must be absent",
          p.num_accepted_tokens = packed.decode.num_accepted_tokens);
     ROWS("parents is given with FLASH_KDA_WRITE_LAST; a tree has no last state, so it must be absent",
          p.parents = packed.decode.parents);
+    PLAIN("written_states is given with FLASH_KDA_WRITE_NONE; it must be absent",
+          p.write_states = FLASH_KDA_WRITE_NONE);
+    APART("written_indices is given without written_states; it must be absent", p.written_states.data = NULL);
+    APART("num_accepted_tokens is given with written_states; it must be absent",
+          p.num_accepted_tokens = packed.decode.num_accepted_tokens);
     APPLY("state_k_first is 2; it must be 0 or 1", p.state_k_first = 2);
     APPLY("cpu_threads is -1; it must be 0 (all) or more", p.cpu_threads = -1);
     APPLY("first_slot is -3; it must be 0 or more", p.first_slot = -3);
     APPLY("first_slot is 1 without state_indices; it must be 0", p.state_indices.data = NULL);
-    APPLY(text("interrupt is at address %p; it must be aligned to 4 bytes", (const void *)between),
-          p.interrupt = between);
+    APPLY(text("interrupt is at address %p; it must be aligned to 4 bytes", (const void *)unaligned_word()),
+          p.interrupt = unaligned_word());
 }
 
 static void devices(void)
@@ -445,9 +465,12 @@ static bool apply_overlaps(flash_kda_apply_params p)
 static void shared_tensors(const decode_call *c)
 {
     flash_kda_decode_params p = c->decode;
+    const bool has_written = p.written_states.data;
     flash_kda_tensor *const all[] = {&p.out,
                                      &p.records,
-                                     &p.state,
+                                     has_written ? &p.written_states : &p.state,
+                                     has_written ? &p.state : &p.written_states,
+                                     &p.written_indices,
                                      &p.q,
                                      &p.k,
                                      &p.v,
@@ -479,12 +502,20 @@ static void shared_memory(void)
 {
     shared_tensors(&rows);
     shared_tensors(&packed);
+    shared_tensors(&plain);
+    shared_tensors(&apart);
     flash_kda_decode_params verify = rows.decode;
     verify.write_states = FLASH_KDA_WRITE_NONE;
     verify.rounding = rows.decode.A_log;
     verify.rounding.data = (char *)verify.state.data + 64;
     verify.rounding.dtype = FLASH_KDA_I64;
     trying("an input in a pool that is not written");
+    CHECK(!overlaps(verify), "it says: %s", flash_kda_last_error());
+    verify = plain.decode;
+    verify.rounding = plain.decode.A_log;
+    verify.rounding.data = (char *)verify.state.data + 64;
+    verify.rounding.dtype = FLASH_KDA_I64;
+    trying("an input in a pool beside written_states");
     CHECK(!overlaps(verify), "it says: %s", flash_kda_last_error());
     flash_kda_apply_params p = packed.apply;
     flash_kda_tensor *const inputs[] = {&p.records, &p.num_accepted_tokens, &p.accepted, &p.state_indices,
@@ -537,6 +568,12 @@ static void expect_wrong(const decode_call *c, bool of_apply, size_t at, const i
         expect_wrong(&packed, false, offsetof(flash_kda_decode_params, tensor), numbers,                     \
                      sizeof numbers / sizeof *numbers, sentence);                                            \
     } while (0)
+#define WRONG_WRITTEN(sentence, ...)                                                                         \
+    do {                                                                                                     \
+        const int64_t numbers[] = {__VA_ARGS__};                                                             \
+        expect_wrong(&apart, false, offsetof(flash_kda_decode_params, written_indices), numbers,             \
+                     sizeof numbers / sizeof *numbers, sentence);                                            \
+    } while (0)
 #define WRONG_APPLY(tensor, sentence, ...)                                                                   \
     do {                                                                                                     \
         const int64_t numbers[] = {__VA_ARGS__};                                                             \
@@ -573,6 +610,22 @@ static void numbers(void)
         parents,
         "parents[0, 0] is 0; it must be less than 0, or negative for the state that the sequence starts from",
         0, 0, 0, 0, 0, 0);
+    WRONG_WRITTEN("written_indices[0, 1] is 9; it must be less than 9, the slots of written_states", 0, 9, 3,
+                  4, 5, 6, 7, 8);
+    WRONG_WRITTEN(
+        "written_indices[1, 2] is 9223372036854775807; it must be less than 9, the slots of written_states",
+        1, 2, 3, 4, 5, 6, INT64_MAX, 7);
+    OF_DECODE(plain, INVALID_VALUE,
+              "written_indices[1] is 4; it must be less than 4, the slots of written_states",
+              int64_t slots[] = {3, 4, 0};
+              p.written_indices = apart.decode.written_indices; p.written_indices.ndim = 1;
+              p.written_indices.shape[0] = 3; p.written_indices.stride[0] = 1; p.written_indices.data = slots;
+              p.written_indices.dtype = FLASH_KDA_I64);
+    OF_DECODE(apart, INVALID_VALUE, "state_indices[1] is 12; it must be less than 12, the slots of state",
+              int64_t slots[] = {3, 12};
+              p.state_indices.data = slots; p.state_indices.dtype = FLASH_KDA_I64);
+    APART("written_indices has W = 2 and sequence 1 has 3 tokens; W must be at least the longest sequence",
+          p.written_indices.shape[1] = p.written_indices.stride[0] = 2);
     WRONG_APPLY(
         num_accepted_tokens,
         "num_accepted_tokens[0] is 5; it must be in [0, 4], where the last is the least of R, A and 16", 5,
@@ -648,6 +701,13 @@ static void allowed(void)
     TAKEN(packed, p.parents.data = p.num_accepted_tokens.data = p.records.data = p.rounding.data = NULL);
     TAKEN(packed, p.first_slot = 1LL << 40); /* no sequence has a state */
     TAKEN(packed, p.first_slot = INT64_MAX);
+    TAKEN(plain, (void)p);
+    TAKEN(apart, (void)p);
+    TAKEN(apart, p.written_indices.data = NULL);
+    TAKEN(plain, p.state.stride[0] = 0); /* all sequences start from one state */
+    TAKEN(plain, p.written_states.shape[0] = 0,
+          p.q.shape[1] = p.k.shape[1] = p.v.shape[1] = p.g.shape[1] = p.beta.shape[1] = p.out.shape[1] = 0,
+          p.write_states = FLASH_KDA_WRITE_EACH);
     decode_call_restore_pool(&rows);
     decode_call_restore_pool(&packed);
     older_structs();
@@ -685,13 +745,6 @@ static void reference(void)
 
 /* ---- The calls ----------------------------------------------------------------------------------------- */
 
-static int64_t *copied(const int64_t *values, int64_t count)
-{
-    int64_t *copy = allocate((size_t)count, sizeof *copy);
-    memcpy(copy, values, (size_t)count * sizeof *copy);
-    return copy;
-}
-
 /* A problem that has a pool of that many slots. */
 static problem *with_pool(problem *p, int64_t slots, uint64_t seed)
 {
@@ -725,11 +778,30 @@ static void open_calls(void)
                                       .applied = copied(applied, 2),
                                       .accepted = copied(accepted, 8),
                                       .accepted_columns = 4};
+    const int64_t written[] = {8, -1, 3, 4, 1, 2, 0, 9};
+    plain_problem = (decode_problem){.tokens = with_pool(problem_create(3, 2, 2), 3, 3),
+                                     .slot_columns = 1,
+                                     .has_written = true,
+                                     .written_slots = 4,
+                                     .written_columns = 1};
+    apart_problem = (decode_problem){.tokens = with_pool(problem_create_ragged(lengths, 2, 2), 12, 4),
+                                     .write_states = FLASH_KDA_WRITE_EACH,
+                                     .state_indices = copied(slots, 2),
+                                     .slot_columns = 1,
+                                     .parents = copied(parents, 6),
+                                     .parent_columns = 3,
+                                     .rounding = copied(rounding, 2),
+                                     .has_written = true,
+                                     .written_slots = 9,
+                                     .written_indices = copied(written, 8),
+                                     .written_columns = 4};
     decode_options how = {.tokens = options_of(STATE_IN_PLACE, false)};
     decode_call_open(&rows, &rows_problem, how);
+    decode_call_open(&plain, &plain_problem, how);
     how.tokens.bf16_state = true;
     how.i32_accepted = true;
     decode_call_open(&packed, &packed_problem, how);
+    decode_call_open(&apart, &apart_problem, how);
 }
 
 static void arguments(void)
@@ -737,6 +809,7 @@ static void arguments(void)
     open_calls();
     structs();
     shapes();
+    shapes_of_written();
     shapes_of_apply();
     overflowing_sizes();
     dtypes();
@@ -752,6 +825,10 @@ static void arguments(void)
     allowed();
     decode_call_close(&packed);
     decode_call_close(&rows);
+    decode_call_close(&apart);
+    decode_call_close(&plain);
+    decode_problem_free(&apart_problem);
+    decode_problem_free(&plain_problem);
     decode_problem_free(&packed_problem);
     decode_problem_free(&rows_problem);
 }

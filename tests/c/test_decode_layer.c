@@ -7,23 +7,18 @@
 
 #include "layer_call.h"
 
-enum { QUICK_CALLS = 40, CALLS = 600, SEED = 20261130 };
-
-static int number_from(const char *variable, int otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? (int)strtol(text, NULL, 10) : otherwise;
-}
+enum { QUICK_CALLS = 40, CALLS = 600 };
+static const uint64_t FIRST_SEED = 20261130ull * 1000003;
 
 /* Calls with any option. */
 static void drawn(void)
 {
-    const int calls = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? QUICK_CALLS : CALLS);
-    const int seed = number_from("FLASH_KDA_TEST_SEED", SEED);
-    for (int i = 0; i < calls; i++) {
-        rng r = rng_seed((uint64_t)seed * 1000003 + (uint64_t)i);
+    const uint64_t calls = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? QUICK_CALLS : CALLS),
+                   first = number_from("FLASH_KDA_TEST_SEED", FIRST_SEED);
+    for (uint64_t seed = first; seed < first + calls; seed++) {
+        rng r = rng_seed(seed);
         layer_call *c = layer_draw(&r, layer_any_sizes(&r));
-        trying("call %d of seed %d: %s", i, seed, c->text);
+        trying("seed %llu: %s", (unsigned long long)seed, c->text);
         layer_run_and_check(c);
         layer_free(c);
     }

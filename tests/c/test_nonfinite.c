@@ -309,7 +309,7 @@ static void spoil(rng *r, problem *p)
 static bool try_drawn(uint64_t seed)
 {
     rng r = rng_seed(seed);
-    const drawing how = {draw_subset(&r, ALL_OPTIONS), test.quick ? 150 : 1000};
+    const drawing how = {.options = draw_subset(&r, ALL_OPTIONS), .tokens = test.quick ? 150 : 1000};
     call c;
     flash_kda_nonfinite inputs[TENSORS];
     char text[DESCRIPTION];

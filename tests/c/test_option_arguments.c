@@ -139,24 +139,18 @@ static void strides(void)
 
 static void alignment(void)
 {
-    MISALIGNED(pooled, state_indices, 4, 8);
-    MISALIGNED(pooled, checkpoint_states, 8, 16);
-    MISALIGNED(pooled, checkpoint_offsets, 2, 4);
-    MISALIGNED(pooled, checkpoint_indices, 1, 4);
-    MISALIGNED(every, checkpoint_starts, 4, 8);
-    MISALIGNED(pooled, g, 8, 16);
-    MISALIGNED(pooled, beta, 2, 4);
+    MISALIGNED(INVALID, state_indices, 4, 8);
+    MISALIGNED(INVALID, checkpoint_states, 8, 16);
+    MISALIGNED(INVALID, checkpoint_offsets, 2, 4);
+    MISALIGNED(INVALID, checkpoint_indices, 1, 4);
+    MISALIGNED(EVERY, checkpoint_starts, 4, 8);
+    MISALIGNED(INVALID, g, 8, 16);
+    MISALIGNED(INVALID, beta, 2, 4);
 }
 
 static void kinds(void)
 {
-    INVALID("gate is 3; it must be a flash_kda_gate, in [0, 2]", p.gate = 3);
-    INVALID("gate is -1; it must be a flash_kda_gate, in [0, 2]", p.gate = -1);
-    INVALID("beta_kind is 3; it must be a flash_kda_beta, in [0, 2]", p.beta_kind = 3);
-    INVALID("beta_kind is -7; it must be a flash_kda_beta, in [0, 2]", p.beta_kind = -7);
-    INVALID("qk_is_normalised is 2; it must be 0 or 1", p.qk_is_normalised = 2);
-    INVALID("state_k_first is -1; it must be 0 or 1", p.state_k_first = -1);
-    INVALID("first_slot is -1; it must be 0 or more", p.first_slot = -1);
+    WRONG_OPTIONS(EVERY);
     EVERY("checkpoint_every is -16; it must be a multiple of 16 tokens, or 0", p.checkpoint_every = -16);
     EVERY("checkpoint_every is 8; it must be a multiple of 16 tokens, or 0", p.checkpoint_every = 8);
     EVERY(text("checkpoint_every is %lld; it must be a multiple of 16 tokens, or 0", (long long)INT64_MAX),
@@ -166,16 +160,6 @@ static void kinds(void)
 /* Options that make no sense together. */
 static void combinations(void)
 {
-    INVALID("A_log is absent; it must be given with the gate FLASH_KDA_GATE_SOFTPLUS", p.A_log.data = NULL);
-    INVALID(
-        "A_log is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it must "
-        "be absent",
-        p.gate = FLASH_KDA_GATE_ACTIVATED);
-    INVALID(
-        "dt_bias is given with the gate FLASH_KDA_GATE_ACTIVATED, for which g is the log decay itself; it "
-        "must be absent",
-        p.gate = FLASH_KDA_GATE_ACTIVATED, p.A_log.data = NULL);
-    EVERY("first_slot is 2 without state_indices; it must be 0", p.first_slot = 2);
     INVALID("checkpoint_offsets is given with checkpoint_every = 32; only one of them must say where the "
             "checkpoints are",
             p.checkpoint_every = 32);
@@ -601,13 +585,6 @@ static void older_structs(void)
 }
 
 /* ---- The calls ----------------------------------------------------------------------------------------- */
-
-static int64_t *copied(const int64_t *values, int64_t count)
-{
-    int64_t *copy = allocate((size_t)count, sizeof *copy);
-    memcpy(copy, values, (size_t)count * sizeof *copy);
-    return copy;
-}
 
 static void open_calls(void)
 {

@@ -52,12 +52,6 @@ static bool is_not_taken(flash_kda_status status)
     return true;
 }
 
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
-
 static bool by_reference(void)
 {
     return number_from("FLASH_KDA_TEST_REFERENCE", 0) && test.device.type == FLASH_KDA_CPU;
@@ -363,7 +357,7 @@ static void try_seeds(uint64_t share, void (*try)(uint64_t seed))
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1);
     const bool is_variant = strncmp(test.kernel, "cpu-", 4) == 0; /* The kernel "cpu" has all draws. */
-    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : is_variant ? 500 : 2000);
+    const uint64_t asked = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : is_variant ? 150 : 600);
     const uint64_t count = asked / share + 1;
     not_taken = 0;
     memset(&total, 0, sizeof total);

@@ -199,16 +199,10 @@ static void try_problem(uint64_t seed)
     problem_free(p);
 }
 
-static uint64_t number_from(const char *variable, uint64_t otherwise)
-{
-    const char *text = getenv(variable);
-    return text ? strtoull(text, NULL, 10) : otherwise;
-}
-
 static void random_problems(void)
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1);
-    const uint64_t count = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : 200);
+    const uint64_t count = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 60 : 120);
     for (uint64_t i = 0; i < count; i++) try_problem(first + i);
 }
 

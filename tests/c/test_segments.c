@@ -72,7 +72,7 @@ static void cases(void)
     if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
     for (int i = 0; i < test_case_count; i++) {
         const test_case *c = &test_cases[i];
-        problem *p = problem_create(1, test.quick ? 1024 : 8192, test.quick ? 2 : 4);
+        problem *p = problem_create(1, test.quick ? 1024 : 8192, test.quick ? 1 + (i == 0) : 4);
         fill_case(p, c, 71);
         trying("%s, T = %lld, H = %lld", c->name, (long long)p->tokens, (long long)p->heads);
         check_cutting(p, case_bars(c, test.device));
@@ -116,7 +116,7 @@ static void join_groups(void)
     static const int64_t segments[] = {2, 3, 4, 25, 26, 27, 28, 38, 39, 51, 64};
     const test_case *c = find_case("slow gates");
     if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
-    for (size_t i = 0; i < sizeof segments / sizeof *segments; i += test.quick ? 2 : 1) {
+    for (size_t i = 0; i < sizeof segments / sizeof *segments; i += test.quick ? 3 : 1) {
         problem *p = problem_create(1, 128 * segments[i] + (int64_t)i * 5 % 64, 1);
         fill_case(p, c, 80 + i);
         trying("%lld segments, T = %lld", (long long)segments[i], (long long)p->tokens);

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def cuda():
     if reason:
         pytest.skip(reason)
     return "cuda"
+
+
+@pytest.fixture(scope="session")
+def fla():
+    """flash-linear-attention's chunk_kda and fused_recurrent_kda, its plain recurrence, and its gates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FLA warns where there is no GPU
+        pytest.importorskip("fla", reason="flash-linear-attention is not installed", exc_type=ImportError)
+        kda = pytest.importorskip("fla.ops.kda", reason="this release has no KDA", exc_type=ImportError)
+        from fla.ops.kda import gate, naive
+    return {**vars(kda), **vars(naive), **vars(gate)}
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Problems for tests of decode and apply_records: arguments, and what the call must write."""
 
+import functools
+
 import numpy as np
-from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import BARS, error, to_numpy, to_torch
+from problems import BARS, error, hold_slots, make_inputs, run_any
 
 NOT_OF_THE_REFERENCE = ("out", "kernel", "threads")
 WRITES = ("last", "none", "each")
@@ -27,61 +28,33 @@ def make_decode(
     accepted=False,
     tree=False,
     records=False,
+    apart=None,
     integers=np.int64,
     seed=0,
 ):
     """The arguments of decode with what the names ask for. lengths: of packed sequences, in place of N and T.
-    With a pool, sequence 1 has a slot below first_slot. What decode writes holds NaN, except the pool."""
+    With a pool, sequence 1 has a slot below first_slot. apart: "indices" or "none", of written_states. What
+    decode writes holds NaN, except the pool."""
     rng = np.random.default_rng(seed)
     rows, tokens = (N, T) if lengths is None else (1, sum(lengths))
     if lengths is not None:
         N, T = len(lengths), max(lengths)
-
-    def normal(*shape):
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    a = {name: normal(rows, tokens, H, 128).astype(bfloat16) for name in ("q", "k")}
-    a["v"] = normal(rows, tokens, HV, 128).astype(bfloat16)
-    a["g"], a["beta"] = normal(rows, tokens, HV, 128), normal(rows, tokens, HV)
-    a |= {"scale": 128**-0.5, "lower_bound": -5.0}
-    a["A_log"] = rng.uniform(-1, 1, HV).astype(np.float32)
-    a["dt_bias"] = rng.uniform(-6, 1, (HV, 128)).astype(np.float32)
-    a["out"] = np.full(a["v"].shape, np.nan, bfloat16)
+    a = make_inputs(rng, rows, tokens, H, HV, gate, beta, normalised, wide)
     if lengths is not None:
         a["cu_seqlens"] = np.cumsum([0, *lengths]).astype(integers)
-    if gate.startswith("softplus"):
-        a["lower_bound"] = None
-    if gate == "activated":
-        a["g"] = -np.exp(2 * a["g"] - 3)
-        a |= {"A_log": None, "dt_bias": None, "lower_bound": None, "use_gate_in_kernel": False}
-    if gate.endswith("without A_log"):
-        a["A_log"] = None
-    if gate.endswith("without dt_bias"):
-        a["dt_bias"] = None
-    if beta == "twice":
-        a["allow_neg_eigval"] = True
-    elif beta == "activated":
-        a["beta"] = 2 / (1 + np.exp(-a["beta"]))
-        a["use_beta_sigmoid_in_kernel"] = False
-    if not wide:
-        a["g"], a["beta"] = a["g"].astype(bfloat16), a["beta"].astype(bfloat16)
-    if normalised:
-        for name in ("q", "k"):
-            x = a[name].astype(np.float32)
-            a[name] = (x / np.sqrt((x * x).sum(-1, keepdims=True))).astype(bfloat16)
-        a["use_qk_l2norm_in_kernel"] = False
     if k_first:
         a["state_v_first"] = False
-    columns = T if write == "each" else 1
-    slots = (N * columns if pool or write == "each" else N) + 3 * pool
-    a["state"] = normal(slots, HV, 128, 128).astype(state)
+    each = write == "each" and not apart  # a slot of the pool for each token
+    columns = T if each else 1
+    slots = (N * columns if pool or each else N) + 3 * pool
+    a["state"] = rng.standard_normal((slots, HV, 128, 128), dtype=np.float32).astype(state)
     a["write_states"] = write
-    if pool or write == "each":
+    if pool or each:
         indices = rng.permutation(slots - pool)[: N * columns].reshape(N, columns) + pool
         if pool and N > 1:
             indices[1] = rng.integers(-1, 1)
         a |= {"state_indices": indices.astype(integers), "first_slot": int(pool)}
-        if write != "each":
+        if not each:
             a["state_indices"] = np.ascontiguousarray(a["state_indices"][:, 0])
     if accepted:
         a["num_accepted_tokens"] = rng.integers(1, columns + 1, N).astype(integers)
@@ -90,6 +63,16 @@ def make_decode(
         a["parents"] = a["parents"].astype(integers)
     if records:
         a["records"] = np.full((N, T + 1, HV, 3, 128), np.nan, np.float32)
+    if apart:
+        columns = T + 1 if write == "each" else 1
+        states = N * columns if apart == "indices" else rows * tokens if write == "each" else N
+        a["written_states"] = np.full((states + 2, HV, 128, 128), np.nan, state)
+    if apart == "indices":
+        indices = rng.permutation(states + 2)[: N * columns].reshape(N, columns)
+        indices[-1, -1] = -1
+        a["written_indices"] = indices.astype(integers)
+        if write != "each":
+            a["written_indices"] = np.ascontiguousarray(a["written_indices"][:, 0])
     return a
 
 
@@ -103,7 +86,7 @@ def slot_of_start(a, n):
     """The slot that sequence n starts from."""
     if a.get("state_indices") is None:
         return n
-    if a["write_states"] != "each":
+    if a["write_states"] != "each" or a.get("written_states") is not None:
         return a["state_indices"][n]
     first = 1 if a.get("num_accepted_tokens") is None else a["num_accepted_tokens"][n]
     return a["state_indices"][n, first - 1]
@@ -119,6 +102,7 @@ def truth_of_decode(a):
     out, states = flash_kda.decode_reference(**given)
     after, begin = [], 0
     pool = a["state"].astype(np.float64)
+    written = None if a.get("written_states") is None else a["written_states"].astype(np.float64)
     flat = states if a.get("cu_seqlens") is not None else states.reshape(-1, *states.shape[2:])
     for n, length in enumerate(lengths_of(a)):
         after.append(flat[begin : begin + length])
@@ -126,41 +110,25 @@ def truth_of_decode(a):
         start = slot_of_start(a, n)
         if not has_state(a, start) or not length:
             continue
-        if a["write_states"] == "last":
+        if written is not None:
+            each = a["write_states"] == "each"
+            for i in range(length if each else 1):
+                slot = begin - length + i if each else n
+                if a.get("written_indices") is not None:
+                    slot = a["written_indices"][n, i] if each else a["written_indices"][n]
+                if slot >= 0:
+                    written[slot] = after[n][i if each else -1]
+        elif a["write_states"] == "last":
             pool[start] = after[n][-1]
         elif a["write_states"] == "each":
             for i in range(length):
                 if has_state(a, a["state_indices"][n, i]):
                     pool[a["state_indices"][n, i]] = after[n][i]
-    return {"out": out, "state": pool, "states": after}
+    return {"out": out, "state": pool, "states": after, "written_states": written}
 
 
-def run_decode(a, library="numpy", mode="eager", device="cpu", call=None, name="decode"):
-    """Calls decode on copies of the arguments, as a library and a mode have it, and returns them in NumPy."""
-    function = call or getattr(flash_kda, name)
-    if library == "numpy":
-        work = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in a.items()}
-        assert function(**work) is None
-        return work
-    import torch
-
-    work = to_torch(a, device)
-    if mode != "eager":
-        torch.compiler.reset()
-        inner = function
-        function = torch.compile(lambda **t: inner(**t), fullgraph=True, backend=mode)
-    with torch.no_grad():
-        assert function(**work) is None
-    return to_numpy(work)
-
-
-def hold_state(old, got, want, bar, name="state"):
-    """Asserts that slots are right, and that a slot that must stay as it is was not touched."""
-    for slot in range(len(want)):
-        if np.array_equal(want[slot], old[slot].astype(np.float64)):
-            assert got[slot].tobytes() == old[slot].tobytes(), f"{name}[{slot}] was touched"
-        else:
-            assert error(got[slot], want[slot]) <= bar, f"{name}[{slot}]"
+# Calls decode, or the function of another name, as run_any does.
+run_decode = functools.partial(run_any, name="decode")
 
 
 def bar_of(state, device="cpu"):
@@ -171,11 +139,14 @@ def bar_of(state, device="cpu"):
 def hold_decode(before, after, expected):
     """Asserts that what decode wrote is within the bars, and that it touched nothing else."""
     for name, x in before.items():
-        if isinstance(x, np.ndarray) and name not in ("out", "state", "records"):
+        if isinstance(x, np.ndarray) and name not in ("out", "state", "records", "written_states"):
             assert after[name].tobytes() == x.tobytes(), f"{name} was written"
     if after["out"].size:
         assert error(after["out"], expected["out"]) <= BARS["cpu"][0]
-    hold_state(before["state"], after["state"], expected["state"], bar_of(before["state"]))
+    hold_slots(before["state"], after["state"], expected["state"], bar_of(before["state"]), "state")
+    if before.get("written_states") is not None:
+        pools = (x["written_states"] for x in (before, after, expected))
+        hold_slots(*pools, bar_of(before["state"]), "written_states")
     for n, length in enumerate(lengths_of(before)):
         if not has_state(before, slot_of_start(before, n)):
             begin = before["cu_seqlens"][n] if "cu_seqlens" in before else 0

@@ -1,5 +1,7 @@
 """Problems for tests: arguments of fwd, the right results for them, and error measures, in NumPy alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from ml_dtypes import bfloat16
 
@@ -75,6 +77,13 @@ def hold_to(arguments, expected, device):
         assert error(arguments["final_state"], expected[1]) <= state_bar
 
 
+def in_threads(work, values):
+    """Calls work(value) in a thread for each value, and raises what the first call has raised that failed."""
+    with ThreadPoolExecutor(len(values)) as threads:
+        for done in [threads.submit(work, value) for value in values]:
+            done.result()
+
+
 def to_torch(arguments, device):
     """The arguments as tensors with memory of their own."""
     import torch
@@ -122,39 +131,20 @@ CHECKPOINTS = ("offsets", "columns", "indices", "every", "starts")
 NOT_FOR_THE_REFERENCE = ("out", "final_state", "nonfinite", "workspace", "kernel_name")
 
 
-def make_any(
-    lengths=(5, 64, 0, 40),
-    H=1,
-    HV=2,
-    gate="bounded",
-    beta="sigmoid",
-    normalised=False,
-    k_first=False,
-    wide=False,
-    pool=False,
-    flags=False,
-    checkpoints=None,
-    state=np.float32,
-    checkpoint_dtype=np.float32,
-    integers=np.int64,
-    seed=0,
-):
-    """The arguments of fwd with the options that the names ask for. wide: g and beta in fp32. What fwd writes
-    holds NaN, or in a pool that is both states its initial states."""
-    rng = np.random.default_rng(seed)
-    N, T = len(lengths), sum(lengths)
+def make_inputs(rng, rows, tokens, H, HV, gate, beta, normalised, wide):
+    """The arguments that fwd and decode have in common, with what the names ask for. wide: g and beta in
+    fp32."""
 
     def normal(*shape):
         return rng.standard_normal(shape, dtype=np.float32)
 
-    a = {name: normal(1, T, H, 128).astype(bfloat16) for name in ("q", "k")}
-    a["v"] = normal(1, T, HV, 128).astype(bfloat16)
-    a["g"], a["beta"] = normal(1, T, HV, 128), normal(1, T, HV)
+    a = {name: normal(rows, tokens, H, 128).astype(bfloat16) for name in ("q", "k")}
+    a["v"] = normal(rows, tokens, HV, 128).astype(bfloat16)
+    a["g"], a["beta"] = normal(rows, tokens, HV, 128), normal(rows, tokens, HV)
     a["scale"], a["lower_bound"] = 128**-0.5, -5.0
     a["A_log"] = rng.uniform(-1, 1, HV).astype(np.float32)
     a["dt_bias"] = rng.uniform(-6, 1, (HV, 128)).astype(np.float32)
-    a["out"] = np.full((1, T, HV, 128), np.nan, bfloat16)
-    a["cu_seqlens"] = np.cumsum([0, *lengths]).astype(integers)
+    a["out"] = np.full(a["v"].shape, np.nan, bfloat16)
     if gate.startswith("softplus"):
         a["lower_bound"] = None
     if gate == "activated":
@@ -176,10 +166,36 @@ def make_any(
             x = a[name].astype(np.float32)
             a[name] = (x / np.sqrt((x * x).sum(-1, keepdims=True))).astype(bfloat16)
         a["use_qk_l2norm_in_kernel"] = False
+    return a
+
+
+def make_any(
+    lengths=(5, 64, 0, 40),
+    H=1,
+    HV=2,
+    gate="bounded",
+    beta="sigmoid",
+    normalised=False,
+    k_first=False,
+    wide=False,
+    pool=False,
+    flags=False,
+    checkpoints=None,
+    state=np.float32,
+    checkpoint_dtype=np.float32,
+    integers=np.int64,
+    seed=0,
+):
+    """The arguments of fwd with the options that the names ask for. wide: g and beta in fp32. What fwd writes
+    holds NaN, or in a pool that is both states its initial states."""
+    rng = np.random.default_rng(seed)
+    N, T = len(lengths), sum(lengths)
+    a = make_inputs(rng, 1, T, H, HV, gate, beta, normalised, wide)
+    a["cu_seqlens"] = np.cumsum([0, *lengths]).astype(integers)
     if k_first:
         a["state_v_first"] = False
     slots = N + 3 if pool else N
-    a["initial_state"] = normal(slots, HV, 128, 128).astype(state)
+    a["initial_state"] = rng.standard_normal((slots, HV, 128, 128), dtype=np.float32).astype(state)
     a["final_state"] = a["initial_state"].copy() if pool else np.full((N, HV, 128, 128), np.nan, state)
     if pool:
         indices = 1 + rng.permutation(slots - 1)[:N]
@@ -256,6 +272,15 @@ def truth_of_any(a):
     return truth
 
 
+def hold_slots(old, got, want, bar, name):
+    """Asserts that states are right, and that one that must stay as it is was not touched."""
+    for slot in range(len(want)):
+        if np.array_equal(want[slot], old[slot].astype(np.float64), equal_nan=True):
+            assert got[slot].tobytes() == old[slot].tobytes(), f"{name}[{slot}] was touched"
+        else:
+            assert error(got[slot], want[slot]) <= bar, f"{name}[{slot}]"
+
+
 def hold_any(before, after, expected, device="cpu"):
     """Asserts that what fwd wrote is within the bars, and that it touched nothing else. before and after:
     arguments in NumPy."""
@@ -268,37 +293,35 @@ def hold_any(before, after, expected, device="cpu"):
         if name not in expected:
             continue
         bar = state_bar if before[name].dtype == np.float32 else max(state_bar, 3e-3)
-        old, got, want = before[name], after[name], expected[name]
-        for slot in range(len(want)):
-            same = np.array_equal(want[slot], old[slot].astype(np.float64), equal_nan=True)
-            if same:
-                assert got[slot].tobytes() == old[slot].tobytes(), f"{name}[{slot}] was touched"
-            else:
-                assert error(got[slot], want[slot]) <= bar, f"{name}[{slot}]"
+        hold_slots(before[name], after[name], expected[name], bar, name)
+
+
+def _keep_in_place(a, work):
+    """A pool that is both states of `a` becomes one array of `work`, too."""
+    if a.get("final_state") is not None and a["final_state"] is a.get("initial_state"):
+        work["final_state"] = work["initial_state"]
+    return work
 
 
 def copied(a):
-    """The arguments with arrays of their own. A pool that is both states stays one array."""
-    new = {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in a.items()}
-    if a.get("final_state") is a.get("initial_state"):
-        new["final_state"] = new["initial_state"]
-    return new
+    """The arguments with arrays of their own."""
+    return _keep_in_place(a, {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in a.items()})
 
 
-def run_any(a, library="numpy", mode="eager", device="cpu", call=None):
-    """Calls fwd on copies of the arguments, as a library and a mode have it, and returns them in NumPy."""
-    call = call or flash_kda.fwd
+def run_any(a, library="numpy", mode="eager", device="cpu", call=None, name="fwd"):
+    """Calls `call`, or the package's function of that name, on copies of the arguments, as a library and a
+    mode have it. Returns them in NumPy."""
+    call = call or getattr(flash_kda, name)
     if library == "numpy":
         work = copied(a)
         assert call(**work) is None
         return work
     torch = _torch()
-    work = to_torch(a, device)
-    if a.get("final_state") is a.get("initial_state"):
-        work["final_state"] = work["initial_state"]
+    work = _keep_in_place(a, to_torch(a, device))
     if mode != "eager":
         torch.compiler.reset()
-        call = torch.compile(lambda **t: flash_kda.fwd(**t), fullgraph=True, backend=mode)
+        inner = call
+        call = torch.compile(lambda **t: inner(**t), fullgraph=True, backend=mode)
     with torch.no_grad():
         assert call(**work) is None
     return to_numpy(work)

@@ -13,7 +13,6 @@ from decode_problems import (
     bar_of,
     has_state,
     hold_decode,
-    hold_state,
     lengths_of,
     make_decode,
     run_decode,
@@ -21,7 +20,7 @@ from decode_problems import (
     truth_of_decode,
 )
 from flash_kda import _call, _decode_options
-from problems import BARS, BETAS, GATES, error, make_any, to_numpy
+from problems import BARS, BETAS, GATES, error, hold_slots, make_any, to_numpy
 
 WAYS = [("numpy", "eager"), ("torch", "eager"), ("torch", "aot_eager")]
 
@@ -224,7 +223,7 @@ def test_apply(way, state, k_first):
         if m and has_state(a, slot_of_start(a, n)):
             want[slot_of_start(a, n)] = expected["states"][n][m - 1]
     done = run_decode(b, *way, name="apply_records")
-    hold_state(a["state"], done["state"], want, bar_of(a["state"]))
+    hold_slots(a["state"], done["state"], want, bar_of(a["state"]), "state")
 
 
 def test_apply_equals_decode(way):
@@ -264,6 +263,29 @@ def test_apply_of_a_path_in_a_tree(way):
     b["accepted"] = np.array([[*path, -1]])
     got = run_decode(b, *way, name="apply_records")["state"]
     assert error(got[0], truth_of_decode(a)["states"][0][5]) <= 1e-5
+
+
+# A second pool.
+
+
+@pytest.mark.parametrize("write", ["last", "each"])
+@pytest.mark.parametrize("apart", ["indices", "none"])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("lengths", [None, (3, 1, 0, 16, 2)])
+def test_written_states(way, write, apart, pool, lengths):
+    """The states that are written go to written_states, and the pool stays as it is."""
+    options = {"write": write, "apart": apart, "pool": pool, "lengths": lengths}
+    hold(make_decode(**options, seed=21), way)
+    hold(make_decode(**options, state=bfloat16, k_first=True, integers=np.int32, seed=22), way)
+    if write == "each":
+        hold(make_decode(**options, tree=True, seed=23), way)
+
+
+def test_written_states_of_one_start(way):
+    """Any number of sequences may start from a slot that nothing writes."""
+    a = make_decode(T=3, write="each", apart="none", seed=24)
+    a["state_indices"][:] = 2
+    hold(a, way)
 
 
 # Rounding.
@@ -397,6 +419,43 @@ REFUSED = {
         {"num_accepted_tokens": np.array([1, 1, 1])},
         ValueError,
         'num_accepted_tokens is given without write_states="each"; it must be None',
+    ),
+    "written_states that nothing is written to": (
+        {"written_states": np.zeros((3, 2, 128, 128), np.float32), "write_states": "none"},
+        ValueError,
+        'written_states is given with write_states="none"; it must be None',
+    ),
+    "written_states and accepted": (
+        {
+            "written_states": np.zeros((12, 2, 128, 128), np.float32),
+            "write_states": "each",
+            "num_accepted_tokens": np.array([1, 1, 1]),
+        },
+        ValueError,
+        "num_accepted_tokens is given with written_states; it must be None",
+    ),
+    "few written_states": (
+        {"written_states": np.zeros((11, 2, 128, 128), np.float32), "write_states": "each"},
+        ValueError,
+        "written_states has 11 slots; without written_indices it must have one for each of the 12 states",
+    ),
+    "written_states of another dtype": (
+        {"written_states": np.zeros((3, 2, 128, 128), bfloat16)},
+        TypeError,
+        "written_states has dtype bfloat16 and state has dtype float32; they must have one dtype",
+    ),
+    "written_indices alone": (
+        {"written_indices": np.arange(3)},
+        ValueError,
+        "written_indices is given without written_states; it must be None",
+    ),
+    "a slot beyond written_states": (
+        {
+            "written_states": np.zeros((3, 2, 128, 128), np.float32),
+            "written_indices": np.array([0, 3, 1]),
+        },
+        ValueError,
+        "written_indices[1] is 3; it must be less than 3, the slots of written_states",
     ),
     "a tree with last": (
         {"parents": np.full((3, 4), -1)},
@@ -588,5 +647,5 @@ def test_jax():
         flash_kda.decode(**{**work, "q": q})
         return q
 
-    with pytest.raises(TypeError, match=r"q is a tracer: flash_kda cannot be called inside of jax\.jit"):
+    with pytest.raises(TypeError, match=r"q is a tracer of jax\.jit, .* call flash_kda\.jax\.decode"):
         jax.jit(traced)(inputs["q"])

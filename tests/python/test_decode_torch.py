@@ -1,21 +1,15 @@
 """decode and apply_records on PyTorch tensors: operators, compilers, CUDA graphs, refusals."""
 
-import shutil
-import threading
-
 import numpy as np
 import pytest
 
 import flash_kda
 from decode_problems import hold_decode, make_decode, run_decode, truth_of_decode
-from problems import error, to_numpy, to_torch
+from problems import error, in_threads, to_numpy, to_torch
+from torch_calls import COMPILERS, call_behind_other_work, captured
 
 torch = pytest.importorskip("torch")
 
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU"
-)
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)]
 INPUTS = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")
 
 
@@ -51,6 +45,9 @@ def test_positions_of_arguments(device):
         {"write": "none", "records": True},
         {"lengths": (3, 0, 5)},
         {"write": "each", "tree": True},
+        {"write": "each", "apart": "indices", "tree": True},
+        {"write": "each", "apart": "none", "lengths": (3, 0, 5)},
+        {"apart": "indices"},
     ],
     ids=str,
 )
@@ -85,7 +82,8 @@ def test_schemas():
         "flash_kda::decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, "
         "Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(b!) state, Tensor? state_indices=None, "
         "Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, Tensor? parents=None, "
-        "Tensor(c!)? records=None, Tensor? rounding=None, int first_slot=0, "
+        "Tensor(c!)? records=None, Tensor? rounding=None, Tensor(d!)? written_states=None, "
+        "Tensor? written_indices=None, int first_slot=0, "
         'str write_states="last", str? kernel_name=None, int threads=0, bool use_gate_in_kernel=True, '
         "bool use_qk_l2norm_in_kernel=True, bool use_beta_sigmoid_in_kernel=True, "
         "bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
@@ -99,7 +97,12 @@ def test_schemas():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"write": "each", "accepted": True}, {"write": "none", "records": True, "tree": True}],
+    [
+        {},
+        {"write": "each", "accepted": True},
+        {"write": "none", "records": True, "tree": True},
+        {"write": "each", "apart": "indices"},
+    ],
     ids=str,
 )
 def test_opcheck(device, options):
@@ -115,7 +118,7 @@ def test_opcheck_of_apply(device):
 # Compilers.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", *COMPILERS])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compile_a_step(device, backend, mode):
     """Verify, then bring the states up to date, in one graph, with arithmetic around both."""
@@ -144,7 +147,7 @@ def test_compile_a_step(device, backend, mode):
             assert torch.equal(one["state"], other["state"])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_compile_writes_arguments(device, backend):
     torch.compiler.reset()
     a = make_decode(write="each", accepted=True, seed=8)
@@ -242,11 +245,7 @@ def test_cuda_graph(cuda):
     """A replayed graph takes the indices of the replay, and raises the offset of random numbers itself."""
     a = make_decode(T=1, seed=12)
     tensors = to_torch(a, cuda)
-    flash_kda.decode(**tensors)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        flash_kda.decode(**tensors)
+    graph = captured(lambda: flash_kda.decode(**tensors))
     b = make_decode(T=1, seed=13)
     expected = truth_of_decode(b)
     for name, x in to_torch(b, cuda).items():
@@ -288,19 +287,7 @@ def test_ten_thousand_replays(cuda):
 def test_current_stream(cuda):
     a = make_decode(seed=14)
     expected = truth_of_decode(a)
-    late = to_torch(a, cuda)
-    tensors = {n: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for n, x in late.items()}
-    flash_kda.decode(**tensors)  # the first call on a device loads its kernels, which may wait
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for name, x in late.items():
-            if isinstance(x, torch.Tensor):
-                tensors[name].copy_(x)
-        flash_kda.decode(**tensors)
-        assert not stream.query(), "the call waited for the device"
-    stream.synchronize()
+    tensors = call_behind_other_work(flash_kda.decode, to_torch(a, cuda))
     hold_decode(a, to_numpy(tensors), expected)
 
 
@@ -343,7 +330,7 @@ def test_gradients_are_refused(device, name, call):
     t[name].requires_grad_()
     function = flash_kda.decode if call == "decode" else torch.ops.flash_kda.decode
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\)"):
+        with pytest.raises(RuntimeError, match=r"computes no gradients.*torch.no_grad\(\)"):
             function(**t)
         assert t["out"].isnan().all()
     with torch.no_grad():
@@ -354,7 +341,7 @@ def test_gradients_are_refused(device, name, call):
 def test_gradients_of_records_are_refused():
     b = to_torch(applied(make_decode(seed=18)), "cpu")
     b["records"].requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward pass yet"):
+    with pytest.raises(RuntimeError, match="computes no gradients"):
         flash_kda.apply_records(**b)
 
 
@@ -364,13 +351,21 @@ def test_tangents_are_refused():
     t = to_torch(make_decode(seed=19), "cpu")
     with forward_ad.dual_level(), torch.no_grad():
         t["v"] = forward_ad.make_dual(t["v"], torch.ones_like(t["v"]))
-        with pytest.raises(RuntimeError, match="no derivative yet, and one of its tensors has a tangent"):
+        with pytest.raises(
+            RuntimeError, match="no forward-mode derivative, and one of its tensors has a tangent"
+        ):
             flash_kda.decode(**t)
 
 
 def test_autograd_notices_what_was_written(device):
-    t = to_torch(make_decode(seed=20, write="last", records=True), device)
+    t = to_torch(make_decode(seed=20, write="last", records=True, apart="indices"), device)
     weight = torch.ones((), device=device, requires_grad=True)
+    for name in ("out", "records", "written_states"):
+        loss = (weight * t[name]).sum()
+        flash_kda.decode(**t)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    del t["written_states"], t["written_indices"]
     for name in ("out", "state", "records"):
         loss = (weight * t[name]).sum()
         flash_kda.decode(**t)
@@ -417,22 +412,12 @@ def test_no_change_slips_past_a_prepared_call():
 
 
 def test_calls_from_many_threads(device):
-    problems = [make_decode(T=2 + i % 2, seed=i) for i in range(6)]
-    expected = [truth_of_decode(a) for a in problems]
-    failures = []
+    def work(seed):
+        a = make_decode(T=2 + seed % 2, seed=seed)
+        want = truth_of_decode(a)
+        for _ in range(10):
+            t = to_torch(a, device)
+            flash_kda.decode(**t)
+            hold_decode(a, to_numpy(t), want)
 
-    def work(a, want):
-        try:
-            for _ in range(10):
-                t = to_torch(a, device)
-                flash_kda.decode(**t)
-                hold_decode(a, to_numpy(t), want)
-        except BaseException as failure:
-            failures.append(failure)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    in_threads(work, range(6))

@@ -21,7 +21,7 @@ CODES = {
     "uint8": (1, 8),
 }
 
-_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule = ctypes.pythonapi["PyCapsule_New"]  # a function of our own: JAX sets the types of the other one
 _new_capsule.argtypes = [c_void_p, ctypes.c_char_p, c_void_p]
 _new_capsule.restype = py_object
 

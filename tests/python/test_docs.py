@@ -4,7 +4,6 @@ fit, and a broken link fails the build."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import flash_kda
+from pages import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -50,14 +50,8 @@ def python_sections():
 def test_python_of_a_section(code, said):
     for module in re.findall(r"^import (\w+)", code, re.MULTILINE):
         pytest.importorskip(module)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(flash_kda.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not said or done.stdout == said
+    printed = run_python(code)
+    assert not said or printed == said
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What this package takes of chunk_kda's calls, in every release of flash-linear-attention that knows it.
 
 The release that is installed is tested by `make test`, every release by `make test-all`, if PyPI can be
-reached. fla_calls.py has the calls.
+reached. fla_calls.py has the calls without an adapter, fla_adapter_calls.py those with flash_kda.fla.
 """
 
 import importlib.util
@@ -35,26 +35,37 @@ def folder_of(release):
     return str(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["flash_kda", "allow_neg_eigval", "device"])
+@pytest.mark.parametrize("release", ["installed", *RELEASES])
+def test_calls(release, first):
+    run("fla_calls.py", first, folder_of(release))
+
+
 @pytest.mark.parametrize(
-    ("release", "first"),
+    ("release", "how"),
     [
-        ("installed", "device"),
+        ("installed", "before"),
         *(
-            pytest.param(release, first, marks=pytest.mark.slow)
+            pytest.param(release, how, marks=pytest.mark.slow)
             for release in ("installed", *RELEASES)
-            for first in ("flash_kda", "allow_neg_eigval", "device")
-            if (release, first) != ("installed", "device")
+            for how in ("before", "after", "install")
         ),
     ],
 )
-def test_calls(release, first):
+def test_calls_with_the_adapter(release, how, request):
+    is_slow = request.node.get_closest_marker("slow") is not None
+    run("fla_adapter_calls.py", how, folder_of(release), *([] if is_slow else ["quick"]))
+
+
+def run(script, *words):
     for module in ("triton", "einops"):
         pytest.importorskip(module)
     environment = {
         n: x for n, x in os.environ.items() if n not in ("FLA_FLASH_KDA", "FLA_DISABLE_BACKEND_DISPATCH")
     }
     environment["PYTHONPATH"] = os.path.dirname(flash_kda.__path__[0])
-    script = [sys.executable, Path(__file__).with_name("fla_calls.py"), first, folder_of(release)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    command = [sys.executable, Path(__file__).with_name(script), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ok\n")

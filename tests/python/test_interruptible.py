@@ -107,6 +107,30 @@ def test_ctrl_c(kind):
     hold_to(small, truth(small), "cpu")
 
 
+def slow_backward(a):
+    inputs = {name: x for name, x in a.items() if name != "out"}
+    flash_kda.bwd(**inputs, dout=a["out"], dv=np.empty_like(a["v"]), kernel="cpu-portable", threads=1)
+
+
+def test_ctrl_c_during_a_backward_pass():
+    seconds = processor_seconds_to_stop(slow_backward, zeros(), interrupt, KeyboardInterrupt)
+    assert seconds < MOST_PROCESSOR_SECONDS
+
+
+def test_ctrl_c_during_autograd():
+    torch = pytest.importorskip("torch")
+    tensors = to_torch(zeros(), "cpu")
+    inputs = [tensors[name].requires_grad_() for name in ("q", "k", "v", "g", "beta")]
+    out, _ = flash_kda.chunk_kda(*inputs, use_qk_l2norm_in_kernel=True)
+
+    def backward(out):
+        torch.autograd.backward(out, torch.zeros_like(out))
+
+    seconds = processor_seconds_to_stop(backward, out, interrupt, KeyboardInterrupt)
+    assert seconds < 4 * MOST_PROCESSOR_SECONDS  # of several threads
+    assert all(x.grad is None for x in inputs)
+
+
 @pytest.fixture
 def on_alarm():
     """Sets the handler of SIGALRM for the time of a test."""

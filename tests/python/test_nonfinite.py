@@ -174,13 +174,11 @@ def test_cuda_graph(cuda):
     """A replay counts what the tensors hold then, and forgets what an earlier one has found."""
     import torch
 
+    from torch_calls import captured
+
     tensors = to_torch(make(lengths=[40, 60], initial=np.float32), cuda)
     nonfinite = torch.zeros(10, 2, dtype=torch.int64, device=cuda)
-    flash_kda.fwd(**tensors, nonfinite=nonfinite)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        flash_kda.fwd(**tensors, nonfinite=nonfinite)
+    graph = captured(lambda: flash_kda.fwd(**tensors, nonfinite=nonfinite))
     for value in (torch.nan, 0.0, -torch.inf):
         tensors["k"][0, 70, 1, 9] = value
         nonfinite.fill_(5)
@@ -194,20 +192,12 @@ def test_current_stream(cuda):
     """The counting is queued on the current stream behind what is queued there, and nothing waits for it."""
     import torch
 
-    late = to_torch(with_faults(3, T=64), cuda)
-    tensors = {n: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for n, x in late.items()}
+    from torch_calls import call_behind_other_work
+
     nonfinite = torch.zeros(10, 2, dtype=torch.int64, device=cuda)
-    flash_kda.fwd(**tensors, nonfinite=nonfinite)  # the first call on a device loads its kernels
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for name, x in late.items():
-            if isinstance(x, torch.Tensor):
-                tensors[name].copy_(x)
-        flash_kda.fwd(**tensors, nonfinite=nonfinite)
-        assert not stream.query(), "the call waited for the device"
-    stream.synchronize()
+    tensors = call_behind_other_work(
+        lambda **t: flash_kda.fwd(**t, nonfinite=nonfinite), to_torch(with_faults(3, T=64), cuda)
+    )
     np.testing.assert_array_equal(nonfinite.cpu().numpy(), counted(to_numpy(tensors)))
 
 

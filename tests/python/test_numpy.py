@@ -1,6 +1,5 @@
 """fwd on NumPy arrays, and the reference."""
 
-import threading
 import warnings
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import ARGUMENTS, BARS, error, hold_to, make, truth
+from problems import ARGUMENTS, BARS, error, hold_to, in_threads, make, truth
 
 
 def recurrence(a, b, h, begin, end, state):
@@ -262,25 +261,15 @@ def test_kernel_by_name():
 
 
 def test_calls_from_many_threads():
-    problems = [make(T=50 + i % 2, seed=i) for i in range(8)]
-    expected = [truth(a) for a in problems]
-    failures = []
+    def work(seed):
+        a = make(T=50 + seed % 2, seed=seed)
+        want = truth(a)
+        for _ in range(20):
+            a["out"].fill(np.nan)
+            flash_kda.fwd(**a)
+            assert error(a["out"], want[0]) <= BARS["cpu"][0]
 
-    def work(a, want):
-        try:
-            for _ in range(20):
-                a["out"].fill(np.nan)
-                flash_kda.fwd(**a)
-                assert error(a["out"], want[0]) <= BARS["cpu"][0]
-        except Exception as failure:
-            failures.append(failure)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    in_threads(work, range(8))
 
 
 @pytest.mark.parametrize("kernel", [None, "cpu-portable"])

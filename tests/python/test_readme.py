@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import flash_kda
+from pages import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,28 +25,16 @@ def test_it_prints_what_the_page_says(name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     said = re.search(r"^prints\n\n((?:    .*\n)+)", page, flags=re.MULTILINE)
     assert said
-    run = subprocess.run(
-        [sys.executable, "-c", *blocks("python", name)],
-        env={**os.environ, "PYTHONPATH": str(Path(flash_kda.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert [line.strip() for line in said[1].splitlines()] == run.stdout.splitlines(), run.stderr
+    printed = run_python(blocks("python", name)[0])
+    assert [line.strip() for line in said[1].splitlines()] == printed.splitlines()
 
 
 def test_python_blocks_run() -> None:
     pytest.importorskip("torch")
     found = blocks("python")
     assert found
-    package_folder = str(Path(flash_kda.__file__).parent.parent)
     for block in found:
-        run = subprocess.run(
-            [sys.executable, "-c", block],
-            env={**os.environ, "PYTHONPATH": package_folder},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        run_python(block)
 
 
 def test_the_example_is_a_file_too() -> None:

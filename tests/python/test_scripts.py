@@ -29,6 +29,7 @@ STARTED_BY = {
     "benchmarks/options.py": "test_every_option_runs",
     "benchmarks/peers.py": "test_a_run_on_the_cpu",
     "benchmarks/python_overhead.py": "test_it_runs",
+    "benchmarks/serving.py": "test_serving_runs_on_the_cpu",
     "examples/forward.c": "example_forward",
     "examples/language_model/cache.py": "test_text_in_text_out",
     "examples/language_model/generate.py": "test_text_in_text_out",
@@ -42,6 +43,7 @@ STARTED_BY = {
     "scripts/check_lines.py": "test_long_lines_are_found",
     "scripts/docs_hooks.py": "test_header_becomes_sections",
     "scripts/environment.py": "test_environment",
+    "scripts/fetch_engines.py": "test_fetch_engines",
     "scripts/fetch_nvcc.py": "test_fetch",
     "scripts/fuzz.sh": "test_fuzz",
     "scripts/gpu.sh": "test_gpu",
@@ -231,7 +233,9 @@ def test_run_tests_leaves_a_runner_alone_that_has_ended(run_tests):
     """pytest ends at once, and the C tests compute for longer than a standstill may last."""
     computes = "import time\nwhile time.process_time() < 2.5: pass"
     c_tests = f"add_test(long {sys.executable} -c [[{computes}]])\n"
-    limits = {"STANDSTILL_SECONDS": 1, "STANDSTILL_PROCESSOR_SECONDS": 0.02}
+    # A busy machine may leave the C tests little processor time in a second; the runner that has ended takes
+    # none.
+    limits = {"STANDSTILL_SECONDS": 1, "STANDSTILL_PROCESSOR_SECONDS": 0.001}
     status, lines = run_tests(c_tests, "def test_short(): pass\n", REPORT_SECONDS=0.1, **limits)
     assert status == 0, lines
     assert lines[-1].startswith("C: 1 passed, 0 failed; Python: 1 passed, 0 failed; ")
@@ -294,7 +298,7 @@ def test_aarch64(sandbox):
     configure, build, test = (c for c in sandbox.calls() if c.startswith(("cmake", "ctest")))
     assert "--toolchain=cmake/manylinux.cmake -DFLASH_KDA_ZIG=/somewhere/zig" in configure
     assert "-DFLASH_KDA_ARCH=aarch64" in configure
-    assert build == "cmake --build build-aarch64"
+    assert build.startswith("cmake --build build-aarch64 --target test_arguments ")
     assert test.startswith("ctest --test-dir build-aarch64 ")
     done = sandbox.run("sh", "scripts/test_aarch64.sh", PYTHON="pretended-python", fail="ctest")
     assert done.returncode == 1

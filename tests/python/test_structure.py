@@ -17,14 +17,15 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
-    {"_call_options", "_interruptible", "_installed"},
-    {"_options", "_decode_options"},
+    {"_call_options", "_interruptible", "_installed", "_engines"},
+    {"_options", "_backward_options", "_decode_options"},
     {"_call", "_layout"},
     {"_arrays"},
     {"_torch", "_functional", "_shapes"},
-    {"_reference", "_chunk_kda", "_fla"},
-    {"_backward", "_fused_recurrent_kda"},
-    {"__init__", "__main__"},
+    {"_reference", "_autograd", "_fla"},
+    {"_backward", "_chunk_kda"},
+    {"_fused_recurrent_kda", "vllm", "sglang"},
+    {"__init__", "__main__", "fla", "jax"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
 
@@ -79,8 +80,8 @@ LOOK = (
     "_arrays._read_numpy",
     "_arrays.fits",
     "_torch._guards_for",
-    "_torch._refuse_unreadable",
-    "_torch._why_unreadable",
+    "_torch.refuse_unreadable",
+    "_torch.why_unreadable",
     "_layout.for_c",
     "_layout.readable",
     "_layout.taken_as",

@@ -2,15 +2,14 @@
 
 import contextlib
 import functools
-import shutil
-import threading
 
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
 import flash_kda
-from problems import ARGUMENTS, hold_to, make, to_numpy, to_torch, truth
+from problems import ARGUMENTS, hold_to, in_threads, make, to_numpy, to_torch, truth
+from torch_calls import COMPILERS, call_behind_other_work, captured
 
 torch = pytest.importorskip("torch")
 
@@ -122,7 +121,7 @@ def test_gradients_are_refused(device, name):
     tensors = to_torch(make(T=4, initial=np.float32), device)
     tensors[name].requires_grad_()
     with pytest.raises(
-        RuntimeError, match=r"no backward pass yet.*torch.no_grad\(\) or torch.inference_mode\(\)"
+        RuntimeError, match=r"computes no gradients.*torch.no_grad\(\) or torch.inference_mode\(\)"
     ):
         flash_kda.fwd(**tensors)
     assert tensors["out"].isnan().all()
@@ -183,7 +182,7 @@ CHANGES = {
     "layout": (
         lambda x: x.to_sparse(), ValueError, "has the layout torch.sparse_coo; it must be a dense tensor",
     ),
-    "requires_grad": (lambda x: x.requires_grad_(), RuntimeError, "no backward pass yet"),
+    "requires_grad": (lambda x: x.requires_grad_(), RuntimeError, "computes no gradients"),
 }  # fmt: skip
 
 
@@ -281,19 +280,7 @@ def test_current_stream(cuda):
     """The call queues its work on the current stream, behind what is queued there already."""
     a = make(T=64)
     expected = truth(a)
-    late = to_torch(a, cuda)
-    tensors = {n: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for n, x in late.items()}
-    flash_kda.fwd(**tensors)  # the first call on a device loads its kernels, which may wait
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for name, x in late.items():
-            if isinstance(x, torch.Tensor):
-                tensors[name].copy_(x)
-        flash_kda.fwd(**tensors)
-        assert not stream.query(), "the call waited for the device"
-    stream.synchronize()
+    tensors = call_behind_other_work(flash_kda.fwd, to_torch(a, cuda))
     hold_to(to_numpy(tensors), expected, cuda)
 
 
@@ -336,11 +323,7 @@ def test_cuda_graph(cuda):
     a = make(lengths=[40, 60], initial=np.float32)
     expected = truth(a)
     tensors = to_torch(a, cuda)
-    flash_kda.fwd(**tensors)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        flash_kda.fwd(**tensors)
+    graph = captured(lambda: flash_kda.fwd(**tensors))
     for name in ("out", "final_state"):
         tensors[name].fill_(float("nan"))
     graph.replay()
@@ -359,30 +342,19 @@ def test_second_gpu(cuda):
 
 
 def test_calls_from_many_threads(device):
-    problems = [make(T=50 + i % 2, seed=i) for i in range(6)]
-    expected = [truth(a) for a in problems]
-    failures = []
+    def work(seed):
+        a = make(T=50 + seed % 2, seed=seed)
+        want, tensors = truth(a), to_torch(a, device)
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                tensors["out"].fill_(float("nan"))
+                flash_kda.fwd(**tensors)
+            if stream:
+                stream.synchronize()
+        hold_to(to_numpy(tensors), want, device)
 
-    def work(a, want):
-        try:
-            tensors = to_torch(a, device)
-            stream = torch.cuda.Stream() if device == "cuda" else None
-            with torch.cuda.stream(stream):
-                for _ in range(20):
-                    tensors["out"].fill_(float("nan"))
-                    flash_kda.fwd(**tensors)
-                if stream:
-                    stream.synchronize()
-            hold_to(to_numpy(tensors), want, device)
-        except BaseException as failure:
-            failures.append(failure)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    in_threads(work, range(6))
 
 
 # The operator and the compilers.
@@ -406,7 +378,7 @@ def test_schema_of_the_operator():
         "Tensor? checkpoint_indices=None, Tensor? checkpoint_starts=None, "
         "int first_slot=0, int? checkpoint_every=None, bool use_gate_in_kernel=True, "
         "bool use_qk_l2norm_in_kernel=True, bool use_beta_sigmoid_in_kernel=True, "
-        "bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
+        "bool allow_neg_eigval=False, bool state_v_first=True, Tensor(f!)? saved=None) -> ()"
     )
 
 
@@ -448,7 +420,7 @@ def test_opcheck(device, options):
 def test_operator_refuses_gradients(device):
     tensors = to_torch(make(T=4), device)
     tensors["q"].requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward pass yet"):
+    with pytest.raises(RuntimeError, match="computes no gradients"):
         torch.ops.flash_kda.fwd(**tensors)
     assert tensors["out"].isnan().all()
 
@@ -465,12 +437,9 @@ def with_allocation(q, k, v, g, beta, A_log, dt_bias, initial_state=None, cu_seq
 
 
 INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU"
-)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", ["eager", *COMPILERS])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compile(device, backend, mode):
     torch.compiler.reset()
@@ -483,7 +452,7 @@ def test_compile(device, backend, mode):
             assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_compile_writes_arguments(device, backend):
     torch.compiler.reset()
     a = make(T=20, initial=np.float32)

@@ -51,11 +51,11 @@ def compare_on_emulator(gpu, ops, shapes, kernels):
     ("gpu", "shapes", "kernel", "plan"),
     [
         ("90:132", ["2:150", "1:1", "2:33,5,64"], "hopper:never", "32 tokens"),
-        ("90:4", ["4:100", "4:16,7"], "hopper:never", "16 tokens"),
+        pytest.param("90:4", ["4:100", "4:16,7"], "hopper:never", "16 tokens", marks=pytest.mark.slow),
         ("90:4", ["1:400"], "hopper:always", "relay of 3"),  # without spare pairs
         # With a spare pair.
         pytest.param("90:9", ["1:600"], "hopper:always", "relay of 4", marks=pytest.mark.slow),
-        ("90:132", ["1:300,40"], "hopper:always", "passes of 128"),
+        pytest.param("90:132", ["1:300,40"], "hopper:always", "passes of 128", marks=pytest.mark.slow),
         # Maps are joined in groups.
         pytest.param("90:132", ["1:3500"], "hopper:always", "passes of 128", marks=pytest.mark.slow),
         ("90:4", ["2:150"], "portable", "16 tokens"),
@@ -68,7 +68,10 @@ def test_bits_on_the_emulator(gpu, shapes, kernel, plan):
         assert (row["ulps"], row["state"]) == ("0", "0.0e+00"), row
 
 
-@pytest.mark.parametrize(("ops", "out_equal", "state"), [("torch", 99.3, 5e-4), ("one-ulp-off", 97.0, 6e-4)])
+@pytest.mark.parametrize(
+    ("ops", "out_equal", "state"),
+    [("torch", 99.3, 5e-4), pytest.param("one-ulp-off", 97.0, 6e-4, marks=pytest.mark.slow)],
+)
 def test_other_operations_on_the_emulator(ops, out_equal, state):
     [row] = compare_on_emulator("90:132", ops, ["2:256"], ["hopper:never"])
     hold(row, out_equal, 2, state)

@@ -1,9 +1,8 @@
 /*
  * All barriers with which the roles of a CTA hand work to each other, and how they are initialised.
  *
- * Every mbarrier, with R = warps of the recurrence, P = warps of the preparation, T = warps of a team:
- *
- * In a solo CTA / a CTA of a pair / a map CTA: R = 8 / 4 / 8, P = 6 / 8 / 6, T = 2 / 4 / 2.
+ * The table has every mbarrier. R is the number of warps of the recurrence, P that of the preparation and T
+ * that of a team. In a solo CTA / a CTA of a pair / a map CTA, R = 8 / 4 / 8, P = 6 / 8 / 6, T = 2 / 4 / 2.
  *
  * barrier                     warps that arrive in a round         who waits         what may happen then
  * --------------------------  -----------------------------------  ----------------  ------------------------
@@ -39,10 +38,11 @@
  * end.others_done             15: all warps but the loader         loader            the phase ends
  *
  * A chunk of a pair lies in two slots: in an own slot of the CTA that prepared it, and in a received slot of
- * the other CTA. The recurrences of both CTAs arrive at empty[own] when they have read it, so that barrier
- * says that both slots are free. In a MapCta another team uses a slot in each round. A team that waited
- * for loaded[own] or normed[own] by the parity alone could pass because of the round two rounds earlier. It
- * therefore waits for empty[own] first, which says that the round before is over.
+ * the other CTA. The recurrences of both CTAs arrive at the own slot's `empty` when they have read the chunk.
+ * A round of empty[own] that is over therefore says that both slots are free. In a MapCta another team uses a
+ * slot in each round. A team that waited for loaded[own] or normed[own] by the parity alone could pass
+ * because of the round two rounds earlier. So a team of a MapCta waits for empty[own] first, which says that
+ * the round before is over.
  *
  * Named barriers:
  *
@@ -102,6 +102,7 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
                 mbarrier_init_for_warps(&shared.join.room_for_tokens, ALL_WARPS);
             }
         }
+        /* Few rings have a barrier with this number, so the warp that takes it has little else to do. */
         if (i == ITEMS_AHEAD - 2)
             mbarrier_init_for_warps(&shared.end.others_done, FKDA_HOPPER_THREADS / 32 - 1);
     }
@@ -110,9 +111,9 @@ template <class Block> static __device__ void set_up_barriers(Shared<Block> &sha
     fence_mbarrier_init();
 }
 
-/* Waits until all barriers are there, also the other CTA's. A solo CTA is a cluster of one and uses
- * the cluster's barrier too: roles wait at different places in the code, which synccheck would report as
- * divergence at __syncthreads. */
+/* Waits until all barriers are initialised, also those of the other CTA. A solo CTA is a cluster of one and
+ * uses the cluster's barrier too: roles wait at different places in the code, which synccheck would report as
+ * divergence at __syncthreads. Both members do the same here; in WaitForNextPhase (run.cuh) they differ. */
 struct WaitForBarriers {
     __device__ void operator()() const
     {
@@ -131,9 +132,9 @@ struct WaitForBarriers {
  * The loader has ended its role long before and watches over the other warps of its CTA: it gives up if they
  * do not end theirs (../ptx/patience.cuh). Warps of a pair wait for each other for ever if the CTAs do not go
  * through equally many chunks, because cu_seqlens or a list changed after one CTA had read it and before the
- * other one did. If both CTAs have ended although they went through unequal numbers of chunks,
- * the loader gives up too, because a chunk may still be
- * on its way to a CTA that ends. It arrives at the cluster's barrier first, so that nobody waits for it.
+ * other one did. If both CTAs have ended although they went through unequal numbers of chunks, the loader
+ * gives up too, because a chunk may still be on its way to a CTA that ends. The loader arrives at the
+ * cluster's barrier before it gives up, so that nobody waits for it.
  */
 template <class Block> static __device__ __forceinline__ void end_phase(Shared<Block> &shared)
 {

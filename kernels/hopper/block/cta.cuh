@@ -7,8 +7,8 @@
  *            works. Warps: 8 of the recurrence, 6 of the preparation, the loader, the solver.
  *   PairCta  carries 64 of the 128 rows, in chunks of 32 tokens; the other CTA of the pair carries the other
  *            64 rows. It suits few heads: the chunks of one head follow each other fastest. Warps: 4 of the
- *            recurrence, 8 of the preparation, the loader, the solver; 2 have no role, or one of them
- *            fetches maps.
+ *            recurrence, 8 of the preparation, the loader, the solver, and 2 without a role. In a relay one
+ *            of the 2 warps is the map fetcher of the join phase.
  *   MapCta   carries all 128 rows of a segment's M (the first CTA of a pair) or of its B (the second one), in
  *            chunks of 32 tokens. There are no queries and no outputs. Warps: as in a solo CTA.
  *
@@ -44,7 +44,8 @@ struct SoloCta {
     static constexpr int PARTIALS = 2;
     /* Slots of the chunk ring: for chunks that this CTA prepares itself and, behind them, for chunks that the
      * other CTA of the pair sends. Received chunks need fewer slots because they arrive prepared and are held
-     * for a shorter time. */
+     * for a shorter time. More slots let the preparation run further ahead of the recurrence. An SM's shared
+     * memory is the limit (FITS in shared.cuh). */
     static constexpr int OWN_SLOTS = 12, RECEIVED_SLOTS = 0;
     /* False: the teams find the norms of keys and queries. True: the loader finds them, except for each
      * team's first chunk: when a CTA starts, all SMs would fetch the loader's code for norms at the same
@@ -62,7 +63,9 @@ struct PairCta {
     static constexpr Registers REGISTERS = {176, 112, 112};
 };
 
-/* Here the preparation limits the speed, which is why the loader takes the norms over. */
+/* In a map CTA the preparation is the slowest role, so the loader finds the norms in its place. The
+ * preparation has no queries to prepare, so 96 registers suffice for it. Therefore a map CTA can have 8 warps
+ * of the recurrence with 160 registers in chunks of 32 tokens, for which a solo CTA has too few registers. */
 struct MapCta {
     static constexpr int ROWS = 128, CHUNK = FKDA_HOPPER_CHUNK_PAIR, CTAS = FKDA_HOPPER_PAIR_CTAS;
     static constexpr int TEAM_WARPS = 2, TEAMS = 3, PARTIALS = 1;

@@ -161,11 +161,10 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         HeadGate &gate = shared.gate[team][warp];
         float *offset = &shared.gate_offset[team][warp * SHARE];
-        bool bad_head =
-            gate.slope != gate.slope || (Block::OPTIONS && gate.inverse_bound != gate.inverse_bound);
+        bool bad_head = gate.slope != gate.slope || (Block::OPTIONS && gate.factor != gate.factor);
         __syncwarp();
         if (bad_head) gate_here.slope = gate.slope = NEAREST_TO_ZERO;
-        if (Block::OPTIONS && bad_head) gate_here.inverse_bound = gate.inverse_bound = NEAREST_TO_ZERO;
+        if (Block::OPTIONS && bad_head) gate_here.factor = gate.factor = NEAREST_TO_ZERO;
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++)
             if (float &x = offset[32 * i + lane]; x != x) x = 0.0f, bad_head = true;
@@ -243,8 +242,9 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             .inverse_norm[Block::LOADER_FINDS_NORMS ? slot : team][WARPS == Block::PARTIALS ? round : 0];
     }
 
-    /* Prepares a slice whose channel is counted from the warp's first one. What leads to the slice is found
-     * anew, so that no register keeps it meanwhile. */
+    /* Prepares a slice. `place.channel` is counted from the warp's first channel. The addresses of the
+     * slice's tile, offsets and norms are found anew for each slice, so that no register keeps them from
+     * slice to slice. */
     template <bool careful>
     __device__ void find_and_prepare_slice(int slot, int round, SlicePlace place, Sums &sums, Gates &gates)
     {

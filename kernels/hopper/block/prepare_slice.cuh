@@ -4,7 +4,8 @@
  *
  * Why decays are counted from the subchunk's start. Even if all 16 gates are at the bound of -5, exp(-G) is
  * at most e^80, which fp32 and tf32 hold; and k exp(G) and q exp(G) are K~ and Q~ without another factor. The
- * portable kernel counts from token 7 and the CPU from a constant (docs/portable-kernel.md, src/cpu/head.h).
+ * portable kernel counts from the start of its chunk, which has 16 tokens, too. The CPU shifts G by a
+ * constant (src/cpu/prepare.h).
  *
  * Lane (g, t) = (lane / 4, lane % 4) owns tokens g and g + 8 of channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
  * This is the layout of the tensor core's fragments, so elements go from ldmatrix through the products to
@@ -51,7 +52,8 @@ template <class Block> struct SlicePreparation {
      *
      * within[i]: subchunk i with itself. With outputs the three products are tiles (0, 0), (1, 0) and (1, 1),
      * with the rows of K~ above the rows of Q~. Without outputs the first product is (0, 0) above (1, 0), and
-     * the lower half of the second one is (1, 1). Nobody needs tile (0, 1).
+     * the lower half of the second one is (1, 1). Tile (0, 1) lies above the diagonal, where L and P are
+     * zeros, so it is not computed, or is the half of a product that is ignored.
      *
      * across[w][n]: the second subchunk with the first one; w is 0 for K~ and 1 for Q~, n numbers eight
      * columns.
@@ -153,13 +155,14 @@ template <class Block> struct SlicePreparation {
     }
 
     /*
-     * sum[b] = the running sums of the log2 decay, for a subchunk's tokens g, g, g + 8, g + 8 and channels c
-     * + 8 b + 2 t, + 1, + 0, + 1.
+     * Finds the running sums of the log2 decays: sum[b][i] is that of the subchunk's token g + 8 (i / 2) and
+     * of channel 8 b + 2 t + i % 2 of the slice.
      *
      * The gates are loaded transposed (ldmatrix.trans), so that a lane has four tokens of one channel and
      * needs one offset for them. The tensor core adds them up: a triangle of ones times the gates, which also
-     * transposes back. Each gate enters as the sum of two bf16, which leaves out at most 2^-18 of the
-     * gate, with either sign. Sums are fp32, of at most 16 gates.
+     * transposes back. Each gate enters as the sum of two bf16. That sum differs from the gate by at most
+     * 2^-18 of the gate, upwards or downwards, so the errors do not all add up. Sums are fp32, of at most 16
+     * gates.
      *
      * `at` is this lane's row of the subchunk's gates, `offset` the gate offset of the first of the channels,
      * and x the raw gates with GATES_AHEAD.
@@ -212,13 +215,13 @@ template <class Block> struct SlicePreparation {
      * If the sum of a token's and a channel's log2 decay is below -WIDEST, exp(-G) leaves the range of fp32
      * and tf32, and the element of this token and channel is *wide*. Wide elements are left out of the
      * products on the tensor core, and add_wide_elements() computes what a wide element's row gets in its
-     * channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.5 that 16
+     * channel pair by pair, with exp(G_i - G_j), which is at most one. WIDEST is above the 115.4 that 16
      * gates at the bound of -5 reach.
      *
      * Only a `careful` preparation knows wide elements, and only it holds gates. A preparation that is not
      * careful keeps the `least` sum. If that is below -WIDEST, or if a sum is NaN because gates were not
-     * held, the warp prepares the chunk once more and carefully (prepare.cuh). Without wide elements both
-     * give equal bits.
+     * held, the warp prepares the chunk once more and carefully (run() in block/prepare.cuh). Without wide
+     * elements both give equal bits.
      *
      * Whether an element is wide depends on the tokens up to its own alone, so a token changes no bit of the
      * tokens before it. In K~ and Q~ wide elements are zeros, as they would be in fp16.

@@ -20,10 +20,10 @@
  *   - While K~ S is on its way the warp looks whether v fits the rows' scales (scaled_rows.cuh). While T R is
  *     on its way, it decays the state and stores the outputs of the chunk before, if outputs have room of
  *     their own.
- *   - While the state is updated it leaves this chunk's outputs, finds the next chunk's slot and asks whether
- *     that chunk is ready.
- *   - The slot and the descriptors of slot 0 are kept in uniform registers, so that descriptors need not be
- *     moved there.
+ *   - While the state is updated, the warp writes this chunk's outputs to shared memory, finds the next
+ *     chunk's slot and asks whether that chunk is ready.
+ *   - The slot and the descriptors of slot 0 are kept in uniform registers, where wgmma takes descriptors
+ *     from. Descriptors made in other registers would have to be moved there, one by one.
  */
 #ifndef FKDA_HOPPER_RECURRENCE_CUH
 #define FKDA_HOPPER_RECURRENCE_CUH
@@ -242,7 +242,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     /* Leaves the state as it is, with the notes that belong to it. */
     __device__ void save(const WorkItem &item) const
     {
-        SavedState &to = *static_cast<SavedState *>(global_memory(item.final));
+        PieceState &to = *static_cast<PieceState *>(global_memory(item.final));
         const int rows = Base::row_group(item);
 #pragma unroll
         for (int s = 0; s < DIM / 8; s++)
@@ -258,7 +258,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     {
         float x[4] = {1.0f, 1.0f, 0.0f, 0.0f};
         if constexpr (Block::PIECES) {
-            const SavedState *from = static_cast<const SavedState *>(global_memory(item.initial));
+            const PieceState *from = static_cast<const PieceState *>(global_memory(item.initial));
             load_four_if<0>(x, &from->notes[Base::row_group(item)][lane], item.attributes & RESTORES);
         }
         scale[0] = x[0], scale[1] = x[1];

@@ -54,8 +54,9 @@ template <class Before, class Block> struct NextRegisters {
 
 /* ---- Roles --------------------------------------------------------------------------------------------- */
 
-/* The index of the thread. Kernels for options, and those with three sets of roles, read it again for each
- * role: else the compiler would keep it in local memory. */
+/* The index of the thread. Two kinds of kernels read it again for each role, because the compiler would
+ * otherwise keep it in local memory: the mixed kernels, which have two or three sets of roles, and, except
+ * for relays, the kernels with checkpoints and states with K first (STATES). */
 template <class Block> static __device__ __forceinline__ int thread_index(int known)
 {
     int cta;
@@ -64,10 +65,11 @@ template <class Block> static __device__ __forceinline__ int thread_index(int kn
 }
 
 /*
- * Runs the role of this thread's warp. `wait` waits until all barriers are there, for which warps without a
- * role call wait.without_role(). The loader prefetches, and
- * finds its first work item, before it waits: short problems take little more than the way of their first
- * chunk through all roles.
+ * Runs the role of this thread's warp. A role calls wait() to wait until all barriers are initialised. Warps
+ * without a role call wait.without_role() instead: after a first phase the loader of that phase is among
+ * them, and ends the phase there (WaitForNextPhase in run.cuh). The loader prefetches, and finds its first
+ * work item, before it waits: short problems take little more than the way of their first chunk through all
+ * roles.
  *
  * The compiler leaves the code of the roles in the order in which they are here. The loops of all roles share
  * the instruction cache, and a kernel is fastest with the loops of the recurrence, the solver and the

@@ -19,8 +19,9 @@
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
  *
- * Maps keep the scale one: their rows start from one and never grow. What fades out of the range of fp16
- * there, maps leave out anyway (join/layouts.cuh).
+ * Maps keep the scale one: their rows start from the identity and do not grow if the recurrence contracts,
+ * which it does if b |k|^2 is at most 2. What fades out of the range of fp16 there, maps leave out anyway
+ * (join/layouts.cuh).
  */
 #ifndef FKDA_HOPPER_SCALED_ROWS_CUH
 #define FKDA_HOPPER_SCALED_ROWS_CUH

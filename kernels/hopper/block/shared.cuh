@@ -78,7 +78,7 @@ struct JoinPhase {
 /* What the loader knows of a work item in pieces (schedule/pieces.cuh). */
 struct PieceNotes {
     bool in_pieces; /* `rest` is what is left of a work item */
-    bool saved;     /* the state before `rest` is in the workspace */
+    bool has_state; /* the state before `rest` is in the workspace */
     WorkItem rest;
     LoadersNotes of_rest;
     int begin; /* tokens of the sequence before `rest` */

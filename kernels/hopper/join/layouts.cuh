@@ -54,12 +54,13 @@ struct StateImage {
     float4 tile[DIM / 16][DIM / 8][32]; /* rows, columns, lane */
 };
 
-/* A state as the recurrence has it between two chunks. */
-struct SavedState {
+/* A state as the recurrence has it between two chunks, which one piece leaves for the next ones
+ * (schedule/pieces.cuh). */
+struct PieceState {
     StateImage rows;            /* divided by their scales */
     float4 notes[DIM / 16][32]; /* of each lane: its two scales, and the bits of look_again and of faint */
 };
-static_assert(sizeof(SavedState) == FKDA_SAVED_FLOATS * sizeof(float), "the workspace has room for it");
+static_assert(sizeof(PieceState) == FKDA_PIECE_STATE_FLOATS * sizeof(float), "the workspace has room for it");
 
 } // namespace fkda
 

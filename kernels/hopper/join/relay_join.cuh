@@ -6,8 +6,9 @@
  * more warp, the map fetcher, brings the maps. Both CTAs of a pair have the same head, so each fetches half
  * of every map for both.
  *
- * Meanwhile the other roles prepare the first chunks of the output phase. So maps must not lie in the first
- * slots of both CTAs' chunks: they lie in the other own slots and in the last received slot.
+ * During the join the other roles already prepare the first chunks of the output phase, which lie in the
+ * first own slot and the first received slot of each CTA. So the join leaves these two slots alone: maps and
+ * rows lie in all other own slots and in the last received slot.
  */
 #ifndef FKDA_HOPPER_RELAY_JOIN_CUH
 #define FKDA_HOPPER_RELAY_JOIN_CUH

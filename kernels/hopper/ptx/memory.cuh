@@ -110,8 +110,11 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
                  : "memory");
 }
 
-/* A flag in global memory, with which a warp tells warps of other CTAs that it has written something. Who
- * sees the flag set also sees everything that this warp wrote before. */
+/* A flag in global memory, with which a warp tells warps of other CTAs that something was written. A thread
+ * that sees the flag set also sees everything that this warp wrote before it set the flag. If the warp has
+ * met other warps at a barrier of its CTA before, that thread also sees what those warps wrote before the
+ * barrier: a release is cumulative over what the barrier has ordered. carry_rows() in join/relay_join.cuh
+ * relies on that. */
 __device__ __forceinline__ void set_flag(int *flag)
 {
     __syncwarp();

@@ -61,9 +61,9 @@ struct Cut {
         return equal_begin_of(i, c.segments, chunks);
     }
 
-    /* The same for segments of equal lengths: the first ones have a chunk more, if chunks are left over. No
-     * product here is above `chunks`, while chunks % segments * i leaves 32 bits above 46,340 segments, which
-     * one sequence of 48 million tokens or more has under batch_invariant. */
+    /* The first chunk of segment i, for segments of equal lengths: the first ones have a chunk more, if
+     * chunks are left over. No product here is above `chunks`, so none leaves 32 bits, however many segments
+     * there are. */
     static __device__ int equal_begin_of(int i, int segments, int chunks)
     {
         return chunks / segments * i + min(chunks % segments, i);

@@ -6,8 +6,8 @@
  * in chunks, and the line is divided into equal shares. Where a border falls inside a work item, the item is
  * divided: the worker whose share begins at the border computes the item's first chunks, before anything
  * else, and hands the state over in the workspace. The worker whose share ends at the border computes the
- * item's other chunks, after everything else, once the state is there: each warp waits at a flag
- * for its 16 rows.
+ * item's other chunks, after everything else, once the state is there: each warp waits at a flag for its 16
+ * rows.
  *
  * Why. A share is at least as long as the longest work item, so the first chunks are over before the other
  * chunks are due (McNaughton's rule for jobs that may be interrupted). Workers have shares from the line's

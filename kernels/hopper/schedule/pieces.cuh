@@ -66,7 +66,7 @@ template <class Block> struct Pieces {
             if (item.attributes & NO_WORK) return item;
             const int before = reader().tokens_before(item);
             note([&](PieceNotes &to) {
-                to.in_pieces = true, to.saved = false;
+                to.in_pieces = true, to.has_state = false;
                 to.rest = item, to.of_rest = item, to.begin = to.after = before;
             });
         }
@@ -77,9 +77,9 @@ template <class Block> struct Pieces {
             return piece;
         }
         const int before = offset - notes.begin;
-        const bool is_probe = notes.saved && before < Block::CHUNK;
+        const bool is_probe = notes.has_state && before < Block::CHUNK;
         piece.length = is_probe ? before : before / Block::CHUNK * Block::CHUNK;
-        piece.final = is_probe ? nullptr : saved_state();
+        piece.final = is_probe ? nullptr : piece_state();
         piece.attributes = (piece.attributes & ~LAST_ONLY) | (is_probe ? 0 : SAVES);
         note([&](PieceNotes &n) {
             WorkItem &rest = n.rest;
@@ -88,10 +88,10 @@ template <class Block> struct Pieces {
                 return;
             }
             const int tokens = piece.length;
-            n.saved = true;
+            n.has_state = true;
             n.begin += tokens, n.of_rest.before += tokens, rest.token += tokens, rest.length -= tokens;
             n.after = n.begin;
-            rest.initial = saved_state();
+            rest.initial = piece_state();
             rest.attributes = (rest.attributes & ~(FIRST_ONLY | AFTER_PROBE | 7 << PHASE_BIT)) |
                               INITIAL_IMAGE | RESTORES | (tokens > 0 ? SCALES_CHOSEN : 0) |
                               n.of_rest.before / CHECKPOINT_UNIT % 8 << PHASE_BIT;
@@ -99,9 +99,9 @@ template <class Block> struct Pieces {
         return piece;
     }
 
-    __device__ void *saved_state() const
+    __device__ void *piece_state() const
     {
-        return static_cast<SavedState *>(all.saved) + blockIdx.x / FKDA_HOPPER_PAIR_CTAS;
+        return static_cast<PieceState *>(all.piece_states) + blockIdx.x / FKDA_HOPPER_PAIR_CTAS;
     }
 
     /* The next checkpoint that is inside a chunk of the rest. */

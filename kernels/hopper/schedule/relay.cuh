@@ -24,6 +24,15 @@
  * the first segment's slot, which nothing else uses. The last segment's pair waits for these flags before it
  * stores. The same holds for state pools, in which a sequence finds both of its states by one index.
  *
+ * Order of memory. A state or a map goes from one CTA pair to another through the workspace. The warp that
+ * stores 16 rows sets their flag with a release at GPU scope, after all its lanes have met (set_flag). The
+ * warp that needs the rows waits for the flag with an acquire (await_flag; both are in ptx/memory.cuh). A map
+ * is then read by bulk copies, which belong to the async proxy, so the map fetcher puts a proxy fence between
+ * the flag and the copy (fetch_maps() in join/relay_join.cuh). A map that is also stored by a bulk copy is
+ * complete, and behind a proxy fence, before its flag is set (copy_bulk_to_global in ptx/copies.cuh).
+ * join/layouts.cuh says how rows lie in the workspace. docs/hopper-kernel.md says, under "Barriers", who sets
+ * which flag and who waits for it.
+ *
  * Why. Between two launches CTAs end and others start, and the first chunk of a CTA takes long.
  *
  * Why no wait at a flag lasts for ever. relay_plan.c in src/cuda/hopper plans no more CTA pairs than run at
@@ -144,7 +153,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     Assignment assignment;
     int head_index, next_segment; /* of the next work item; past the last segment: there is none */
     bool joins;                   /* the CTA takes part in the join phase */
-    bool before_join;             /* and has not yet met an item that comes after it */
+    bool before_join;             /* the CTA takes part, and has met no work item yet that follows the join */
 
     __device__ RelaySource(const fkda_hopper_fwd_args &all, int rank_in_pair, int)
         : WorkItemMaker<Block>(all, rank_in_pair), assignment(all), head_index(assignment.head_index),
@@ -169,8 +178,9 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         return assignment.spares_compute_first() ? 0 : none;
     }
 
-    /* The outputs of a first segment are followed by another first segment's (spare pair) or by the last
-     * segment's. A shared segment is followed by the one of the pair's next head. */
+    /* Goes to the next work item. A spare pair goes from the first segment of one head to the first segment
+     * of another one. The pair of a first segment that has computed its outputs goes to the last segment of
+     * its head. The pair of a shared segment goes to the segment of its next head. */
     __device__ void advance()
     {
         const bool first = next_segment == 0;

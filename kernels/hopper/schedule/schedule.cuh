@@ -38,9 +38,9 @@ template <class Cta> struct WithoutPhases : Cta {
  * PairCta. Solo CTAs take no part in a relay. */
 template <class Cta> struct RelayPhase : WithoutPhases<Cta> {
 };
-/* Memory that holds an mbarrier must not become data of the next phase: single words of a tile would come out
- * wrong. So the barriers of the map phase lie behind everything that the output phase has in shared
- * memory. */
+/* The memory of an mbarrier must not become memory for data of the next phase: single words of a tile in such
+ * memory come out wrong. So the barriers of the map phase lie behind everything that the output phase has in
+ * shared memory. 13728 bytes left free in front of them bring them there, which run_two_phases() asserts. */
 template <> struct RelayPhase<MapCta> : WithoutPhases<MapCta> {
     static constexpr bool RELAYS = true;
     static constexpr int BYTES_APART = 13728;

@@ -54,8 +54,8 @@ enum {
     /* Pieces of a work item with checkpoints inside chunks (pieces.cuh): */
     AFTER_PROBE = 8192,    /* the checkpoint behind the first 16 tokens is a probe's */
     SCALES_CHOSEN = 16384, /* a piece before it has chosen scales for the rows */
-    SAVES = 32768,         /* `final` is a SavedState, to which the state goes as it is */
-    RESTORES = 65536,      /* `initial` is a SavedState, from which the state comes as it was */
+    SAVES = 32768,         /* `final` is a PieceState, to which the state goes as it is */
+    RESTORES = 65536,      /* `initial` is a PieceState, from which the state comes as it was */
     /* From this bit on: LoadedItem::before modulo 128, in units of 16 tokens. */
     PHASE_BIT = 20,
 };

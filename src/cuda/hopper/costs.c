@@ -8,15 +8,15 @@ enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
 /* In CTA pairs. Fewer work items than pairs have a pair each; more are divided evenly. */
 static int64_t clocks_in_pairs(int64_t items, int64_t chunks, int64_t pairs)
 {
-    return FKDA_CLOCKS_PAIR_CHUNK * (items <= pairs ? chunks : fkda_rounds(items * chunks, pairs)) +
-           FKDA_CLOCKS_WORK_ITEM * fkda_rounds(items, pairs);
+    return FKDA_CLOCKS_PAIR_CHUNK * (items <= pairs ? chunks : fkda_ceil_div(items * chunks, pairs)) +
+           FKDA_CLOCKS_WORK_ITEM * fkda_ceil_div(items, pairs);
 }
 
 static int64_t clocks_in_solo_ctas(int64_t items, int64_t chunks, int64_t sms)
 {
     const int64_t solo_chunks = chunks * FKDA_HOPPER_CHUNK_PAIR / FKDA_HOPPER_CHUNK_SOLO;
-    return FKDA_CLOCKS_SOLO_CHUNK * (items <= sms ? solo_chunks : fkda_rounds(items * solo_chunks, sms)) +
-           FKDA_CLOCKS_WORK_ITEM * fkda_rounds(items, sms);
+    return FKDA_CLOCKS_SOLO_CHUNK * (items <= sms ? solo_chunks : fkda_ceil_div(items * solo_chunks, sms)) +
+           FKDA_CLOCKS_WORK_ITEM * fkda_ceil_div(items, sms);
 }
 
 int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms)
@@ -29,16 +29,16 @@ int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms)
  * then goes through all groups, then through the maps of its own group. */
 static int64_t join_steps(int64_t maps)
 {
-    return maps > FKDA_MAPS_CHAINED ? 2 * FKDA_GROUP_MAPS + fkda_rounds(maps, FKDA_GROUP_MAPS) : maps;
+    return maps > FKDA_MAPS_CHAINED ? 2 * FKDA_GROUP_MAPS + fkda_ceil_div(maps, FKDA_GROUP_MAPS) : maps;
 }
 
 int64_t fkda_clocks_passes(int64_t heads, int64_t chunks, int64_t segments, int sms)
 {
     const int64_t pairs = fkda_hopper_pairs(sms), items = heads * (segments - 1), maps = segments - 2;
     if (segments == 1) return fkda_clocks_whole(heads, chunks, sms);
-    const int64_t each = fkda_rounds(chunks, segments);
+    const int64_t each = fkda_ceil_div(chunks, segments);
     const int64_t chunk = maps == 0 ? FKDA_CLOCKS_PAIR_CHUNK : FKDA_CLOCKS_MAP_CHUNK;
-    const int64_t first = (chunk * each + FKDA_CLOCKS_WORK_ITEM) * fkda_rounds(items, pairs);
+    const int64_t first = (chunk * each + FKDA_CLOCKS_WORK_ITEM) * fkda_ceil_div(items, pairs);
     const int64_t joining_ctas = maps > 0 ? heads * (FKDA_DIM / FKDA_JOIN_ROWS) : 0;
     const bool late = FKDA_HOPPER_PAIR_CTAS * items + joining_ctas > sms;
     return first + clocks_in_pairs(items, each, pairs) + FKDA_CLOCKS_JOIN_STEP * join_steps(maps) +
@@ -56,7 +56,7 @@ bool fkda_relay_first_pairs_join(int64_t inner)
 int64_t fkda_clocks_relay(int64_t chunks_64, int64_t maps, int64_t inner)
 {
     const int64_t joining_pairs = fkda_relay_first_pairs_join(inner) ? inner + 1 : inner;
-    const int64_t turns = fkda_rounds(ROW_GROUPS, FKDA_HOPPER_PAIR_CTAS * joining_pairs);
+    const int64_t turns = fkda_ceil_div(ROW_GROUPS, FKDA_HOPPER_PAIR_CTAS * joining_pairs);
     return (FKDA_RELAY_CLOCKS_BEGIN +
             (FKDA_RELAY_CLOCKS_MAP_CHUNK + FKDA_RELAY_CLOCKS_CHUNK) * chunks_64 / 64 +
             FKDA_RELAY_CLOCKS_BETWEEN + FKDA_RELAY_CLOCKS_JOIN_STEP * maps * turns + FKDA_RELAY_CLOCKS_END) *

@@ -3,7 +3,8 @@
  * kernels/hopper/costs.h.
  *
  * Every cost was fitted to times on an H100 (docs/measurements.md). The planner only compares costs with each
- * other, so a GPU with another clock chooses the same.
+ * other, so it depends on the ratios of costs and not on the clock. On a GPU whose memory is faster or slower
+ * beside its clock the ratios differ a little, and the choice may be a little worse.
  */
 #ifndef FKDA_HOPPER_HOST_COSTS_H
 #define FKDA_HOPPER_HOST_COSTS_H
@@ -35,8 +36,9 @@ enum {
     FKDA_RELAY_CLOCKS_END = 2500,       /* after the output phase */
     FKDA_RELAY_CLOCKS_NEXT_ITEM = 4500, /* from one work item of the output phase to the next */
     FKDA_RELAY_CLOCKS_NEXT_MAP = 9000,  /* from one map to the next one of the same CTA pair */
-    /* Estimates of the relay in percent, against those of the passes: unless cut is `always`, the relay is
-     * taken only if it is better by 6%. */
+    /* Every estimate of a relay is raised to this percentage of itself. Unless cut is `always`, a relay is
+     * therefore taken only if it is faster than passes by 6%, and faster than whole sequences by about 10%
+     * (FKDA_PERCENT_WORTH_CUTTING is needed besides). */
     FKDA_RELAY_PERCENT = 106,
 
     /* Strategy mixed. */
@@ -49,10 +51,10 @@ enum {
     FKDA_PERCENT_IDLE = 3,
 };
 
-/* Rounds of `places` at a time that `items` items take. */
-static inline int64_t fkda_rounds(int64_t items, int64_t places)
+/* dividend / divisor, rounded up. */
+static inline int64_t fkda_ceil_div(int64_t dividend, int64_t divisor)
 {
-    return (items + places - 1) / places;
+    return (dividend + divisor - 1) / divisor;
 }
 
 static inline int64_t fkda_least(int64_t x, int64_t y)
@@ -72,9 +74,9 @@ int64_t fkda_clocks_whole(int64_t heads, int64_t chunks, int sms);
 /* Heads of equal sequences cut into `segments` segments each, in passes; whole, for one segment. */
 int64_t fkda_clocks_passes(int64_t heads, int64_t chunks, int64_t segments, int sms);
 
-/* A relay whose longest segment has chunks_64 / 64 chunks (a 64th is the unit of the argument), in which
- * states go through `maps` maps, and in which each head has `inner` CTA pairs besides the pair of its first
- * segment. */
+/* A relay. Its longest segment has chunks_64 / 64 chunks: the argument counts 64ths of a chunk, because
+ * lengths of segments are averages while a relay is planned. States go through `maps` maps. Each head has
+ * `inner` CTA pairs besides the pair of its first segment. */
 int64_t fkda_clocks_relay(int64_t chunks_64, int64_t maps, int64_t inner);
 
 /* Whether the CTA pair of a first segment takes part in the join phase. It does where the pairs of `inner`

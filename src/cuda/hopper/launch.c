@@ -60,7 +60,8 @@ static fkda_module states_segments_module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* Modules with the kernels of both sorts have those for segments from here on. */
+/* Each of the next modules has all kernels of one gate: first those for whole sequences, SOLO and PAIR, and
+ * from SEGMENTS on those for segments. */
 enum { SEGMENTS = PAIR + 1 };
 static fkda_module bounded_module = {
     .image = fkda_fatbin_hopper_bounded,
@@ -99,7 +100,9 @@ typedef struct kernels {
     int first; /* kernel of `segments` and `maps` in these modules */
 } kernels;
 
-/* Kernels for one gate know no options that concern states. */
+/* The usual kernels if the call has the usual arithmetic; with checkpoints or states with K first, those of
+ * the usual kernels that know these options. Otherwise the kernels for the call's gate if there are such
+ * kernels; they know neither checkpoints nor states with K first. The general kernels for all other calls. */
 static kernels choose_kernels(int32_t features)
 {
     const int32_t gate = features & FKDA_HOPPER_GATE_FEATURES;
@@ -216,7 +219,9 @@ static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
 }
 
 /* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [B, T, heads, 128] in boxes of a chunk of
- * tokens by 64 channels. */
+ * tokens by 64 channels. A descriptor holds the tensor's address, so each call makes its descriptors anew.
+ * They go to the kernel by value, inside of its arguments, and no memory on the device has to be kept for
+ * them. */
 static CUresult describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
                                 const fkda_token_view *t, const fkda_shape *shape, int chunk)
 {
@@ -237,7 +242,7 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
     const fkda_problem *p = c->problem;
     *args = (fkda_hopper_fwd_args){.fwd = fkda_kernel_args(p)};
     if (args->fwd.checkpoints.states.data && chunk == FKDA_HOPPER_CHUNK_PAIR)
-        args->saved = (char *)p->workspace + c->plan->memory.saved;
+        args->piece_states = (char *)p->workspace + c->plan->memory.piece_states;
     if (p->shape.batch * p->shape.tokens == 0)
         return FLASH_KDA_OK; /* only states are read, and a descriptor of nothing is an error */
     const struct {

@@ -9,28 +9,33 @@
  * Policy of choose_cut(), in the order in which its rows are tried:
  *
  *   cut never            Every sequence stays whole.
- *   batch invariant      Segments begin at 2048, 3072, 4096, ... tokens whatever the batch, so that how a
- *                        sequence is cut depends on its own length alone, and a shorter one is cut at the
- *                        same places.
- *   cut always           Segments are so long that all tokens of all heads give about one segment of one
- *                        head to each CTA pair, whether cutting pays or not. A sequence without room for two
- *                        such segments, or for two of SHORTEST_SEGMENT tokens, stays whole.
+ *   batch invariant      The first segment has 2048 tokens and each later one 1024, whatever the batch is.
+ *                        How a sequence is cut then depends on its own length alone, and a shorter sequence
+ *                        is cut at the same places. As elsewhere, a sequence is cut only if it has room for
+ *                        two segments of the least length, 1024 tokens, so the first border is at 2048.
+ *   cut always           Sequences are cut whether cutting pays or not. The length of a segment is chosen so
+ *                        that there are about as many segments, counted over all heads, as CTA pairs. A
+ *                        sequence without room for two such segments, or for two of SHORTEST_SEGMENT tokens,
+ *                        stays whole.
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
  *                        in a relay.
- *   cut auto, different  The host knows the number of sequences and of tokens, so it first asks whether
- *                        sequences of equal length would be cut. If they would, it cuts into segments of that
- *                        length, in passes, or takes the mixed schedule if that is faster for the longest
- *                        sequence. If not:
- *     longest known      The fastest of the mixed schedule, passes for the longest sequence, and whole
- *                        sequences.
- *     longest unknown    Passes with the segments that would be best if one sequence had all tokens. If the
- *                        passes would cost too much in a call that turns out to have no sequence to cut,
- *                        every sequence stays whole.
+ *   cut auto, different  The host knows the number of sequences and of tokens, and maybe the length of the
+ *                        longest sequence (max_seqlen). It first asks whether sequences of the average length
+ *                        would be cut if all had that length.
+ *     they would         All sequences are cut, in passes, into segments as long as those of the average
+ *                        sequence would be. If the longest length is known and the mixed schedule is faster
+ *                        by the estimates, the mixed schedule runs instead.
+ *     they would not, longest known      The fastest of the mixed schedule, passes for the longest sequence,
+ *                        and whole sequences.
+ *     they would not, longest unknown    Passes with the segments that would be best if one sequence had all
+ *                        tokens. If the passes would cost too much in a call that turns out to have no
+ *                        sequence to cut, every sequence stays whole.
  *
  * The estimates are off by a few percent. The percentages that decide what is worth it are in costs.h:
- * FKDA_PERCENT_WORTH_CUTTING (cutting must save 5%), FKDA_RELAY_PERCENT (a relay must be faster than passes
- * by 6%) and FKDA_PERCENT_IDLE (passes that cut nothing may cost 3%).
+ * FKDA_PERCENT_WORTH_CUTTING (passes must save 5% of the time of whole sequences), FKDA_RELAY_PERCENT (a
+ * relay's estimate is raised by 6% wherever it is compared, so a relay must save 6% of the time of passes,
+ * and about 10% of that of whole sequences) and FKDA_PERCENT_IDLE (passes that cut nothing may cost 3%).
  */
 #include "plan.h"
 
@@ -46,8 +51,8 @@ enum {
      * sequence decides how all are cut. The workspace then stays under a quarter of the bytes of q, k, v and
      * g. */
     SHORTEST_INVARIANT = 1024,
-    /* Chunks of a sequence that the mixed schedule treats as long. A shorter one takes longer cut than
-     * whole. */
+    /* The mixed schedule treats sequences of at least this many chunks as long. A shorter sequence takes
+     * longer if it is cut than if it stays whole. */
     SHORTEST_LONG_CHUNKS = 72,
     /* Long sequences of a mixed launch, at most: the lanes of the warp that finds them. */
     MOST_LONG = 32,
@@ -63,7 +68,8 @@ typedef struct cut {
 
 static const cut WHOLE = {0};
 
-/* With checkpoints neither a mixed kernel nor the general relay keeps to its registers. */
+/* With checkpoints, the mixed kernels and the general relay would need more registers than they have, and
+ * would spill. So a call with checkpoints runs neither of them. */
 static bool can_mix(const fkda_shape *s)
 {
     return !(s->features & FKDA_CHECKPOINTS);
@@ -108,13 +114,13 @@ static cut cut_as_equal(const fkda_shape *s, int sms)
 static cut cut_mixed(const fkda_shape *s, int sms, int64_t least_chunks, int64_t cutting_clocks)
 {
     const int64_t chunks = s->tokens / CHUNK, pairs = fkda_hopper_pairs(sms);
-    const int64_t length = fkda_most(least_chunks, fkda_rounds(3 * chunks * s->heads, 2 * pairs));
+    const int64_t length = fkda_most(least_chunks, fkda_ceil_div(3 * chunks * s->heads, 2 * pairs));
     if (fkda_equal_lengths(s) || s->heads > (pairs - 1) / 2 || length > chunks) return WHOLE;
     if (!can_mix(s)) return WHOLE;
     return (cut){
         .shortest = length * CHUNK,
-        .slots = pairs / s->heads * 3 /
-                 2, /* n pairs give n + 1 segments, which is at most 3 / 2 n for n of 2 or more */
+        /* n pairs give n + 1 segments, which is at most 3 / 2 n for n of 2 or more. */
+        .slots = pairs / s->heads * 3 / 2,
         .mixed = {.pairs = (int)pairs,
                   .most_long = (int)fkda_least(MOST_LONG, (pairs - 1) / s->heads),
                   .cutting_chunks = (int)(cutting_clocks / FKDA_CLOCKS_PAIR_CHUNK)},
@@ -164,7 +170,7 @@ static cut cut_unknown(const fkda_shape *s, int sms)
 static cut cut_to_fill(const fkda_shape *s, int sms)
 {
     const int64_t chunks = s->batch * s->tokens * s->heads / CHUNK, heads = s->sequences * s->heads;
-    const int64_t shortest = fkda_rounds(chunks, fkda_hopper_pairs(sms) + s->heads) * CHUNK;
+    const int64_t shortest = fkda_ceil_div(chunks, fkda_hopper_pairs(sms) + s->heads) * CHUNK;
     if (!fkda_equal_lengths(s) || shortest == 0) return (cut){.shortest = shortest};
     for (int64_t more = FKDA_RELAY_SHARED; more > 0; more--) {
         const int64_t segments = s->tokens / shortest + more;
@@ -191,7 +197,8 @@ static cut choose_cut(const fkda_shape *s, int sms, const fkda_hopper_whole *who
 }
 
 /* Solo CTAs or CTA pairs. As many heads as pairs, or fewer, have a pair each. Results that must not depend on
- * the batch always come from pairs, and no head is divided. */
+ * the batch always come from pairs, and no head is divided. `clocks` is then still that of the faster of the
+ * two; it is only read for calls without batch_invariant. */
 static fkda_hopper_whole share_out_whole(const fkda_shape *s, int sms)
 {
     const int64_t pairs = fkda_hopper_pairs(sms);
@@ -208,7 +215,7 @@ static fkda_hopper_whole share_out_whole(const fkda_shape *s, int sms)
 /* The relay for equal sequences in segments of this many tokens, if it is faster than passes. */
 static fkda_relay_plan relay_if_faster(const fkda_shape *s, int sms, int64_t shortest)
 {
-    const int64_t heads = s->sequences * s->heads, chunks = fkda_rounds(s->tokens, CHUNK),
+    const int64_t heads = s->sequences * s->heads, chunks = fkda_ceil_div(s->tokens, CHUNK),
                   segments = s->tokens / shortest;
     if (!fkda_equal_lengths(s) || s->batch_invariant || !can_relay(s)) return (fkda_relay_plan){0};
     const fkda_relay_plan relay = fkda_plan_relay(heads, chunks, segments, sms);

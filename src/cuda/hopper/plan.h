@@ -56,7 +56,7 @@ typedef struct fkda_hopper_memory {
     size_t cut_sequences; /* list */
     size_t states, maps;  /* of each slot */
     size_t composed;      /* maps of groups */
-    size_t saved;         /* states that CTA pairs go back to, for checkpoints */
+    size_t piece_states;  /* states that CTA pairs go back to, for checkpoints inside chunks */
     size_t bytes;         /* of the whole workspace */
     int64_t relay_flags;  /* how many: flags of the relay or the mixed schedule */
     /* How many: handoff flags of a mixed launch, right behind its relay flags, so that one memset clears

@@ -66,8 +66,8 @@ static fkda_relay_plan cut_to_share(int64_t heads, int64_t chunks, int64_t segme
     for (int64_t i = 0; i < shared_count; i++) {
         const int64_t n = shared[i];
         p.relay.shared[i].heads = (int)n;
-        p.relay.shared[i].pairs = (int)fkda_rounds(heads, n);
-        needed += fkda_rounds(heads, n);
+        p.relay.shared[i].pairs = (int)fkda_ceil_div(heads, n);
+        needed += fkda_ceil_div(heads, n);
         parts += TWELFTHS / n, late += TWELFTHS / n * (n - 1) * FKDA_RELAY_CLOCKS_NEXT_MAP;
     }
     if (inner < 0 || needed > pairs) return p;

@@ -36,8 +36,8 @@ fkda_handoff fkda_hopper_handoff(void *memory, int sms)
     return (fkda_handoff){.flags = memory, .states = (float *)((char *)memory + handoff_flag_bytes(sms))};
 }
 
-/* One for each CTA pair, where checkpoints may lie inside a pair's chunks. */
-static int64_t saved_states(const fkda_shape *shape, const fkda_hopper_plan *plan)
+/* How many PieceStates there are: one for each CTA pair, if checkpoints may lie inside a pair's chunks. */
+static int64_t count_piece_states(const fkda_shape *shape, const fkda_hopper_plan *plan)
 {
     return shape->features & FKDA_CHECKPOINTS ? fkda_hopper_pairs(plan->sms) : 0;
 }
@@ -46,9 +46,9 @@ fkda_hopper_memory fkda_hopper_lay_out_whole(const fkda_shape *shape, const fkda
 {
     size_t end = 0;
     fkda_hopper_memory m = {0};
-    m.handoff = take(&end, plan->whole.divides, handoff_bytes(plan->sms));
+    m.handoff = take(&end, plan->whole.divides ? 1 : 0, handoff_bytes(plan->sms));
     if (plan->whole.chunk == FKDA_HOPPER_CHUNK_PAIR)
-        m.saved = take(&end, saved_states(shape, plan), FKDA_SAVED_FLOATS * sizeof(float));
+        m.piece_states = take(&end, count_piece_states(shape, plan), FKDA_PIECE_STATE_FLOATS * sizeof(float));
     m.bytes = end;
     return m;
 }
@@ -73,7 +73,7 @@ fkda_hopper_memory fkda_hopper_lay_out(const fkda_shape *shape, const fkda_hoppe
     m.states = take(&end, plan->slots, matrices);
     m.maps = take(&end, plan->slots, matrices);
     m.composed = take(&end, plan->groups, matrices);
-    m.saved = take(&end, saved_states(shape, plan), FKDA_SAVED_FLOATS * sizeof(float));
+    m.piece_states = take(&end, count_piece_states(shape, plan), FKDA_PIECE_STATE_FLOATS * sizeof(float));
     m.bytes = end;
     return m;
 }
