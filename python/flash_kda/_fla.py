@@ -95,7 +95,7 @@ def _why_not_tensors(call: dict[str, Any]) -> str:
     for name, t in zip(_TENSORS, tensors):
         is_used = call.get("use_gate_in_kernel") or name not in ("A_log", "dt_bias")
         if t is not None and is_used and t.requires_grad:
-            return f"flash_kda takes no call of FLA that needs gradients, and {name} requires one"
+            return f"flash_kda takes no call of FLA that needs gradients, and {name} requires a gradient"
     return ""
 
 

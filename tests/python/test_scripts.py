@@ -25,6 +25,7 @@ STARTED_BY = {
     ".ci/run": "test_ci_runs_every_section",
     "benchmarks/cpu_sgemm.c": "cpu_sgemm",
     "benchmarks/decode.py": "test_decode_runs_on_the_cpu",
+    "benchmarks/engines.py": "test_rows",
     "benchmarks/host_time.c": "host_time",
     "benchmarks/options.py": "test_every_option_runs",
     "benchmarks/peers.py": "test_a_run_on_the_cpu",
