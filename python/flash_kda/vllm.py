@@ -238,6 +238,10 @@ class _Operator:
         return (*arguments, *self.defaults[len(self.defaults) - missing :]) if missing else arguments
 
 
+# An operator may have an implementation, which then gets the calls that are not for this package.
+_IN_FRONT = {"with_keyset": True, "allow_override": True}
+
+
 class _TensorOperator(_Operator):
     """takes: whether a call of these arguments is for this package. compute: computes it."""
 
@@ -248,7 +252,7 @@ class _TensorOperator(_Operator):
     def _register(self, library: Any, name: str, has_theirs: bool) -> None:
         for key in ("CUDA", "CPU"):
             theirs = self._theirs(key) if has_theirs else None
-            library.impl(name, self._implementation(theirs), key, with_keyset=True)
+            library.impl(name, self._implementation(theirs), key, **_IN_FRONT)
         # The operator writes tensors that are there, and returns nothing. vLLM may have said so already.
         with contextlib.suppress(RuntimeError):
             torch.library.register_fake(self.name, lambda *arguments, **named: None)
@@ -299,7 +303,7 @@ class _SizeOperator(_Operator):
                 )
                 return size
 
-        library.impl(name, call, "CompositeExplicitAutograd", with_keyset=True)
+        library.impl(name, call, "CompositeExplicitAutograd", **_IN_FRONT)
 
 
 def _looks(schema: Any) -> list:

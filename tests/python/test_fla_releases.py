@@ -42,20 +42,11 @@ def test_calls(release, first):
     run("fla_calls.py", first, folder_of(release))
 
 
-@pytest.mark.parametrize(
-    ("release", "how"),
-    [
-        ("installed", "before"),
-        *(
-            pytest.param(release, how, marks=pytest.mark.slow)
-            for release in ("installed", *RELEASES)
-            for how in ("before", "after", "install")
-        ),
-    ],
-)
-def test_calls_with_the_adapter(release, how, request):
-    is_slow = request.node.get_closest_marker("slow") is not None
-    run("fla_adapter_calls.py", how, folder_of(release), *([] if is_slow else ["quick"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["before", "after", "install"])
+@pytest.mark.parametrize("release", ["installed", *RELEASES])
+def test_calls_with_the_adapter(release, how):
+    run("fla_adapter_calls.py", how, folder_of(release))
 
 
 def run(script, *words):

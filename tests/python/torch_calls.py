@@ -10,7 +10,10 @@ COMPILERS = [
     "aot_eager",
     pytest.param(
         "inductor",
-        marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU"),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU"),
+        ],
     ),
 ]
 
