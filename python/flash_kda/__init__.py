@@ -563,9 +563,11 @@ _SCALE = 128**-0.5
 
 def _new_out(x: Any, g: Any) -> tuple[Any, Any]:
     """A new array for the outputs of decode_layer, and what the call takes to write it."""
-    if not hasattr(g, "shape"):
+    is_torch = _torch_layer is not None and isinstance(x, _torch_layer.Tensor)
+    # PyTorch 2.4 cannot trace hasattr().
+    if not (is_torch and isinstance(g, _torch_layer.Tensor)) and not hasattr(g, "shape"):
         raise TypeError(f"g is of type {type(g).__name__}; it must be an array")
-    if _torch_layer is not None and isinstance(x, _torch_layer.Tensor):
+    if is_torch:
         return _torch_layer.empty_like(x, g.shape, False)
     _arrays.check_makes_arrays(x, "x", "pass an array as out")
     return _arrays.empty_like(x, tuple(g.shape), False)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 import sys
 import types
@@ -238,8 +239,11 @@ class _Operator:
         return (*arguments, *self.defaults[len(self.defaults) - missing :]) if missing else arguments
 
 
-# An operator may have an implementation, which then gets the calls that are not for this package.
-_IN_FRONT = {"with_keyset": True, "allow_override": True}
+def _in_front(library: Any) -> dict[str, bool]:
+    """How an implementation is registered. The operator may have another one, which then gets the calls that
+    are not for this package. PyTorch before 2.8 need not be told so."""
+    may_be_told = "allow_override" in inspect.signature(library.impl).parameters
+    return {"with_keyset": True, **({"allow_override": True} if may_be_told else {})}
 
 
 class _TensorOperator(_Operator):
@@ -252,7 +256,7 @@ class _TensorOperator(_Operator):
     def _register(self, library: Any, name: str, has_theirs: bool) -> None:
         for key in ("CUDA", "CPU"):
             theirs = self._theirs(key) if has_theirs else None
-            library.impl(name, self._implementation(theirs), key, **_IN_FRONT)
+            library.impl(name, self._implementation(theirs), key, **_in_front(library))
         # The operator writes tensors that are there, and returns nothing. vLLM may have said so already.
         with contextlib.suppress(RuntimeError):
             torch.library.register_fake(self.name, lambda *arguments, **named: None)
@@ -303,7 +307,7 @@ class _SizeOperator(_Operator):
                 )
                 return size
 
-        library.impl(name, call, "CompositeExplicitAutograd", **_IN_FRONT)
+        library.impl(name, call, "CompositeExplicitAutograd", **_in_front(library))
 
 
 def _looks(schema: Any) -> list:

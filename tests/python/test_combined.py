@@ -150,12 +150,12 @@ def test_export_of_options():
     """An exported program has the options, and computes with other contents."""
     torch = pytest.importorskip("torch")
     a = make_any(pool=True, flags=True, checkpoints="columns", gate="softplus", k_first=True, seed=300)
+    options = {n: x for n, x in a.items() if not isinstance(x, np.ndarray)}
 
     class Layer(torch.nn.Module):
         def forward(self, arrays):
             out = torch.empty_like(arrays["v"])
             checkpoints = torch.zeros(14, 2, 128, 128)
-            options = {n: x for n, x in a.items() if not isinstance(x, np.ndarray)}
             flash_kda.fwd(**{**options, **arrays, "out": out, "checkpoint_states": checkpoints})
             return out, checkpoints
 

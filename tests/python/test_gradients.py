@@ -285,6 +285,8 @@ def test_activation_checkpointing(device, reentrant, disable_recompute):
 @pytest.mark.parametrize("keeps", [False, True])
 def test_selective_checkpointing(device, keeps, monkeypatch):
     """A policy may name the operator, whose results are then kept instead of computed again."""
+    if not hasattr(torch.utils.checkpoint, "CheckpointPolicy"):
+        pytest.skip("PyTorch before 2.5 has no CheckpointPolicy")
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     from flash_kda import _autograd

@@ -29,6 +29,9 @@ from flash_kda import _engines  # noqa: E402
 from flash_kda import vllm as plugin  # noqa: E402
 
 DIM = 128
+needs_get_kernel = pytest.mark.skipif(
+    not hasattr(torch.library, "get_kernel"), reason="the plug-in leaves vLLM alone with an older PyTorch"
+)
 OUT, STATE = 2.2e-3, 1e-5  # the largest relative errors of out and of fp32 states on the CPU
 OUT_GPU, STATE_GPU = 5.6e-3, 4.8e-3
 BF16, F32 = torch.bfloat16, torch.float32
@@ -382,6 +385,7 @@ def with_theirs(namespace, compute=plugin._fwd, takes=lambda *a: True, schema=pl
     return getattr(torch.ops, namespace).fwd, theirs
 
 
+@needs_get_kernel
 def test_it_is_in_front_of_vllm_s(calls):
     fwd, theirs = with_theirs("fkda_in_front")
     a = prefill([20])
@@ -391,6 +395,7 @@ def test_it_is_in_front_of_vllm_s(calls):
     hold_prefill(a)
 
 
+@needs_get_kernel
 def test_calls_that_it_leaves_to_vllm(calls):
     """Arguments at their defaults arrive too."""
     fwd, theirs = with_theirs("fkda_leaves", takes=lambda *a: False)
@@ -399,6 +404,7 @@ def test_calls_that_it_leaves_to_vllm(calls):
     assert not calls
 
 
+@needs_get_kernel
 def test_a_call_that_it_refuses_goes_back_to_vllm(fresh, caplog):
     caplog.set_level(logging.INFO, "vllm.flash_kda")
     fwd, theirs = with_theirs("fkda_refuses")
@@ -440,7 +446,7 @@ def test_a_pytorch_without_what_it_needs(fresh, monkeypatch, caplog):
     library.define(plugin.FWD.partition("::")[2])
     library.impl("fwd", lambda *arguments: theirs.append(1), "CPU")
     operator = plugin._TensorOperator(plugin.FWD.replace("_flashkda_C", namespace), None, None)
-    monkeypatch.delattr(torch.library, "get_kernel")
+    monkeypatch.delattr(torch.library, "get_kernel", raising=False)
     caplog.set_level(logging.INFO, "vllm.flash_kda")
     _engines.when_there("json", lambda module: operator.adopt(), plugin._log)
     assert operator.library is None
