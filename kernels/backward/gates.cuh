@@ -15,7 +15,7 @@ struct GateOfHead {
     float bias[DIM];
 };
 
-/* The gate of one channel of a head. It is made anew where it is needed, for lack of registers. */
+/* The gate of one channel of a head. Each use makes a ChannelGate of its own, for lack of registers. */
 struct ChannelGate {
     int kind;
     float slope, rate, bound, lower_bound, bias; /* rate: exp(A_log) */

@@ -44,7 +44,7 @@ struct Gradients {
                token * strides.token * bytes;
     }
 
-    /* The first chunk of the segment. It is found anew where it is needed. */
+    /* The first chunk of the segment. No register keeps this number between uses. */
     __device__ int first_chunk() const
     {
         return s.piece.segment * chunks_of_segment(args);

@@ -12,7 +12,7 @@
 #define FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first)                                                         \
     (((is_bf16) ? 16 : 32) * FKDA_DECODE_LANES_OF_A_ROW(k_first))
 #define FKDA_DECODE_BYTES_OF_ONE(is_bf16) ((is_bf16) ? 32768 : 65536) /* of shared memory, for a head */
-/* CTAs of one.cuh on an SM, with 32 KB of states each. __launch_bounds__ leaves registers for so many. */
+/* CTAs of one.cuh, each with 32 KB of states, for which __launch_bounds__ leaves registers on an SM. */
 #define FKDA_DECODE_CTAS_OF_ONE(is_bf16) ((is_bf16) ? 5 : 6)
 
 /* Dynamic shared memory of the others. A vector has 128 fp32. */
