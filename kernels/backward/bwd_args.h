@@ -19,7 +19,7 @@ typedef struct fkda_bwd_args {
     fkda_token_strides dq_strides, dk_strides, dv_strides, dg_strides, dbeta_strides;
     fkda_state_args dinitial_state;
     float *dA_log, *ddt_bias;
-    int segment;   /* tokens, a multiple of 32 */
+    int segment;   /* tokens, a multiple of 16 */
     int row_slots; /* segments of a batch row; without cu_seqlens */
     long long slots;
     /* The workspace. [.., V, K] are states in fp32. */

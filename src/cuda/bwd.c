@@ -18,8 +18,9 @@ static fkda_module module = {
 
 enum {
     CHUNK = 16,
-    /* Tokens of a segment, a multiple of 32. Longer ones need fewer states between them, and more room for
-     * what a CTA keeps of each chunk, which is then no longer in the L2. */
+    /* Tokens of a segment, a multiple of CHUNK. Longer segments need fewer states between them, more room for
+     * what a CTA keeps of each chunk, and leave fewer CTAs with work. docs/backward-kernel.md says what else
+     * depends on this number. */
     SEGMENT = 128,
     STATE = FKDA_DIM * FKDA_DIM,
     SUMS = 2 * FKDA_DIM,

@@ -434,7 +434,19 @@ static void scalars(void)
     }
 }
 
-/* More than one stretch, in both halves of what a group's sums are kept in. */
+/* Sequences that end just before, at and just after a border between the segments of a GPU, for segments of
+ * 128, 256 and 512 tokens. */
+static void segments(void)
+{
+    static const int64_t sizes[] = {513, 127, 1, 256, 129, 512};
+    problem *p = problem_create_ragged(sizes, test.quick ? 3 : 6, 1);
+    fill_case(p, find_case("channels from fast to slow"), 31);
+    trying("sequences that end near borders of segments");
+    check_problem(p, 31);
+}
+
+/* Long sequences. The CPU computes them in stretches of 320 tokens, or of 427 tokens if two value heads share
+ * a head of q and k. */
 static void stretches(void)
 {
     static const int64_t sizes[] = {700, 5, 340};
@@ -737,6 +749,7 @@ int main(int argc, char **argv)
         {"endless-gates", endless_gates},
         {"scalars", scalars},
         {"groups", groups},
+        {"segments", segments},
         {"stretches", stretches},
         {"slow-channels", slow_channels},
         {"recorded", recorded},

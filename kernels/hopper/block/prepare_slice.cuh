@@ -183,13 +183,13 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             const float shift = offset[8 * b + g];
-            float x[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
+            float decays[4]; /* tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float gate = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
-                x[i] = hopper_sigmoid_gate(gate, gate_of_head, shift);
+                decays[i] = hopper_sigmoid_gate(gate, gate_of_head, shift);
             }
-            add_up(x, sum[b]);
+            add_up(decays, sum[b]);
         }
     }
 

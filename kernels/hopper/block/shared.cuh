@@ -157,9 +157,7 @@ template <class Block> struct Shared {
     Ring<Block::TEAMS> product_ring;
     std::conditional_t<Block::JOINS, JoinPhase, Nothing> join;
     PhaseEnd end;
-    /* For racecheck alone, which wants as many barriers here as set_up_barriers has turns, although most of
-     * them are never initialised. */
-    uint64_t meeting[FOR_RACECHECK ? ITEMS_AHEAD : 1];
+    uint64_t meeting[FOR_RACECHECK ? Block::TEAMS : 1]; /* for racecheck alone, see prepare.cuh */
     std::conditional_t<Block::MIXED, MixedAssignment, Nothing> assignment;
     std::conditional_t<Block::CHECKPOINTS, CheckpointRing<Block>, Nothing> checkpoints;
     std::conditional_t<Block::CHECKPOINTS, CheckpointNotes, Nothing> checkpoint_notes; /* the loader's */

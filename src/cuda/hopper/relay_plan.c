@@ -5,7 +5,7 @@
  * two ways to use the pairs that this division leaves over:
  *
  *   even    All segments have the same length. The pairs that are left over ("spare" pairs) compute the
- *           outputs of first segments, one after the other, while the other pairs are in the map phase.
+ *           outputs of first segments, one after the other, while the other pairs go through their phases.
  *   shared  The pair of a first segment computes the first segment's outputs itself. None, one or two more
  *           inner segments of each head are shared: one pair has such a segment of two, three or four heads,
  *           one head after the other. The segment is so much shorter that the pair is ready when the other

@@ -1,0 +1,37 @@
+/* The kernels of kernels/hopper/ with one gate each, compiled for the emulator. */
+#include "hopper.h"
+
+#include "../../kernels/hopper/activated.cu"
+#include "../../kernels/hopper/bounded.cu"
+#include "../../kernels/hopper/softplus.cu"
+
+const emulator::Kernel emulator::hopper_gate_kernels[] = {
+    {"fkda_hopper_bounded_solo", run<fkda_hopper_bounded_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_bounded_pair", run<fkda_hopper_bounded_pair>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_bounded_maps", run<fkda_hopper_bounded_maps>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_bounded_relay", run<fkda_hopper_bounded_relay>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_bounded_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_bounded_mixed>,
+     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_softplus_solo", run<fkda_hopper_softplus_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_softplus_pair", run<fkda_hopper_softplus_pair>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_softplus_maps", run<fkda_hopper_softplus_maps>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_softplus_relay", run<fkda_hopper_softplus_relay>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_softplus_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_softplus_mixed>,
+     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_activated_solo", run<fkda_hopper_activated_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_activated_pair", run<fkda_hopper_activated_pair>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_activated_maps", run<fkda_hopper_activated_maps>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_activated_relay", run<fkda_hopper_activated_relay>, sizeof(fkda_hopper_fwd_args),
+     FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_activated_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_activated_mixed>,
+     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
+    {},
+};
