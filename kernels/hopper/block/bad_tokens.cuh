@@ -15,11 +15,11 @@
  *                first bad one.
  *   solver       From the first bad token on, write strengths are zero, and NaN stands on the diagonal of P
  *                and in the state's decay over the chunk.
- *   recurrence   A value that is not finite is 0 in the products. NaN is put afterwards into what was read for
- *                the outputs of its row from its token on, and into its row of the state.
+ *   recurrence   A value that is not finite is 0 in the products. NaN is put afterwards into what was read
+ *                for the outputs of its row from its token on, and into its row of the state.
  *
- * The functions of the first three steps are in this file, and norms.cuh, prepare.cuh and solve.cuh call
- * them. That of the last step is spoil_rows() in scaled_rows.cuh, since it needs the scales of the rows.
+ * The functions of the first three steps are in this file, and prepare.cuh and solve.cuh call them. That of
+ * the last step is spoil_rows() in scaled_rows.cuh, since it needs the scales of the rows.
  *
  * The diagonal of P brings NaN to the outputs of the first bad token and of all tokens after it in the chunk.
  * The decay brings NaN to the whole state, which brings it to all tokens after the chunk. A query that is not
