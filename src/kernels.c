@@ -165,7 +165,7 @@ static const char *feature_text(int32_t features)
         "the softplus gate",
         "a gate that is activated already",
         "a gate without A_log or dt_bias",
-        "g or beta in float32",
+        "g in float32",
         "this beta_kind",
         "q and k that are normalised already",
         "states with K first",

@@ -438,8 +438,8 @@ static void scalars(void)
  * 128, 256 and 512 tokens. */
 static void segments(void)
 {
-    static const int64_t sizes[] = {513, 127, 1, 256, 129, 512};
-    problem *p = problem_create_ragged(sizes, test.quick ? 3 : 6, 1);
+    static const int64_t sizes[] = {127, 128, 129, 1, 255, 256, 257, 511, 512, 513};
+    problem *p = problem_create_ragged(sizes, 10, 1);
     fill_case(p, find_case("channels from fast to slow"), 31);
     trying("sequences that end near borders of segments");
     check_problem(p, 31);

@@ -15,8 +15,8 @@
  *                first bad one.
  *   solver       From the first bad token on, write strengths are zero, and NaN stands on the diagonal of P
  *                and in the state's decay over the chunk.
- *   recurrence   A value that is not finite is 0 in the products. NaN is put afterwards into what was read
- *                for the outputs of its row from its token on, and into its row of the state.
+ *   recurrence   A value that is not finite is 0 in the products, and its row of V becomes NaN behind them:
+ *                in what was read from the state for the outputs from its token on, and in the state.
  *
  * The functions of the first three steps are in this file, and prepare.cuh and solve.cuh call them. That of
  * the last step is spoil_rows() in scaled_rows.cuh, since it needs the scales of the rows.

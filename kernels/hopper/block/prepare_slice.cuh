@@ -219,7 +219,7 @@ template <class Block> struct SlicePreparation {
      * gates at the bound of -5 reach.
      *
      * Only a `careful` preparation knows wide elements, and only it holds gates. A preparation that is not
-     * careful keeps the `least` sum. If that is below -WIDEST, or if a sum is NaN because gates were not
+     * careful keeps the `least` sum. If that is below -MAY_BE_WIDE, or if a sum is NaN because gates were not
      * held, the warp prepares the chunk once more and carefully (run() in block/prepare.cuh). Without wide
      * elements both give equal bits.
      *
@@ -297,7 +297,7 @@ template <class Block> struct SlicePreparation {
     /*
      * Prepares 16 channels of a subchunk: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
      * adds the products over the 16 channels to `sums`. The products of the subchunk with itself go to the
-     * last element of `within`, from which Preparation::prepare() moves those of the first subchunk to
+     * last element of `within`. prepare_slices() in prepare.cuh moves those of the first subchunk from there to
      * within[0] before the second subchunk begins.
      *
      * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are

@@ -199,8 +199,8 @@ struct LongAssignment {
                             MixedScheduler::begin_of(i + 1, segments, task.chunks), c, i);
     }
 
-    /* Long sequences have no spare pairs. spare_pairs() is the step from one head to the next in RelaySource,
-     * and a step of 1 ends the one head that the pair has. */
+    /* Long sequences have no spare pairs, and a pair has one head. RelaySource asks for the number of spare
+     * pairs and of heads in every schedule, but uses them for spare pairs alone. */
     static __device__ bool spares_compute_first()
     {
         return false;
