@@ -297,8 +297,8 @@ template <class Block> struct SlicePreparation {
     /*
      * Prepares 16 channels of a subchunk: writes the decayed tiles K~, Q~ and Kr over k, q and g, and
      * adds the products over the 16 channels to `sums`. The products of the subchunk with itself go to the
-     * last element of `within`. prepare_slices() in prepare.cuh moves those of the first subchunk from there to
-     * within[0] before the second subchunk begins.
+     * last element of `within`. prepare_slices() in prepare.cuh moves those of the first subchunk from there
+     * to within[0] before the second subchunk begins.
      *
      * Decays are counted from the subchunk's start. So when the second subchunk is done, its K~ and Q~ are
      * multiplied by the decay over the first subchunk, and the first one's Kr by the decay over the second.

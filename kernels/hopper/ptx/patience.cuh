@@ -8,9 +8,9 @@
  * process has lost its CUDA context. Under MPS all clients of the GPU lose theirs, and the GPU is free again.
  *
  * Which waits are bounded. All waits of one warp in each CTA are: of the loader or, in fkda_hopper_join, of
- * the warp that fetches maps. The loader waits at the end of its role until all other warps of its CTA have ended
- * theirs (end_phase in ../block/barriers.cuh). So, if any warp of a CTA waits in vain, at a flag or at an
- * mbarrier, the loader does too, and the loops of all other roles stay as short as they are. A trap in the
+ * the warp that fetches maps. The loader waits at the end of its role until all other warps of its CTA have
+ * ended theirs (end_phase in ../block/barriers.cuh). So, if any warp of a CTA waits in vain, at a flag or at
+ * an mbarrier, the loader does too, and the loops of all other roles stay as short as they are. A trap in the
  * recurrence would cost more than instructions: ptxas then spills (fkda_hopper_mixed).
  *
  * Why 2^35 clocks. 2^35 clocks are 17 to 20 s at the clocks of an H100 or H200. At lower clocks 2^35 clocks
