@@ -24,15 +24,31 @@ TARGETS=$targets sh scripts/build.sh $folder -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_
 # An allocation that no memory has must fail, as it does without a sanitizer.
 export ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 mkdir -p $folder/found
+
+# fuzz HARNESS: a file tells that it has failed.
+fuzz() {
+    rm -f "$folder/fuzz_$1.failed"
+    mkdir -p "$folder/corpus/$1"
+    "$folder/tests/fuzz/fuzz_$1" "-max_total_time=$seconds" -print_final_stats=1 -timeout=20 \
+        -max_len=4096 "-artifact_prefix=$folder/found/$1-" \
+        "$folder/corpus/$1" "tests/fuzz/corpus/$1" >"$folder/fuzz_$1.log" 2>&1 ||
+        touch "$folder/fuzz_$1.failed"
+}
+
+# Each harness has one thread, so there are as many at a time as there are processors.
+started=0
+for name in $names; do
+    fuzz "$name" &
+    started=$((started + 1))
+    if [ $((started % $(nproc))) = 0 ]; then wait; fi
+done
+wait
+
 failed=0
 for name in $names; do
     log=$folder/fuzz_$name.log
-    mkdir -p "$folder/corpus/$name"
-    if "$folder/tests/fuzz/fuzz_$name" "-max_total_time=$seconds" -print_final_stats=1 -timeout=20 \
-        -max_len=4096 "-artifact_prefix=$folder/found/$name-" \
-        "$folder/corpus/$name" "tests/fuzz/corpus/$name" >"$log" 2>&1; then
-        found=""
-    else
+    found=""
+    if [ -e "$folder/fuzz_$name.failed" ]; then
         found=", FAILED: see $log and $folder/found"
         failed=1
         tail -n 40 "$log"

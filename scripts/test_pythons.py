@@ -1,5 +1,5 @@
-"""Tests the package with the oldest and the newest Python on this machine, or with all: test_pythons.py
-BUILD [--all]
+"""Tests the package with the oldest and the newest Python on this machine, or with all, side by side:
+test_pythons.py BUILD [--all]
 
 The package of the build folder runs as it is, since it has no compiled part that depends on Python. Each
 version gets an environment of its own in BUILD/pythons, with the oldest NumPy that the package supports on
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,16 +56,20 @@ def test(python: Path, build: Path) -> bool:
 
 
 def main(build: Path, with_all: bool) -> int:
-    passed: list[str] = []
-    failed: list[str] = []
     pythons = {minor: find(minor) for minor in SUPPORTED}
     absent = [f"3.{minor}" for minor, python in pythons.items() if python is None]
     found = [minor for minor, python in pythons.items() if python is not None]
-    for minor in found if with_all else sorted({*found[:1], *found[-1:]}):
+
+    def try_version(minor: int) -> bool:
         version, python = f"3.{minor}", str(pythons[minor])
         print(f"Python {version}: {python}", flush=True)
-        own = make_environment(python, minor, build / "pythons" / version)
-        (passed if test(own, build) else failed).append(version)
+        return test(make_environment(python, minor, build / "pythons" / version), build)
+
+    tried = found if with_all else sorted({*found[:1], *found[-1:]})
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        results = dict(zip(tried, pool.map(try_version, tried)))
+    passed = [f"3.{minor}" for minor in tried if results[minor]]
+    failed = [f"3.{minor}" for minor in tried if not results[minor]]
     print(f"pythons: passed {' '.join(passed) or 'none'}; failed {' '.join(failed) or 'none'}; ", end="")
     print(f"not on this machine {' '.join(absent) or 'none'}")
     return bool(failed) or not passed
