@@ -18,9 +18,11 @@ static fkda_module module = {
 
 enum {
     CHUNK = 16,
-    /* Tokens of a segment, a multiple of CHUNK. Longer segments need fewer states between them, more room for
-     * what a CTA keeps of each chunk, and leave fewer CTAs with work. docs/backward-kernel.md says what else
-     * depends on this number. */
+    /* Tokens of a segment, a multiple of CHUNK: a CTA keeps a state at every border between segments. Longer
+     * segments need fewer such states, more room for what a CTA keeps of each chunk, and leave fewer CTAs
+     * with work. make_plan() makes everything of this number that depends on it, and the kernels get it as
+     * fkda_bwd_args.segment. docs/backward-kernel.md names sizes that follow from it. Group `segments` of
+     * tests/c/test_backward.c finds mistakes at borders of segments of 128, 256 and 512 tokens. */
     SEGMENT = 128,
     STATE = FKDA_DIM * FKDA_DIM,
     SUMS = 2 * FKDA_DIM,

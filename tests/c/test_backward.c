@@ -445,8 +445,7 @@ static void segments(void)
     check_problem(p, 31);
 }
 
-/* Long sequences. The CPU computes them in stretches of 320 tokens, or of 427 tokens if two value heads share
- * a head of q and k. */
+/* Long sequences. The CPU computes sequences of these lengths in stretches of 320 tokens. */
 static void stretches(void)
 {
     static const int64_t sizes[] = {700, 5, 340};

@@ -174,7 +174,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     /* ---- Do values fit the scales? ---- `high` and `low` are the largest |v| of rows g and g + 8. */
 
     /* Whether a row's v is too large or NaN or, if `small_too`, too small. One chain of comparisons takes the
-     * fewest instructions: for v of less than nothing a row is never too small. */
+     * fewest instructions. So the comparison for small v is there without `small_too` as well, with a bound
+     * of 0, below which no size is. */
     __device__ bool misfit(float high, float low, bool small_too) const
     {
         const float least = small_too ? 0x1p-9f : 0.0f;

@@ -7,11 +7,13 @@
  * will do. The trap ends the launch; the driver reports CUDA_ERROR_LAUNCH_FAILED from then on, and the
  * process has lost its CUDA context. Under MPS all clients of the GPU lose theirs, and the GPU is free again.
  *
- * Which waits are bounded. All waits of one warp in each CTA are: of the loader or, in fkda_hopper_join, of
- * the warp that fetches maps. The loader waits at the end of its role until all other warps of its CTA have
- * ended theirs (end_phase in ../block/barriers.cuh). So, if any warp of a CTA waits in vain, at a flag or at
- * an mbarrier, the loader does too, and the loops of all other roles stay as short as they are. A trap in the
- * recurrence would cost more than instructions: ptxas then spills (fkda_hopper_mixed).
+ * Which waits are bounded. The waits of one warp in each CTA at flags and mbarriers are: of the loader or, in
+ * fkda_hopper_join, of the warp that fetches maps. (The loader also meets the other CTA at the cluster's
+ * barrier, and then the other CTA's loader has the bound.) The loader waits at the end of its role until all
+ * other warps of its CTA have ended theirs (end_phase in ../block/barriers.cuh). So, if any warp of a CTA
+ * waits in vain, at a flag or at an mbarrier, the loader does too, and the loops of all other roles stay as
+ * short as they are. A trap in the recurrence would cost more than instructions: ptxas then spills
+ * (fkda_hopper_mixed).
  *
  * Why 2^35 clocks. 2^35 clocks are 17 to 20 s at the clocks of an H100 or H200. At lower clocks 2^35 clocks
  * are longer, and so is everything that is waited for. The longest wait of a healthy launch is shorter than

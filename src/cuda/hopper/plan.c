@@ -1,6 +1,7 @@
 /*
  * Chooses how a call runs on Hopper, from its shape and the number of SMs alone. All times here are estimates
- * of costs.c.
+ * in clocks, by the formulas of costs.c. The numbers of clocks that the formulas start from, such as those of
+ * a chunk, are in costs.h, and in kernels/hopper/costs.h if kernels need them too.
  *
  * Policy of share_out_whole(), for sequences that stay whole: CTA pairs if every head can have a pair of
  * its own, if the estimates say that pairs are faster, or if results must not depend on the batch. Solo CTAs
@@ -19,7 +20,9 @@
  *                        stays whole.
  *   cut mixed            The mixed schedule, wherever lengths may differ.
  *   cut auto, equal      The number of segments, from 1 up, that the estimates say is fastest, in passes or
- *                        in a relay.
+ *                        in a relay (best_segments()). Segments have SHORTEST_SEGMENT tokens or more, and the
+ *                        inner segments of all heads are at most two for each SM. relay_plan.c says how long
+ *                        each segment of a relay is.
  *   cut auto, different  The host knows the number of sequences and of tokens, and maybe the length of the
  *                        longest sequence (max_seqlen). It first asks whether sequences of the average length
  *                        would be cut if all had that length.
