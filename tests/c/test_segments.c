@@ -158,10 +158,10 @@ static void even_shares(void)
  * segments that are shared so: on a GPU with 132 SMs, or emulated with 22. */
 static void shared_segments(void)
 {
-    static const int64_t heads[] = {4, 2, 3, 6, 7, 8};
+    static const int64_t heads[] = {4, 3, 6, 7, 2, 8};
     const test_case *c = find_case("channels from fast to slow");
     if (!testing_cut(FLASH_KDA_CUT_ALWAYS)) return;
-    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+    for (size_t i = 0; i < (test.quick ? 4 : sizeof heads / sizeof *heads); i++) {
         problem *p = problem_create(1, 2411, test.quick ? heads[i] : 6 * heads[i]);
         fill_case(p, c, 140 + i);
         trying("T = %lld, H = %lld", (long long)p->tokens, (long long)p->heads);
