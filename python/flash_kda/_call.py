@@ -82,9 +82,11 @@ class PreparedCall:
         "function",
         "is_long",
         "lower_bound",
+        "numbers",
         "on_gpu",
         "options",
         "params",
+        "pick_written",
         "pointers",
         "reference",
         "scale",
@@ -101,7 +103,7 @@ class PreparedCall:
         options.apply_to(params)
         self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
         self.options, self.function = options, options.function.call
-        self.written = options.written
+        self.written, self.pick_written = options.written, options.pick_written
         self.busy = False  # True while run() runs
         # Whether arrays, passed one by one, look like the ones the call was prepared for.
         self.fits: Callable[..., bool] = lambda *arrays: False
@@ -127,6 +129,8 @@ class PreparedCall:
             if not view.pointer and name in options.optional_arrays:
                 tensor.data = _EMPTY_BUT_PRESENT
             self.pointers.append(self._field(c_void_p, name))
+        # scale and lower_bound as they are in the struct, if they are numbers that cannot change in place.
+        self.numbers: tuple[Any, Any] = (None, None)
         self.scale = self._field(c_float, "scale")
         self.lower_bound = self._field(c_float, "lower_bound")
         self.stream = self._field(c_void_p, "stream")
@@ -161,12 +165,9 @@ class PreparedCall:
         try:
             for field, pointer in zip(self.pointers, pointers):
                 field.value = pointer
-            try:
-                self.scale.value = scale
-                self.lower_bound.value = lower_bound
-            except (TypeError, ValueError, OverflowError):
-                check_numbers(scale, lower_bound)
-                raise
+            numbers = self.numbers
+            if scale is not numbers[0] or lower_bound is not numbers[1]:
+                self._set_numbers(scale, lower_bound)
             if self.on_gpu:
                 self.stream.value = stream
                 if self.workspace_size:
@@ -184,6 +185,17 @@ class PreparedCall:
             self.busy = False
         if status:
             raise _lib.last_error(status)
+
+    def _set_numbers(self, scale: Any, lower_bound: Any) -> None:
+        self.numbers = (None, None)
+        try:
+            self.scale.value = scale
+            self.lower_bound.value = lower_bound
+        except (TypeError, ValueError, OverflowError):
+            check_numbers(scale, lower_bound)
+            raise
+        if type(scale) is float and type(lower_bound) is float:
+            self.numbers = scale, lower_bound
 
     def _run_long(self) -> None:
         """Handlers of signals run meanwhile, and may call fwd, so the call has a workspace of its own."""
