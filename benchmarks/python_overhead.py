@@ -10,7 +10,8 @@ empty queue, and its calls fit into the queue.
 
 With --pretended, tensors of the CPU are handed to a GPU that the pretended driver describes
 (tests/pretend_driver, as in `make host-time`). No kernel runs, so a time is that of a call on a GPU without
-the driver's own part. A call from PyTorch should take at most 8 us then: "within" or "above" stands behind it.
+the driver's own part. A call from PyTorch should take at most 8 us then: "within" or "above" stands behind
+the line.
 """
 
 from __future__ import annotations

@@ -693,10 +693,10 @@ typedef struct flash_kda_interpreter {
                                     which ends the call: PyErr_CheckSignals. Called with the lock. */
 } flash_kda_interpreter;
 
-/* flash_kda_fwd(), flash_kda_bwd() and their references for long calls on the CPU from the thread in which an
- * interpreter handles signals. That thread calls with the interpreter's lock, gives the lock up, and lets the
- * interpreter handle signals while another thread computes. Once a handler has raised an exception, no other
- * handler runs before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK
+/* flash_kda_fwd(), flash_kda_bwd(), the calls about decode, and their references for long calls on the CPU
+ * from the thread in which an interpreter handles signals. That thread calls with the interpreter's lock,
+ * gives the lock up, and lets the interpreter handle signals while another thread computes. Once a handler
+ * has raised an exception, no other handler runs before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK
  * if all was computed by then, and the exception is still the interpreter's. params->interrupt is not looked
  * at. Where the system has no more threads or file descriptors, the calling thread computes, and signals
  * wait. */
@@ -710,6 +710,18 @@ FLASH_KDA_API flash_kda_status flash_kda_bwd_for(const flash_kda_interpreter *in
 FLASH_KDA_API flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interpreter,
                                                            const flash_kda_bwd_params *params,
                                                            const flash_kda_gradients64 *gradients);
+FLASH_KDA_API flash_kda_status flash_kda_decode_for(const flash_kda_interpreter *interpreter,
+                                                    const flash_kda_decode_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_decode_reference_for(const flash_kda_interpreter *interpreter,
+                                                              const flash_kda_decode_params *params,
+                                                              double *out64, double *states64);
+FLASH_KDA_API flash_kda_status flash_kda_decode_layer_for(const flash_kda_interpreter *interpreter,
+                                                          const flash_kda_decode_layer_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_decode_layer_reference_for(
+    const flash_kda_interpreter *interpreter, const flash_kda_decode_layer_params *params, double *out64,
+    double *states64);
+FLASH_KDA_API flash_kda_status flash_kda_apply_for(const flash_kda_interpreter *interpreter,
+                                                   const flash_kda_apply_params *params);
 
 /* Handlers for XLA's foreign function interface (XLA_FFI_Handler in xla/ffi/api/c_api.h), with which JAX
  * makes the calls flash_kda_fwd() and flash_kda_decode() inside of compiled programs, on the stream of the

@@ -26,12 +26,49 @@ from ._call_options import CallOptions
 _EMPTY_BUT_PRESENT = 64
 
 # Tokens of a head, for each thread, from which on a call on the CPU counts as long. A CPU with AVX-512
-# computes them in 10 ms, of which starting a thread is a hundredth, and a slow CPU in 80 ms. A state that is
-# read and written takes as long as 16 tokens.
+# computes them in 10 ms, of which starting a thread is a hundredth, and a slow CPU in 80 ms.
 _LONG_TOKENS = 8000
-_TOKENS_OF_A_STATE = 16
-# The functions whose calls can be long, by their operators, and how a long call is made.
-_LONG: dict[str, Callable[[Any], None]] = {"fwd": _interruptible.fwd, "bwd": _interruptible.bwd}
+
+
+class Work(NamedTuple):
+    """What a call computes."""
+
+    rows: int  # of the batch; without cu_seqlens they are the sequences
+    tokens: int  # of all rows
+    heads: int
+
+
+def _work_of_v(params: Any) -> Work:
+    rows, tokens, heads = params.v.shape[:3]
+    return Work(rows, rows * tokens, heads)
+
+
+def _work_of_layer(params: Any) -> Work:
+    sizes = params.x.shape[: params.x.ndim]
+    return Work(sizes[0], math.prod(sizes[:-1]), sizes[-1] // (3 * 128))
+
+
+def _work_of_records(params: Any) -> Work:
+    rows, tokens, heads = params.records.shape[:3]
+    return Work(rows, rows * tokens, heads)
+
+
+class LongCalls(NamedTuple):
+    """How long calls of a function are made, and what tells that a call is long."""
+
+    call: Callable[[Any], None]
+    work: Callable[[Any], Work]
+    tokens_of_a_state: int  # that take as long as a state that is read and written
+
+
+# By the functions' operators.
+_LONG = {
+    "fwd": LongCalls(_interruptible.fwd, _work_of_v, 16),
+    "bwd": LongCalls(_interruptible.bwd, _work_of_v, 16),
+    "decode": LongCalls(_interruptible.decode, _work_of_v, 5),
+    "decode_layer": LongCalls(_interruptible.decode_layer, _work_of_layer, 5),
+    "apply_records": LongCalls(_interruptible.apply_records, _work_of_records, 5),
+}
 
 
 class View(NamedTuple):
@@ -139,9 +176,9 @@ class PreparedCall:
         # Bytes that run() needs from its caller, or on the CPU from the thread.
         self.workspace_size = bytes_needed if given_bytes is None else 0
         params.workspace_size = bytes_needed if given_bytes is None else given_bytes
-        # Calls of other functions are short.
-        self.call_long = _LONG.get(options.operator, _interruptible.fwd)
-        self.is_long = options.operator in _LONG and not self.on_gpu and _is_long(params)
+        long = _LONG[options.operator]
+        self.call_long = long.call
+        self.is_long = not self.on_gpu and _is_long(params, long)
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
@@ -233,11 +270,12 @@ def _flat_records(view: View) -> View:
     return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
 
 
-def _is_long(params: Any) -> bool:
+def _is_long(params: Any, long: LongCalls) -> bool:
     """Whether a call on the CPU may take so long that signals should not wait for it."""
-    rows, tokens, heads = params.v.shape[:3]
-    sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows
-    work = heads * (rows * tokens + _TOKENS_OF_A_STATE * sequences)
+    rows, tokens, heads = long.work(params)
+    borders = getattr(params, "cu_seqlens", None)
+    sequences = borders.shape[0] - 1 if borders is not None and borders.data else rows
+    work = heads * (tokens + long.tokens_of_a_state * sequences)
     if work < _LONG_TOKENS:
         return False
     cpus = os.cpu_count() or 1
