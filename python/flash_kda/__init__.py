@@ -482,6 +482,8 @@ def decode_layer(
     records: Array | None = None,
     conv_windows: Array | None = None,
     rounding: Array | None = None,
+    written_states: Array | None = None,
+    written_indices: Array | None = None,
     kernel: str | None = None,
     threads: int = 0,
     use_gate_in_kernel: bool = True,
@@ -528,6 +530,8 @@ def decode_layer(
         conv_windows: bf16 [N, C, 3 H D, 3], written, or None: the window after token i of sequence n in
             [n, i]. Once draft tokens were verified, the window after the last accepted one belongs into the
             sequence's slot of conv_state.
+        written_states, written_indices: as for `decode`. state and conv_state are then read alone, whatever
+            write_states says; conv_windows has the windows.
         kernel, threads: as for `fwd`.
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
             `fwd`; the norm is that of q and k after the convolution.
@@ -547,7 +551,7 @@ def decode_layer(
     arrays = [x, weight, conv_state, g, beta, out, state]
     given = _append_given(
         arrays, bias, A_log, dt_bias, state_indices, output_gate, norm_weight, num_accepted_tokens,
-        cu_seqlens, records, conv_windows, rounding,
+        cu_seqlens, records, conv_windows, rounding, written_states, written_indices,
     )  # fmt: skip
     _hand_over(
         DECODE_LAYER, arrays, _SCALE if scale is None else scale, 0.0 if lower_bound is None else lower_bound,

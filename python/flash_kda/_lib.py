@@ -209,6 +209,8 @@ class DecodeLayerParams(ctypes.Structure):
         ("first_slot", c_int64),
         ("kernel", c_char_p),
         ("interrupt", c_void_p),
+        ("written_states", Tensor),
+        ("written_indices", Tensor),
     ]
 
 

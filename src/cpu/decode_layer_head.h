@@ -102,7 +102,7 @@ static void write_windows(const layer_head *x, const layer_tokens *t)
             write_inputs(x, t, &p->windows,
                          x->piece.n * p->windows_sequence_stride + i * p->windows_token_stride, i + 1,
                          FKDA_WINDOW);
-    if (!length || write == FLASH_KDA_WRITE_NONE) return;
+    if (!length || write == FLASH_KDA_WRITE_NONE || p->decode.has_written_states) return;
     if (write == FLASH_KDA_WRITE_LAST) {
         write_inputs(x, t, &p->conv_state, x->window_slot * p->conv_slot_stride, length, FKDA_WINDOW);
     } else if (fkda_keeps_drafts(p)) {
@@ -210,7 +210,7 @@ static void write_layer_block(const layer_head *x, const float *block, int64_t s
                               const float u[BLOCK_ROWS])
 {
     const fkda_decode_problem *d = &x->p->decode;
-    const block_view to = block_at(&d->state, d->state_k_first, slot, x->piece.h, v);
+    const block_view to = block_at(&d->written, d->state_k_first, slot, x->piece.h, v);
     write_block(&to, block, d->state_k_first, d->rounding, x->piece.n, token, x->piece.h, v, may_have_nan(u));
 }
 
@@ -227,11 +227,10 @@ static void run_layer_block(const layer_head *x, layer_tokens *t, int v)
     }
     for (int i = 0; i < x->length; i++) {
         run_layer_token(x, t, i, v, block, u);
-        if (d->write_states != FLASH_KDA_WRITE_EACH) continue;
-        const int64_t slot = fkda_decode_slot_after(d, x->piece.n, i);
-        if (slot != FKDA_NO_SLOT) write_layer_block(x, block, slot, i, v, u);
+        const int64_t slot = fkda_decode_slot_to_write(d, x->piece.n, &x->piece.sequence, x->piece.slot, i);
+        if (slot != FKDA_NO_SLOT)
+            write_layer_block(x, block, slot, d->write_states == FLASH_KDA_WRITE_EACH ? i : 0, v, u);
     }
-    if (d->write_states == FLASH_KDA_WRITE_LAST) write_layer_block(x, block, x->piece.slot, 0, v, u);
 }
 
 /* The norm over V and the output gate. */
