@@ -60,8 +60,11 @@ kernels: build ## Check registers, spills and machine code of the kernels agains
 bench: build ## Time a few shapes on the best device
 	$(BUILD)/flash-kda bench
 
-host-time: build ## Time what a call costs the host, on a pretended GPU
+host-time: build ## Time what a call costs the host, on a pretended GPU (TORCH=0: from C alone)
+	@$(environment) test $(if $(filter-out 0,$(TORCH)),torch)
 	LD_LIBRARY_PATH=$(BUILD)/tests/pretend_driver $(BUILD)/benchmarks/host_time
+	$(if $(filter-out 0,$(TORCH)),LD_LIBRARY_PATH=$(BUILD)/tests/pretend_driver \
+		PYTHONPATH=$(BUILD)/python $(bin)/python benchmarks/python_overhead.py --pretended)
 
 wheel: ## Build the wheel with all kernels into dist/ (ARCH=aarch64: for another architecture)
 	@$(environment) build wheel

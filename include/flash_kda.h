@@ -618,6 +618,7 @@ FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_param
  *
  *   FLASH_KDA_WRITE_LAST  the window after the last token replaces the sequence's window
  *   FLASH_KDA_WRITE_NONE  conv_state stays as it is
+ *   written_states        conv_state is read alone, whatever write_states says, as state is
  *   FLASH_KDA_WRITE_EACH  With L = 3 a sequence starts from the window of the slot that its state is read
  *                         from, and the window after token i goes to slot state_indices[n, i]. With L > 3 one
  *                         slot, state_indices[n, 0], has the inputs of all draft tokens, as vLLM keeps them:
@@ -667,6 +668,8 @@ typedef struct flash_kda_decode_layer_params {
     int64_t first_slot;       /* at least 0 */
     const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+    flash_kda_tensor written_states;   /* as in flash_kda_decode_params, as written_indices */
+    flash_kda_tensor written_indices;
 } flash_kda_decode_layer_params;
 
 /* Computes a few tokens of a KDA layer for each sequence. On a GPU it enqueues one kernel on the stream and
@@ -693,13 +696,13 @@ typedef struct flash_kda_interpreter {
                                     which ends the call: PyErr_CheckSignals. Called with the lock. */
 } flash_kda_interpreter;
 
-/* flash_kda_fwd(), flash_kda_bwd() and their references for long calls on the CPU from the thread in which an
- * interpreter handles signals. That thread calls with the interpreter's lock, gives the lock up, and lets the
- * interpreter handle signals while another thread computes. Once a handler has raised an exception, no other
- * handler runs before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK
- * if all was computed by then, and the exception is still the interpreter's. params->interrupt is not looked
- * at. Where the system has no more threads or file descriptors, the calling thread computes, and signals
- * wait. */
+/* flash_kda_fwd(), flash_kda_bwd(), the calls about decode, and their references for long calls on the CPU
+ * from the thread in which an interpreter handles signals. That thread calls with the interpreter's lock,
+ * gives the lock up, and lets the interpreter handle signals while another thread computes. Once a handler
+ * has raised an exception, no other handler runs before the computation has ended; the call then returns
+ * FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK if all was computed by then, and the exception is still the
+ * interpreter's. params->interrupt is not looked at. Where the system has no more threads or file
+ * descriptors, the calling thread computes, and signals wait. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
                                                  const flash_kda_fwd_params *params);
 FLASH_KDA_API flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,
@@ -710,6 +713,18 @@ FLASH_KDA_API flash_kda_status flash_kda_bwd_for(const flash_kda_interpreter *in
 FLASH_KDA_API flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interpreter,
                                                            const flash_kda_bwd_params *params,
                                                            const flash_kda_gradients64 *gradients);
+FLASH_KDA_API flash_kda_status flash_kda_decode_for(const flash_kda_interpreter *interpreter,
+                                                    const flash_kda_decode_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_decode_reference_for(const flash_kda_interpreter *interpreter,
+                                                              const flash_kda_decode_params *params,
+                                                              double *out64, double *states64);
+FLASH_KDA_API flash_kda_status flash_kda_decode_layer_for(const flash_kda_interpreter *interpreter,
+                                                          const flash_kda_decode_layer_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_decode_layer_reference_for(
+    const flash_kda_interpreter *interpreter, const flash_kda_decode_layer_params *params, double *out64,
+    double *states64);
+FLASH_KDA_API flash_kda_status flash_kda_apply_for(const flash_kda_interpreter *interpreter,
+                                                   const flash_kda_apply_params *params);
 
 /* Handlers for XLA's foreign function interface (XLA_FFI_Handler in xla/ffi/api/c_api.h), with which JAX
  * makes the calls flash_kda_fwd() and flash_kda_decode() inside of compiled programs, on the stream of the

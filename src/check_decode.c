@@ -123,8 +123,7 @@ static int32_t threads_of(flash_kda_device device, int32_t cpu_threads)
     return cpu_threads ? cpu_threads : fkda_cpu_count();
 }
 
-/* Whether state_indices has a slot for each token. */
-static bool has_slots_of_tokens(const flash_kda_decode_params *p)
+bool fkda_has_slots_of_tokens(const flash_kda_decode_params *p)
 {
     return p->write_states == FLASH_KDA_WRITE_EACH && !has(&p->written_states);
 }
@@ -156,7 +155,7 @@ void fkda_fill_decode(const flash_kda_decode_params *p, fkda_decode_problem *out
     out->write_states = p->write_states;
     out->state = fkda_state_view_of(&p->state, true);
     out->state_indices = fkda_index_view_of(&p->state_indices);
-    out->slot_columns = has_slots_of_tokens(p) ? p->state_indices.shape[1] : 1;
+    out->slot_columns = fkda_has_slots_of_tokens(p) ? p->state_indices.shape[1] : 1;
     out->num_accepted_tokens = fkda_index_view_of(&p->num_accepted_tokens);
     out->cu_seqlens = fkda_index_view_of(&p->cu_seqlens);
     out->parents = fkda_index_view_of(&p->parents);
@@ -171,6 +170,28 @@ void fkda_fill_decode(const flash_kda_decode_params *p, fkda_decode_problem *out
     out->lower_bound = p->gate == FLASH_KDA_GATE_BOUNDED ? p->lower_bound : 0.0f;
     out->interrupt = p->interrupt;
     out->threads = threads_of(p->device, p->cpu_threads);
+}
+
+flash_kda_status fkda_check_written(const flash_kda_decode_params *p, const fkda_decode_problem *s)
+{
+    if (!has(&p->written_states)) return FLASH_KDA_OK;
+    const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH;
+    const int64_t tokens = packed ? s->tokens : s->sequences * s->tokens,
+                  states = each ? tokens : s->sequences;
+    const flash_kda_tensor *const t = &p->written_states;
+    if (t->dtype != p->state.dtype)
+        return fkda_fail(FLASH_KDA_INVALID_DTYPE,
+                         "written_states has dtype %s and state has dtype %s; they must have one dtype",
+                         fkda_dtype_name(t->dtype), fkda_dtype_name(p->state.dtype));
+    if (!has(&p->written_indices)) {
+        if (t->shape[0] >= states) return FLASH_KDA_OK;
+        return INVALID("written_states has %lld slots; without written_indices it must have one for each of "
+                       "the %lld states that are written",
+                       (long long)t->shape[0], (long long)states);
+    }
+    /* On the CPU the lengths in cu_seqlens are looked at later. */
+    return each ? fkda_check_columns(&p->written_indices, "written_indices", "W", packed ? 0 : s->tokens)
+                : FLASH_KDA_OK;
 }
 
 /* ---- Decode -------------------------------------------------------------------------------------------- */
@@ -190,25 +211,11 @@ static flash_kda_status check_sizes(const flash_kda_decode_params *p, fkda_decod
     return FLASH_KDA_OK;
 }
 
-/* written_states, into which the call writes that many states if each has a slot. */
-static flash_kda_status check_written(const flash_kda_decode_params *p, int64_t states)
-{
-    const flash_kda_tensor *const t = &p->written_states;
-    if (t->dtype != p->state.dtype)
-        return fkda_fail(FLASH_KDA_INVALID_DTYPE,
-                         "written_states has dtype %s and state has dtype %s; they must have one dtype",
-                         fkda_dtype_name(t->dtype), fkda_dtype_name(p->state.dtype));
-    if (has(&p->written_indices) || t->shape[0] >= states) return FLASH_KDA_OK;
-    return INVALID("written_states has %lld slots; without written_indices it must have one for each of the "
-                   "%lld states that are written",
-                   (long long)t->shape[0], (long long)states);
-}
-
 static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, const fkda_decode_problem *s,
                                              bool for_reference, bool with_memory)
 {
     const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH,
-               apart = has(&p->written_states), has_columns = has_slots_of_tokens(p);
+               apart = has(&p->written_states), has_columns = fkda_has_slots_of_tokens(p);
     const int64_t N = s->sequences, T = s->tokens, H = s->qk_heads, HV = s->heads, D = FKDA_DIM,
                   ANY = FKDA_ANY_SIZE, rows = packed ? 1 : N;
     const char *const q_dims = packed ? "[1, total, H, K]" : "[N, T, H, K]",
@@ -255,13 +262,11 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
     TRY(check_tensors(tensors, sizeof tensors / sizeof *tensors, packed ? N + 1 : 0, with_memory,
                       p->device.type == FLASH_KDA_CUDA));
     TRY(fkda_check_slots(&p->state, has(&p->state_indices), N));
-    if (apart) TRY(check_written(p, each ? (packed ? T : N * T) : N));
+    TRY(fkda_check_written(p, s));
     const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
     if (has_columns && p->state_indices.shape[1] < 1)
         return INVALID("state_indices has S = 0; it must have at least the slot that a sequence starts from");
     if (has_columns) TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns));
-    if (each && has(&p->written_indices))
-        TRY(fkda_check_columns(&p->written_indices, "written_indices", "W", columns));
     if (has(&p->parents)) TRY(fkda_check_columns(&p->parents, "parents", "P", columns));
     if (has(&p->records)) TRY(fkda_check_columns(&p->records, "records", "R", columns));
     return FLASH_KDA_OK;

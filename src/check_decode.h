@@ -35,6 +35,13 @@ flash_kda_status fkda_check_sequences(const flash_kda_tensor *tensor, const char
 /* The numbers and flags, and which optional tensors go with them. */
 flash_kda_status fkda_check_decode_options(const flash_kda_decode_params *params);
 
+/* written_states and written_indices, for the sequences and tokens of the problem. */
+flash_kda_status fkda_check_written(const flash_kda_decode_params *params,
+                                    const fkda_decode_problem *problem);
+
+/* Whether state_indices has a slot for each token. */
+bool fkda_has_slots_of_tokens(const flash_kda_decode_params *params);
+
 /* What follows from the arguments but sizes and the kernel, once everything was checked. */
 void fkda_fill_decode(const flash_kda_decode_params *params, fkda_decode_problem *problem);
 

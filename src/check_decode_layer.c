@@ -18,7 +18,7 @@ enum {
 };
 static const int64_t MAX_TOKENS = INT32_MAX - 1024, MAX_HEADS = INT32_MAX / (PARTS * FKDA_DIM);
 
-_Static_assert(offsetof(flash_kda_decode_layer_params, interrupt) + sizeof(const volatile int32_t *) ==
+_Static_assert(offsetof(flash_kda_decode_layer_params, written_indices) + sizeof(flash_kda_tensor) ==
                    sizeof(flash_kda_decode_layer_params),
                "the struct must not end in padding: a later field there would read what an older caller left "
                "in it");
@@ -77,6 +77,8 @@ static flash_kda_decode_params decode_params_of(const flash_kda_decode_layer_par
         .cpu_threads = p->cpu_threads,
         .first_slot = p->first_slot,
         .interrupt = p->interrupt,
+        .written_states = p->written_states,
+        .written_indices = p->written_indices,
     };
 }
 
@@ -93,6 +95,12 @@ static flash_kda_status check_options(const flash_kda_decode_layer_params *p)
     return FLASH_KDA_OK;
 }
 
+/* Whether the call writes to state and conv_state. */
+static bool writes_pools(const flash_kda_decode_layer_params *p)
+{
+    return p->write_states != FLASH_KDA_WRITE_NONE && !has(&p->written_states);
+}
+
 /* Both pools, and their columns. */
 static flash_kda_status check_pools(const flash_kda_decode_layer_params *p, const fkda_decode_problem *s)
 {
@@ -103,7 +111,7 @@ static flash_kda_status check_pools(const flash_kda_decode_layer_params *p, cons
     TRY(fkda_check_slots(&p->state, has(&p->state_indices), s->sequences));
     if (columns < WINDOW)
         return INVALID("conv_state has L = %lld; it must be at least %d", (long long)columns, WINDOW);
-    if (p->write_states == FLASH_KDA_WRITE_EACH && columns > WINDOW &&
+    if (p->write_states == FLASH_KDA_WRITE_EACH && !has(&p->written_states) && columns > WINDOW &&
         columns < p->state_indices.shape[1] + WINDOW - 1)
         return INVALID("conv_state has L = %lld and state_indices S = %lld; L must be 3 or at least S + 2",
                        (long long)columns, (long long)p->state_indices.shape[1]);
@@ -113,15 +121,17 @@ static flash_kda_status check_pools(const flash_kda_decode_layer_params *p, cons
 static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, const fkda_decode_problem *s,
                                       bool for_reference, bool with_memory)
 {
+    const flash_kda_decode_params decode = decode_params_of(p);
     const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH,
-               writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !for_reference,
-               on_gpu = p->device.type == FLASH_KDA_CUDA;
+               has_columns = fkda_has_slots_of_tokens(&decode),
+               writes_state = writes_pools(p) && !for_reference, on_gpu = p->device.type == FLASH_KDA_CUDA;
     const int64_t N = s->sequences, T = s->tokens, H = s->heads, D = FKDA_DIM, ANY = FKDA_ANY_SIZE,
                   rows = packed ? 1 : N;
     const char *const dims = packed ? "[1, total, H, D]" : "[N, T, H, D]",
                       *const x_dims = packed ? "[1, total, 3 * H * D]" : "[N, T, 3 * H * D]",
                       *const beta_dims = packed ? "[1, total, H]" : "[N, T, H]",
-                      *const state_dims = p->state_k_first ? "[slots, H, K, V]" : "[slots, H, V, K]";
+                      *const state_dims = p->state_k_first ? "[slots, H, K, V]" : "[slots, H, V, K]",
+                      *const written_dims = p->state_k_first ? "[slots2, H, K, V]" : "[slots2, H, V, K]";
     const fkda_requirement by_part = {"weight", "[3, 4, H * D]", 3,    {PARTS, TAPS, H * D}, {F32, BF16},
                                       0,        FKDA_FREE,       false},
                            by_channel = {"weight", "[3 * H * D, 4]", 2,    {PARTS * H * D, TAPS}, {F32, BF16},
@@ -164,7 +174,7 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
          false,
          {"state", state_dims, 4, {ANY, H, D, D}, {F32, BF16}, 16, FKDA_SLOTS, writes_state}},
         {&p->state_indices, true, true,
-         fkda_integers("state_indices", each ? "[N, S]" : "[N]", each ? 2 : 1, N, ANY)},
+         fkda_integers("state_indices", has_columns ? "[N, S]" : "[N]", has_columns ? 2 : 1, N, ANY)},
         {&p->num_accepted_tokens, true, true, fkda_integers("num_accepted_tokens", "[N]", 1, N, 0)},
         {&p->cu_seqlens, true, true, fkda_integers("cu_seqlens", "[N + 1]", 1, N + 1, 0)},
         {&p->records,
@@ -183,6 +193,12 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
           FKDA_FREE,
           !for_reference}},
         {&p->rounding, true, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
+        {&p->written_states,
+         true,
+         false,
+         {"written_states", written_dims, 4, {ANY, H, D, D}, {F32, BF16}, 16, FKDA_SLOTS, !for_reference}},
+        {&p->written_indices, true, true,
+         fkda_integers("written_indices", each ? "[N, W]" : "[N]", each ? 2 : 1, N, ANY)},
     };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         if (tensors[i].optional && !has(tensors[i].tensor)) continue;
@@ -190,7 +206,9 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
                               on_gpu && !tensors[i].by_element));
     }
     const int64_t columns = packed ? 0 : T; /* On the CPU the lengths in cu_seqlens are looked at later. */
-    if (each) TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns > 0 ? columns : 1));
+    TRY(fkda_check_written(&decode, s));
+    if (has_columns)
+        TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns > 0 ? columns : 1));
     if (has(&p->records)) TRY(fkda_check_columns(&p->records, "records", "R", columns));
     if (has(&p->conv_windows)) TRY(fkda_check_columns(&p->conv_windows, "conv_windows", "C", columns));
     return check_pools(p, s);
@@ -198,7 +216,7 @@ static flash_kda_status check_tensors(const flash_kda_decode_layer_params *p, co
 
 static flash_kda_status check_memory(const flash_kda_decode_layer_params *p)
 {
-    enum { STATE = 13, CONV_STATE, OUT, RECORDS, WINDOWS, COUNT };
+    enum { STATE = 14, CONV_STATE, OUT, RECORDS, WINDOWS, WRITTEN, COUNT };
     const fkda_extent all[COUNT] = {
         fkda_extent_of("x", &p->x),
         fkda_extent_of("weight", &p->weight),
@@ -213,14 +231,15 @@ static flash_kda_status check_memory(const flash_kda_decode_layer_params *p)
         fkda_extent_of("num_accepted_tokens", &p->num_accepted_tokens),
         fkda_extent_of("cu_seqlens", &p->cu_seqlens),
         fkda_extent_of("rounding", &p->rounding),
+        fkda_extent_of("written_indices", &p->written_indices),
         [STATE] = fkda_extent_of("state", &p->state),
         [CONV_STATE] = fkda_extent_of("conv_state", &p->conv_state),
         [OUT] = fkda_extent_of("out", &p->out),
         [RECORDS] = fkda_extent_of("records", &p->records),
         [WINDOWS] = fkda_extent_of("conv_windows", &p->conv_windows),
+        [WRITTEN] = fkda_extent_of("written_states", &p->written_states),
     };
-    for (int w = p->write_states == FLASH_KDA_WRITE_NONE ? OUT : STATE; w < COUNT; w++)
-        TRY(fkda_check_own_memory(&all[w], all, w));
+    for (int w = writes_pools(p) ? STATE : OUT; w < COUNT; w++) TRY(fkda_check_own_memory(&all[w], all, w));
     return FLASH_KDA_OK;
 }
 

@@ -42,7 +42,8 @@ typedef struct fkda_decode_layer_problem {
 /* Whether one slot keeps the inputs of all draft tokens (flash_kda.h, L > 3). */
 static inline bool fkda_keeps_drafts(const fkda_decode_layer_problem *p)
 {
-    return p->decode.write_states == FLASH_KDA_WRITE_EACH && p->window_columns > FKDA_WINDOW;
+    return p->decode.write_states == FLASH_KDA_WRITE_EACH && p->window_columns > FKDA_WINDOW &&
+           !p->decode.has_written_states;
 }
 
 /* The slot that the window of sequence n is read from, or FKDA_NO_SLOT, and its first column. For tensors

@@ -112,6 +112,18 @@ static inline int64_t fkda_decode_written_slot(const fkda_decode_problem *p, int
     return fkda_slot_at(&p->written_indices, at, 0, &p->written);
 }
 
+/* The slot of `written` that takes the state after token i of sequence n, which starts from slot `start`; or
+ * FKDA_NO_SLOT. */
+static inline int64_t fkda_decode_slot_to_write(const fkda_decode_problem *p, int64_t n,
+                                                const fkda_sequence *sequence, int64_t start, int64_t i)
+{
+    const bool each = p->write_states == FLASH_KDA_WRITE_EACH,
+               last = p->write_states == FLASH_KDA_WRITE_LAST && i == sequence->end - sequence->begin - 1;
+    if (!each && !last) return FKDA_NO_SLOT;
+    if (p->has_written_states) return fkda_decode_written_slot(p, n, sequence, i);
+    return each ? fkda_decode_slot_after(p, n, i) : start;
+}
+
 /* The token that token i of sequence n continues from, or -1: the state that the sequence starts from. */
 static inline int64_t fkda_decode_parent(const fkda_decode_problem *p, int64_t n, int64_t i)
 {

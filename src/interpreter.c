@@ -6,10 +6,13 @@
 #include <poll.h>
 #include <pthread.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "check_bwd.h"
+#include "check_shared.h"
 #include "check_tensor.h"
 #include "errors.h"
 #include "guard.h"
@@ -23,6 +26,7 @@ typedef struct work {
     double *out64, *state64, *checkpoints64; /* of flash_kda_reference() */
     const flash_kda_bwd_params *bwd;
     const flash_kda_gradients64 *gradients; /* of flash_kda_bwd_reference() */
+    const void *decode; /* the struct of decode, decode_layer, apply and their references */
     flash_kda_status status;
     char sentence[512]; /* of the error, which is the working thread's */
     int pipe[2];        /* the working thread writes a byte when it has ended */
@@ -46,6 +50,31 @@ static flash_kda_status compute_bwd(const work *w)
 static flash_kda_status compute_bwd_reference(const work *w)
 {
     return flash_kda_bwd_reference(w->bwd, w->gradients);
+}
+
+static flash_kda_status compute_decode(const work *w)
+{
+    return flash_kda_decode(w->decode);
+}
+
+static flash_kda_status compute_decode_reference(const work *w)
+{
+    return flash_kda_decode_reference(w->decode, w->out64, w->state64);
+}
+
+static flash_kda_status compute_decode_layer(const work *w)
+{
+    return flash_kda_decode_layer(w->decode);
+}
+
+static flash_kda_status compute_decode_layer_reference(const work *w)
+{
+    return flash_kda_decode_layer_reference(w->decode, w->out64, w->state64);
+}
+
+static flash_kda_status compute_apply(const work *w)
+{
+    return flash_kda_apply(w->decode);
 }
 
 static void *start_compute(void *argument)
@@ -173,4 +202,82 @@ flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interp
     FKDA_GUARD;
     work w = {.compute = compute_bwd_reference, .gradients = gradients};
     return compute_backward(&w, params, interpreter);
+}
+
+/* ---- Decode, whose structs differ in nothing that is done here but their sizes ---- */
+
+typedef struct params_type {
+    const char *name;
+    size_t least, most; /* bytes of the struct in the first version that had it, and in this one */
+    size_t interrupt;   /* where the field is */
+} params_type;
+
+#define PARAMS_TYPE(type)                                                                                    \
+    {                                                                                                        \
+#type, offsetof(type, kernel), sizeof(type), offsetof(type, interrupt)                               \
+    }
+static const params_type decode_params = PARAMS_TYPE(flash_kda_decode_params);
+static const params_type decode_layer_params = PARAMS_TYPE(flash_kda_decode_layer_params);
+static const params_type apply_params = PARAMS_TYPE(flash_kda_apply_params);
+
+/* Computes with a copy of the caller's struct. `own` has room for one. */
+static flash_kda_status compute_with(work *w, const params_type *type, const void *params, void *own,
+                                     const flash_kda_interpreter *interpreter)
+{
+    int32_t interrupt = 0;
+    const volatile int32_t *const looked_at = &interrupt;
+    TRY(check_interpreter(interpreter));
+    TRY(fkda_complete_struct(&params, own, type->least, type->most, type->name));
+    if (params != own) memcpy(own, params, type->most);
+    memcpy(own, &type->most, sizeof type->most); /* struct_size, the first field */
+    memcpy((char *)own + type->interrupt, &looked_at, sizeof looked_at);
+    w->decode = own;
+    return compute(w, interpreter, &interrupt);
+}
+
+flash_kda_status flash_kda_decode_for(const flash_kda_interpreter *interpreter,
+                                      const flash_kda_decode_params *params)
+{
+    FKDA_GUARD;
+    flash_kda_decode_params own;
+    work w = {.compute = compute_decode};
+    return compute_with(&w, &decode_params, params, &own, interpreter);
+}
+
+flash_kda_status flash_kda_decode_reference_for(const flash_kda_interpreter *interpreter,
+                                                const flash_kda_decode_params *params, double *out64,
+                                                double *states64)
+{
+    FKDA_GUARD;
+    flash_kda_decode_params own;
+    work w = {.compute = compute_decode_reference, .out64 = out64, .state64 = states64};
+    return compute_with(&w, &decode_params, params, &own, interpreter);
+}
+
+flash_kda_status flash_kda_decode_layer_for(const flash_kda_interpreter *interpreter,
+                                            const flash_kda_decode_layer_params *params)
+{
+    FKDA_GUARD;
+    flash_kda_decode_layer_params own;
+    work w = {.compute = compute_decode_layer};
+    return compute_with(&w, &decode_layer_params, params, &own, interpreter);
+}
+
+flash_kda_status flash_kda_decode_layer_reference_for(const flash_kda_interpreter *interpreter,
+                                                      const flash_kda_decode_layer_params *params,
+                                                      double *out64, double *states64)
+{
+    FKDA_GUARD;
+    flash_kda_decode_layer_params own;
+    work w = {.compute = compute_decode_layer_reference, .out64 = out64, .state64 = states64};
+    return compute_with(&w, &decode_layer_params, params, &own, interpreter);
+}
+
+flash_kda_status flash_kda_apply_for(const flash_kda_interpreter *interpreter,
+                                     const flash_kda_apply_params *params)
+{
+    FKDA_GUARD;
+    flash_kda_apply_params own;
+    work w = {.compute = compute_apply};
+    return compute_with(&w, &apply_params, params, &own, interpreter);
 }

@@ -19,4 +19,14 @@ typedef struct pretended_shape {
 } pretended_shape;
 flash_kda_fwd_params pretended_params(pretended_shape shape);
 
+/* Calls of decode, decode_layer and apply on a pool of fp32 states with state_indices. */
+typedef struct pretended_decode {
+    int64_t sequences, tokens, heads; /* N, T, H */
+    int32_t writes;                   /* flash_kda_write_states; of decode alone, as what follows */
+    bool has_records, is_tree;
+} pretended_decode;
+flash_kda_decode_params pretended_decode_params(pretended_decode shape);
+flash_kda_decode_layer_params pretended_layer_params(pretended_decode shape);
+flash_kda_apply_params pretended_apply_params(pretended_decode shape);
+
 #endif

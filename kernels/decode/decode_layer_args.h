@@ -24,6 +24,7 @@ typedef struct fkda_decode_layer_args {
     float norm_eps;
     int windows_columns, window_columns; /* C and L */
     int keeps_drafts;                    /* one slot keeps the inputs of all draft tokens */
+    int write_windows;                   /* flash_kda_write_states of conv_state */
     int weight_is_f32, bias_is_f32, output_gate_is_f32, norm_weight_is_f32;
 } fkda_decode_layer_args;
 

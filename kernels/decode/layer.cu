@@ -184,12 +184,14 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
     for (int i = 0; i < sequence.length; i++) {
         step_layer(decode, work, tile, i);
         if (decode.write_states != FLASH_KDA_WRITE_EACH) continue;
-        const long long after = find_slot_after(decode, work.sequence, i);
+        const long long after = find_slot_of_each(decode, work.sequence, sequence, i);
         if (after != NO_SLOT)
-            tile.store(decode.state.data, find_state(decode.state, after, work.head), i, rounding);
+            tile.store(decode.written.data, find_state(decode.written, after, work.head), i, rounding);
     }
-    if (decode.write_states == FLASH_KDA_WRITE_LAST)
-        tile.store(decode.state.data, find_state(decode.state, slot, work.head), 0, rounding);
+    if (decode.write_states == FLASH_KDA_WRITE_LAST) {
+        long long at = find_state(decode.state, slot, work.head);
+        if (find_last_state(decode, work, sequence, at)) tile.store(decode.written.data, at, 0, rounding);
+    }
     __syncthreads();
 #pragma unroll 1
     for (int i = warp; i < sequence.length; i += warps) finish_layer<State>(args, work, sequence, i);

@@ -160,7 +160,7 @@ struct ConvJob {
         const fkda_channel_args &pool = args.conv_state;
         if (args.windows.data && i < args.windows_columns)
             store_window(args.windows, c, n * args.windows_sequence + i * args.windows_token);
-        if (args.decode.write_states != FLASH_KDA_WRITE_EACH) return;
+        if (args.write_windows != FLASH_KDA_WRITE_EACH) return;
         if (args.keeps_drafts) {
             if (i + WINDOW - 1 < args.window_columns)
                 *c.column(pool, from.slot * args.conv_slot_stride, i + WINDOW - 1) =
@@ -188,7 +188,7 @@ struct ConvJob {
             layer_vector(which, i)[place] = step(args);
             keep(args, c, from, n, i);
         }
-        if (args.decode.write_states == FLASH_KDA_WRITE_LAST) store_window(args.conv_state, c, at);
+        if (args.write_windows == FLASH_KDA_WRITE_LAST) store_window(args.conv_state, c, at);
     }
 };
 

@@ -452,8 +452,8 @@ def decode(
     )  # fmt: skip
     _hand_over(
         DECODE, arrays, scale, 0.0 if lower_bound is None else lower_bound,
-        given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None,
+        (given, first_slot, write_states, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
+         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None),
     )  # fmt: skip
 
 
@@ -482,6 +482,8 @@ def decode_layer(
     records: Array | None = None,
     conv_windows: Array | None = None,
     rounding: Array | None = None,
+    written_states: Array | None = None,
+    written_indices: Array | None = None,
     kernel: str | None = None,
     threads: int = 0,
     use_gate_in_kernel: bool = True,
@@ -528,6 +530,8 @@ def decode_layer(
         conv_windows: bf16 [N, C, 3 H D, 3], written, or None: the window after token i of sequence n in
             [n, i]. Once draft tokens were verified, the window after the last accepted one belongs into the
             sequence's slot of conv_state.
+        written_states, written_indices: as for `decode`. state and conv_state are then read alone, whatever
+            write_states says; conv_windows has the windows.
         kernel, threads: as for `fwd`.
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
             `fwd`; the norm is that of q and k after the convolution.
@@ -547,13 +551,13 @@ def decode_layer(
     arrays = [x, weight, conv_state, g, beta, out, state]
     given = _append_given(
         arrays, bias, A_log, dt_bias, state_indices, output_gate, norm_weight, num_accepted_tokens,
-        cu_seqlens, records, conv_windows, rounding,
+        cu_seqlens, records, conv_windows, rounding, written_states, written_indices,
     )  # fmt: skip
     _hand_over(
         DECODE_LAYER, arrays, _SCALE if scale is None else scale, 0.0 if lower_bound is None else lower_bound,
-        given, norm_eps, first_slot, write_states, kernel, threads, use_gate_in_kernel,
-        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
-        lower_bound is not None,
+        (given, norm_eps, first_slot, write_states, kernel, threads, use_gate_in_kernel,
+         use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+         lower_bound is not None),
     )  # fmt: skip
     return result
 
@@ -611,7 +615,7 @@ def apply_records(
         _find_torch()
     arrays = [records, num_accepted_tokens, state]
     given = _append_given(arrays, accepted, state_indices, rounding)
-    _hand_over(APPLY, arrays, 0.0, 0.0, given, first_slot, kernel, threads, state_v_first)
+    _hand_over(APPLY, arrays, 0.0, 0.0, (given, first_slot, kernel, threads, state_v_first))
 
 
 def _append_given(arrays: list[Any], *optional: Any) -> int:
@@ -627,21 +631,21 @@ def _append_given(arrays: list[Any], *optional: Any) -> int:
 
 
 def _hand_over(
-    known: KnownOptions, arrays: list[Any], scale: Any, lower_bound: Any, given: int, *values: Any
+    known: KnownOptions, arrays: list[Any], scale: Any, lower_bound: Any, values: tuple[Any, ...]
 ) -> None:
-    """Hands the arrays of a call to C. given and values: of the options."""
+    """Hands the arrays of a call to C. values: of the options, `given` first."""
     if _torch_layer is not None and isinstance(arrays[0], _torch_layer.Tensor):
         if _torch_layer.is_compiling():
             # A compiler traces the constructor, since it cannot trace a cache.
-            _torch_layer.call_c_traced(arrays, known.cls(given, *values), scale, lower_bound)
+            _torch_layer.call_c_traced(arrays, known.cls(*values), scale, lower_bound)
             return
         call_c = _torch_layer.call_c
     else:
         call_c = _arrays.call_c
     try:
-        options = known.cached(given, *values)
+        options = known.cached(*values)
     except TypeError:  # a value has a wrong type, or one that the cache cannot look up
-        options = known.known(given, *values)
+        options = known.known(*values)
     call_c(arrays, options, scale, lower_bound)
 
 

@@ -26,12 +26,49 @@ from ._call_options import CallOptions
 _EMPTY_BUT_PRESENT = 64
 
 # Tokens of a head, for each thread, from which on a call on the CPU counts as long. A CPU with AVX-512
-# computes them in 10 ms, of which starting a thread is a hundredth, and a slow CPU in 80 ms. A state that is
-# read and written takes as long as 16 tokens.
+# computes them in 10 ms, of which starting a thread is a hundredth, and a slow CPU in 80 ms.
 _LONG_TOKENS = 8000
-_TOKENS_OF_A_STATE = 16
-# The functions whose calls can be long, by their operators, and how a long call is made.
-_LONG: dict[str, Callable[[Any], None]] = {"fwd": _interruptible.fwd, "bwd": _interruptible.bwd}
+
+
+class Work(NamedTuple):
+    """What a call computes."""
+
+    rows: int  # of the batch; without cu_seqlens they are the sequences
+    tokens: int  # of all rows
+    heads: int
+
+
+def _work_of_v(params: Any) -> Work:
+    rows, tokens, heads = params.v.shape[:3]
+    return Work(rows, rows * tokens, heads)
+
+
+def _work_of_layer(params: Any) -> Work:
+    sizes = params.x.shape[: params.x.ndim]
+    return Work(sizes[0], math.prod(sizes[:-1]), sizes[-1] // (3 * 128))
+
+
+def _work_of_records(params: Any) -> Work:
+    rows, tokens, heads = params.records.shape[:3]
+    return Work(rows, rows * tokens, heads)
+
+
+class LongCalls(NamedTuple):
+    """How long calls of a function are made, and what tells that a call is long."""
+
+    call: Callable[[Any], None]
+    work: Callable[[Any], Work]
+    tokens_of_a_state: int  # that take as long as a state that is read and written
+
+
+# By the functions' operators.
+_LONG = {
+    "fwd": LongCalls(_interruptible.fwd, _work_of_v, 16),
+    "bwd": LongCalls(_interruptible.bwd, _work_of_v, 16),
+    "decode": LongCalls(_interruptible.decode, _work_of_v, 5),
+    "decode_layer": LongCalls(_interruptible.decode_layer, _work_of_layer, 5),
+    "apply_records": LongCalls(_interruptible.apply_records, _work_of_records, 5),
+}
 
 
 class View(NamedTuple):
@@ -82,9 +119,11 @@ class PreparedCall:
         "function",
         "is_long",
         "lower_bound",
+        "numbers",
         "on_gpu",
         "options",
         "params",
+        "pick_written",
         "pointers",
         "reference",
         "scale",
@@ -101,7 +140,7 @@ class PreparedCall:
         options.apply_to(params)
         self.on_gpu, self.device_index = device[0] == _lib.CUDA, device[1]
         self.options, self.function = options, options.function.call
-        self.written = options.written
+        self.written, self.pick_written = options.written, options.pick_written
         self.busy = False  # True while run() runs
         # Whether arrays, passed one by one, look like the ones the call was prepared for.
         self.fits: Callable[..., bool] = lambda *arrays: False
@@ -127,6 +166,8 @@ class PreparedCall:
             if not view.pointer and name in options.optional_arrays:
                 tensor.data = _EMPTY_BUT_PRESENT
             self.pointers.append(self._field(c_void_p, name))
+        # scale and lower_bound as they are in the struct, if they are numbers that cannot change in place.
+        self.numbers: tuple[Any, Any] = (None, None)
         self.scale = self._field(c_float, "scale")
         self.lower_bound = self._field(c_float, "lower_bound")
         self.stream = self._field(c_void_p, "stream")
@@ -135,9 +176,9 @@ class PreparedCall:
         # Bytes that run() needs from its caller, or on the CPU from the thread.
         self.workspace_size = bytes_needed if given_bytes is None else 0
         params.workspace_size = bytes_needed if given_bytes is None else given_bytes
-        # Calls of other functions are short.
-        self.call_long = _LONG.get(options.operator, _interruptible.fwd)
-        self.is_long = options.operator in _LONG and not self.on_gpu and _is_long(params)
+        long = _LONG[options.operator]
+        self.call_long = long.call
+        self.is_long = not self.on_gpu and _is_long(params, long)
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first
@@ -161,12 +202,9 @@ class PreparedCall:
         try:
             for field, pointer in zip(self.pointers, pointers):
                 field.value = pointer
-            try:
-                self.scale.value = scale
-                self.lower_bound.value = lower_bound
-            except (TypeError, ValueError, OverflowError):
-                check_numbers(scale, lower_bound)
-                raise
+            numbers = self.numbers
+            if scale is not numbers[0] or lower_bound is not numbers[1]:
+                self._set_numbers(scale, lower_bound)
             if self.on_gpu:
                 self.stream.value = stream
                 if self.workspace_size:
@@ -184,6 +222,17 @@ class PreparedCall:
             self.busy = False
         if status:
             raise _lib.last_error(status)
+
+    def _set_numbers(self, scale: Any, lower_bound: Any) -> None:
+        self.numbers = (None, None)
+        try:
+            self.scale.value = scale
+            self.lower_bound.value = lower_bound
+        except (TypeError, ValueError, OverflowError):
+            check_numbers(scale, lower_bound)
+            raise
+        if type(scale) is float and type(lower_bound) is float:
+            self.numbers = scale, lower_bound
 
     def _run_long(self) -> None:
         """Handlers of signals run meanwhile, and may call fwd, so the call has a workspace of its own."""
@@ -221,11 +270,12 @@ def _flat_records(view: View) -> View:
     return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
 
 
-def _is_long(params: Any) -> bool:
+def _is_long(params: Any, long: LongCalls) -> bool:
     """Whether a call on the CPU may take so long that signals should not wait for it."""
-    rows, tokens, heads = params.v.shape[:3]
-    sequences = params.cu_seqlens.shape[0] - 1 if params.cu_seqlens.data else rows
-    work = heads * (rows * tokens + _TOKENS_OF_A_STATE * sequences)
+    rows, tokens, heads = long.work(params)
+    borders = getattr(params, "cu_seqlens", None)
+    sequences = borders.shape[0] - 1 if borders is not None and borders.data else rows
+    work = heads * (tokens + long.tokens_of_a_state * sequences)
     if work < _LONG_TOKENS:
         return False
     cpus = os.cpu_count() or 1

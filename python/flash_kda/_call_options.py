@@ -189,6 +189,12 @@ class CallOptions:
         """The positions of the arrays that the call writes, among the call's arrays."""
         return tuple(i for i, written in enumerate(self.is_written) if written)
 
+    @cached_property
+    def pick_written(self) -> Callable[[list[Any]], tuple[Any, ...]]:
+        """Returns the arrays that the call writes, of the call's arrays. Every call writes one at least."""
+        first, *others = self.written
+        return operator.itemgetter(first, *others) if others else lambda arrays: (arrays[first],)
+
 
 class GateAndBeta:
     """What the options of the gate and of beta mean together. A subclass of CallOptions with this base has

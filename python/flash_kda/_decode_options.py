@@ -83,8 +83,10 @@ class DecodeLayerOptions(GateAndBeta, CallOptions):
         "records",
         "conv_windows",
         "rounding",
+        "written_states",
+        "written_indices",
     )
-    written_arrays = ("conv_state", "out", "state", "records", "conv_windows")
+    written_arrays = ("conv_state", "out", "state", "records", "conv_windows", "written_states")
     operator_head = (
         "x", "weight", "bias", "conv_state", "g", "beta", "A_log", "dt_bias", "state_indices", "state", "out",
         "scale", "lower_bound",

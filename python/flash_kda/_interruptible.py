@@ -22,6 +22,14 @@ _fwd = _lib.lib.flash_kda_fwd, _lib.with_signals("flash_kda_fwd")
 _reference = _lib.lib.flash_kda_reference, _lib.with_signals("flash_kda_reference")
 _bwd = _lib.lib.flash_kda_bwd, _lib.with_signals("flash_kda_bwd")
 _bwd_reference = _lib.lib.flash_kda_bwd_reference, _lib.with_signals("flash_kda_bwd_reference")
+_decode = _lib.lib.flash_kda_decode, _lib.with_signals("flash_kda_decode")
+_decode_reference = _lib.lib.flash_kda_decode_reference, _lib.with_signals("flash_kda_decode_reference")
+_decode_layer = _lib.lib.flash_kda_decode_layer, _lib.with_signals("flash_kda_decode_layer")
+_decode_layer_reference = (
+    _lib.lib.flash_kda_decode_layer_reference,
+    _lib.with_signals("flash_kda_decode_layer_reference"),
+)
+_apply = _lib.lib.flash_kda_apply, _lib.with_signals("flash_kda_apply")
 
 
 def fwd(params: _lib.FwdParams) -> None:
@@ -42,6 +50,31 @@ def bwd(params: _lib.BwdParams) -> None:
 def bwd_reference(params: _lib.BwdParams, gradients: Any) -> None:
     """Its fp64 definition. params.interrupt is not looked at."""
     _call(_bwd_reference, params, gradients)
+
+
+def decode(params: _lib.DecodeParams) -> None:
+    """A few tokens of each sequence. params.interrupt is not looked at."""
+    _call(_decode, params)
+
+
+def decode_reference(params: _lib.DecodeParams, out64: Any, states64: Any) -> None:
+    """Its fp64 definition. params.interrupt is not looked at."""
+    _call(_decode_reference, params, out64, states64)
+
+
+def decode_layer(params: _lib.DecodeLayerParams) -> None:
+    """A few tokens of a layer. params.interrupt is not looked at."""
+    _call(_decode_layer, params)
+
+
+def decode_layer_reference(params: _lib.DecodeLayerParams, out64: Any, states64: Any) -> None:
+    """Its fp64 definition. params.interrupt is not looked at."""
+    _call(_decode_layer_reference, params, out64, states64)
+
+
+def apply_records(params: _lib.ApplyParams) -> None:
+    """Brings states up to date. params.interrupt is not looked at."""
+    _call(_apply, params)
 
 
 def _call(variants: tuple[Any, Any], params: Any, *more: Any) -> None:

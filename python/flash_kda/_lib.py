@@ -209,6 +209,8 @@ class DecodeLayerParams(ctypes.Structure):
         ("first_slot", c_int64),
         ("kernel", c_char_p),
         ("interrupt", c_void_p),
+        ("written_states", Tensor),
+        ("written_indices", Tensor),
     ]
 
 
@@ -455,13 +457,20 @@ def _without_workspace(check_shapes: Any) -> Callable[[Any], int]:
     return workspace_size
 
 
-FWD = Function(FwdParams, lib.flash_kda_fwd, workspace_size)
-BWD = Function(BwdParams, lib.flash_kda_bwd, bwd_workspace_size)
-DECODE = Function(DecodeParams, lib.flash_kda_decode, _without_workspace(lib.flash_kda_check_decode))
-DECODE_LAYER = Function(
-    DecodeLayerParams, lib.flash_kda_decode_layer, _without_workspace(lib.flash_kda_check_decode_layer)
+def _function(name: str, params: Any, workspace_size: Callable[[Any], int]) -> Function:
+    """The function flash_kda_<name>. Its `call` is an object of its own that does not check the type of its
+    argument, which takes longer than the rest of what ctypes does: its callers pass a reference to such a
+    struct, and nothing else."""
+    return Function(params, lib[f"flash_kda_{name}"], workspace_size)
+
+
+FWD = _function("fwd", FwdParams, workspace_size)
+BWD = _function("bwd", BwdParams, bwd_workspace_size)
+DECODE = _function("decode", DecodeParams, _without_workspace(lib.flash_kda_check_decode))
+DECODE_LAYER = _function(
+    "decode_layer", DecodeLayerParams, _without_workspace(lib.flash_kda_check_decode_layer)
 )
-APPLY = Function(ApplyParams, lib.flash_kda_apply, _without_workspace(lib.flash_kda_check_apply))
+APPLY = _function("apply", ApplyParams, _without_workspace(lib.flash_kda_check_apply))
 
 
 def set_shape(tensor: Tensor, dtype: int, shape, stride=None) -> None:

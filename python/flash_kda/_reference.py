@@ -82,7 +82,7 @@ def decode_reference(
     heads = shapes["v"][2:3] or (0,)
     tokens = shapes["v"][1:2] if "cu_seqlens" in shapes else shapes["v"][:2]
     results = [new64(q, shapes["v"]), new64(q, (*tokens, *heads, _DIM, _DIM))]
-    _lib.check(_lib.lib.flash_kda_decode_reference(ctypes.byref(params), *map(pointer_of, results)))
+    _interruptible.decode_reference(params, *map(pointer_of, results))
     if not options.state_v_first:
         results[1] = transposed(results[1])
     return tuple(results)
@@ -104,7 +104,7 @@ def decode_layer_reference(given: dict[str, Any], more: dict[str, Any]) -> tuple
         more,
     )
     results = [new64(given["x"], shapes["g"]), new64(given["x"], (*shapes["g"], _DIM))]
-    _lib.check(_lib.lib.flash_kda_decode_layer_reference(ctypes.byref(params), *map(pointer_of, results)))
+    _interruptible.decode_layer_reference(params, *map(pointer_of, results))
     if not options.state_v_first:
         results[1] = transposed(results[1])
     return tuple(results)

@@ -56,7 +56,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
 
 
-def _increment_versions(tensors: list) -> None:
+def _increment_versions(tensors: Any) -> None:
     for t in tensors:
         _increment_version(t)
 
@@ -68,10 +68,10 @@ def _usable_increment() -> Any:
         increment: Any = torch._C._increment_version  # type: ignore[attr-defined]
         x, y = torch.empty(1), torch.empty(1)
         before = x._version, y._version
-        increment([x, y])
+        increment((x, y))
         if (x._version, y._version) == (before[0] + 1, before[1] + 1):
             with torch.inference_mode():
-                increment([torch.empty(1)])  # has no version
+                increment((torch.empty(1),))  # has no version
             return increment
     except Exception:
         pass
@@ -208,7 +208,7 @@ def call_c(tensors: list, options: CallOptions, scale: Any, lower_bound: Any) ->
         return
     if _is_grad_enabled() and any(map(_requires_grad, tensors)):
         raise _no_gradients()
-    if has_tangents():
+    if _forward_ad._current_level >= 0:  # as has_tangents() says
         refuse_tangents(tensors)
     if _dispatch_modes() or (call is None and not _plain_types.issuperset(map(type, tensors))):
         refuse_distributed(options.names, tensors)
@@ -338,12 +338,12 @@ def _run(call: PreparedCall, tensors: list, scale: Any, lower_bound: Any) -> Non
                 raise
             _prepare_and_run(tensors, call.options, scale, lower_bound)
             return
-    _count_writes([*map(tensors.__getitem__, call.written)])
+    _count_writes(call.pick_written(tensors))
 
 
 def _count_as_written(call: PreparedCall, tensors: list) -> None:
     """For autograd, which may have saved a tensor that the call writes."""
-    _count_writes([tensors[i] for i in call.written])
+    _count_writes(call.pick_written(tensors))
 
 
 def _no_gradients() -> RuntimeError:

@@ -357,6 +357,8 @@ def decode(
     parents: Any = None,
     rounding: Any = None,
     write_states: str = "last",
+    written_states: Any = None,
+    written_indices: Any = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """`flash_kda.decode` for JAX arrays: one to sixteen tokens of each of many sequences.
@@ -365,12 +367,15 @@ def decode(
         scale, lower_bound: numbers that are known when the call is traced.
         state: the pool [slots, HV, V, K] in fp32 or bf16. XLA copies it first, unless nothing reads it
             afterwards, as when it is carried through `jax.lax.scan` or donated.
+        written_states: a second pool that the call writes instead, which XLA copies likewise. state is then
+            read alone, and not copied.
         options: first_slot, kernel, threads, use_gate_in_kernel, use_qk_l2norm_in_kernel,
             use_beta_sigmoid_in_kernel, allow_neg_eigval and state_v_first.
     All other arguments are as for `flash_kda.decode`.
 
     Returns:
-        out bf16, in the shape of v, and the pool with the slots that write_states says changed.
+        out bf16, in the shape of v, and the pool with the slots that write_states says changed:
+        written_states if that is given, else state.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`.
@@ -379,10 +384,12 @@ def decode(
         "q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, "A_log": A_log, "dt_bias": dt_bias,
         "state_indices": state_indices, "num_accepted_tokens": num_accepted_tokens,
         "cu_seqlens": cu_seqlens, "parents": parents, "rounding": rounding,
+        "written_states": written_states, "written_indices": written_indices,
     }  # fmt: skip
     _check_options("decode", DECODE, options)
     options["write_states"] = write_states
-    in_place = [] if write_states == "none" else [("state", "state")]
+    written = "state" if written_states is None else "written_states"
+    in_place = [] if write_states == "none" else [(written, written)]
     out, *states = _run(DECODE, arrays, scale, lower_bound, options, in_place)
     return out, states[0] if states else jnp.asarray(state)
 

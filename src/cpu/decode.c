@@ -71,16 +71,6 @@ static fkda_sequence sequence_at(const fkda_decode_problem *p, int64_t n)
     return sequence;
 }
 
-/* The slot that takes the state after token i of `count`, or FKDA_NO_SLOT. */
-static int64_t slot_to_write(const fkda_decode_problem *p, const fkda_decode_piece *x, int i, int count)
-{
-    const bool each = p->write_states == FLASH_KDA_WRITE_EACH,
-               last = p->write_states == FLASH_KDA_WRITE_LAST && i == count - 1;
-    if (!each && !last) return FKDA_NO_SLOT;
-    if (p->has_written_states) return fkda_decode_written_slot(p, x->n, &x->sequence, i);
-    return each ? fkda_decode_slot_after(p, x->n, i) : x->slot;
-}
-
 /* Gives each token's state a place. The last token that continues from a state takes its place; tokens before
  * take free places. */
 static void find_steps(const fkda_decode_problem *p, fkda_decode_piece *x)
@@ -98,7 +88,7 @@ static void find_steps(const fkda_decode_problem *p, fkda_decode_piece *x)
     for (int i = 0; i < count; i++) {
         fkda_decode_step *step = &x->steps[i];
         *step = (fkda_decode_step){place[parent[i]], FKDA_NO_PLACE, FKDA_NO_SLOT};
-        step->slot = slot_to_write(p, x, i, count);
+        step->slot = fkda_decode_slot_to_write(p, x->n, &x->sequence, x->slot, i);
         if (last_child[parent[i]] == i) taken &= ~(1u << step->from);
         const bool has_child = last_child[i + 1] > i;
         if (!has_child && step->slot == FKDA_NO_SLOT) continue;

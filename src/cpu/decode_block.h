@@ -1,6 +1,13 @@
 /* Blocks of a state: 16 rows of V of one head, in fp32. A block has the order of the state in memory, so it
  * is [16][K], or [K][16] with state_k_first. Part of decode_head.h, which has the formulas.
  *
+ * Rows of bf16 are in *split order* (is_split()): of every 2 LANES channels, the even ones come first and the
+ * odd ones behind them. A vector of 32-bit words in memory holds LANES pairs of neighbouring channels, so one
+ * shift makes fp32 numbers of all even channels and one mask makes those of the odd channels, and a pair is
+ * stored again without moving a number to another lane. In the order of memory each vector would take a
+ * conversion between 16 and 32 bits, which is two instructions on the way in and three on the way out. The
+ * token's decay, key and query are brought into split order once for each head (split_row()).
+ *
  * The block's arithmetic depends neither on the threads nor on how rows are divided among them: a block
  * begins at a multiple of 16 rows, and rows of V do not depend on each other.
  */
@@ -9,6 +16,7 @@
 
 #include "../../kernels/decode/rounding.h"
 #include "chunk.h"
+#include "pairs.h"
 
 enum {
     BLOCK_ROWS = FKDA_DECODE_ROWS, /* of V */
@@ -32,13 +40,40 @@ static inline block_view block_at(const fkda_state_view *state, bool k_first, in
     return (block_view){state, base + (int64_t)v * K, K, BLOCK_ROWS, K};
 }
 
-/* Asks for a block that is loaded soon. */
-INLINE void prefetch_block(const block_view *from)
+/* Asks for part `part` of `parts` of a block that is loaded soon. */
+INLINE void prefetch_part(const block_view *from, int part, int parts)
 {
     const int64_t bytes = from->state->dtype == FLASH_KDA_BF16 ? 2 : 4;
-    const char *row = (const char *)from->state->data + from->first * bytes;
-    for (int o = 0; o < from->outer; o++, row += from->stride * bytes)
+    const int part_rows = from->outer / parts;
+    const char *row =
+        (const char *)from->state->data + (from->first + part * part_rows * from->stride) * bytes;
+    for (int o = 0; o < part_rows; o++, row += from->stride * bytes)
         for (int at = 0; at < from->inner * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+/* Whether blocks of the state are in split order. */
+static inline bool is_split(const fkda_state_view *state, bool k_first)
+{
+    return !k_first && state->dtype == FLASH_KDA_BF16;
+}
+
+static void load_pairs(const block_view *view, float *block)
+{
+    const int64_t stride = view->stride;
+    const uint16_t *row = (const uint16_t *)view->state->data + view->first;
+    for (int r = 0; r < BLOCK_ROWS; r++, row += stride, block += K) {
+        UNROLL
+        for (int k = 0; k < K; k += 2 * LANES) {
+            const uvec pairs = *(const uvec_unaligned *)(row + k);
+            *vec_at(block + k) = first_of_pairs(pairs);
+            *vec_at(block + k + LANES) = second_of_pairs(pairs);
+        }
+    }
+}
+
+INLINE void prefetch_block(const block_view *from)
+{
+    prefetch_part(from, 0, 1);
 }
 
 /* The functions with constant arguments are code of their own for each order and type of a state. They copy
@@ -64,7 +99,7 @@ static void load_block(const block_view *from, float *block, bool k_first)
     else if (k_first)
         load_numbers(from, block, K, BLOCK_ROWS, false);
     else if (is_bf16)
-        load_numbers(from, block, BLOCK_ROWS, K, true);
+        load_pairs(from, block);
     else
         load_numbers(from, block, BLOCK_ROWS, K, false);
 }
@@ -85,15 +120,29 @@ INLINE void store_numbers(const block_view *view, const float *block, int outer,
     }
 }
 
-static void store_block(const block_view *to, const float *block, bool k_first)
+INLINE void store_pairs(const block_view *view, const float *block, bool has_nan)
+{
+    const int64_t stride = view->stride;
+    uint16_t *row = (uint16_t *)view->state->data + view->first;
+    for (int r = 0; r < BLOCK_ROWS; r++, row += stride, block += K) {
+        UNROLL
+        for (int k = 0; k < K; k += 2 * LANES)
+            round_pairs(row + k, load(block + k), load(block + k + LANES), has_nan);
+    }
+}
+
+/* `may_have_nan` is false only if the block is known to hold no NaN. */
+static void store_block(const block_view *to, const float *block, bool k_first, bool may_have_nan)
 {
     const bool is_bf16 = to->state->dtype == FLASH_KDA_BF16;
     if (k_first && is_bf16)
         store_numbers(to, block, K, BLOCK_ROWS, true);
     else if (k_first)
         store_numbers(to, block, K, BLOCK_ROWS, false);
+    else if (is_bf16 && may_have_nan)
+        store_pairs(to, block, true);
     else if (is_bf16)
-        store_numbers(to, block, BLOCK_ROWS, K, true);
+        store_pairs(to, block, false);
     else
         store_numbers(to, block, BLOCK_ROWS, K, false);
 }
@@ -188,25 +237,21 @@ static void store_rows_at_random(const block_view *to, const float *block, const
                                  uint64_t place, int v)
 {
     const bool is_big_endian = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
-    uint32_t random[K / 2] __attribute__((aligned(64))); /* 16 bits for each channel of a row */
     uint16_t *row = (uint16_t *)to->state->data + to->first;
-    for (int r = 0; r < BLOCK_ROWS; r++, row += K) {
+    for (int r = 0; r < BLOCK_ROWS; r++, row += K, block += K) {
         const uint64_t row_place = place + (uint64_t)((v + r) * RANDOM_BLOCKS);
         for (int b = 0; b < RANDOM_BLOCKS; b += LANES) {
-            uvec word[4];
+            uvec word[4]; /* each lane has the random bits of a pair of channels */
             random_words(source, lane_numbers() + (uint32_t)(row_place + (uint64_t)b),
                          (uint32_t)(row_place >> 32), word);
             join_words(word);
             UNROLL
             for (int w = 0; w < 4; w++) {
+                const int k = b * FKDA_CHANNELS_OF_A_RANDOM_BLOCK + w * 2 * LANES;
                 if (is_big_endian) word[w] = word[w] << 16 | word[w] >> 16;
-                *(uvec *)(random + b * 4 + w * LANES) = word[w];
+                round_pairs_at_random(row + k, load(block + k), load(block + k + LANES), word[w]);
             }
         }
-        UNROLL
-        for (int k = 0; k < K; k += LANES)
-            store_at_random(row + k, load(block + r * K + k),
-                            widen(*(const bf16vec *)((const uint16_t *)random + k)));
     }
 }
 
@@ -232,12 +277,13 @@ static void store_columns_at_random(const block_view *to, const float *block, co
     }
 }
 
-/* Stores a block of a state after token `token` of sequence n. `rounding` is NULL, or seed and offset. */
+/* Stores a block of a state after token `token` of sequence n. `rounding` is NULL, or seed and offset.
+ * `may_have_nan` is false only if the block is known to hold no NaN. */
 static void write_block(const block_view *to, const float *block, bool k_first, const int64_t *rounding,
-                        int64_t n, int token, int64_t h, int v)
+                        int64_t n, int token, int64_t h, int v, bool may_have_nan)
 {
     if (!rounding || to->state->dtype != FLASH_KDA_BF16) {
-        store_block(to, block, k_first);
+        store_block(to, block, k_first, may_have_nan);
         return;
     }
     const random_source source = make_random_source(rounding);

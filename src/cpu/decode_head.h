@@ -116,6 +116,26 @@ static void record_tokens(const fkda_decode_problem *p, const fkda_decode_piece 
     }
 }
 
+/* Brings what the recurrence multiplies with rows of a bf16 state into the order of these rows. */
+static void split_tokens(const fkda_decode_problem *p, int count, decode_tokens *x)
+{
+    if (!is_split(&p->state, p->state_k_first)) return;
+    for (int i = 0; i < count; i++) {
+        split_row(x->decay[i], K);
+        split_row(x->key[i], K);
+        split_row(x->query[i], K);
+    }
+}
+
+/* Whether a state may hold NaN after a token that wrote u. If all of u is finite, it holds none: a NaN in the
+ * state before, in the decay or in the key, and an infinity in the state before, make u not finite. */
+static bool may_have_nan(const float u[BLOCK_ROWS])
+{
+    vec zeros = {0};
+    for (int c = 0; c < BLOCK_ROWS; c += LANES) zeros += load(u + c) * 0.0f;
+    return lane_sum(zeros) != 0.0f;
+}
+
 /* Outputs and records of a sequence without a state. */
 static void write_zeros(const fkda_decode_problem *p, const fkda_decode_piece *x, const tokens *t)
 {
@@ -156,21 +176,21 @@ INLINE void decode_blocks(const fkda_decode_problem *p, const fkda_decode_piece 
     for (int v = x->v_begin; v < x->v_end; v += BLOCK_ROWS) {
         const block_view start = block_at(&p->state, p->state_k_first, x->slot, x->h, v);
         load_block(&start, places[0], p->state_k_first);
-        if (v + BLOCK_ROWS < x->v_end) {
-            const block_view next = block_at(&p->state, p->state_k_first, x->slot, x->h, v + BLOCK_ROWS);
-            prefetch_block(&next);
-        }
+        const bool has_next = v + BLOCK_ROWS < x->v_end;
+        const block_view next = block_at(&p->state, p->state_k_first, x->slot, x->h, v + BLOCK_ROWS);
+        if (has_next) prefetch_part(&next, 0, 2);
         for (int i = 0; i < t->count; i++) {
             const fkda_decode_step *step = &x->steps[i];
             read_token(p, t, prepared, i, v, places[step->from], u);
             if (p->records) memcpy(record_row(p, x, i, FKDA_RECORD_U) + v, u, sizeof u);
+            if (i == 0 && has_next) prefetch_part(&next, 1, 2);
             if (step->to == FKDA_NO_PLACE) continue;
             advance(p->state_k_first, places[step->from], prepared->decay[i], prepared->key[i], u,
                     places[step->to]);
             if (step->slot == FKDA_NO_SLOT) continue;
             const block_view to = block_at(&p->written, p->state_k_first, step->slot, x->h, v);
             write_block(&to, places[step->to], p->state_k_first, p->rounding, x->n,
-                        p->write_states == FLASH_KDA_WRITE_EACH ? i : 0, x->h, v);
+                        p->write_states == FLASH_KDA_WRITE_EACH ? i : 0, x->h, v, may_have_nan(u));
         }
     }
 }
@@ -202,15 +222,41 @@ static void decode(const fkda_decode_problem *p, const fkda_decode_piece *x)
     prefetch_block(&first);
     prepare_tokens(p, &t, x->h, &prepared);
     record_tokens(p, x, &prepared);
+    split_tokens(p, t.count, &prepared);
     if (x->places > 1)
         decode_tree(p, x, &t, &prepared);
     else
         decode_chain(p, x, &t, &prepared);
 }
 
+/* The records of a piece. Decays and keys are in the order of the rows of its state. */
+typedef struct applied_tokens {
+    const float *decay[CHUNK], *key[CHUNK], *u[CHUNK];
+    float split[CHUNK][2][K]; /* of a bf16 state */
+} __attribute__((aligned(64))) applied_tokens;
+
+static void find_records(const fkda_apply_problem *p, const fkda_apply_piece *x, applied_tokens *to)
+{
+    for (int i = 0; i < x->count; i++) {
+        const float *record =
+            p->records + fkda_record_offset(x->n, p->record_columns, x->tokens[i], p->heads, x->h);
+        to->decay[i] = record + FKDA_RECORD_DECAY * K;
+        to->key[i] = record + FKDA_RECORD_KEY * K;
+        to->u[i] = record + FKDA_RECORD_U * K;
+        if (!is_split(&p->state, p->state_k_first)) continue;
+        memcpy(to->split[i][0], to->decay[i], K * sizeof(float));
+        memcpy(to->split[i][1], to->key[i], K * sizeof(float));
+        split_row(to->split[i][0], 2 * K);
+        to->decay[i] = to->split[i][0];
+        to->key[i] = to->split[i][1];
+    }
+}
+
 static void apply(const fkda_apply_problem *p, const fkda_apply_piece *x)
 {
     float block[BLOCK] __attribute__((aligned(64)));
+    applied_tokens applied;
+    find_records(p, x, &applied);
     for (int v = x->v_begin; v < x->v_end; v += BLOCK_ROWS) {
         const block_view state = block_at(&p->state, p->state_k_first, x->slot, x->h, v);
         load_block(&state, block, p->state_k_first);
@@ -218,13 +264,9 @@ static void apply(const fkda_apply_problem *p, const fkda_apply_piece *x)
             const block_view next = block_at(&p->state, p->state_k_first, x->slot, x->h, v + BLOCK_ROWS);
             prefetch_block(&next);
         }
-        for (int i = 0; i < x->count; i++) {
-            const float *rows_of_token =
-                p->records + fkda_record_offset(x->n, p->record_columns, x->tokens[i], p->heads, x->h);
-            advance(p->state_k_first, block, rows_of_token + FKDA_RECORD_DECAY * K,
-                    rows_of_token + FKDA_RECORD_KEY * K, rows_of_token + FKDA_RECORD_U * K + v, block);
-        }
-        write_block(&state, block, p->state_k_first, p->rounding, x->n, 0, x->h, v);
+        for (int i = 0; i < x->count; i++)
+            advance(p->state_k_first, block, applied.decay[i], applied.key[i], applied.u[i] + v, block);
+        write_block(&state, block, p->state_k_first, p->rounding, x->n, 0, x->h, v, true);
     }
 }
 

@@ -102,7 +102,7 @@ static void write_windows(const layer_head *x, const layer_tokens *t)
             write_inputs(x, t, &p->windows,
                          x->piece.n * p->windows_sequence_stride + i * p->windows_token_stride, i + 1,
                          FKDA_WINDOW);
-    if (!length || write == FLASH_KDA_WRITE_NONE) return;
+    if (!length || write == FLASH_KDA_WRITE_NONE || p->decode.has_written_states) return;
     if (write == FLASH_KDA_WRITE_LAST) {
         write_inputs(x, t, &p->conv_state, x->window_slot * p->conv_slot_stride, length, FKDA_WINDOW);
     } else if (fkda_keeps_drafts(p)) {
@@ -186,13 +186,13 @@ static void prepare_layer(const layer_head *x, const tokens *t, layer_tokens *to
     }
 }
 
-/* One token of the rows from v on, whose state is `block`. */
-static void run_layer_token(const layer_head *x, layer_tokens *t, int i, int v, float block[BLOCK])
+/* One token of the rows from v on, whose state is `block`. Finds u. */
+static void run_layer_token(const layer_head *x, layer_tokens *t, int i, int v, float block[BLOCK],
+                            float u[BLOCK_ROWS])
 {
     const fkda_decode_problem *d = &x->p->decode;
     const decode_tokens *token = &t->prepared;
     float by_key[BLOCK_ROWS] __attribute__((aligned(64))), by_query[BLOCK_ROWS] __attribute__((aligned(64)));
-    float u[BLOCK_ROWS] __attribute__((aligned(64)));
     if (d->state_k_first)
         read_columns(block, token->decay[i], token->key[i], token->query[i], by_key, by_query);
     else
@@ -202,22 +202,23 @@ static void run_layer_token(const layer_head *x, layer_tokens *t, int i, int v, 
         *vec_at(u + c) = written;
         *vec_at(t->out[i] + v + c) = d->scale * (load(by_query + c) + written * token->key_query[i]);
     }
-    if (d->records) memcpy(record_row(d, &x->piece, i, FKDA_RECORD_U) + v, u, sizeof u);
+    if (d->records) memcpy(record_row(d, &x->piece, i, FKDA_RECORD_U) + v, u, BLOCK_ROWS * sizeof *u);
     advance(d->state_k_first, block, token->decay[i], token->key[i], u, block);
 }
 
-static void write_layer_block(const layer_head *x, const float *block, int64_t slot, int token, int v)
+static void write_layer_block(const layer_head *x, const float *block, int64_t slot, int token, int v,
+                              const float u[BLOCK_ROWS])
 {
     const fkda_decode_problem *d = &x->p->decode;
-    const block_view to = block_at(&d->state, d->state_k_first, slot, x->piece.h, v);
-    write_block(&to, block, d->state_k_first, d->rounding, x->piece.n, token, x->piece.h, v);
+    const block_view to = block_at(&d->written, d->state_k_first, slot, x->piece.h, v);
+    write_block(&to, block, d->state_k_first, d->rounding, x->piece.n, token, x->piece.h, v, may_have_nan(u));
 }
 
 static void run_layer_block(const layer_head *x, layer_tokens *t, int v)
 {
     const fkda_decode_problem *d = &x->p->decode;
     const block_view from = block_at(&d->state, d->state_k_first, x->piece.slot, x->piece.h, v);
-    float block[BLOCK] __attribute__((aligned(64)));
+    float block[BLOCK] __attribute__((aligned(64))), u[BLOCK_ROWS] __attribute__((aligned(64)));
     load_block(&from, block, d->state_k_first);
     if (v + BLOCK_ROWS < V) {
         const block_view next =
@@ -225,12 +226,11 @@ static void run_layer_block(const layer_head *x, layer_tokens *t, int v)
         prefetch_block(&next);
     }
     for (int i = 0; i < x->length; i++) {
-        run_layer_token(x, t, i, v, block);
-        if (d->write_states != FLASH_KDA_WRITE_EACH) continue;
-        const int64_t slot = fkda_decode_slot_after(d, x->piece.n, i);
-        if (slot != FKDA_NO_SLOT) write_layer_block(x, block, slot, i, v);
+        run_layer_token(x, t, i, v, block, u);
+        const int64_t slot = fkda_decode_slot_to_write(d, x->piece.n, &x->piece.sequence, x->piece.slot, i);
+        if (slot != FKDA_NO_SLOT)
+            write_layer_block(x, block, slot, d->write_states == FLASH_KDA_WRITE_EACH ? i : 0, v, u);
     }
-    if (d->write_states == FLASH_KDA_WRITE_LAST) write_layer_block(x, block, x->piece.slot, 0, v);
 }
 
 /* The norm over V and the output gate. */
@@ -295,6 +295,7 @@ static void run_layer_head(const fkda_decode_layer_problem *p, int64_t n, int64_
     prefetch_block(&first);
     prepare_layer(&x, &t, &prepared);
     record_tokens(d, &x.piece, &prepared.prepared);
+    split_tokens(d, x.length, &prepared.prepared);
     for (int v = 0; v < V; v += BLOCK_ROWS) run_layer_block(&x, &prepared, v);
     finish_layer(&x, &t, &prepared);
     write_windows(&x, &prepared);

@@ -46,6 +46,7 @@ static fkda_decode_layer_args args_of(const fkda_decode_layer_problem *p)
         .windows_columns = (int)p->windows_columns,
         .window_columns = (int)p->window_columns,
         .keeps_drafts = fkda_keeps_drafts(p),
+        .write_windows = p->decode.has_written_states ? FLASH_KDA_WRITE_NONE : p->decode.write_states,
         .weight_is_f32 = p->weight.dtype == FLASH_KDA_F32,
         .bias_is_f32 = p->bias.dtype == FLASH_KDA_F32,
         .output_gate_is_f32 = p->output_gate.dtype == FLASH_KDA_F32,

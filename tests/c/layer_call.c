@@ -38,6 +38,8 @@ static const struct {
     NAME(records),
     NAME(conv_windows),
     NAME(rounding),
+    NAME(written_states),
+    NAME(written_indices),
 };
 
 static int64_t below(rng *r, int64_t count)
@@ -53,11 +55,13 @@ static bool one_in(rng *r, int64_t count)
 layer_sizes layer_any_sizes(rng *r)
 {
     static const int64_t few[] = {1, 1, 1, 2, 3, 4, 5, 0};
+    const int32_t write = (int32_t)below(r, 3);
     return (layer_sizes){.sequences = 1 + below(r, test.quick ? 3 : 5),
                          .heads = 1 + below(r, 3),
                          .tokens = one_in(r, 12) ? 16 : few[below(r, 8)],
-                         .write = (int32_t)below(r, 3),
-                         .packed = one_in(r, 3)};
+                         .write = write,
+                         .packed = one_in(r, 3),
+                         .apart = write != FLASH_KDA_WRITE_NONE && one_in(r, 3)};
 }
 
 /* ---- Tensors in memory ---- */
@@ -229,11 +233,17 @@ static void draw_lengths(rng *r, layer_call *c)
         put(c, LAYER_SEQLENS, &n, (double)(n < s->sequences ? c->begin[n] : c->total));
 }
 
+/* Whether state_indices has a slot for each token. */
+static bool has_slots_of_tokens(const layer_call *c)
+{
+    return c->sizes.write == FLASH_KDA_WRITE_EACH && !c->sizes.apart;
+}
+
 /* Slots, and which of them sequences start from and end in. Every slot has at most one sequence. */
 static void draw_slots(rng *r, layer_call *c)
 {
     const layer_sizes *s = &c->sizes;
-    const bool each = s->write == FLASH_KDA_WRITE_EACH, indexed = each || one_in(r, 2);
+    const bool each = has_slots_of_tokens(c), indexed = each || one_in(r, 2);
     int64_t longest = 1;
     for (int64_t n = 0; n < s->sequences; n++)
         if (c->length[n] > longest) longest = c->length[n];
@@ -291,13 +301,52 @@ static int64_t accepted_at(const layer_call *c, int64_t n)
 
 static bool keeps_drafts(const layer_call *c)
 {
-    return c->sizes.write == FLASH_KDA_WRITE_EACH && c->window_columns > WINDOW;
+    return has_slots_of_tokens(c) && c->window_columns > WINDOW;
+}
+
+/* A second pool, and which of its slots states are written to. Each state has a slot of its own, or none. */
+static void draw_written(rng *r, layer_call *c)
+{
+    const layer_sizes *s = &c->sizes;
+    const bool each = s->write == FLASH_KDA_WRITE_EACH;
+    const flash_kda_dtype dtype = (flash_kda_dtype)c->arguments[LAYER_STATE].tensor.dtype;
+    int64_t longest = 1;
+    if (!s->apart) return;
+    for (int64_t n = 0; n < s->sequences; n++)
+        if (c->length[n] > longest) longest = c->length[n];
+    c->written_columns = each ? longest + below(r, 2) : 1;
+    const int64_t wanted = s->sequences * c->written_columns;
+    c->written_slots = wanted + below(r, 3);
+    const int64_t shape[] = {c->written_slots, s->heads, DIM, DIM},
+                  indices[] = {s->sequences, c->written_columns};
+    place(r, c, LAYER_WRITTEN, dtype, 4, shape, (lie){3, dtype == FLASH_KDA_F32 ? 4 : 8});
+    if (one_in(r, 2)) return;
+    place(r, c, LAYER_WRITTEN_INDICES, draw_index_type(r), each ? 2 : 1, indices, (lie){2, 1});
+    for (int64_t i = 0; i < wanted; i++) {
+        const int64_t index[] = {i / c->written_columns, i % c->written_columns};
+        int64_t slot = c->written_slots - 1 - i;
+        if (one_in(r, 8)) slot = -1 - below(r, 3);
+        if (test.device.type == FLASH_KDA_CUDA && one_in(r, 12)) slot = c->written_slots + below(r, 1000);
+        put(c, LAYER_WRITTEN_INDICES, index, (double)slot);
+    }
+}
+
+/* The slot of written_states for the state after token t of sequence n, or -1. */
+static int64_t written_slot_at(const layer_call *c, int64_t n, int64_t t)
+{
+    const layer_argument *a = &c->arguments[LAYER_WRITTEN_INDICES];
+    const bool each = c->sizes.write == FLASH_KDA_WRITE_EACH;
+    if (!a->present) return !each ? n : c->sizes.packed ? c->begin[n] + t : n * c->total + t;
+    const int64_t index[] = {n, each ? t : 0};
+    const void *at = at_element(c, LAYER_WRITTEN_INDICES, c->memories[a->memory].before, index);
+    const int64_t slot = a->tensor.dtype == FLASH_KDA_I32 ? *(const int32_t *)at : *(const int64_t *)at;
+    return slot < 0 || slot >= c->written_slots ? -1 : slot;
 }
 
 static void draw_pools(rng *r, layer_call *c)
 {
     const int64_t H = c->sizes.heads, C = PARTS * H * DIM;
-    const bool each = c->sizes.write == FLASH_KDA_WRITE_EACH;
+    const bool each = has_slots_of_tokens(c);
     c->window_columns = one_in(r, 2) ? WINDOW
                         : each       ? c->slot_columns + 2 + below(r, 2)
                                      : WINDOW + below(r, 4);
@@ -374,10 +423,13 @@ static void describe(layer_call *c)
     static const char *const writes[] = {"last", "none", "each"};
     const flash_kda_decode_layer_params *p = &c->params;
     snprintf(c->text, sizeof c->text,
-             "N %lld, H %lld, T %lld%s, %s, S %lld, L %lld, %s state%s%s%s, gate %d, beta %d%s%s%s%s%s",
+             "N %lld, H %lld, T %lld%s, %s%s, S %lld, L %lld, %s state%s%s%s, gate %d, beta %d%s%s%s%s%s",
              (long long)c->sizes.sequences, (long long)c->sizes.heads, (long long)c->total,
-             c->sizes.packed ? " packed" : "", writes[c->sizes.write], (long long)c->slot_columns,
-             (long long)c->window_columns,
+             c->sizes.packed ? " packed" : "", writes[c->sizes.write],
+             !c->sizes.apart                               ? ""
+             : c->arguments[LAYER_WRITTEN_INDICES].present ? " into written_states by indices"
+                                                           : " into written_states",
+             (long long)c->slot_columns, (long long)c->window_columns,
              c->arguments[LAYER_STATE].tensor.dtype == FLASH_KDA_F32 ? "f32" : "bf16",
              p->state_k_first ? " K first" : "",
              c->arguments[LAYER_STATE].memory == c->arguments[LAYER_CONV_STATE].memory ? " in pages" : "",
@@ -406,6 +458,7 @@ layer_call *layer_draw(rng *r, layer_sizes sizes)
     draw_lengths(r, c);
     draw_slots(r, c);
     draw_pools(r, c);
+    draw_written(r, c);
     draw_weights(r, c);
     const int64_t rows = sizes.packed ? 1 : N, shape[] = {rows, c->total, H, DIM},
                   x_shape[] = {rows, c->total, PARTS * H * DIM};
@@ -596,15 +649,16 @@ static void check_out(layer_call *c, const double *out)
     check_errors("out", &e, true, false);
 }
 
-static void check_state_of(layer_call *c, int64_t slot, int64_t row, const double *states, errors *e)
+static void check_state_of(layer_call *c, layer_tensor pool, int64_t slot, int64_t row, const double *states,
+                           errors *e)
 {
     for (int64_t h = 0; h < c->sizes.heads; h++)
         for (int64_t v = 0; v < DIM; v++)
             for (int64_t k = 0; k < DIM; k++) {
                 const int64_t index[] = {slot, h, c->params.state_k_first ? k : v,
                                          c->params.state_k_first ? v : k};
-                allow(c, LAYER_STATE, index);
-                compare(e, get(c, LAYER_STATE, index), states[((row + h) * DIM + v) * DIM + k]);
+                allow(c, pool, index);
+                compare(e, get(c, pool, index), states[((row + h) * DIM + v) * DIM + k]);
             }
 }
 
@@ -659,14 +713,21 @@ static void check_states(layer_call *c, const double *states)
     for (int64_t n = 0; n < c->sizes.sequences; n++) {
         const int64_t length = c->length[n];
         if (c->from[n] < 0 || !length) continue;
+        if (c->sizes.apart) {
+            for (int64_t t = write == FLASH_KDA_WRITE_EACH ? 0 : length - 1; t < length; t++)
+                if (written_slot_at(c, n, t) >= 0)
+                    check_state_of(c, LAYER_WRITTEN, written_slot_at(c, n, t), answer_row(c, n, t, 0), states,
+                                   &e);
+            continue;
+        }
         if (write == FLASH_KDA_WRITE_LAST) {
-            check_state_of(c, c->from[n], answer_row(c, n, length - 1, 0), states, &e);
+            check_state_of(c, LAYER_STATE, c->from[n], answer_row(c, n, length - 1, 0), states, &e);
             check_columns(c, LAYER_CONV_STATE, &c->from[n], 1, n, length - WINDOW, WINDOW);
         }
         for (int64_t t = 0; write == FLASH_KDA_WRITE_EACH && t < length; t++) {
             const int64_t slot = slot_at(c, n, t);
             if (slot < 0) continue;
-            check_state_of(c, slot, answer_row(c, n, t, 0), states, &e);
+            check_state_of(c, LAYER_STATE, slot, answer_row(c, n, t, 0), states, &e);
             if (!keeps_drafts(c)) check_columns(c, LAYER_CONV_STATE, &slot, 1, n, t + 1 - WINDOW, WINDOW);
         }
         const int64_t slot = slot_at(c, n, 0);
@@ -731,12 +792,17 @@ static void check_damage(const layer_call *c)
     }
 }
 
-/* The definition, which refuses indices beyond the pool: it gets -1 for them, which means the same. */
+/* The definition, which refuses indices beyond the pool: it gets -1 for them, which means the same. It writes
+ * to no pool, so it does without written_states. */
 static flash_kda_status solve(layer_call *c, double *out, double *states)
 {
     const layer_argument *a = &c->arguments[LAYER_STATE_INDICES];
     layer_memory *m = &c->memories[LAYER_STATE_INDICES];
-    const flash_kda_decode_layer_params p = layer_params(c, true);
+    flash_kda_decode_layer_params p = layer_params(c, true);
+    if (c->sizes.apart) {
+        p.written_states.data = p.written_indices.data = NULL;
+        p.write_states = FLASH_KDA_WRITE_NONE;
+    }
     unsigned char *kept = allocate(m->bytes + 1, 1);
     if (a->present) memcpy(kept, m->before, m->bytes);
     for (int64_t n = 0; a->present && n < c->sizes.sequences; n++)
@@ -846,10 +912,12 @@ static void put_wild(layer_call *c, layer_tensor which, const int64_t *index, vo
 
 void layer_check_wild(rng *r, layer_call *c)
 {
-    static const layer_tensor indices[] = {LAYER_STATE_INDICES, LAYER_ACCEPTED, LAYER_SEQLENS},
-                              written[] = {LAYER_OUT, LAYER_STATE, LAYER_CONV_STATE, LAYER_RECORDS,
-                                           LAYER_WINDOWS};
-    for (int i = 0; i < 3; i++) for_each(c, indices[i], put_wild, r);
-    for (int i = 0; i < 5; i++) for_each(c, written[i], allow_element, NULL);
+    static const layer_tensor indices[] = {LAYER_STATE_INDICES, LAYER_ACCEPTED, LAYER_SEQLENS,
+                                           LAYER_WRITTEN_INDICES},
+                              pools[] = {LAYER_STATE, LAYER_CONV_STATE},
+                              written[] = {LAYER_OUT, LAYER_RECORDS, LAYER_WINDOWS, LAYER_WRITTEN};
+    for (int i = 0; i < 4; i++) for_each(c, indices[i], put_wild, r);
+    for (int i = 0; i < 4; i++) for_each(c, written[i], allow_element, NULL);
+    for (int i = 0; i < 2 && !c->sizes.apart; i++) for_each(c, pools[i], allow_element, NULL);
     if (run(c)) check_damage(c);
 }

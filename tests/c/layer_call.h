@@ -23,6 +23,8 @@ typedef enum layer_tensor {
     LAYER_RECORDS,
     LAYER_WINDOWS,
     LAYER_ROUNDING,
+    LAYER_WRITTEN,
+    LAYER_WRITTEN_INDICES,
     LAYER_TENSORS,
 } layer_tensor;
 
@@ -45,16 +47,18 @@ typedef struct layer_sizes {
     int64_t sequences, heads, tokens; /* tokens of each sequence, at most; with cu_seqlens of the longest */
     int32_t write;                    /* flash_kda_write_states */
     bool packed;
+    bool apart; /* states are written to written_states */
 } layer_sizes;
 
 enum { LAYER_MOST_SEQUENCES = 8 };
 
 typedef struct layer_call {
-    char text[180];
+    char text[220];
     layer_sizes sizes;
     int64_t total; /* tokens of all sequences with cu_seqlens, else of one */
     int64_t begin[LAYER_MOST_SEQUENCES], length[LAYER_MOST_SEQUENCES]; /* of a sequence in its batch row */
     int64_t slots, slot_columns, window_columns;
+    int64_t written_slots, written_columns;
     int dropped_tokens;                 /* which tensors have no dimension of tokens, where that is allowed */
     int64_t from[LAYER_MOST_SEQUENCES]; /* the slot of the state, -1: none */
     layer_argument arguments[LAYER_TENSORS];

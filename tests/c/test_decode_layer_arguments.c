@@ -9,8 +9,8 @@
 
 /* `rows` has three sequences of 2 tokens, H = 2, which write their last states into slots without indices:
  * L = 3, R = 2, C = 2. `packed` has two sequences of 2 and 3 tokens, H = 2, which write each state: S = 4,
- * L = 6 and 12 slots. */
-static flash_kda_decode_layer_params rows, packed;
+ * L = 6 and 12 slots. `apart` is `packed` with written_states: 7 slots with indices of W = 3 columns. */
+static flash_kda_decode_layer_params rows, packed, apart;
 
 /* The memory of both calls, and what it holds before any of them. */
 enum { BYTES = 8 << 20 };
@@ -60,7 +60,8 @@ static flash_kda_decode_layer_params common(int64_t n, int64_t t)
 
 static void make_calls(void)
 {
-    const int64_t borders[] = {0, 2, 5}, accepted[] = {1, 2}, slots[] = {1, 2, 3, 4, 5, 6, 7, 8};
+    const int64_t borders[] = {0, 2, 5}, accepted[] = {1, 2}, slots[] = {1, 2, 3, 4, 5, 6, 7, 8},
+                  written[] = {6, 5, 4, 3, -1, 0};
     const flash_kda_device host = {FLASH_KDA_CPU, 0};
     void *memory;
     used = 0;
@@ -86,6 +87,13 @@ static void make_calls(void)
     packed.rounding = place(I64, 1, 2, 1, 1, 1);
     packed.write_states = FLASH_KDA_WRITE_EACH;
     packed.first_slot = 1;
+    apart = packed;
+    apart.num_accepted_tokens.data = NULL;
+    apart.state_indices = place(I64, 1, 2, 1, 1, 1);
+    apart.written_states = place(BF16, 4, 7, H, DIM, DIM);
+    apart.written_indices = place(I64, 2, 2, 3, 1, 1);
+    put_integers(&apart.state_indices, slots, 2);
+    put_integers(&apart.written_indices, written, 6);
     put_integers(&packed.state_indices, slots, 8);
     put_integers(&packed.num_accepted_tokens, accepted, 2);
     put_integers(&packed.cu_seqlens, borders, 3);
@@ -123,6 +131,7 @@ static void refuses(const flash_kda_decode_layer_params *p, flash_kda_status wan
     } while (0)
 #define ROWS(sentence, ...) REFUSES(rows, INVALID_VALUE, sentence, __VA_ARGS__)
 #define PACKED(sentence, ...) REFUSES(packed, INVALID_VALUE, sentence, __VA_ARGS__)
+#define APART(sentence, ...) REFUSES(apart, INVALID_VALUE, sentence, __VA_ARGS__)
 
 static const char *const FROM_SEQLENS = ", with N from the 3 entries of cu_seqlens";
 
@@ -193,6 +202,35 @@ static void shapes(void)
     PACKED("rounding has shape [3]; it must be [2] = [2]", p.rounding.shape[0] = 3);
 }
 
+static void shapes_of_written(void)
+{
+    APART("written_states has 3 dimensions; it must have 4: [slots2, H, V, K]", p.written_states.ndim = 3);
+    APART("written_states has shape [7, 2, 128, 64]; it must be [slots2, H, K, V] = [7, 2, 128, 128]",
+          p.written_states.shape[3] = 64, p.state_k_first = 1);
+    APART(
+        "written_states has 4 slots; without written_indices it must have one for each of the 5 states that "
+        "are written",
+        p.written_indices.data = NULL, p.written_states.shape[0] = 4);
+    APART(
+        "written_states has 1 slots; without written_indices it must have one for each of the 2 states that "
+        "are written",
+        p.written_indices.data = NULL, p.written_states.shape[0] = 1, p.write_states = FLASH_KDA_WRITE_LAST);
+    APART(text("written_indices has shape [3, 3]; it must be [N, W] = [2, 3]%s", FROM_SEQLENS),
+          p.written_indices.shape[0] = 3);
+    APART("written_indices has 2 dimensions; it must have 1: [N]", p.write_states = FLASH_KDA_WRITE_LAST);
+    APART("state_indices has 2 dimensions; it must have 1: [N]", p.state_indices = packed.state_indices);
+    PACKED("state_indices has 1 dimensions; it must have 2: [N, S]", p.state_indices = apart.state_indices);
+    APART(
+        "written_states has strides [32768, 16384, 1, 128]; all but its first dimension must be contiguous, "
+        "with strides [16384, 128, 1]",
+        p.written_states.stride[2] = 1, p.written_states.stride[3] = 128);
+    APART("written_states is given with FLASH_KDA_WRITE_NONE; it must be absent",
+          p.write_states = FLASH_KDA_WRITE_NONE);
+    APART("written_indices is given without written_states; it must be absent", p.written_states.data = NULL);
+    APART("num_accepted_tokens is given with written_states; it must be absent",
+          p.num_accepted_tokens = packed.num_accepted_tokens);
+}
+
 /* Sizes of which products do not fit 64 bits, or a tensor no memory. */
 static void overflowing_sizes(void)
 {
@@ -238,6 +276,8 @@ static void dtypes(void)
     DTYPE(packed, num_accepted_tokens, BOOL, "bool; it must be int64 or int32");
     DTYPE(packed, cu_seqlens, F64, "float64; it must be int64 or int32");
     DTYPE(packed, rounding, I32, "int32; it must be int64");
+    DTYPE(apart, written_states, F32, "float32 and state has dtype bfloat16; they must have one dtype");
+    DTYPE(apart, written_indices, F32, "float32; it must be int64 or int32");
 }
 
 static void strides(void)
@@ -283,6 +323,8 @@ static void alignment(void)
     MISALIGNED(ROWS, conv_windows, 1, 2);
     MISALIGNED(PACKED, state_indices, 4, 8);
     MISALIGNED(PACKED, rounding, 4, 8);
+    MISALIGNED(APART, written_states, 8, 16);
+    MISALIGNED(APART, written_indices, 4, 8);
 }
 
 static void options(void)
@@ -321,6 +363,12 @@ static void overlaps(void)
     ROWS("records overlaps state; it must have memory of its own", p.records.data = p.state.data);
     ROWS("conv_windows overlaps state; it must have memory of its own", p.conv_windows.data = p.state.data);
     PACKED("state overlaps rounding; it must have memory of its own", p.rounding.data = p.state.data);
+    APART("written_states overlaps state; it must have memory of its own",
+          p.written_states.data = p.state.data);
+    APART("written_states overlaps conv_state; it must have memory of its own",
+          p.conv_state.data = p.written_states.data);
+    APART("out overlaps written_indices; it must have memory of its own",
+          p.written_indices.data = p.out.data);
 }
 
 /* Numbers in tensors, which are looked at on the CPU. */
@@ -328,7 +376,11 @@ static void indices(void)
 {
     if (test.device.type != FLASH_KDA_CPU) return;
     int64_t far[] = {1, 2, 3, 4, 5, 12, 7, 8}, accepted[] = {1, 5}, none[] = {0, 1}, borders[] = {0, 2, 6};
-    int64_t long_first[] = {0, 4, 5};
+    int64_t long_first[] = {0, 4, 5}, far_written[] = {6, 5, 4, 3, 7, 0};
+    APART("written_indices[1, 1] is 7; it must be less than 7, the slots of written_states",
+          p.written_indices.data = far_written);
+    APART("written_indices has W = 3 and sequence 0 has 4 tokens; W must be at least the longest sequence",
+          p.cu_seqlens.data = long_first, p.records.data = NULL);
     PACKED("state_indices[1, 1] is 12; it must be less than 12, the slots of state",
            p.state_indices.data = far);
     far[5] = 6, far[0] = 12;
@@ -374,6 +426,7 @@ static void refusals(void)
     make_calls();
     structs();
     shapes();
+    shapes_of_written();
     overflowing_sizes();
     dtypes();
     strides();
@@ -409,6 +462,14 @@ static void allowed(void)
     TAKES(rows, p.write_states = FLASH_KDA_WRITE_NONE);
     TAKES(packed, p.num_accepted_tokens.data = NULL);
     TAKES(packed, p.conv_state.shape[2] = 3);
+    TAKES(apart, (void)p);
+    TAKES(apart, p.conv_state.shape[2] = 5);
+    TAKES(apart, p.written_indices.data = NULL);
+    TAKES(apart, p.state_indices.data = NULL, p.first_slot = 0);
+    TAKES(apart, p.written_indices.data = NULL, p.write_states = FLASH_KDA_WRITE_LAST);
+    /* Sequences may start from memory that others read, as the pools are read alone. */
+    TAKES(apart, p.g.dtype = FLASH_KDA_BF16, p.g.data = p.x.data);
+    TAKES(packed, p.struct_size = offsetof(flash_kda_decode_layer_params, written_states));
     TAKES(packed, p.conv_state.shape[2] = p.conv_state.stride[1] = 7, p.conv_state.stride[0] = 7 * C,
           p.conv_state.shape[0] = p.state.shape[0] = 9);
     TAKES(rows, p.x.shape[1] = p.g.shape[1] = p.beta.shape[1] = p.out.shape[1] = p.output_gate.shape[1] = 0);

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -212,10 +213,129 @@ static void backward(void)
     bwd_problem_free(b);
 }
 
+/* Arguments of decode, decode_layer and apply whose inputs are zeros: `zeros` has room for all of them. All
+ * sequences start from slot 0, which decode and decode_layer do not write. */
+enum { SEQUENCES = 1500, TOKENS = FLASH_KDA_MAX_DECODE_TOKENS, HEADS = 4 };
+
+static flash_kda_decode_params decode_of(void *zeros, void *out, void *state)
+{
+    const int64_t rows[] = {SEQUENCES, TOKENS, HEADS, DIM}, states[] = {1, HEADS, DIM, DIM};
+    const flash_kda_tensor tokens = tensor_of(zeros, FLASH_KDA_BF16, 4, rows);
+    return (flash_kda_decode_params){
+        .struct_size = sizeof(flash_kda_decode_params),
+        .q = tokens,
+        .k = tokens,
+        .v = tokens,
+        .g = tokens,
+        .beta = tensor_of(zeros, FLASH_KDA_BF16, 3, rows),
+        .out = tensor_of(out, FLASH_KDA_BF16, 4, rows),
+        .state = tensor_of(state, FLASH_KDA_F32, 4, states),
+        .state_indices = tensor_of(zeros, FLASH_KDA_I32, 1, rows),
+        .scale = 1.0F,
+        .lower_bound = -5.0F,
+        .write_states = FLASH_KDA_WRITE_NONE,
+        .cpu_threads = 1,
+    };
+}
+
+static flash_kda_decode_layer_params layer_of(void *zeros, void *out, void *state)
+{
+    const int64_t channels = (int64_t)FLASH_KDA_RECORD_ROWS * HEADS * DIM,
+                  x[] = {SEQUENCES, TOKENS, channels}, weight[] = {channels, 4}, window[] = {1, channels, 3};
+    const flash_kda_decode_params d = decode_of(zeros, out, state);
+    return (flash_kda_decode_layer_params){
+        .struct_size = sizeof(flash_kda_decode_layer_params),
+        .x = tensor_of(zeros, FLASH_KDA_BF16, 3, x),
+        .weight = tensor_of(zeros, FLASH_KDA_F32, 2, weight),
+        .conv_state = tensor_of(zeros, FLASH_KDA_BF16, 3, window),
+        .g = d.g,
+        .beta = d.beta,
+        .out = d.out,
+        .state = d.state,
+        .state_indices = d.state_indices,
+        .scale = 1.0F,
+        .lower_bound = -5.0F,
+        .write_states = FLASH_KDA_WRITE_NONE,
+        .cpu_threads = 1,
+    };
+}
+
+static flash_kda_apply_params apply_of(void *zeros, const int64_t *counts, void *states)
+{
+    const int64_t records[] = {SEQUENCES, TOKENS, 1, (int64_t)FLASH_KDA_RECORD_ROWS * DIM},
+                  pool[] = {SEQUENCES, 1, DIM, DIM};
+    return (flash_kda_apply_params){
+        .struct_size = sizeof(flash_kda_apply_params),
+        .records = tensor_of(zeros, FLASH_KDA_F32, 4, records),
+        .num_accepted_tokens = tensor_of((void *)counts, FLASH_KDA_I64, 1, records),
+        .state = tensor_of(states, FLASH_KDA_F32, 4, pool),
+        .cpu_threads = 1,
+    };
+}
+
+static void decode(void)
+{
+    const size_t rows = (size_t)SEQUENCES * TOKENS * HEADS;
+    void *zeros = allocate(rows * FLASH_KDA_RECORD_ROWS, DIM * sizeof(uint16_t));
+    uint16_t *out = allocate(rows * DIM, sizeof *out);
+    float *states = allocate((size_t)SEQUENCES * DIM * DIM, sizeof *states);
+    double *out64 = allocate(rows * DIM, sizeof *out64);
+    int64_t *counts = allocate(SEQUENCES, sizeof *counts);
+    for (int n = 0; n < SEQUENCES; n++) counts[n] = TOKENS;
+    flash_kda_decode_params d = decode_of(zeros, out, states);
+    flash_kda_decode_layer_params layer = layer_of(zeros, out, states);
+    flash_kda_apply_params apply = apply_of(zeros, counts, states);
+
+    trying("a handler raises during decode");
+    start_interpreter(1);
+    check_interrupted(flash_kda_decode_for(&interpreter, &d));
+    trying("a handler raises during the reference of decode");
+    start_interpreter(1);
+    check_interrupted(flash_kda_decode_reference_for(&interpreter, &d, out64, NULL));
+    trying("a handler raises during decode_layer");
+    start_interpreter(1);
+    check_interrupted(flash_kda_decode_layer_for(&interpreter, &layer));
+    trying("a handler raises during the reference of decode_layer");
+    start_interpreter(1);
+    check_interrupted(flash_kda_decode_layer_reference_for(&interpreter, &layer, out64, NULL));
+    trying("a handler raises during apply");
+    start_interpreter(1);
+    check_interrupted(flash_kda_apply_for(&interpreter, &apply));
+
+    trying("handlers that return, and a struct of an older version");
+    memset(out, 1, rows * DIM * sizeof *out);
+    d.struct_size = offsetof(flash_kda_decode_params, written_states);
+    start_interpreter(0);
+    must(flash_kda_decode_for(&interpreter, &d));
+    CHECK(looks > 0 && locked, "the interpreter had no chance to handle signals");
+    bool all_zeros = true;
+    for (size_t i = 0; i < rows * DIM; i++) all_zeros = all_zeros && !out[i];
+    CHECK(all_zeros, "out is not zeros");
+
+    trying("wrong arguments");
+    d.scale = INFINITY;
+    CHECK(flash_kda_decode_for(&interpreter, &d) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(strstr(flash_kda_last_error(), "scale is inf"), "%s", flash_kda_last_error());
+    layer.struct_size = 5;
+    CHECK(flash_kda_decode_layer_for(&interpreter, &layer) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(strstr(flash_kda_last_error(), "struct_size is 5"), "%s", flash_kda_last_error());
+    CHECK(flash_kda_apply_for(&interpreter, NULL) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(flash_kda_apply_for(NULL, &apply) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(locked, "the interpreter's lock is lost");
+    free(zeros);
+    free(out);
+    free(states);
+    free(out64);
+    free(counts);
+}
+
 int main(int argc, char **argv)
 {
-    static const group groups[] = {
-        {"exceptions", exceptions}, {"results", results}, {"backward", backward}, {"refusals", refusals}};
+    static const group groups[] = {{"exceptions", exceptions},
+                                   {"results", results},
+                                   {"backward", backward},
+                                   {"decode", decode},
+                                   {"refusals", refusals}};
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }

@@ -311,6 +311,62 @@ def test_rounding(way, state):
     assert (calls[0].astype(np.float32) != plain.astype(np.float32)).mean() > 0.05
 
 
+def round_to_nearest(x):
+    """bf16 of fp32 numbers, as the bits say: half of the last place and then the last place's own bit."""
+    bits = x.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)).astype(np.uint32) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16).view(bfloat16)
+
+
+def decode_zeros(state, decay, **options):
+    """A token of zeros leaves the state times the decay, and NaN in rows of V with what is not finite."""
+    zeros = [np.zeros((1, 1, 1, 128), bfloat16) for _ in range(3)]  # q, k and v
+    g, beta = np.log(decay).reshape(1, 1, 1, 128), np.zeros((1, 1, 1), np.float32)
+    activated = {"use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
+    out = np.empty_like(zeros[0])
+    flash_kda.decode(*zeros, g, beta, 1.0, out, None, None, None, state, **activated, **options)
+
+
+def apply_zeros(state, decay, **options):
+    """A record of zeros leaves the state times the decay."""
+    records = np.zeros((1, 1, 1, 3, 128), np.float32)
+    records[..., 0, :] = decay
+    flash_kda.apply_records(records, np.array([1]), state, **options)
+
+
+@pytest.mark.parametrize("kernel", [k for k in flash_kda.kernels() if k.startswith("cpu")])
+@pytest.mark.parametrize("k_first", [False, True])
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("call", [decode_zeros, apply_zeros])
+def test_bits_of_a_bf16_state(kernel, k_first, random, call):
+    """A bf16 state is the fp32 state rounded, bit by bit, also where that is NaN, an infinity, a zero with a
+    sign, half a step of bf16 or beyond the largest bf16."""
+    rng = np.random.default_rng(1)
+    old = rng.standard_normal((1, 1, 128, 128)).astype(bfloat16)
+    for value in (np.nan, np.inf, -np.inf, 0.0, -0.0, 3.38e38, -3.38e38):
+        old[0, 0, rng.integers(128, size=3), rng.integers(128, size=3)] = value
+    decay = np.linspace(0.25, 1, 128, dtype=np.float32)
+    options = {"kernel": kernel, "state_v_first": not k_first}
+    got, exact = old.copy(), old.astype(np.float32)
+    call(got, decay, **options, **({"rounding": np.array([3, 4])} if random else {}))
+    call(exact, decay, **options)
+    got = got.astype(np.float32)
+    assert np.isnan(exact).any()
+    assert np.isinf(exact).any() or call is decode_zeros
+    assert (np.isnan(exact) | np.isinf(exact)).mean() < 0.1
+    if not random:
+        assert (got.view(np.uint32) == round_to_nearest(exact).astype(np.float32).view(np.uint32)).all()
+        return
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(exact))
+    towards_zero = exact.view(np.uint32) & np.uint32(0xFFFF0000)
+    below, above = towards_zero.view(np.float32), (towards_zero + np.uint32(0x10000)).view(np.float32)
+    in_bf16 = (below == exact) & ~np.isnan(exact)  # nothing is to be rounded, as for infinities
+    assert (got[in_bf16].view(np.uint32) == exact[in_bf16].view(np.uint32)).all()
+    rest = ~in_bf16 & ~np.isnan(exact)
+    assert ((got == below) | (got == above))[rest].all()
+    assert 0.3 < (got == above)[rest].mean() < 0.7
+
+
 def test_a_state_that_forgets_slowly():
     """Each token forgets 1e-4 of the state: rounded to the nearest bf16 after each token the state stays as
     it is, and rounded at random it is right on average."""

@@ -15,7 +15,7 @@ from problems import error, hold_slots, to_numpy, to_torch
 D = 128
 WAYS = [("numpy", "eager"), ("torch", "eager"), ("torch", "aot_eager")]
 OUT_BAR, STATE_BAR, BF16_STATE_BAR = 2.3e-3, 1e-5, 2.3e-3
-WRITTEN = ("conv_state", "out", "state", "records", "conv_windows")
+WRITTEN = ("conv_state", "out", "state", "records", "conv_windows", "written_states")
 
 
 @pytest.fixture(params=WAYS, ids=" ".join)
@@ -41,10 +41,12 @@ def make_layer(
     records=False,
     bias=True,
     weight_by_part=False,
+    apart=None,
     seed=0,
 ):
     """The arguments of decode_layer with what the names ask for. lengths: of packed sequences, in place of N
-    and T. Sequence 1 has a slot below first_slot. What decode_layer writes holds NaN, except the pools."""
+    and T. Sequence 1 has a slot below first_slot. apart: "indices" or "none", of written_states. What
+    decode_layer writes holds NaN, except the pools."""
     rng = np.random.default_rng(seed)
     rows, tokens = (N, T) if lengths is None else (1, sum(lengths))
     if lengths is not None:
@@ -55,7 +57,8 @@ def make_layer(
         return rng.standard_normal(shape, dtype=np.float32)
 
     other = np.float32 if wide else bfloat16
-    columns = T if write == "each" else 1
+    each = write == "each" and not apart  # a slot of the pool for each token
+    columns = T if each else 1
     slots = N * columns + 3
     indices = rng.permutation(slots - 1)[: N * columns].reshape(N, columns) + 1
     if N > 1:
@@ -69,7 +72,7 @@ def make_layer(
         "beta": normal(rows, tokens, H).astype(other),
         "A_log": rng.uniform(-1, 1, H).astype(np.float32),
         "dt_bias": rng.uniform(-6, 1, (H, D)).astype(np.float32),
-        "state_indices": (indices if write == "each" else indices[:, 0]).astype(np.int32),
+        "state_indices": (indices if each else indices[:, 0]).astype(np.int32),
         "state": (0.5 * normal(slots, H, D, D)).astype(state),
         "out": np.full((rows, tokens, H, D), np.nan, bfloat16),
         "lower_bound": None if gate == "softplus" else -5.0,
@@ -90,6 +93,14 @@ def make_layer(
         a["conv_windows"] = np.full((N, T, channels, 3), np.nan, bfloat16)
     if records:
         a["records"] = np.full((N, T, H, 3, D), np.nan, np.float32)
+    if apart:
+        columns = T + 1 if write == "each" else 1
+        states = N * columns if apart == "indices" else rows * tokens if write == "each" else N
+        a["written_states"] = np.full((states + 2, H, D, D), np.nan, state)
+    if apart == "indices":
+        indices = rng.permutation(states + 2)[: N * columns].reshape(N, columns)
+        indices[-1, -1] = -1
+        a["written_indices"] = indices if write == "each" else np.ascontiguousarray(indices[:, 0])
     return a
 
 
@@ -99,7 +110,7 @@ def lengths_of(a):
 
 def start_of(a, n):
     """The slots of the state and of the window that sequence n starts from, and the window's first column."""
-    if a["write_states"] != "each":
+    if a["write_states"] != "each" or "written_states" in a:
         return (a["state_indices"][n],) * 2 + (0,)
     first = a["num_accepted_tokens"][n] - 1 if "num_accepted_tokens" in a else 0
     if a["conv_state"].shape[2] == 3:
@@ -162,7 +173,7 @@ def pools_after(a, states):
     pool, conv = a["state"].astype(np.float64), a["conv_state"].copy()
     for n, length in enumerate(lengths_of(a)):
         inputs = inputs_of(a, n)
-        if inputs is None or not length or a["write_states"] == "none":
+        if inputs is None or not length or a["write_states"] == "none" or "written_states" in a:
             continue
         if a["write_states"] == "last":
             pool[a["state_indices"][n]] = states[n][-1]
@@ -178,6 +189,21 @@ def pools_after(a, states):
     return pool, conv
 
 
+def buffer_after(a, states):
+    """The right written_states in fp64, and which of its slots are written."""
+    buffer, first = a["written_states"].astype(np.float64), 0
+    for n, length in enumerate(lengths_of(a)):
+        each = a["write_states"] == "each"
+        for i in range(length if each else 1):
+            slot = first + i if each else n
+            if "written_indices" in a:
+                slot = a["written_indices"][n, i] if each else a["written_indices"][n]
+            if slot >= 0 and states[n]:
+                buffer[slot] = states[n][i if each else -1]
+        first += length
+    return buffer
+
+
 def hold(a, way=("numpy", "eager"), call=None):
     after = run_layer(a, *way, call=call)
     out, states = plain_layer(a)
@@ -189,6 +215,9 @@ def hold(a, way=("numpy", "eager"), call=None):
     pool, conv = pools_after(a, states)
     bar = STATE_BAR if a["state"].dtype == np.float32 else BF16_STATE_BAR
     hold_slots(a["state"], after["state"], pool, bar, "state")
+    if "written_states" in a:
+        pools = a["written_states"], after["written_states"], buffer_after(a, states)
+        hold_slots(*pools, bar, "written_states")
     assert after["conv_state"].tobytes() == conv.tobytes()
     for n, length in enumerate(lengths_of(a)):
         inputs = inputs_of(a, n)
@@ -254,6 +283,25 @@ def test_tokens(way, T, write):
 )
 def test_options(way, options):
     hold(make_layer(**options, seed=2), way)
+
+
+@pytest.mark.parametrize("write", ["last", "each"])
+@pytest.mark.parametrize("apart", ["indices", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [{"T": 1}, {"T": 4, "state": bfloat16, "L": 5}, {"lengths": (3, 0, 5), "windows": True}],
+    ids=str,
+)
+def test_written_states(way, write, apart, options):
+    """Both pools stay as they are, and conv_windows has the windows."""
+    hold(make_layer(write=write, apart=apart, **options, seed=12), way)
+
+
+def test_written_states_of_one_start():
+    """Sequences may start from one slot, since nothing writes it."""
+    a = make_layer(N=3, T=2, write="each", apart="none", windows=True, seed=13)
+    a["state_indices"][:] = 2
+    hold(a)
 
 
 def test_state_k_first():

@@ -131,6 +131,74 @@ def test_ctrl_c_during_autograd():
     assert all(x.grad is None for x in inputs)
 
 
+# Decode: 24,000 states, of one slot that nothing writes, take seconds with cpu-portable.
+
+
+def decode_zeros(N=6000, H=4, T=4):
+    a = zeros(T=N * T, H=H)
+    a |= {
+        name: x.reshape(N, T, *x.shape[2:]) for name, x in a.items() if name in ("q", "k", "v", "g", "beta")
+    }
+    a["out"] = np.empty_like(a["v"])
+    a["state"], a["state_indices"] = np.zeros((1, H, 128, 128), np.float32), np.zeros(N, np.int32)
+    return {**a, "write_states": "none"}
+
+
+def layer_zeros(N=6000, H=4, T=4):
+    a = decode_zeros(N, H, T)
+    for name in ("q", "k", "v"):
+        del a[name]
+    a["x"], a["weight"] = np.zeros((N, T, 3 * H * 128), bfloat16), np.zeros((3 * H * 128, 4), np.float32)
+    return {**a, "bias": None, "conv_state": np.zeros((1, 3 * H * 128, 3), bfloat16)}
+
+
+def records_zeros(N=3000, H=4, R=16):
+    records = np.zeros((N, R, H, 3, 128), np.float32)
+    state, accepted = np.zeros((N, H, 128, 128), bfloat16), np.full(N, R)
+    return {"records": records, "num_accepted_tokens": accepted, "state": state}
+
+
+def slow_call(function):
+    return lambda a: function(**a, kernel="cpu-portable", threads=1)
+
+
+def slow_decode_reference(a):
+    flash_kda.decode_reference(**{name: x for name, x in a.items() if name != "out"})
+
+
+def slow_layer_reference(a):
+    flash_kda.decode_layer_reference(**{name: x for name, x in a.items() if name != "out"})
+
+
+@pytest.mark.parametrize(
+    ("call", "make_arguments"),
+    [
+        (slow_call(flash_kda.decode), decode_zeros),
+        (slow_call(flash_kda.decode_layer), layer_zeros),
+        (slow_call(flash_kda.apply_records), records_zeros),
+        (slow_decode_reference, lambda: decode_zeros(N=200)),
+        (slow_layer_reference, lambda: layer_zeros(N=200)),
+    ],
+    ids=["decode", "decode_layer", "apply_records", "decode_reference", "decode_layer_reference"],
+)
+def test_ctrl_c_during_decode(call, make_arguments):
+    seconds = processor_seconds_to_stop(call, make_arguments(), interrupt, KeyboardInterrupt)
+    assert seconds < MOST_PROCESSOR_SECONDS
+
+
+def test_short_calls_of_decode_start_no_thread(monkeypatch):
+    for name in ("_decode", "_decode_layer", "_apply"):
+        monkeypatch.setattr(_interruptible, name, (getattr(_interruptible, name)[0], None))
+    for make_arguments in (decode_zeros, layer_zeros):
+        call = flash_kda.decode if make_arguments is decode_zeros else flash_kda.decode_layer
+        call(**make_arguments(N=300, H=1), threads=1)
+        with pytest.raises(TypeError, match="NoneType"):
+            call(**make_arguments(N=3000, H=1), threads=1)
+    flash_kda.apply_records(**records_zeros(N=100, H=1), threads=1)
+    with pytest.raises(TypeError, match="NoneType"):
+        flash_kda.apply_records(**records_zeros(N=1000, H=1), threads=1)
+
+
 @pytest.fixture
 def on_alarm():
     """Sets the handler of SIGALRM for the time of a test."""

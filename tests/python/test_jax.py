@@ -150,6 +150,9 @@ DECODE = {
     **{f"write {kind}": {"write": kind} for kind in WRITES},
     "verify": {"write": "each", "accepted": True},
     "a tree": {"write": "none", "tree": True},
+    "into a buffer": {"write": "each", "apart": "none"},
+    "a tree into a buffer": {"write": "each", "apart": "indices", "tree": True, "state": "bfloat16"},
+    "last states into a buffer": {"lengths": (3, 1, 5), "apart": "indices", "integers": np.int32},
 }
 
 
@@ -157,15 +160,19 @@ DECODE = {
 def test_decode(jax_device, options):
     a = make_decode(**options)
     arrays, rest = arguments_of(a)
-    want = {**a, "out": a["out"].copy(), "state": a["state"].copy()}
+    pool = "written_states" if "written_states" in a else "state"
+    if pool == "written_states":
+        a[pool][:] = 7  # stays where nothing is written
+    want = {n: x.copy() if n in ("out", "state", pool) else x for n, x in a.items()}
     given = {n: jax.device_put(x, jax_device) for n, x in arrays.items()}
     got = jax.jit(lambda arrays: flash_kda.jax.decode(**arrays, **rest))(given)
-    assert np.asarray(given["state"]).tobytes() == a["state"].tobytes(), "a JAX array was written"
+    for name in ("state", pool):
+        assert np.asarray(given[name]).tobytes() == a[name].tobytes(), "a JAX array was written"
     flash_kda.decode(**want)
     if jax_device.platform == "cpu":
-        assert_same([np.asarray(x) for x in got], [want["out"], want["state"]])
+        assert_same([np.asarray(x) for x in got], [want["out"], want[pool]])
     else:
-        for x, y in zip(got, (want["out"], want["state"])):
+        for x, y in zip(got, (want["out"], want[pool])):
             assert error(np.asarray(x), y.astype(np.float64)) <= 4e-3
 
 
@@ -325,6 +332,9 @@ def test_decode_refuses_when_traced():
         flash_kda.jax.decode(**{**arrays, "state": arrays["state"][:, :1]}, **rest)
     with pytest.raises(ValueError, match="write_states is 'all'; it must be"):
         flash_kda.jax.decode(**arrays, **{**rest, "write_states": "all"})
+    buffer = {"written_states": arrays["state"]}
+    with pytest.raises(ValueError, match=r"written_states is given with write_states=\"none\""):
+        flash_kda.jax.decode(**arrays, **{**rest, "write_states": "none"}, **buffer)
     with pytest.raises(TypeError, match=r"decode\(\) got an unexpected keyword argument 'records'"):
         flash_kda.jax.decode(**arrays, **rest, records=None)
 
