@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "check_bwd.h"
+#include "check_map.h"
 #include "check_tensor.h"
 #include "errors.h"
 #include "guard.h"
@@ -22,6 +23,7 @@ typedef struct work {
     const flash_kda_fwd_params *params;
     double *out64, *state64, *checkpoints64; /* of flash_kda_reference() */
     const flash_kda_bwd_params *bwd;
+    const flash_kda_map_params *map;
     const flash_kda_gradients64 *gradients; /* of flash_kda_bwd_reference() */
     flash_kda_status status;
     char sentence[512]; /* of the error, which is the working thread's */
@@ -41,6 +43,11 @@ static flash_kda_status compute_reference(const work *w)
 static flash_kda_status compute_bwd(const work *w)
 {
     return flash_kda_bwd(w->bwd);
+}
+
+static flash_kda_status compute_map(const work *w)
+{
+    return flash_kda_map(w->map);
 }
 
 static flash_kda_status compute_bwd_reference(const work *w)
@@ -173,4 +180,19 @@ flash_kda_status flash_kda_bwd_reference_for(const flash_kda_interpreter *interp
     FKDA_GUARD;
     work w = {.compute = compute_bwd_reference, .gradients = gradients};
     return compute_backward(&w, params, interpreter);
+}
+
+flash_kda_status flash_kda_map_for(const flash_kda_interpreter *interpreter,
+                                   const flash_kda_map_params *params)
+{
+    FKDA_GUARD;
+    int32_t interrupt = 0;
+    flash_kda_map_params own;
+    work w = {.compute = compute_map, .map = &own};
+    TRY(check_interpreter(interpreter));
+    TRY(fkda_complete_map_params(&params, &own));
+    own = *params;
+    own.struct_size = sizeof own;
+    own.interrupt = &interrupt;
+    return compute(&w, interpreter, &interrupt);
 }
