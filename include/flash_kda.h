@@ -809,10 +809,10 @@ typedef struct flash_kda_interpreter {
 /* flash_kda_fwd(), flash_kda_bwd(), their references and flash_kda_map() for long calls on the CPU from the
  * thread in which an interpreter handles signals. That thread calls with the interpreter's lock, gives the
  * lock up, and lets the interpreter handle signals while another thread computes. Once a handler has raised
- * an exception, no other handler runs before the computation has ended; the call then returns FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK
- * if all was computed by then, and the exception is still the interpreter's. params->interrupt is not looked
- * at. Where the system has no more threads or file descriptors, the calling thread computes, and signals
- * wait. */
+ * an exception, no other handler runs before the computation has ended; the call then returns
+ * FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK if all was computed by then, and the exception is still the
+ * interpreter's. params->interrupt is not looked at. Where the system has no more threads or file
+ * descriptors, the calling thread computes, and signals wait. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_for(const flash_kda_interpreter *interpreter,
                                                  const flash_kda_fwd_params *params);
 FLASH_KDA_API flash_kda_status flash_kda_reference_for(const flash_kda_interpreter *interpreter,

@@ -31,7 +31,11 @@ _EMPTY_BUT_PRESENT = 64
 _LONG_TOKENS = 8000
 _TOKENS_OF_A_STATE = 16
 # The functions whose calls can be long, by their operators, and how a long call is made.
-_LONG: dict[str, Callable[[Any], None]] = {"fwd": _interruptible.fwd, "bwd": _interruptible.bwd}
+_LONG: dict[str, Callable[[Any], None]] = {
+    "fwd": _interruptible.fwd,
+    "bwd": _interruptible.bwd,
+    "affine_map": _interruptible.affine_map,
+}
 
 
 class View(NamedTuple):

@@ -27,6 +27,7 @@ from ._backward_options import BWD
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._call_options import CallOptions, KnownOptions, operator_defaults, operator_schema, option_fields
 from ._decode_options import APPLY, DECODE, DECODE_LAYER
+from ._map_options import JOIN, MAP
 from ._options import FWD
 
 Tensor = torch.Tensor
@@ -506,4 +507,6 @@ def _example(x: Any) -> Any:
 
 
 # The name of each function's operator.
-OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, BWD, DECODE, DECODE_LAYER, APPLY)}
+OPERATORS = {
+    known.cls.operator: Operator(known).name for known in (FWD, BWD, MAP, JOIN, DECODE, DECODE_LAYER, APPLY)
+}
