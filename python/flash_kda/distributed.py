@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import _autograd, _chunk_kda
+from . import _autograd, _chunk_kda, _lib
+from ._backward_options import BWD
+from ._call import check_devices, check_numbers
 
 __all__ = ["Range", "Share", "chunk_kda", "share_of"]
 
@@ -123,6 +125,25 @@ def _share_of_one(tokens: int, rank: int, ranks: int) -> Share:
         return Share(tokens, None, whole, None, 0, 0, False, False)
     head, tail = (whole if rank else None), (whole if rank < ranks - 1 else None)
     return Share(tokens, head, nothing, tail, 0, ranks - 1, True, ranks > 2)
+
+
+# ---- Checks -----------------------------------------------------------------------------------------------
+
+
+def _refuse_wrong(options: tuple[Any, ...], N: int, inputs: dict[str, Any]) -> None:
+    """Refuses what C would refuse, before anything is sent: an error that all ranks have must not become a
+    rank that waits for another one. inputs: the tensors that have gradients, by name."""
+    given = {name: x for name, x in inputs.items() if x is not None}
+    _autograd.refuse_strange(given)
+    check_devices([(name, str(x.device)) for name, x in given.items()])
+    scale, lower_bound, *values = options
+    check_numbers(scale, 0.0 if lower_bound is None else lower_bound)
+    given["dv"] = given["v"]
+    asked = _autograd._options_of(BWD, given, tuple(values), lower_bound)
+    params = _autograd._params_of(asked, _autograd._device_of(given["v"]), _autograd._looks(given))
+    _lib.set_shape(params.cu_seqlens, _lib.I64, (N + 1,))
+    params.scale, params.lower_bound = scale, 0.0 if lower_bound is None else lower_bound
+    _lib.bwd_workspace_size(params)
 
 
 # ---- One call ---------------------------------------------------------------------------------------------
@@ -462,11 +483,9 @@ def chunk_kda(
         "cu_seqlens": cu_seqlens, "max_num_seqs": None, "use_graph": False,
     }  # fmt: skip
     _chunk_kda._check(call, {}, torch)
-    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is of type {type(x).__name__}; it must be a PyTorch tensor")
-    _autograd.refuse_strange({**given, **({} if initial_state is None else {"initial_state": initial_state})})
+    for name in ("q", "k", "v", "g", "beta"):
+        if not isinstance(call[name], Tensor):
+            raise TypeError(f"{name} is of type {type(call[name]).__name__}; it must be a PyTorch tensor")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("group does not have this rank; every rank that calls must be in it")
@@ -497,12 +516,14 @@ def chunk_kda(
         _DIM**-0.5 if scale is None else scale, lower_bound if with_gate else None, 0, with_gate,
         use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
+    inputs = (q, k, v, g, beta, A_log if with_gate else None, dt_bias if with_gate else None, initial_state)
+    _refuse_wrong(options, N, dict(zip(_autograd.INPUTS, inputs)))
     out, final_state = _Distributed.apply(
         _Call(
             share, borders, N, group, rank, ranks, options, output_final_state, final_state_on_all_ranks,
             disable_recompute,
         ),
-        q, k, v, g, beta, A_log if with_gate else None, dt_bias if with_gate else None, initial_state,
+        *inputs,
     )  # fmt: skip
     return out, final_state if output_final_state else None
 

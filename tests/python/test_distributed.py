@@ -399,6 +399,9 @@ def test_refusals(ranks):
         ({"initial_state": call["initial_state"][:1]}, "ValueError", "the states of all N = 2 sequences"),
         ({"initial_state": call["initial_state"].bfloat16()}, "TypeError", "initial_state is of"),
         ({"q": call["q"].float()}, "TypeError", "q has dtype float32"),
+        ({"k": call["k"][..., :64]}, "ValueError", "k has shape"),
+        ({"beta": call["beta"][..., :1]}, "ValueError", "beta has shape"),
+        ({"scale": float("nan")}, "ValueError", "scale is nan"),
         ({"lower_bound": -7.0}, "ValueError", "lower_bound is -7"),
     ):
         found = refused(ranks, {**call, **changes})
