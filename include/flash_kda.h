@@ -427,8 +427,6 @@ typedef struct flash_kda_gradients64 {
 FLASH_KDA_API flash_kda_status flash_kda_bwd_reference(const flash_kda_bwd_params *params,
                                                        const flash_kda_gradients64 *gradients);
 
-/* ---- Sequences in pieces: affine maps, and how they are joined ----------------------------------------- */
-
 /*
  * The arguments of flash_kda_map(), which computes what a piece of a sequence does to the state that enters
  * it. Whatever the gates, a run of tokens changes the state S of a head by an affine map, so several devices,
@@ -537,8 +535,6 @@ FLASH_KDA_API flash_kda_status flash_kda_join(const flash_kda_join_params *param
 
 /* As flash_kda_check_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_check_join(const flash_kda_join_params *params);
-
-/* ---- Decode ------------------------------------------------------------------------------------------- */
 
 /* Decode: one to sixteen tokens of each sequence. Which states flash_kda_decode() writes to the pool. */
 typedef enum flash_kda_write_states {

@@ -27,8 +27,8 @@ _WRITTEN = {
     *MapOptions.written_arrays,
     *JoinOptions.written_arrays,
 }
-# How a tensor may lie in memory, as src/check.c, src/check_bwd.c, src/check_map.c and src/check_decode.c have it. All others
-# are contiguous.
+# How a tensor may lie in memory, as src/check.c, src/check_bwd.c, src/check_map.c and src/check_decode.c have
+# it. All others are contiguous.
 _ROWS = ("q", "k", "v", "g", "out", "dq", "dk", "dv", "dg", "dout")  # the last dimension is contiguous
 _FREE = ("beta", "dbeta")
 # Of decode_layer, which reads and writes all but the states element by element.

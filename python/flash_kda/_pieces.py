@@ -38,8 +38,8 @@ def affine_map(
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
 ) -> None:
-    """What pieces of sequences do to the states that enter them. Writes the arrays that are given as `map` and
-    `state`, of which at least one must be; returns None.
+    """What pieces of sequences do to the states that enter them. Writes the arrays that are given as `map`
+    and `state`, of which at least one must be; returns None.
 
     Whatever the gates, a run of tokens changes the state of a head by an affine map: the state [V, K] after a
     piece is the state before it, times `map`, plus the `state` that zeros become. So devices that hold one

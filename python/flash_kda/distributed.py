@@ -176,10 +176,6 @@ def _local_borders(call: _Call, part: Range, device: Any) -> Tensor | None:
     return torch.tensor([x - at[0] for x in at], dtype=torch.int64, device=device)
 
 
-def _is_part(part: Range | None) -> bool:
-    return part is not None and part.last > part.first
-
-
 def _tokens_of(tensors: tuple, part: Range) -> list[Any]:
     """The part's tokens of q, k, v, g and beta."""
     return [x[:, part.begin : part.end] for x in tensors[:5]]
@@ -265,24 +261,31 @@ def _joined(call: _Call, first: Tensor, others: Tensor, backwards: bool) -> Tens
 
 
 class _Exchange:
-    """One all-gather of what the ranks know of their heads or tails, in the background."""
+    """One all-gather of what the ranks know of their heads or tails, in the background. Where no sequence
+    crosses from rank to rank there is none, and no rank reads or writes a message.
 
-    def __init__(self, call: _Call, sent: Tensor):
-        self.received = sent.new_empty(call.ranks, *sent.shape)
-        self._sent = sent  # alive until the end
-        self._work = dist.all_gather(list(self.received.unbind(0)), sent, group=call.group, async_op=True)
+    Attributes:
+        message: what this rank sends: the map, if maps are sent, and the state, both of each head. Zeros
+            where the rank knows nothing that others need.
+        received: the messages of all ranks, once wait() has returned.
+    """
 
-    def wait(self) -> Tensor:
-        self._work.wait()
-        return self.received
+    def __init__(self, call: _Call, v: Tensor):
+        self._call = call
+        self._work: Any = None
+        shape = (2 if call.share.sends_maps else 1, v.shape[2], _DIM, _DIM)
+        self.message = torch.zeros(shape if call.share.exchanges else 0, dtype=torch.float32, device=v.device)
+        self.received = self.message.new_empty(call.ranks, *self.message.shape)
 
+    def start(self) -> None:
+        if self._call.share.exchanges:
+            self._work = dist.all_gather(
+                [*self.received.unbind(0)], self.message, group=self._call.group, async_op=True
+            )
 
-def _new_message(call: _Call, v: Tensor) -> Tensor:
-    """What a rank sends: the map, if maps are sent, and the state. Zeros where it knows nothing that others
-    need."""
-    return torch.zeros(
-        2 if call.share.sends_maps else 1, v.shape[2], _DIM, _DIM, dtype=torch.float32, device=v.device
-    )
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
 
 
 def _concatenated(parts: list[tuple[Range, Tensor]], like: Tensor) -> Tensor:
@@ -296,47 +299,128 @@ def _rows(states: Any, part: Range) -> Any:
     return None if states is None else states[part.first : part.last]
 
 
-class _Distributed(torch.autograd.Function):
-    """Gradients go the same way as states, from right to left."""
+class _ForwardPass:
+    """The forward pass of a rank.
 
+    Attributes:
+        out, final_state: its results.
+        entering: the state [1, HV, ..] that enters the head, or None.
+        own_map: the map [HV, K, K] of a rank that one sequence covers, or None.
+        saved: what the backward pass may read, of each part.
+    """
+
+    def __init__(self, call: _Call, tensors: tuple):
+        self._call, self._tensors = call, tensors
+        self._outs: list[tuple[Range, Tensor]] = []
+        self.saved: dict[Range, Tensor] = {}
+        self.entering: Tensor | None = None
+        self.own_map: Tensor | None = None
+        share, v, initial_state = call.share, tensors[2], tensors[7]
+        shape = (call.sequences if call.output_final_state else 0, v.shape[2], _DIM, _DIM)
+        self.final_state = torch.zeros(shape, dtype=torch.float32, device=v.device)
+        exchange = _Exchange(call, v)
+        if share.tail and share.head == share.tail:
+            _map_of(call, tensors, share.tail, exchange.message)
+            self.own_map = exchange.message[0].clone()
+        elif share.tail:
+            exchange.message[-1] = self._compute(share.tail, _rows(initial_state, share.tail))[0]
+        exchange.start()
+        if share.inner.last > share.inner.first:
+            self._keep(share.inner, self._compute(share.inner, _rows(initial_state, share.inner)))
+        exchange.wait()
+        if share.head:
+            received = exchange.received
+            between = received[share.first_rank + 1 : call.rank]
+            self.entering = _joined(call, received[share.first_rank, -1], between, False)
+            state = self._compute(share.head, self.entering)
+            if share.head != share.tail:
+                self._keep(share.head, state)
+        if call.everywhere and call.output_final_state:
+            dist.all_reduce(self.final_state, group=call.group)
+        self.out = _concatenated(self._outs, v)
+
+    def _compute(self, part: Range, initial_state: Any) -> Tensor:
+        """The final states of a part."""
+        out, states, self.saved[part] = _forward(self._call, self._tensors, part, initial_state, True)
+        self._outs.append((part, out))
+        return states
+
+    def _keep(self, part: Range, states: Tensor) -> None:
+        if self._call.output_final_state:
+            self.final_state[part.first : part.last] = states
+
+
+class _BackwardPass:
+    """The backward pass of a rank, which goes as the forward pass does, from right to left.
+
+    Attributes:
+        found: the gradients of each part, in the order of the inputs.
+        dinitial_state: the gradient of initial_state, or None if it is not wanted.
+    """
+
+    def __init__(self, ctx: Any, dout: Any, dfinal_state: Any, needed: tuple[bool, ...]):
+        call, inputs = ctx.call, len(_autograd.INPUTS)
+        self._call, self._dout = call, dout
+        self._tensors, (self._entering, own_map, *saved) = (
+            ctx.saved_tensors[:inputs],
+            ctx.saved_tensors[inputs:],
+        )
+        self._saved = dict(zip(ctx.parts, saved))
+        self._wanted = sum(1 << i for i, needs in enumerate(needed) if needs)
+        self.found: list[tuple[Range, tuple[Tensor, ...]]] = []
+        share, v, initial_state = call.share, self._tensors[2], self._tensors[7]
+        self.dinitial_state = torch.zeros_like(initial_state) if needed[7] else None
+        exchange = _Exchange(call, v)
+        if share.head and share.head == share.tail:
+            exchange.message[0] = own_map
+            # What reaches the head from the outputs here. What comes from later ranks is added by joining.
+            exchange.message[1] = self._gradients(share.head, self._entering, None, _INITIAL_STATE)[7][0]
+        elif share.head:
+            dstate = _rows(dfinal_state, share.head)
+            exchange.message[-1] = self._compute(share.head, self._entering, dstate)[0]
+        exchange.start()
+        if share.inner.last > share.inner.first:
+            self._compute(share.inner, _rows(initial_state, share.inner), _rows(dfinal_state, share.inner))
+        exchange.wait()
+        if share.tail:
+            received = exchange.received
+            between = received[call.rank + 1 : share.last_rank]
+            dstate = _joined(call, received[share.last_rank, -1], between, True)
+            state = self._entering if share.head == share.tail else _rows(initial_state, share.tail)
+            self._compute(share.tail, state, dstate)
+
+    def _gradients(self, part: Range, initial_state: Any, dstate: Any, wanted: int) -> tuple[Tensor, ...]:
+        saved = self._saved[part]
+        return _backward(self._call, self._tensors, part, initial_state, saved, self._dout, dstate, wanted)
+
+    def _compute(self, part: Range, initial_state: Any, dstate: Any) -> Tensor:
+        """The gradients of the states that a part begins from."""
+        is_head = part == self._call.share.head
+        wanted = self._wanted | (_INITIAL_STATE if is_head else 0)
+        gradients = self._gradients(part, initial_state, dstate, wanted)
+        self.found.append((part, gradients))
+        if self.dinitial_state is not None and not is_head:
+            self.dinitial_state[part.first : part.last] = gradients[7]
+        return gradients[7]
+
+
+def _summed(call: _Call, dfinal_state: Any, v: Tensor) -> Tensor:
+    """The sum over the ranks of the gradients of final states that all of them have."""
+    shape = (call.sequences, v.shape[2], _DIM, _DIM)
+    total = torch.zeros(shape, device=v.device) if dfinal_state is None else dfinal_state.clone()
+    total = total.contiguous()
+    dist.all_reduce(total, group=call.group)
+    return total
+
+
+class _Distributed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> tuple[Tensor, Tensor]:
-        share, v, initial_state = call.share, tensors[2], tensors[7]
-        outs, saved = [], {}
-        shape = (call.sequences if call.output_final_state else 0, v.shape[2], _DIM, _DIM)
-        final_state = torch.zeros(shape, dtype=torch.float32, device=v.device)
-        message = _new_message(call, v) if share.exchanges else None
-
-        def compute(part: Range, state: Any, keeps: bool) -> Tensor:
-            out, states, kept = _forward(call, tensors, part, state, True)
-            outs.append((part, out))
-            saved[part] = kept
-            if keeps and call.output_final_state:
-                final_state[part.first : part.last] = states
-            return states
-
-        if share.tail and share.head == share.tail:
-            _map_of(call, tensors, share.tail, message)
-        elif share.tail:
-            message[-1] = compute(share.tail, _rows(initial_state, share.tail), False)[0]
-        exchange = _Exchange(call, message) if share.exchanges else None
-        if _is_part(share.inner):
-            compute(share.inner, _rows(initial_state, share.inner), True)
-        entering = None
-        received = exchange.wait() if exchange else None
-        if share.head:
-            entering = _joined(
-                call, received[share.first_rank, -1], received[share.first_rank + 1 : call.rank], False
-            )
-            compute(share.head, entering, share.head != share.tail)
-        if call.everywhere and call.output_final_state:
-            dist.all_reduce(final_state, group=call.group)
-        out = _concatenated(outs, v)
-        own_map = message[:1].clone() if share.head and share.head == share.tail else None
-        ctx.save_for_backward(*tensors, entering, own_map, *saved.values())
-        ctx.call, ctx.parts = call, list(saved)
+        run = _ForwardPass(call, tensors)
+        ctx.save_for_backward(*tensors, run.entering, run.own_map, *run.saved.values())
+        ctx.call, ctx.parts = call, list(run.saved)
         ctx.set_materialize_grads(False)
-        return out, final_state
+        return run.out, run.final_state
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dfinal_state: Any) -> tuple[Any, ...]:  # type: ignore[override]
@@ -345,48 +429,12 @@ class _Distributed(torch.autograd.Function):
                 "flash_kda.distributed.chunk_kda has no second derivative, and gradients of its gradients "
                 "were asked for; they must not depend on gradients of a loss (create_graph=True)"
             )
-        call, inputs = ctx.call, len(_autograd.INPUTS)
-        tensors, (entering, own_map, *saved) = ctx.saved_tensors[:inputs], ctx.saved_tensors[inputs:]
-        share, v, initial_state = call.share, tensors[2], tensors[7]
-        kept = dict(zip(ctx.parts, saved))
-        needed = ctx.needs_input_grad[1:]
-        wanted = sum(1 << i for i, needs in enumerate(needed) if needs)
+        call, needed = ctx.call, ctx.needs_input_grad[1:]
+        tensors = ctx.saved_tensors[: len(_autograd.INPUTS)]
         if call.everywhere and call.output_final_state:
-            if dfinal_state is None:
-                dfinal_state = torch.zeros(call.sequences, v.shape[2], _DIM, _DIM, device=v.device)
-            dfinal_state = dfinal_state.contiguous().clone()
-            dist.all_reduce(dfinal_state, group=call.group)
-        found: list[tuple[Range, tuple[Tensor, ...]]] = []
-        dstates = torch.zeros_like(initial_state) if needed[7] else None
-
-        def compute(part: Range, state: Any, dstate: Any) -> Tensor:
-            starts_here = part != share.head
-            bits = wanted if starts_here else wanted | _INITIAL_STATE
-            gradients = _backward(call, tensors, part, state, kept[part], dout, dstate, bits)
-            found.append((part, gradients))
-            if starts_here and dstates is not None:
-                dstates[part.first : part.last] = gradients[7]
-            return gradients[7]
-
-        message = _new_message(call, v) if share.exchanges else None
-        if share.head and share.head == share.tail:
-            message[0] = own_map[0]
-            message[1] = _backward(
-                call, tensors, share.head, entering, kept[share.head], dout, None, _INITIAL_STATE
-            )[7][0]
-        elif share.head:
-            message[-1] = compute(share.head, entering, _rows(dfinal_state, share.head))[0]
-        exchange = _Exchange(call, message) if share.exchanges else None
-        if _is_part(share.inner):
-            compute(share.inner, _rows(initial_state, share.inner), _rows(dfinal_state, share.inner))
-        received = exchange.wait() if exchange else None
-        if share.tail:
-            dstate = _joined(
-                call, received[share.last_rank, -1], received[call.rank + 1 : share.last_rank], True
-            )
-            is_head = share.tail == share.head
-            compute(share.tail, entering if is_head else _rows(initial_state, share.tail), dstate)
-        return (None, *_gathered_gradients(tensors, needed, found, dstates))
+            dfinal_state = _summed(call, dfinal_state, tensors[2])
+        run = _BackwardPass(ctx, dout, dfinal_state, needed)
+        return (None, *_gathered_gradients(tensors, needed, run.found, run.dinitial_state))
 
 
 def _gathered_gradients(
@@ -501,8 +549,8 @@ def chunk_kda(
         share = share_of(borders, rank, ranks)
         if q.shape[1] != share.tokens:
             raise ValueError(
-                f"q has T_local = {q.shape[1]} tokens; rank {rank} of {ranks} must have {share.tokens} of the "
-                f"{borders[-1]} tokens of cu_seqlens"
+                f"q has T_local = {q.shape[1]} tokens; rank {rank} of {ranks} must have {share.tokens} of "
+                f"the {borders[-1]} tokens of cu_seqlens"
             )
     N = 1 if borders is None else len(borders) - 1
     if initial_state is not None and (initial_state.ndim != 4 or initial_state.shape[0] != N):

@@ -390,7 +390,8 @@ def test_refusals(ranks):
     for rank, (kind, message) in enumerate(refused(ranks, wrong)):
         assert kind == "ValueError"
         assert message == (
-            f"q has T_local = {21 - rank} tokens; rank {rank} of 2 must have 25 of the 50 tokens of cu_seqlens"
+            f"q has T_local = {21 - rank} tokens; rank {rank} of 2 must have 25 of the 50 tokens of "
+            "cu_seqlens"
         )
     for changes, kind, part in (
         ({"cu_seqlens": torch.tensor([0, 30, 20, 41])}, "ValueError", "cu_seqlens begins with"),
