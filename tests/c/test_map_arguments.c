@@ -1,6 +1,7 @@
 /* Every wrong argument of flash_kda_map() and flash_kda_join() is refused with its sentence, and nothing is
  * written. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -139,12 +140,10 @@ static const char *kernel_names(void)
     int32_t count;
     for (int i = 0; i < 16; i++) infos[i].struct_size = sizeof *infos;
     must(flash_kda_list_kernels(infos, 16, &count));
-    names[0] = 0;
-    for (int i = 0; i < count; i++) {
-        if (infos[i].device_type != FLASH_KDA_CPU) continue;
-        if (names[0]) strcat(names, ", ");
-        strcat(names, infos[i].name);
-    }
+    for (int i = 0, used = 0; i < count; i++)
+        if (infos[i].device_type == FLASH_KDA_CPU)
+            used +=
+                snprintf(names + used, sizeof names - (size_t)used, "%s%s", used ? ", " : "", infos[i].name);
     return names;
 }
 
