@@ -379,9 +379,16 @@ def refuse_tangents(tensors: Any) -> None:
         )
 
 
+takes_dtensors = False  # after flash_kda.distributed.register_head_sharding()
+
+
+def is_dtensor(t: Any) -> bool:
+    return type(t).__name__ == "DTensor"
+
+
 def refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
     for name, t in zip(names, tensors):
-        if type(t).__name__ == "DTensor":
+        if is_dtensor(t):
             raise TypeError(
                 f"{name} is a DTensor, and a call computes on one device; pass the local tensors that "
                 "to_local() gives. Batch rows and heads may be sharded, tokens and channels must not be"

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import _autograd, _chunk_kda, _lib
+from . import _autograd, _chunk_kda, _lib, _torch
 from ._backward_options import BWD
 from ._call import check_devices, check_numbers
 
-__all__ = ["Range", "Share", "chunk_kda", "share_of"]
+__all__ = ["Range", "Share", "chunk_kda", "register_head_sharding", "share_of"]
 
 Tensor = torch.Tensor
 _DIM = 128
@@ -588,3 +588,84 @@ def _borders_of(cu_seqlens: Any) -> list[int] | None:
     if borders[0] != 0 or any(b < a for a, b in zip(borders, borders[1:])):
         raise ValueError("cu_seqlens begins with another number than 0 or decreases; it must do neither")
     return borders
+
+
+# ---- DTensors that are sharded over heads -----------------------------------------------------------------
+
+
+def register_head_sharding() -> None:
+    """Makes `flash_kda.chunk_kda` take DTensors, whose heads may be sharded. Nothing is exchanged then, since
+    heads do not depend on each other.
+
+    q, k, v, g and beta are sharded over dimension 2, A_log and dt_bias over dimension 0, initial_state over
+    dimension 1, and cu_seqlens is replicated. All tensors of a call are DTensors. Results and gradients are
+    sharded as what they belong to. DTensors with other placements, and with a number of heads that the mesh's
+    size does not divide, are brought together by DTensor itself before the call, and each rank then computes
+    all heads. Without this function a DTensor is refused.
+
+    It registers sharding strategies of two operators with torch.distributed.tensor, whose interface for that
+    is experimental.
+
+    Raises:
+        RuntimeError: this version of PyTorch has no register_sharding.
+    """
+    try:
+        from torch.distributed.tensor.experimental import register_sharding
+    except ImportError:
+        raise RuntimeError("PyTorch has no register_sharding here; it must be 2.5 or newer") from None
+    operators = torch.ops.flash_kda
+    register_sharding(getattr(operators, _autograd._FORWARD_NAME).default)(_forward_shardings)
+    register_sharding(getattr(operators, _autograd._BACKWARD_NAME).default)(_backward_shardings)
+    _torch.takes_dtensors = True
+
+
+_READ = _autograd._READ
+_HEAD_DIMENSIONS = {**dict.fromkeys(_autograd.INPUTS, 2), "A_log": 0, "dt_bias": 0, "initial_state": 1}
+
+
+def _placements(specs: tuple, dimensions: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Of tensors: all replicated, and sharded over these dimensions. A dimension of None: replicated."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    whole = [None if spec is None else Replicate() for spec in specs]
+    return whole, [
+        x if x is None or dimension is None else Shard(dimension) for x, dimension in zip(whole, dimensions)
+    ]
+
+
+def _divides(specs: tuple) -> bool:
+    """Whether every rank of the mesh can have as many heads, with the heads of q and k that they share."""
+    q = specs[0]
+    return q.shape[2] % q.mesh.size() == 0
+
+
+def _forward_shardings(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """What DTensor may do: pairs of the placements of results and of arguments."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    specs, rest = arguments[: len(_READ)], [None] * (len(arguments) - len(_READ))
+    with_state, saves = arguments[-2:]
+    whole, sharded = _placements(specs, [_HEAD_DIMENSIONS.get(name) for name in _READ])
+    ways: list[Any] = [([Replicate()] * 3, whole + rest)]
+    if _divides(specs) and not saves:  # what is saved has no dimension of heads
+        ways.append(([Shard(2), Shard(1) if with_state else Replicate(), Replicate()], sharded + rest))
+    return ways
+
+
+def _backward_shardings(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    from torch.distributed.tensor import Replicate
+
+    tensors = len(_READ) + 3  # saved, dout, dfinal_state
+    specs, rest = arguments[:tensors], [None] * (len(arguments) - tensors)
+    wanted, saved = arguments[-1], specs[len(_READ)]
+    dimensions = [*(_HEAD_DIMENSIONS.get(name) for name in _READ), None, 2, 1]
+    whole, sharded = _placements(specs, dimensions)
+    # A gradient that is not wanted has no elements.
+    gradients = [
+        x if x is not None and wanted >> i & 1 else Replicate()
+        for i, x in enumerate(sharded[: len(_autograd.INPUTS)])
+    ]
+    ways: list[Any] = [([Replicate()] * len(_autograd.INPUTS), whole + rest)]
+    if _divides(specs) and saved is None:
+        ways.append((gradients, sharded + rest))
+    return ways

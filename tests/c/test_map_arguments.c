@@ -105,8 +105,10 @@ static void tensors(void)
            "map has shape [1, 3, 128, 128]; it must be [N, HV, K, K] = [2, 3, 128, 128], with N from the 3 "
            "entries of cu_seqlens",
            p.map.shape[0] = 1);
+    int64_t *const short_seqlens = copied((const int64_t[]){0, 4, 9}, 3);
     EXPECT(with_seqlens, INVALID_VALUE, "cu_seqlens ends with 9; its last entry must be T = 10",
-           p.cu_seqlens.data = copied((const int64_t[]){0, 4, 9}, 3));
+           p.cu_seqlens.data = short_seqlens);
+    free(short_seqlens);
     DTYPE("k has dtype float32; it must be bfloat16", p.k.dtype = FLASH_KDA_F32);
     DTYPE("initial_state has dtype float64; it must be float32 or bfloat16",
           p.initial_state.dtype = FLASH_KDA_F64);

@@ -1,5 +1,6 @@
 """One batch on several ranks: flash_kda.distributed against a call of one process and against fp64."""
 
+import importlib.util
 import random
 from pathlib import Path
 
@@ -372,6 +373,71 @@ def test_bytes(ranks, lengths, size, kilobytes):
     call = make_call(lengths=lengths, HV=2, H=2)
     results = ranks.run(count_bytes, size, call, *upstream(call))
     assert results == [([2 * 1024 * x for x in kilobytes], [])] * size
+
+
+# ---- DTensors ----
+
+
+def with_dtensors(rank, ranks, group, call, dout, dstate):
+    """What a rank computes of DTensors whose heads are sharded, put together again, and their placements."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    dimensions = {"A_log": 0, "dt_bias": 0, "initial_state": 1}
+    leaves = {
+        n: distribute_tensor(call[n], mesh, [Shard(dimensions.get(n, 2))]).requires_grad_(dout is not None)
+        for n in INPUTS
+    }
+    cu_seqlens = distribute_tensor(call["cu_seqlens"], mesh, [Replicate()])
+    wide = {**call, **leaves, "cu_seqlens": cu_seqlens}
+    try:
+        flash_kda.chunk_kda(**wide)
+    except TypeError as error:
+        refusal = str(error)
+    sharded.register_head_sharding()
+    try:
+        out, state = flash_kda.chunk_kda(**wide)
+    finally:
+        flash_kda._torch.takes_dtensors = False
+    gradients = {}
+    if dout is not None:
+        dout, dstate = distribute_tensor(dout, mesh, [Shard(2)]), distribute_tensor(dstate, mesh, [Shard(1)])
+        torch.autograd.backward((out, state), (dout, dstate))
+        gradients = {n: x.grad.full_tensor() for n, x in leaves.items()}
+    places = [x.placements[0] for x in (out, state, *(x.grad for x in leaves.values() if x.grad is not None))]
+    found = out.detach().full_tensor(), state.detach().full_tensor(), gradients
+    return refusal, [getattr(x, "dim", None) for x in places], found
+
+
+needs_register_sharding = pytest.mark.skipif(
+    not importlib.util.find_spec("torch.distributed.tensor.experimental"), reason="PyTorch before 2.5"
+)
+
+
+@needs_register_sharding
+@pytest.mark.parametrize("size", [2, 4])
+def test_dtensors_with_sharded_heads(ranks, size):
+    call = make_call(lengths=(20, 0, 30), H=4, HV=8, seed=13)
+    dout, dstate = upstream(call)
+    want = alone(call, dout, dstate)
+    for refusal, places, found in ranks.run(with_dtensors, size, call, dout, dstate):
+        assert "q is a DTensor" in refusal
+        assert places == [2, 1, 2, 2, 2, 2, 2, 0, 0, 1]
+        equal([found], [want])
+    for _, places, (out, state, _) in ranks.run(with_dtensors, size, call, None, None):
+        assert places == [2, 1]
+        equal([(out, state, {})], [(*want[:2], {})])
+
+
+@needs_register_sharding
+def test_heads_that_cannot_be_sharded_are_brought_together(ranks):
+    """Three heads of q and k on two ranks, of which each has half of the six value heads."""
+    call = make_call(lengths=(20, 30), H=3, HV=6, seed=14)
+    dout, dstate = upstream(call)
+    want = alone(call, dout, dstate)
+    for _, _, found in ranks.run(with_dtensors, 2, call, dout, dstate):
+        equal([found], [want])
 
 
 # ---- What is refused, and lost ranks ----
