@@ -7,6 +7,7 @@ them, in a group of their own.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from datetime import timedelta
@@ -30,6 +31,7 @@ def share_of(x, rank, ranks):
 
 
 def _serve(rank, file, pipe):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no network is needed
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS, timeout=TIMEOUT
