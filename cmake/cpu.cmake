@@ -20,6 +20,9 @@ target_sources(flashkda PRIVATE
   src/cpu/decode_reference.c
   src/cpu/dispatch.c
   src/cpu/fwd.c
+  src/cpu/join.c
+  src/cpu/map.c
+  src/cpu/map_reference.c
   src/cpu/nonfinite.c
   src/cpu/parallel.c
   src/cpu/reference.c

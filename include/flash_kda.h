@@ -24,9 +24,9 @@
  *   results are undefined: then the driver failed after some launches of the call, or the caller interrupted
  *   it.
  *   All functions may be called from any thread at any time. pthread_cancel() never ends a thread inside
- *   one: flash_kda_fwd(), flash_kda_bwd(), flash_kda_decode(), flash_kda_apply() and the references are
- *   cancellation points when their work is done, and the others are none. A signal handler must not leave
- *   a call by longjmp().
+ *   one: flash_kda_fwd(), flash_kda_bwd(), flash_kda_map(), flash_kda_join(), flash_kda_decode(),
+ *   flash_kda_apply() and the references are cancellation points when their work is done, and the others
+ *   are none. A signal handler must not leave a call by longjmp().
  *   Signal handlers run on the caller's threads alone. The floating-point settings of the calling thread
  *   (rounding, unmasked exceptions, flushing of tiny numbers) change no result, and are as before afterwards,
  *   the exception flags included.
@@ -427,6 +427,115 @@ typedef struct flash_kda_gradients64 {
 FLASH_KDA_API flash_kda_status flash_kda_bwd_reference(const flash_kda_bwd_params *params,
                                                        const flash_kda_gradients64 *gradients);
 
+/*
+ * The arguments of flash_kda_map(), which computes what a piece of a sequence does to the state that enters
+ * it. Whatever the gates, a run of tokens changes the state S of a head by an affine map, so several devices,
+ * each of which has one piece of a long sequence, need nothing of each other but maps. With states as they
+ * lie in memory, [V, K], and the map as a matrix [K, K],
+ *
+ *     the state after the piece = (the state before the piece) map + state
+ *
+ * Row j of map is what the piece leaves of a state whose row is the j-th unit vector, if v is zeros. `state`
+ * is what the piece leaves of initial_state. With state_k_first all three matrices are transposed in memory,
+ * and the product is map (the state before the piece).
+ *
+ * A device with a piece computes its map, gets the maps of the pieces before its own, joins them by
+ * flash_kda_join(), and calls flash_kda_fwd() with the joined state as initial_state. docs/distributed.md has
+ * the whole way, gradients included.
+ *
+ * Zero the struct, set struct_size to sizeof(flash_kda_map_params), then fill in the rest. Tensors and
+ * options that flash_kda_fwd_params has too mean the same there. Queries are not needed.
+ *
+ *   map     f32 [N, HV, K, K], optional, written
+ *   state   f32 [N, HV, V, K], optional, written: the final state
+ *
+ * At least one of them must be there. The map does not depend on v and initial_state. Of a sequence without
+ * tokens map is the identity and state is initial_state. Both may have any stride between sequences. They
+ * must not overlap each other or any other tensor.
+ *
+ * Only the CPU computes maps in this version. On a GPU flash_kda_fwd() gives both results: `map` with v of
+ * zeros from identities as initial_state, and `state` with v as it is.
+ */
+typedef struct flash_kda_map_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream;
+    flash_kda_tensor k, v, g, beta;
+    flash_kda_tensor A_log, dt_bias;
+    flash_kda_tensor initial_state;
+    flash_kda_tensor cu_seqlens;
+    flash_kda_tensor map, state;
+    void *workspace; /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
+    size_t workspace_size;
+    const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */
+    float lower_bound;        /* in [-5, 0]; of the bounded gate */
+    int32_t cpu_threads;      /* 0: as many as the process may run on; results do not depend on it */
+    int32_t gate;             /* flash_kda_gate */
+    int32_t beta_kind;        /* flash_kda_beta */
+    int32_t qk_is_normalised; /* 1: k is used as it is */
+    int32_t state_k_first;    /* 1: map and states are transposed in memory */
+    const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+} flash_kda_map_params;
+
+/* Bytes of workspace that flash_kda_map() needs for these arguments. No pointer needs to be set (an optional
+ * tensor counts if its ndim is not 0). */
+FLASH_KDA_API flash_kda_status flash_kda_map_workspace_size(const flash_kda_map_params *params,
+                                                            size_t *bytes);
+
+/* Computes maps of pieces. */
+FLASH_KDA_API flash_kda_status flash_kda_map(const flash_kda_map_params *params);
+
+/* The definition of flash_kda_map(), token by token in fp64, for tensors in CPU memory. Writes, unless they
+ * are NULL, map64 [N, HV, K, K] and state64 [N, HV, V, K], in the order in memory that state_k_first = 0 has.
+ * params->map and params->state are not written and may be absent. Slow, and meant for tests. */
+FLASH_KDA_API flash_kda_status flash_kda_map_reference(const flash_kda_map_params *params, double *map64,
+                                                       double *state64);
+
+/*
+ * The arguments of flash_kda_join(), which carries a state through the maps of the P pieces of a sequence:
+ *
+ *     entering[0] = initial_state, or zeros       entering[i + 1] = entering[i] maps[i] + states[i]
+ *
+ * and final_state is entering[P]. With `backwards` it carries a gradient from the last piece to the first:
+ *
+ *     entering[P - 1] = initial_state, or zeros   entering[i - 1] = entering[i] maps[i]^T + states[i]
+ *
+ * and final_state is entering[-1]. entering[i] is then the gradient with respect to the state after piece i.
+ * initial_state is the gradient with respect to the state after the last piece. states[i] is the part of the
+ * gradient with respect to the state before piece i that comes from the outputs of piece i: dinitial_state of
+ * flash_kda_bwd() without dfinal_state.
+ *
+ *   maps            f32 [P, HV, K, K], P at least 1: `map` of flash_kda_map()
+ *   states          f32 [P, HV, V, K]: `state` of flash_kda_map() without initial_state, or gradients
+ *   initial_state   f32 or bf16 [1, HV, V, K], optional: zeros
+ *   entering        f32 [P, HV, V, K], optional, written
+ *   final_state     f32 [1, HV, V, K], optional, written
+ *
+ * At least one of entering and final_state must be there. HV may count the heads of several sequences that
+ * are cut into as many pieces. Zero the struct and set struct_size. Tensors may have any stride between
+ * pieces, so that maps and states may be slices of one buffer. What is written must not overlap anything
+ * else. Sums are fp32 in an order that does not depend on the number of threads. Only the CPU joins maps in
+ * this version. On a GPU any library multiplies the matrices.
+ */
+typedef struct flash_kda_join_params {
+    size_t struct_size;
+    flash_kda_device device;
+    void *stream;
+    flash_kda_tensor maps, states;
+    flash_kda_tensor initial_state;
+    flash_kda_tensor entering, final_state;
+    const char *kernel;
+    int32_t backwards;     /* 1: from the last piece to the first, by the transposed maps */
+    int32_t state_k_first; /* 1: maps and states are transposed in memory */
+    int32_t cpu_threads;   /* 0: as many as the process may run on */
+    int32_t reserved;      /* 0 */
+} flash_kda_join_params;
+
+FLASH_KDA_API flash_kda_status flash_kda_join(const flash_kda_join_params *params);
+
+/* As flash_kda_check_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_check_join(const flash_kda_join_params *params);
+
 /* Decode: one to sixteen tokens of each sequence. Which states flash_kda_decode() writes to the pool. */
 typedef enum flash_kda_write_states {
     FLASH_KDA_WRITE_LAST = 0, /* the state after a sequence's last token, to the slot that it came from */
@@ -696,10 +805,11 @@ typedef struct flash_kda_interpreter {
                                     which ends the call: PyErr_CheckSignals. Called with the lock. */
 } flash_kda_interpreter;
 
-/* flash_kda_fwd(), flash_kda_bwd(), the calls about decode, and their references for long calls on the CPU
- * from the thread in which an interpreter handles signals. That thread calls with the interpreter's lock,
- * gives the lock up, and lets the interpreter handle signals while another thread computes. Once a handler
- * has raised an exception, no other handler runs before the computation has ended; the call then returns
+/* flash_kda_fwd(), flash_kda_bwd(), flash_kda_map(), the calls about decode, and their references for long
+ * calls on the CPU from the thread in which an interpreter handles signals. That thread calls with the
+ * interpreter's lock, gives the lock up, and lets the interpreter handle signals while another thread
+ * computes. Once a handler has raised an exception, no other handler runs before the computation has ended;
+ * the call then returns
  * FLASH_KDA_INTERRUPTED, or FLASH_KDA_OK if all was computed by then, and the exception is still the
  * interpreter's. params->interrupt is not looked at. Where the system has no more threads or file
  * descriptors, the calling thread computes, and signals wait. */
@@ -725,6 +835,8 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_layer_reference_for(
     double *states64);
 FLASH_KDA_API flash_kda_status flash_kda_apply_for(const flash_kda_interpreter *interpreter,
                                                    const flash_kda_apply_params *params);
+FLASH_KDA_API flash_kda_status flash_kda_map_for(const flash_kda_interpreter *interpreter,
+                                                 const flash_kda_map_params *params);
 
 /* Handlers for XLA's foreign function interface (XLA_FFI_Handler in xla/ffi/api/c_api.h), with which JAX
  * makes the calls flash_kda_fwd() and flash_kda_decode() inside of compiled programs, on the stream of the

@@ -286,7 +286,7 @@ flash_kda_status fkda_check(const flash_kda_fwd_params *p, fkda_purpose purpose,
     TRY(fkda_complete_params(&p, &complete));
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
-    TRY(fkda_check_sizes(&p->q, &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), &out->shape));
+    TRY(fkda_check_sizes(&p->q, "q", &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), &out->shape));
     TRY(check_kinds(p));
     TRY(check_scalars(p, out->shape.tokens, purpose));
     TRY(check_combinations(p, purpose));

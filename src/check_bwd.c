@@ -219,7 +219,7 @@ flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purp
     if (purpose == FKDA_FOR_REFERENCE && p->device.type != FLASH_KDA_CPU)
         return INVALID("device is not the CPU; the reference takes tensors in CPU memory");
     fkda_shape *shape = &out->fwd.shape;
-    TRY(fkda_check_sizes(&p->q, &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), shape));
+    TRY(fkda_check_sizes(&p->q, "q", &p->v, &p->cu_seqlens, has(&p->cu_seqlens, purpose), shape));
     TRY(check_options(p, shape, purpose));
     TRY(check_inputs(p, shape, purpose));
     if (purpose != FKDA_FOR_REFERENCE) TRY(check_outputs(p, shape, purpose));

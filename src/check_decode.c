@@ -201,10 +201,10 @@ static flash_kda_status check_sizes(const flash_kda_decode_params *p, fkda_decod
     const bool packed = has(&p->cu_seqlens);
     TRY(fkda_check_rank(&p->q, "q", packed ? "[1, total, H, K]" : "[N, T, H, K]", 4));
     TRY(fkda_check_rank(&p->v, "v", packed ? "[1, total, HV, V]" : "[N, T, HV, V]", 4));
-    TRY(fkda_check_head_sizes(&p->q, &p->v));
+    TRY(fkda_check_head_sizes(&p->q, "q", &p->v));
     const int64_t rows = p->q.shape[0], T = p->q.shape[1];
     TRY(fkda_check_sequences(&p->q, "q", &p->cu_seqlens, &out->sequences));
-    TRY(fkda_check_counts(packed ? "1" : "N", rows, T, out->sequences, p->v.shape[2]));
+    TRY(fkda_check_counts("q", packed ? "1" : "N", rows, T, out->sequences, p->v.shape[2]));
     out->tokens = T;
     out->heads = p->v.shape[2];
     out->qk_heads = p->q.shape[2];

@@ -34,29 +34,31 @@ flash_kda_status fkda_complete_struct(const void **params, void *complete, size_
 
 /* ---- Sizes ---- */
 
-flash_kda_status fkda_check_head_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v)
+flash_kda_status fkda_check_head_sizes(const flash_kda_tensor *q, const char *q_name,
+                                       const flash_kda_tensor *v)
 {
     const int64_t H = q->shape[2], HV = v->shape[2];
     if (q->shape[3] != FKDA_DIM)
-        return INVALID("q has K = %lld; the head size K must be 128", (long long)q->shape[3]);
+        return INVALID("%s has K = %lld; the head size K must be 128", q_name, (long long)q->shape[3]);
     if (v->shape[3] != FKDA_DIM)
         return INVALID("v has V = %lld; the head size V must be 128", (long long)v->shape[3]);
-    if (H < 1) return INVALID("q has H = %lld; there must be at least 1 head", (long long)H);
+    if (H < 1) return INVALID("%s has H = %lld; there must be at least 1 head", q_name, (long long)H);
     if (HV < 1 || HV % H)
-        return INVALID("v has HV = %lld heads and q has H = %lld; HV must be a multiple of H", (long long)HV,
-                       (long long)H);
+        return INVALID("v has HV = %lld heads and %s has H = %lld; HV must be a multiple of H", (long long)HV,
+                       q_name, (long long)H);
     return FLASH_KDA_OK;
 }
 
-flash_kda_status fkda_check_counts(const char *rows, int64_t batch, int64_t T, int64_t N, int64_t HV)
+flash_kda_status fkda_check_counts(const char *q_name, const char *rows, int64_t batch, int64_t T, int64_t N,
+                                   int64_t HV)
 {
     int64_t tokens, elements;
     if (__builtin_mul_overflow(batch, T, &tokens) || __builtin_mul_overflow(tokens, HV, &elements) ||
         __builtin_mul_overflow(elements, 4 * FKDA_DIM, &elements) || elements > FKDA_MAX_TENSOR_BYTES ||
         tokens > MAX_TOKENS)
-        return INVALID("q has %s * T = %lld * %lld tokens and v has HV = %lld heads; there must be at most "
+        return INVALID("%s has %s * T = %lld * %lld tokens and v has HV = %lld heads; there must be at most "
                        "%lld tokens, and a tensor must fit in memory",
-                       rows, (long long)batch, (long long)T, (long long)HV, (long long)MAX_TOKENS);
+                       q_name, rows, (long long)batch, (long long)T, (long long)HV, (long long)MAX_TOKENS);
     TRY(fkda_check_states(N, HV));
     if (HV > MAX_HEADS)
         return INVALID("v has HV = %lld; there must be at most %lld heads", (long long)HV,
@@ -74,15 +76,15 @@ flash_kda_status fkda_check_states(int64_t N, int64_t HV)
     return FLASH_KDA_OK;
 }
 
-flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v,
+flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const char *q_name, const flash_kda_tensor *v,
                                   const flash_kda_tensor *cu_seqlens, bool has_cu_seqlens, fkda_shape *out)
 {
-    TRY(fkda_check_rank(q, "q", "[B, T, H, K]", 4));
+    TRY(fkda_check_rank(q, q_name, "[B, T, H, K]", 4));
     TRY(fkda_check_rank(v, "v", "[B, T, HV, V]", 4));
     int64_t B = q->shape[0], T = q->shape[1], N = B;
     const int64_t H = q->shape[2], HV = v->shape[2];
-    TRY(fkda_check_head_sizes(q, v));
-    if (B < 1) return INVALID("q has B = %lld; there must be at least 1 batch row", (long long)B);
+    TRY(fkda_check_head_sizes(q, q_name, v));
+    if (B < 1) return INVALID("%s has B = %lld; there must be at least 1 batch row", q_name, (long long)B);
     if (has_cu_seqlens) {
         TRY(fkda_check_rank(cu_seqlens, "cu_seqlens", "[N + 1]", 1));
         if (B != 1)
@@ -93,7 +95,7 @@ flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const flash_kda_ten
             return INVALID("cu_seqlens has %lld entries; it must have N + 1 for N >= 1 sequences",
                            (long long)cu_seqlens->shape[0]);
     }
-    TRY(fkda_check_counts("B", B, T, N, HV));
+    TRY(fkda_check_counts(q_name, "B", B, T, N, HV));
     out->batch = B;
     out->tokens = T;
     out->heads = HV;

@@ -15,16 +15,18 @@ enum {
 flash_kda_status fkda_complete_struct(const void **params, void *complete, size_t least, size_t most,
                                       const char *name);
 
-/* K, V, H and HV. The ranks of q and v were checked. */
-flash_kda_status fkda_check_head_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v);
+/* K, V, H and HV. The ranks of q and v were checked. q_name is what the call calls the tensor that has H
+ * heads: "q", or "k" where there are no queries. */
+flash_kda_status fkda_check_head_sizes(const flash_kda_tensor *q, const char *q_name,
+                                       const flash_kda_tensor *v);
 
 /* That the products of sizes fit what counts them. `rows` is the letter of the batch rows: "B". */
-flash_kda_status fkda_check_counts(const char *rows, int64_t batch, int64_t tokens, int64_t sequences,
-                                   int64_t heads);
+flash_kda_status fkda_check_counts(const char *q_name, const char *rows, int64_t batch, int64_t tokens,
+                                   int64_t sequences, int64_t heads);
 flash_kda_status fkda_check_states(int64_t sequences, int64_t heads);
 
 /* The sizes B, T, H, HV and N of the forward or the backward pass, which become those of a zeroed shape. */
-flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const flash_kda_tensor *v,
+flash_kda_status fkda_check_sizes(const flash_kda_tensor *q, const char *q_name, const flash_kda_tensor *v,
                                   const flash_kda_tensor *cu_seqlens, bool has_cu_seqlens, fkda_shape *shape);
 
 flash_kda_status fkda_check_flag(int32_t flag, const char *name);

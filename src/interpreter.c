@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "check_bwd.h"
+#include "check_map.h"
 #include "check_shared.h"
 #include "check_tensor.h"
 #include "errors.h"
@@ -25,6 +26,7 @@ typedef struct work {
     const flash_kda_fwd_params *params;
     double *out64, *state64, *checkpoints64; /* of flash_kda_reference() */
     const flash_kda_bwd_params *bwd;
+    const flash_kda_map_params *map;
     const flash_kda_gradients64 *gradients; /* of flash_kda_bwd_reference() */
     const void *decode; /* the struct of decode, decode_layer, apply and their references */
     flash_kda_status status;
@@ -45,6 +47,11 @@ static flash_kda_status compute_reference(const work *w)
 static flash_kda_status compute_bwd(const work *w)
 {
     return flash_kda_bwd(w->bwd);
+}
+
+static flash_kda_status compute_map(const work *w)
+{
+    return flash_kda_map(w->map);
 }
 
 static flash_kda_status compute_bwd_reference(const work *w)
@@ -280,4 +287,19 @@ flash_kda_status flash_kda_apply_for(const flash_kda_interpreter *interpreter,
     flash_kda_apply_params own;
     work w = {.compute = compute_apply};
     return compute_with(&w, &apply_params, params, &own, interpreter);
+}
+
+flash_kda_status flash_kda_map_for(const flash_kda_interpreter *interpreter,
+                                   const flash_kda_map_params *params)
+{
+    FKDA_GUARD;
+    int32_t interrupt = 0;
+    flash_kda_map_params own;
+    work w = {.compute = compute_map, .map = &own};
+    TRY(check_interpreter(interpreter));
+    TRY(fkda_complete_map_params(&params, &own));
+    own = *params;
+    own.struct_size = sizeof own;
+    own.interrupt = &interrupt;
+    return compute(&w, interpreter, &interrupt);
 }

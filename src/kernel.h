@@ -5,6 +5,7 @@
 #include "bwd_problem.h"
 #include "decode_layer_problem.h"
 #include "decode_problem.h"
+#include "map_problem.h"
 #include "nonfinite.h"
 #include "plan.h"
 #include "problem.h"
@@ -33,6 +34,11 @@ struct fkda_kernel {
     size_t (*bwd_workspace)(const fkda_bwd_problem *problem);
     /* How many bytes of `saved` the forward pass writes. NULL in a kernel without FKDA_SAVED. */
     size_t (*saved_bytes)(const fkda_shape *shape);
+    /* Do what flash_kda_map() and flash_kda_join() ask for, and say how many bytes of workspace the first
+     * takes. NULL in a kernel without FKDA_MAPS. */
+    flash_kda_status (*map)(const fkda_map_problem *problem);
+    size_t (*map_workspace)(const fkda_map_problem *problem);
+    flash_kda_status (*join)(const fkda_join_problem *problem);
     /* Says how the plan lays the work out: a few sentences without a newline at the end, in 512 bytes at
      * most. */
     void (*explain)(const fkda_plan *plan, char *text, size_t size);

@@ -10,7 +10,8 @@
 
 /* What each kernel knows beyond the plainest call. */
 enum {
-    FKDA_CPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED,
+    FKDA_CPU_FEATURES =
+        FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED | FKDA_MAPS,
     FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD,
     FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER,
 };
@@ -21,7 +22,8 @@ enum {
         .features = FKDA_CPU_FEATURES, .plan = fkda_cpu_make_plan, .run = fkda_cpu_run,                      \
         .count_nonfinite = fkda_cpu_count_nonfinite, .decode = fkda_cpu_decode, .apply = fkda_cpu_apply,     \
         .decode_layer = fkda_cpu_decode_layer, .bwd = fkda_cpu_bwd, .bwd_workspace = fkda_cpu_bwd_workspace, \
-        .saved_bytes = fkda_saved_bytes, .explain = fkda_cpu_explain,                                        \
+        .saved_bytes = fkda_saved_bytes, .map = fkda_cpu_map, .map_workspace = fkda_cpu_map_workspace,       \
+        .join = fkda_cpu_join, .explain = fkda_cpu_explain,                                                  \
     }
 
 /* A call that names no kernel runs the first row that the device can run and that knows all features of the
@@ -174,6 +176,8 @@ static const char *feature_text(int32_t features)
         "flash_kda_decode_layer()",
         "flash_kda_bwd(), the backward pass",
         "saved",
+        "flash_kda_map() and flash_kda_join(); there flash_kda_fwd() from identities, with v of zeros, gives "
+        "maps",
     };
     return texts[__builtin_ctz((unsigned)features)];
 }

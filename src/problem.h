@@ -39,6 +39,7 @@ typedef enum fkda_feature {
     FKDA_DECODE_LAYER = 1 << 13, /* flash_kda_decode_layer() */
     FKDA_BACKWARD = 1 << 14,     /* flash_kda_bwd() */
     FKDA_SAVED = 1 << 15,        /* the forward pass writes `saved`, or the backward pass reads it */
+    FKDA_MAPS = 1 << 16,         /* flash_kda_map() and flash_kda_join() */
 } fkda_feature;
 
 /* Everything that decides what a call runs: shapes, options and the device, but no pointer. A plan is made

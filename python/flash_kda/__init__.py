@@ -38,6 +38,7 @@ from . import (
 from ._backward import Gradients, bwd, bwd_reference
 from ._decode_options import APPLY, DECODE, DECODE_LAYER
 from ._options import BOTH_PARAMETERS, Options, cached_options, defaults_for, known_options
+from ._pieces import affine_map, affine_map_reference, join_maps
 
 if TYPE_CHECKING:
     from typing import Protocol, SupportsFloat
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Device",
     "Gradients",
+    "affine_map",
+    "affine_map_reference",
     "apply_records",
     "bwd",
     "bwd_reference",
@@ -71,6 +74,7 @@ __all__ = [
     "fwd",
     "get_saved_size",
     "get_workspace_size",
+    "join_maps",
     "kernels",
     "reference",
 ]
@@ -82,7 +86,11 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-_ADAPTERS = ("fla", "jax")  # modules for other packages, each of which needs an import of its own
+_ADAPTERS = (
+    "distributed",
+    "fla",
+    "jax",
+)  # modules for other packages, each of which needs an import of its own
 
 
 def __getattr__(name: str) -> Any:

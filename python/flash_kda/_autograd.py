@@ -271,6 +271,8 @@ def refuse_strange(inputs: dict[str, Any]) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is of type {type(t).__name__}; it must be a PyTorch tensor")
     names, tensors = tuple(inputs), [*inputs.values()]
+    if _torch.takes_dtensors and _torch.is_dtensor(tensors[0]):
+        return  # which DTensor itself hands to the operator
     _torch.refuse_distributed(names, tensors)
     _torch.refuse_unreadable(names, tensors)
     if _torch.has_tangents():

@@ -61,13 +61,14 @@ class LongCalls(NamedTuple):
     tokens_of_a_state: int  # that take as long as a state that is read and written
 
 
-# By the functions' operators.
+# By the functions' operators. Other functions have no long calls.
 _LONG = {
     "fwd": LongCalls(_interruptible.fwd, _work_of_v, 16),
     "bwd": LongCalls(_interruptible.bwd, _work_of_v, 16),
     "decode": LongCalls(_interruptible.decode, _work_of_v, 5),
     "decode_layer": LongCalls(_interruptible.decode_layer, _work_of_layer, 5),
     "apply_records": LongCalls(_interruptible.apply_records, _work_of_records, 5),
+    "affine_map": LongCalls(_interruptible.affine_map, _work_of_v, 16),
 }
 
 
@@ -176,9 +177,9 @@ class PreparedCall:
         # Bytes that run() needs from its caller, or on the CPU from the thread.
         self.workspace_size = bytes_needed if given_bytes is None else 0
         params.workspace_size = bytes_needed if given_bytes is None else given_bytes
-        long = _LONG[options.operator]
-        self.call_long = long.call
-        self.is_long = not self.on_gpu and _is_long(params, long)
+        long = _LONG.get(options.operator)
+        self.is_long = long is not None and not self.on_gpu and _is_long(params, long)
+        self.call_long: Callable[[Any], None] = options.function.call if long is None else long.call
 
     def _field(self, kind: Any, name: str) -> Any:
         """One field of the struct as an object of its own, which takes half the time to set. A tensor's first

@@ -1,7 +1,8 @@
 """What a call asks for apart from the contents of its arrays and its numbers: the machinery of all functions.
 
-Every function that hands arrays to C has a subclass of `CallOptions`: `fwd` in _options.py, and `decode`,
-`decode_layer` and `apply_records` in _decode_options.py. The subclass names the function's arrays, and has
+Every function that hands arrays to C has a subclass of `CallOptions`: `fwd` in _options.py, `bwd` in
+_backward_options.py, `affine_map` and `join_maps` in _map_options.py, and `decode`, `decode_layer` and
+`apply_records` in _decode_options.py. The subclass names the function's arrays, and has
 one field for each of its options. The field says which values the option takes. From the subclass follow the
 checks and their sentences, what goes into C's struct, the function's operator in PyTorch, and whether an
 earlier call's struct can be reused.
@@ -191,9 +192,11 @@ class CallOptions:
 
     @cached_property
     def pick_written(self) -> Callable[[list[Any]], tuple[Any, ...]]:
-        """Returns the arrays that the call writes, of the call's arrays. Every call writes one at least."""
-        first, *others = self.written
-        return operator.itemgetter(first, *others) if others else lambda arrays: (arrays[first],)
+        """Returns the arrays that the call writes, of the call's arrays."""
+        if len(self.written) > 1:
+            return operator.itemgetter(*self.written)
+        written = self.written
+        return lambda arrays: tuple(arrays[i] for i in written)
 
 
 class GateAndBeta:

@@ -35,7 +35,7 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
         "dt_bias": more.get("dt_bias") if with_gate else None,
         "initial_state": call["initial_state"],
     }  # fmt: skip
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.values()):
+    if _computes_with_gradients(torch, inputs):
         return _with_gradients(torch, inputs, call, lower_bound, state_v_first)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV = v.shape[2] if v.ndim == 4 else 0
@@ -75,6 +75,16 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
     if states is None:
         return out, final_state
     return out, final_state, states.finished(call["initial_state"])
+
+
+def _computes_with_gradients(torch: Any, inputs: dict[str, Any]) -> bool:
+    """Whether the operator with gradients computes the call. It also computes calls with DTensors."""
+    package: Any = sys.modules[__package__]
+    if not torch.compiler.is_compiling():
+        layer = package._layer_of_torch()
+        if layer.takes_dtensors and layer.is_dtensor(inputs["q"]):
+            return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.values())
 
 
 def _for_autocast(torch: Any, *tensors: Any) -> tuple[Any, ...]:

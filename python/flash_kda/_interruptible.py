@@ -21,6 +21,7 @@ from . import _lib
 _fwd = _lib.lib.flash_kda_fwd, _lib.with_signals("flash_kda_fwd")
 _reference = _lib.lib.flash_kda_reference, _lib.with_signals("flash_kda_reference")
 _bwd = _lib.lib.flash_kda_bwd, _lib.with_signals("flash_kda_bwd")
+_affine_map = _lib.lib.flash_kda_map, _lib.with_signals("flash_kda_map")
 _bwd_reference = _lib.lib.flash_kda_bwd_reference, _lib.with_signals("flash_kda_bwd_reference")
 _decode = _lib.lib.flash_kda_decode, _lib.with_signals("flash_kda_decode")
 _decode_reference = _lib.lib.flash_kda_decode_reference, _lib.with_signals("flash_kda_decode_reference")
@@ -45,6 +46,11 @@ def reference(params: _lib.FwdParams, out64: Any, state64: Any, checkpoints64: A
 def bwd(params: _lib.BwdParams) -> None:
     """The backward pass. params.interrupt is not looked at."""
     _call(_bwd, params)
+
+
+def affine_map(params: _lib.MapParams) -> None:
+    """Maps of pieces. params.interrupt is not looked at."""
+    _call(_affine_map, params)
 
 
 def bwd_reference(params: _lib.BwdParams, gradients: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from ._backward_options import BwdOptions
 from ._decode_options import DecodeLayerOptions, DecodeOptions
+from ._map_options import JoinOptions, MapOptions
 from ._options import WRITTEN_ARRAYS
 
 _GATE_PARAMETERS = ("A_log", "dt_bias")
@@ -23,9 +24,11 @@ _WRITTEN = {
     *DecodeOptions.written_arrays,
     *DecodeLayerOptions.written_arrays,
     *BwdOptions.written_arrays,
+    *MapOptions.written_arrays,
+    *JoinOptions.written_arrays,
 }
-# How a tensor may lie in memory, as src/check.c, src/check_bwd.c and src/check_decode.c have it. All others
-# are contiguous.
+# How a tensor may lie in memory, as src/check.c, src/check_bwd.c, src/check_map.c and src/check_decode.c have
+# it. All others are contiguous.
 _ROWS = ("q", "k", "v", "g", "out", "dq", "dk", "dv", "dg", "dout")  # the last dimension is contiguous
 _FREE = ("beta", "dbeta")
 # Of decode_layer, which reads and writes all but the states element by element.
@@ -34,7 +37,7 @@ _ELEMENT_FREE = ("weight", "beta", "conv_state", "conv_windows")
 # All but the first dimension are contiguous.
 _SLOTS = (
     "initial_state", "final_state", "checkpoint_states", "state", "written_states", "dinitial_state",
-    "dfinal_state",
+    "dfinal_state", "map", "maps", "states", "entering",
 )  # fmt: skip
 # Pools, of which a call needs few slots, and what it writes in part.
 _NEVER_COPIED = (

@@ -137,6 +137,52 @@ class Gradients64(ctypes.Structure):
     ]
 
 
+class MapParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("g", Tensor),
+        ("beta", Tensor),
+        ("A_log", Tensor),
+        ("dt_bias", Tensor),
+        ("initial_state", Tensor),
+        ("cu_seqlens", Tensor),
+        ("map", Tensor),
+        ("state", Tensor),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+        ("kernel", c_char_p),
+        ("lower_bound", c_float),
+        ("cpu_threads", c_int32),
+        ("gate", c_int32),
+        ("beta_kind", c_int32),
+        ("qk_is_normalised", c_int32),
+        ("state_k_first", c_int32),
+        ("interrupt", c_void_p),
+    ]
+
+
+class JoinParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device", Device),
+        ("stream", c_void_p),
+        ("maps", Tensor),
+        ("states", Tensor),
+        ("initial_state", Tensor),
+        ("entering", Tensor),
+        ("final_state", Tensor),
+        ("kernel", c_char_p),
+        ("backwards", c_int32),
+        ("state_k_first", c_int32),
+        ("cpu_threads", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 class DecodeParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -303,6 +349,7 @@ def _load() -> ctypes.CDLL:
     params = ctypes.POINTER(FwdParams)
     decode_params, apply_params = ctypes.POINTER(DecodeParams), ctypes.POINTER(ApplyParams)
     layer_params, bwd_params = ctypes.POINTER(DecodeLayerParams), ctypes.POINTER(BwdParams)
+    map_params, join_params = ctypes.POINTER(MapParams), ctypes.POINTER(JoinParams)
     signatures = {
         "flash_kda_fwd": [params],
         "flash_kda_fwd_workspace_size": [params, ctypes.POINTER(c_size_t)],
@@ -312,6 +359,11 @@ def _load() -> ctypes.CDLL:
         "flash_kda_bwd": [bwd_params],
         "flash_kda_bwd_workspace_size": [bwd_params, ctypes.POINTER(c_size_t)],
         "flash_kda_bwd_reference": [bwd_params, ctypes.POINTER(Gradients64)],
+        "flash_kda_map": [map_params],
+        "flash_kda_map_workspace_size": [map_params, ctypes.POINTER(c_size_t)],
+        "flash_kda_map_reference": [map_params, *[ctypes.POINTER(c_double)] * 2],
+        "flash_kda_join": [join_params],
+        "flash_kda_check_join": [join_params],
         "flash_kda_decode": [decode_params],
         "flash_kda_check_decode": [decode_params],
         "flash_kda_decode_reference": [decode_params, *[ctypes.POINTER(c_double)] * 2],
@@ -429,6 +481,10 @@ def bwd_workspace_size(params: BwdParams) -> int:
     return _size(lib.flash_kda_bwd_workspace_size, params)
 
 
+def map_workspace_size(params: MapParams) -> int:
+    return _size(lib.flash_kda_map_workspace_size, params)
+
+
 def explain(params: FwdParams) -> str:
     text = ctypes.create_string_buffer(1200)
     check(lib.flash_kda_explain(ctypes.byref(params), text, len(text)))
@@ -466,6 +522,8 @@ def _function(name: str, params: Any, workspace_size: Callable[[Any], int]) -> F
 
 FWD = _function("fwd", FwdParams, workspace_size)
 BWD = _function("bwd", BwdParams, bwd_workspace_size)
+MAP = _function("map", MapParams, map_workspace_size)
+JOIN = _function("join", JoinParams, _without_workspace(lib.flash_kda_check_join))
 DECODE = _function("decode", DecodeParams, _without_workspace(lib.flash_kda_check_decode))
 DECODE_LAYER = _function(
     "decode_layer", DecodeLayerParams, _without_workspace(lib.flash_kda_check_decode_layer)

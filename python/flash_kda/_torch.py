@@ -27,6 +27,7 @@ from ._backward_options import BWD
 from ._call import PreparedCall, PreparedCalls, View, check_devices, check_numbers
 from ._call_options import CallOptions, KnownOptions, operator_defaults, operator_schema, option_fields
 from ._decode_options import APPLY, DECODE, DECODE_LAYER
+from ._map_options import JOIN, MAP
 from ._options import FWD
 
 Tensor = torch.Tensor
@@ -378,9 +379,16 @@ def refuse_tangents(tensors: Any) -> None:
         )
 
 
+takes_dtensors = False  # after flash_kda.distributed.register_head_sharding()
+
+
+def is_dtensor(t: Any) -> bool:
+    return type(t).__name__ == "DTensor"
+
+
 def refuse_distributed(names: tuple[str, ...], tensors: list) -> None:
     for name, t in zip(names, tensors):
-        if type(t).__name__ == "DTensor":
+        if is_dtensor(t):
             raise TypeError(
                 f"{name} is a DTensor, and a call computes on one device; pass the local tensors that "
                 "to_local() gives. Batch rows and heads may be sharded, tokens and channels must not be"
@@ -506,4 +514,6 @@ def _example(x: Any) -> Any:
 
 
 # The name of each function's operator.
-OPERATORS = {known.cls.operator: Operator(known).name for known in (FWD, BWD, DECODE, DECODE_LAYER, APPLY)}
+OPERATORS = {
+    known.cls.operator: Operator(known).name for known in (FWD, BWD, MAP, JOIN, DECODE, DECODE_LAYER, APPLY)
+}

@@ -5,6 +5,7 @@
 #include "../bwd_problem.h"
 #include "../decode_layer_problem.h"
 #include "../decode_problem.h"
+#include "../map_problem.h"
 #include "../nonfinite.h"
 #include "../plan.h"
 #include "../problem.h"
@@ -62,5 +63,13 @@ size_t fkda_cpu_bwd_workspace(const fkda_bwd_problem *problem);
 /* bwd_reference.c: writes each gradient that has a pointer. */
 flash_kda_status fkda_cpu_bwd_reference(const fkda_bwd_problem *problem,
                                         const flash_kda_gradients64 *gradients);
+
+/* map.c and join.c: `map`, `map_workspace` and `join` of the same kernels. */
+flash_kda_status fkda_cpu_map(const fkda_map_problem *problem);
+size_t fkda_cpu_map_workspace(const fkda_map_problem *problem);
+flash_kda_status fkda_cpu_join(const fkda_join_problem *problem);
+
+/* map_reference.c: writes map [N, HV, K, K] and state [N, HV, V, K], unless they are NULL. */
+flash_kda_status fkda_cpu_map_reference(const fkda_map_problem *problem, double *map, double *state);
 
 #endif

@@ -42,6 +42,8 @@
 #include "state.h"
 
 #include "backward.h"
+#include "join.h"
+#include "map.h"
 
 /* Value channels of one head of one sequence. */
 typedef struct piece {
@@ -118,6 +120,10 @@ const fkda_cpu_variant FKDA_VARIANT = {
     .run_head = run_head,
     .bwd_memory = bwd_memory,
     .run_bwd = run_bwd,
+    .map_memory = sizeof(map_scratch),
+    .run_map = run_map,
+    .join_memory = sizeof(join_scratch),
+    .run_join = run_join,
     .run_layer_head = run_layer_head,
     .decode = decode,
     .apply = apply,

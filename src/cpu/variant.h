@@ -5,6 +5,7 @@
 
 #include "../bwd_problem.h"
 #include "../decode_layer_problem.h"
+#include "../map_problem.h"
 #include "../problem.h"
 #include "decode_piece.h"
 
@@ -33,6 +34,15 @@ typedef struct fkda_cpu_variant {
     size_t (*bwd_memory)(const fkda_bwd_problem *problem, int64_t stretch);
     bool (*run_bwd)(const fkda_bwd_problem *problem, const fkda_bwd_piece *piece, int64_t stretch,
                     void *memory);
+    /* Computes a range of the columns of sequence n and head h of a call of map. Columns 0 to 127 are the
+     * value channels of the state, and columns 128 to 255 those of the map. The range begins and ends at
+     * multiples of 32. The memory has map_memory bytes, a multiple of 64, and is 64-byte aligned. Returns
+     * false if the call was interrupted. */
+    size_t map_memory;
+    bool (*run_map)(const fkda_map_problem *problem, int64_t n, int64_t h, int first, int last, void *memory);
+    /* Computes head h of a call of join. The memory has join_memory bytes and is 64-byte aligned. */
+    size_t join_memory;
+    void (*run_join)(const fkda_join_problem *problem, int64_t h, void *memory);
     /* Computes sequence n and head h of a call of decode_layer. */
     void (*run_layer_head)(const fkda_decode_layer_problem *problem, int64_t n, int64_t h);
     /* Compute a piece of a call of decode and of apply. */

@@ -329,13 +329,57 @@ static void decode(void)
     free(counts);
 }
 
+static void maps(void)
+{
+    problem *p = problem_create(1, 20000, 4);
+    fill_case(p, find_case("slow gates"), 3);
+    const flash_kda_fwd_params fwd = problem_params(p, false);
+    const int64_t shape[] = {1, 4, DIM, DIM}, count = 4 * DIM * DIM;
+    float *expected = allocate((size_t)count, sizeof *expected), *now = allocate((size_t)count, sizeof *now);
+    flash_kda_map_params params = {.struct_size = sizeof params,
+                                   .k = fwd.k,
+                                   .v = fwd.v,
+                                   .g = fwd.g,
+                                   .beta = fwd.beta,
+                                   .A_log = fwd.A_log,
+                                   .dt_bias = fwd.dt_bias,
+                                   .map = tensor_of(expected, FLASH_KDA_F32, 4, shape),
+                                   .lower_bound = fwd.lower_bound,
+                                   .cpu_threads = 1};
+    must(flash_kda_map_workspace_size(&params, &params.workspace_size));
+    params.workspace = aligned_alloc(64, params.workspace_size);
+
+    trying("a handler raises while maps are computed");
+    start_interpreter(1);
+    check_interrupted(flash_kda_map_for(&interpreter, &params));
+
+    trying("handlers that return");
+    must(flash_kda_map(&params));
+    params.map.data = now;
+    start_interpreter(0);
+    must(flash_kda_map_for(&interpreter, &params));
+    CHECK(looks > 0 && locked, "the interpreter had no chance to handle signals");
+    CHECK(first_difference(expected, now, 4, count) < 0, "map differs");
+
+    trying("wrong arguments");
+    params.lower_bound = 1.0f;
+    CHECK(flash_kda_map_for(&interpreter, &params) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(strstr(flash_kda_last_error(), "lower_bound is 1"), "%s", flash_kda_last_error());
+    CHECK(flash_kda_map_for(&interpreter, NULL) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(flash_kda_map_for(NULL, &params) == FLASH_KDA_INVALID_VALUE, "no refusal");
+    CHECK(locked, "the interpreter's lock is lost");
+    free(params.workspace);
+    free(expected);
+    free(now);
+    problem_free(p);
+}
+
 int main(int argc, char **argv)
 {
-    static const group groups[] = {{"exceptions", exceptions},
-                                   {"results", results},
-                                   {"backward", backward},
-                                   {"decode", decode},
-                                   {"refusals", refusals}};
+    static const group groups[] = {
+        {"exceptions", exceptions}, {"results", results}, {"backward", backward},
+        {"decode", decode},         {"maps", maps},       {"refusals", refusals},
+    };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);
 }

@@ -117,6 +117,17 @@ def test_ctrl_c_during_a_backward_pass():
     assert seconds < MOST_PROCESSOR_SECONDS
 
 
+def slow_maps(a):
+    inputs = {name: x for name, x in a.items() if name not in ("q", "scale", "out", "final_state")}
+    map = np.empty((1, a["v"].shape[2], 128, 128), np.float32)
+    flash_kda.affine_map(**inputs, map=map, kernel="cpu-portable", threads=1)
+
+
+def test_ctrl_c_while_maps_are_computed():
+    seconds = processor_seconds_to_stop(slow_maps, zeros(), interrupt, KeyboardInterrupt)
+    assert seconds < MOST_PROCESSOR_SECONDS
+
+
 def test_ctrl_c_during_autograd():
     torch = pytest.importorskip("torch")
     tensors = to_torch(zeros(), "cpu")

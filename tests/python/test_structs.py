@@ -17,6 +17,8 @@ STRUCTS = {
     "flash_kda_fwd_params": _lib.FwdParams,
     "flash_kda_bwd_params": _lib.BwdParams,
     "flash_kda_gradients64": _lib.Gradients64,
+    "flash_kda_map_params": _lib.MapParams,
+    "flash_kda_join_params": _lib.JoinParams,
     "flash_kda_decode_params": _lib.DecodeParams,
     "flash_kda_decode_layer_params": _lib.DecodeLayerParams,
     "flash_kda_apply_params": _lib.ApplyParams,

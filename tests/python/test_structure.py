@@ -18,14 +18,14 @@ PACKAGE = Path(flash_kda.__file__).parent
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
     {"_call_options", "_interruptible", "_installed", "_engines"},
-    {"_options", "_backward_options", "_decode_options"},
+    {"_options", "_backward_options", "_decode_options", "_map_options"},
     {"_call", "_layout"},
     {"_arrays"},
     {"_torch", "_functional", "_shapes"},
     {"_reference", "_autograd", "_fla"},
-    {"_backward", "_chunk_kda"},
+    {"_backward", "_chunk_kda", "_pieces"},
     {"_fused_recurrent_kda", "vllm", "sglang"},
-    {"__init__", "__main__", "fla", "jax"},
+    {"__init__", "__main__", "distributed", "fla", "jax"},
 ]
 MOST_FUNCTIONS = 5  # of the package, before C has the call
 
