@@ -29,7 +29,6 @@ static const struct {
     bool counts; /* values that are not finite */
     bool quick;  /* tried by --quick too */
 } ways[] = {
-    {"portable", 40, 1, FLASH_KDA_CUT_AUTO, false, false},
     {"portable", 40, 1, FLASH_KDA_CUT_AUTO, true, true},
     /* More heads than SMs: flags are cleared for handoffs. */
     {"hopper", 40, 5, FLASH_KDA_CUT_NEVER, false, true},

@@ -125,7 +125,7 @@ static void cases(void)
 {
     for (int i = 0; i < test_case_count; i++) {
         const test_case *c = &test_cases[i];
-        problem *p = problem_create(1, test.quick ? 150 : 1024, test.quick ? 1 : 3);
+        problem *p = problem_create(1, test.quick ? 100 : 1024, test.quick ? 1 : 3);
         fill_case(p, c, 11);
         trying("%s, T = %lld, H = %lld", c->name, (long long)p->tokens, (long long)p->heads);
         check_state_modes(p, case_bars(c, test.device));
