@@ -187,7 +187,7 @@ CUresult cuModuleGetFunction(const void **function, void *, const char *name)
         emulator::portable_kernels, emulator::nonfinite_kernels, emulator::decode_kernels,
         emulator::layer_kernels,    emulator::backward_kernels,
 #ifdef FKDA_WITH_HOPPER
-        emulator::hopper_kernels,
+        emulator::hopper_kernels,   emulator::hopper_backward_kernels,
 #endif
     };
     for (const emulator::Kernel *table : tables)
