@@ -162,9 +162,9 @@ struct RowRole {
                (static_cast<long long>(cta) * args.record_chunks + chunk_of_segment) * FKDA_HOPPER_BWD_RECORD;
     }
 
-    __device__ __forceinline__ uint4 *missed_record(int chunk_of_segment, RowPlace p) const
+    __device__ __forceinline__ float4 *missed_record(int chunk_of_segment, RowPlace p) const
     {
-        return reinterpret_cast<uint4 *>(record(chunk_of_segment) + FKDA_HOPPER_BWD_IMAGE) + 32 * p.warp +
+        return reinterpret_cast<float4 *>(record(chunk_of_segment) + FKDA_HOPPER_BWD_IMAGE) + 32 * p.warp +
                p.lane;
     }
 
@@ -222,11 +222,11 @@ struct RowRole {
             multiply_lower(missed, rest, prepared.inverse, p.g, p.t);
             if (!is_last) load_values(values, chunk + 1);
             if (records) {
-                const Unit of_missed(__reduce_max_sync(~0u, largest_of(missed)));
-                uint32_t a[4];
-                pack(a, missed[0], missed[1], of_missed.inverse);
-                *missed_record(chunk - first, p) = make_uint4(a[0], a[1], a[2], a[3]);
-                if (p.lane == 0) s.missed_units[chunk - first][p.warp] = of_missed.size;
+                float4 *const to = missed_record(chunk - first, p);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    to[TEAM_THREADS * i] =
+                        make_float4(missed[i][0], missed[i][1], missed[i][2], missed[i][3]);
                 if (p.lane == 0 && p.warp == 0) s.image_units[chunk - first] = unit.size;
             }
         }
@@ -285,11 +285,12 @@ struct RowRole {
     __device__ __forceinline__ void step_back(Rows &x, Values &values, Unit unit, int chunk, int first)
     {
         const unsigned n = static_cast<unsigned>(taken++), slot = n % PREPARED_SLOTS;
-        const float scale = args.bwd.fwd.scale;
         Prepared &prepared = s.prepared[slot];
         float dr[2][4] = {}, dout[2][4];
-        uint4 kept;
-        if (gradients) kept = *missed_record(chunk - first, row_place());
+        float4 missed[2];
+#pragma unroll
+        for (int i = 0; gradients && i < 2; i++)
+            missed[i] = missed_record(chunk - first, row_place())[TEAM_THREADS * i];
         mbarrier_wait(&s.barriers.ready[slot], n / PREPARED_SLOTS & 1);
         {
             float du[2][4] = {};
@@ -302,37 +303,29 @@ struct RowRole {
         }
         if (gradients) {
             const RowPlace p = row_place();
-            const float size = s.missed_units[chunk - first][p.warp];
-            const uint32_t words[4] = {kept.x, kept.y, kept.z, kept.w};
             float u[2][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u[i / 2][i % 2 * 2] = half_low(words[i]) * size;
-                u[i / 2][i % 2 * 2 + 1] = half_high(words[i]) * size;
-            }
+            for (int i = 0; i < 2; i++)
+                u[i][0] = missed[i].x, u[i][1] = missed[i].y, u[i][2] = missed[i].z, u[i][3] = missed[i].w;
             add_dbeta(s.dbeta[results & 1][p.warp], dr, u, p.g, p.t);
             multiply_by_strengths(dr, dr, prepared, p.t);
             Outputs{args.bwd, s.piece}.store_dv(chunk, dr, p.first, p.g, p.t);
             multiply_by_strengths(u, u, prepared, p.t);
             announce(s.of_writes, largest_of(u));
-            announce_gradients(dr, dout, scale);
+            announce(s.of_dout, largest_of(dout));
+            announce(s.of_dr, largest_of(dr));
             RowTeam::meet();
-            uint32_t a[4];
-            pack(a, u[0], u[1], s.of_writes.unit().inverse);
-            s.u.store_transposed(a, 0, p.first, p.lane);
+            store_operand(s.u, u, s.of_writes.unit().inverse);
+            store_operand(s.dout, dout, s.of_dout.unit().inverse);
+            store_operand(s.minus_dr, dr, -s.of_dr.unit().inverse);
         } else {
             multiply_by_strengths(dr, dr, prepared, row_place().t);
         }
+        multiply_by(dout, args.bwd.fwd.scale);
+        const Unit common(__reduce_max_sync(~0u, max(largest_of(dr), largest_of(dout))));
         uint32_t of_dout[4], of_dr[4];
-        const Unit common = gradients ? s.of_gradients.unit()
-                                      : Unit(__reduce_max_sync(~0u, largest_gradient(dr, dout, scale)));
         pack(of_dout, dout[0], dout[1], common.inverse);
         pack(of_dr, dr[0], dr[1], -common.inverse);
-        if (gradients) {
-            const RowPlace p = row_place();
-            s.dout.store_transposed(of_dout, 0, p.first, p.lane);
-            s.minus_dr.store_transposed(of_dr, 0, p.first, p.lane);
-        }
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
             const RowPlace p = row_place();
@@ -349,18 +342,13 @@ struct RowRole {
         announce(s.carried[turn], largest_of(x.x));
     }
 
-    /* Multiplies dout by the call's scale. */
-    static __device__ __forceinline__ uint32_t largest_gradient(const float (&dr)[2][4], float (&dout)[2][4],
-                                                                float scale)
+    /* Rows of V of all tokens, as rows of tokens. */
+    __device__ __forceinline__ void store_operand(TokenTile &to, const float (&x)[2][4], float factor) const
     {
-#pragma unroll
-        for (int i = 0; i < 8; i++) dout[i / 4][i % 4] *= scale;
-        return max(largest_of(dr), largest_of(dout));
-    }
-    __device__ __forceinline__ void announce_gradients(const float (&dr)[2][4], float (&dout)[2][4],
-                                                       float scale)
-    {
-        announce(s.of_gradients, largest_gradient(dr, dout, scale));
+        const RowPlace p = row_place();
+        uint32_t a[4];
+        pack(a, x[0], x[1], factor);
+        to.store_transposed(a, 0, p.first, p.lane);
     }
 
     /* Goes back over a segment, and leaves the results of each chunk. */
@@ -382,8 +370,8 @@ struct RowRole {
             RowTeam::meet(); /* the operands of the sums are there */
             mbarrier_wait(&s.barriers.image_loaded, results & 1);
             if (results > 0) mbarrier_wait(&s.barriers.results_empty, (results - 1) & 1);
-            sum_over_rows(s, s.image_units[of_segment], unit.size, s.of_gradients.unit().size,
-                          s.of_writes.unit().size);
+            sum_over_rows(s, {s.image_units[of_segment], unit.size, s.of_dout.unit().size * args.bwd.fwd.scale,
+                              s.of_dr.unit().size, s.of_writes.unit().size});
             mbarrier_arrive_warp(&s.barriers.results_full);
             results++;
         }

@@ -160,7 +160,7 @@ struct BwdBarriers {
 
 struct HopperShared {
     StateImage images[2];           /* back: of the state before the chunk, and of the gradient after it */
-    TokenTile dout, minus_dr, u;    /* [tokens, V]; the first two have one unit, and `dout` the call's scale */
+    TokenTile dout, minus_dr, u;    /* [tokens, V]; dout without the call's scale */
     Prepared prepared[PREPARED_SLOTS];
     HopperRaw raw[CHUNK_SLOTS];
     Results results;
@@ -168,8 +168,8 @@ struct HopperShared {
     float dbeta[2][TEAM_WARPS][CHUNK];
     /* The row warps write the one while the other is read: a warp may be a chunk ahead until they meet. */
     Magnitudes carried[2];
-    Magnitudes of_gradients, of_writes;
-    float image_units[MOST_CHUNKS], missed_units[MOST_CHUNKS][TEAM_WARPS];
+    Magnitudes of_dout, of_dr, of_writes;
+    float image_units[MOST_CHUNKS]; /* of the records */
     Piece piece;
     GateOfHead gate;
     BwdBarriers barriers;

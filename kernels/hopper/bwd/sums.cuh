@@ -34,8 +34,13 @@ __device__ __forceinline__ void multiply_by(float (&x)[2][4], float factor)
     for (int i = 0; i < 8; i++) x[i / 4][i % 4] *= factor;
 }
 
+/* What the operands of the sums are divided by. */
+struct SumUnits {
+    float state, gradient, dout, dr, writes; /* dout: times the call's scale */
+};
+
 /* With the state before the chunk: dQ~ = dO S^T, dK~ = -dR S^T. */
-__device__ __forceinline__ void sum_with_state(HopperShared &s, float unit)
+__device__ __forceinline__ void sum_with_state(HopperShared &s, float unit_of_q, float unit_of_k)
 {
     float dq[2][4] = {}, dk[2][4] = {};
 #pragma unroll
@@ -48,8 +53,8 @@ __device__ __forceinline__ void sum_with_state(HopperShared &s, float unit)
         s.minus_dr.load_columns(b, 0, 16 * v, p.lane);
         multiply(dk, a, b);
     }
-    multiply_by(dq, unit);
-    multiply_by(dk, unit);
+    multiply_by(dq, unit_of_q);
+    multiply_by(dk, unit_of_k);
     const RowPlace p = row_place();
     store_columns<false>(s.results.q_read, dq, p.first, p.g, p.t);
     store_columns<false>(s.results.k_read, dk, p.first, p.g, p.t);
@@ -79,7 +84,7 @@ __device__ __forceinline__ void sum_with_gradient(HopperShared &s, float unit, f
 }
 
 /* dP and dL: one matrix and eight of its columns in each of four warps. */
-__device__ __forceinline__ void sum_between_tokens(HopperShared &s, float unit)
+__device__ __forceinline__ void sum_between_tokens(HopperShared &s, float unit_of_p, float unit_of_l)
 {
     const RowPlace place = row_place();
     if (place.warp >= 4) return;
@@ -98,17 +103,15 @@ __device__ __forceinline__ void sum_between_tokens(HopperShared &s, float unit)
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         float2 &pair = s.results.pairs[p.g + r / 2 * 8][column + 2 * p.t + r % 2];
-        (which ? pair.y : pair.x) = sum[r] * unit;
+        (which ? pair.y : pair.x) = sum[r] * (which ? unit_of_l : unit_of_p);
     }
 }
 
-/* `gradients` is the unit of dout and dR, `gradient` that of D. */
-__device__ __forceinline__ void sum_over_rows(HopperShared &s, float state, float gradient, float gradients,
-                                              float writes)
+__device__ __forceinline__ void sum_over_rows(HopperShared &s, SumUnits units)
 {
-    sum_with_state(s, state * gradients);
-    sum_with_gradient(s, writes * gradient, state * gradient);
-    sum_between_tokens(s, gradients * writes);
+    sum_with_state(s, units.state * units.dout, units.state * units.dr);
+    sum_with_gradient(s, units.writes * units.gradient, units.state * units.gradient);
+    sum_between_tokens(s, units.dout * units.writes, units.dr * units.writes);
 }
 
 } // namespace fkda
