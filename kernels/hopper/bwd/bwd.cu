@@ -13,7 +13,7 @@ namespace fkda
 {
 
 /* Of a thread. Four warps of a quarter of an SM share 512, and two of them are of each team. */
-constexpr int CHANNEL_REGISTERS = 120, ROW_REGISTERS = 136;
+constexpr int CHANNEL_REGISTERS = 104, ROW_REGISTERS = 152;
 static_assert(2 * (CHANNEL_REGISTERS + ROW_REGISTERS) == 512, "");
 
 struct HopperBackward {
@@ -101,14 +101,15 @@ struct HopperBackward {
         if (!has_segment()) return;
         const Stretch chunks = stretch();
         const int segment = s.piece.segment;
-        Rows x;
         if (chunks.first < chunks.end) {
+            Rows x;
             if (segment > 0 && args.states)
                 role.load_border(x, args.states, args.state_units, segment);
             else
                 role.load_initial_state(x);
             role.record_segment(x, chunks);
         }
+        Rows x;
         if (segment + 1 < count_segments(args.bwd, s.piece.task) && args.states)
             role.load_border(x, args.gradients, args.gradient_units, segment + 1);
         else
@@ -125,7 +126,7 @@ struct HopperBackward {
         const int head = static_cast<int>(i % a.fwd.heads);
         if (slot >= a.slots) return false;
         __syncthreads(); /* the previous segment is over */
-        if (threadIdx.x == 0) {
+        if (ChannelRole::thread() == 0) {
             find_piece(s.piece, a, sequence_of_slot(a, slot), head);
             s.piece.segment = static_cast<int>(slot - s.piece.slot);
         }
@@ -142,7 +143,7 @@ struct HopperBackward {
 
     __device__ void find_gradients() const
     {
-        if (threadIdx.x == 0) s.barriers.set_up();
+        if (ChannelRole::thread() == 0) s.barriers.set_up();
         if (is_channel_warp()) {
             ChannelRole role(s, args.bwd);
             give_registers<CHANNEL_REGISTERS>();

@@ -80,25 +80,21 @@ struct ChannelRole {
         }
     }
 
-    /* Without gradients, only prepares. */
+    /* Without gradients, only prepares. A chunk is prepared before the one after it is finished, so that the
+     * row warps have work meanwhile. */
     template <bool gradients> __device__ void go_back(Stretch stretch, ParameterSums &sums)
     {
         const int last = stretch.end - 1;
         if (last < stretch.first) return;
+        constexpr int AHEAD = gradients ? 1 : 2; /* the third slot has the chunk that is finished */
         beta = load_beta(last);
-        ChannelTeam::meet();
-        for (int i = 0; i < CHUNK_SLOTS - 1; i++)
+        for (int i = 0; i < AHEAD; i++)
             if (last - i >= stretch.first) load<BACKWARDS>(last - i);
-        if (gradients) prepare<BACKWARDS>(last);
-        for (int chunk = last; chunk >= stretch.first; chunk--) {
-            ChannelTeam::meet();
-            if (chunk - (CHUNK_SLOTS - 1) >= stretch.first) load<BACKWARDS>(chunk - (CHUNK_SLOTS - 1));
-            if (!gradients) {
-                prepare<BACKWARDS>(chunk);
-                continue;
-            }
-            if (chunk > stretch.first) prepare<BACKWARDS>(chunk - 1);
-            finish(chunk, chunk > stretch.first ? 2 : 1, sums);
+        for (int chunk = last; chunk >= stretch.first - gradients; chunk--) {
+            ChannelTeam::meet(); /* all are through with the chunk before */
+            if (chunk - AHEAD >= stretch.first) load<BACKWARDS>(chunk - AHEAD);
+            if (chunk >= stretch.first) prepare<BACKWARDS>(chunk);
+            if (gradients && chunk < last) finish(chunk + 1, chunk >= stretch.first ? 2 : 1, sums);
         }
     }
 

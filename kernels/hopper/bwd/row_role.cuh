@@ -107,16 +107,58 @@ struct RowRole {
         }
     }
 
+    /* Where the thread's first element of a state [V, K] is, from the state's start. */
+    static __device__ __forceinline__ int first_element(int channel_step, int row_step)
+    {
+        const RowPlace p = row_place();
+        return 2 * p.t * channel_step + (p.first + p.g) * row_step;
+    }
+    /* From that of element i to element 0. All steps are constants, which instructions encode. */
+    template <int channel_step, int row_step> static constexpr __device__ int element(int i)
+    {
+        return (8 * (i / 4) + i % 2) * channel_step + i % 4 / 2 * 8 * row_step;
+    }
+
+    template <int channel_step, int row_step>
+    static __device__ __forceinline__ void load_elements(Rows &x, const fkda_state_args &states, long long at,
+                                                         bool is_bf16)
+    {
+        at += first_element(channel_step, row_step);
+        if (is_bf16) {
+            const uint16_t *const from = static_cast<const uint16_t *>(states.data) + at;
+#pragma unroll
+            for (int i = 0; i < DIM / 2; i++)
+                x.x[i / 4][i % 4] = from_bf16_bits(from[element<channel_step, row_step>(i)]);
+        } else {
+            const float *const from = static_cast<const float *>(states.data) + at;
+#pragma unroll
+            for (int i = 0; i < DIM / 2; i++) x.x[i / 4][i % 4] = from[element<channel_step, row_step>(i)];
+        }
+    }
+    template <int channel_step, int row_step>
+    static __device__ __forceinline__ void store_elements(const Rows &x, const fkda_state_args &states,
+                                                          long long at)
+    {
+        float *const to = static_cast<float *>(states.data) + at + first_element(channel_step, row_step);
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++) to[element<channel_step, row_step>(i)] = x.x[i / 4][i % 4];
+    }
+
+    __device__ __forceinline__ long long state_of_head(const fkda_state_args &states) const
+    {
+        return s.piece.sequence * states.slot_stride +
+               s.piece.task.head * (static_cast<long long>(DIM) * DIM);
+    }
+
     /* From a tensor of the call, or zeros. */
     __device__ __forceinline__ void load(Rows &x, const fkda_state_args &states, bool is_bf16) const
     {
-        const RowPlace p = row_place();
-        if (states.data)
-            x.load(state_memory(states, is_bf16, args.bwd.fwd.state_k_first, s.piece.sequence,
-                                s.piece.task.head),
-                   p.first, p.g, p.t);
-        else
+        if (!states.data)
             x.clear();
+        else if (args.bwd.fwd.state_k_first)
+            load_elements<DIM, 1>(x, states, state_of_head(states), is_bf16);
+        else
+            load_elements<1, DIM>(x, states, state_of_head(states), is_bf16);
     }
     __device__ __forceinline__ void load_initial_state(Rows &x) const
     {
@@ -130,17 +172,12 @@ struct RowRole {
     /* The gradient with respect to the initial state, in fp32. */
     __device__ __forceinline__ void store_initial_gradient(const Rows &x) const
     {
-        const RowPlace p = row_place();
         const fkda_state_args &states = args.bwd.dinitial_state;
         if (!states.data) return;
-        const bool k_first = args.bwd.fwd.state_k_first;
-        const int channel_step = k_first ? DIM : 1, row_step = k_first ? 1 : DIM;
-        float *const to = static_cast<float *>(states.data) + s.piece.sequence * states.slot_stride +
-                          s.piece.task.head * (static_cast<long long>(DIM) * DIM) +
-                          2 * p.t * channel_step + (p.first + p.g) * row_step;
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i++)
-            to[(8 * (i / 4) + i % 2) * channel_step + i % 4 / 2 * 8 * row_step] = x.x[i / 4][i % 4];
+        if (args.bwd.fwd.state_k_first)
+            store_elements<DIM, 1>(x, states, state_of_head(states));
+        else
+            store_elements<1, DIM>(x, states, state_of_head(states));
     }
 
     /* ---- Forwards ---- */
@@ -162,10 +199,9 @@ struct RowRole {
                (static_cast<long long>(cta) * args.record_chunks + chunk_of_segment) * FKDA_HOPPER_BWD_RECORD;
     }
 
-    __device__ __forceinline__ float4 *missed_record(int chunk_of_segment, RowPlace p) const
+    __device__ __forceinline__ float4 *missed_record(int chunk_of_segment) const
     {
-        return reinterpret_cast<float4 *>(record(chunk_of_segment) + FKDA_HOPPER_BWD_IMAGE) + 32 * p.warp +
-               p.lane;
+        return reinterpret_cast<float4 *>(record(chunk_of_segment) + FKDA_HOPPER_BWD_IMAGE);
     }
 
     /* Two tiles of channels: x becomes x + fade x + unit (a b). */
@@ -222,7 +258,7 @@ struct RowRole {
             multiply_lower(missed, rest, prepared.inverse, p.g, p.t);
             if (!is_last) load_values(values, chunk + 1);
             if (records) {
-                float4 *const to = missed_record(chunk - first, p);
+                float4 *const to = missed_record(chunk - first) + 32 * p.warp + p.lane;
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     to[TEAM_THREADS * i] =
@@ -272,6 +308,7 @@ struct RowRole {
             step_forwards<true>(x, values, s.carried[turn].unit(), chunk, stretch.first,
                                 chunk + 1 == stretch.end);
         }
+        fence_async_proxy_of_all_memory(); /* what was missed comes back by copies */
         RowTeam::meet();
         if (!copies) return;
         store_image(stretch.end - 1 - stretch.first);
@@ -280,6 +317,18 @@ struct RowRole {
 
     /* ---- Back ---- */
 
+    /* Copies of a chunk's record to shared memory. For one thread. */
+    __device__ __forceinline__ void load_missed(int chunk_of_segment) const
+    {
+        mbarrier_arrive_expecting(&s.barriers.missed_loaded, sizeof s.missed);
+        copy_bulk(s.missed, missed_record(chunk_of_segment), sizeof s.missed, &s.barriers.missed_loaded);
+    }
+    __device__ __forceinline__ void load_image(int chunk_of_segment) const
+    {
+        mbarrier_arrive_expecting(&s.barriers.image_loaded, FKDA_HOPPER_BWD_IMAGE);
+        copy_bulk(&s.images[0], record(chunk_of_segment), FKDA_HOPPER_BWD_IMAGE, &s.barriers.image_loaded);
+    }
+
     /* Goes back over a chunk. The team has met since the gradient x was announced; `unit` is its unit. */
     template <bool gradients>
     __device__ __forceinline__ void step_back(Rows &x, Values &values, Unit unit, int chunk, int first)
@@ -287,10 +336,6 @@ struct RowRole {
         const unsigned n = static_cast<unsigned>(taken++), slot = n % PREPARED_SLOTS;
         Prepared &prepared = s.prepared[slot];
         float dr[2][4] = {}, dout[2][4];
-        float4 missed[2];
-#pragma unroll
-        for (int i = 0; gradients && i < 2; i++)
-            missed[i] = missed_record(chunk - first, row_place())[TEAM_THREADS * i];
         mbarrier_wait(&s.barriers.ready[slot], n / PREPARED_SLOTS & 1);
         {
             float du[2][4] = {};
@@ -304,9 +349,12 @@ struct RowRole {
         if (gradients) {
             const RowPlace p = row_place();
             float u[2][4];
+            mbarrier_wait(&s.barriers.missed_loaded, results & 1);
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                u[i][0] = missed[i].x, u[i][1] = missed[i].y, u[i][2] = missed[i].z, u[i][3] = missed[i].w;
+            for (int i = 0; i < 2; i++) {
+                const float4 four = s.missed[TEAM_THREADS * i + 32 * p.warp + p.lane];
+                u[i][0] = four.x, u[i][1] = four.y, u[i][2] = four.z, u[i][3] = four.w;
+            }
             add_dbeta(s.dbeta[results & 1][p.warp], dr, u, p.g, p.t);
             multiply_by_strengths(dr, dr, prepared, p.t);
             Outputs{args.bwd, s.piece}.store_dv(chunk, dr, p.first, p.g, p.t);
@@ -315,6 +363,7 @@ struct RowRole {
             announce(s.of_dout, largest_of(dout));
             announce(s.of_dr, largest_of(dr));
             RowTeam::meet();
+            if (chunk > first && p.warp == 0 && p.lane == 0) load_missed(chunk - 1 - first);
             store_operand(s.u, u, s.of_writes.unit().inverse);
             store_operand(s.dout, dout, s.of_dout.unit().inverse);
             store_operand(s.minus_dr, dr, -s.of_dr.unit().inverse);
@@ -358,13 +407,11 @@ struct RowRole {
         Values values;
         load_dout(values, stretch.end - 1);
         begin(x);
+        if (copies) load_missed(stretch.end - 1 - stretch.first);
         for (int chunk = stretch.end - 1; chunk >= stretch.first; chunk--) {
             const int of_segment = chunk - stretch.first;
             RowTeam::meet(); /* all are through with the images */
-            if (copies) {
-                mbarrier_arrive_expecting(&s.barriers.image_loaded, FKDA_HOPPER_BWD_IMAGE);
-                copy_bulk(&s.images[0], record(of_segment), FKDA_HOPPER_BWD_IMAGE, &s.barriers.image_loaded);
-            }
+            if (copies) load_image(of_segment);
             const Unit unit = s.carried[turn].unit();
             step_back<true>(x, values, unit, chunk, stretch.first);
             RowTeam::meet(); /* the operands of the sums are there */

@@ -139,10 +139,11 @@ struct __align__(16) Magnitudes
  * | results full | 8              | row warps                     | channel warps: results may be read        |
  * | results empty| 8              | channel warps                 | row warps: results may be overwritten     |
  * | image loaded | 1 + bytes      | row warp 0; copies            | row warps: the state's image may be read  |
+ * | missed loaded| 1 + bytes      | row warp 0; copies            | row warps: `missed` may be read           |
  */
 struct BwdBarriers {
     uint64_t loaded[CHUNK_SLOTS], ready[PREPARED_SLOTS], empty[PREPARED_SLOTS];
-    uint64_t results_full, results_empty, image_loaded;
+    uint64_t results_full, results_empty, image_loaded, missed_loaded;
 
     __device__ __forceinline__ void set_up()
     {
@@ -154,6 +155,7 @@ struct BwdBarriers {
         mbarrier_init_for_warps(&results_full, TEAM_WARPS);
         mbarrier_init_for_warps(&results_empty, TEAM_WARPS);
         mbarrier_init(&image_loaded, 1);
+        mbarrier_init(&missed_loaded, 1);
         fence_mbarrier_init();
     }
 };
@@ -161,6 +163,7 @@ struct BwdBarriers {
 struct HopperShared {
     StateImage images[2];           /* back: of the state before the chunk, and of the gradient after it */
     TokenTile dout, minus_dr, u;    /* [tokens, V]; dout without the call's scale */
+    float4 missed[CHUNK * DIM / 4]; /* of the chunk; each row warp has what it stored itself */
     Prepared prepared[PREPARED_SLOTS];
     HopperRaw raw[CHUNK_SLOTS];
     Results results;
