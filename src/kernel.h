@@ -40,7 +40,8 @@ struct fkda_kernel {
 };
 
 /* Finds the kernel called `name`, or, if `name` is NULL, the first kernel in the table that the device can
- * run and that knows all the features, without those that are `only_by_name`. Refuses a kernel that lacks one of them. */
+ * run and that knows all the features, without those that are `only_by_name`. Refuses a kernel that lacks one
+ * of them. */
 flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int32_t features,
                                   const fkda_kernel **kernel);
 

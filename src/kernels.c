@@ -24,8 +24,8 @@ enum {
         .saved_bytes = fkda_saved_bytes, .explain = fkda_cpu_explain,                                        \
     }
 
-/* The default for a device is the first row that the device can run and that has what the call asks for, other
- * than only by name. */
+/* The default for a device is the first row that the device can run and that has what the call asks for, not
+ * only by name. */
 static const fkda_kernel kernels[] = {
     CPU_KERNEL("cpu", "any 64-bit CPU",
                "chunks of 16 tokens in fp32, SIMD chosen at run time, all cores by default"),

@@ -97,7 +97,7 @@ struct Shared {
     {
         const bool is_slow = log2_decay > -1.0f;
         factor[channel] = is_slow ? 1.0f : ex2(log2_decay);
-        more[channel] = !is_slow            ? 0.0f
+        more[channel] = !is_slow             ? 0.0f
                         : log2_decay <= 0.0f ? ex2_minus_1(log2_decay)
                                              : ex2(log2_decay) - 1.0f;
     }

@@ -115,9 +115,9 @@ flash_kda_status fkda_launch_bwd(const fkda_driver *driver, fkda_module *kernels
     for (size_t i = 0; i < count; i++) {
         const fkda_bwd_launch *l = &launches[i];
         if (!l->ctas) continue;
-        const CUresult result =
-            driver->cuLaunchKernel(kernels->functions[ordinal][l->kernel], (unsigned)l->ctas, 1, 1,
-                                   l->threads, 1, 1, l->shared_bytes, (CUstream)p->fwd.stream, pointers, NULL);
+        const CUresult result = driver->cuLaunchKernel(
+            kernels->functions[ordinal][l->kernel], (unsigned)l->ctas, 1, 1, l->threads, 1, 1,
+            l->shared_bytes, (CUstream)p->fwd.stream, pointers, NULL);
         if (result) return fkda_driver_fail("cuLaunchKernel", result);
     }
     return FLASH_KDA_OK;
@@ -145,8 +145,7 @@ flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *p)
     const bwd_plan plan = make_plan(p, sms_of(p));
     fkda_bwd_args args = make_args(p, &plan);
     const fkda_bwd_launch launches[] = {
-        {WALK, plan.segments.cuts ? 2 * s->sequences * s->heads : 0, FKDA_BWD_THREADS,
-         FKDA_BWD_SHARED_BYTES},
+        {WALK, plan.segments.cuts ? 2 * s->sequences * s->heads : 0, FKDA_BWD_THREADS, FKDA_BWD_SHARED_BYTES},
         {GRADIENTS, plan.ctas, FKDA_BWD_THREADS, FKDA_BWD_SHARED_BYTES},
         fkda_bwd_reduction(p, REDUCE),
     };

@@ -184,7 +184,7 @@ CUresult cuModuleLoadData(void **module, const void *)
 CUresult cuModuleGetFunction(const void **function, void *, const char *name)
 {
     static const emulator::Kernel *const tables[] = {
-        emulator::portable_kernels, emulator::nonfinite_kernels, emulator::decode_kernels,
+        emulator::portable_kernels, emulator::nonfinite_kernels,       emulator::decode_kernels,
         emulator::layer_kernels,    emulator::backward_kernels,
 #ifdef FKDA_WITH_HOPPER
         emulator::hopper_kernels,   emulator::hopper_backward_kernels,

@@ -67,7 +67,7 @@ struct HopperBackward {
 
     /* ---- The second launch ---- */
 
-    __device__ Stretch stretch() const
+    __device__ ChunkRange chunk_range() const
     {
         const int first = s.piece.segment * chunks_of_segment(args.bwd);
         return {first, min(first + args.record_chunks, s.piece.task.chunks)};
@@ -83,15 +83,14 @@ struct HopperBackward {
     {
         ParameterSums sums = {};
         if (has_segment()) {
-            role.go_forwards(stretch());
-            role.go_back<true>(stretch(), sums);
+            role.go_forwards(chunk_range());
+            role.go_back<true>(chunk_range(), sums);
         }
         const int thread = ChannelRole::thread();
         if (!args.bwd.sums || thread < DIM) return;
-        float *to =
-            args.bwd.sums +
-            ((s.piece.slot + s.piece.segment) * args.bwd.fwd.heads + s.piece.task.head) * (2 * DIM) +
-            thread % DIM;
+        float *to = args.bwd.sums +
+                    ((s.piece.slot + s.piece.segment) * args.bwd.fwd.heads + s.piece.task.head) * (2 * DIM) +
+                    thread % DIM;
         to[0] = sums.bias;
         to[DIM] = sums.rate;
     }
@@ -99,7 +98,7 @@ struct HopperBackward {
     __device__ void compute_rows(RowRole &role) const
     {
         if (!has_segment()) return;
-        const Stretch chunks = stretch();
+        const ChunkRange chunks = chunk_range();
         const int segment = s.piece.segment;
         if (chunks.first < chunks.end) {
             Rows x;

@@ -1,4 +1,5 @@
-/* The struct that the host passes by value to the backward kernels for Hopper, the same in C and in CUDA C. */
+/* The struct that the host passes by value to the backward kernels for Hopper, the same in C and in CUDA
+ * C. */
 #ifndef FKDA_HOPPER_BWD_ARGS_H
 #define FKDA_HOPPER_BWD_ARGS_H
 

@@ -15,7 +15,7 @@ namespace fkda
 {
 
 /* Chunks first to end - 1 of a sequence. */
-struct Stretch {
+struct ChunkRange {
     int first, end;
 };
 
@@ -38,7 +38,8 @@ struct ChannelRole {
 
     template <Way way> __device__ __forceinline__ void load(int chunk)
     {
-        const unsigned id = static_cast<unsigned>(thread()), slot = static_cast<unsigned>(loads++) % CHUNK_SLOTS;
+        const unsigned id = static_cast<unsigned>(thread()),
+                       slot = static_cast<unsigned>(loads++) % CHUNK_SLOTS;
         if (id < 32)
             load_chunk<way>(s.raw[slot], s.barriers.loaded[slot], args.fwd, s.piece, chunk,
                             static_cast<int>(id));
@@ -68,33 +69,33 @@ struct ChannelRole {
         mbarrier_arrive_warp(&s.barriers.ready[slot]);
     }
 
-    __device__ void go_forwards(Stretch stretch)
+    __device__ void go_forwards(ChunkRange range)
     {
-        beta = load_beta(stretch.first);
+        beta = load_beta(range.first);
         for (int i = 0; i < CHUNK_SLOTS - 1; i++)
-            if (stretch.first + i < stretch.end) load<FORWARDS>(stretch.first + i);
-        for (int chunk = stretch.first; chunk < stretch.end; chunk++) {
+            if (range.first + i < range.end) load<FORWARDS>(range.first + i);
+        for (int chunk = range.first; chunk < range.end; chunk++) {
             ChannelTeam::meet(); /* all are through with the chunk before */
-            if (chunk + CHUNK_SLOTS - 1 < stretch.end) load<FORWARDS>(chunk + CHUNK_SLOTS - 1);
+            if (chunk + CHUNK_SLOTS - 1 < range.end) load<FORWARDS>(chunk + CHUNK_SLOTS - 1);
             prepare<FORWARDS>(chunk);
         }
     }
 
     /* Without gradients, only prepares. A chunk is prepared before the one after it is finished, so that the
      * row warps have work meanwhile. */
-    template <bool gradients> __device__ void go_back(Stretch stretch, ParameterSums &sums)
+    template <bool gradients> __device__ void go_back(ChunkRange range, ParameterSums &sums)
     {
-        const int last = stretch.end - 1;
-        if (last < stretch.first) return;
+        const int last = range.end - 1;
+        if (last < range.first) return;
         constexpr int AHEAD = gradients ? 1 : 2; /* the third slot has the chunk that is finished */
         beta = load_beta(last);
         for (int i = 0; i < AHEAD; i++)
-            if (last - i >= stretch.first) load<BACKWARDS>(last - i);
-        for (int chunk = last; chunk >= stretch.first - gradients; chunk--) {
+            if (last - i >= range.first) load<BACKWARDS>(last - i);
+        for (int chunk = last; chunk >= range.first - gradients; chunk--) {
             ChannelTeam::meet(); /* all are through with the chunk before */
-            if (chunk - AHEAD >= stretch.first) load<BACKWARDS>(chunk - AHEAD);
-            if (chunk >= stretch.first) prepare<BACKWARDS>(chunk);
-            if (gradients && chunk < last) finish(chunk + 1, chunk >= stretch.first ? 2 : 1, sums);
+            if (chunk - AHEAD >= range.first) load<BACKWARDS>(chunk - AHEAD);
+            if (chunk >= range.first) prepare<BACKWARDS>(chunk);
+            if (gradients && chunk < last) finish(chunk + 1, chunk >= range.first ? 2 : 1, sums);
         }
     }
 

@@ -37,33 +37,32 @@ template <int rows> struct __align__(128) HalfTile
 
     /* B operands of two tiles of eight columns. The tile has the columns of the product as rows, and 16
      * depths from `depth` on: two registers for each tile. */
-    __device__ __forceinline__ void load_columns(uint32_t (&b)[4], int column, int depth, int lane) const
+    __device__ __forceinline__ void load_columns(uint32_t(&b)[4], int column, int depth, int lane) const
     {
         load_matrices(b, address<false>(column, depth, lane));
     }
     /* The same where the tile has the depths as rows. */
-    __device__ __forceinline__ void load_depths(uint32_t (&b)[4], int depth, int column, int lane) const
+    __device__ __forceinline__ void load_depths(uint32_t(&b)[4], int depth, int column, int lane) const
     {
         load_matrices_transposed(b, address<true>(depth, column, lane));
     }
     /* An A operand. The tile has its rows as rows. */
-    __device__ __forceinline__ void load_rows(uint32_t (&a)[4], int row, int depth, int lane) const
+    __device__ __forceinline__ void load_rows(uint32_t(&a)[4], int row, int depth, int lane) const
     {
         load_matrices(a, address<true>(row, depth, lane));
     }
     /* An A operand. The tile has its depths as rows. */
-    __device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], int depth, int row,
-                                                         int lane) const
+    __device__ __forceinline__ void load_rows_transposed(uint32_t(&a)[4], int depth, int row, int lane) const
     {
         load_matrices_transposed(a, address<false>(depth, row, lane));
     }
     /* Stores an A operand, with its rows as rows of the tile. */
-    __device__ __forceinline__ void store_rows(const uint32_t (&a)[4], int row, int depth, int lane)
+    __device__ __forceinline__ void store_rows(const uint32_t(&a)[4], int row, int depth, int lane)
     {
         store_matrices(shared_address(address<true>(row, depth, lane)), a);
     }
     /* The same with its depths as rows. */
-    __device__ __forceinline__ void store_transposed(const uint32_t (&a)[4], int depth, int row, int lane)
+    __device__ __forceinline__ void store_transposed(const uint32_t(&a)[4], int depth, int row, int lane)
     {
         store_matrices_transposed(shared_address(address<false>(depth, row, lane)), a);
     }
@@ -95,8 +94,9 @@ __device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&low)[4], co
 }
 
 /* A power of two that numbers are divided by before they become fp16. The largest of them becomes 2^13 to
- * 2^14, so that numbers 2^27 times smaller still have all bits of fp16. If one of them is not finite, all of
- * them become NaN: what depends on a NaN must not look right. */
+ * 2^14, so that numbers 2^27 times smaller still have all bits of fp16. If one of them is infinite, all of
+ * them become NaN: divided by a huge unit the others would be 0, and what depends on them would look
+ * right. */
 struct Unit {
     float size, inverse;
 
@@ -104,24 +104,21 @@ struct Unit {
     __device__ __forceinline__ explicit Unit(uint32_t largest)
     {
         const bool finite = largest < 0x7f800000u;
-        const float above = power_above(__uint_as_float(largest)),
-                    power = above < 0x1p-100f ? 0x1p-100f : above > 0x1p126f ? 0x1p126f : above;
+        const float above = power_above(__uint_as_float(largest)), power = above < 0x1p-100f  ? 0x1p-100f
+                                                                           : above > 0x1p126f ? 0x1p126f
+                                                                                              : above;
         size = finite ? power * 0x1p-14f : NAN;
         inverse = finite ? inverse_power(power * 0x1p-14f) : NAN;
     }
 };
 
-__device__ __forceinline__ uint32_t magnitude(float x)
-{
-    return __float_as_uint(x) & 0x7fffffffu;
-}
-
+/* The bits of the largest magnitude, without NaN: a NaN stays one as an operand, whatever its unit is. */
 template <int tiles> __device__ __forceinline__ uint32_t largest_of(const float (&x)[tiles][4])
 {
-    uint32_t most = 0;
+    float most = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4 * tiles; i++) most = max(most, magnitude(x[i / 4][i % 4]));
-    return most;
+    for (int i = 0; i < 4 * tiles; i++) most = fmaxf(most, fabsf(x[i / 4][i % 4]));
+    return __float_as_uint(most);
 }
 
 } // namespace fkda

@@ -27,7 +27,8 @@ struct Values {
         for (int i = 0; i < 2; i++) {
             const int token = chunk * CHUNK + 8 * i + p.g;
             const bool there = from && chunk >= 0 && token < length;
-            const auto *at = reinterpret_cast<const uint32_t *>(from + 2 * (token * token_stride + p.first)) + p.t;
+            const auto *at =
+                reinterpret_cast<const uint32_t *>(from + 2 * (token * token_stride + p.first)) + p.t;
             pair[2 * i] = there ? __ldg(at) : 0;
             pair[2 * i + 1] = there ? __ldg(at + 4) : 0;
         }
@@ -295,23 +296,23 @@ struct RowRole {
     }
 
     /* The chunks of a segment, from the state before it. Leaves their records. */
-    __device__ void record_segment(Rows &x, Stretch stretch)
+    __device__ void record_segment(Rows &x, ChunkRange range)
     {
         const bool copies = row_place().warp == 0 && row_place().lane == 0;
         Values values;
-        load_values(values, stretch.first);
+        load_values(values, range.first);
         begin(x);
-        for (int chunk = stretch.first; chunk < stretch.end; chunk++) {
+        for (int chunk = range.first; chunk < range.end; chunk++) {
             if (copies) wait_until_copies_have_read(); /* of the chunk before the last one */
             RowTeam::meet();
-            if (copies && chunk > stretch.first) store_image(chunk - 1 - stretch.first);
-            step_forwards<true>(x, values, s.carried[turn].unit(), chunk, stretch.first,
-                                chunk + 1 == stretch.end);
+            if (copies && chunk > range.first) store_image(chunk - 1 - range.first);
+            step_forwards<true>(x, values, s.carried[turn].unit(), chunk, range.first,
+                                chunk + 1 == range.end);
         }
         fence_async_proxy_of_all_memory(); /* what was missed comes back by copies */
         RowTeam::meet();
         if (!copies) return;
-        store_image(stretch.end - 1 - stretch.first);
+        store_image(range.end - 1 - range.first);
         wait_for_copies_to_global();
     }
 
@@ -401,24 +402,25 @@ struct RowRole {
     }
 
     /* Goes back over a segment, and leaves the results of each chunk. */
-    __device__ void go_back_over_segment(Rows &x, Stretch stretch)
+    __device__ void go_back_over_segment(Rows &x, ChunkRange range)
     {
         const bool copies = row_place().warp == 0 && row_place().lane == 0;
         Values values;
-        load_dout(values, stretch.end - 1);
+        load_dout(values, range.end - 1);
         begin(x);
-        if (copies) load_missed(stretch.end - 1 - stretch.first);
-        for (int chunk = stretch.end - 1; chunk >= stretch.first; chunk--) {
-            const int of_segment = chunk - stretch.first;
+        if (copies) load_missed(range.end - 1 - range.first);
+        for (int chunk = range.end - 1; chunk >= range.first; chunk--) {
+            const int of_segment = chunk - range.first;
             RowTeam::meet(); /* all are through with the images */
             if (copies) load_image(of_segment);
             const Unit unit = s.carried[turn].unit();
-            step_back<true>(x, values, unit, chunk, stretch.first);
+            step_back<true>(x, values, unit, chunk, range.first);
             RowTeam::meet(); /* the operands of the sums are there */
             mbarrier_wait(&s.barriers.image_loaded, results & 1);
             if (results > 0) mbarrier_wait(&s.barriers.results_empty, (results - 1) & 1);
-            sum_over_rows(s, {s.image_units[of_segment], unit.size, s.of_dout.unit().size * args.bwd.fwd.scale,
-                              s.of_dr.unit().size, s.of_writes.unit().size});
+            sum_over_rows(s,
+                          {s.image_units[of_segment], unit.size, s.of_dout.unit().size * args.bwd.fwd.scale,
+                           s.of_dr.unit().size, s.of_writes.unit().size});
             mbarrier_arrive_warp(&s.barriers.results_full);
             results++;
         }

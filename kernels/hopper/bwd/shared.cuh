@@ -82,7 +82,7 @@ struct __align__(128) Prepared
     float fade[DIM]; /* gamma - 1 */
     float q_scale[CHUNK], k_scale[CHUNK], strength[CHUNK], strength_slope[CHUNK];
 
-    __device__ __forceinline__ void put_key(Scratch &s, int token, int channel, float k, float up)
+    __device__ __forceinline__ void put_key(Scratch & s, int token, int channel, float k, float up)
     {
         s.k_read.at(token, channel) = to_tf32(k * up);
         k_read.put(token, channel, k * up);
@@ -91,7 +91,7 @@ struct __align__(128) Prepared
     {
         k_rest.put(token, channel, x);
     }
-    __device__ __forceinline__ void put_query(Scratch &s, int token, int channel, float q, float scale,
+    __device__ __forceinline__ void put_query(Scratch & s, int token, int channel, float q, float scale,
                                               float up)
     {
         s.q_read.at(token, channel) = to_tf32(q * scale * up);
@@ -132,14 +132,14 @@ struct __align__(16) Magnitudes
 };
 
 /*
- * | mbarrier     | arrivals       | who arrives                   | who waits, and what may then happen       |
- * | loaded       | 1 + bytes      | channel warp 0; copies        | channel warps: the chunk may be read      |
- * | ready        | 8              | channel warps                 | row warps: the prepared slot may be read  |
- * | empty        | 8              | row warps                     | channel warps: it may be overwritten      |
- * | results full | 8              | row warps                     | channel warps: results may be read        |
- * | results empty| 8              | channel warps                 | row warps: results may be overwritten     |
- * | image loaded | 1 + bytes      | row warp 0; copies            | row warps: the state's image may be read  |
- * | missed loaded| 1 + bytes      | row warp 0; copies            | row warps: `missed` may be read           |
+ * | mbarrier      | arrivals  | who arrives            | who waits, and what may then happen        |
+ * | loaded        | 1 + bytes | channel warp 0; copies | channel warps: the chunk may be read       |
+ * | ready         | 8         | channel warps          | row warps: the prepared slot may be read   |
+ * | empty         | 8         | row warps              | channel warps: it may be overwritten       |
+ * | results full  | 8         | row warps              | channel warps: results may be read         |
+ * | results empty | 8         | channel warps          | row warps: results may be overwritten      |
+ * | image loaded  | 1 + bytes | row warp 0; copies     | row warps: the state's image may be read   |
+ * | missed loaded | 1 + bytes | row warp 0; copies     | row warps: `missed` may be read            |
  */
 struct BwdBarriers {
     uint64_t loaded[CHUNK_SLOTS], ready[PREPARED_SLOTS], empty[PREPARED_SLOTS];
