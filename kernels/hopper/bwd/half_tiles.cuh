@@ -28,11 +28,12 @@ template <int rows> struct __align__(128) HalfTile
     }
 
     /* Matrices of 8 x 8 elements, in the order in which ldmatrix numbers them: two rows of matrices first if
-     * `down`, else two columns first. `row` and `channel` are of the first element. */
+     * `down`, else two columns first. `row`, a multiple of 8, and `channel`, one of 16, are of the first
+     * element: a lane's place is then one number, of which a constant channel changes bits. */
     template <bool down> __device__ __forceinline__ const void *address(int row, int channel, int lane) const
     {
         const int m = lane / 8, below = down ? m % 2 : m / 2, beside = down ? m / 2 : m % 2;
-        return &x[row + 8 * below + lane % 8][place(lane % 8, channel + 8 * beside)];
+        return &x[row + 8 * below + lane % 8][place(lane % 8, 8 * beside) ^ channel];
     }
 
     /* B operands of two tiles of eight columns. The tile has the columns of the product as rows, and 16

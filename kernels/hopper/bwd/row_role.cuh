@@ -225,9 +225,9 @@ struct RowRole {
     __device__ __forceinline__ void read(float (&d)[2][4], const Rows &x, Unit unit, const TokenTile &tile,
                                          StateImage *image) const
     {
+        const RowPlace p = row_place();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
-            const RowPlace p = row_place();
             uint32_t a[4], b[4];
             pack(a, x.x[2 * j], x.x[2 * j + 1], unit.inverse);
             if (stores) image->store_rows(a, p.first, 16 * j, p.lane);
@@ -272,9 +272,9 @@ struct RowRole {
             const Unit of_u(__reduce_max_sync(~0u, largest_of(missed)));
             uint32_t a[4], largest = 0;
             pack(a, missed[0], missed[1], of_u.inverse);
+            const RowPlace p = row_place();
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) {
-                const RowPlace p = row_place();
                 float tmp[2][4] = {};
                 uint32_t b[4];
                 prepared.k_rest.load_depths(b, 0, 16 * j, p.lane);
@@ -376,9 +376,9 @@ struct RowRole {
         uint32_t of_dout[4], of_dr[4];
         pack(of_dout, dout[0], dout[1], common.inverse);
         pack(of_dr, dr[0], dr[1], -common.inverse);
+        const RowPlace p = row_place();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
-            const RowPlace p = row_place();
             float tmp[2][4] = {};
             uint32_t b[4];
             prepared.q_read.load_depths(b, 0, 16 * j, p.lane);

@@ -13,7 +13,8 @@
 namespace fkda
 {
 
-/* Where a thread of the row warps is. The index is read again at each call, so that no register keeps it. */
+/* Where a thread of the row warps is. The index is read again at each call, so that no register keeps it from
+ * one step of a chunk to the next. */
 struct RowPlace {
     int warp, lane, g, t;
     int first; /* row of V, or channel of K, of the warp */
@@ -43,9 +44,9 @@ struct SumUnits {
 __device__ __forceinline__ void sum_with_state(HopperShared &s, float unit_of_q, float unit_of_k)
 {
     float dq[2][4] = {}, dk[2][4] = {};
+    const RowPlace p = row_place();
 #pragma unroll
     for (int v = 0; v < DIM / 16; v++) {
-        const RowPlace p = row_place();
         uint32_t a[4], b[4];
         s.images[0].load_rows_transposed(a, 16 * v, p.first, p.lane);
         s.dout.load_columns(b, 0, 16 * v, p.lane);
@@ -55,7 +56,6 @@ __device__ __forceinline__ void sum_with_state(HopperShared &s, float unit_of_q,
     }
     multiply_by(dq, unit_of_q);
     multiply_by(dk, unit_of_k);
-    const RowPlace p = row_place();
     store_columns<false>(s.results.q_read, dq, p.first, p.g, p.t);
     store_columns<false>(s.results.k_read, dk, p.first, p.g, p.t);
 }
@@ -64,9 +64,9 @@ __device__ __forceinline__ void sum_with_state(HopperShared &s, float unit_of_q,
 __device__ __forceinline__ void sum_with_gradient(HopperShared &s, float unit, float unit_of_both)
 {
     float dk_rest[2][4] = {}, both[2][4] = {};
+    const RowPlace p = row_place();
 #pragma unroll
     for (int v = 0; v < DIM / 16; v++) {
-        const RowPlace p = row_place();
         uint32_t state[4], a[4], b[4];
         s.images[1].load_rows_transposed(a, 16 * v, p.first, p.lane);
         s.u.load_columns(b, 0, 16 * v, p.lane);
@@ -76,7 +76,6 @@ __device__ __forceinline__ void sum_with_gradient(HopperShared &s, float unit, f
         multiply(both[1], state, a[1], a[3]);
     }
     multiply_by(dk_rest, unit);
-    const RowPlace p = row_place();
     store_columns<false>(s.results.k_rest, dk_rest, p.first, p.g, p.t);
     if (p.t != p.g / 2) return;
     s.results.kept[p.first + p.g] = (p.g % 2 ? both[0][1] : both[0][0]) * unit_of_both;
@@ -86,20 +85,18 @@ __device__ __forceinline__ void sum_with_gradient(HopperShared &s, float unit, f
 /* dP and dL: one matrix and eight of its columns in each of four warps. */
 __device__ __forceinline__ void sum_between_tokens(HopperShared &s, float unit_of_p, float unit_of_l)
 {
-    const RowPlace place = row_place();
-    if (place.warp >= 4) return;
-    const int which = place.warp % 2, column = place.warp / 2 * 8;
+    const RowPlace p = row_place();
+    if (p.warp >= 4) return;
+    const int which = p.warp % 2, column = p.warp / 2 * 8;
     const TokenTile &tile = which ? s.minus_dr : s.dout;
     float sum[4] = {};
 #pragma unroll
     for (int v = 0; v < DIM / 16; v++) {
-        const RowPlace p = row_place();
         uint32_t a[4], b[4];
         tile.load_rows(a, 0, 16 * v, p.lane);
         s.u.load_columns(b, 0, 16 * v, p.lane);
         multiply(sum, a, column ? b[2] : b[0], column ? b[3] : b[1]);
     }
-    const RowPlace p = row_place();
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         float2 &pair = s.results.pairs[p.g + r / 2 * 8][column + 2 * p.t + r % 2];
