@@ -137,14 +137,14 @@ __device__ __forceinline__ void go_through_channels(const ChannelTiles &s, const
 {
     const int c = x.c;
     if (thread < DIM) {
-        ChannelPairs<0, SHARE> p;
+        ChannelPairs<0, SHARE> p = {};
         p.run(s, x);
 #pragma unroll
         for (int j = 0; j < SHARE; j++) s.w.at(j, c) = p.w[j];
         Team::meet();
         return;
     }
-    ChannelPairs<SHARE, CHUNK> p;
+    ChannelPairs<SHARE, CHUNK> p = {};
     p.run(s, x);
     Team::meet();
     float late = p.from_state; /* what the late readers add to dg of an early token */
