@@ -30,8 +30,24 @@ namespace fkda
 
 constexpr int SHARE = 12; /* readers of the first thread */
 
+/* What the sums over V have left of a chunk, in shared memory, and where gradients go. */
+struct ChannelTiles {
+    Tile &q, &k, &k_rest;          /* gradients of Q~, K~ and Kr without exp(); the first two become dq, dk */
+    Tile &dg, &w;                  /* of no meaning before */
+    float2 (&pairs)[CHUNK][CHUNK]; /* dP, and dL with the factors b_i */
+    float (&kept)[DIM];            /* the sum over V of S D */
+    float (&q_scale)[CHUNK], (&k_scale)[CHUNK];
+
+    template <class Results, class Prepared>
+    __device__ __forceinline__ ChannelTiles(Results &r, Prepared &p, Tile &gate, Tile &writers)
+        : q(r.q_read), k(r.k_read), k_rest(r.k_rest), dg(gate), w(writers), pairs(r.pairs), kept(r.kept),
+          q_scale(p.q_scale), k_scale(p.k_scale)
+    {
+    }
+};
+
 /* A channel of a chunk: raw inputs, gate, and the number of the chunk's tokens. */
-struct ChannelOfChunk {
+template <class Raw> struct ChannelOfChunk {
     const Raw &raw;
     const ChannelGate gate;
     bool g_is_f32;
@@ -45,7 +61,8 @@ template <int first, int last> struct ChannelPairs {
     float decay[last], key[last], w[last];
     float from_state; /* the part of dg of the state before the chunk */
 
-    __device__ __forceinline__ void load(const Shared &s, const ChannelOfChunk &x)
+    template <class Raw>
+    __device__ __forceinline__ void load(const ChannelTiles &s, const ChannelOfChunk<Raw> &x)
     {
 #pragma unroll
         for (int i = 0; i < last; i++) {
@@ -58,7 +75,7 @@ template <int first, int last> struct ChannelPairs {
     }
 
     /* The state after the chunk as a reader. */
-    __device__ __forceinline__ void read_last(const Shared &s, int c)
+    __device__ __forceinline__ void read_last(const ChannelTiles &s, int c)
     {
         float f = 1.0f;
 #pragma unroll
@@ -69,7 +86,7 @@ template <int first, int last> struct ChannelPairs {
         from_state = f * s.kept[c];
     }
 
-    __device__ __forceinline__ void read(Shared &s, int i, float q, int c)
+    __device__ __forceinline__ void read(const ChannelTiles &s, int i, float q, int c)
     {
         const float k = key[i], own = s.pairs[i][i].x;
         float f = 1.0f, dq = own * k, dk = 0.0f;
@@ -84,19 +101,20 @@ template <int first, int last> struct ChannelPairs {
             dk = __fmaf_rn(by_l, faded, dk);
         }
         f *= decay[0];
-        const float from_k = f * s.k_read.at(i, c), from_q = f * s.q_read.at(i, c);
+        const float from_k = f * s.k.at(i, c), from_q = f * s.q.at(i, c);
         from_state = __fmaf_rn(k, from_k, __fmaf_rn(q, from_q, from_state));
         float dg = from_state;
 #pragma unroll
         for (int j = 0; j < i; j++) dg = __fmaf_rn(key[j], w[j], dg);
         w[i] = __fmaf_rn(own, q, w[i]); /* no gate acts on it */
-        s.q_read.at(i, c) = dq + from_q;
-        s.k_read.at(i, c) = dk + from_k;
-        s.u.at(i, c) = dg;
+        s.q.at(i, c) = dq + from_q;
+        s.k.at(i, c) = dk + from_k;
+        s.dg.at(i, c) = dg;
     }
 
-    /* Leaves dq in q_read, the part of dk of a reader in k_read, that of a writer in w, and dg in u. */
-    __device__ __forceinline__ void run(Shared &s, const ChannelOfChunk &x)
+    /* Leaves dq in q, the part of dk of a reader in k, that of a writer in w, and dg in dg. */
+    template <class Raw>
+    __device__ __forceinline__ void run(const ChannelTiles &s, const ChannelOfChunk<Raw> &x)
     {
         load(s, x);
         if (is_late) read_last(s, x.c);
@@ -111,34 +129,35 @@ struct ParameterSums {
     float bias, rate;
 };
 
-/* Leaves dq in q_read and dk in k_read, of normalised queries and keys, and the gradient of g in u. The CTA
- * has met before, and meets afterwards. */
-__device__ __forceinline__ void go_through_channels(Shared &s, const ChannelOfChunk &x, int thread,
-                                                    ParameterSums &sums)
+/* Leaves dq in q and dk in k, of normalised queries and keys, and the gradient of g in dg. The team has met
+ * before, and meets afterwards. */
+template <class Team, class Raw>
+__device__ __forceinline__ void go_through_channels(const ChannelTiles &s, const ChannelOfChunk<Raw> &x,
+                                                    int thread, ParameterSums &sums)
 {
     const int c = x.c;
     if (thread < DIM) {
-        ChannelPairs<0, SHARE> p;
+        ChannelPairs<0, SHARE> p = {};
         p.run(s, x);
 #pragma unroll
-        for (int j = 0; j < SHARE; j++) s.dr.at(j, c) = p.w[j];
-        __syncthreads();
+        for (int j = 0; j < SHARE; j++) s.w.at(j, c) = p.w[j];
+        Team::meet();
         return;
     }
-    ChannelPairs<SHARE, CHUNK> p;
+    ChannelPairs<SHARE, CHUNK> p = {};
     p.run(s, x);
-    __syncthreads();
+    Team::meet();
     float late = p.from_state; /* what the late readers add to dg of an early token */
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
-        float dg = s.u.at(j, c), w = p.w[j], by_g, by_A_log;
+        float dg = s.dg.at(j, c), w = p.w[j], by_g, by_A_log;
         if (j < SHARE) {
-            dg += late, w += s.dr.at(j, c);
+            dg += late, w += s.w.at(j, c);
             late = __fmaf_rn(p.key[j], p.w[j], late);
         }
-        s.k_read.at(j, c) += w;
+        s.k.at(j, c) += w;
         x.gate.differentiate(raw_gate(x.raw, x.g_is_f32, j, c), by_g, by_A_log);
-        s.u.at(j, c) = dg * by_g;
+        s.dg.at(j, c) = dg * by_g;
         if (j >= x.count) continue;
         sums.bias += dg * by_g;
         sums.rate = __fmaf_rn(dg, by_A_log, sums.rate);

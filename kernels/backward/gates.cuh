@@ -60,7 +60,8 @@ struct ChannelGate {
 /* All threads of the CTA call it, and meet before the gate is read. */
 __device__ __forceinline__ void load_gate(GateOfHead &gate, const fkda_fwd_args &args, int head)
 {
-    const int channel = threadIdx.x;
+    int cta, channel; /* the thread's index is read again: no register keeps it */
+    read_indices(cta, channel);
     if (channel == 0) gate.slope = sigmoid_gate_slope(args.A_log ? args.A_log[head] : 0.0f);
     if (channel < DIM) gate.bias[channel] = args.dt_bias ? args.dt_bias[head * DIM + channel] : 0.0f;
 }

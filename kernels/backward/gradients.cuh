@@ -17,6 +17,7 @@
 
 #include "channels.cuh"
 #include "columns.cuh"
+#include "outputs.cuh"
 #include "walk.cuh"
 
 namespace fkda
@@ -28,21 +29,14 @@ struct Gradients {
 
     const fkda_bwd_args &args;
     Shared &s;
+    const Outputs outputs;
 
-    __device__ Gradients(const fkda_bwd_args &a, Shared &shared) : args(a), s(shared)
+    __device__ Gradients(const fkda_bwd_args &a, Shared &shared)
+        : args(a), s(shared), outputs{a, shared.piece}
     {
     }
 
     /* ---- Memory ---- */
-
-    /* The row of a token of the chunk in a gradient of `heads` heads, which the caller wants. */
-    __device__ char *row(void *tensor, const fkda_token_strides &strides, int token, int head,
-                         int bytes) const
-    {
-        return static_cast<char *>(tensor) +
-               find_row(args.fwd, strides, s.piece.sequence, s.piece.task.begin, head, bytes) +
-               token * strides.token * bytes;
-    }
 
     /* The first chunk of the segment. No register keeps this number between uses. */
     __device__ int first_chunk() const
@@ -70,96 +64,6 @@ struct Gradients {
         for (int i = 0; i < 2; i++) {
             const float4 four = *reinterpret_cast<const float4 *>(from + 4 * (THREADS * i + thread));
             x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
-        }
-    }
-
-    /* A lane has two tokens of one row of V; the transposes make two neighbouring rows of one token. */
-    __device__ void store_dv(int chunk, const float (&dr)[2][4]) const
-    {
-        const Place p = place();
-        if (!args.dv) return;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint32_t low = transpose_matrix(pack_bf16(dr[i][0], dr[i][1])),
-                           high = transpose_matrix(pack_bf16(dr[i][2], dr[i][3]));
-            const int token = chunk * CHUNK + 8 * i + p.g;
-            if (token >= s.piece.task.length) continue;
-            auto *to =
-                reinterpret_cast<uint32_t *>(row(args.dv, args.dv_strides, token, s.piece.task.head, 2)) +
-                p.first / 2 + p.t;
-            to[0] = low;
-            to[4] = high;
-        }
-    }
-
-    __device__ void store_dbeta(int chunk) const
-    {
-        const Place p = place();
-        const int token = chunk * CHUNK + p.thread;
-        if (!args.dbeta || p.thread >= CHUNK || token >= s.piece.task.length) return;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += s.dbeta[w][p.thread];
-        sum *= s.strength_slope[p.thread];
-        const int is_f32 = args.fwd.beta_is_f32;
-        char *to = row(args.dbeta, args.dbeta_strides, token, s.piece.task.head, is_f32 ? 4 : 2);
-        if (is_f32)
-            *reinterpret_cast<float *>(to) = sum;
-        else
-            *reinterpret_cast<uint16_t *>(to) = static_cast<uint16_t>(pack_bf16(sum, 0.0f));
-    }
-
-    /* Four neighbouring elements of bf16. */
-    static __device__ void store_bf16(void *to, float4 x)
-    {
-        *static_cast<uint2 *>(to) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
-    }
-
-    /* Stores a row of dq or dk, from the gradient x with respect to the normalised row, through the norm.
-     * Each lane has four channels. */
-    __device__ void store_row(void *tensor, const fkda_token_strides &strides, float *parts, int token,
-                              float4 x, const uint16_t *raw, float scale) const
-    {
-        const Place p = place();
-        if (!tensor) return;
-        if (!args.fwd.qk_is_normalised) {
-            const uint2 two = *reinterpret_cast<const uint2 *>(raw + 4 * p.lane);
-            const float4 n = make_float4(bf16_low(two.x) * scale, bf16_high(two.x) * scale,
-                                         bf16_low(two.y) * scale, bf16_high(two.y) * scale);
-            float along = __fmaf_rn(n.x, x.x, __fmaf_rn(n.y, x.y, __fmaf_rn(n.z, x.z, n.w * x.w)));
-#pragma unroll
-            for (int distance = 16; distance > 0; distance /= 2)
-                along += __shfl_xor_sync(~0u, along, distance);
-            x.x = __fmaf_rn(-n.x, along, x.x) * scale, x.y = __fmaf_rn(-n.y, along, x.y) * scale;
-            x.z = __fmaf_rn(-n.z, along, x.z) * scale, x.w = __fmaf_rn(-n.w, along, x.w) * scale;
-        }
-        if (token >= s.piece.task.length) return;
-        const int head = s.piece.task.head;
-        if (parts)
-            *reinterpret_cast<float4 *>(parts + ((s.piece.task.begin + token) * args.fwd.heads + head) * DIM +
-                                        4 * p.lane) = x;
-        else
-            store_bf16(row(tensor, strides, token, head, 2) + 8 * p.lane, x);
-    }
-
-    __device__ void store_rows(const Raw &raw, int chunk) const
-    {
-        const Place p = place();
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int i = 2 * p.warp + e, token = chunk * CHUNK + i;
-            store_row(args.dq, args.dq_strides, args.dq_parts, token, s.q_read.four(i, 4 * p.lane), raw.q[i],
-                      s.q_scale[i]);
-            store_row(args.dk, args.dk_strides, args.dk_parts, token, s.k_read.four(i, 4 * p.lane), raw.k[i],
-                      s.k_scale[i]);
-            if (!args.dg || token >= s.piece.task.length) continue;
-            const int bytes = args.fwd.g_is_f32 ? 4 : 2;
-            char *to = row(args.dg, args.dg_strides, token, s.piece.task.head, bytes) + 4 * bytes * p.lane;
-            const float4 x = s.u.four(i, 4 * p.lane);
-            if (args.fwd.g_is_f32)
-                *reinterpret_cast<float4 *>(to) = x;
-            else
-                store_bf16(to, x);
         }
     }
 
@@ -196,20 +100,6 @@ struct Gradients {
         }
     }
 
-    /* The part of dbeta of the warp's rows. */
-    __device__ void add_dbeta(const float (&dx)[2][4], const float (&missed)[2][4]) const
-    {
-        const Place p = place();
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int tile = i / 2, e = i % 2;
-            float sum = __fmaf_rn(dx[tile][e], missed[tile][e], dx[tile][e + 2] * missed[tile][e + 2]);
-#pragma unroll
-            for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-            if (p.g == 0) s.dbeta[p.warp][8 * tile + 2 * p.t + e] = sum;
-        }
-    }
-
     /* By rows of V: dv and dbeta of each chunk. Records keep U, in place of what states do not predict, and
      * dR. */
     __device__ void walk_rows(Reader &reader, int end) const
@@ -227,15 +117,15 @@ struct Gradients {
                 missed[2][4], *const of_chunk = record(chunk - first_chunk());
             load_values(missed, of_chunk + MISSED, p.thread);
             find_dx(dx, dout, rows, s, raw, p.first, p.lane);
-            add_dbeta(dx, missed);
+            add_dbeta(s.dbeta[p.warp], dx, missed, p.g, p.t);
             multiply_by_strengths(dr, dx, s, p.t);
             multiply_by_strengths(missed, missed, s, p.t);
             store_values(of_chunk + MISSED, missed, p.thread);
             store_values(of_chunk + DR, dr, p.thread);
-            store_dv(chunk, dr);
+            outputs.store_dv(chunk, dr, p.first, p.g, p.t);
             write_gradient(rows, dout, dr, s, p.lane);
             __syncthreads();
-            store_dbeta(chunk);
+            outputs.store_dbeta(chunk, p.thread, s.dbeta, s.strength_slope);
         }
         const Place p = place();
         if (!args.fwd.state_k_first && dinitial_state()) rows.store(dinitial_state(), p.first, p.g, p.t);
@@ -297,14 +187,15 @@ struct Gradients {
             __syncthreads();
             add_pairs();
             __syncthreads();
-            const ChannelOfChunk channel = {raw,
-                                            {args.fwd, s.gate, p.thread % DIM},
-                                            args.fwd.g_is_f32 != 0,
-                                            s.piece.task.length - chunk * CHUNK,
-                                            p.thread % DIM};
-            go_through_channels(s, channel, p.thread, sums);
+            const ChannelOfChunk<Raw> channel = {raw,
+                                                 {args.fwd, s.gate, p.thread % DIM},
+                                                 args.fwd.g_is_f32 != 0,
+                                                 s.piece.task.length - chunk * CHUNK,
+                                                 p.thread % DIM};
+            const ChannelTiles tiles(s, s, s.u, s.dr);
+            go_through_channels<WholeCta>(tiles, channel, p.thread, sums);
             __syncthreads();
-            store_rows(raw, chunk);
+            outputs.store_rows(raw, chunk, tiles, p.warp, p.lane);
         }
         const Place p = place();
         if (args.fwd.state_k_first && dinitial_state()) columns.store(dinitial_state(), p.first, p.g, p.t);

@@ -72,13 +72,11 @@ __device__ __forceinline__ float from_bf16_bits(uint16_t x)
     return __uint_as_float(static_cast<uint32_t>(x) << 16);
 }
 
+template <class Raw>
 __device__ __forceinline__ float raw_gate(const Raw &raw, bool is_f32, int token, int channel)
 {
     return is_f32 ? raw.g.f32[token][channel] : from_bf16_bits(raw.g.bf16[token][channel]);
 }
-
-/* Where a walk goes: forwards with v, or backwards with q and dout. */
-enum Way { FORWARDS, BACKWARDS };
 
 /* Chunks on their way to shared memory, one ahead of the chunk that the CTA works on. */
 struct Reader {

@@ -3,7 +3,7 @@
  *
  * Algorithm. Norms, write strengths and the running sums of the gates; then the decayed keys and queries;
  * then the products between tokens, L = tril(diag(b) K~ K^^T, -1) and P = tril(Q~ K^^T); then (I + L)^-1 by
- * forward substitution in fp32, in blocks of 8 x 8 tokens. All threads of the CTA meet between these steps.
+ * forward substitution in fp32, in blocks of 8 x 8 tokens. All threads that prepare meet between these steps.
  *
  * Where exp(G) or exp(-G) leaves the range of fp32, which takes a gate without a bound, products between
  * tokens are sums with exp(G_i - G_j) itself, as in ../portable/unbounded.cuh, but for the whole chunk.
@@ -19,21 +19,32 @@ namespace fkda
 /* On the way back P and Q~ are wanted, too, and the inverse is (I + L)^-1. Forwards it is (I + N)^-1 with N =
  * tril(K~ K^^T, -1) diag(b): U is diag(b) (I + N)^-1 R as well as (I + L)^-1 diag(b) R, and the first way
  * gives what the state does not predict even where b is 0. */
-template <Way way> struct Preparation {
+template <Way way, class Scratch = Shared, class Prepared = Shared> struct Preparation {
     static constexpr bool backwards = way == BACKWARDS;
     static constexpr int HALF = CHUNK / 2;
     /* Of G log2(e), down or up. 16 tokens at -5 nats reach -115.4. */
     static constexpr float RANGE = 116.0f;
     static constexpr float NORM_SCALE = 0x1p-68f; /* squares of elements above 2^60 overflow */
 
-    Shared &s;
+    typedef typename Scratch::RawChunk Raw;
+
+    Scratch &s;   /* what nobody needs after the preparation */
+    Prepared &to; /* what it leaves */
     const fkda_bwd_args &args;
+    const Piece &piece;
+    const GateOfHead &gate_of_head;
     const Raw &raw;
     int thread, warp, lane;
     int channel, half; /* the thread has the tokens 8 half to 8 half + 7 of a channel */
 
     /* The index is read again, so that no address of a tile occupies registers from chunk to chunk. */
-    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r) : s(shared), args(a), raw(r)
+    __device__ Preparation(Shared &shared, const fkda_bwd_args &a, const Raw &r)
+        : Preparation(shared, shared, a, shared.piece, shared.gate, r)
+    {
+    }
+    __device__ Preparation(Scratch &scratch, Prepared &prepared, const fkda_bwd_args &a, const Piece &p,
+                           const GateOfHead &gate, const Raw &r)
+        : s(scratch), to(prepared), args(a), piece(p), gate_of_head(gate), raw(r)
     {
         int cta;
         read_indices(cta, thread);
@@ -72,7 +83,7 @@ template <Way way> struct Preparation {
                 k = find_norm(raw.k[token]);
                 if (backwards) q = find_norm(raw.q[token]);
             }
-            if (lane == 0) s.k_scale[token] = k, s.q_scale[token] = q;
+            if (lane == 0) to.k_scale[token] = k, to.q_scale[token] = q;
         }
     }
 
@@ -80,11 +91,11 @@ template <Way way> struct Preparation {
     __device__ void find_strengths(int chunk, float beta) const
     {
         if (thread >= CHUNK) return;
-        const bool valid = chunk * CHUNK + thread < s.piece.task.length;
+        const bool valid = chunk * CHUNK + thread < piece.task.length;
         float slope;
         const float strength = write_strength(args.fwd.beta_kind, beta, slope);
-        s.strength[thread] = valid ? strength : 0.0f;
-        s.strength_slope[thread] = slope;
+        to.strength[thread] = valid ? strength : 0.0f;
+        to.strength_slope[thread] = slope;
     }
 
     /* The running sums of the thread's tokens from its first one on. */
@@ -95,7 +106,7 @@ template <Way way> struct Preparation {
         for (int e = 0; e < HALF; e++) {
             const int token = HALF * half + e;
             const float x = gate.log2_decay(raw_gate(raw, args.fwd.g_is_f32, token, channel));
-            total += chunk * CHUNK + token < s.piece.task.length ? x : 0.0f;
+            total += chunk * CHUNK + token < piece.task.length ? x : 0.0f;
             sum[e] = total;
         }
         s.totals[half][channel] = total;
@@ -111,22 +122,19 @@ template <Way way> struct Preparation {
         for (int e = 0; e < HALF; e++) {
             const int token = HALF * half + e;
             sum[e] += before;
-            const float k = from_bf16_bits(raw.k[token][channel]) * s.k_scale[token], up = ex2(sum[e]);
-            s.k_read.at(token, channel) = to_tf32(k * up);
+            const float k = from_bf16_bits(raw.k[token][channel]) * to.k_scale[token], up = ex2(sum[e]);
+            to.put_key(s, token, channel, k, up);
             if (products) {
                 out |= !(fabsf(sum[e]) < RANGE);
-                s.k_rest.at(token, channel) = to_tf32(k * ex2(last - sum[e]));
+                to.put_rest(token, channel, k * ex2(last - sum[e]));
                 s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
             }
             if (!backwards) continue;
-            const float q = from_bf16_bits(raw.q[token][channel]) * s.q_scale[token] * args.fwd.scale;
-            s.q_read.at(token, channel) = to_tf32(q * up);
+            const float q = from_bf16_bits(raw.q[token][channel]) * to.q_scale[token];
+            to.put_query(s, token, channel, q, args.fwd.scale, up);
         }
         if (out) s.is_out_of_range = 1;
-        if (half) return;
-        const bool is_slow = last > -1.0f;
-        s.factor[channel] = is_slow ? 1.0f : ex2(last);
-        s.more[channel] = !is_slow ? 0.0f : last <= 0.0f ? ex2_minus_1(last) : ex2(last) - 1.0f;
+        if (!half) to.put_decay(channel, last);
     }
 
     /* Products over 64 channels: one matrix and eight columns of it for each warp. */
@@ -155,12 +163,12 @@ template <Way way> struct Preparation {
 #pragma unroll 1
             for (int c = 0; c < DIM; c++) {
                 const float faded = from_bf16_bits(raw.k[j][c]) * ex2(s.k_up.at(i, c) - s.k_up.at(j, c));
-                of_k = __fmaf_rn(from_bf16_bits(raw.k[i][c]) * s.k_scale[i], faded, of_k);
+                of_k = __fmaf_rn(from_bf16_bits(raw.k[i][c]) * to.k_scale[i], faded, of_k);
                 if (backwards)
                     of_q =
-                        __fmaf_rn(from_bf16_bits(raw.q[i][c]) * s.q_scale[i] * args.fwd.scale, faded, of_q);
+                        __fmaf_rn(from_bf16_bits(raw.q[i][c]) * to.q_scale[i] * args.fwd.scale, faded, of_q);
             }
-            of_k *= s.k_scale[j], of_q *= s.k_scale[j];
+            of_k *= to.k_scale[j], of_q *= to.k_scale[j];
         }
         s.products[0][0][i][j] = of_k, s.products[1][0][i][j] = 0.0f;
         s.products[0][1][i][j] = of_q, s.products[1][1][i][j] = 0.0f;
@@ -170,9 +178,9 @@ template <Way way> struct Preparation {
     {
         const int i = thread / CHUNK, j = thread % CHUNK;
         const float of_k = s.products[0][0][i][j] + s.products[1][0][i][j];
-        s.l_columns[j][i] = j < i ? of_k * s.strength[backwards ? i : j] : 0.0f;
+        s.l_columns[j][i] = j < i ? of_k * to.strength[backwards ? i : j] : 0.0f;
         if (backwards)
-            s.attend_t[j][i] = j <= i ? to_tf32(s.products[0][1][i][j] + s.products[1][1][i][j]) : 0.0f;
+            to.attend_t[j][i] = j <= i ? to_tf32(s.products[0][1][i][j] + s.products[1][1][i][j]) : 0.0f;
     }
 
     /* The inverse, by blocks of 8 x 8 tokens, in one warp: those on the diagonal by forward substitution, one
@@ -198,12 +206,12 @@ template <Way way> struct Preparation {
             const float t = -blocks[1][i][m];
             sum[0] = __fmaf_rn(t, product[m][j], sum[0]), sum[1] = __fmaf_rn(t, product[m][j + 1], sum[1]);
         }
-        store_inverse(HALF + i, j, sum[0]);
-        store_inverse(HALF + i, j + 1, sum[1]);
+        to.template put_inverse<way>(HALF + i, j, sum[0]);
+        to.template put_inverse<way>(HALF + i, j + 1, sum[1]);
     }
 
     /* Column j of the block on the diagonal that begins with token `first`. */
-    __device__ void solve_block(float (&to)[CHUNK][CHUNK + 2], int first, int j) const
+    __device__ void solve_block(float (&block)[CHUNK][CHUNK + 2], int first, int j) const
     {
         float x[HALF];
 #pragma unroll
@@ -215,14 +223,9 @@ template <Way way> struct Preparation {
                 x[i] = __fmaf_rn(-s.l_columns[first + m][first + i], x[m], x[i]);
 #pragma unroll
         for (int i = 0; i < HALF; i++) {
-            to[i][j] = x[i];
-            store_inverse(first + i, first + j, x[i]);
+            block[i][j] = x[i];
+            to.template put_inverse<way>(first + i, first + j, x[i]);
         }
-    }
-
-    __device__ void store_inverse(int i, int j, float x) const
-    {
-        s.inverse[i][j] = s.inverse_t[j][i] = to_tf32(x);
     }
 
     /* Norms and decayed tiles alone, without k_rest. */
@@ -230,37 +233,42 @@ template <Way way> struct Preparation {
     {
         float sum[HALF];
         find_norms();
-        sum_gates({args.fwd, s.gate, channel}, chunk, sum);
-        __syncthreads();
+        sum_gates({args.fwd, gate_of_head, channel}, chunk, sum);
+        Scratch::Team::meet();
         decay<false>(sum);
-        __syncthreads();
+        Scratch::Team::meet();
     }
 
-    /* The CTA meets after the last step, too. */
+    /* The threads meet after the last step, too. */
     __device__ void run(int chunk, float beta) const
+    {
+        run_to_last_meeting(chunk, beta);
+        Scratch::Team::meet();
+    }
+
+    __device__ void run_to_last_meeting(int chunk, float beta) const
     {
         float sum[HALF];
         if (thread == 0) s.is_out_of_range = 0;
         find_norms();
         find_strengths(chunk, beta);
-        sum_gates({args.fwd, s.gate, channel}, chunk, sum);
-        __syncthreads();
+        sum_gates({args.fwd, gate_of_head, channel}, chunk, sum);
+        Scratch::Team::meet();
         decay<true>(sum);
-        __syncthreads();
+        Scratch::Team::meet();
         if (__builtin_expect(s.is_out_of_range, 0)) {
-            __syncthreads(); /* all have read the flag, which the next chunk clears */
+            Scratch::Team::meet(); /* all have read the flag, which the next chunk clears */
 #pragma unroll
             for (int e = 0; e < HALF; e++) s.k_up.at(HALF * half + e, channel) = sum[e];
-            __syncthreads();
+            Scratch::Team::meet();
             multiply_directly();
         } else {
             multiply_tokens();
         }
-        __syncthreads();
+        Scratch::Team::meet();
         add_products();
-        __syncthreads();
+        Scratch::Team::meet();
         if (warp == 0) solve();
-        __syncthreads();
     }
 };
 

@@ -141,8 +141,9 @@ __device__ __forceinline__ void load_transposed(float (&d)[2][4], const uint16_t
 }
 
 /* Multiplies the columns of tokens by their write strengths. */
+template <class Prepared>
 __device__ __forceinline__ void multiply_by_strengths(float (&to)[2][4], const float (&x)[2][4],
-                                                      const Shared &s, int t)
+                                                      const Prepared &s, int t)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {

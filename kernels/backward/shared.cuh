@@ -36,7 +36,21 @@ struct Piece {
     const char *q, *k, *v, *g, *beta, *dout; /* the sequence's first token */
 };
 
+/* Where a walk goes: forwards with v, or backwards with q and dout. */
+enum Way { FORWARDS, BACKWARDS };
+
+/* The threads that prepare a chunk and go through its channels: here all of the CTA. */
+struct WholeCta {
+    static __device__ __forceinline__ void meet()
+    {
+        __syncthreads();
+    }
+};
+
 struct Shared {
+    typedef Raw RawChunk;
+    typedef WholeCta Team;
+
     Raw raw[2]; /* of a chunk and of the next one */
     /* A prepared chunk, with G the running sum of the log decay. Operands are rounded to tf32.
      *   k_read = k_i exp(G_i)   q_read = scale q_i exp(G_i)   k_rest = k_i exp(G_last - G_i)
@@ -64,6 +78,33 @@ struct Shared {
     int is_out_of_range; /* exp(G) or exp(-G) is not in the range of fp32 */
     Piece piece;
     GateOfHead gate;
+
+    /* What a preparation leaves. `up` is exp(G). */
+    __device__ __forceinline__ void put_key(Shared &, int token, int channel, float k, float up)
+    {
+        k_read.at(token, channel) = to_tf32(k * up);
+    }
+    __device__ __forceinline__ void put_rest(int token, int channel, float x)
+    {
+        k_rest.at(token, channel) = to_tf32(x);
+    }
+    __device__ __forceinline__ void put_query(Shared &, int token, int channel, float q, float scale,
+                                              float up)
+    {
+        q_read.at(token, channel) = to_tf32(q * scale * up);
+    }
+    __device__ __forceinline__ void put_decay(int channel, float log2_decay)
+    {
+        const bool is_slow = log2_decay > -1.0f;
+        factor[channel] = is_slow ? 1.0f : ex2(log2_decay);
+        more[channel] = !is_slow             ? 0.0f
+                        : log2_decay <= 0.0f ? ex2_minus_1(log2_decay)
+                                             : ex2(log2_decay) - 1.0f;
+    }
+    template <Way> __device__ __forceinline__ void put_inverse(int i, int j, float x)
+    {
+        inverse[i][j] = inverse_t[j][i] = to_tf32(x);
+    }
 };
 static_assert(sizeof(Shared) == FKDA_BWD_SHARED_BYTES, "keep bwd_shape.h in step");
 

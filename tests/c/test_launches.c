@@ -266,10 +266,63 @@ static void strategies(void)
     }
 }
 
+/* ---- The backward pass --------------------------------------------------------------------------------- */
+
+static size_t workspace_of_backward(pretended_shape shape, const char *kernel)
+{
+    const flash_kda_fwd_params f = pretended_params(shape);
+    const flash_kda_bwd_params p = {.struct_size = sizeof p,
+                                    .device = f.device,
+                                    .q = f.q,
+                                    .k = f.k,
+                                    .v = f.v,
+                                    .g = f.g,
+                                    .beta = f.beta,
+                                    .A_log = f.A_log,
+                                    .dt_bias = f.dt_bias,
+                                    .cu_seqlens = f.cu_seqlens,
+                                    .dout = f.v,
+                                    .dq = f.q,
+                                    .dk = f.k,
+                                    .dv = f.v,
+                                    .dg = f.g,
+                                    .dbeta = f.beta,
+                                    .scale = 1.0f,
+                                    .lower_bound = -5.0f,
+                                    .gate = f.gate,
+                                    .kernel = kernel,
+                                    .max_seqlen = shape.longest};
+    size_t bytes = 0;
+    must(flash_kda_bwd_workspace_size(&p, &bytes));
+    return bytes;
+}
+
+/* Without a name, gradients come from "portable" on compute capability 9.0 too: src/kernels.c says why. The
+ * kernel "hopper" takes at most half of the bytes of q, k, v and g as workspace, if there are segments enough
+ * for all SMs to have several. */
+static void backward(void)
+{
+    static const pretended_shape shapes[] = {
+        {1, 8192, 96, 0, 0}, {1, 65536, 8, 0, 0}, {1, 65536, 16, 9, 20000}};
+    if (!is_hopper() || sm_count() != 132) return;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const pretended_shape s = shapes[i];
+        const size_t by_default = workspace_of_backward(s, NULL), hopper = workspace_of_backward(s, "hopper"),
+                     inputs = (size_t)(s.tokens * s.heads) * 1024;
+        trying("T = %lld, H = %lld", (long long)s.tokens, (long long)s.heads);
+        CHECK(by_default == workspace_of_backward(s, "portable"), "the default needs %zu bytes", by_default);
+        CHECK(by_default != hopper, "the default needs as much as hopper");
+        CHECK(2 * hopper <= inputs, "hopper needs %zu bytes for %zu of inputs", hopper, inputs);
+    }
+}
+
 int main(int argc, char **argv)
 {
-    static const group groups[] = {
-        {"strategies", strategies}, {"ctas", ctas}, {"repeated", repeated}, {"counting", counting}};
+    static const group groups[] = {{"strategies", strategies},
+                                   {"ctas", ctas},
+                                   {"repeated", repeated},
+                                   {"counting", counting},
+                                   {"backward", backward}};
     harness_start(argc, argv);
     counts = pretended_counts_find();
     return harness_run(groups, sizeof groups / sizeof *groups);

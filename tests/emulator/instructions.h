@@ -16,6 +16,8 @@
 #define FKDA_HOPPER_PTX_PATIENCE_CUH
 #define FKDA_HOPPER_PTX_WGMMA_CUH
 
+#include <map>
+
 #include "../../kernels/hopper/fwd_args.h"
 #include "descriptor.h"
 #include "language.h"
@@ -552,6 +554,31 @@ inline void copy_bulk_to_global(void *to, const void *from, int bytes)
     const auto *source = static_cast<const unsigned char *>(from);
     for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to global memory");
     memcpy(to, from, static_cast<size_t>(bytes));
+}
+/* Copies to global memory that a thread has started: how many have not read shared memory yet. */
+inline int &copies_to_global()
+{
+    static thread_local std::map<const emulator::Thread *, int> of_thread;
+    return of_thread[&emulator::thread()];
+}
+inline void start_copy_to_global(void *to, const void *from, int bytes)
+{
+    const auto *source = static_cast<const unsigned char *>(from);
+    int &pending = copies_to_global();
+    for (int i = 0; i < bytes; i += 16) emulator::check_fenced(source + i, "a copy to global memory");
+    pending++;
+    emulator::later([=, &pending] {
+        memcpy(to, source, static_cast<size_t>(bytes));
+        pending--;
+    });
+}
+inline void wait_until_copies_have_read()
+{
+    while (copies_to_global()) emulator::yield_to_ctas();
+}
+inline void wait_for_copies_to_global()
+{
+    wait_until_copies_have_read();
 }
 inline void copy_bulk_to_pair(void *to, const void *from, int bytes, uint64_t *barrier)
 {

@@ -76,6 +76,29 @@ __device__ __forceinline__ void copy_to_other_cta(void *to, const void *from, in
         : "memory");
 }
 
+/* Starts a copy of `bytes` bytes, a multiple of 16, from shared to global memory. The thread that starts
+ * copies is the one that can wait for them. */
+__device__ __forceinline__ void start_copy_to_global(void *to, const void *from, int bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+                 "cp.async.bulk.commit_group;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+/* Waits until all copies to global memory that this thread has started have read shared memory, which may
+ * then be overwritten. */
+__device__ __forceinline__ void wait_until_copies_have_read()
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/* Waits until they are in global memory. */
+__device__ __forceinline__ void wait_for_copies_to_global()
+{
+    asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory");
+}
+
 /* Copies `bytes` bytes, a multiple of 16, from shared to global memory, and waits until they are there. */
 __device__ __forceinline__ void copy_bulk_to_global(void *to, const void *from, int bytes)
 {
