@@ -312,6 +312,9 @@ def _load() -> ctypes.CDLL:
         "flash_kda_bwd": [bwd_params],
         "flash_kda_bwd_workspace_size": [bwd_params, ctypes.POINTER(c_size_t)],
         "flash_kda_bwd_reference": [bwd_params, ctypes.POINTER(Gradients64)],
+        "flash_kda_explain_decode": [decode_params, c_char_p, c_size_t],
+        "flash_kda_explain_decode_layer": [layer_params, c_char_p, c_size_t],
+        "flash_kda_explain_apply": [apply_params, c_char_p, c_size_t],
         "flash_kda_decode": [decode_params],
         "flash_kda_check_decode": [decode_params],
         "flash_kda_decode_reference": [decode_params, *[ctypes.POINTER(c_double)] * 2],
@@ -429,9 +432,10 @@ def bwd_workspace_size(params: BwdParams) -> int:
     return _size(lib.flash_kda_bwd_workspace_size, params)
 
 
-def explain(params: FwdParams) -> str:
+def explain(params: Any, name: str = "flash_kda_explain") -> str:
+    """What the function with that name says of a call with the struct."""
     text = ctypes.create_string_buffer(1200)
-    check(lib.flash_kda_explain(ctypes.byref(params), text, len(text)))
+    check(getattr(lib, name)(ctypes.byref(params), text, len(text)))
     return text.value.decode()
 
 
