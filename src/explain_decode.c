@@ -98,14 +98,14 @@ static flash_kda_status check_text(const char *text, size_t capacity)
 
 static void write(char *text, size_t capacity, const char *choice, const char *layout, moved m)
 {
+    const int64_t all = m.states_read + m.states_written + m.tokens + m.records + m.windows;
     char windows[64] = "";
     if (m.windows) snprintf(windows, sizeof windows, ", %lld of the convolution", (long long)m.windows);
     snprintf(text, capacity,
              "%s\n%s\nBytes moved: %lld of states read, %lld of states written, %lld of tokens, %lld of "
              "records%s; %lld in all, if every sequence has a state.\n",
              choice, layout, (long long)m.states_read, (long long)m.states_written, (long long)m.tokens,
-             (long long)m.records, windows,
-             (long long)(m.states_read + m.states_written + m.tokens + m.records + m.windows));
+             (long long)m.records, windows, (long long)all);
 }
 
 flash_kda_status flash_kda_explain_decode(const flash_kda_decode_params *params, char *text, size_t capacity)
