@@ -640,6 +640,12 @@ FLASH_KDA_API flash_kda_status flash_kda_decode(const flash_kda_decode_params *p
  * pointer is followed; an optional tensor counts if its data is not NULL. For compilers that trace a call. */
 FLASH_KDA_API flash_kda_status flash_kda_check_decode(const flash_kda_decode_params *params);
 
+/* Explains what flash_kda_decode() would do with these arguments: which kernel runs and why, how it lays the
+ * work out over the device, and how many bytes it moves. Looks at what flash_kda_check_decode() looks at, and
+ * writes text as flash_kda_explain() does. */
+FLASH_KDA_API flash_kda_status flash_kda_explain_decode(const flash_kda_decode_params *params, char *text,
+                                                        size_t capacity);
+
 /* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, HV, V] (with cu_seqlens [1, total,
    HV, V]) and, unless NULL, states64 [N, T, HV, V, K] (with cu_seqlens [total, HV, V, K]): the state after
    each token, V before K whatever state_k_first says. params->state is read and not written; params->out
@@ -685,6 +691,11 @@ FLASH_KDA_API flash_kda_status flash_kda_apply(const flash_kda_apply_params *par
 
 /* As flash_kda_check_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params);
+
+/* As flash_kda_explain_decode(). The records are those of all tokens that may be applied. */
+FLASH_KDA_API flash_kda_status flash_kda_explain_apply(const flash_kda_apply_params *params, char *text,
+                                                       size_t capacity);
+
 /* ---- Decode of a whole layer: convolution, recurrence, norm -------------------------------------------- */
 
 /*
@@ -787,6 +798,10 @@ FLASH_KDA_API flash_kda_status flash_kda_decode_layer(const flash_kda_decode_lay
 
 /* As flash_kda_check_decode(). */
 FLASH_KDA_API flash_kda_status flash_kda_check_decode_layer(const flash_kda_decode_layer_params *params);
+
+/* As flash_kda_explain_decode(). */
+FLASH_KDA_API flash_kda_status flash_kda_explain_decode_layer(const flash_kda_decode_layer_params *params,
+                                                              char *text, size_t capacity);
 
 /* The definition in fp64, for tensors in CPU memory: writes out64 [N, T, H, V] (with cu_seqlens [1, total, H,
  * V]) and, unless NULL, states64 [N, T, H, V, K] (with cu_seqlens [total, H, V, K]): the state after each

@@ -324,18 +324,20 @@ flash_kda_status fkda_check_decode(const flash_kda_decode_params *p, bool for_re
     return fkda_check_decode_indices(out);
 }
 
-flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *p)
+flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *p, fkda_decode_problem *out)
 {
     flash_kda_decode_params complete;
-    fkda_decode_problem problem = {0};
     const void *params = p;
+    memset(out, 0, sizeof *out);
     TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_params, kernel), sizeof complete,
                              "flash_kda_decode_params"));
     p = params;
-    TRY(check_sizes(p, &problem));
+    TRY(check_sizes(p, out));
     TRY(fkda_check_decode_options(p));
-    TRY(check_decode_tensors(p, &problem, false, false));
-    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &problem.kernel);
+    TRY(check_decode_tensors(p, out, false, false));
+    TRY(fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &out->kernel));
+    fkda_fill_decode(p, out);
+    return FLASH_KDA_OK;
 }
 
 /* ---- Apply --------------------------------------------------------------------------------------------- */
@@ -425,15 +427,17 @@ flash_kda_status fkda_check_apply(const flash_kda_apply_params *p, fkda_apply_pr
     return fkda_check_apply_indices(out);
 }
 
-flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *p)
+flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *p, fkda_apply_problem *out)
 {
     flash_kda_apply_params complete;
-    const fkda_kernel *kernel;
     const void *params = p;
+    memset(out, 0, sizeof *out);
     TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_apply_params, kernel), sizeof complete,
                              "flash_kda_apply_params"));
     p = params;
     TRY(check_apply_options(p));
     TRY(check_apply_tensors(p, false));
-    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &kernel);
+    TRY(fkda_find_kernel(p->device, p->kernel, FKDA_DECODE, &out->kernel));
+    fill_apply(p, out);
+    return FLASH_KDA_OK;
 }

@@ -10,9 +10,10 @@ flash_kda_status fkda_check_decode(const flash_kda_decode_params *params, bool f
                                    fkda_decode_problem *problem);
 flash_kda_status fkda_check_apply(const flash_kda_apply_params *params, fkda_apply_problem *problem);
 
-/* What of these checks needs no memory. */
-flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *params);
-flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *params);
+/* What of these checks needs no memory. The problem's pointers may lead nowhere. */
+flash_kda_status fkda_check_decode_shapes(const flash_kda_decode_params *params,
+                                          fkda_decode_problem *problem);
+flash_kda_status fkda_check_apply_shapes(const flash_kda_apply_params *params, fkda_apply_problem *problem);
 
 /* check_decode_indices.c: the numbers in tensors of integers, for a call on the CPU. */
 flash_kda_status fkda_check_decode_indices(const fkda_decode_problem *problem);

@@ -387,16 +387,19 @@ flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *p,
     return check_indices(out);
 }
 
-flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *p)
+flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *p,
+                                                fkda_decode_layer_problem *out)
 {
     flash_kda_decode_layer_params complete;
-    fkda_decode_problem problem = {0};
     const void *params = p;
+    memset(out, 0, sizeof *out);
     TRY(fkda_complete_struct(&params, &complete, offsetof(flash_kda_decode_layer_params, kernel),
                              sizeof complete, "flash_kda_decode_layer_params"));
     p = with_tokens(params, &complete);
-    TRY(check_sizes(p, &problem));
+    TRY(check_sizes(p, &out->decode));
     TRY(check_options(p));
-    TRY(check_tensors(p, &problem, false, false));
-    return fkda_find_kernel(p->device, p->kernel, FKDA_DECODE_LAYER, &problem.kernel);
+    TRY(check_tensors(p, &out->decode, false, false));
+    TRY(fkda_find_kernel(p->device, p->kernel, FKDA_DECODE_LAYER, &out->decode.kernel));
+    fill_problem(p, out);
+    return FLASH_KDA_OK;
 }

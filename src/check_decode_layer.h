@@ -9,7 +9,8 @@
 flash_kda_status fkda_check_decode_layer(const flash_kda_decode_layer_params *params, bool for_reference,
                                          fkda_decode_layer_problem *problem);
 
-/* What needs no memory: options, dtypes, shapes and the kernel. */
-flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *params);
+/* What needs no memory: options, dtypes, shapes and the kernel. The problem's pointers may lead nowhere. */
+flash_kda_status fkda_check_decode_layer_shapes(const flash_kda_decode_layer_params *params,
+                                                fkda_decode_layer_problem *problem);
 
 #endif

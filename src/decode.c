@@ -36,13 +36,15 @@ static flash_kda_status reference(const flash_kda_decode_params *params, double 
 flash_kda_status flash_kda_check_decode(const flash_kda_decode_params *params)
 {
     FKDA_GUARD;
-    return fkda_check_decode_shapes(params);
+    fkda_decode_problem problem;
+    return fkda_check_decode_shapes(params, &problem);
 }
 
 flash_kda_status flash_kda_check_apply(const flash_kda_apply_params *params)
 {
     FKDA_GUARD;
-    return fkda_check_apply_shapes(params);
+    fkda_apply_problem problem;
+    return fkda_check_apply_shapes(params, &problem);
 }
 
 /* The other functions are cancellation points, after all work is done and no lock, thread or memory of the

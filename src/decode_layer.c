@@ -29,7 +29,8 @@ static flash_kda_status reference(const flash_kda_decode_layer_params *params, d
 flash_kda_status flash_kda_check_decode_layer(const flash_kda_decode_layer_params *params)
 {
     FKDA_GUARD;
-    return fkda_check_decode_layer_shapes(params);
+    fkda_decode_layer_problem problem;
+    return fkda_check_decode_layer_shapes(params, &problem);
 }
 
 /* The other functions are cancellation points, after all work is done and no lock, thread or memory of the

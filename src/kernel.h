@@ -29,6 +29,11 @@ struct fkda_kernel {
     flash_kda_status (*apply)(const fkda_apply_problem *problem);
     /* Does what flash_kda_decode_layer() asks for. NULL in a kernel without FKDA_DECODE_LAYER. */
     flash_kda_status (*decode_layer)(const fkda_decode_layer_problem *problem);
+    /* Say how these calls lay their work out, as `explain` does for the forward pass. They follow no pointer
+     * of the problem. */
+    void (*explain_decode)(const fkda_decode_problem *problem, char *text, size_t size);
+    void (*explain_apply)(const fkda_apply_problem *problem, char *text, size_t size);
+    void (*explain_decode_layer)(const fkda_decode_layer_problem *problem, char *text, size_t size);
     /* Does what flash_kda_bwd() asks for, and says how many bytes of workspace that takes. NULL in a kernel
      * without FKDA_BACKWARD. */
     flash_kda_status (*bwd)(const fkda_bwd_problem *problem);
@@ -53,5 +58,9 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int
 
 /* Says in one sentence why the shape's kernel runs. */
 void fkda_explain_choice(const fkda_shape *shape, char *text, size_t size);
+
+/* The same without what the kernel is, for calls other than the forward pass. */
+void fkda_explain_kernel(flash_kda_device device, const fkda_kernel *kernel, bool is_asked_for, char *text,
+                         size_t size);
 
 #endif

@@ -23,7 +23,8 @@ enum {
         .count_nonfinite = fkda_cpu_count_nonfinite, .decode = fkda_cpu_decode, .apply = fkda_cpu_apply,     \
         .decode_layer = fkda_cpu_decode_layer, .bwd = fkda_cpu_bwd, .bwd_workspace = fkda_cpu_bwd_workspace, \
         .saved_bytes = fkda_saved_bytes, .map = fkda_cpu_map, .map_workspace = fkda_cpu_map_workspace,       \
-        .join = fkda_cpu_join, .explain = fkda_cpu_explain,                                                  \
+        .join = fkda_cpu_join, .explain = fkda_cpu_explain, .explain_decode = fkda_cpu_explain_decode,       \
+        .explain_apply = fkda_cpu_explain_apply, .explain_decode_layer = fkda_cpu_explain_decode_layer,      \
     }
 
 /* A call that names no kernel runs the first row that the device can run and that knows all features of the
@@ -57,6 +58,9 @@ static const fkda_kernel kernels[] = {
         .decode_layer = fkda_cuda_decode_layer,
         .bwd = fkda_hopper_bwd,
         .bwd_workspace = fkda_hopper_bwd_workspace,
+        .explain_decode = fkda_cuda_explain_decode,
+        .explain_apply = fkda_cuda_explain_apply,
+        .explain_decode_layer = fkda_cuda_explain_decode_layer,
         .explain = fkda_hopper_explain,
     },
 #endif
@@ -72,6 +76,9 @@ static const fkda_kernel kernels[] = {
         .decode = fkda_cuda_decode,
         .apply = fkda_cuda_apply,
         .decode_layer = fkda_cuda_decode_layer,
+        .explain_decode = fkda_cuda_explain_decode,
+        .explain_apply = fkda_cuda_explain_apply,
+        .explain_decode_layer = fkda_cuda_explain_decode_layer,
         .bwd = fkda_cuda_bwd,
         .bwd_workspace = fkda_cuda_bwd_workspace,
         .explain = fkda_portable_explain,
@@ -235,18 +242,34 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int
                      device.index, capability / 10, capability % 10);
 }
 
+/* Why the kernel runs: what comes behind its name. */
+static void explain_why(flash_kda_device device, bool is_asked_for, char *text, size_t size)
+{
+    char where[64] = "the CPU";
+    int capability;
+    if (device.type == FLASH_KDA_CUDA && fkda_cuda_capability(device.index, &capability) == FLASH_KDA_OK)
+        snprintf(where, sizeof where, "CUDA device %d (compute capability %d.%d)", device.index,
+                 capability / 10, capability % 10);
+    if (is_asked_for)
+        snprintf(text, size, "was asked for");
+    else
+        snprintf(text, size, "is the first in the table that %s can run", where);
+}
+
 void fkda_explain_choice(const fkda_shape *shape, char *text, size_t size)
 {
-    char where[64] = "the CPU", why[128] = "was asked for";
-    int capability;
-    if (shape->device.type == FLASH_KDA_CUDA &&
-        fkda_cuda_capability(shape->device.index, &capability) == FLASH_KDA_OK)
-        snprintf(where, sizeof where, "CUDA device %d (compute capability %d.%d)", shape->device.index,
-                 capability / 10, capability % 10);
-    if (!shape->kernel_is_asked_for)
-        snprintf(why, sizeof why, "is the first in the table that %s can run", where);
+    char why[128];
     const flash_kda_kernel_info *info = &shape->kernel->info;
+    explain_why(shape->device, shape->kernel_is_asked_for, why, sizeof why);
     snprintf(text, size, "Kernel \"%s\" (%s) %s.", info->name, info->description, why);
+}
+
+void fkda_explain_kernel(flash_kda_device device, const fkda_kernel *kernel, bool is_asked_for, char *text,
+                         size_t size)
+{
+    char why[128];
+    explain_why(device, is_asked_for, why, sizeof why);
+    snprintf(text, size, "Kernel \"%s\" %s.", kernel->info.name, why);
 }
 
 flash_kda_status flash_kda_list_kernels(flash_kda_kernel_info *infos, int32_t capacity, int32_t *count)

@@ -5,6 +5,7 @@
 
 #include "command.h"
 #include "json.h"
+#include "problem.h"
 #include "terminal.h"
 
 static const char help[] =
@@ -21,7 +22,12 @@ static const char help[] =
     "  --batch-invariant    asks for results that don't depend on what else is in the\n"
     "                       batch\n"
     "  --longest-unknown    says what runs if the caller does not give the longest\n"
-    "                       sequence's length\n" JSON_HELP;
+    "                       sequence's length\n"
+    "  --decode             says it of flash_kda_decode() instead of the forward pass\n"
+    "  --decode-layer       says it of flash_kda_decode_layer()\n"
+    "  --writes WHICH       with these: which states are written, last (the default),\n"
+    "                       none or each\n"
+    "  --bf16-state         with these: the pool of states is bf16 instead of fp32\n" JSON_HELP;
 
 /* Why a device can't be used, after `where`. */
 static void print_reason(const char *where, const char *reason)
@@ -120,7 +126,114 @@ typedef struct question {
     int64_t heads;                /* 0: not given */
     flash_kda_cut cut;
     bool cut_given, batch_invariant, longest_unknown, json;
+    bool decode, decode_layer, bf16_state;
+    const char *writes; /* NULL: not given */
 } question;
+
+static void print_explanation(const question *asked, const flash_kda_device_info *device, int64_t sequences,
+                              int64_t tokens, int64_t heads, const char *words)
+{
+    if (asked->json) {
+        json_text("explanation", words);
+        json_close_object();
+        return;
+    }
+    printf("%s", bold());
+    print_device(device, "", 0);
+    printf("%s\n%lld %s, %lld tokens in all, %lld %s\n\n", plain(), (long long)sequences,
+           sequences == 1 ? "sequence" : "sequences", (long long)tokens, (long long)heads,
+           heads == 1 ? "head" : "heads");
+    print_wrapped(words, 0, 0);
+}
+
+/* The members of the JSON object that all explanations have. */
+static void open_json(const flash_kda_device_info *device, int64_t sequences, int64_t tokens, int64_t heads)
+{
+    json_open_object(NULL);
+    json_device(device);
+    json_integer("sequences", sequences);
+    json_integer("tokens", tokens);
+    json_integer("heads", heads);
+}
+
+static flash_kda_write_states writes_option(const char *text)
+{
+    static const char *const names[] = {"last", "none", "each"};
+    for (int i = 0; i < 3; i++)
+        if (!text || strcmp(text, names[i]) == 0) return (flash_kda_write_states)i;
+    die("--writes is '%s'; it must be last, none or each", text);
+}
+
+/* A tensor that is there, and whose memory nobody looks at. */
+static flash_kda_tensor tensor_without_memory(flash_kda_dtype dtype, int ndim, const int64_t *shape)
+{
+    static char memory;
+    return tensor_of(&memory, dtype, ndim, shape);
+}
+
+/* What decode or decode_layer would do. Sequences of one length are [N, T]; others come with cu_seqlens. */
+static void explain_decode(const question *asked)
+{
+    char words[1200];
+    int64_t *lengths, tokens = 0, longest = 0, count = lengths_option(asked->lengths, &lengths);
+    bool equal = true;
+    for (int64_t n = 0; n < count; n++) {
+        tokens += lengths[n];
+        if (lengths[n] > longest) longest = lengths[n];
+        equal = equal && lengths[n] == lengths[0];
+    }
+    free(lengths);
+    const flash_kda_device_info device = asked->device.struct_size ? asked->device : best_device();
+    const int64_t heads = asked->heads ? asked->heads : default_heads(device.device),
+                  channels = 3 * heads * DIM;
+    const flash_kda_write_states writes = writes_option(asked->writes);
+    const bool each = writes == FLASH_KDA_WRITE_EACH;
+    const int64_t columns = longest ? longest : 1, slots = each ? count * columns : count;
+    const int64_t rows[] = {equal ? count : 1, equal ? longest : tokens, heads, DIM},
+                  x[] = {rows[0], rows[1], channels}, states[] = {slots, heads, DIM, DIM},
+                  windows[] = {slots, channels, 3}, weight[] = {channels, 4}, bias[] = {heads, DIM},
+                  indices[] = {count, columns}, borders = count + 1, dim = DIM;
+    const flash_kda_dtype of_state = asked->bf16_state ? FLASH_KDA_BF16 : FLASH_KDA_F32;
+    flash_kda_decode_params d = {
+        .struct_size = sizeof d,
+        .device = device.device,
+        .q = tensor_without_memory(FLASH_KDA_BF16, 4, rows),
+        .beta = tensor_without_memory(FLASH_KDA_BF16, 3, rows),
+        .A_log = tensor_without_memory(FLASH_KDA_F32, 1, bias),
+        .dt_bias = tensor_without_memory(FLASH_KDA_F32, 2, bias),
+        .state = tensor_without_memory(of_state, 4, states),
+        .write_states = writes,
+        .kernel = asked->kernel,
+    };
+    d.k = d.v = d.g = d.out = d.q;
+    if (each) d.state_indices = tensor_without_memory(FLASH_KDA_I32, 2, indices);
+    if (!equal) d.cu_seqlens = tensor_without_memory(FLASH_KDA_I32, 1, &borders);
+    const flash_kda_decode_layer_params layer = {
+        .struct_size = sizeof layer,
+        .device = device.device,
+        .x = tensor_without_memory(FLASH_KDA_BF16, 3, x),
+        .weight = tensor_without_memory(FLASH_KDA_F32, 2, weight),
+        .conv_state = tensor_without_memory(FLASH_KDA_BF16, 3, windows),
+        .g = d.g,
+        .beta = d.beta,
+        .out = d.out,
+        .A_log = d.A_log,
+        .dt_bias = d.dt_bias,
+        .output_gate = d.g,
+        .norm_weight = tensor_without_memory(FLASH_KDA_F32, 1, &dim),
+        .state = d.state,
+        .state_indices = d.state_indices,
+        .cu_seqlens = d.cu_seqlens,
+        .write_states = writes,
+        .kernel = asked->kernel,
+    };
+    if (asked->decode_layer)
+        must(flash_kda_explain_decode_layer(&layer, words, sizeof words));
+    else
+        must(flash_kda_explain_decode(&d, words, sizeof words));
+    if (asked->json) open_json(&device, count, tokens, heads);
+    print_explanation(asked, &device, count, tokens, heads, words);
+}
 
 static void explain(const question *asked)
 {
@@ -139,22 +252,24 @@ static void explain(const question *asked)
     must(flash_kda_explain(&params, words, sizeof words));
     if (asked->json) {
         must(flash_kda_fwd_workspace_size(&params, &workspace));
-        json_open_object(NULL);
-        json_device(&device);
-        json_integer("sequences", count);
-        json_integer("tokens", params.q.shape[1]);
-        json_integer("heads", heads);
+        open_json(&device, count, params.q.shape[1], heads);
         json_integer("workspace_bytes", (int64_t)workspace);
-        json_text("explanation", words);
-        json_close_object();
-        return;
     }
-    printf("%s", bold());
-    print_device(&device, "", 0);
-    printf("%s\n%lld %s, %lld tokens in all, %lld %s\n\n", plain(), (long long)count,
-           count == 1 ? "sequence" : "sequences", (long long)params.q.shape[1], (long long)heads,
-           heads == 1 ? "head" : "heads");
-    print_wrapped(words, 0, 0);
+    print_explanation(asked, &device, count, params.q.shape[1], heads, words);
+}
+
+/* Refuses options of decode without one that asks for it, and options of the forward pass with it. */
+static void refuse_of_the_other_pass(const question *asked)
+{
+    const bool decode = asked->decode || asked->decode_layer;
+    const char *of_decode = asked->writes ? "--writes" : asked->bf16_state ? "--bf16-state" : NULL;
+    const char *of_forward = asked->cut_given         ? "--cut"
+                             : asked->batch_invariant ? "--batch-invariant"
+                             : asked->longest_unknown ? "--longest-unknown"
+                                                      : NULL;
+    if (!decode && of_decode) die("%s needs --decode or --decode-layer", of_decode);
+    if (decode && of_forward) die("%s is of the forward pass; it does not go with --decode", of_forward);
+    if (asked->decode && asked->decode_layer) die("--decode and --decode-layer are two calls; give one");
 }
 
 /* Refuses the options that only say more about a shape, if there is no shape. */
@@ -166,6 +281,8 @@ static void refuse_without_lengths(const question *asked)
                         : asked->batch_invariant    ? "--batch-invariant"
                         : asked->longest_unknown    ? "--longest-unknown"
                         : asked->device.struct_size ? "--device"
+                        : asked->decode             ? "--decode"
+                        : asked->decode_layer       ? "--decode-layer"
                                                     : NULL;
     if (given) die("%s needs --lengths, for example --lengths 8192", given);
 }
@@ -179,6 +296,10 @@ int command_info(int argc, char **argv)
         BATCH_INVARIANT_OPTION,
         JSON_OPTION,
         {"longest-unknown", no_argument, NULL, 'u'},
+        {"decode", no_argument, NULL, 'D'},
+        {"decode-layer", no_argument, NULL, 'L'},
+        {"writes", required_argument, NULL, 'w'},
+        {"bf16-state", no_argument, NULL, 'b'},
         {"heads", required_argument, NULL, 'H'},
         {"lengths", required_argument, NULL, 'l'},
         HELP_OPTION,
@@ -196,6 +317,10 @@ int command_info(int argc, char **argv)
             break;
         case 'i': asked.batch_invariant = true; break;
         case 'u': asked.longest_unknown = true; break;
+        case 'D': asked.decode = true; break;
+        case 'L': asked.decode_layer = true; break;
+        case 'w': asked.writes = optarg; break;
+        case 'b': asked.bf16_state = true; break;
         case 'j': asked.json = true; break;
         case 'H': asked.heads = heads_option(optarg); break;
         case 'l': asked.lengths = optarg; break;
@@ -203,8 +328,9 @@ int command_info(int argc, char **argv)
         }
     }
     if (optind < argc) die("info takes no argument, but there is '%s'", argv[optind]);
+    refuse_of_the_other_pass(&asked);
     if (asked.lengths) {
-        explain(&asked);
+        (asked.decode || asked.decode_layer ? explain_decode : explain)(&asked);
         return 0;
     }
     refuse_without_lengths(&asked);

@@ -70,6 +70,7 @@ __all__ = [
     "describe_nonfinite",
     "devices",
     "explain",
+    "explain_decode",
     "fused_recurrent_kda",
     "fwd",
     "get_saved_size",
@@ -1012,6 +1013,61 @@ def explain(
         state_v_first=state_v_first,
     )
     return _shapes.explain(device, shape)
+
+
+def explain_decode(
+    N: int,
+    T: int,
+    H: int,
+    device: Any = None,
+    kernel: str | None = None,
+    *,
+    function: str = "decode",
+    HV: int | None = None,
+    write_states: str = "last",
+    bf16_state: bool = False,
+    fp32_gate: bool = False,
+    with_cu_seqlens: bool = False,
+    with_parents: bool = False,
+    with_records: bool = False,
+    with_written_states: bool = False,
+    state_v_first: bool = True,
+) -> str:
+    """Which kernel a call of `decode`, `decode_layer` or `apply_records` would run for T tokens of each of N
+    sequences and H heads, why, in how many CTAs, and how many bytes it would move: a few lines to be read,
+    whose wording may change. Nothing is computed.
+
+    Args:
+        T: for `apply_records`, R: the tokens of a sequence that have records.
+        device: as for `explain`.
+        function: "decode", "decode_layer" or "apply_records".
+        HV: heads of v, if they are more than H; of `decode` alone.
+        bf16_state: whether the pool is bf16.
+        fp32_gate: whether g and beta are fp32.
+        with_cu_seqlens: whether the N T tokens come in one row, with cu_seqlens.
+        with_parents, with_records, with_written_states: whether the call has these arrays.
+    All other arguments are as for `decode`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `explain`, and as `decode` would.
+    """
+    shape = _shapes.DecodeShape(
+        N,
+        T,
+        H,
+        function=function,
+        HV=HV,
+        write_states=write_states,
+        kernel=kernel,
+        state_v_first=state_v_first,
+        bf16_state=bf16_state,
+        fp32_gate=fp32_gate,
+        with_cu_seqlens=with_cu_seqlens,
+        with_parents=with_parents,
+        with_records=with_records,
+        with_written_states=with_written_states,
+    )
+    return _shapes.explain_decode(device, shape)
 
 
 @dataclass(frozen=True)

@@ -364,6 +364,9 @@ def _load() -> ctypes.CDLL:
         "flash_kda_map_reference": [map_params, *[ctypes.POINTER(c_double)] * 2],
         "flash_kda_join": [join_params],
         "flash_kda_check_join": [join_params],
+        "flash_kda_explain_decode": [decode_params, c_char_p, c_size_t],
+        "flash_kda_explain_decode_layer": [layer_params, c_char_p, c_size_t],
+        "flash_kda_explain_apply": [apply_params, c_char_p, c_size_t],
         "flash_kda_decode": [decode_params],
         "flash_kda_check_decode": [decode_params],
         "flash_kda_decode_reference": [decode_params, *[ctypes.POINTER(c_double)] * 2],
@@ -485,9 +488,10 @@ def map_workspace_size(params: MapParams) -> int:
     return _size(lib.flash_kda_map_workspace_size, params)
 
 
-def explain(params: FwdParams) -> str:
+def explain(params: Any, name: str = "flash_kda_explain") -> str:
+    """What the function with that name says of a call with the struct."""
     text = ctypes.create_string_buffer(1200)
-    check(lib.flash_kda_explain(ctypes.byref(params), text, len(text)))
+    check(getattr(lib, name)(ctypes.byref(params), text, len(text)))
     return text.value.decode()
 
 

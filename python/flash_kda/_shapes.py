@@ -8,7 +8,8 @@ from typing import Any
 
 from . import _arrays, _lib
 from ._backward_options import BWD, BwdOptions
-from ._call_options import as_int, option_fields
+from ._call_options import KnownOptions, as_int, option_fields
+from ._decode_options import APPLY, DECODE, DECODE_LAYER
 from ._options import BOTH_PARAMETERS, Options
 
 
@@ -124,6 +125,112 @@ def _device_of(device: Any) -> _lib.DeviceInfo:
 
 def explain(device: Any, shape: Shape) -> str:
     return _lib.explain(shape.params(_device_of(device).device))
+
+
+class DecodeShape:
+    """The sizes of a call of `decode`, `decode_layer` or `apply_records`, and what it asks for."""
+
+    def __init__(
+        self,
+        N: Any,
+        T: Any,
+        H: Any,
+        *,
+        function: str,
+        HV: Any,
+        write_states: str,
+        kernel: str | None,
+        state_v_first: bool,
+        **flags: bool,
+    ):
+        if function not in _DECODE_FUNCTIONS:
+            names = ", ".join(f'"{name}"' for name in _DECODE_FUNCTIONS)
+            raise ValueError(f"function is {function!r}; it must be one of {names}")
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is of type {type(value).__name__}; it must be True or False")
+        self.N, self.H = _checked("N", N, 1), _checked("H", H, 1)
+        self.T, self.HV = _checked("T", T, 0), self.H if HV is None else _checked("HV", HV, 1)
+        if function != "decode" and self.HV != self.H:
+            raise ValueError(f"HV is {self.HV} and H is {self.H}; they must be equal for {function}")
+        self.function, self.flags = function, flags
+        self.each = write_states == "each" and not flags["with_written_states"]
+        known, self.explain = _DECODE_FUNCTIONS[function]
+        for name in ("cu_seqlens", "parents", "records", "written_states"):
+            takes = (*known.cls.required_arrays, *known.cls.optional_arrays)
+            if flags[f"with_{name}"] and (name not in takes or function == "apply_records"):
+                raise ValueError(f"with_{name} is True; it must be False for {function}")
+        options: dict[str, Any] = {"kernel": kernel, "state_v_first": state_v_first}
+        if function != "apply_records":
+            options["write_states"] = write_states
+        self.arrays = self._arrays(write_states)
+        bits = known.cls.bits_of(*(name for name in self.arrays if name in known.cls.optional_arrays))
+        self.options = known.cls(bits, **options).checked()
+
+    def _arrays(self, write_states: str) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """The dtypes and shapes of the call's arrays."""
+        f32, bf16, flags = _lib.F32, _lib.BF16, self.flags
+        N, T, H, HV, D = self.N, self.T, self.H, self.HV, 128
+        gate, state = f32 if flags["fp32_gate"] else bf16, bf16 if flags["bf16_state"] else f32
+        rows = (1, N * T) if flags["with_cu_seqlens"] else (N, T)
+        states = N * max(T, 1) if write_states == "each" else N
+        pool = (max(states, N), HV, D, D)
+        arrays: dict[str, tuple[int, tuple[int, ...]]] = {"state": (state, pool)}
+        if self.function == "apply_records":
+            arrays |= {"records": (f32, (N, T, HV, 3 * D)), "num_accepted_tokens": (_lib.I64, (N,))}
+            return arrays
+        arrays |= {
+            "g": (gate, (*rows, HV, D)),
+            "beta": (gate, (*rows, HV)),
+            "out": (bf16, (*rows, HV, D)),
+            "A_log": (f32, (HV,)),
+            "dt_bias": (f32, (HV, D)),
+        }
+        if self.function == "decode":
+            arrays |= {name: (bf16, (*rows, H, D)) for name in ("q", "k")} | {"v": (bf16, (*rows, HV, D))}
+        else:
+            arrays |= {
+                "x": (bf16, (*rows, 3 * H * D)),
+                "weight": (f32, (3 * H * D, 4)),
+                "conv_state": (bf16, (pool[0], 3 * H * D, 3)),
+                "output_gate": (bf16, (*rows, H, D)),
+                "norm_weight": (f32, (D,)),
+            }
+        if self.each:
+            arrays["state_indices"] = (_lib.I64, (N, max(T, 1)))
+        optional = {
+            "with_cu_seqlens": ("cu_seqlens", _lib.I64, (N + 1,)),
+            "with_parents": ("parents", _lib.I64, (N, T)),
+            "with_records": ("records", f32, (N, T, HV, 3 * D)),
+            "with_written_states": ("written_states", state, pool),
+        }
+        for flag, (name, dtype, shape) in optional.items():
+            if flags[flag]:
+                arrays[name] = dtype, shape
+        return arrays
+
+    def params(self, device: _lib.Device) -> Any:
+        params = self.options.function.new_params()
+        params.device = device
+        self.options.apply_to(params)
+        for name, (dtype, shape) in self.arrays.items():
+            tensor = getattr(params, name)
+            _lib.set_shape(tensor, dtype, shape)
+            tensor.data = 64  # is there, and is not read
+        if self.function != "apply_records":
+            params.lower_bound = -5.0
+        return params
+
+
+_DECODE_FUNCTIONS: dict[str, tuple[KnownOptions, str]] = {
+    "decode": (DECODE, "flash_kda_explain_decode"),
+    "decode_layer": (DECODE_LAYER, "flash_kda_explain_decode_layer"),
+    "apply_records": (APPLY, "flash_kda_explain_apply"),
+}
+
+
+def explain_decode(device: Any, shape: DecodeShape) -> str:
+    return _lib.explain(shape.params(_device_of(device).device), shape.explain)
 
 
 # Ratio of neighbouring sizes among those that _batches_up_to tries, and what is added to the largest

@@ -38,6 +38,8 @@ flash_kda_status fkda_cpu_count_nonfinite(const fkda_problem *problem, fkda_coun
 
 /* decode.c: `decode` and `apply` of the same kernels. */
 flash_kda_status fkda_cpu_decode(const fkda_decode_problem *problem);
+void fkda_cpu_explain_decode(const fkda_decode_problem *problem, char *text, size_t size);
+void fkda_cpu_explain_apply(const fkda_apply_problem *problem, char *text, size_t size);
 flash_kda_status fkda_cpu_apply(const fkda_apply_problem *problem);
 
 /* reference.c: writes out [B, T, HV, V] and, unless they are NULL, final_state [N, HV, V, K] and checkpoints
@@ -51,6 +53,7 @@ flash_kda_status fkda_cpu_decode_reference(const fkda_decode_problem *problem, d
 
 /* decode_layer.c: `decode_layer` of the same kernels. */
 flash_kda_status fkda_cpu_decode_layer(const fkda_decode_layer_problem *problem);
+void fkda_cpu_explain_decode_layer(const fkda_decode_layer_problem *problem, char *text, size_t size);
 
 /* decode_layer_reference.c: as fkda_cpu_decode_reference(). */
 flash_kda_status fkda_cpu_decode_layer_reference(const fkda_decode_layer_problem *problem, double *out,

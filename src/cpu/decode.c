@@ -5,6 +5,8 @@
  * heads are divided into pieces of fewer rows, of which each prepares the tokens again. Results do not depend
  * on the division, since rows do not depend on each other.
  */
+#include <stdio.h>
+
 #include "../errors.h"
 #include "../kernel.h"
 #include "cpu.h"
@@ -36,6 +38,34 @@ static division divide(int32_t threads, int64_t heads, int64_t tokens)
     if (d.threads > 1)
         while (d.split < MAX_SPLIT && heads * d.split < 4 * d.threads) d.split *= 2;
     return d;
+}
+
+static division division_of_decode(const fkda_decode_problem *p)
+{
+    const int64_t tokens = (p->cu_seqlens.data ? p->tokens : p->sequences * p->tokens) * p->heads;
+    return divide(p->threads, p->sequences * p->heads, tokens);
+}
+
+static division division_of_apply(const fkda_apply_problem *p)
+{
+    return divide(p->threads, p->sequences * p->heads, 0);
+}
+
+static void explain(division d, int64_t heads, const fkda_kernel *kernel, char *text, size_t size)
+{
+    snprintf(text, size, "%lld heads of sequences, in %lld pieces of %d rows of V, on %d %s of %s.",
+             (long long)heads, (long long)heads * d.split, FKDA_DIM / d.split, d.threads,
+             d.threads == 1 ? "thread" : "threads", fkda_cpu_find_variant(kernel->info.name)->arch);
+}
+
+void fkda_cpu_explain_decode(const fkda_decode_problem *p, char *text, size_t size)
+{
+    explain(division_of_decode(p), p->sequences * p->heads, p->kernel, text, size);
+}
+
+void fkda_cpu_explain_apply(const fkda_apply_problem *p, char *text, size_t size)
+{
+    explain(division_of_apply(p), p->sequences * p->heads, p->kernel, text, size);
 }
 
 typedef struct job {
@@ -120,8 +150,7 @@ static bool decode_piece(void *context, int64_t index, int worker)
 flash_kda_status fkda_cpu_decode(const fkda_decode_problem *p)
 {
     const int64_t heads = p->sequences * p->heads;
-    const int64_t tokens = (p->cu_seqlens.data ? p->tokens : p->sequences * p->tokens) * p->heads;
-    const division d = divide(p->threads, heads, tokens);
+    const division d = division_of_decode(p);
     job j = {.decode = p,
              .variant = fkda_cpu_find_variant(p->kernel->info.name),
              .heads = p->heads,
@@ -163,7 +192,7 @@ static bool apply_piece(void *context, int64_t index, int worker)
 flash_kda_status fkda_cpu_apply(const fkda_apply_problem *p)
 {
     const int64_t heads = p->sequences * p->heads;
-    const division d = divide(p->threads, heads, 0);
+    const division d = division_of_apply(p);
     job j = {.apply = p,
              .variant = fkda_cpu_find_variant(p->kernel->info.name),
              .heads = p->heads,

@@ -129,9 +129,10 @@ static void split_tokens(const fkda_decode_problem *p, int count, decode_tokens 
 
 /* Whether a state may hold NaN after a token that wrote u. If all of u is finite, it holds none: a NaN in the
  * state before, in the decay or in the key, and an infinity in the state before, make u not finite. */
-static bool may_have_nan(const float u[BLOCK_ROWS])
+static bool may_have_nan(const block_view *to, const float u[BLOCK_ROWS])
 {
     vec zeros = {0};
+    if (to->state->dtype != FLASH_KDA_BF16) return true; /* nobody asks */
     for (int c = 0; c < BLOCK_ROWS; c += LANES) zeros += load(u + c) * 0.0f;
     return lane_sum(zeros) != 0.0f;
 }
@@ -190,7 +191,7 @@ INLINE void decode_blocks(const fkda_decode_problem *p, const fkda_decode_piece 
             if (step->slot == FKDA_NO_SLOT) continue;
             const block_view to = block_at(&p->written, p->state_k_first, step->slot, x->h, v);
             write_block(&to, places[step->to], p->state_k_first, p->rounding, x->n,
-                        p->write_states == FLASH_KDA_WRITE_EACH ? i : 0, x->h, v, may_have_nan(u));
+                        p->write_states == FLASH_KDA_WRITE_EACH ? i : 0, x->h, v, may_have_nan(&to, u));
         }
     }
 }

@@ -211,7 +211,8 @@ static void write_layer_block(const layer_head *x, const float *block, int64_t s
 {
     const fkda_decode_problem *d = &x->p->decode;
     const block_view to = block_at(&d->written, d->state_k_first, slot, x->piece.h, v);
-    write_block(&to, block, d->state_k_first, d->rounding, x->piece.n, token, x->piece.h, v, may_have_nan(u));
+    write_block(&to, block, d->state_k_first, d->rounding, x->piece.n, token, x->piece.h, v,
+                may_have_nan(&to, u));
 }
 
 static void run_layer_block(const layer_head *x, layer_tokens *t, int v)

@@ -15,14 +15,12 @@ typedef uint16_t pairvec __attribute__((vector_size(4 * FKDA_LANES), may_alias))
 
 static inline vec first_of_pairs(uvec pairs)
 {
-    const uvec lower = pairs << 16, upper = pairs & 0xffff0000u;
-    return FIRST_IS_LOWER ? (vec)lower : (vec)upper;
+    return FIRST_IS_LOWER ? (vec)(pairs << 16) : (vec)(pairs & 0xffff0000u);
 }
 
 static inline vec second_of_pairs(uvec pairs)
 {
-    const uvec lower = pairs << 16, upper = pairs & 0xffff0000u;
-    return FIRST_IS_LOWER ? (vec)upper : (vec)lower;
+    return FIRST_IS_LOWER ? (vec)(pairs & 0xffff0000u) : (vec)(pairs << 16);
 }
 
 /* Brings numbers from their order in memory into two vectors for each vector of pairs. */

@@ -37,9 +37,12 @@ flash_kda_status fkda_cuda_count_nonfinite(const fkda_problem *problem, fkda_cou
 /* decode.c: `decode` and `apply` of both kernels below. */
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *problem);
 flash_kda_status fkda_cuda_apply(const fkda_apply_problem *problem);
+void fkda_cuda_explain_decode(const fkda_decode_problem *problem, char *text, size_t size);
+void fkda_cuda_explain_apply(const fkda_apply_problem *problem, char *text, size_t size);
 
 /* decode_layer.c: `decode_layer` of both kernels below. */
 flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *problem);
+void fkda_cuda_explain_decode_layer(const fkda_decode_layer_problem *problem, char *text, size_t size);
 
 /* bwd.c: `bwd` and `bwd_workspace` of the kernel "portable". */
 flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *problem);

@@ -11,6 +11,8 @@
  * (choose_split()). Neither choice changes what a token means, but the kernels round differently, so calls
  * with other numbers of tokens may differ in the last bits.
  */
+#include <stdio.h>
+
 #include "../../kernels/decode/decode_shape.h"
 #include "cuda.h"
 #include "decode_args_of.h"
@@ -102,16 +104,12 @@ static fkda_decode_launch launch_of_more(int64_t heads, int shared_bytes, int sm
         .split = split, .threads = FKDA_DECODE_THREADS >> split, .shared_bytes = shared_bytes};
 }
 
-flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
+/* The launch of a call of decode, all but its arguments. */
+static fkda_decode_launch launch_of_decode(const fkda_decode_problem *p, int sms)
 {
     const int which = which_decode(p);
     const int64_t heads = p->sequences * p->heads;
     const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
-    int sms;
-    if (heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
-    const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
-    if (status != FLASH_KDA_OK) return status;
-    fkda_decode_args args = fkda_decode_args_of(p);
     const bool writes_last = p->write_states == FLASH_KDA_WRITE_LAST;
     const int shared_bytes =
         which == CHUNK ? FKDA_DECODE_CHUNK_BYTES(tokens, writes_last) : FKDA_DECODE_STEPS_BYTES(tokens);
@@ -119,6 +117,26 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
         which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(heads, shared_bytes, sms);
     l.kernel = kernel_of(&p->state, p->state_k_first, which);
     l.heads = heads;
+    return l;
+}
+
+static fkda_decode_launch launch_of_apply(const fkda_apply_problem *p, int sms)
+{
+    const int64_t heads = p->sequences * p->heads;
+    fkda_decode_launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
+    l.kernel = kernel_of(&p->state, p->state_k_first, APPLY);
+    l.heads = heads;
+    return l;
+}
+
+flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
+{
+    int sms;
+    if (p->sequences * p->heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
+    const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
+    if (status != FLASH_KDA_OK) return status;
+    fkda_decode_args args = fkda_decode_args_of(p);
+    fkda_decode_launch l = launch_of_decode(p, sms);
     l.args = &args;
     args.split = l.split;
     return fkda_launch_decode(p->device, p->stream, &module, &l);
@@ -126,9 +144,8 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
 
 flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
 {
-    const int64_t heads = p->sequences * p->heads;
     int sms;
-    if (heads == 0 || p->record_columns == 0) return FLASH_KDA_OK;
+    if (p->sequences * p->heads == 0 || p->record_columns == 0) return FLASH_KDA_OK;
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_apply_args args = {
@@ -145,10 +162,29 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
         .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
         .state_k_first = p->state_k_first,
     };
-    fkda_decode_launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
-    l.kernel = kernel_of(&p->state, p->state_k_first, APPLY);
-    l.heads = heads;
+    fkda_decode_launch l = launch_of_apply(p, sms);
     l.args = &args;
     args.split = l.split;
     return fkda_launch_decode(p->device, p->stream, &module, &l);
+}
+
+void fkda_cuda_explain_decode(const fkda_decode_problem *p, char *text, size_t size)
+{
+    static const char *const how[KERNELS] = {
+        [ONE] = "one token of each sequence, and states that stream through shared memory",
+        [STEPS] = "tokens one after the other, with states in registers",
+        [CHUNK] = "all tokens of a sequence at once on tensor cores, with states in registers",
+    };
+    int sms;
+    if (fkda_cuda_sms(p->device.index, &sms) != FLASH_KDA_OK) sms = 1;
+    const fkda_decode_launch l = launch_of_decode(p, sms);
+    fkda_explain_launch(module.names[l.kernel], how[l.kernel % KERNELS], &l, text, size);
+}
+
+void fkda_cuda_explain_apply(const fkda_apply_problem *p, char *text, size_t size)
+{
+    int sms;
+    if (fkda_cuda_sms(p->device.index, &sms) != FLASH_KDA_OK) sms = 1;
+    const fkda_decode_launch l = launch_of_apply(p, sms);
+    fkda_explain_launch(module.names[l.kernel], "the records of all accepted tokens at once", &l, text, size);
 }

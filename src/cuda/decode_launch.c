@@ -1,6 +1,8 @@
 /* Launches the decode kernels. */
 #include "decode_launch.h"
 
+#include <stdio.h>
+
 #include "cuda.h"
 
 /* Kernels start before the previous one in the stream is over, where the driver and the GPU can do that. */
@@ -49,4 +51,15 @@ flash_kda_status fkda_launch_decode(flash_kda_device device, void *stream, fkda_
         status = start(driver, module->functions[ordinal][l->kernel], capability >= STARTS_EARLY,
                        (CUstream)stream, l);
     return fkda_leave_device(driver, status);
+}
+
+void fkda_explain_launch(const char *name, const char *what, const fkda_decode_launch *l, char *text,
+                         size_t size)
+{
+    const int ctas = 1 << l->split;
+    snprintf(text, size,
+             "One launch of %s: %s. %lld heads of sequences with %d %s each, %lld CTAs of %d threads and %d "
+             "bytes of shared memory.",
+             name, what, (long long)l->heads, ctas, ctas == 1 ? "CTA" : "CTAs", (long long)l->heads * ctas,
+             l->threads, l->shared_bytes);
 }

@@ -15,4 +15,8 @@ typedef struct fkda_decode_launch {
 flash_kda_status fkda_launch_decode(flash_kda_device device, void *stream, fkda_module *module,
                                     const fkda_decode_launch *launch);
 
+/* Says what the launch is: the kernel's name in the module, what it does, and its CTAs. */
+void fkda_explain_launch(const char *name, const char *what, const fkda_decode_launch *launch, char *text,
+                         size_t size);
+
 #endif

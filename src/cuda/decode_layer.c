@@ -54,19 +54,32 @@ static fkda_decode_layer_args args_of(const fkda_decode_layer_problem *p)
     };
 }
 
-flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *p)
+static fkda_decode_launch launch_of(const fkda_decode_problem *d)
 {
-    const fkda_decode_problem *d = &p->decode;
     const int tokens = d->tokens < FKDA_DECODE_MAX_TOKENS ? (int)d->tokens : FKDA_DECODE_MAX_TOKENS,
               which = !d->cu_seqlens.data && d->tokens == 1 ? ONE : STEPS;
-    fkda_decode_layer_args args = args_of(p);
-    const fkda_decode_launch launch = {
+    return (fkda_decode_launch){
         .kernel = KERNELS * ((d->state.dtype == FLASH_KDA_BF16) + 2 * d->state_k_first) + which,
         .threads = FKDA_LAYER_THREADS,
         .shared_bytes = FKDA_LAYER_SHARED_BYTES(tokens),
         .heads = d->sequences * d->heads,
-        .args = &args,
     };
+}
+
+flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *p)
+{
+    const fkda_decode_problem *d = &p->decode;
+    fkda_decode_layer_args args = args_of(p);
+    fkda_decode_launch launch = launch_of(d);
+    launch.args = &args;
     if (d->tokens == 0) return FLASH_KDA_OK;
     return fkda_launch_decode(d->device, d->stream, &module, &launch);
+}
+
+void fkda_cuda_explain_decode_layer(const fkda_decode_layer_problem *p, char *text, size_t size)
+{
+    const fkda_decode_launch l = launch_of(&p->decode);
+    fkda_explain_launch(module.names[l.kernel],
+                        "convolution, tokens one after the other with states in registers, and norm", &l,
+                        text, size);
 }

@@ -396,6 +396,34 @@ static void indices(void)
            p.cu_seqlens.data = long_first);
 }
 
+/* What is said of a call follows no pointer, and its struct may be of an older version. */
+static void explanations(void)
+{
+    char words[1200], few[9] = "";
+    trying("flash_kda_explain_decode_layer");
+    CHECK(flash_kda_explain_decode_layer(&apart, words, sizeof words) == FLASH_KDA_OK, "%s",
+          flash_kda_last_error());
+    CHECK(strstr(words, "4 heads of sequences"), "it says: %s", words);
+    /* 2 x 2 states are read, and 5 x 2 written. conv_state is read, and 5 windows are written. */
+    const int state = DIM * DIM * 2, windows = (2 + 5) * C * 3 * 2 + C * 4 * 2;
+    CHECK(strstr(words, text("%d of states read, %d of states written,", 4 * state, 10 * state)),
+          "it says: %s", words);
+    CHECK(strstr(words, text(", %d of the convolution;", windows)), "it says: %s", words);
+    CHECK(flash_kda_explain_decode_layer(&apart, few, sizeof few) == FLASH_KDA_OK, "%s",
+          flash_kda_last_error());
+    CHECK(strlen(few) == sizeof few - 1 && strncmp(few, words, sizeof few - 1) == 0, "it says: %s", few);
+    flash_kda_decode_layer_params old = apart;
+    old.struct_size = offsetof(flash_kda_decode_layer_params, kernel);
+    old.write_states = FLASH_KDA_WRITE_LAST;
+    CHECK(flash_kda_explain_decode_layer(&old, words, sizeof words) == FLASH_KDA_OK, "%s",
+          flash_kda_last_error());
+    CHECK(strstr(words, "is the first in the table"), "it says: %s", words);
+    expect_sentence(flash_kda_explain_decode_layer(&apart, NULL, 8), FLASH_KDA_INVALID_VALUE,
+                    "text must point to capacity = 8 bytes, at least 1");
+    old.x.shape[2] = 640;
+    CHECK(flash_kda_explain_decode_layer(&old, words, sizeof words) == FLASH_KDA_INVALID_VALUE, "taken");
+}
+
 static void kernels(void)
 {
     flash_kda_decode_layer_params p = rows;
@@ -435,6 +463,7 @@ static void refusals(void)
     missing();
     overlaps();
     indices();
+    explanations();
     kernels();
     references();
     trying("all calls that were refused");

@@ -190,3 +190,41 @@ def test_wrong_names(arguments, sentence):
     if "avx" in sentence and "cpu-avx512" not in flash_kda.kernels():
         pytest.skip("another architecture has no such kernel")
     assert re.match(f"error: {sentence}", run(*arguments, status=2))
+
+
+def test_info_of_decode():
+    call = ("info", "--lengths", "1x256", "--heads", "32", "--device")
+    words = run(*call, "cuda:0", "--decode", gpu="90:132")
+    assert 'Kernel "hopper" is the first in the table' in words
+    flat = " ".join(words.split())
+    assert "One launch of fkda_decode_one_f32: one token of each sequence" in flat
+    assert "32768 CTAs of 64 threads" in flat
+    words = run(*call, "cuda:0", "--decode-layer", "--bf16-state", "--kernel", "portable", gpu="90:132")
+    assert 'Kernel "portable" was asked for.' in words
+    assert "One launch of fkda_layer_one_bf16" in " ".join(words.split())
+    said = json.loads(run(*call, "cpu", "--decode", "--writes", "none", "--json"))
+    assert (said["sequences"], said["tokens"], said["heads"]) == (256, 256, 32)
+    assert " 0 of states written" in said["explanation"]
+    said = json.loads(
+        run("info", "--lengths", "3,1", "--heads", "2", "--decode", "--device", "cpu", "--json")
+    )
+    assert "4 heads of sequences" in said["explanation"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--decode"], "--decode needs --lengths"),
+        (["--lengths", "4", "--writes", "each"], "--writes needs --decode or --decode-layer"),
+        (["--lengths", "4", "--bf16-state"], "--bf16-state needs --decode or --decode-layer"),
+        (["--lengths", "4", "--decode", "--cut", "never"], "--cut is of the forward pass"),
+        (["--lengths", "4", "--decode", "--decode-layer"], "--decode and --decode-layer are two calls"),
+        (
+            ["--lengths", "4", "--decode", "--writes", "all"],
+            "--writes is 'all'; it must be last, none or each",
+        ),
+        (["--lengths", "17", "--decode", "--device", "cpu"], "q has T = 17; there must be at most 16 tokens"),
+    ],
+)
+def test_wrong_use_of_info_of_decode(arguments, sentence):
+    assert sentence in run("info", *arguments, status=2)
