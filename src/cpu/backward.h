@@ -48,6 +48,7 @@ typedef struct backward {
     int64_t stretch; /* tokens */
     int64_t group;   /* value heads that share a head of q and k */
     int64_t most_borders;
+    bool only_state; /* of all gradients dinitial_state alone is wanted, which needs no states */
     chunk_gradients *w;
     kept_chunk *kept;           /* of the chunks of a stretch */
     head_gradients *heads;      /* of the group */
@@ -62,6 +63,8 @@ static size_t divide_memory(backward *b, const fkda_bwd_problem *p, int64_t stre
     const int64_t chunks = stretch / CHUNK;
     size_t at = 0;
     *b = (backward){.p = p, .stretch = stretch, .group = s->heads / s->qk_heads};
+    b->only_state =
+        !p->dq.data && !p->dk.data && !p->dv.data && !p->dg.data && !p->dbeta.data && !p->wants_parameters;
     b->most_borders = s->tokens > 0 && !p->has_saved ? (s->tokens - 1) / stretch : 0;
     const struct {
         void **to;
@@ -157,7 +160,7 @@ static bool walk_forwards(backward *b, const fkda_sequence *sequence, int64_t h,
         prepare_without_strengths(&r->s, p, &r->t, &gate);
         memcpy(r->keys, r->s.lower, sizeof r->keys);
         multiply_by_strengths(&r->s);
-        pass_chunk(p, &r->s, &r->t, r, done + CHUNK < end ? r[1].s.state : NULL);
+        if (!b->only_state) pass_chunk(p, &r->s, &r->t, r, done + CHUNK < end ? r[1].s.state : NULL);
     }
     return true;
 }
@@ -253,7 +256,8 @@ static bool walk_backwards(backward *b, const fkda_sequence *sequence, int64_t q
         (*dk)[K] = b->group > 1 ? b->sums[chunk][1] : w->dk;
         if (fkda_interrupted(&p->fwd)) return false;
         load_dout(p, at.row, at.token, h, r->t.count, w->y + CHUNK);
-        chunk_backwards(r, w, head->state, &gate, p->fwd.gate == FLASH_KDA_GATE_BOUNDED);
+        chunk_backwards(r, w, head->state, &gate, p->fwd.gate == FLASH_KDA_GATE_BOUNDED, b->only_state);
+        if (b->only_state) continue;
         channels_backwards(p, r, w, &gate, &at, index > 0, dq, dk);
         store_dv(p, r, w, &at);
         store_dbeta(p, r, w, &at);
@@ -276,7 +280,7 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     for (int64_t i = 0; i < b->group; i++) {
         load_state(f, &p->dfinal_state, fkda_bwd_slot(&p->dfinal_state, n), first + i, 0, V,
                    b->heads[i].state);
-        if (length <= b->stretch || p->has_saved) continue;
+        if (length <= b->stretch || p->has_saved || b->only_state) continue;
         load_state(f, &f->initial_state, initial_slot, first + i, 0, V, start);
         load_bias(f, first + i, &b->kept[0].s);
         if (!find_borders(b, &sequence, first + i, b->borders + i * b->most_borders)) return false;
@@ -284,7 +288,9 @@ static bool run_sequence(backward *b, int64_t n, int64_t qk_head)
     for (int64_t end = length; end > 0;) {
         const int64_t stretch = (end - 1) / b->stretch, begin = stretch * b->stretch;
         for (int64_t i = 0; i < b->group; i++) {
-            if (stretch > 0 && p->has_saved)
+            if (b->only_state) {
+                /* No chunk reads a state. */
+            } else if (stretch > 0 && p->has_saved)
                 copy_from_saved(fkda_saved_state(f, &sequence, begin, first + i), start);
             else if (stretch > 0)
                 memcpy(start, b->borders[i * b->most_borders + stretch - 1], sizeof(border));

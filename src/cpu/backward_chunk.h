@@ -150,15 +150,11 @@ static inline void find_factors(scratch *s, const gate_constants *gate)
     }
 }
 
-/* Goes back over a chunk: D becomes the gradient with respect to the state before it. What the channels of K
- * still need is left in w. */
-static void chunk_backwards(kept_chunk *r, chunk_gradients *w, strips D, const gate_constants *gate,
-                            bool is_bounded)
+/* What the channels of K still need of a chunk is left in w. D is the gradient after it. */
+static inline void multiply_for_inputs(kept_chunk *r, chunk_gradients *w, strips D)
 {
     enum { ONE = CHUNK / LANES < COLUMNS ? 1 : COLUMNS, TALL = ONE < COLUMNS ? 2 * ROWS : ROWS };
     scratch *s = &r->s;
-    for (int v = 0; v < V; v += STRIP) multiply_state(s->kr, D[v / STRIP], &w->dx[0][v], V, CHUNK);
-    solve_backwards(r, w);
     row_products(w->dx, r->missed, w->dbeta);
     lower_products(w->y, r->u, w->d_keys);
     lower_products(w->y + CHUNK, r->u, w->d_mix);
@@ -167,6 +163,18 @@ static void chunk_backwards(kept_chunk *r, chunk_gradients *w, strips D, const g
     multiply_columns(s->state, w->columns[0], 2 * CHUNK, w->by_state[0], ROWS, COLUMNS);
     multiply_columns(D, w->u_columns[0], CHUNK, w->by_gradient[0], TALL, ONE);
     multiply_states(s->state, D, w->kept);
+}
+
+/* Goes back over a chunk: D becomes the gradient with respect to the state before it. That depends neither on
+ * states nor on values, so a call that wants no other gradient has only_state, and the chunk then needs no
+ * state. */
+static void chunk_backwards(kept_chunk *r, chunk_gradients *w, strips D, const gate_constants *gate,
+                            bool is_bounded, bool only_state)
+{
+    scratch *s = &r->s;
+    for (int v = 0; v < V; v += STRIP) multiply_state(s->kr, D[v / STRIP], &w->dx[0][v], V, CHUNK);
+    solve_backwards(r, w);
+    if (!only_state) multiply_for_inputs(r, w, D);
     if (is_bounded) find_factors(s, gate);
     for (int v = 0; v < V; v += STRIP) {
         fade_fast_channels(s, D[v / STRIP]);

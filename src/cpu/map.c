@@ -28,12 +28,12 @@ static map_plan make_plan(const fkda_map_problem *p)
                      .split = 1};
     plan.threads = (int)fkda_clamp(s->threads, 1, FKDA_MAX_THREADS);
     plan.threads = (int)fkda_clamp(plan.threads, 1, useful > 1 ? useful : 1);
-    /* Every piece repeats the preparation, which is about a fifth of a head's time. So a head is divided only
-     * if the thread with the most work gains. */
+    /* Every piece repeats the preparation, which is about a quarter of a head's time. So a head is divided
+     * only if the thread with the most work gains. */
     double shortest = 0.0;
     for (int split = 1; split <= 4; split *= 2) {
         const int64_t rounds = (heads * split + plan.threads - 1) / plan.threads;
-        const double time = (double)rounds * (1.0 / 5 + 4.0 / 5 / split);
+        const double time = (double)rounds * (1.0 / 4 + 3.0 / 4 / split);
         if (split > 1 && time >= shortest) continue;
         shortest = time;
         plan.split = split;

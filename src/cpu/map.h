@@ -25,18 +25,6 @@ typedef struct map_scratch {
     float map[K / STRIP][K][STRIP];
 } map_scratch;
 
-/* Of bounded gates: a channel that forgets more than half in the chunk gets a factor, as channels of
- * unbounded gates have it (chunk.h). */
-static inline void find_fast_channels(scratch *s, const gate_constants *gate)
-{
-    for (int k = 0; k < K; k += LANES) {
-        const vec decay_1 = load(s->decay_1 + k);
-        const ivec is_slow = decay_1 > -0.5f;
-        *vec_at(s->decay_1 + k) = choose(is_slow, decay_1, splat(0.0f));
-        *vec_at(s->factor + k) = choose(is_slow, splat(1.0f), load(s->to_last + k) * gate->down);
-    }
-}
-
 /* What a chunk does to columns `first` to `last` - 1 of a state. */
 static inline void pass_columns(scratch *s, const tokens *t, strips state, int first, int last)
 {
@@ -75,7 +63,7 @@ static bool run_map(const fkda_map_problem *problem, int64_t n, int64_t h, int f
         tokens t = tokens_at(p, h, &sequence, token);
         if (t.count < CHUNK) t = pad(s, &t);
         prepare(s, p, &t, &gate);
-        if (p->gate == FLASH_KDA_GATE_BOUNDED) find_fast_channels(s, &gate);
+        if (p->gate == FLASH_KDA_GATE_BOUNDED) find_factors(s, &gate);
         pass_columns(s, &t, s->state, state_first, state_last);
         t.v = (rows){zeros, 0};
         pass_columns(s, &t, m->map, map_first, map_last);

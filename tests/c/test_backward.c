@@ -637,6 +637,30 @@ static void absent(void)
     bwd_problem_free(b);
 }
 
+/* The gradient of the initial state alone needs no states, and has the same bits. */
+static void only_initial_state(void)
+{
+    static const int64_t sizes[] = {700, 5, 0, 40};
+    for (int gate = 0; gate < 3; gate++) {
+        problem *p = problem_create_ragged(sizes, 4, 2);
+        problem_group_heads(p, 2);
+        fill_case(p, find_case("random"), 47);
+        p->gate = (flash_kda_gate)gate;
+        if (gate) fill_decays(p, DECAYS_MIXED, false, 47);
+        bwd_problem *b = bwd_problem_create(p, 47);
+        trying("gate %d, only dinitial_state", gate);
+        bwd_options options = plain_options();
+        outcome all = run(b, NULL, options);
+        options.absent = (1 << GRADIENTS) - 1 - (1 << GRAD_INITIAL_STATE);
+        outcome one = run(b, NULL, options);
+        CHECK(all.of[GRAD_INITIAL_STATE] && one.of[GRAD_INITIAL_STATE], "dinitial_state is missing");
+        check_equal(&all, &one, "which gradients are wanted");
+        outcome_free(&all);
+        outcome_free(&one);
+        bwd_problem_free(b);
+    }
+}
+
 static void fill_nan(uint16_t *at, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) at[i] = 0x7fc0;
@@ -757,6 +781,7 @@ int main(int argc, char **argv)
         {"saved-is-read", saved_is_read},
         {"saved-bytes", saved_bytes},
         {"absent", absent},
+        {"only-initial-state", only_initial_state},
         {"neighbours", neighbours},
         {"drawn", drawn},
         {"interrupted", interrupted},
