@@ -462,6 +462,7 @@ def test_operator():
         "Tensor(c!) out, float scale, float? lower_bound, Tensor? output_gate=None, "
         "Tensor? norm_weight=None, Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, "
         "Tensor(d!)? records=None, Tensor(e!)? conv_windows=None, Tensor? rounding=None, "
+        "Tensor(f!)? written_states=None, Tensor? written_indices=None, "
         "float norm_eps=1.0000000000000001e-05, int first_slot=0, "
         'str write_states="last", str? kernel_name=None, '
         "int threads=0, bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "

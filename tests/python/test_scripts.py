@@ -27,6 +27,7 @@ STARTED_BY = {
     "benchmarks/decode.py": "test_decode_runs_on_the_cpu",
     "benchmarks/engines.py": "test_rows",
     "benchmarks/host_time.c": "host_time",
+    "benchmarks/host_time_decode.c": "host_time",
     "benchmarks/options.py": "test_every_option_runs",
     "benchmarks/peers.py": "test_a_run_on_the_cpu",
     "benchmarks/python_overhead.py": "test_it_runs",
