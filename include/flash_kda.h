@@ -696,8 +696,6 @@ FLASH_KDA_API flash_kda_status flash_kda_check_apply(const flash_kda_apply_param
 FLASH_KDA_API flash_kda_status flash_kda_explain_apply(const flash_kda_apply_params *params, char *text,
                                                        size_t capacity);
 
-/* ---- Decode of a whole layer: convolution, recurrence, norm -------------------------------------------- */
-
 /*
  * The arguments of flash_kda_decode_layer(), which computes one step of a KDA layer between its projections,
  * in one launch: a causal depthwise convolution over the last four tokens with SiLU, which gives q, k and v,
