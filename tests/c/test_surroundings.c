@@ -450,8 +450,8 @@ static void contents(void)
         if (pthread_create(&thread, NULL, flip, &f) != 0) die("no thread");
         trying("cu_seqlens of %d bits change during calls", i32 ? 32 : 64);
         /* Until both threads have had a good share of the processors, too. */
-        for (int i = 0;
-             i < (test.quick ? FEW_CALLS : 3000) || ((accepted < 20 || atomic_load(&f.flips) < 20) && i < 100000);
+        for (int i = 0; i < (test.quick ? FEW_CALLS : 3000) ||
+                        ((accepted < 20 || atomic_load(&f.flips) < 20) && i < 100000);
              i++) {
             const flash_kda_status status = flash_kda_fwd(&c.params);
             accepted += status == FLASH_KDA_OK;
