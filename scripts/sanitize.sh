@@ -32,7 +32,7 @@ address)
     ;;
 thread)
     export TARGETS="test_threads test_surroundings test_exhausted test_plan test_driver test_host_threads
-        test_launches test_segments pretend_driver"
+        test_launches test_segments test_map_arguments pretend_driver"
     sh scripts/build.sh $folder "-DNVCC=$PWD/tests/pretend_nvcc/nvcc" "-DFLASH_KDA_CUDA_ARCHS=80;90" \
         -DFLASH_KDA_EMULATOR=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_KDA_SANITIZE=thread
     export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
