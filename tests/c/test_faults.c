@@ -32,7 +32,7 @@ static const struct {
     {"portable", 40, 1, FLASH_KDA_CUT_AUTO, true, true},
     /* More heads than SMs: flags are cleared for handoffs. */
     {"hopper", 40, 5, FLASH_KDA_CUT_NEVER, false, true},
-    /* Two segments, so passes, which have other launches. All other functions are called as for one launch. */
+    /* Two segments, so passes, which have other launches. Other functions are called as for one launch. */
     {"hopper", 300, 1, FLASH_KDA_CUT_ALWAYS, true, false},
 };
 static int way;
