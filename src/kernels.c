@@ -188,8 +188,7 @@ static const char *feature_text(int32_t features)
         "flash_kda_decode_layer()",
         "flash_kda_bwd(), the backward pass",
         "saved",
-        "flash_kda_map() and flash_kda_join(); there flash_kda_fwd() from identities, with v of zeros, gives "
-        "maps",
+        "flash_kda_map() and flash_kda_join(); there flash_kda_fwd() from identities with v = 0 gives maps",
     };
     return texts[__builtin_ctz((unsigned)features)];
 }

@@ -265,7 +265,7 @@ static void on_a_gpu(void)
     float *outputs = allocate(MATRIX, sizeof *outputs), *inputs = allocate(2 * MATRIX, sizeof *inputs);
     const char *sentence =
         text("kernel is \"%s\", which does not take flash_kda_map() and flash_kda_join(); there "
-             "flash_kda_fwd() from identities, with v of zeros, gives maps",
+             "flash_kda_fwd() from identities with v = 0 gives maps",
              test.kernel);
     flash_kda_map_params map = {.struct_size = sizeof map,
                                 .device = test.device,
