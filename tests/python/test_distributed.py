@@ -181,7 +181,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(ranks, shape, size):
     call = make_call(lengths=SHAPES[shape], HV=1, seed=size)

@@ -211,7 +211,7 @@ def test_operator(device):
     torch.library.opcheck(torch.ops.flash_kda.fwd.default, (), {**good, "nonfinite": nonfinite})
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(device, backend):
     """The tensor may be an argument of what is compiled, or made there."""
     torch = pytest.importorskip("torch")
