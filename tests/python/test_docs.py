@@ -43,7 +43,9 @@ def python_sections():
             if code:
                 said = "".join(text for language, text in blocks if language == "text")
                 title = section.partition("\n")[0].strip("# ")
-                yield pytest.param(code, said, id=f"{page.stem}: {title}")
+                # Importing FLA and transformers takes more than five seconds.
+                marks = [pytest.mark.slow] if re.search(r"^import (fla|transformers)\b", code, re.M) else []
+                yield pytest.param(code, said, id=f"{page.stem}: {title}", marks=marks)
 
 
 @pytest.mark.parametrize(("code", "said"), list(python_sections()))
