@@ -232,7 +232,7 @@ def test_run_tests_ends_what_waits_for_ever(run_tests):
 
 
 def test_run_tests_leaves_a_runner_alone_that_has_ended(monkeypatch):
-    """A runner that has ended takes no processor time. It is no standstill while the other one computes."""
+    """A runner that has ended and takes no processor time is not ended as one that stands still."""
     module = load("scripts/run_tests.py")
     now = iter(range(100, 10_000, 100))
     monkeypatch.setattr(module, "time", mock.Mock(monotonic=lambda: next(now), sleep=lambda seconds: None))
