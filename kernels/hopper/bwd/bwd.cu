@@ -65,6 +65,37 @@ struct HopperBackward {
         }
     }
 
+    /* The same, with a border image for each chunk of 32 tokens. Leaves the gradients of initial states. */
+    __device__ void walk_over_chunks() const
+    {
+        const fkda_bwd_args &a = args.bwd;
+        const int index = blockIdx.x / 2, head = index % a.fwd.heads;
+        if (threadIdx.x == 0) {
+            s.barriers.set_up();
+            find_piece(s.piece, a, index / a.fwd.heads, head);
+        }
+        load_gate(s.gate, a.fwd, head);
+        __syncthreads();
+        const int chunks = s.piece.task.chunks;
+        const bool back = blockIdx.x % 2;
+        if (is_channel_warp()) {
+            ParameterSums none = {};
+            ChannelRole role(s, a);
+            give_registers<CHANNEL_REGISTERS>();
+            if (back)
+                role.go_back<false>({0, chunks}, none);
+            else
+                role.go_forwards({0, (chunks - 1) / 2 * 2});
+        } else {
+            RowRole role(s, args);
+            take_registers<ROW_REGISTERS>();
+            if (back)
+                role.walk_back_over_chunks();
+            else
+                role.walk_forwards_over_chunks();
+        }
+    }
+
     /* ---- The second launch ---- */
 
     __device__ ChunkRange chunk_range() const
@@ -161,6 +192,12 @@ extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_BWD_THREADS, 1)
     fkda_hopper_bwd_walk(const __grid_constant__ fkda_hopper_bwd_args args)
 {
     fkda::HopperBackward(args).walk();
+}
+
+extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_BWD_THREADS, 1)
+    fkda_hopper_bwd_walk_chunks(const __grid_constant__ fkda_hopper_bwd_args args)
+{
+    fkda::HopperBackward(args).walk_over_chunks();
 }
 
 extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_BWD_THREADS, 1)

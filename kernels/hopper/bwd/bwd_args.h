@@ -4,6 +4,7 @@
 #define FKDA_HOPPER_BWD_ARGS_H
 
 #include "../../backward/bwd_args.h"
+#include "chunks/chunk_args.h"
 
 /*
  * A border lies between two segments of a sequence. Border i of a sequence that begins at token `begin` is in

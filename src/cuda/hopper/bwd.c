@@ -4,19 +4,21 @@
 #include "../bwd_args_of.h"
 #include "../cuda.h"
 #include "../modules.h"
+#include "bwd_chunks.h"
 
 extern const unsigned char fkda_fatbin_hopper_bwd[];
 
-enum { WALK, GRADIENTS, REDUCE };
+enum { WALK, GRADIENTS, REDUCE, WALK_OVER_CHUNKS };
 
 static fkda_module module = {
     .image = fkda_fatbin_hopper_bwd,
-    .names = {"fkda_hopper_bwd_walk", "fkda_hopper_bwd_gradients", "fkda_hopper_bwd_reduce"},
+    .names = {"fkda_hopper_bwd_walk", "fkda_hopper_bwd_gradients", "fkda_hopper_bwd_reduce",
+              "fkda_hopper_bwd_walk_chunks"},
     .shared_bytes = FKDA_HOPPER_BWD_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-enum { CHUNK = 16, SEGMENT = FKDA_HOPPER_BWD_SEGMENT, ALIGNMENT = 256 };
+enum { CHUNK = 16, SEGMENT = FKDA_HOPPER_BWD_SEGMENT };
 
 /* Where each part of the workspace begins, in bytes. */
 typedef struct hopper_bwd_plan {
@@ -25,14 +27,6 @@ typedef struct hopper_bwd_plan {
     int64_t record_chunks; /* chunks of a CTA's records */
     int64_t gradients_at, state_units_at, gradient_units_at, records_at, sums_at, dq_at, dk_at, bytes;
 } hopper_bwd_plan;
-
-/* The end of a part of the workspace that begins at *end. Returns the beginning. */
-static int64_t take(int64_t *end, int64_t bytes)
-{
-    const int64_t begin = *end;
-    *end = (begin + bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    return begin;
-}
 
 static hopper_bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
@@ -46,14 +40,14 @@ static hopper_bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
     /* No more CTAs than it takes for that many turns: each has records of its own. */
     plan.ctas = turns ? (items + turns - 1) / turns : 0;
     int64_t end = 0;
-    take(&end, borders * FKDA_HOPPER_BWD_IMAGE);
-    plan.gradients_at = take(&end, borders * FKDA_HOPPER_BWD_IMAGE);
-    plan.state_units_at = take(&end, borders * (int64_t)sizeof(float));
-    plan.gradient_units_at = take(&end, borders * (int64_t)sizeof(float));
-    plan.records_at = take(&end, plan.ctas * plan.record_chunks * FKDA_HOPPER_BWD_RECORD);
-    plan.sums_at = take(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
-    plan.dq_at = take(&end, parts * (int64_t)sizeof(float));
-    plan.dk_at = take(&end, parts * (int64_t)sizeof(float));
+    fkda_take_part(&end, borders * FKDA_HOPPER_BWD_IMAGE);
+    plan.gradients_at = fkda_take_part(&end, borders * FKDA_HOPPER_BWD_IMAGE);
+    plan.state_units_at = fkda_take_part(&end, borders * (int64_t)sizeof(float));
+    plan.gradient_units_at = fkda_take_part(&end, borders * (int64_t)sizeof(float));
+    plan.records_at = fkda_take_part(&end, plan.ctas * plan.record_chunks * FKDA_HOPPER_BWD_RECORD);
+    plan.sums_at = fkda_take_part(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
+    plan.dq_at = fkda_take_part(&end, parts * (int64_t)sizeof(float));
+    plan.dk_at = fkda_take_part(&end, parts * (int64_t)sizeof(float));
     plan.bytes = end;
     return plan;
 }
@@ -67,6 +61,7 @@ static int sms_of(const fkda_bwd_problem *p)
 
 size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *p)
 {
+    if (fkda_hopper_bwd_knows_chunks(p)) return fkda_hopper_bwd_chunks_workspace(p);
     return (size_t)make_plan(p, sms_of(p)).bytes;
 }
 
@@ -107,6 +102,9 @@ flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
     };
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    status = fkda_launch_bwd(driver, &module, p, launches, sizeof launches / sizeof *launches, &args);
+    if (fkda_hopper_bwd_knows_chunks(p))
+        status = fkda_hopper_bwd_by_chunks(driver, p, &module, WALK_OVER_CHUNKS, REDUCE);
+    else
+        status = fkda_launch_bwd(driver, &module, p, launches, sizeof launches / sizeof *launches, &args);
     return fkda_leave_device(driver, status);
 }

@@ -222,8 +222,8 @@ static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
  * tokens by 64 channels. A descriptor holds the tensor's address, so each call makes its descriptors anew.
  * They go to the kernel by value, inside of its arguments, and no memory on the device has to be kept for
  * them. */
-static CUresult describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
-                                const fkda_token_view *t, const fkda_shape *shape, int chunk)
+CUresult fkda_describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
+                              const fkda_token_view *t, const fkda_shape *shape, int chunk)
 {
     enum { HALF = FKDA_DIM / 2, BYTES = 2 };
     const uint64_t sizes[] = {FKDA_DIM, (uint64_t)shape->tokens, (uint64_t)t->heads, (uint64_t)shape->batch};
@@ -252,7 +252,7 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         if (all[i].tensor->dtype == FLASH_KDA_F32) continue; /* kernels load gates in fp32 without TMA */
         const CUresult result =
-            describe_tensor(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
+            fkda_describe_tensor(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
     }
     return FLASH_KDA_OK;
