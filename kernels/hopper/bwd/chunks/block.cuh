@@ -97,7 +97,8 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     HeadGate gate[1][CHUNK_WARPS];
     float strength[CHUNK_TOKENS], slope[CHUNK_TOKENS]; /* b, and its derivative */
     float on_diagonal[CHUNK_TOKENS];                   /* of dO U^T */
-    float pair_unit; /* a power of two, so that products with decays stay in the range of fp32 */
+    int has_faint_write;
+    float pair_unit; /* brings products with decays into the range of fp32 */
     uint32_t largest[3][CHUNK_WARPS];                  /* magnitudes of U, dR and dO in each warp's rows */
     uint64_t meeting[1]; /* for racecheck alone, see ../../block/prepare.cuh */
     uint64_t inputs_there, values_there, state_there, gradient_there;
@@ -115,6 +116,12 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
 static_assert(sizeof(TokenPairs) <= 2 * CHUNK_TOKENS * ROW, "they leave Q~ alone");
 static_assert(sizeof(Shared<ChunkBlock<Arithmetic::USUAL>>) <= FKDA_HOPPER_CHUNK_SHARED_BYTES,
               "two CTAs run on an SM");
+
+/* Whether T, which is b / divisor on its diagonal, has too few bits of b in fp16. */
+__device__ __forceinline__ bool is_faint(float b, float divisor)
+{
+    return !(fabsf(b) >= 0x1p-12f * divisor);
+}
 
 /* ---- Operands ------------------------------------------------------------------------------------------ */
 

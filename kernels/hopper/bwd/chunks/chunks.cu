@@ -48,7 +48,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
     });
     ChannelSums sums = {};
     {
-        const ChunkSums<Block> over_v(shared);
+        const ChunkSums<Block> over_v(shared, args.bwd.fwd.scale);
         over_v.sum_channels(sums, units.x, units.y);
         over_v.sum_between_tokens();
     }

@@ -188,6 +188,8 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
                     divisor = divisor_above(largest_of_warp<Block>(b));
         shared.strength[lane] = b;
         shared.slope[lane] = there ? slope_of(beta) : 0.0f;
+        const bool faint = __any_sync(~0u, there && is_faint(b, divisor));
+        if (lane == 0) shared.has_faint_write = faint;
         add_products<Block>(shared.scratch, stage, shared.products[0], b, lane);
         if (lane == 0) stage.divisor = divisor;
         __syncwarp();

@@ -29,15 +29,15 @@ __device__ __forceinline__ float round_to_tf32(float x)
 template <class Block> struct ChunkSums {
     Shared<Block> &s;
     int warp, lane, g, t;
-    float u_unit, dr_unit, dout_unit;
+    float u_unit, dr_unit, dout_unit; /* dout_unit: times the call's scale */
 
-    __device__ explicit ChunkSums(Shared<Block> &shared) : s(shared)
+    __device__ ChunkSums(Shared<Block> &shared, float scale) : s(shared)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
         u_unit = ChunkValues<Block>::unit_of(s.largest[0]).size;
         dr_unit = ChunkValues<Block>::unit_of(s.largest[1]).size;
-        dout_unit = ChunkValues<Block>::unit_of(s.largest[2]).size;
+        dout_unit = ChunkValues<Block>::unit_of(s.largest[2]).size * scale;
     }
 
     /* The operand [tokens, V] in half of the rows of V. */
@@ -97,12 +97,12 @@ template <class Block> struct ChunkSums {
     /* 16 rows and 16 columns of a product between tokens in each of six warps. */
     __device__ void sum_between_tokens() const
     {
-        const float unit = fmaxf(dr_unit, dout_unit) * u_unit;
+        const float most = fmaxf(dr_unit, fabsf(dout_unit)), unit = most * u_unit;
         if (warp == 7 && lane == 0) s.pair_unit = unit;
         if (warp >= 6) return;
         const int which = warp % 2, part = warp / 2; /* part: 0 above 1, beside 2 */
         const int rows = part > 0, columns = part > 1;
-        const float factor = (which ? dr_unit : dout_unit) / fmaxf(dr_unit, dout_unit);
+        const float factor = (which ? dr_unit : dout_unit) / most;
         float sum[2][4] = {};
 #pragma unroll
         for (int d = 0; d < DIM / 16; d++) {

@@ -3,10 +3,12 @@
  *
  * Algorithm. With S before the chunk, D after it, N = K~ K^^T below the diagonal:
  *
- *     R  = V - K~ S         U  = T R               M  = R - N U       (what the state does not predict)
- *     dU = Kr D + P^T dO    dR = T^T dU            dX = dU - N^T dR
+ *     R  = V - K~ S         U  = T R         M  = R - N U       (what the state does not predict)
+ *     dU = Kr D + P^T dO    dR = T^T dU      dX = dU - N^T dR
  *
- * dR is the gradient of v, and the sum over V of dX M that of b. A warp has 16 rows of V, and all tokens as
+ * dR is the gradient of v, and the sum over V of dX M that of b. Since U = b M and dR = b dX, it is also that
+ * of dR U / b^2. This is cheaper and more accurate, because T has the differences in it; where b is so small
+ * that T does not hold it well, M and dX are found themselves. A warp has 16 rows of V, and all tokens as
  * columns, so that the accumulators of one product are the A operand of the next one.
  *
  * U, - dR and dO are left as operands of the sums over V (sums.cuh), divided by one unit each.
@@ -82,8 +84,8 @@ template <class Block> struct ChunkValues {
         return matrix_row_by_token(lane) ^ 16 * warp % 64 / 8 * 16;
     }
 
-    /* bf16, times `factor`; zeros past the sequence's end. */
-    __device__ void load_values(Rows &x, const unsigned char *half, float factor) const
+    /* bf16; zeros past the sequence's end. */
+    __device__ void load_values(Rows &x, const unsigned char *half) const
     {
 #pragma unroll
         for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
@@ -94,7 +96,7 @@ template <class Block> struct ChunkValues {
                 const uint32_t pair = raw[i / 2];
                 const int tile = 2 * sub + i / 4, e = i % 2;
                 x[tile][i % 4] = 8 * tile + 2 * t + e < s.at.left
-                                     ? (e ? bf16_high(pair) : bf16_low(pair)) * factor
+                                     ? (e ? bf16_high(pair) : bf16_low(pair))
                                      : 0.0f;
             }
         }
@@ -174,6 +176,38 @@ template <class Block> struct ChunkValues {
         return d + lane / 8 % 2 * 8;
     }
 
+    /* ---- Tokens with tiny write strengths ---- */
+
+    /* m = M = R - N U */
+    __device__ void find_missed(Rows &m, const Rows &r, const Rows &u) const
+    {
+        uint32_t a[DEPTHS][4];
+        const float unit = pack_rows(a, u);
+        Rows sum = {};
+        multiply<false, false>(sum, a,
+                               [&](int c, int d) { return s.keys.at(column(c) + lane % 8, depth(d)); });
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            m[i / 4][i % 4] = __fmaf_rn(sum[i / 4][i % 4], -unit, r[i / 4][i % 4]);
+    }
+
+    /* The lane's parts of the sums of dX M, of tokens with tiny write strengths. */
+    __device__ void sum_missed(float (&sums)[8], const Rows &m, const Rows &du, const Rows &dr) const
+    {
+        uint32_t a[DEPTHS][4];
+        const float unit = pack_rows(a, dr);
+        Rows x = {};
+        multiply<true, true>(x, a, [&](int c, int d) { return s.keys.at(depth(d) + lane % 8, column(c)); });
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (!is_faint(s.strength[8 * (i / 2) + 2 * t + i % 2], s.stage[0].divisor)) continue;
+            sums[i] = 0.0f;
+#pragma unroll
+            for (int e = i % 2; e < 4; e += 2)
+                sums[i] = __fmaf_rn(__fmaf_rn(x[i / 2][e], -unit, du[i / 2][e]), m[i / 2][e], sums[i]);
+        }
+    }
+
     /* ---- The step ---- */
 
     /* The largest magnitude of the warp's rows. */
@@ -197,18 +231,17 @@ template <class Block> struct ChunkValues {
         using SolveTile = decltype(Stage<Block>::solve);
         SolveTile &solve = s.stage[0].solve;
         auto &attend = s.stage[0].attend;
-        auto &keys = s.keys;
         const int row8 = lane % 8;
         unsigned char *const v = s.tokens[0].v[16 * warp / 64], *const dout = s.dout[16 * warp / 64];
         uint32_t a[DEPTHS][4];
 
         /* ---- R ---- */
-        Rows r = {}, u = {}, m = {};
+        Rows r = {}, u = {};
         mbarrier_wait(&s.state_there, 0);
         const float state_unit = unify(s.state, s.state_scale);
         read(r, s.state, K);
         mbarrier_wait(&s.values_there, 0);
-        load_values(u, v, 1.0f);
+        load_values(u, v);
 #pragma unroll
         for (int i = 0; i < 16; i++)
             r[i / 4][i % 4] = __fmaf_rn(r[i / 4][i % 4], -state_unit, u[i / 4][i % 4]), u[i / 4][i % 4] = 0.0f;
@@ -216,47 +249,39 @@ template <class Block> struct ChunkValues {
         load_gradient();
         const float divisor = s.stage[0].divisor;
 
-        /* ---- U and M ---- */
+        /* ---- U ---- */
         float unit = pack_rows(a, r);
         multiply<false, true>(u, a, [&](int c, int d) { return solve.at(column(c), depth(d) + row8); });
         multiply_by(u, unit * divisor);
-        unit = pack_rows(a, u);
-        multiply<false, false>(m, a, [&](int c, int d) { return keys.at(column(c) + row8, depth(d)); });
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            m[i / 4][i % 4] = __fmaf_rn(m[i / 4][i % 4], -unit, r[i / 4][i % 4]);
 
-        /* ---- dU, dR and dX ---- */
+        /* ---- dU and dR ---- */
+        const bool faint = s.has_faint_write;
+        Rows missed;
+        if (__builtin_expect(faint, 0)) find_missed(missed, r, u);
         Rows du = {}, dr = {}, x = {};
         mbarrier_wait(&s.gradient_there, 0);
         const float gradient_unit = unify(s.gradient, s.gradient_scale);
         read(du, s.gradient, G);
-        load_values(r, dout, all.bwd.fwd.scale);
-        unit = pack_rows(a, r);
+        load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
+        unit = pack_rows(a, r) * all.bwd.fwd.scale;
         multiply<true, true>(x, a, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             du[i / 4][i % 4] = __fmaf_rn(x[i / 4][i % 4], unit, du[i / 4][i % 4] * gradient_unit);
-            x[i / 4][i % 4] = 0.0f;
         }
         unit = pack_rows(a, du);
         multiply<true, false>(dr, a, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, unit * divisor);
-        unit = pack_rows(a, dr);
-        multiply<true, true>(x, a, [&](int c, int d) { return keys.at(depth(d) + row8, column(c)); });
 
         /* ---- dbeta and dv ---- */
         float sums[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                const float dx = __fmaf_rn(x[i / 2][i % 2 + e], -unit, du[i / 2][i % 2 + e]);
-                sum = __fmaf_rn(dx, m[i / 2][i % 2 + e], sum);
-            }
-            sums[i] = sum;
+            const float b = s.strength[8 * (i / 2) + 2 * t + i % 2];
+            sums[i] = __fmaf_rn(dr[i / 2][i % 2], u[i / 2][i % 2], dr[i / 2][i % 2 + 2] * u[i / 2][i % 2 + 2]) *
+                      rcp(b) * rcp(b);
         }
+        if (__builtin_expect(faint, 0)) sum_missed(sums, missed, du, dr);
         const float dbeta = sum_over_g(sums, lane); /* of token 8 (g / 2) + 2 t + g % 2 */
         store_dv(dr, v);
 
