@@ -76,7 +76,10 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
             Products<Block> products[1];
             SolverScratch<Block> scratch;
         };
-        NormSums norm_sums;
+        struct {
+            float4 stash[6 * FKDA_HOPPER_CHUNK_THREADS]; /* the last step's: of each thread 24 numbers */
+            NormSums norm_sums;
+        };
     };
     /* Kr, K~, Q~ and v. Then the operands of sums over V: U lies over v, - dR over Q~, dO over `dout`; and
      * over Kr and K~ lie the products between tokens. */
@@ -104,6 +107,11 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     uint64_t inputs_there, values_there, state_there, gradient_there;
     ChunkCursor<Block> at;
 
+    /* 16 numbers of each thread, over v and dout. */
+    __device__ float4 *result_stash()
+    {
+        return reinterpret_cast<float4 *>(tokens[0].v);
+    }
     __device__ TokenPairs &queries_with_writes()
     {
         return reinterpret_cast<TokenPairs &>(tokens[0].half[0]);
@@ -113,6 +121,10 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
         return reinterpret_cast<TokenPairs &>(tokens[0].half[1]);
     }
 };
+static_assert(offsetof(Shared<ChunkBlock<Arithmetic::USUAL>>, dout) ==
+                  offsetof(Shared<ChunkBlock<Arithmetic::USUAL>>, tokens) +
+                      sizeof(Tokens<ChunkBlock<Arithmetic::USUAL>>),
+              "dout lies right behind v");
 static_assert(sizeof(TokenPairs) <= 2 * CHUNK_TOKENS * ROW, "they leave Q~ alone");
 static_assert(sizeof(Shared<ChunkBlock<Arithmetic::USUAL>>) <= FKDA_HOPPER_CHUNK_SHARED_BYTES,
               "two CTAs run on an SM");

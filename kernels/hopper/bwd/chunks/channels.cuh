@@ -21,12 +21,15 @@
  * sums alone, and each A_ij has a decay as a factor, since the diagonal is left out. All other terms are
  * added, and none is subtracted.
  *
- * Lane (g, t) has channels g and g + 8 of the warp's 16, and tokens 8 i + 2 t and + 1.
+ * Units. All terms are linear in P, L, dQ~, dK~, dKr and kept, which sums.cuh leaves divided by one number,
+ * pair_unit, so that no product with a decay leaves the range of fp32. Results are multiplied by it.
+ *
+ * Lane (g, t) has channels g and g + 8 of the warp's 16, and tokens 8 i + 2 t and + 1. Registers are short, so
+ * what a subchunk needs later waits in shared memory (Stash).
  */
 #ifndef FKDA_HOPPER_CHUNKS_CHANNELS_CUH
 #define FKDA_HOPPER_CHUNKS_CHANNELS_CUH
 
-#include "../../../backward/gates.cuh"
 #include "sums.cuh"
 
 namespace fkda
@@ -41,7 +44,7 @@ template <class Block> struct ChunkChannels {
     const fkda_fwd_args &args;
     Shared<Block> &s;
     int warp, lane, g, t;
-    float offset[2], bias[2]; /* of the gates of channels g and g + 8 */
+    float offset[2]; /* of the gates of channels g and g + 8 */
 
     __device__ ChunkChannels(const fkda_hopper_chunk_args &a, Shared<Block> &shared)
         : all(a), args(a.bwd.fwd), s(shared)
@@ -59,10 +62,10 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int channel = 16 * warp + g + 8 * r;
-            bias[r] =
+            const float bias =
                 Block::OPTIONS && !args.dt_bias ? 0.0f : __ldg(&args.dt_bias[s.at.head * DIM + channel]);
-            offset[r] = Block::OPTIONS ? call.offset(bias[r], slope)
-                                       : hopper_sigmoid_gate_offset(bias[r], slope);
+            offset[r] =
+                Block::OPTIONS ? call.offset(bias, slope) : hopper_sigmoid_gate_offset(bias, slope);
         }
     }
 
@@ -84,22 +87,18 @@ template <class Block> struct ChunkChannels {
             x[i / 4][i % 4] = i % 2 ? bf16_high(pairs[i / 2]) : bf16_low(pairs[i / 2]);
     }
 
-    /* Whether token e of the lane's pair in a tile of a subchunk belongs to the sequence. */
-    __device__ bool valid(int sub, int tile, int e) const
-    {
-        return 16 * sub + 8 * tile + 2 * t + e < s.at.left;
-    }
-
-    /* A box brings tokens of the next sequence past the end of this one: they become zeros. All threads meet. */
+    /* A box brings tokens of the next sequence past the end of this one. They become zeros, and their gates
+     * such that they decay by nothing and have no derivative. All threads meet. */
     __device__ void clear_past_end() const
     {
-        constexpr int UNITS = ROW / 16;
-        const int rows = CHUNK_TOKENS - s.at.left;
-        for (int i = 32 * warp + lane; i < 6 * rows * UNITS; i += FKDA_HOPPER_CHUNK_THREADS) {
-            const int tile = i / (rows * UNITS), row = s.at.left + i / UNITS % rows;
-            reinterpret_cast<uint4 *>(s.raw[tile / 3].tile[tile % 3] + row * ROW)[i % UNITS] =
-                make_uint4(0, 0, 0, 0);
-        }
+        const uint32_t none = no_decay<Block>(args);
+#pragma unroll 1
+        for (int row = s.at.left; row < CHUNK_TOKENS; row++)
+            if (warp < 6 && lane < ROW / 16) {
+                const uint32_t x = warp % 3 == G ? none : 0;
+                reinterpret_cast<uint4 *>(s.raw[warp / 3].tile[warp % 3] + row * ROW)[lane] =
+                    make_uint4(x, x, x, x);
+            }
         __syncthreads();
     }
 
@@ -142,8 +141,7 @@ template <class Block> struct ChunkChannels {
         uint32_t high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) { /* tile i / 2, channel i % 2 */
-            const float a = valid(sub, i / 2, 0) ? x[i % 2][i / 2 * 2] : 0.0f,
-                        b = valid(sub, i / 2, 1) ? x[i % 2][i / 2 * 2 + 1] : 0.0f;
+            const float a = x[i % 2][i / 2 * 2], b = x[i % 2][i / 2 * 2 + 1];
             high[i] = pack_bf16(a, b);
             low[i] = pack_bf16(a - bf16_low(high[i]), b - bf16_high(high[i]));
         }
@@ -254,10 +252,13 @@ template <class Block> struct ChunkChannels {
             }
     }
 
+    /* To what the tensor core takes of a tf32 operand. */
     static __device__ void round(Elements &x)
     {
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = round_to_tf32(x[i / 4][i % 4]);
+        for (int i = 0; i < 8; i++)
+            x[i / 4][i % 4] =
+                __uint_as_float(__float_as_uint(round_to_tf32(x[i / 4][i % 4])) & 0xffffe000u);
     }
     static __device__ void clear(Elements &x)
     {
@@ -269,39 +270,53 @@ template <class Block> struct ChunkChannels {
 
     /* Of a subchunk, for channels g and g + 8. */
     struct Decays {
-        float2 middle;       /* G of the eighth token */
-        float2 up_to_middle; /* 2^G of it */
-        float2 rest;         /* from it to the end of the subchunk */
-        float2 all;          /* over the subchunk */
+        float2 before; /* from the subchunk's start to its eighth token */
+        float2 rest;   /* from there to the subchunk's end */
     };
-    __device__ Decays find_decays(const Elements &sum) const
+    /* Counts the sums from the eighth token. */
+    __device__ Decays find_decays(Elements &sum) const
     {
-        Decays d;
-        const float2 last = last_of(sum[1]);
-        d.middle = last_of(sum[0]);
-        d.up_to_middle = make_float2(ex2(d.middle.x), ex2(d.middle.y));
-        d.rest = make_float2(ex2(last.x - d.middle.x), ex2(last.y - d.middle.y));
-        d.all = make_float2(ex2(last.x), ex2(last.y));
-        return d;
+        const float2 last = last_of(sum[1]), middle = last_of(sum[0]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i / 4][i % 4] -= of(middle, i % 4);
+        return {make_float2(ex2(middle.x), ex2(middle.y)),
+                make_float2(ex2(last.x - middle.x), ex2(last.y - middle.y))};
+    }
+    static __device__ float2 product(const float2 &x, const float2 &y)
+    {
+        return make_float2(x.x * y.x, x.y * y.y);
     }
     static __device__ float of(const float2 &x, int r) /* r: element of a tile */
     {
         return r / 2 ? x.y : x.x;
     }
 
-    /* Decays from the eighth token to each token, and from each token to the eighth one. */
-    __device__ static void find_up(Elements &x, const Elements &sum, const Decays &d)
-    {
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = ex2(sum[i / 4][i % 4] - of(d.middle, i % 4));
-    }
-    __device__ static void find_down(Elements &x, const Elements &sum, const Decays &d)
-    {
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = ex2(of(d.middle, i % 4) - sum[i / 4][i % 4]);
-    }
-
     /* ---- A subchunk ---- */
+
+    /* Numbers of this thread that wait in shared memory. */
+    static __device__ void stash(float4 *to, const float (*x)[4])
+    {
+        to[0] = make_float4(x[0][0], x[0][1], x[0][2], x[0][3]);
+        to[FKDA_HOPPER_CHUNK_THREADS] = make_float4(x[1][0], x[1][1], x[1][2], x[1][3]);
+    }
+    static __device__ void unstash(Elements &x, const float4 *from)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float4 four = from[FKDA_HOPPER_CHUNK_THREADS * i];
+            x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+        }
+    }
+    /* Place `i` of the thread; each has eight numbers. Places 0 to 2 have the sums of the first subchunk. */
+    __device__ float4 *first_stash(int i) const
+    {
+        return s.stash + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane;
+    }
+    /* Of dq and dk of a subchunk. */
+    __device__ float4 *result_stash(int sub, int i) const
+    {
+        return sub ? s.result_stash() + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane : first_stash(i);
+    }
 
     /* What the subchunks need of each other. */
     struct Across {
@@ -317,43 +332,79 @@ template <class Block> struct ChunkChannels {
     {
         Elements y;
         load_normalised(across.writers, K, 0);
-        find_down(y, sum, d);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float &k = across.writers[i / 4][i % 4];
-            k *= y[i / 4][i % 4] * of(d.rest, i % 4);
-            y[i / 4][i % 4] = k * of(after, i % 4) * dk_rest[i / 4][i % 4];
+            k *= ex2(-sum[i / 4][i % 4]) * of(d.rest, i % 4);
+            y[i / 4][i % 4] = k * dk_rest[i / 4][i % 4];
         }
-        across.first_y = sum_of_tokens(y);
+        across.first_y = product(sum_of_tokens(y), after);
         round(across.writers);
     }
 
-    /* Turns dQ~ and dK~ of the subchunk into dq and dk of normalised queries and keys, and leaves the gradient
-     * of the log decay in dg. before: the decay of all tokens before the subchunk; after: of all after it. */
+    /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves in
+     * the stash, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
+     * before the subchunk; after: of all after it. */
     template <int sub>
-    __device__ void compute(float (*dq)[4], float (*dk)[4], const float (*dk_rest)[4], Elements &dg,
-                            Across &across, const Elements &sum, const Decays &d, const float2 &before,
-                            const float2 &after, const float2 &kept) const
+    __device__ void compute(Elements &dq, Elements &dk, Elements &w, Elements &dg, Across &across,
+                            const Elements &sum, const Decays &d, const float2 &before, const float2 &after,
+                            const float2 &kept) const
     {
         const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
-        const float unit = s.pair_unit;
-        Elements q, k, up, down, x, y; /* x: terms that are summed from t on; y: those summed before t */
+        Elements q, k, x, y; /* x: terms that are summed from t on; y: those summed before t */
         load_normalised(q, Q, sub), load_normalised(k, K, sub);
-        find_up(up, sum, d), find_down(down, sum, d);
 
-        /* ---- The state before the chunk as a writer, and the state after it as a reader ---- */
-        Elements w; /* what the keys are written for */
+        /* ---- The subchunk itself ---- */
+        Elements up, down;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            up[i / 4][i % 4] = ex2(sum[i / 4][i % 4]), down[i / 4][i % 4] = ex2(-sum[i / 4][i % 4]);
+        Elements of_w;
+        {
+            Elements k_down, of_q, of_k;
+            clear(of_q), clear(of_k), clear(of_w);
+#pragma unroll
+            for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
+            round(k_down);
+            read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
+            Elements q_up, k_up;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                q_up[i / 4][i % 4] = q[i / 4][i % 4] * up[i / 4][i % 4];
+                k_up[i / 4][i % 4] = k[i / 4][i % 4] * up[i / 4][i % 4];
+            }
+            round(q_up), round(k_up);
+            write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
+            const float2 start = product(d.before, before);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int n = i / 4, r = i % 4;
+                const float from_start = up[n][r] * of(start, r);
+                dq[n][r] *= from_start, dk[n][r] *= from_start;
+                x[n][r] = __fmaf_rn(q[n][r], dq[n][r], k[n][r] * dk[n][r]);
+            }
+            if (sub == 1) across.second_x = sum_of_tokens(x);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int n = i / 4, r = i % 4;
+                /* Products of what the tensor core has taken, so that rows and columns agree. */
+                x[n][r] = __fmaf_rn(q_up[n][r], of_q[n][r], x[n][r]);
+                x[n][r] = __fmaf_rn(k_up[n][r], of_k[n][r], x[n][r]);
+                x[n][r] = __fmaf_rn(-k_down[n][r], of_w[n][r], x[n][r]);
+                dq[n][r] = __fmaf_rn(of_q[n][r], up[n][r], dq[n][r]);
+                dk[n][r] = __fmaf_rn(of_k[n][r], up[n][r], dk[n][r]);
+            }
+        }
+
+        /* ---- The state after the chunk as a reader ---- */
+        const float2 end = product(d.rest, after);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
-            const float from_start = up[n][r] * of(d.up_to_middle, r) * of(before, r),
-                        to_end = down[n][r] * of(d.rest, r) * of(after, r);
-            dq[n][r] *= from_start, dk[n][r] *= from_start;
-            w[n][r] = to_end * dk_rest[n][r];
-            x[n][r] = __fmaf_rn(q[n][r], dq[n][r], k[n][r] * dk[n][r]);
+            w[n][r] *= down[n][r] * of(end, r);
             y[n][r] = k[n][r] * w[n][r];
+            w[n][r] = __fmaf_rn(of_w[n][r], down[n][r], w[n][r]);
         }
-        if (sub == 1) across.second_x = sum_of_tokens(x);
 
         /* ---- The other subchunk ---- */
         if (sub == 1) {
@@ -363,11 +414,12 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
-                const float from_border = up[n][r] * of(d.up_to_middle, r);
-                const float by_q = of_q[n][r] * from_border * unit, by_k = of_k[n][r] * from_border * unit;
-                dq[n][r] += by_q, dk[n][r] += by_k;
-                x[n][r] += __fmaf_rn(q[n][r], by_q, k[n][r] * by_k);
-                of_q[n][r] = q[n][r] * from_border, of_k[n][r] = k[n][r] * from_border;
+                const float from_border = up[n][r] * of(d.before, r), q_there = q[n][r] * from_border,
+                            k_there = k[n][r] * from_border;
+                dq[n][r] = __fmaf_rn(of_q[n][r], from_border, dq[n][r]);
+                dk[n][r] = __fmaf_rn(of_k[n][r], from_border, dk[n][r]);
+                x[n][r] = __fmaf_rn(q_there, of_q[n][r], __fmaf_rn(k_there, of_k[n][r], x[n][r]));
+                of_q[n][r] = q_there, of_k[n][r] = k_there;
             }
             round(of_q), round(of_k);
             clear(across.written);
@@ -376,81 +428,73 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
-                const float by = across.written[n][r] * (down[n][r] * of(d.rest, r)) * unit;
+                const float by = across.written[n][r] * (down[n][r] * of(d.rest, r));
                 w[n][r] += by;
                 y[n][r] = __fmaf_rn(k[n][r], by, y[n][r]);
             }
         }
 
-        /* ---- The subchunk itself ---- */
-        {
-            Elements q_up, k_up, k_down, of_q, of_k, of_w;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int n = i / 4, r = i % 4;
-                q_up[n][r] = q[n][r] * up[n][r], k_up[n][r] = k[n][r] * up[n][r];
-                k_down[n][r] = k[n][r] * down[n][r];
-            }
-            round(q_up), round(k_up), round(k_down);
-            clear(of_q), clear(of_k), clear(of_w);
-            read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
-            write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int n = i / 4, r = i % 4;
-                /* The tensor core ignored the low bits, so the factors here must lack them too. */
-                const float across_t = __fmaf_rn(cut(q_up[n][r]), of_q[n][r], cut(k_up[n][r]) * of_k[n][r]) -
-                                       cut(k_down[n][r]) * of_w[n][r];
-                x[n][r] = __fmaf_rn(across_t, unit, x[n][r]);
-                dq[n][r] = __fmaf_rn(of_q[n][r] * up[n][r], unit, dq[n][r]);
-                dk[n][r] = __fmaf_rn(of_k[n][r] * up[n][r], unit, dk[n][r]);
-                w[n][r] = __fmaf_rn(of_w[n][r] * down[n][r], unit, w[n][r]);
-            }
-        }
-
         /* ---- Sums ---- */
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int n = i / 4, r = i % 4;
+        for (int n = 0; n < 2; n++) {
             const float2 own = factor(s.on_diagonal, sub, n);
-            const float p = r % 2 ? own.y : own.x;
-            dk[n][r] += __fmaf_rn(p, q[n][r], w[n][r]);
-            dq[n][r] = __fmaf_rn(p, k[n][r], dq[n][r]);
-            dg[n][r] = of(kept, r) + (sub == 1 ? of(across.first_y, r) : of(across.second_x, r));
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const float p = r % 2 ? own.y : own.x;
+                dk[n][r] += __fmaf_rn(p, q[n][r], w[n][r]);
+                dq[n][r] = __fmaf_rn(p, k[n][r], dq[n][r]);
+                dg[n][r] = of(kept, r) + (sub == 1 ? of(across.first_y, r) : of(across.second_x, r));
+            }
         }
+        if (!(Block::OPTIONS && args.qk_is_normalised)) announce_along(q, dq, k, dk, sub);
+        stash(result_stash(sub, 0), dq), stash(result_stash(sub, 1), dk);
         add_from_here(dg, x);
         add_before(dg, y);
     }
 
-    /* What the tensor core takes of a tf32 operand. */
-    static __device__ float cut(float x)
-    {
-        return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
-    }
-
     /* ---- Gates ---- */
 
-    /* Turns the gradient of the log decay into that of the raw gate, which it stores, and adds up for dt_bias
-     * and A_log. */
+    /* Turns the gradient of the log decay into that of the raw gate, and adds up for dt_bias and A_log. The
+     * bounded gate is lower_bound s with s = 1 / (1 + 2^z) and z = slope (g + dt_bias), and its derivative by z
+     * is - lower_bound ln 2 s (1 - s); what is common to all elements is left to finish_sums(). */
     __device__ void finish_gates(Elements &dg, int sub, float (&by_bias)[2], float (&by_rate)[2]) const
     {
+        constexpr float MOST = 125.0f; /* 2^z stays in the range of fp32 */
         Elements raw_gates;
         load(raw_gates, G, sub);
-        const float slope =
-            sigmoid_gate_slope(Block::OPTIONS && !args.A_log ? 0.0f : __ldg(&args.A_log[s.at.head]));
+        const float slope = s.gate[0][warp].slope, factor = gate_factor() * s.pair_unit;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                float z = __fmaf_rn(raw_gates[n][r], slope, offset[r / 2]);
+                z = z > MOST ? MOST : z; /* fminf would hide a NaN */
+                z = z < -MOST ? -MOST : z;
+                const float e = ex2(z), sigmoid = rcp(1.0f + e);
+                float &x = dg[n][r];
+                x *= e * sigmoid * sigmoid;
+                by_rate[r / 2] = __fmaf_rn(x, z, by_rate[r / 2]);
+                by_bias[r / 2] += x;
+                x *= factor;
+            }
+    }
+
+    /* lower_bound exp(A_log): the derivative of the bounded gate by g is this times s (1 - s). */
+    __device__ float gate_factor() const
+    {
+        return s.gate[0][warp].slope * (-1.0f / LOG2_E) * args.lower_bound;
+    }
+
+    __device__ void store_parameter_sums(const float (&by_bias)[2], const float (&by_rate)[2]) const
+    {
+        if (!all.bwd.sums) return;
+        float *const to = all.bwd.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM) + 16 * warp + g;
+        const float of_bias = gate_factor() * s.pair_unit,
+                    of_rate = args.lower_bound * (-1.0f / LOG2_E) * s.pair_unit;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const ChannelGate gate(args, Block::OPTIONS ? args.gate : FLASH_KDA_GATE_BOUNDED, slope, bias[r]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int n = i / 2, e = 2 * r + i % 2;
-                float by_g, by_A_log;
-                gate.differentiate(raw_gates[n][e], by_g, by_A_log);
-                const bool there = valid(sub, n, i % 2);
-                by_rate[r] = there ? __fmaf_rn(dg[n][e], by_A_log, by_rate[r]) : by_rate[r];
-                dg[n][e] *= by_g;
-                by_bias[r] += there ? dg[n][e] : 0.0f;
-            }
+            const float bias_sum = sum_of_quad(by_bias[r]) * of_bias, rate_sum = sum_of_quad(by_rate[r]) * of_rate;
+            if (t == 0) to[8 * r] = bias_sum, to[DIM + 8 * r] = rate_sum;
         }
     }
 
@@ -486,8 +530,8 @@ template <class Block> struct ChunkChannels {
     }
 
     /* The sum over the warp's channels of x y, for each token. */
-    __device__ void announce_along(const Elements &q, const float (*dq)[4], const Elements &k,
-                                   const float (*dk)[4], int sub) const
+    __device__ void announce_along(const Elements &q, const Elements &dq, const Elements &k,
+                                   const Elements &dk, int sub) const
     {
         float sums[8];
 #pragma unroll
@@ -501,18 +545,26 @@ template <class Block> struct ChunkChannels {
     }
 
     /* Through the norm, and to memory. */
-    __device__ void store_through_norm(float (*dx)[4], int which, int sub, void *tensor, float *parts,
-                                       const fkda_token_strides &strides, int head) const
+    __device__ void store_through_norm(int i, int which, int sub, void *tensor, float *parts,
+                                       const fkda_token_strides &strides) const
     {
-        Elements x, result;
-        load_normalised(x, which, sub);
-#pragma unroll
-        for (int i = 0; i < 8; i++) result[i / 4][i % 4] = dx[i / 4][i % 4];
+        Elements result;
+        unstash(result, result_stash(sub, i));
         if (!(Block::OPTIONS && args.qk_is_normalised)) {
-            multiply_tokens(x, s.norm_sums.all[which == K], sub);
+            Elements x;
+            load_normalised(x, which, sub);
 #pragma unroll
-            for (int i = 0; i < 8; i++) result[i / 4][i % 4] -= x[i / 4][i % 4];
-            multiply_tokens(result, s.inverse_norm[0][0][which == Q], sub);
+            for (int n = 0; n < 2; n++) {
+                const float2 along = factor(s.norm_sums.all[which == K], sub, n),
+                             scale = factor(s.inverse_norm[0][0][which == Q], sub, n);
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    result[n][r] = __fmaf_rn(-x[n][r], r % 2 ? along.y : along.x, result[n][r]) *
+                                   ((r % 2 ? scale.y : scale.x) * s.pair_unit);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < 8; n++) result[n / 4][n % 4] *= s.pair_unit;
         }
         if (parts && tensor)
             store_fp32(result, sub, [&](int token) {
@@ -522,7 +574,7 @@ template <class Block> struct ChunkChannels {
                                    DIM;
             });
         else
-            store(result, which, sub, tensor, strides, head);
+            store(result, which, sub, tensor, strides, s.at.qk_head);
     }
 
     /* ---- The step ---- */
@@ -530,43 +582,37 @@ template <class Block> struct ChunkChannels {
     __device__ void run(ChannelSums &sums)
     {
         const fkda_bwd_args &b = all.bwd;
-        float by_bias[2] = {}, by_rate[2] = {};
         load_bias();
         mbarrier_wait(&s.inputs_there, 1);
         if (s.at.left < CHUNK_TOKENS) clear_past_end();
         {
+            float by_bias[2] = {}, by_rate[2] = {};
             Elements first, second, dg;
             Across across;
             sum_gates(first, 0), sum_gates(second, 1);
             const Decays of_first = find_decays(first), of_second = find_decays(second);
-            const float2 ones = make_float2(1.0f, 1.0f),
-                         kept = make_float2(sums.kept[0] * of_first.all.x * of_second.all.x,
-                                            sums.kept[1] * of_first.all.y * of_second.all.y);
-            begin_first(across, first, of_first, of_second.all, sums.k_rest);
-            compute<1>(sums.q + 2, sums.k + 2, sums.k_rest + 2, dg, across, second, of_second, of_first.all, ones,
-                       kept);
+            const float2 ones = make_float2(1.0f, 1.0f), over_first = product(of_first.before, of_first.rest),
+                         over_second = product(of_second.before, of_second.rest),
+                         kept = product(product(over_first, over_second),
+                                        make_float2(sums.kept[0], sums.kept[1]));
+            begin_first(across, first, of_first, over_second, sums.k_rest);
+            stash(first_stash(0), sums.q), stash(first_stash(1), sums.k), stash(first_stash(2), sums.k_rest);
+            {
+                Elements &q = reinterpret_cast<Elements &>(sums.q[2]), &k = reinterpret_cast<Elements &>(sums.k[2]),
+                         &w = reinterpret_cast<Elements &>(sums.k_rest[2]);
+                compute<1>(q, k, w, dg, across, second, of_second, over_first, ones, kept);
+            }
             finish_gates(dg, 1, by_bias, by_rate);
             store_gates(dg, 1);
-            compute<0>(sums.q, sums.k, sums.k_rest, dg, across, first, of_first, ones, of_second.all, kept);
+            Elements q, k, w;
+            unstash(q, first_stash(0)), unstash(k, first_stash(1)), unstash(w, first_stash(2));
+            compute<0>(q, k, w, dg, across, first, of_first, ones, over_second, kept);
             finish_gates(dg, 0, by_bias, by_rate);
             store_gates(dg, 0);
-        }
-        if (b.sums) {
-            float *const to = b.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM) + 16 * warp + g;
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float bias_sum = sum_of_quad(by_bias[r]), rate_sum = sum_of_quad(by_rate[r]);
-                if (t == 0) to[8 * r] = bias_sum, to[DIM + 8 * r] = rate_sum;
-            }
+            store_parameter_sums(by_bias, by_rate);
         }
 
         /* ---- Norms ---- */
-#pragma unroll
-        for (int sub = 0; sub < 2; sub++) {
-            Elements q, k;
-            load_normalised(q, Q, sub), load_normalised(k, K, sub);
-            announce_along(q, sums.q + 2 * sub, k, sums.k + 2 * sub, sub);
-        }
         __syncthreads();
         if (warp < 2) { /* the sum of a token: of its query in warp 0, of its key in warp 1 */
             float sum = 0.0f;
@@ -577,8 +623,8 @@ template <class Block> struct ChunkChannels {
         __syncthreads();
 #pragma unroll
         for (int sub = 0; sub < 2; sub++) {
-            store_through_norm(sums.q + 2 * sub, Q, sub, b.dq, b.dq_parts, b.dq_strides, s.at.qk_head);
-            store_through_norm(sums.k + 2 * sub, K, sub, b.dk, b.dk_parts, b.dk_strides, s.at.qk_head);
+            store_through_norm(0, Q, sub, b.dq, b.dq_parts, b.dq_strides);
+            store_through_norm(1, K, sub, b.dk, b.dk_parts, b.dk_strides);
         }
     }
 

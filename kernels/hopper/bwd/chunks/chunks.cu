@@ -48,8 +48,8 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
     });
     ChannelSums sums = {};
     {
-        const ChunkSums<Block> over_v(shared, args.bwd.fwd.scale);
-        over_v.sum_channels(sums, units.x, units.y);
+        const ChunkSums<Block> over_v(shared, args.bwd.fwd.scale, units);
+        over_v.sum_channels(sums);
         over_v.sum_between_tokens();
     }
     fence_async_proxy();

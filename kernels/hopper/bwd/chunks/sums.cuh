@@ -30,14 +30,22 @@ template <class Block> struct ChunkSums {
     Shared<Block> &s;
     int warp, lane, g, t;
     float u_unit, dr_unit, dout_unit; /* dout_unit: times the call's scale */
+    float state_unit, gradient_unit;  /* of the images */
+    float pair_unit;                  /* what all results are divided by */
 
-    __device__ ChunkSums(Shared<Block> &shared, float scale) : s(shared)
+    __device__ ChunkSums(Shared<Block> &shared, float scale, float2 units)
+        : s(shared), state_unit(units.x), gradient_unit(units.y)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
         u_unit = ChunkValues<Block>::unit_of(s.largest[0]).size;
         dr_unit = ChunkValues<Block>::unit_of(s.largest[1]).size;
         dout_unit = ChunkValues<Block>::unit_of(s.largest[2]).size * scale;
+        /* Sums of products of operands are below 2^35. Divided by this they are below 2^55. */
+        const float most = fmaxf(dr_unit, fabsf(dout_unit));
+        pair_unit = fmaxf(fmaxf(most * u_unit, 0x1p-20f * state_unit * fmaxf(most, gradient_unit)),
+                          fmaxf(0x1p-20f * gradient_unit * u_unit, 0x1p-120f));
+        if (warp == 0 && lane == 0) s.pair_unit = pair_unit;
     }
 
     /* The operand [tokens, V] in half of the rows of V. */
@@ -54,8 +62,7 @@ template <class Block> struct ChunkSums {
         return s.dout[half];
     }
 
-    /* `state`, `gradient`: units of the images. */
-    __device__ void sum_channels(ChannelSums &to, float state, float gradient) const
+    __device__ void sum_channels(ChannelSums &to) const
     {
         const int columns = matrix_row_by_token(lane);
         const uint32_t first = image_columns(0, lane) ^ 32 * warp;
@@ -85,24 +92,23 @@ template <class Block> struct ChunkSums {
             mma_half(both[1], of_state[0], of_state[1], of_state[2], of_state[3], of_gradient[1],
                      of_gradient[3]);
         }
+        const float state = state_unit / pair_unit, gradient = gradient_unit / pair_unit;
         multiply_by(to.q, state * dout_unit);
         multiply_by(to.k, state * dr_unit);
         multiply_by(to.k_rest, gradient * u_unit);
         /* Channel g of the diagonal is in lane t = g / 2. */
         const float top = g % 2 ? both[0][1] : both[0][0], low = g % 2 ? both[1][3] : both[1][2];
-        to.kept[0] = __shfl_sync(~0u, top, 4 * g + g / 2) * (state * gradient);
-        to.kept[1] = __shfl_sync(~0u, low, 4 * g + g / 2) * (state * gradient);
+        to.kept[0] = __shfl_sync(~0u, top, 4 * g + g / 2) * (state * gradient_unit);
+        to.kept[1] = __shfl_sync(~0u, low, 4 * g + g / 2) * (state * gradient_unit);
     }
 
     /* 16 rows and 16 columns of a product between tokens in each of six warps. */
     __device__ void sum_between_tokens() const
     {
-        const float most = fmaxf(dr_unit, fabsf(dout_unit)), unit = most * u_unit;
-        if (warp == 7 && lane == 0) s.pair_unit = unit;
         if (warp >= 6) return;
         const int which = warp % 2, part = warp / 2; /* part: 0 above 1, beside 2 */
         const int rows = part > 0, columns = part > 1;
-        const float factor = (which ? dr_unit : dout_unit) / most;
+        const float factor = (which ? dr_unit : dout_unit) * u_unit / pair_unit;
         float sum[2][4] = {};
 #pragma unroll
         for (int d = 0; d < DIM / 16; d++) {
@@ -121,8 +127,8 @@ template <class Block> struct ChunkSums {
                 const int i = 16 * rows + g + 8 * r, j = 16 * columns + 8 * n + 2 * t;
                 const float x = sum[n][2 * r] * factor, y = sum[n][2 * r + 1] * factor;
                 store_two(&to[i][j], j < i ? round_to_tf32(x) : 0.0f, j + 1 < i ? round_to_tf32(y) : 0.0f);
-                if (which == 0 && j == i) s.on_diagonal[i] = x * unit;
-                if (which == 0 && j + 1 == i) s.on_diagonal[i] = y * unit;
+                if (which == 0 && j == i) s.on_diagonal[i] = x;
+                if (which == 0 && j + 1 == i) s.on_diagonal[i] = y;
             }
     }
 };
