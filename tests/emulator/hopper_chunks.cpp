@@ -14,5 +14,6 @@ template <void kernel(fkda_hopper_chunk_args)> static void run(const void *argum
 const emulator::Kernel emulator::hopper_chunk_kernels[] = {
     {"fkda_hopper_bwd_chunks", run<fkda_hopper_bwd_chunks>, sizeof(fkda_hopper_chunk_args)},
     {"fkda_hopper_bwd_bounded_chunks", run<fkda_hopper_bwd_bounded_chunks>, sizeof(fkda_hopper_chunk_args)},
+    {"fkda_hopper_bwd_general_chunks", run<fkda_hopper_bwd_general_chunks>, sizeof(fkda_hopper_chunk_args)},
     {},
 };

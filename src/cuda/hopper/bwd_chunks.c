@@ -10,11 +10,12 @@
 
 extern const unsigned char fkda_fatbin_hopper_bwd_chunks[];
 
-enum { USUAL, BOUNDED };
+enum { USUAL, BOUNDED, GENERAL };
 
 static fkda_module module = {
     .image = fkda_fatbin_hopper_bwd_chunks,
-    .names = {[USUAL] = "fkda_hopper_bwd_chunks", [BOUNDED] = "fkda_hopper_bwd_bounded_chunks"},
+    .names = {[USUAL] = "fkda_hopper_bwd_chunks", [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
+              [GENERAL] = "fkda_hopper_bwd_general_chunks"},
     .shared_bytes = FKDA_HOPPER_CHUNK_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
@@ -44,16 +45,19 @@ static chunk_plan make_plan(const fkda_bwd_problem *p)
     return plan;
 }
 
-bool fkda_hopper_bwd_knows_chunks(const fkda_bwd_problem *p)
+static int kernel_for(const fkda_problem *p)
 {
-    return !(p->fwd.shape.features & FKDA_HOPPER_GATE_FEATURES);
+    if (p->shape.features & FKDA_HOPPER_GATE_FEATURES) return GENERAL;
+    return p->A_log && p->dt_bias && p->beta.dtype != FLASH_KDA_F32 && !p->qk_is_normalised &&
+                   p->beta_kind == FLASH_KDA_BETA_SIGMOID
+               ? USUAL
+               : BOUNDED;
 }
 
-/* Whether the call is one that the kernel for the usual arithmetic knows. */
-static bool is_usual(const fkda_problem *p)
+bool fkda_hopper_bwd_knows_chunks(const fkda_bwd_problem *p)
 {
-    return p->A_log && p->dt_bias && p->beta.dtype != FLASH_KDA_F32 && !p->qk_is_normalised &&
-           p->beta_kind == FLASH_KDA_BETA_SIGMOID;
+    (void)p;
+    return true;
 }
 
 size_t fkda_hopper_bwd_chunks_workspace(const fkda_bwd_problem *p)
@@ -89,7 +93,7 @@ static flash_kda_status describe_tensors(const fkda_driver *driver, const fkda_b
                {&args->dout, &p->dout}};
     if (p->fwd.shape.batch * p->fwd.shape.tokens == 0) return FLASH_KDA_OK; /* none is read */
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        if (!all[i].tensor->data) continue;
+        if (!all[i].tensor->data || all[i].tensor->dtype == FLASH_KDA_F32) continue;
         const CUresult result =
             fkda_describe_tensor(driver, all[i].descriptor, all[i].tensor, &p->fwd.shape, CHUNK);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
@@ -110,7 +114,7 @@ flash_kda_status fkda_hopper_bwd_by_chunks(const fkda_driver *driver, const fkda
         .bwd = walk_args.bwd, .states = walk_args.states, .gradients = walk_args.gradients};
     const fkda_bwd_launch walk_launch = {walk, 2 * s->sequences * s->heads, FKDA_HOPPER_BWD_THREADS,
                                          FKDA_HOPPER_BWD_SHARED_BYTES},
-                          launch = {is_usual(&p->fwd) ? USUAL : BOUNDED,
+                          launch = {kernel_for(&p->fwd),
                                     plan.chunks.slots * s->heads, FKDA_HOPPER_CHUNK_THREADS,
                                     FKDA_HOPPER_CHUNK_SHARED_BYTES},
                           reduction = fkda_bwd_reduction(p, reduce);

@@ -101,6 +101,7 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     float strength[CHUNK_TOKENS], slope[CHUNK_TOKENS]; /* b, and its derivative */
     float on_diagonal[CHUNK_TOKENS];                   /* of dO U^T */
     int has_faint_write;
+    int is_wide; /* the preparation has to be careful */
     float pair_unit; /* brings products with decays into the range of fp32 */
     uint32_t largest[3][CHUNK_WARPS];                  /* magnitudes of U, dR and dO in each warp's rows */
     uint64_t meeting[1]; /* for racecheck alone, see ../../block/prepare.cuh */

@@ -124,6 +124,22 @@ template <class Block> struct ChunkChannels {
         multiply_tokens(x, s.inverse_norm[0][0][which == Q], sub);
     }
 
+    /* Raw gates, also those in fp32, which come from global memory. */
+    __device__ void load_gates(Elements &x, int sub) const
+    {
+        if (!has_fp32_gates<Block>(args)) {
+            load(x, G, sub);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int token = 16 * sub + 8 * (i / 4) + 2 * t + i % 2;
+            const long long at = s.at.place(args.g_strides, token) + 16 * warp + g + i % 4 / 2 * 8;
+            x[i / 4][i % 4] = token < s.at.left ? __ldg(static_cast<const float *>(args.g) + at)
+                                                : gate_of_call<Block>(args).neutral();
+        }
+    }
+
     /* The running sums of the log2 decays from the subchunk's start, by the tensor core as in
      * ../../block/prepare_slice.cuh, with channels as rows. */
     __device__ void sum_gates(Elements &sum, int sub) const
@@ -131,12 +147,15 @@ template <class Block> struct ChunkChannels {
         constexpr uint32_t ONE = 0x3f80; /* in bf16 */
         float x[2][4];
         Elements raw_gates;
-        load(raw_gates, G, sub);
+        load_gates(raw_gates, sub);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) x[r][i] = raw_gates[i / 2][2 * r + i % 2];
             activate_gates(x[r], gate_of_call<Block>(args), s.gate[0][warp], offset[r]);
+            if (Block::UNBOUNDED)
+#pragma unroll
+                for (int i = 0; i < 4; i++) x[r][i] = hold_log2_decay(x[r][i]);
         }
         uint32_t high[4], low[4];
 #pragma unroll
@@ -272,6 +291,8 @@ template <class Block> struct ChunkChannels {
     struct Decays {
         float2 before; /* from the subchunk's start to its eighth token */
         float2 rest;   /* from there to the subchunk's end */
+        float2 log_before, log_rest;
+        bool wide; /* unbounded gates: factors of the warp's channels would leave the range of fp32 */
     };
     /* Counts the sums from the eighth token. */
     __device__ Decays find_decays(Elements &sum) const
@@ -279,8 +300,27 @@ template <class Block> struct ChunkChannels {
         const float2 last = last_of(sum[1]), middle = last_of(sum[0]);
 #pragma unroll
         for (int i = 0; i < 8; i++) sum[i / 4][i % 4] -= of(middle, i % 4);
-        return {make_float2(ex2(middle.x), ex2(middle.y)),
-                make_float2(ex2(last.x - middle.x), ex2(last.y - middle.y))};
+        const float2 rest = make_float2(last.x - middle.x, last.y - middle.y);
+        bool wide = false;
+        if (Block::UNBOUNDED) {
+            constexpr float MOST = 60.0f;
+#pragma unroll
+            for (int i = 0; i < 8; i++) wide |= fabsf(sum[i / 4][i % 4]) > MOST;
+            wide = __any_sync(~0u, wide);
+        }
+        return {make_float2(ex2(middle.x), ex2(middle.y)), make_float2(ex2(rest.x), ex2(rest.y)), middle, rest,
+                wide};
+    }
+
+    /* The decays from the subchunk's start to a token, and from a token to the subchunk's end. up and down are
+     * those from the eighth token and to it. */
+    static __device__ float from_start(float up, float sum, const Decays &d, int r)
+    {
+        return Block::UNBOUNDED ? ex2(sum + of(d.log_before, r)) : up * of(d.before, r);
+    }
+    static __device__ float to_end(float down, float sum, const Decays &d, int r)
+    {
+        return Block::UNBOUNDED ? ex2(of(d.log_rest, r) - sum) : down * of(d.rest, r);
     }
     static __device__ float2 product(const float2 &x, const float2 &y)
     {
@@ -335,11 +375,77 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float &k = across.writers[i / 4][i % 4];
-            k *= ex2(-sum[i / 4][i % 4]) * of(d.rest, i % 4);
+            k *= to_end(ex2(-sum[i / 4][i % 4]), sum[i / 4][i % 4], d, i % 4);
             y[i / 4][i % 4] = k * dk_rest[i / 4][i % 4];
         }
         across.first_y = product(sum_of_tokens(y), after);
         round(across.writers);
+    }
+
+    /* Adds the pairs of tokens of a subchunk: to dq and dk what readers get, to w what writers get, and to x
+     * the sums of the rows of A less those of its columns. */
+    template <int sub>
+    __device__ void pair(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
+                         const Elements &k, const Elements &up, const Elements &down) const
+    {
+        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
+        Elements k_down, q_up, k_up, of_q, of_k, of_w;
+        clear(of_q), clear(of_k), clear(of_w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
+        round(k_down);
+        read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            q_up[i / 4][i % 4] = q[i / 4][i % 4] * up[i / 4][i % 4];
+            k_up[i / 4][i % 4] = k[i / 4][i % 4] * up[i / 4][i % 4];
+        }
+        round(q_up), round(k_up);
+        write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            /* Products of what the tensor core has taken, so that rows and columns agree. */
+            x[n][r] = __fmaf_rn(q_up[n][r], of_q[n][r], x[n][r]);
+            x[n][r] = __fmaf_rn(k_up[n][r], of_k[n][r], x[n][r]);
+            x[n][r] = __fmaf_rn(-k_down[n][r], of_w[n][r], x[n][r]);
+            dq[n][r] = __fmaf_rn(of_q[n][r], up[n][r], dq[n][r]);
+            dk[n][r] = __fmaf_rn(of_k[n][r], up[n][r], dk[n][r]);
+            w[n][r] = __fmaf_rn(of_w[n][r], down[n][r], w[n][r]);
+        }
+    }
+
+    /* The same pair by pair, for gates that forget so much that factors would leave the range of fp32. */
+    template <int sub>
+    __device__ void pair_directly(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
+                                  const Elements &k, const Elements &sum) const
+    {
+        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll 1
+                for (int lane_of_j = 0; lane_of_j < 4; lane_of_j++) { /* of the writer, in the quad */
+                    const int j = 16 * sub + 8 * n + 2 * lane_of_j + r % 2, from = (lane & ~3) | lane_of_j;
+                    const float k_j = __shfl_sync(~0u, k[n][r], from), sum_j = __shfl_sync(~0u, sum[n][r], from);
+                    float of_w = 0.0f;
+#pragma unroll
+                    for (int m = 0; m < 4; m++) { /* the lane's readers of the channel */
+                        const int i = 16 * sub + 8 * (m / 2) + 2 * t + m % 2, e = r / 2 * 2 + m % 2;
+                        if (i <= j) continue;
+                        const float f = ex2(sum[m / 2][e] - sum_j), by_q = P[i][j] * f, by_k = L[i][j] * f;
+                        of_w = __fmaf_rn(by_q, q[m / 2][e], __fmaf_rn(by_k, k[m / 2][e], of_w));
+                        const float of_q = by_q * k_j, of_k = by_k * k_j;
+                        dq[m / 2][e] += of_q, dk[m / 2][e] += of_k;
+                        x[m / 2][e] = __fmaf_rn(q[m / 2][e], of_q, __fmaf_rn(k[m / 2][e], of_k, x[m / 2][e]));
+                    }
+                    __syncwarp();
+                    of_w = sum_of_quad(of_w);
+                    if (t != lane_of_j) continue;
+                    w[n][r] += of_w;
+                    x[n][r] = __fmaf_rn(-k_j, of_w, x[n][r]);
+                }
     }
 
     /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves in
@@ -354,57 +460,28 @@ template <class Block> struct ChunkChannels {
         Elements q, k, x, y; /* x: terms that are summed from t on; y: those summed before t */
         load_normalised(q, Q, sub), load_normalised(k, K, sub);
 
-        /* ---- The subchunk itself ---- */
         Elements up, down;
 #pragma unroll
         for (int i = 0; i < 8; i++)
             up[i / 4][i % 4] = ex2(sum[i / 4][i % 4]), down[i / 4][i % 4] = ex2(-sum[i / 4][i % 4]);
-        Elements of_w;
-        {
-            Elements k_down, of_q, of_k;
-            clear(of_q), clear(of_k), clear(of_w);
-#pragma unroll
-            for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
-            round(k_down);
-            read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
-            Elements q_up, k_up;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                q_up[i / 4][i % 4] = q[i / 4][i % 4] * up[i / 4][i % 4];
-                k_up[i / 4][i % 4] = k[i / 4][i % 4] * up[i / 4][i % 4];
-            }
-            round(q_up), round(k_up);
-            write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
-            const float2 start = product(d.before, before);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int n = i / 4, r = i % 4;
-                const float from_start = up[n][r] * of(start, r);
-                dq[n][r] *= from_start, dk[n][r] *= from_start;
-                x[n][r] = __fmaf_rn(q[n][r], dq[n][r], k[n][r] * dk[n][r]);
-            }
-            if (sub == 1) across.second_x = sum_of_tokens(x);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int n = i / 4, r = i % 4;
-                /* Products of what the tensor core has taken, so that rows and columns agree. */
-                x[n][r] = __fmaf_rn(q_up[n][r], of_q[n][r], x[n][r]);
-                x[n][r] = __fmaf_rn(k_up[n][r], of_k[n][r], x[n][r]);
-                x[n][r] = __fmaf_rn(-k_down[n][r], of_w[n][r], x[n][r]);
-                dq[n][r] = __fmaf_rn(of_q[n][r], up[n][r], dq[n][r]);
-                dk[n][r] = __fmaf_rn(of_k[n][r], up[n][r], dk[n][r]);
-            }
-        }
 
-        /* ---- The state after the chunk as a reader ---- */
-        const float2 end = product(d.rest, after);
+        /* ---- The state before the chunk as a writer, and the state after it as a reader ---- */
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
-            w[n][r] *= down[n][r] * of(end, r);
+            const float start = from_start(up[n][r], sum[n][r], d, r) * of(before, r);
+            dq[n][r] *= start, dk[n][r] *= start;
+            w[n][r] *= to_end(down[n][r], sum[n][r], d, r) * of(after, r);
+            x[n][r] = __fmaf_rn(q[n][r], dq[n][r], k[n][r] * dk[n][r]);
             y[n][r] = k[n][r] * w[n][r];
-            w[n][r] = __fmaf_rn(of_w[n][r], down[n][r], w[n][r]);
         }
+        if (sub == 1) across.second_x = sum_of_tokens(x);
+
+        /* ---- The subchunk itself ---- */
+        if (Block::UNBOUNDED && __builtin_expect(d.wide, 0))
+            pair_directly<sub>(dq, dk, w, x, q, k, sum);
+        else
+            pair<sub>(dq, dk, w, x, q, k, up, down);
 
         /* ---- The other subchunk ---- */
         if (sub == 1) {
@@ -414,7 +491,7 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
-                const float from_border = up[n][r] * of(d.before, r), q_there = q[n][r] * from_border,
+                const float from_border = from_start(up[n][r], sum[n][r], d, r), q_there = q[n][r] * from_border,
                             k_there = k[n][r] * from_border;
                 dq[n][r] = __fmaf_rn(of_q[n][r], from_border, dq[n][r]);
                 dk[n][r] = __fmaf_rn(of_k[n][r], from_border, dk[n][r]);
@@ -428,7 +505,7 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
-                const float by = across.written[n][r] * (down[n][r] * of(d.rest, r));
+                const float by = across.written[n][r] * to_end(down[n][r], sum[n][r], d, r);
                 w[n][r] += by;
                 y[n][r] = __fmaf_rn(k[n][r], by, y[n][r]);
             }
@@ -461,7 +538,11 @@ template <class Block> struct ChunkChannels {
     {
         constexpr float MOST = 125.0f; /* 2^z stays in the range of fp32 */
         Elements raw_gates;
-        load(raw_gates, G, sub);
+        load_gates(raw_gates, sub);
+        if (Block::UNBOUNDED && !gate_of_call<Block>(args).is_bounded()) {
+            finish_unbounded_gates(dg, raw_gates, sub, by_bias, by_rate);
+            return;
+        }
         const float slope = s.gate[0][warp].slope, factor = gate_factor() * s.pair_unit;
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -479,6 +560,33 @@ template <class Block> struct ChunkChannels {
             }
     }
 
+    /* The softplus gate is -exp(A_log) softplus(g + dt_bias), and the activated one is g. The gradient of a gate
+     * has its decay as a factor. Where this is next to nothing, the gradient is 0: what the sums have left is
+     * their rounding, and A_log would multiply it by a log decay without a bound. */
+    __device__ void finish_unbounded_gates(Elements &dg, const Elements &raw_gates, int sub, float (&by_bias)[2],
+                                           float (&by_rate)[2]) const
+    {
+        const bool softplus = gate_of_call<Block>(args).is_softplus();
+        const float factor = softplus ? s.gate[0][warp].factor : 1.0f;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                constexpr float NEXT_TO_NOTHING = -30.0f;
+                const float z = __fmaf_rn(raw_gates[n][r], LOG2_E, offset[r / 2]),
+                            log_decay = softplus ? factor * log2_of_1_plus_ex2(z) : z;
+                float &x = dg[n][r];
+                if (log_decay < NEXT_TO_NOTHING || 16 * sub + 8 * n + 2 * t + r % 2 >= s.at.left)
+                    x = 0.0f;
+                else if (softplus) {
+                    by_rate[r / 2] = __fmaf_rn(x * s.pair_unit, log_decay, by_rate[r / 2]);
+                    x *= factor * rcp(1.0f + ex2(-z));
+                }
+                x *= s.pair_unit;
+                by_bias[r / 2] += x;
+            }
+    }
+
     /* lower_bound exp(A_log): the derivative of the bounded gate by g is this times s (1 - s). */
     __device__ float gate_factor() const
     {
@@ -489,8 +597,9 @@ template <class Block> struct ChunkChannels {
     {
         if (!all.bwd.sums) return;
         float *const to = all.bwd.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM) + 16 * warp + g;
-        const float of_bias = gate_factor() * s.pair_unit,
-                    of_rate = args.lower_bound * (-1.0f / LOG2_E) * s.pair_unit;
+        const bool bounded = !Block::UNBOUNDED || gate_of_call<Block>(args).is_bounded();
+        const float of_bias = bounded ? gate_factor() * s.pair_unit : 1.0f,
+                    of_rate = bounded ? args.lower_bound * (-1.0f / LOG2_E) * s.pair_unit : 1.0f / LOG2_E;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float bias_sum = sum_of_quad(by_bias[r]) * of_bias, rate_sum = sum_of_quad(by_rate[r]) * of_rate;
@@ -583,7 +692,8 @@ template <class Block> struct ChunkChannels {
     {
         const fkda_bwd_args &b = all.bwd;
         load_bias();
-        mbarrier_wait(&s.inputs_there, 1);
+        /* The inputs come for the second time, or for the third one if the preparation was careful. */
+        mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
         if (s.at.left < CHUNK_TOKENS) clear_past_end();
         {
             float by_bias[2] = {}, by_rate[2] = {};

@@ -85,3 +85,9 @@ extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_CHUNK_THREADS, 2)
 {
     fkda::run_chunk<fkda::Arithmetic::BOUNDED>(args);
 }
+
+extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_CHUNK_THREADS, 2)
+    fkda_hopper_bwd_general_chunks(const __grid_constant__ fkda_hopper_chunk_args args)
+{
+    fkda::run_chunk<fkda::Arithmetic::GENERAL>(args);
+}

@@ -81,10 +81,11 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
     {
         const ChunkCursor<Block> &at = shared.at;
         uint64_t *const barrier = &shared.inputs_there;
-        mbarrier_arrive_expecting(barrier, 6 * Block::HALF_TOKENS);
+        const bool with_g = !has_fp32_gates<Block>(args); /* gates in fp32 come from global memory */
+        mbarrier_arrive_expecting(barrier, (with_g ? 6 : 4) * Block::HALF_TOKENS);
 #pragma unroll
         for (int half = 0; half < DIM / 64; half++) {
-            copy_box(to[half].tile[G], &all.g, half, at.token, at.head, at.row, barrier);
+            if (with_g) copy_box(to[half].tile[G], &all.g, half, at.token, at.head, at.row, barrier);
             copy_box(to[half].tile[K], &all.k, half, at.token, at.qk_head, at.row, barrier);
             copy_box(to[half].tile[Q], &all.q, half, at.token, at.qk_head, at.row, barrier);
         }
@@ -133,8 +134,9 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
                        : reinterpret_cast<uint4 *>(&shared.keys)[i - UNITS]) = zeros;
     }
 
-    /* The warp's 16 channels of both subchunks. */
-    __device__ void prepare_channels()
+    /* The warp's 16 channels of both subchunks. Returns whether some factors were too large, and the
+     * preparation must be careful (prepare_slice.cuh says how). */
+    template <bool careful> __device__ bool prepare_channels()
     {
         Sums sums = {};
         Gates gates;
@@ -153,12 +155,17 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
                     sums.within[1][i / 4][i % 4] = 0.0f;
                 }
             }
-            this->template prepare_slice<false>(
+            this->template prepare_slice<careful>(
                 {shared.at, sub, first, false}, place + sub * SUBCHUNK_BYTES, &shared.gate_offset[0][first],
                 shared.inverse_norm[0][0][0] + lane / 4 + sub * SUBCHUNK,
                 shared.stage[0].gamma_minus_1 + first, sums, gates);
         }
         this->store_sums(sums);
+        if (!Block::UNBOUNDED || careful) return false;
+        /* A gate of minus infinity, which is held in a careful preparation alone, leaves NaN in the sums. */
+        __syncwarp();
+        const float sum = shared.stage[0].gamma_minus_1[first + lane % 16];
+        return __any_sync(~0u, gates.least < -Base::MAY_BE_WIDE || sum != sum);
     }
 
     /* K~ K^^T below the diagonal, from the products over channels. Lane 8 n + r has row r of tile n. */
@@ -207,6 +214,17 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         return Block::OPTIONS && args.beta_kind == TWICE_SIGMOID ? 2.0f * slope : slope;
     }
 
+    /* The preparation has overwritten its inputs, so they are copied once more. */
+    __device__ void prepare_carefully()
+    {
+        if (warp == 0 && lane == 0) copy_inputs(shared.tokens[0].half);
+        mbarrier_wait(&shared.inputs_there, 1);
+        if (shared.at.left < CHUNK_TOKENS) this->clear_past_end(0, shared.at.left);
+        __syncthreads();
+        prepare_channels<true>();
+        __syncthreads();
+    }
+
     /* Until K~, Q~ and Kr are there. T, P and K~ K^^T are there when the CTA meets next. */
     __device__ void run()
     {
@@ -219,9 +237,14 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         mbarrier_wait(&shared.inputs_there, 0);
         if (at.left < CHUNK_TOKENS) this->clear_past_end(0, at.left);
         if (warp < 4) store_norms<Block, 4>(shared.inverse_norm[0][0], shared.tokens[0], args, warp, lane);
+        if (Block::UNBOUNDED && warp == 0 && lane == 0) shared.is_wide = 0;
         __syncthreads();
-        prepare_channels();
+        const bool wide = prepare_channels<false>();
+        if (wide && lane == 0) shared.is_wide = 1;
+        if (Block::UNBOUNDED) fence_async_proxy(); /* copies may overwrite the tiles */
         __syncthreads();
+        if constexpr (Block::UNBOUNDED)
+            if (shared.is_wide) prepare_carefully();
         if (warp == 0) solve(beta);
         if (warp == 1) add_keys();
     }
