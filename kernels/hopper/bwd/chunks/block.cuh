@@ -89,8 +89,14 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
         Stage<Block> stage[1];
         float dbeta[CHUNK_WARPS][CHUNK_TOKENS]; /* of each warp's rows of V */
     };
-    /* K~ K^^T below the diagonal: columns i, depths j. */
-    Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
+    union {
+        /* K~ K^^T below the diagonal: columns i, depths j. */
+        Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
+        struct { /* of each channel, in the last step */
+            float gate_shift[DIM]; /* gate_offset once more */
+            float bias_sum[DIM], rate_sum[DIM];
+        };
+    };
     float state_scale[DIM];
     union {
         float gradient_scale[DIM];
