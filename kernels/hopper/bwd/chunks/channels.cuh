@@ -413,31 +413,60 @@ template <class Block> struct ChunkChannels {
     __device__ void pair(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
                          const Elements &k, const Elements &up, const Elements &down) const
     {
-        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
-        Elements k_down, q_up, k_up, of_q, of_k, of_w;
-        clear(of_q), clear(of_k), clear(of_w);
+        Elements k_down, of_w;
+        clear(of_w);
 #pragma unroll
         for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
         round(k_down);
-        read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            q_up[i / 4][i % 4] = q[i / 4][i % 4] * up[i / 4][i % 4];
-            k_up[i / 4][i % 4] = k[i / 4][i % 4] * up[i / 4][i % 4];
-        }
-        round(q_up), round(k_up);
-        write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
+        pair_readers<sub>(dq, of_w, x, q, up, k_down, s.queries_with_writes());
+        pair_readers<sub>(dk, of_w, x, k, up, k_down, s.keys_with_writes());
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
-            /* Products of what the tensor core has taken, so that rows and columns agree. */
-            x[n][r] = __fmaf_rn(q_up[n][r], of_q[n][r], x[n][r]);
-            x[n][r] = __fmaf_rn(k_up[n][r], of_k[n][r], x[n][r]);
             x[n][r] = __fmaf_rn(-k_down[n][r], of_w[n][r], x[n][r]);
-            dq[n][r] = __fmaf_rn(of_q[n][r], up[n][r], dq[n][r]);
-            dk[n][r] = __fmaf_rn(of_k[n][r], up[n][r], dk[n][r]);
             w[n][r] = __fmaf_rn(of_w[n][r], down[n][r], w[n][r]);
         }
+    }
+
+    /* Queries or keys as readers. Products are those of what the tensor core has taken, so that rows and
+     * columns agree. */
+    template <int sub>
+    __device__ void pair_readers(Elements &dx, Elements &of_w, Elements &x, const Elements &reader,
+                                 const Elements &up, const Elements &k_down, const TokenPairs &pairs) const
+    {
+        Elements reader_up, sum;
+        clear(sum);
+        read(sum, k_down, pairs, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) reader_up[i / 4][i % 4] = reader[i / 4][i % 4] * up[i / 4][i % 4];
+        round(reader_up);
+        write(of_w, reader_up, pairs, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            x[n][r] = __fmaf_rn(reader_up[n][r], sum[n][r], x[n][r]);
+            dx[n][r] = __fmaf_rn(sum[n][r], up[n][r], dx[n][r]);
+        }
+    }
+
+    /* Queries or keys of the second subchunk as readers of the first one. */
+    __device__ void read_first(Elements &dx, Elements &x, Elements &written, const Elements &reader,
+                               const Elements &up, const Elements &sum, const Decays &d, const Elements &writers,
+                               const TokenPairs &pairs) const
+    {
+        Elements got;
+        clear(got);
+        read(got, writers, pairs, 1, 0);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            const float from_border = from_start(up[n][r], sum[n][r], d, r), there = reader[n][r] * from_border;
+            dx[n][r] = __fmaf_rn(got[n][r], from_border, dx[n][r]);
+            x[n][r] = __fmaf_rn(there, got[n][r], x[n][r]);
+            got[n][r] = there;
+        }
+        round(got);
+        write(written, got, pairs, 1, 0);
     }
 
     /* The same pair by pair, for gates that forget so much that factors would leave the range of fp32. */
@@ -512,26 +541,11 @@ template <class Block> struct ChunkChannels {
 
         /* ---- The other subchunk ---- */
         if (sub == 1) {
-            Elements of_q, of_k;
-            clear(of_q), clear(of_k);
-            {
-                Elements writers;
-                find_writers(writers, across.first_y, of_first, product(d.before, d.rest));
-                read(of_q, writers, P, 1, 0), read(of_k, writers, L, 1, 0);
-            }
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int n = i / 4, r = i % 4;
-                const float from_border = from_start(up[n][r], sum[n][r], d, r), q_there = q[n][r] * from_border,
-                            k_there = k[n][r] * from_border;
-                dq[n][r] = __fmaf_rn(of_q[n][r], from_border, dq[n][r]);
-                dk[n][r] = __fmaf_rn(of_k[n][r], from_border, dk[n][r]);
-                x[n][r] = __fmaf_rn(q_there, of_q[n][r], __fmaf_rn(k_there, of_k[n][r], x[n][r]));
-                of_q[n][r] = q_there, of_k[n][r] = k_there;
-            }
-            round(of_q), round(of_k);
+            Elements writers;
+            find_writers(writers, across.first_y, of_first, product(d.before, d.rest));
             clear(across.written);
-            write(across.written, of_q, P, 1, 0), write(across.written, of_k, L, 1, 0);
+            read_first(dq, x, across.written, q, up, sum, d, writers, P);
+            read_first(dk, x, across.written, k, up, sum, d, writers, L);
             unstash(y, y_stash);
         } else {
             unstash(y, y_stash);
