@@ -123,10 +123,10 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
             const int token = HALF * half + e;
             sum[e] += before;
             const float k = from_bf16_bits(raw.k[token][channel]) * to.k_scale[token], up = ex2(sum[e]);
-            to.put_key(s, token, channel, k, up);
+            to.template put_key<way>(s, token, channel, k, up);
             if (products) {
                 out |= !(fabsf(sum[e]) < RANGE);
-                to.put_rest(token, channel, k * ex2(last - sum[e]));
+                to.template put_rest<way>(token, channel, k * ex2(last - sum[e]));
                 s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
             }
             if (!backwards) continue;

@@ -92,7 +92,8 @@ struct Rows {
                       x[i / 2][i % 2 * 2 + 1]);
     }
 
-    /* d = x A^T for a tile A of tokens. */
+    /* d = x A^T for a tile A of tokens. All bits of A count: where keys are nearly alike, what they read
+     * is nearly alike too, and the inverse takes their differences. */
     __device__ __forceinline__ void read(float (&d)[2][4], const Tile &a, int lane) const
     {
 #pragma unroll
@@ -100,7 +101,11 @@ struct Rows {
             forget(lane); /* addresses are made anew for each tile, for lack of registers */
             const unsigned id = static_cast<unsigned>(lane);
 #pragma unroll
-            for (int i = 0; i < 2; i++) multiply(d[i], x[j], a.two(8 * i + id / 4, 8 * j + 2 * (id % 4)));
+            for (int i = 0; i < 2; i++) {
+                const float2 b = a.two(8 * i + id / 4, 8 * j + 2 * (id % 4));
+                multiply(d[i], x[j], b);
+                multiply(d[i], x[j], rest_of_tf32(b.x), rest_of_tf32(b.y));
+            }
         }
     }
 
@@ -163,7 +168,7 @@ __device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &s
     load_transposed(rest, raw.values, first_row, lane);
 #pragma unroll
     for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= predicted[i / 4][i % 4], missed[i / 4][i % 4] = 0.0f;
-    multiply_lower(missed, rest, s.inverse, g, t);
+    multiply_by_inverse(missed, rest, s.inverse, g, t);
 }
 
 /* S becomes the state after the chunk. */
@@ -193,7 +198,7 @@ __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], 
     multiply_upper(du, dout, s.attend_t, g, t);
 #pragma unroll
     for (int i = 0; i < 8; i++) dx[i / 4][i % 4] = 0.0f;
-    multiply_upper(dx, du, s.inverse_t, g, t);
+    multiply_by_inverse_t(dx, du, s.inverse_t, g, t);
 }
 
 /* D becomes the gradient with respect to the state before the chunk. */
