@@ -62,6 +62,7 @@ __device__ __forceinline__ void split_decay(float log2_decay, float &factor, flo
 struct Shared {
     typedef Raw RawChunk;
     typedef WholeCta Team;
+    static constexpr bool HAS_UNITS = false; /* tf32 has the range of fp32 */
 
     Raw raw[2]; /* of a chunk and of the next one */
     /* A prepared chunk, with G the running sum of the log decay. Operands are rounded to tf32.

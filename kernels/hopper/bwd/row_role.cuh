@@ -223,6 +223,20 @@ struct RowRole {
         }
     }
 
+    /* Multiplies the columns of tokens by the units of a tile's rows. */
+    static __device__ __forceinline__ void multiply_by_units(float (&x)[2][4], const Prepared &prepared,
+                                                             const float (&units)[CHUNK])
+    {
+        if (!prepared.has_units()) return;
+        const int t = row_place().t;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float2 unit = *reinterpret_cast<const float2 *>(&units[8 * i + 2 * t]);
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[i][r] *= r % 2 ? unit.y : unit.x;
+        }
+    }
+
     /* d = x A^T for a tile of tokens and what its fp16 lack. The images of x are stored if there is a place
      * for them. */
     template <bool stores>
@@ -255,6 +269,7 @@ struct RowRole {
         float d[2][4] = {}, missed[2][4] = {};
         mbarrier_wait(&s.barriers.ready[slot], n / PREPARED_SLOTS & 1);
         read<records>(d, x, unit, prepared.k_read, prepared.k_lacks, &s.images[(chunk - first) & 1]);
+        multiply_by_units(d, prepared, prepared.read_unit);
         if (records) fence_async_proxy();
         {
             const RowPlace p = row_place();
@@ -275,6 +290,7 @@ struct RowRole {
         }
         if (!records || !is_last) {
             multiply_by_strengths(missed, missed, prepared, row_place().t);
+            multiply_by_units(missed, prepared, prepared.rest_unit);
             const Unit of_u(__reduce_max_sync(~0u, largest_of(missed)));
             uint32_t a[4], largest = 0;
             pack(a, missed[0], missed[1], of_u.inverse);
@@ -347,6 +363,7 @@ struct RowRole {
         {
             float du[2][4] = {};
             read<gradients>(du, x, unit, prepared.k_rest, prepared.k_lacks, &s.images[1]);
+            multiply_by_units(du, prepared, prepared.rest_unit);
             const RowPlace p = row_place();
             values.transpose(dout);
             if (chunk > first) load_dout(values, chunk - 1);
@@ -377,6 +394,8 @@ struct RowRole {
             multiply_by_strengths(dr, dr, prepared, row_place().t);
         }
         multiply_by(dout, args.bwd.fwd.scale);
+        multiply_by_units(dout, prepared, prepared.read_unit);
+        multiply_by_units(dr, prepared, prepared.read_unit);
         const Unit common(__reduce_max_sync(~0u, max(largest_of(dr), largest_of(dout))));
         uint32_t of_dout[4], of_dr[4];
         pack(of_dout, dout[0], dout[1], common.inverse);

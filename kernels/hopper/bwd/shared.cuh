@@ -68,11 +68,14 @@ struct Scratch {
     float products[2][2][CHUNK][CHUNK + 2];
     float totals[2][DIM];
     int is_out_of_range;
+    int is_kept; /* a channel keeps so much over the chunk that decayed keys need no units */
 };
 
 /* A slot of the prepared ring: shared.cuh of the portable kernel has the names. */
 struct __align__(128) Prepared
 {
+    static constexpr bool HAS_UNITS = true;
+
     TokenTile k_read, q_read, k_rest; /* q_read without the call's scale */
     TokenTile k_lacks;                /* what fp16 lack, forwards of k_read and backwards of k_rest */
     union {
@@ -82,7 +85,26 @@ struct __align__(128) Prepared
     Square attend_t;
     float factor[DIM], more[DIM]; /* of the decay, as in ../../backward/shared.cuh */
     float q_scale[CHUNK], k_scale[CHUNK], strength[CHUNK], strength_slope[CHUNK];
+    /* Where all channels forget much, what rows of k_read and q_read, and of k_rest, are divided by. Elsewhere
+     * read_unit[0] is 0, and the others have no meaning. */
+    float read_unit[CHUNK], rest_unit[CHUNK];
 
+    __device__ __forceinline__ bool has_units() const
+    {
+        return read_unit[0] != 0.0f;
+    }
+    __device__ __forceinline__ void put_no_units()
+    {
+        read_unit[0] = 0.0f;
+    }
+    template <Way way>
+    __device__ __forceinline__ void put_all(int token, int channel, float key, float rest, float query)
+    {
+        k_read.put(token, channel, key);
+        k_rest.put(token, channel, rest);
+        k_lacks.put(token, channel, lack_of_half(way == FORWARDS ? key : rest));
+        if (way == BACKWARDS) q_read.put(token, channel, query);
+    }
     template <Way way>
     __device__ __forceinline__ void put_key(Scratch & s, int token, int channel, float k, float up)
     {
