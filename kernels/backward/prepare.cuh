@@ -26,7 +26,7 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
     static constexpr float RANGE = 116.0f;
     /* If a channel has a log2 decay above this over the chunk, fp16 hold decayed keys without units. */
     static constexpr float KEPT = -10.0f;
-    static constexpr float MOST = 100.0f; /* of the exponent of a unit */
+    static constexpr float MOST = 100.0f;         /* of the exponent of a unit */
     static constexpr float NORM_SCALE = 0x1p-68f; /* squares of elements above 2^60 overflow */
 
     typedef typename Scratch::RawChunk Raw;
@@ -165,8 +165,8 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
                 rest = fminf(rest, least[4 * half + w][HALF + e]);
             }
             down = floorf(down), rest = floorf(rest);
-            const float g = sum[e],
-                        k = from_bf16_bits(raw.k[token][channel]) * to.k_scale[token], up = ex2(g + down);
+            const float g = sum[e], k = from_bf16_bits(raw.k[token][channel]) * to.k_scale[token],
+                        up = ex2(g + down);
             const float q = backwards ? from_bf16_bits(raw.q[token][channel]) * to.q_scale[token] : 0.0f;
             to.template put_all<way>(token, channel, k * up, k * ex2(last - g + rest), q * up);
             if (channel == 0) to.read_unit[token] = ex2(-down), to.rest_unit[token] = ex2(-rest);

@@ -47,16 +47,14 @@ struct WholeCta {
     }
 };
 
-/* A channel's decay over a chunk: x becomes x factor + x more. Slow channels have the factor 1, because a decay
- * near 1, rounded to fp32, would be off by one amount chunk after chunk. Fast channels have no `more`, because
- * x less nearly all of x is nothing but rounding errors. */
+/* A channel's decay over a chunk: x becomes x factor + x more. Slow channels have the factor 1, because a
+ * decay near 1, rounded to fp32, would be off by one amount chunk after chunk. Fast channels have no `more`,
+ * because x less nearly all of x is nothing but rounding errors. */
 __device__ __forceinline__ void split_decay(float log2_decay, float &factor, float &more)
 {
     const bool is_slow = log2_decay > -1.0f;
     factor = is_slow ? 1.0f : ex2(log2_decay);
-    more = !is_slow             ? 0.0f
-           : log2_decay <= 0.0f ? ex2_minus_1(log2_decay)
-                                : ex2(log2_decay) - 1.0f;
+    more = !is_slow ? 0.0f : log2_decay <= 0.0f ? ex2_minus_1(log2_decay) : ex2(log2_decay) - 1.0f;
 }
 
 struct Shared {
@@ -82,8 +80,8 @@ struct Shared {
     __align__(16) float2 pairs[CHUNK][CHUNK]; /* dP, and dL with the factors b_i */
     float totals[2][DIM];                     /* of log2 decays, over half a chunk */
     float factor[DIM], more[DIM];             /* of the decay */
-    float kept[DIM];                      /* the sum over V of S D */
-    float q_scale[CHUNK], k_scale[CHUNK]; /* 1 / |q|, 1 / |k| */
+    float kept[DIM];                          /* the sum over V of S D */
+    float q_scale[CHUNK], k_scale[CHUNK];     /* 1 / |q|, 1 / |k| */
     float strength[CHUNK], strength_slope[CHUNK];
     float dbeta[WARPS][CHUNK];
     int is_out_of_range; /* exp(G) or exp(-G) is not in the range of fp32 */
@@ -91,7 +89,8 @@ struct Shared {
     GateOfHead gate;
 
     /* What a preparation leaves. `up` is exp(G). */
-    template <Way> __device__ __forceinline__ void put_key(Shared &, int token, int channel, float k, float up)
+    template <Way>
+    __device__ __forceinline__ void put_key(Shared &, int token, int channel, float k, float up)
     {
         k_read.at(token, channel) = to_tf32(k * up);
     }

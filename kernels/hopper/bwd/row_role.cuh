@@ -292,8 +292,9 @@ struct RowRole {
             multiply_by_strengths(missed, missed, prepared, row_place().t);
             multiply_by_units(missed, prepared, prepared.rest_unit);
             const Unit of_u(__reduce_max_sync(~0u, largest_of(missed)));
-            uint32_t a[4], largest = 0;
+            uint32_t a[4], lack[4], largest = 0; /* one token may have written nearly all of the state */
             pack(a, missed[0], missed[1], of_u.inverse);
+            pack_lack(lack, a, missed[0], missed[1], of_u.inverse);
             const RowPlace p = row_place();
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) {
@@ -301,6 +302,7 @@ struct RowRole {
                 uint32_t b[4];
                 prepared.k_rest.load_depths(b, 0, 16 * j, p.lane);
                 multiply(tmp, a, b);
+                multiply(tmp, lack, b);
                 add(x, j, tmp, of_u.size, prepared, p.t);
             }
             largest = largest_of(x.x);
@@ -397,9 +399,10 @@ struct RowRole {
         multiply_by_units(dout, prepared, prepared.read_unit);
         multiply_by_units(dr, prepared, prepared.read_unit);
         const Unit common(__reduce_max_sync(~0u, max(largest_of(dr), largest_of(dout))));
-        uint32_t of_dout[4], of_dr[4];
+        uint32_t of_dout[4], of_dr[4], lack[4];
         pack(of_dout, dout[0], dout[1], common.inverse);
         pack(of_dr, dr[0], dr[1], -common.inverse);
+        pack_lack(lack, of_dr, dr[0], dr[1], -common.inverse);
         const RowPlace p = row_place();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
@@ -409,6 +412,7 @@ struct RowRole {
             multiply(tmp, of_dout, b);
             prepared.k_read.load_depths(b, 0, 16 * j, p.lane);
             multiply(tmp, of_dr, b);
+            multiply(tmp, lack, b);
             add(x, j, tmp, common.size, prepared, p.t);
         }
         mbarrier_arrive_warp(&s.barriers.empty[slot]);

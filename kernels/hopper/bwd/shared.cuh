@@ -85,8 +85,8 @@ struct __align__(128) Prepared
     Square attend_t;
     float factor[DIM], more[DIM]; /* of the decay, as in ../../backward/shared.cuh */
     float q_scale[CHUNK], k_scale[CHUNK], strength[CHUNK], strength_slope[CHUNK];
-    /* Where all channels forget much, what rows of k_read and q_read, and of k_rest, are divided by. Elsewhere
-     * read_unit[0] is 0, and the others have no meaning. */
+    /* Where all channels forget much, what rows of k_read and q_read, and of k_rest, are divided by.
+     * Elsewhere read_unit[0] is 0, and the other units have no meaning. */
     float read_unit[CHUNK], rest_unit[CHUNK];
 
     __device__ __forceinline__ bool has_units() const
