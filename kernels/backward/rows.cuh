@@ -120,8 +120,8 @@ struct Rows {
         }
     }
 
-    /* Tile j of channels: x += u A. u may be exact in tf32; otherwise all its bits count, because one token may
-     * have written nearly all of a state. */
+    /* Tile j of channels: x += u A. u may be exact in tf32; otherwise all its bits count, because one token
+     * may have written nearly all of a state. */
     template <bool exact>
     __device__ __forceinline__ void write(int j, const float (&u)[2][4], const Tile &a, int g, int t)
     {
