@@ -399,10 +399,9 @@ struct RowRole {
         multiply_by_units(dout, prepared, prepared.read_unit);
         multiply_by_units(dr, prepared, prepared.read_unit);
         const Unit common(__reduce_max_sync(~0u, max(largest_of(dr), largest_of(dout))));
-        uint32_t of_dout[4], of_dr[4], lack[4];
+        uint32_t of_dout[4], of_dr[4];
         pack(of_dout, dout[0], dout[1], common.inverse);
         pack(of_dr, dr[0], dr[1], -common.inverse);
-        pack_lack(lack, of_dr, dr[0], dr[1], -common.inverse);
         const RowPlace p = row_place();
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
@@ -412,7 +411,6 @@ struct RowRole {
             multiply(tmp, of_dout, b);
             prepared.k_read.load_depths(b, 0, 16 * j, p.lane);
             multiply(tmp, of_dr, b);
-            multiply(tmp, lack, b);
             add(x, j, tmp, common.size, prepared, p.t);
         }
         mbarrier_arrive_warp(&s.barriers.empty[slot]);
