@@ -120,18 +120,17 @@ struct Rows {
         }
     }
 
-    /* Tile j of channels: x += u A. u may be exact in tf32; otherwise all its bits count, because one token
-     * may have written nearly all of a state. */
-    template <bool exact>
+    /* Tile j of channels: x += u A, with all bits of u or with those of tf32. */
+    template <bool all_bits>
     __device__ __forceinline__ void write(int j, const float (&u)[2][4], const Tile &a, int g, int t)
     {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float2 b = make_float2(a.at(8 * i + 2 * t, 8 * j + g), a.at(8 * i + 2 * t + 1, 8 * j + g));
-            if (exact)
-                multiply(x[j], u[i], b);
-            else
+            if (all_bits)
                 multiply_all_bits(x[j], u[i], b);
+            else
+                multiply(x[j], u[i], b);
         }
     }
 };
@@ -190,7 +189,8 @@ __device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2
         const unsigned id = static_cast<unsigned>(lane);
         const int g = id / 4, t = id % 4;
         state.decay(s, j, t);
-        state.write<false>(j, u, s.k_rest, g, t);
+        /* All bits, because one token may have written nearly all of the state. */
+        state.write<true>(j, u, s.k_rest, g, t);
     }
 }
 
@@ -221,7 +221,7 @@ __device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dou
         const unsigned id = static_cast<unsigned>(lane);
         const int g = id / 4, t = id % 4;
         gradient.decay(s, j, t);
-        gradient.write<true>(j, dout, s.q_read, g, t);
+        gradient.write<false>(j, dout, s.q_read, g, t);
         gradient.write<false>(j, minus_dr, s.k_read, g, t);
     }
 }
