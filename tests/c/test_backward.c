@@ -362,7 +362,10 @@ static void ragged(void)
 static void cases(void)
 {
     for (int i = 0; i < test_case_count; i++) {
-        problem *p = problem_create(1, test.quick ? 35 : 200, 1);
+        /* Errors grow from token to token where keys are alike, so these cases are never short. */
+        const bool are_alike =
+            test_cases[i].keys == KEYS_IDENTICAL || test_cases[i].keys == KEYS_NEARLY_IDENTICAL;
+        problem *p = problem_create(1, test.quick && !are_alike ? 35 : 200, 1);
         fill_case(p, &test_cases[i], 11);
         trying("%s, T = %lld", test_cases[i].name, (long long)p->tokens);
         check_problem(p, 11);
