@@ -40,10 +40,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
     using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
-        Base::load_state, Base::store_state;
+        Base::load_state, Base::store_state, Base::store_border, Base::value_factor;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
+    using Order = ChunkOrder<Block>;
     using Stage = fkda::Stage<Block>;
     uint32_t tokens_descriptor, stage_descriptor; /* the descriptor_address of slot 0 */
     int output_place;                             /* this lane's place in the rows of outputs */
@@ -146,6 +147,112 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     {
         return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, attend) / 16, i);
     }
+    /* The same with columns and depths exchanged: T and P themselves, where the operands above are their
+     * transposes. Of the two tiles each is laid out as the transpose of the other one. */
+    static __device__ uint64_t solve_transposed(uint32_t stage_place, int i)
+    {
+        return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, solve) / 16, i);
+    }
+    static __device__ uint64_t attend_transposed(uint32_t stage_place, int i)
+    {
+        return decltype(Stage::solve)::operand(stage_place + offsetof(Stage, attend) / 16, i);
+    }
+
+    /* ---- One chunk, backwards ---- */
+
+    /*
+     * Carries the gradient D with respect to the state from behind the chunk to the front of it. `values` has
+     * the gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and
+     * columns of the products exchanged:
+     *
+     *     dU^T = D^T Kr^T + dO^T P        both in one sum
+     *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
+     *     D^T  = D^T + dO^T Q~ - dR^T K~
+     *
+     * `here` and `position` are as in step(). On return the last products are in flight.
+     */
+    __device__ void step_back(int index, int here, int position)
+    {
+        using Tokens = fkda::Tokens<Block>;
+        Stage &stage = shared.stage[index];
+        const uint32_t tokens_place = tokens_descriptor + index * static_cast<int>(sizeof(Tokens) / 16);
+        const uint32_t stage_place = stage_descriptor + index * static_cast<int>(sizeof(Stage) / 16);
+        float v[TILES][4], du[TILES][4], dr[TILES][4];
+        uint32_t a[DIM / 16][4], out[SUBCHUNKS][4];
+
+        /* ---- Does this chunk leave the usual path? ---- */
+        const Raw raw = load_raw(shared.tokens[index]);
+        bool look = (position & (128 - CHUNK)) == 0;
+        const float divisor = stage.divisor;
+        if (__any_sync(~0u, look && has_grown())) faint = true;
+        const float high = largest(raw, 0) * value_factor(), low = largest(raw, 1) * value_factor();
+        const bool act = misfit(high, low, look | look_again);
+        unpack_values(v, raw);
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) v[i][r] *= args.scale;
+        if (__builtin_expect(__any_sync(~0u, act) | (here < CHUNK) | (look & faint), 0)) {
+            float nothing[READ][4] = {};
+            adapt(v, nothing, shared.tokens[index].v[0], stage, here, look);
+        } else {
+            look_again = false;
+        }
+
+        /* ---- dU ---- */
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) v[i][r] *= inverse_power(scale[r / 2]);
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(out[i], v[2 * i], v[2 * i + 1]);
+#pragma unroll
+        for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
+        wgmma_fence();
+        wgmma<false, false>(du, a[0], Tokens::rest_by_channel(tokens_place, 0));
+#pragma unroll
+        for (int s = 1; s < DIM / 16; s++)
+            wgmma<true, false>(du, a[s], Tokens::rest_by_channel(tokens_place, s));
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) wgmma<true, true>(du, out[i], attend_transposed(stage_place, i));
+        wgmma_commit();
+        wgmma_wait<0>();
+
+        /* ---- dR ---- */
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) du[i][r] *= divisor;
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[i], du[2 * i], du[2 * i + 1]);
+        float4 gamma_minus_1[DIM / 16];
+        load_gamma(gamma_minus_1, stage); /* in front of the products, behind which it would wait */
+        wgmma_fence();
+        wgmma<false, false>(dr, a[0], solve_transposed(stage_place, 0));
+#pragma unroll
+        for (int i = 1; i < SUBCHUNKS; i++) wgmma<true, false>(dr, a[i], solve_transposed(stage_place, i));
+        wgmma_commit();
+
+        /* ---- D ---- */
+        decay(gamma_minus_1);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) {
+            pack_operand(a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
+#pragma unroll
+            for (uint32_t &pair : a[SUBCHUNKS + i]) pair ^= 0x80008000; /* the sign of both halves */
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(state, out[i], Tokens::by_token(tokens_place, Q, i));
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
+        wgmma_commit();
+    }
+
+    /* ---- One chunk, forwards ---- */
 
     /*
      * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on,
@@ -159,7 +266,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     __device__ void step(int index, int left, int position, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (position & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map),
+        const bool look = (position & (128 - CHUNK)) == 0 && (!Block::MAPS || !is_map),
                    whole = left >= CHUNK;
         Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
@@ -299,17 +406,20 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             take_notes(item);
         else
             scale[0] = scale[1] = 1.0f, look_again = faint = false;
-        bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
+        bool ready = item.length > 0 && (!Block::MAPS || !is_map);
         if constexpr (Block::PIECES) ready = ready && !(item.attributes & SCALES_CHOSEN);
-        if (ready) choose_first_scales(item.length, place);
+        if (ready) choose_first_scales(Order::here(item.length), place);
         int position = Block::PIECES ? item.attributes >> PHASE_BIT << 4 : 0;
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         int slot = uniform(place.index());
-        for (int left = item.length; left > 0; left -= CHUNK) {
+        for (int left = item.length; left > 0; left = Order::advance(left)) {
             if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
-            step(slot, left, position, read, own, [&] {
-                if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
-            });
+            if constexpr (Block::BACKWARDS)
+                step_back(slot, Order::here(left), position);
+            else
+                step(slot, left, position, read, own, [&] {
+                    if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
+                });
             SlotCursor<Block> next = place;
             next.advance();
             const int next_slot = uniform(next.index());
@@ -324,6 +434,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             }
             wgmma_wait<0>();
             release(place);
+            if constexpr (Block::BORDERS) {
+                const int at = item.borders.before +
+                               (Block::BACKWARDS ? Order::before(left) : item.length - left + CHUNK);
+                if (at % FKDA_HOPPER_BWD_SEGMENT == 0) store_border(item, at / FKDA_HOPPER_BWD_SEGMENT);
+            }
             if constexpr (Block::CHECKPOINTS)
                 if (__builtin_expect(checkpoint != 0, 0)) store_checkpoint(checkpoint);
             place = next, slot = next_slot, position += CHUNK;

@@ -17,7 +17,7 @@ namespace fkda
 template <class Block> struct StateRows {
     /* Whether work items of this block may start from a state in memory. Work items of all other blocks start
      * from zeros or from the identity. */
-    static constexpr bool STARTS_FROM_STATES = Block::OUTPUTS || Block::RELAYS;
+    static constexpr bool STARTS_FROM_STATES = !Block::MAPS || Block::RELAYS;
     const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
     Shared<Block> &shared;
@@ -132,7 +132,7 @@ template <class Block> struct StateRows {
         if constexpr (STARTS_FROM_STATES) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32 && !k_first);
         if constexpr (STARTS_FROM_STATES && Block::STATES)
             load_tiles_k_first_fp32<0>(raw, from + 4 * k_first_begin(item), is_fp32 && k_first);
-        if constexpr (Block::OUTPUTS)
+        if constexpr (!Block::MAPS)
             load_tiles_image<0>(raw, from + row_group(item) * sizeof(StateImage::tile[0]) + 16 * lane,
                                 is_image);
         if constexpr (STARTS_FROM_STATES) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16 && !k_first);
@@ -148,7 +148,7 @@ template <class Block> struct StateRows {
                     y = !is_bf16 ? y : k_first ? bf16_low(__float_as_uint(y)) : bf16_high(__float_as_uint(x));
                     x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
                 }
-                if constexpr (!Block::OUTPUTS) {
+                if constexpr (Block::MAPS) {
                     x = is_map && diagonal == 8 * (s - r) ? 1.0f : x;
                     y = is_map && diagonal == 8 * (s - r) + 1 ? 1.0f : y;
                 }
@@ -317,11 +317,46 @@ template <class Block> struct StateRows {
             store_units_fp32(static_cast<float *>(to) + first);
     }
 
+    /* Stores what is carried as border number `border` of the item's sequence (../bwd/bwd_args.h). A row is
+     * divided by a power of two that brings its largest number to between 2^13 and 2^14, so that numbers 2^27
+     * times smaller still have all bits of fp16. */
+    __device__ void store_border(const WorkItem &item, int border) const
+    {
+        const fkda_state_args &borders = args.checkpoints.states;
+        const int this_lane = read_lane(), row = item.first_row + warp_row() + (this_lane >> 2);
+        const int place = item.borders.first + border;
+        if (static_cast<unsigned>(place) >= borders.slots) return; /* cu_seqlens has changed */
+        fkda_hopper_border &to =
+            static_cast<fkda_hopper_border *>(borders.data)[static_cast<long long>(place) * args.heads + item.head];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float most = 0.0f;
+#pragma unroll
+            for (int s = 0; s < DIM / 8; s++)
+                most = fmaxf(most, fmaxf(fabsf(state[s][2 * r]), fabsf(state[s][2 * r + 1])));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            const float above = fminf(fmaxf(power_above(most), 0x1p-100f), 0x1p126f),
+                        factor = most < INFINITY ? 0x1p14f * inverse_power(above) : NAN;
+            if ((this_lane & 3) == 0) to.scale[row + 8 * r] = above * 0x1p-14f * scale[r];
+#pragma unroll
+            for (int j = 0; j < DIM / 32; j++) {
+                uint32_t x[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    x[n] = pack_half(state[4 * j + n][2 * r] * factor, state[4 * j + n][2 * r + 1] * factor);
+                transpose_in_quad(x, this_lane);
+                *reinterpret_cast<uint4 *>(&to.x[row + 8 * r][32 * j + 8 * (this_lane & 3)]) =
+                    make_uint4(x[0], x[1], x[2], x[3]);
+            }
+        }
+    }
+
     /* Stores the state after a work item. `after` is at the chunk behind the work item's last one. */
     __device__ void store_state(const WorkItem &item, const SlotCursor<Block> &after) const
     {
         void *to = global_memory(item.final);
-        if constexpr (!Block::OUTPUTS)
+        if constexpr (Block::MAPS)
             if (is_map) {
                 MapRowGroup &rows = static_cast<MapImage *>(to)->row_group[row_group(item)];
                 if constexpr (!Block::RELAYS)
@@ -332,7 +367,7 @@ template <class Block> struct StateRows {
                     store_map_by_copy(rows, after);
                 return;
             }
-        if (!Block::OUTPUTS || item.attributes & FINAL_IMAGE)
+        if (Block::MAPS || Block::BORDERS || item.attributes & FINAL_IMAGE)
             return store_image(static_cast<StateImage *>(to)->tile[row_group(item)]);
         const bool is_bf16 = item.attributes & FINAL_BF16;
         if constexpr (Block::STATES) return store_in_layout(to, is_bf16);

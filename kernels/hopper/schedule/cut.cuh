@@ -13,6 +13,7 @@
 
 #include "../../common/task.cuh"
 #include "../fwd_args.h"
+#include "../bwd/bwd_shape.h"
 #include "../fwd_shape.h"
 
 namespace fkda
@@ -21,7 +22,34 @@ namespace fkda
 constexpr int CUT_CHUNK =
     FKDA_HOPPER_CHUNK_PAIR; /* tokens: segments begin and end where chunks of a CTA pair do */
 
-struct Cut {
+/* Which tokens of a sequence there are to compute: here all of them. */
+struct AllTokens {
+    static __device__ void take(Task &)
+    {
+    }
+};
+
+/* All tokens before the last border, for states at borders between segments of the backward pass. */
+struct TokensBeforeBorder {
+    static __device__ void take(Task &task)
+    {
+        task.length = max(task.length - 1, 0) / FKDA_HOPPER_BWD_SEGMENT * FKDA_HOPPER_BWD_SEGMENT;
+        task.chunks = task.length / CUT_CHUNK;
+    }
+};
+
+/* All tokens behind the first border, for gradients there. */
+struct TokensBehindBorder {
+    static __device__ void take(Task &task)
+    {
+        task.begin += min(task.length, FKDA_HOPPER_BWD_SEGMENT);
+        task.length = max(task.length - FKDA_HOPPER_BWD_SEGMENT, 0);
+        task.chunks = (task.length + CUT_CHUNK - 1) / CUT_CHUNK;
+    }
+};
+static_assert(FKDA_HOPPER_BWD_SEGMENT % CUT_CHUNK == 0, "borders lie between chunks");
+
+template <class Tokens> struct CutOf {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
 
@@ -29,7 +57,9 @@ struct Cut {
 
     __device__ Task sequence(int n) const
     {
-        return find_task(args, n, 0, CUT_CHUNK);
+        Task task = find_task(args, n, 0, CUT_CHUNK);
+        Tokens::take(task);
+        return task;
     }
 
     __device__ int sequences() const
@@ -195,6 +225,7 @@ struct Cut {
         return work == FKDA_INNER_SEGMENTS ? segments - 2 : segments - 1;
     }
 };
+using Cut = CutOf<AllTokens>;
 
 } // namespace fkda
 

@@ -15,6 +15,12 @@
 namespace fkda
 {
 
+/* Where a walk of the backward pass stores what it carries (StateWalk and GradientWalk in block/cta.cuh). */
+struct ItemBorders {
+    int before; /* tokens of the sequence before the work item */
+    int first;  /* the place of the border in front of the sequence; no border is stored there */
+};
+
 struct WorkItem {
     int row, token;      /* the row of the batch, and the first token, counted in this row */
     int head, length;    /* length: tokens */
@@ -23,7 +29,10 @@ struct WorkItem {
     const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
     void *final;         /* where the head's state after the item goes; null: nowhere */
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
-    int *read_flags;     /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
+    union {
+        int *read_flags; /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
+        ItemBorders borders; /* of blocks with BORDERS */
+    };
 };
 
 /* A work item with what the loader alone needs of it. */
@@ -72,7 +81,7 @@ __device__ __forceinline__ long long token_place(const fkda_token_strides &strid
 /* Makes work items of segments; the base of every schedule's source. */
 template <class Block> struct WorkItemMaker {
     const fkda_fwd_args &args;
-    Cut cut;
+    CutOf<typename Block::TokensOfSequence> cut;
     int rank; /* of the CTA in its pair */
 
     __device__ WorkItemMaker(const fkda_hopper_fwd_args &all, int rank_in_pair)
@@ -100,13 +109,14 @@ template <class Block> struct WorkItemMaker {
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
             s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
-        if (!Block::OUTPUTS) {
+        if (Block::MAPS) {
             item.final = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
             if (rank == 0) item.attributes = IS_MAP;
             if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, s.sequence);
             return item;
         }
         item.first_row = Block::ROWS * rank;
+        if constexpr (Block::BORDERS) find_borders(item, s);
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, s.sequence);
         else
@@ -119,6 +129,14 @@ template <class Block> struct WorkItemMaker {
             if (args.state_is_bf16) item.attributes |= FINAL_BF16;
         }
         return item;
+    }
+
+    __device__ void find_borders(LoadedItem &item, const fkda_segment &s) const
+    {
+        const long long begin =
+            args.cu_seqlens ? sequence_border(args, s.sequence) : s.sequence * args.tokens;
+        item.borders.before = static_cast<int>(s.begin - begin);
+        item.borders.first = static_cast<int>(begin / FKDA_HOPPER_BWD_SEGMENT) - 1;
     }
 
     /* The caller's initial state, if the sequence has one. */

@@ -1,0 +1,30 @@
+/* Launches the walks of the backward pass, which find the states and the gradients with respect to them at
+ * the borders between segments (kernels/hopper/bwd/walk.cu). */
+#ifndef FKDA_HOPPER_WALKS_H
+#define FKDA_HOPPER_WALKS_H
+
+#include "../../../kernels/hopper/bwd/bwd_shape.h"
+#include "../../bwd_problem.h"
+#include "../driver.h"
+#include "plan.h"
+
+/* Both walks have one plan: that of a forward pass of the same shape. */
+typedef struct fkda_walks_plan {
+    fkda_hopper_plan plan;
+    int64_t bytes; /* of each walk's workspace, besides the borders */
+} fkda_walks_plan;
+
+fkda_walks_plan fkda_plan_walks(const fkda_shape *shape, int sms);
+
+/* Where the walks put what they find. */
+typedef struct fkda_walk_results {
+    fkda_hopper_border *states, *gradients; /* [borders, HV] */
+    int64_t borders;
+    void *workspace; /* of both walks, one after the other */
+} fkda_walk_results;
+
+/* Enqueues both walks on the problem's stream. The device's context must be current. */
+flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_problem *problem,
+                                   const fkda_walks_plan *plan, const fkda_walk_results *results);
+
+#endif
