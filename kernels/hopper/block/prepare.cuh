@@ -118,7 +118,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         float sum = 0.0f;
         bool usual = true;
 #pragma unroll
-        for (int i = 0; i < NORMS; i += 32) usual &= is_usual_norm(inverse_norm[i + lane]);
+        for (int i = 0; i < NORMS; i += 32)
+            usual &= NORMS % 32 && lane >= NORMS ? true : is_usual_norm(inverse_norm[i + lane]);
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++) {
             float &x = gamma[32 * i + lane];
