@@ -19,5 +19,6 @@ const emulator::Kernel emulator::hopper_walk_kernels[] = {
      sizeof(fkda_hopper_fwd_args)},
     {"fkda_hopper_walk_general_gradients_pair", run<fkda_hopper_walk_general_gradients_pair>,
      sizeof(fkda_hopper_fwd_args), FKDA_HOPPER_PAIR_CTAS},
+    {"fkda_hopper_walk_join", run<fkda_hopper_walk_join>, sizeof(fkda_hopper_fwd_args)},
     {},
 };

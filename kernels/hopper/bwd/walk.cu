@@ -16,6 +16,7 @@
  * The kernels here have the usual arithmetic; those of general_walk.cu know every option.
  */
 #include "../block/run.cuh"
+#include "../join/join.cuh"
 
 extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
     fkda_hopper_walk_states_solo(const __grid_constant__ fkda_hopper_fwd_args args)
@@ -41,4 +42,10 @@ extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
         fkda_hopper_walk_gradients_pair(const __grid_constant__ fkda_hopper_fwd_args args)
 {
     fkda::run_block<fkda::Block<fkda::GradientWalk<fkda::PairCta>, fkda::EvenShares, fkda::Arithmetic::USUAL, true>>(args, threadIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(FKDA_JOIN_CTA_THREADS, 1)
+    fkda_hopper_walk_join(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::join_back(args.fwd, args.cut);
 }

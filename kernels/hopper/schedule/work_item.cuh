@@ -18,8 +18,9 @@ namespace fkda
 /* Where a walk of the backward pass stores what it carries (StateWalk and GradientWalk in block/cta.cuh). */
 struct ItemBorders {
     int before; /* tokens of the sequence before the work item */
-    int first;  /* the place of the border in front of the sequence; no border is stored there */
+    int first;  /* the place of the border in front of the sequence, or NO_BORDERS: none is stored */
 };
+constexpr int NO_BORDERS = -0x40000000;
 
 struct WorkItem {
     int row, token;      /* the row of the batch, and the first token, counted in this row */
@@ -81,11 +82,12 @@ __device__ __forceinline__ long long token_place(const fkda_token_strides &strid
 /* Makes work items of segments; the base of every schedule's source. */
 template <class Block> struct WorkItemMaker {
     const fkda_fwd_args &args;
+    const int &launch_work; /* FKDA_SEQUENCES, ... */
     CutOf<typename Block::TokensOfSequence> cut;
     int rank; /* of the CTA in its pair */
 
     __device__ WorkItemMaker(const fkda_hopper_fwd_args &all, int rank_in_pair)
-        : args(all.fwd), cut{all.fwd, all.cut}, rank(rank_in_pair)
+        : args(all.fwd), launch_work(all.work), cut{all.fwd, all.cut}, rank(rank_in_pair)
     {
     }
 
@@ -116,7 +118,10 @@ template <class Block> struct WorkItemMaker {
             return item;
         }
         item.first_row = Block::ROWS * rank;
-        if constexpr (Block::BORDERS) find_borders(item, s);
+        if constexpr (Block::BORDERS) {
+            take_states_of_walk(item, s, slot);
+            return item;
+        }
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, s.sequence);
         else
@@ -131,12 +136,29 @@ template <class Block> struct WorkItemMaker {
         return item;
     }
 
-    __device__ void find_borders(LoadedItem &item, const fkda_segment &s) const
+    /* The states before and after an item of a walk, and where its borders are; `slot` is where the segment's
+     * slot begins in `cut.states`. A walk back begins with the last segment, and the slot of segment i has
+     * what is behind segment i. Of inner segments what they make of zeros is wanted alone, for the join. */
+    __device__ void take_states_of_walk(LoadedItem &item, const fkda_segment &s, long long slot) const
     {
-        const long long begin =
-            args.cu_seqlens ? sequence_border(args, s.sequence) : s.sequence * args.tokens;
-        item.borders.before = static_cast<int>(s.begin - begin);
-        item.borders.first = static_cast<int>(begin / FKDA_HOPPER_BWD_SEGMENT) - 1;
+        constexpr int BEGIN = Block::BACKWARDS ? FKDA_SEGMENT_LAST : FKDA_SEGMENT_FIRST,
+                      END = Block::BACKWARDS ? FKDA_SEGMENT_FIRST : FKDA_SEGMENT_LAST;
+        const int next = s.slot + (Block::BACKWARDS ? -1 : 1);
+        const long long step = static_cast<long long>(args.heads) * (DIM * DIM);
+        const bool is_inner = launch_work == FKDA_INNER_SEGMENTS;
+        item.borders.before = tokens_before_segment(args, s);
+        item.borders.first = is_inner ? NO_BORDERS
+                                      : static_cast<int>((s.begin - item.borders.before) /
+                                                         FKDA_HOPPER_BWD_SEGMENT) -
+                                            1;
+        if (s.position & BEGIN)
+            take_initial(item, s.sequence);
+        else if (!is_inner)
+            item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
+        if ((is_inner || s.position & BEGIN) && !(s.position & END) && next >= 0 && next < cut.cut.slots) {
+            item.final = cut.cut.states + slot + (Block::BACKWARDS ? -step : step);
+            item.attributes |= FINAL_IMAGE;
+        }
     }
 
     /* The caller's initial state, if the sequence has one. */

@@ -57,7 +57,7 @@ static hopper_bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
     plan.gradients_at = take(&end, plan.borders * s->heads * (int64_t)sizeof(fkda_hopper_border));
     plan.records_at = walks_end = end;
     take(&end, plan.ctas * plan.record_chunks * FKDA_HOPPER_BWD_RECORD);
-    take(&walks_end, 2 * plan.walks.bytes);
+    take(&walks_end, plan.walks.bytes);
     if (end < walks_end) end = walks_end;
     plan.sums_at = take(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
     plan.dq_at = take(&end, parts * (int64_t)sizeof(float));

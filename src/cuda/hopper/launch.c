@@ -119,6 +119,18 @@ static kernels choose_kernels(int32_t features)
     return (kernels){&general_fwd_module, &general_segments_module, &general_segments_module, 0};
 }
 
+flash_kda_status fkda_hopper_find_maps(const fkda_driver *driver, int32_t features, int ordinal,
+                                       CUfunction *maps, CUfunction *join)
+{
+    const kernels use = choose_kernels(features);
+    flash_kda_status status = fkda_load_module(driver, &segments_module, ordinal);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, use.maps, ordinal);
+    if (status != FLASH_KDA_OK) return status;
+    *maps = use.maps->functions[ordinal][use.first + MAPS];
+    *join = segments_module.functions[ordinal][JOIN];
+    return FLASH_KDA_OK;
+}
+
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
 
 /* What all steps of one call need. */
@@ -355,7 +367,8 @@ static flash_kda_status run_relay(const call *c, fkda_hopper_fwd_args *args)
     const flash_kda_status status = clear_flags(c, args->cut.flags, c->plan->memory.relay_flags);
     if (status != FLASH_KDA_OK) return status;
     const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->relay_pairs;
-    if (launch(c, c->segments[RELAY], args, ctas, FKDA_HOPPER_THREADS, FKDA_TOGETHER) == 0) return FLASH_KDA_OK;
+    if (launch(c, c->segments[RELAY], args, ctas, FKDA_HOPPER_THREADS, FKDA_TOGETHER) == 0)
+        return FLASH_KDA_OK;
     args->cut.relay = (fkda_relay){0};
     return run_passes(c, args);
 }
@@ -376,7 +389,8 @@ static flash_kda_status run_mixed(const call *c, const fkda_hopper_fwd_args *pai
     status = clear_flags(c, flags, m->relay_flags + m->mixed_handoff_flags);
     if (status != FLASH_KDA_OK) return status;
     const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->mixed.pairs;
-    if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, FKDA_TOGETHER) == 0) return FLASH_KDA_OK;
+    if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, FKDA_TOGETHER) == 0)
+        return FLASH_KDA_OK;
     return run_whole(c);
 }
 

@@ -24,6 +24,11 @@ CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, C
 CUresult fkda_hopper_describe(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
                               const fkda_token_view *tensor, const fkda_shape *shape, int chunk);
 
+/* The kernel that finds the maps of segments in a call with these features (fkda_feature), and the kernel that
+ * joins maps. Their modules are loaded. */
+flash_kda_status fkda_hopper_find_maps(const fkda_driver *driver, int32_t features, int ordinal,
+                                       CUfunction *maps, CUfunction *join);
+
 /* Enqueues everything that the plan asks for on the problem's stream. The device's context must be
  * current. */
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *problem,

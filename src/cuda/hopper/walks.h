@@ -1,5 +1,5 @@
-/* Launches the walks of the backward pass, which find the states and the gradients with respect to them at
- * the borders between segments (kernels/hopper/bwd/walk.cu). */
+/* Plans and launches the walks of the backward pass, which find the states and the gradients with respect to
+ * them at the borders between segments (kernels/hopper/bwd/walk.cu). */
 #ifndef FKDA_HOPPER_WALKS_H
 #define FKDA_HOPPER_WALKS_H
 
@@ -8,10 +8,15 @@
 #include "../driver.h"
 #include "plan.h"
 
-/* Both walks have one plan: that of a forward pass of the same shape. */
+/* Both walks have one plan. */
 typedef struct fkda_walks_plan {
-    fkda_hopper_plan plan;
-    int64_t bytes; /* of each walk's workspace, besides the borders */
+    fkda_hopper_whole whole; /* how whole sequences are shared out, as in a forward pass of the same shape */
+    int sms;
+    /* Parts of each sequence that are walked at the same time; 1: sequences stay whole. Parts have nothing to
+     * do with the segments of the backward pass, of which each has many. */
+    int parts;
+    int64_t states_at, gradients_at, maps_at; /* offsets in the workspace, in bytes */
+    int64_t bytes;                            /* of the workspace, besides the borders */
 } fkda_walks_plan;
 
 fkda_walks_plan fkda_plan_walks(const fkda_shape *shape, int sms);
@@ -20,7 +25,7 @@ fkda_walks_plan fkda_plan_walks(const fkda_shape *shape, int sms);
 typedef struct fkda_walk_results {
     fkda_hopper_border *states, *gradients; /* [borders, HV] */
     int64_t borders;
-    void *workspace; /* of both walks, one after the other */
+    void *workspace;
 } fkda_walk_results;
 
 /* Enqueues both walks on the problem's stream. The device's context must be current. */
