@@ -160,52 +160,90 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     /* ---- One chunk, backwards ---- */
 
-    /*
-     * Carries the gradient D with respect to the state from behind the chunk to the front of it. `values` has
-     * the gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and
-     * columns of the products exchanged:
-     *
-     *     dU^T = D^T Kr^T + dO^T P        both in one sum
-     *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
-     *     D^T  = D^T + dO^T Q~ - dR^T K~
-     *
-     * `here` and `position` are as in step(). On return the last products are in flight.
-     */
-    __device__ void step_back(int index, int here, int position)
-    {
-        using Tokens = fkda::Tokens<Block>;
-        Stage &stage = shared.stage[index];
-        const uint32_t tokens_place = tokens_descriptor + index * static_cast<int>(sizeof(Tokens) / 16);
-        const uint32_t stage_place = stage_descriptor + index * static_cast<int>(sizeof(Stage) / 16);
-        float v[TILES][4], du[TILES][4], dr[TILES][4];
-        uint32_t a[DIM / 16][4], out[SUBCHUNKS][4];
+    /* The gradients of a chunk's outputs, as operands, and whether the chunk leaves the usual path. */
+    struct OutputGradients {
+        uint32_t a[SUBCHUNKS][4];
+        bool unusual;
+    };
 
-        /* ---- Does this chunk leave the usual path? ---- */
+    /* Prepares these operands for the scales that the rows have. `position` is as in step(). */
+    __device__ void prepare_gradients(OutputGradients &to, int index, int here, int position)
+    {
+        const bool look = looks_at(position);
         const Raw raw = load_raw(shared.tokens[index]);
-        bool look = (position & (128 - CHUNK)) == 0;
-        const float divisor = stage.divisor;
-        if (__any_sync(~0u, look && has_grown())) faint = true;
         const float high = largest(raw, 0) * value_factor(), low = largest(raw, 1) * value_factor();
         const bool act = misfit(high, low, look | look_again);
+        to.unusual = __any_sync(~0u, act) | (here < CHUNK);
+        float v[TILES][4];
+        unpack_gradients(v, raw);
+        pack_gradients(to, v);
+    }
+
+    /* Every 128 tokens. */
+    static __device__ bool looks_at(int position)
+    {
+        return (position & (128 - CHUNK)) == 0;
+    }
+
+    __device__ void unpack_gradients(float (&v)[TILES][4], const Raw &raw) const
+    {
         unpack_values(v, raw);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++) v[i][r] *= args.scale;
-        if (__builtin_expect(__any_sync(~0u, act) | (here < CHUNK) | (look & faint), 0)) {
-            float nothing[READ][4] = {};
-            adapt(v, nothing, shared.tokens[index].v[0], stage, here, look);
-        } else {
-            look_again = false;
-        }
+    }
 
-        /* ---- dU ---- */
+    __device__ void pack_gradients(OutputGradients &to, float (&v)[TILES][4]) const
+    {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++) v[i][r] *= inverse_power(scale[r / 2]);
 #pragma unroll
-        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(out[i], v[2 * i], v[2 * i + 1]);
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(to.a[i], v[2 * i], v[2 * i + 1]);
+    }
+
+    /* Chooses scales anew where a chunk does not fit the present ones, and prepares its operands again. */
+    __device__ void adapt_gradients(OutputGradients &to, int index, int here, bool look)
+    {
+        float v[TILES][4], nothing[READ][4] = {};
+        unpack_gradients(v, load_raw(shared.tokens[index]));
+        adapt(v, nothing, shared.tokens[index].v[0], shared.stage[index], here, look);
+        pack_gradients(to, v);
+    }
+
+    /*
+     * Carries the gradient D with respect to the state from behind the chunk to the front of it, with the
+     * gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and columns
+     * of the products exchanged:
+     *
+     *     dU^T = D^T Kr^T + dO^T P        both in one sum
+     *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
+     *     D^T  = D^T + dO^T Q~ - dR^T K~  the first product does not wait for dR
+     *
+     * `here` and `position` are as in step(). On return the last products are in flight, during which the
+     * operands of the next chunk are prepared.
+     */
+    __device__ void step_back(int index, int here, int position, OutputGradients &out)
+    {
+        using Tokens = fkda::Tokens<Block>;
+        Stage &stage = shared.stage[index];
+        const uint32_t tokens_place = tokens_descriptor + index * static_cast<int>(sizeof(Tokens) / 16);
+        const uint32_t stage_place = stage_descriptor + index * static_cast<int>(sizeof(Stage) / 16);
+        float du[TILES][4], dr[TILES][4];
+        uint32_t a[DIM / 16][4];
+
+        /* ---- Does this chunk leave the usual path? ---- */
+        const bool look = looks_at(position);
+        const float divisor = stage.divisor;
+        if (look && __any_sync(~0u, has_grown())) faint = true;
+        if (__builtin_expect(out.unusual | (look & faint), 0))
+            adapt_gradients(out, index, here, look);
+        else
+            look_again = false;
+
+        /* ---- dU ---- */
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -214,15 +252,17 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int s = 1; s < DIM / 16; s++)
             wgmma<true, false>(du, a[s], Tokens::rest_by_channel(tokens_place, s));
 #pragma unroll
-        for (int i = 0; i < SUBCHUNKS; i++) wgmma<true, true>(du, out[i], attend_transposed(stage_place, i));
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(du, out.a[i], attend_transposed(stage_place, i));
         wgmma_commit();
         wgmma_wait<0>();
 
         /* ---- dR ---- */
+        if (__builtin_expect(divisor < 1.0f, 0))
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
+            for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) du[i][r] *= divisor;
+                for (int r = 0; r < 4; r++) du[i][r] *= divisor;
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[i], du[2 * i], du[2 * i + 1]);
         float4 gamma_minus_1[DIM / 16];
@@ -235,17 +275,19 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
         /* ---- D ---- */
         decay(gamma_minus_1);
-        wgmma_wait<0>();
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(state, out.a[i], Tokens::by_token(tokens_place, Q, i));
+        wgmma_commit();
+        wgmma_wait<1>();
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++) {
             pack_operand(a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
 #pragma unroll
-            for (uint32_t &pair : a[SUBCHUNKS + i]) pair ^= 0x80008000; /* the sign of both halves */
+            for (uint32_t &pair : a[SUBCHUNKS + i]) pair ^= 0x80008000; /* the signs of both halves */
         }
         wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < SUBCHUNKS; i++)
-            wgmma<true, true>(state, out[i], Tokens::by_token(tokens_place, Q, i));
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++)
             wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
@@ -397,6 +439,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
                    2 * (token_place(args.out_strides, item.row, item.token + lane / 2, item.head) +
                         item.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
+        OutputGradients gradients; /* backwards: of the next chunk */
         is_map = item.attributes & IS_MAP;
         if (item.attributes & AWAITS_INITIAL) await_flag(&item.flags[warp_row() >> 4]);
         load_state(item);
@@ -412,18 +455,26 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         int position = Block::PIECES ? item.attributes >> PHASE_BIT << 4 : 0;
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         int slot = uniform(place.index());
+        if constexpr (Block::BACKWARDS)
+            if (item.length > 0) prepare_gradients(gradients, slot, Order::here(item.length), position);
         for (int left = item.length; left > 0; left = Order::advance(left)) {
-            if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
-            if constexpr (Block::BACKWARDS)
-                step_back(slot, Order::here(left), position);
-            else
+            if constexpr (Block::BACKWARDS) {
+                step_back(slot, Order::here(left), position, gradients);
+            } else {
+                if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
                 step(slot, left, position, read, own, [&] {
                     if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
                 });
+            }
             SlotCursor<Block> next = place;
             next.advance();
             const int next_slot = uniform(next.index());
-            ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
+            if constexpr (!Block::BACKWARDS) {
+                ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
+            } else if (Order::advance(left) > 0) {
+                mbarrier_wait(&shared.chunk_ring.ready[next_slot], next.parity());
+                prepare_gradients(gradients, next_slot, CHUNK, position + CHUNK);
+            }
             int checkpoint = 0;
             if constexpr (Block::CHECKPOINTS) checkpoint = shared.checkpoints.number_of[slot];
             if constexpr (Block::OUTPUTS) {
