@@ -40,7 +40,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
     using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
-        Base::load_state, Base::store_state, Base::store_border, Base::value_factor;
+        Base::load_state, Base::store_state, Base::store_border, Base::value_factor, Base::may_leap;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
@@ -235,9 +235,9 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         uint32_t a[DIM / 16][4];
 
         /* ---- Does this chunk leave the usual path? ---- */
-        const bool look = looks_at(position);
+        bool look = looks_at(position);
         const float divisor = stage.divisor;
-        if (look && __any_sync(~0u, has_grown())) faint = true;
+        if ((look || may_leap()) && __any_sync(~0u, has_grown())) look = faint = true;
         if (__builtin_expect(out.unusual | (look & faint), 0))
             adapt_gradients(out, index, here, look);
         else

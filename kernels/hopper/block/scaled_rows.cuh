@@ -18,7 +18,8 @@
  *
  * Backwards, what is carried is the gradient with respect to the state, and gradients of outputs are in the
  * place of values. Write strengths do not weaken what a gradient of an output adds, and the gradient can grow
- * by 16 scales for each token: its size is looked at every 128 tokens in every call.
+ * by 16 scales for each token: its size is looked at every 128 tokens in every call, and at every chunk if
+ * queries and keys are used as they are.
  *
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
@@ -205,10 +206,25 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         return fmaxf(most[0], most[1]) > 16.0f;
     }
 
-    /* Backwards: gradients of outputs are multiplied by the call's scale. */
+    /* Backwards: whether what is carried may outgrow fp16 within 128 tokens. Queries and keys that are used as
+     * they are may be longer than 1. */
+    __device__ bool may_leap() const
+    {
+        return Block::BACKWARDS && Block::OPTIONS && args.qk_is_normalised;
+    }
+
+    /* What a scale is chosen for, as a multiple of the largest value. Products with long queries and keys are
+     * larger than values are. */
+    __device__ float headroom() const
+    {
+        return may_leap() ? 16.0f : 1.0f;
+    }
+
+    /* Backwards: what the magnitude of a gradient of an output is multiplied by before it is compared with
+     * scales. */
     __device__ float value_factor() const
     {
-        return fabsf(args.scale);
+        return fabsf(args.scale) * headroom();
     }
 
     /* ---- Choosing scales ---- */
@@ -369,7 +385,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
             for (int i = 0; i < TILES; i++)
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
-        const float high = largest(v, 0), low = largest(v, 1);
+        const float high = largest(v, 0) * headroom(), low = largest(v, 1) * headroom();
         /* With values taken out, v says nothing about rows that have faded. */
         const bool act = misfit(high, low, (look | look_again) & !spoilt);
         look_again = spoilt;

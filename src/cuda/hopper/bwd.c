@@ -49,10 +49,8 @@ static hopper_bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
     /* No more CTAs than it takes for that many turns: each has records of its own. */
     plan.ctas = turns ? (items + turns - 1) / turns : 0;
     int64_t end = 0, walks_end = 0;
-    if (plan.segments.cuts) {
-        plan.borders = s->batch * s->tokens / SEGMENT;
-        plan.walks = fkda_plan_walks(s, sms);
-    }
+    if (plan.segments.cuts) plan.borders = s->batch * s->tokens / SEGMENT;
+    if (plan.borders) plan.walks = fkda_plan_walks(s, sms);
     take(&end, plan.borders * s->heads * (int64_t)sizeof(fkda_hopper_border));
     plan.gradients_at = take(&end, plan.borders * s->heads * (int64_t)sizeof(fkda_hopper_border));
     plan.records_at = walks_end = end;
@@ -83,9 +81,8 @@ static fkda_hopper_bwd_args make_args(const fkda_bwd_problem *p, const hopper_bw
     unsigned char *const workspace = p->fwd.workspace;
     fkda_hopper_bwd_args args = {
         .bwd = fkda_bwd_args_of(p),
-        .states = plan->segments.cuts ? (fkda_hopper_border *)workspace : NULL,
-        .gradients =
-            plan->segments.cuts ? (fkda_hopper_border *)(workspace + plan->gradients_at) : NULL,
+        .states = plan->borders ? (fkda_hopper_border *)workspace : NULL,
+        .gradients = plan->borders ? (fkda_hopper_border *)(workspace + plan->gradients_at) : NULL,
         .records = workspace + plan->records_at,
         .record_chunks = (int)plan->record_chunks,
     };
@@ -113,7 +110,7 @@ flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
     };
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    if (plan.segments.cuts)
+    if (plan.borders)
         status = fkda_launch_walks(driver, p, &plan.walks,
                                    &(fkda_walk_results){args.states, args.gradients, plan.borders,
                                                         args.records});
