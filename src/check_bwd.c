@@ -199,6 +199,10 @@ static flash_kda_status fill_shape(const flash_kda_bwd_params *p, fkda_purpose p
     out->kernel_is_asked_for = p->kernel != NULL;
     if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
     const int32_t features = FKDA_BACKWARD | (p->saved || p->saved_size ? FKDA_SAVED : 0);
+    /* A plan may look at the gate: in a call for sizes there is nothing else that says it. */
+    out->features = (p->gate == FLASH_KDA_GATE_SOFTPLUS ? FKDA_SOFTPLUS : 0) |
+                    (p->gate == FLASH_KDA_GATE_ACTIVATED ? FKDA_ACTIVATED : 0) |
+                    (p->g.dtype == FLASH_KDA_F32 ? FKDA_FP32_GATES : 0);
     return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : features, &out->kernel);
 }
 

@@ -21,8 +21,12 @@ struct ChannelGate {
     float slope, rate, bound, lower_bound, bias; /* rate: exp(A_log) */
 
     __device__ ChannelGate(const fkda_fwd_args &args, const GateOfHead &head, int channel)
-        : kind(args.gate), slope(head.slope), rate(slope * (-1.0f / LOG2_E)),
-          bound(sigmoid_gate_bound(args.lower_bound)), lower_bound(args.lower_bound), bias(head.bias[channel])
+        : ChannelGate(args, args.gate, head.slope, head.bias[channel])
+    {
+    }
+    __device__ ChannelGate(const fkda_fwd_args &args, int gate, float slope_of_head, float bias_of_channel)
+        : kind(gate), slope(slope_of_head), rate(slope * (-1.0f / LOG2_E)),
+          bound(sigmoid_gate_bound(args.lower_bound)), lower_bound(args.lower_bound), bias(bias_of_channel)
     {
     }
 

@@ -11,6 +11,8 @@ template <void kernel(fkda_hopper_bwd_args)> static void run(const void *argumen
 }
 
 const emulator::Kernel emulator::hopper_backward_kernels[] = {
+    {"fkda_hopper_bwd_walk", run<fkda_hopper_bwd_walk>, sizeof(fkda_hopper_bwd_args)},
+    {"fkda_hopper_bwd_walk_chunks", run<fkda_hopper_bwd_walk_chunks>, sizeof(fkda_hopper_bwd_args)},
     {"fkda_hopper_bwd_gradients", run<fkda_hopper_bwd_gradients>, sizeof(fkda_hopper_bwd_args)},
     {"fkda_hopper_bwd_reduce", run<fkda_hopper_bwd_reduce>, sizeof(fkda_hopper_bwd_args)},
     {},

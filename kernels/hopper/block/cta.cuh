@@ -36,19 +36,13 @@ struct Registers {
     int last_warpgroup;
 };
 
-/* Which tokens of a sequence there are to compute (schedule/cut.cuh). */
-struct AllTokens;
-struct TokensBeforeBorder;
-struct TokensBehindBorder;
-
 /* What a CTA computes. */
 struct ComputesOutputs {
     static constexpr bool MAPS = false;      /* work items are maps of segments and states made of zeros */
     static constexpr bool QUERIES = true;    /* there are queries: Q~ and P are prepared */
     static constexpr bool OUTPUTS = true;    /* false: only states are computed */
-    static constexpr bool BORDERS = false;   /* what is carried is stored at the borders between segments */
+    static constexpr bool IMAGES = false;    /* what is carried is stored at every chunk */
     static constexpr bool BACKWARDS = false; /* the gradient with respect to the state is carried back */
-    using TokensOfSequence = AllTokens;
 };
 
 struct SoloCta : ComputesOutputs {
@@ -94,17 +88,15 @@ struct MapCta : ComputesOutputs {
 
 /* ---- The walks of the backward pass -------------------------------------------------------------------- */
 
-/* Carries the state forwards and stores it at borders, without outputs. */
+/* Carries the state forwards and stores it before every chunk, without outputs. */
 template <class Cta> struct StateWalk : Cta {
-    static constexpr bool QUERIES = false, OUTPUTS = false, BORDERS = true;
-    using TokensOfSequence = TokensBeforeBorder;
+    static constexpr bool QUERIES = false, OUTPUTS = false, IMAGES = true;
 };
 
-/* Carries the gradient with respect to the state back and stores it at borders. The gradients of outputs are
- * in the place of values. */
+/* Carries the gradient with respect to the state back and stores it behind every chunk. The gradients of
+ * outputs are in the place of values. */
 template <class Cta> struct GradientWalk : Cta {
-    static constexpr bool OUTPUTS = false, BORDERS = true, BACKWARDS = true;
-    using TokensOfSequence = TokensBehindBorder;
+    static constexpr bool OUTPUTS = false, IMAGES = true, BACKWARDS = true;
 };
 
 } // namespace fkda

@@ -391,7 +391,11 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     __device__ void prefetch_gates(const ChunkCursor<Block> &at) const
     {
         constexpr int AHEAD = Block::CTAS * Block::TEAMS * Block::CHUNK;
-        const bool there = Block::BACKWARDS ? at.has_more_than(Block::CTAS * Block::TEAMS) : AHEAD + lane < at.left;
+        bool there;
+        if constexpr (Block::BACKWARDS)
+            there = at.has_more_than(Block::CTAS * Block::TEAMS);
+        else
+            there = AHEAD + lane < at.left;
         if (lane < Block::CHUNK && there)
             prefetch_to_l2(static_cast<const float *>(args.g) +
                                at.place(args.g_strides, Block::BACKWARDS ? lane - AHEAD : AHEAD + lane) +

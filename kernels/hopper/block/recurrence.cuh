@@ -40,7 +40,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
     using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
-        Base::load_state, Base::store_state, Base::store_border, Base::value_factor, Base::may_leap;
+        Base::load_state, Base::store_state, Base::value_factor, Base::may_leap;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
@@ -223,9 +223,10 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
      *     D^T  = D^T + dO^T Q~ - dR^T K~  the first product does not wait for dR
      *
      * `here` and `position` are as in step(). On return the last products are in flight, during which the
-     * operands of the next chunk are prepared.
+     * operands of the next chunk are prepared. store_image() stores D behind the chunk while dU is found.
      */
-    __device__ void step_back(int index, int here, int position, OutputGradients &out)
+    template <class StoreImage>
+    __device__ void step_back(int index, int here, int position, OutputGradients &out, StoreImage store_image)
     {
         using Tokens = fkda::Tokens<Block>;
         Stage &stage = shared.stage[index];
@@ -237,7 +238,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         /* ---- Does this chunk leave the usual path? ---- */
         bool look = looks_at(position);
         const float divisor = stage.divisor;
-        if ((look || may_leap()) && __any_sync(~0u, has_grown())) look = faint = true;
+        if ((look || may_leap()) && __any_sync(~0u, has_grown())) look = true, faint = true;
         if (__builtin_expect(out.unusual | (look & faint), 0))
             adapt_gradients(out, index, here, look);
         else
@@ -255,6 +256,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int i = 0; i < SUBCHUNKS; i++)
             wgmma<true, true>(du, out.a[i], attend_transposed(stage_place, i));
         wgmma_commit();
+        store_image();
         wgmma_wait<0>();
 
         /* ---- dR ---- */
@@ -302,7 +304,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
      * second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
-     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.
+     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before or,
+     * in a walk, the state before the chunk.
      */
     template <class Store>
     __device__ void step(int index, int left, int position, float (&read)[READ][4], float (&own)[TILES][4],
@@ -327,6 +330,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int s = 1; s < DIM / 16; s++)
             wgmma<true, false>(read, a[s], Tokens<Block>::decayed(tokens_place, s));
         wgmma_commit();
+        if constexpr (Block::IMAGES) store_before();
 
         /* ---- Meanwhile: does this chunk leave the usual path? ---- */
         if constexpr (Block::OPTIONS)
@@ -362,7 +366,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         wgmma_commit();
 
         /* ---- Meanwhile: outputs of the chunk before, and the state's decay ---- */
-        store_before();
+        if constexpr (!Block::IMAGES) store_before();
         decay(gamma_minus_1);
         wgmma_wait<0>();
 
@@ -433,6 +437,24 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         }
     }
 
+    /* Of a walk: stores what is carried, if a chunk of FKDA_HOPPER_BWD_CHUNK tokens begins here or, backwards,
+     * ends here. The last one of a sequence may end anywhere. */
+    __device__ void store_image(const WorkItem &item, int left) const
+    {
+        constexpr int OF_IMAGE = FKDA_HOPPER_BWD_CHUNK;
+        int at; /* tokens of the sequence before this place */
+        bool stores = true;
+        if constexpr (Block::BACKWARDS) {
+            at = item.images.before + left;
+            stores = at % OF_IMAGE == 0 || (left == item.length && !(item.attributes & INITIAL_IMAGE));
+            at--;
+        } else {
+            at = item.images.before + item.length - left;
+            stores = at % OF_IMAGE == 0;
+        }
+        if (CHUNK == OF_IMAGE || stores) Base::store_chunk_image(item, at / OF_IMAGE);
+    }
+
     __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
     {
         char *to = static_cast<char *>(args.out) +
@@ -459,11 +481,14 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             if (item.length > 0) prepare_gradients(gradients, slot, Order::here(item.length), position);
         for (int left = item.length; left > 0; left = Order::advance(left)) {
             if constexpr (Block::BACKWARDS) {
-                step_back(slot, Order::here(left), position, gradients);
+                step_back(slot, Order::here(left), position, gradients, [&] { store_image(item, left); });
             } else {
                 if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
                 step(slot, left, position, read, own, [&] {
-                    if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
+                    if constexpr (Block::IMAGES)
+                        store_image(item, left);
+                    else if constexpr (STORED_LATER)
+                        store_output(0, to - stride, left == item.length ? 0 : CHUNK);
                 });
             }
             SlotCursor<Block> next = place;
@@ -485,11 +510,6 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             }
             wgmma_wait<0>();
             release(place);
-            if constexpr (Block::BORDERS) {
-                const int at = item.borders.before +
-                               (Block::BACKWARDS ? Order::before(left) : item.length - left + CHUNK);
-                if (at % FKDA_HOPPER_BWD_SEGMENT == 0) store_border(item, at / FKDA_HOPPER_BWD_SEGMENT);
-            }
             if constexpr (Block::CHECKPOINTS)
                 if (__builtin_expect(checkpoint != 0, 0)) store_checkpoint(checkpoint);
             place = next, slot = next_slot, position += CHUNK;

@@ -317,39 +317,32 @@ template <class Block> struct StateRows {
             store_units_fp32(static_cast<float *>(to) + first);
     }
 
-    /* Stores what is carried as border number `border` of the item's sequence (../bwd/bwd_args.h). A row is
-     * divided by a power of two that brings its largest number to between 2^13 and 2^14, so that numbers 2^27
-     * times smaller still have all bits of fp16. */
-    __device__ void store_border(const WorkItem &item, int border) const
+    /* Stores what is carried as the image of chunk number `chunk` of the item's sequence
+     * (../bwd/chunks/chunk_args.h): the same fp16 as in the operands of products, and the rows' scales. */
+    __device__ void store_chunk_image(const WorkItem &item, int chunk) const
     {
-        const fkda_state_args &borders = args.checkpoints.states;
+        const fkda_state_args &images = args.checkpoints.states;
         const int this_lane = read_lane(), row = item.first_row + warp_row() + (this_lane >> 2);
-        const int place = item.borders.first + border;
-        if (static_cast<unsigned>(place) >= borders.slots) return; /* cu_seqlens has changed */
-        fkda_hopper_border &to =
-            static_cast<fkda_hopper_border *>(borders.data)[static_cast<long long>(place) * args.heads + item.head];
+        const int slot = item.images.first + chunk;
+        if (static_cast<unsigned>(slot) >= images.slots) return; /* NO_IMAGES, or cu_seqlens has changed */
+        unsigned char *const to = static_cast<unsigned char *>(images.data) +
+                                  (static_cast<long long>(slot) * args.heads + item.head) *
+                                      FKDA_HOPPER_BORDER_IMAGE;
+        float *const scales = reinterpret_cast<float *>(to + 2 * DIM * DIM) + row;
+        if ((this_lane & 3) == 0) scales[0] = scale[0], scales[8] = scale[1];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float most = 0.0f;
-#pragma unroll
-            for (int s = 0; s < DIM / 8; s++)
-                most = fmaxf(most, fmaxf(fabsf(state[s][2 * r]), fabsf(state[s][2 * r + 1])));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            const float above = fminf(fmaxf(power_above(most), 0x1p-100f), 0x1p126f),
-                        factor = most < INFINITY ? 0x1p14f * inverse_power(above) : NAN;
-            if ((this_lane & 3) == 0) to.scale[row + 8 * r] = above * 0x1p-14f * scale[r];
+        for (int r = 0; r < 2; r++)
 #pragma unroll
             for (int j = 0; j < DIM / 32; j++) {
                 uint32_t x[4];
 #pragma unroll
                 for (int n = 0; n < 4; n++)
-                    x[n] = pack_half(state[4 * j + n][2 * r] * factor, state[4 * j + n][2 * r + 1] * factor);
+                    x[n] = pack_half(state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
                 transpose_in_quad(x, this_lane);
-                *reinterpret_cast<uint4 *>(&to.x[row + 8 * r][32 * j + 8 * (this_lane & 3)]) =
+                const int unit = (4 * j + (this_lane & 3)) ^ (row & 7);
+                *reinterpret_cast<uint4 *>(to + (row + 8 * r) * (2 * DIM) + 16 * unit) =
                     make_uint4(x[0], x[1], x[2], x[3]);
             }
-        }
     }
 
     /* Stores the state after a work item. `after` is at the chunk behind the work item's last one. */
@@ -367,7 +360,7 @@ template <class Block> struct StateRows {
                     store_map_by_copy(rows, after);
                 return;
             }
-        if (Block::MAPS || Block::BORDERS || item.attributes & FINAL_IMAGE)
+        if (Block::MAPS || item.attributes & FINAL_IMAGE)
             return store_image(static_cast<StateImage *>(to)->tile[row_group(item)]);
         const bool is_bf16 = item.attributes & FINAL_BF16;
         if constexpr (Block::STATES) return store_in_layout(to, is_bf16);

@@ -1,7 +1,7 @@
 /*
- * The KDA backward pass for Hopper, from where the walks (walk.cu) have left it: states and the gradients with
- * respect to them are known at all borders between segments. The first kernel here finds all gradients of
- * each segment, the second one sums over heads and segments. docs/backward-kernel.md has the algorithm and the layout.
+ * The KDA backward pass for Hopper, in three launches like that of ../../backward/backward.cu: states and
+ * their gradients at the borders between segments, all gradients of each segment, and sums over heads and
+ * segments. docs/backward-kernel.md has the algorithm and the layout.
  *
  * Products with the state run on tensor cores in fp16 with fp32 sums, products between tokens in tf32, and
  * everything else is fp32.
@@ -29,6 +29,74 @@ struct HopperBackward {
     {
         return ChannelRole::thread() < TEAM_THREADS;
     }
+
+    /* ---- The first launch ---- */
+
+    /* CTAs 2 i and 2 i + 1 have head i % HV of sequence i / HV: one goes forwards, the other one back. */
+    __device__ void walk() const
+    {
+        const fkda_bwd_args &a = args.bwd;
+        const int index = blockIdx.x / 2, head = index % a.fwd.heads;
+        if (threadIdx.x == 0) {
+            s.barriers.set_up();
+            find_piece(s.piece, a, index / a.fwd.heads, head);
+        }
+        load_gate(s.gate, a.fwd, head);
+        __syncthreads();
+        const int segments = count_segments(a, s.piece.task), chunks = s.piece.task.chunks,
+                  of_segment = chunks_of_segment(a);
+        const bool back = blockIdx.x % 2;
+        if (segments < 2) return;
+        if (is_channel_warp()) {
+            ParameterSums none = {};
+            ChannelRole role(s, a);
+            give_registers<CHANNEL_REGISTERS>();
+            if (back)
+                role.go_back<false>({of_segment, chunks}, none);
+            else
+                role.go_forwards({0, (segments - 1) * of_segment});
+        } else {
+            RowRole role(s, args);
+            take_registers<ROW_REGISTERS>();
+            if (back)
+                role.walk_back(chunks);
+            else
+                role.walk_forwards((segments - 1) * of_segment);
+        }
+    }
+
+    /* The same, with a border image for each chunk of 32 tokens. Leaves the gradients of initial states. */
+    __device__ void walk_over_chunks() const
+    {
+        const fkda_bwd_args &a = args.bwd;
+        const int index = blockIdx.x / 2, head = index % a.fwd.heads;
+        if (threadIdx.x == 0) {
+            s.barriers.set_up();
+            find_piece(s.piece, a, index / a.fwd.heads, head);
+        }
+        load_gate(s.gate, a.fwd, head);
+        __syncthreads();
+        const int chunks = s.piece.task.chunks;
+        const bool back = blockIdx.x % 2;
+        if (is_channel_warp()) {
+            ParameterSums none = {};
+            ChannelRole role(s, a);
+            give_registers<CHANNEL_REGISTERS>();
+            if (back)
+                role.go_back<false>({0, chunks}, none);
+            else
+                role.go_forwards({0, (chunks - 1) / 2 * 2});
+        } else {
+            RowRole role(s, args);
+            take_registers<ROW_REGISTERS>();
+            if (back)
+                role.walk_back_over_chunks();
+            else
+                role.walk_forwards_over_chunks();
+        }
+    }
+
+    /* ---- The second launch ---- */
 
     __device__ ChunkRange chunk_range() const
     {
@@ -66,14 +134,14 @@ struct HopperBackward {
         if (chunks.first < chunks.end) {
             Rows x;
             if (segment > 0 && args.states)
-                role.load_border(x, args.states, segment);
+                role.load_border(x, args.states, args.state_units, segment);
             else
                 role.load_initial_state(x);
             role.record_segment(x, chunks);
         }
         Rows x;
         if (segment + 1 < count_segments(args.bwd, s.piece.task) && args.states)
-            role.load_border(x, args.gradients, segment + 1);
+            role.load_border(x, args.gradients, args.gradient_units, segment + 1);
         else
             role.load_final_gradient(x);
         if (chunks.first < chunks.end) role.go_back_over_segment(x, chunks);
@@ -119,6 +187,18 @@ struct HopperBackward {
 };
 
 } // namespace fkda
+
+extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_BWD_THREADS, 1)
+    fkda_hopper_bwd_walk(const __grid_constant__ fkda_hopper_bwd_args args)
+{
+    fkda::HopperBackward(args).walk();
+}
+
+extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_BWD_THREADS, 1)
+    fkda_hopper_bwd_walk_chunks(const __grid_constant__ fkda_hopper_bwd_args args)
+{
+    fkda::HopperBackward(args).walk_over_chunks();
+}
 
 extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_BWD_THREADS, 1)
     fkda_hopper_bwd_gradients(const __grid_constant__ fkda_hopper_bwd_args args)

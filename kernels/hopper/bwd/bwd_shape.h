@@ -11,15 +11,6 @@
 /* Tokens of a segment, a multiple of 16. A longer segment needs fewer borders and longer records. */
 #define FKDA_HOPPER_BWD_SEGMENT 256
 
-/*
- * A border lies between two segments of a sequence. What is kept there is the state, or the gradient with
- * respect to it, as [V, K] in fp16: each row is divided by its scale, a power of two.
- */
-typedef struct fkda_hopper_border {
-    unsigned short x[128][128];
-    float scale[128];
-} fkda_hopper_border;
-
 /* Bytes of a state image. */
 #define FKDA_HOPPER_BWD_IMAGE (2 * 128 * 128)
 

@@ -77,17 +77,34 @@ struct RowRole {
         return (s.piece.task.begin / args.bwd.segment + segment - 1) * args.bwd.fwd.heads + s.piece.task.head;
     }
 
-    __device__ __forceinline__ void load_border(Rows &x, const fkda_hopper_border *borders, int segment) const
+    __device__ __forceinline__ void store_border(const Rows &x, Unit unit, unsigned char *images,
+                                                 float *units, int segment) const
     {
         const RowPlace p = row_place();
-        const fkda_hopper_border &from = borders[border(segment)];
-        const float scale[2] = {from.scale[p.first + p.g], from.scale[p.first + p.g + 8]};
+        const long long at = border(segment);
+        StateImage &to = *reinterpret_cast<StateImage *>(images + at * FKDA_HOPPER_BWD_IMAGE);
+        if (p.warp == 0 && p.lane == 0) units[at] = unit.size;
 #pragma unroll
         for (int i = 0; i < DIM / 4; i++) {
             const int row = p.first + p.g + i % 2 * 8, channel = 8 * (i / 2) + 2 * p.t;
-            const uint32_t two = *reinterpret_cast<const uint32_t *>(&from.x[row][channel]);
-            x.x[i / 2][i % 2 * 2] = half_low(two) * scale[i % 2];
-            x.x[i / 2][i % 2 * 2 + 1] = half_high(two) * scale[i % 2];
+            *reinterpret_cast<uint32_t *>(&to.x[row][StateImage::place(row, channel)]) =
+                pack_half(x.x[i / 2][i % 2 * 2] * unit.inverse, x.x[i / 2][i % 2 * 2 + 1] * unit.inverse);
+        }
+    }
+
+    __device__ __forceinline__ void load_border(Rows &x, const unsigned char *images, const float *units,
+                                                int segment) const
+    {
+        const RowPlace p = row_place();
+        const long long at = border(segment);
+        const StateImage &from = *reinterpret_cast<const StateImage *>(images + at * FKDA_HOPPER_BWD_IMAGE);
+        const float unit = units[at];
+#pragma unroll
+        for (int i = 0; i < DIM / 4; i++) {
+            const int row = p.first + p.g + i % 2 * 8, channel = 8 * (i / 2) + 2 * p.t;
+            const uint32_t two =
+                *reinterpret_cast<const uint32_t *>(&from.x[row][StateImage::place(row, channel)]);
+            x.x[i / 2][i % 2 * 2] = half_low(two) * unit, x.x[i / 2][i % 2 * 2 + 1] = half_high(two) * unit;
         }
     }
 
@@ -406,6 +423,100 @@ struct RowRole {
                            s.of_dr.unit().size, s.of_writes.unit().size});
             mbarrier_arrive_warp(&s.barriers.results_full);
             results++;
+        }
+    }
+
+    /* ---- The walks that leave a border image for each chunk of 32 tokens ---- */
+
+    __device__ __forceinline__ void store_border_image(const Rows &x, Unit unit, unsigned char *images,
+                                                       int slot_of_sequence) const
+    {
+        const RowPlace p = row_place();
+        unsigned char *const to = images + ((s.piece.slot + slot_of_sequence) * args.bwd.fwd.heads +
+                                            s.piece.task.head) *
+                                               FKDA_HOPPER_BORDER_IMAGE;
+        StateImage &rows = *reinterpret_cast<StateImage *>(to);
+        float *const scale = reinterpret_cast<float *>(to + sizeof rows);
+        if (p.t == 0) scale[p.first + p.g] = unit.size, scale[p.first + p.g + 8] = unit.size;
+#pragma unroll
+        for (int i = 0; i < DIM / 4; i++) {
+            const int row = p.first + p.g + i % 2 * 8, channel = 8 * (i / 2) + 2 * p.t;
+            *reinterpret_cast<uint32_t *>(&rows.x[row][StateImage::place(row, channel)]) =
+                pack_half(x.x[i / 2][i % 2 * 2] * unit.inverse, x.x[i / 2][i % 2 * 2 + 1] * unit.inverse);
+        }
+    }
+
+    __device__ void walk_forwards_over_chunks()
+    {
+        const int chunks = s.piece.task.chunks, last = (chunks - 1) / 2 * 2;
+        if (chunks == 0) return;
+        Rows x;
+        Values values;
+        load_values(values, 0);
+        load_initial_state(x);
+        begin(x);
+        for (int chunk = 0;; chunk++) {
+            RowTeam::meet();
+            const Unit unit = s.carried[turn].unit();
+            if (chunk % 2 == 0) store_border_image(x, unit, args.states, chunk / 2);
+            if (chunk == last) return;
+            step_forwards<false>(x, values, unit, chunk, 0, false);
+        }
+    }
+
+    __device__ void walk_back_over_chunks()
+    {
+        const int chunks = s.piece.task.chunks;
+        Rows x;
+        Values values;
+        load_dout(values, chunks - 1);
+        load_final_gradient(x);
+        begin(x);
+        for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+            RowTeam::meet();
+            const Unit unit = s.carried[turn].unit();
+            if (chunk % 2 == 1 || chunk == chunks - 1) store_border_image(x, unit, args.gradients, chunk / 2);
+            step_back<false>(x, values, unit, chunk, 0);
+        }
+        store_initial_gradient(x);
+    }
+
+    /* ---- The walks between borders ---- */
+
+    __device__ void walk_forwards(int last)
+    {
+        const fkda_bwd_args &a = args.bwd;
+        Rows x;
+        Values values;
+        load_values(values, 0);
+        load_initial_state(x);
+        begin(x);
+        for (int chunk = 0;; chunk++) {
+            RowTeam::meet();
+            const Unit unit = s.carried[turn].unit();
+            if (chunk > 0 && chunk % chunks_of_segment(a) == 0)
+                store_border(x, unit, args.states, args.state_units, chunk / chunks_of_segment(a));
+            if (chunk == last) return;
+            step_forwards<false>(x, values, unit, chunk, 0, false);
+        }
+    }
+
+    __device__ void walk_back(int end)
+    {
+        const fkda_bwd_args &a = args.bwd;
+        Rows x;
+        Values values;
+        load_dout(values, end - 1);
+        load_final_gradient(x);
+        begin(x);
+        for (int chunk = end - 1;; chunk--) {
+            RowTeam::meet();
+            const Unit unit = s.carried[turn].unit();
+            if (chunk + 1 < end && (chunk + 1) % chunks_of_segment(a) == 0)
+                store_border(x, unit, args.gradients, args.gradient_units,
+                             (chunk + 1) / chunks_of_segment(a));
+            if (chunk + 1 == chunks_of_segment(a)) return;
+            step_back<false>(x, values, unit, chunk, 0);
         }
     }
 };

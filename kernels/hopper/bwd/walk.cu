@@ -1,17 +1,20 @@
 /*
- * The walks of the backward pass: what is needed at the borders between segments, before every segment can
- * find its gradients by itself. They are blocks of the forward pass that compute no outputs.
+ * The walks of the backward pass, which find what every chunk of 32 tokens needs before it can find its
+ * gradients by itself. They are blocks of the forward pass that compute no outputs.
  *
- *   fkda_hopper_walk_states_*     carry the state forwards; there are no queries
- *   fkda_hopper_walk_gradients_*  carry the gradient with respect to the state back, from the gradient with
- *                                 respect to the final state; gradients of outputs are in the place of values
+ *   fkda_hopper_walk_states_*     carry the state forwards and store it before each chunk; there are no queries
+ *   fkda_hopper_walk_gradients_*  carry the gradient with respect to the state back and store it behind each
+ *                                 chunk; gradients of outputs are in the place of values
+ *   fkda_hopper_walk_join         carries such gradients through the maps of segments (join_back() in
+ *                                 ../join/join.cuh), for sequences that are cut
  *
  * Loader, preparation and solver are those of the forward pass, since the way back needs the same decayed
  * tiles and the same T and P (step_back() in ../block/recurrence.cuh). It takes the chunks of a work item
- * from the end (ChunkOrder in ../block/cursors.cuh). What is carried is stored at every border
- * (store_border() in ../block/state_rows.cuh). `checkpoints.states` of the arguments is where the borders
- * are, and its `slots` says how many there are; `initial_state` of the way back is the gradient with respect
- * to the final state, and `v` and its descriptor are of `dout`. docs/backward-kernel.md has the rest.
+ * from the end (ChunkOrder in ../block/cursors.cuh).
+ *
+ * In the arguments, `checkpoints.states` is where the images of chunks go, and its `slots` says how many there
+ * are. On the way back `initial_state` is the gradient with respect to the final state, `final_state` that
+ * with respect to the initial state, in fp32, and `v` and its descriptor are of `dout`.
  *
  * The kernels here have the usual arithmetic; those of general_walk.cu know every option.
  */

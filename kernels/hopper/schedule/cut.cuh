@@ -13,7 +13,6 @@
 
 #include "../../common/task.cuh"
 #include "../fwd_args.h"
-#include "../bwd/bwd_shape.h"
 #include "../fwd_shape.h"
 
 namespace fkda
@@ -22,52 +21,9 @@ namespace fkda
 constexpr int CUT_CHUNK =
     FKDA_HOPPER_CHUNK_PAIR; /* tokens: segments begin and end where chunks of a CTA pair do */
 
-/* Which tokens of a sequence's segments a block computes: here all of them. */
-struct AllTokens {
-    static constexpr bool BACKWARDS = false; /* the block begins with the last segment */
-
-    static __device__ fkda_segment of(const fkda_fwd_args &, const fkda_segment &s)
-    {
-        return s;
-    }
-};
-
-/* Tokens of the sequence before a segment. */
-static __device__ int tokens_before_segment(const fkda_fwd_args &args, const fkda_segment &s)
-{
-    return static_cast<int>(
-        s.begin - (args.cu_seqlens ? sequence_border(args, s.sequence) : s.sequence * args.tokens));
-}
-
-/* All tokens before the last border between segments of the backward pass, for the states there. */
-struct TokensBeforeBorder {
-    static constexpr bool BACKWARDS = false;
-
-    static __device__ fkda_segment of(const fkda_fwd_args &args, fkda_segment s)
-    {
-        if (!(s.position & FKDA_SEGMENT_LAST)) return s;
-        const int before = tokens_before_segment(args, s);
-        const int end = max(before + s.length - 1, 0) / FKDA_HOPPER_BWD_SEGMENT * FKDA_HOPPER_BWD_SEGMENT;
-        s.length = min(max(end - before, 0), s.length);
-        return s;
-    }
-};
-
-/* All tokens behind the first such border, for the gradients there. */
-struct TokensBehindBorder {
-    static constexpr bool BACKWARDS = true;
-
-    static __device__ fkda_segment of(const fkda_fwd_args &, fkda_segment s)
-    {
-        if (!(s.position & FKDA_SEGMENT_FIRST)) return s;
-        const int before = min(s.length, FKDA_HOPPER_BWD_SEGMENT);
-        s.begin += before, s.length -= before;
-        return s;
-    }
-};
-static_assert(FKDA_HOPPER_BWD_SEGMENT % CUT_CHUNK == 0, "borders lie between chunks");
-
-template <class Tokens> struct CutOf {
+/* Backwards, the last segment of a sequence is the first one, and lists are not used: all sequences that are
+ * cut have one length. */
+template <bool backwards> struct CutFor {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
 
@@ -224,16 +180,10 @@ template <class Tokens> struct CutOf {
 
     __device__ fkda_segment entry(int work, int e) const
     {
-        return Tokens::of(args, whole_entry(work, e));
-    }
-
-    /* The same with all of its tokens. */
-    __device__ fkda_segment whole_entry(int work, int e) const
-    {
         if (work == FKDA_SEQUENCES) return whole(e);
         if (work == FKDA_FIRST_SEGMENTS) {
             const fkda_cut_sequence c = cut_sequence(e);
-            return segment(c, Tokens::BACKWARDS ? c.segments - 1 : 0);
+            return segment(c, backwards ? c.segments - 1 : 0);
         }
         if (!cut.equal_lengths) return checked((work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e]);
         /* The sequence may have become shorter since entries() has counted, and then it has no entry e. */
@@ -241,7 +191,7 @@ template <class Tokens> struct CutOf {
         if (segments == 1) return whole(min(e, sequences() - 1));
         const int of_each = max(entries_of_each(work, segments), 1);
         const int c = min(e / of_each, sequences() - 1), i = e % of_each + 1;
-        return segment({c, segments, c * segments, 0}, Tokens::BACKWARDS ? segments - 1 - i : i);
+        return segment({c, segments, c * segments, 0}, backwards ? segments - 1 - i : i);
     }
 
     /* Inner or later segments of a sequence with `segments` segments. */
@@ -250,7 +200,7 @@ template <class Tokens> struct CutOf {
         return work == FKDA_INNER_SEGMENTS ? segments - 2 : segments - 1;
     }
 };
-using Cut = CutOf<AllTokens>;
+using Cut = CutFor<false>;
 
 } // namespace fkda
 

@@ -42,9 +42,9 @@ template <class Block> struct AllWorkers {
         return static_cast<int>(blockIdx.x) / Block::CTAS;
     }
     /* Whether the segment is no work of these workers. */
-    static __device__ bool skips(const fkda_segment &s)
+    static __device__ bool skips(const fkda_segment &)
     {
-        return Block::BORDERS && s.length == 0;
+        return false;
     }
     /* Whether each worker has one of `items` work items, or none. */
     static __device__ bool one_each(int items)
@@ -167,7 +167,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
     {
         while (entry < entries && (in_turn() || at < end)) {
             const fkda_segment s = Cut::of_first_lane(cut.entry(work, entry));
-            if (workers.skips(s) && !(Block::BORDERS && in_turn())) {
+            if (workers.skips(s)) {
                 entry++, head = 0;
                 continue;
             }
@@ -215,7 +215,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
     static __device__ void take_from_begin(WorkItem &item, int tokens)
     {
         item.token += tokens, item.length -= tokens;
-        if constexpr (Block::BORDERS) item.borders.before += tokens;
+        if constexpr (Block::IMAGES) item.images.before += tokens;
     }
 
     /* Leaves the item its first `tokens` tokens; the state goes to the border where the share begins. */

@@ -10,17 +10,18 @@
 #define FKDA_HOPPER_WORK_ITEM_CUH
 
 #include "../../common/slots.cuh"
+#include "../bwd/chunks/chunk_args.h"
 #include "cut.cuh"
 
 namespace fkda
 {
 
 /* Where a walk of the backward pass stores what it carries (StateWalk and GradientWalk in block/cta.cuh). */
-struct ItemBorders {
+struct ItemImages {
     int before; /* tokens of the sequence before the work item */
-    int first;  /* the place of the border in front of the sequence, or NO_BORDERS: none is stored */
+    int first;  /* the slot of the sequence's first chunk, or NO_IMAGES: nothing is stored */
 };
-constexpr int NO_BORDERS = -0x40000000;
+constexpr int NO_IMAGES = -0x40000000;
 
 struct WorkItem {
     int row, token;      /* the row of the batch, and the first token, counted in this row */
@@ -32,7 +33,7 @@ struct WorkItem {
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
     union {
         int *read_flags; /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
-        ItemBorders borders; /* of blocks with BORDERS */
+        ItemImages images; /* of blocks with IMAGES */
     };
 };
 
@@ -83,7 +84,7 @@ __device__ __forceinline__ long long token_place(const fkda_token_strides &strid
 template <class Block> struct WorkItemMaker {
     const fkda_fwd_args &args;
     const int &launch_work; /* FKDA_SEQUENCES, ... */
-    CutOf<typename Block::TokensOfSequence> cut;
+    CutFor<Block::BACKWARDS> cut;
     int rank; /* of the CTA in its pair */
 
     __device__ WorkItemMaker(const fkda_hopper_fwd_args &all, int rank_in_pair)
@@ -118,7 +119,7 @@ template <class Block> struct WorkItemMaker {
             return item;
         }
         item.first_row = Block::ROWS * rank;
-        if constexpr (Block::BORDERS) {
+        if constexpr (Block::IMAGES) {
             take_states_of_walk(item, s, slot);
             return item;
         }
@@ -136,29 +137,32 @@ template <class Block> struct WorkItemMaker {
         return item;
     }
 
-    /* The states before and after an item of a walk, and where its borders are; `slot` is where the segment's
+    /* The states before and after an item of a walk, and where its images go; `slot` is where the segment's
      * slot begins in `cut.states`. A walk back begins with the last segment, and the slot of segment i has
      * what is behind segment i. Of inner segments what they make of zeros is wanted alone, for the join. */
     __device__ void take_states_of_walk(LoadedItem &item, const fkda_segment &s, long long slot) const
     {
         constexpr int BEGIN = Block::BACKWARDS ? FKDA_SEGMENT_LAST : FKDA_SEGMENT_FIRST,
                       END = Block::BACKWARDS ? FKDA_SEGMENT_FIRST : FKDA_SEGMENT_LAST;
+        constexpr int CHUNK = FKDA_HOPPER_BWD_CHUNK;
         const int next = s.slot + (Block::BACKWARDS ? -1 : 1);
         const long long step = static_cast<long long>(args.heads) * (DIM * DIM);
+        const long long begin =
+            args.cu_seqlens ? sequence_border(args, s.sequence) : s.sequence * args.tokens;
         const bool is_inner = launch_work == FKDA_INNER_SEGMENTS;
-        item.borders.before = tokens_before_segment(args, s);
-        item.borders.first = is_inner ? NO_BORDERS
-                                      : static_cast<int>((s.begin - item.borders.before) /
-                                                         FKDA_HOPPER_BWD_SEGMENT) -
-                                            1;
+        item.images.before = static_cast<int>(s.begin - begin);
+        item.images.first = is_inner          ? NO_IMAGES
+                            : args.cu_seqlens ? static_cast<int>(begin / CHUNK) + s.sequence
+                                              : static_cast<int>((args.tokens + CHUNK - 1) / CHUNK) * s.sequence;
         if (s.position & BEGIN)
             take_initial(item, s.sequence);
         else if (!is_inner)
             item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
-        if ((is_inner || s.position & BEGIN) && !(s.position & END) && next >= 0 && next < cut.cut.slots) {
-            item.final = cut.cut.states + slot + (Block::BACKWARDS ? -step : step);
+        if (s.position & END)
+            item.final = caller_state(args.final_state, find_final_state(args, s.sequence, item.head), false);
+        else if ((is_inner || s.position & BEGIN) && next >= 0 && next < cut.cut.slots)
+            item.final = cut.cut.states + slot + (Block::BACKWARDS ? -step : step),
             item.attributes |= FINAL_IMAGE;
-        }
     }
 
     /* The caller's initial state, if the sequence has one. */
@@ -171,7 +175,11 @@ template <class Block> struct WorkItemMaker {
     /* `at` is from find_initial_state() or find_final_state(). Null if there is no such state. */
     __device__ void *caller_state(const fkda_state_args &states, long long at) const
     {
-        return at == NO_SLOT ? nullptr : static_cast<char *>(states.data) + at * (args.state_is_bf16 ? 2 : 4);
+        return caller_state(states, at, args.state_is_bf16);
+    }
+    static __device__ void *caller_state(const fkda_state_args &states, long long at, bool is_bf16)
+    {
+        return at == NO_SLOT ? nullptr : static_cast<char *>(states.data) + at * (is_bf16 ? 2 : 4);
     }
 };
 

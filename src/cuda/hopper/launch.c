@@ -227,7 +227,7 @@ static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
     return result ? fail(c, "cuMemsetD32Async", result) : FLASH_KDA_OK;
 }
 
-CUresult fkda_hopper_describe(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
+CUresult fkda_describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
                               const fkda_token_view *t, const fkda_shape *shape, int chunk)
 {
     enum { HALF = FKDA_DIM / 2, BYTES = 2 };
@@ -257,7 +257,7 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         if (all[i].tensor->dtype == FLASH_KDA_F32) continue; /* kernels load gates in fp32 without TMA */
         const CUresult result =
-            fkda_hopper_describe(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
+            fkda_describe_tensor(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
     }
     return FLASH_KDA_OK;

@@ -1,6 +1,6 @@
 /*
- * Plans and launches the walks of the backward pass: states at borders between segments, forwards, and
- * gradients with respect to them, backwards.
+ * Plans and launches the walks of the backward pass: states before chunks, forwards, and gradients with
+ * respect to states behind chunks, backwards.
  *
  * A walk is a forward pass without outputs. Neither walk needs the other one, so each kernel may start as soon
  * as all CTAs of the kernel before it run and SMs are free; the kernels wait for each other at their ends
@@ -64,7 +64,7 @@ static int32_t features_of(const fkda_problem *p)
 enum {
     CHUNK = FKDA_HOPPER_CHUNK_PAIR,
     /* Tokens of a part, at least. */
-    SHORTEST_PART = 2 * FKDA_HOPPER_BWD_SEGMENT,
+    SHORTEST_PART = 512,
     ALIGNMENT = 256,
 };
 
@@ -80,10 +80,10 @@ static int64_t clocks_in_parts(int64_t chunks, int64_t parts)
 static int choose_parts(const fkda_shape *s, int sms)
 {
     const int64_t heads = s->sequences * s->heads, chunks = fkda_ceil_div(s->tokens, CHUNK);
-    const int64_t most = fkda_least(fkda_hopper_pairs(sms) / (WALKS * heads) + 1, FKDA_MAPS_CHAINED + 2);
     int best = 1;
     int64_t clocks = chunks * FKDA_CLOCKS_PAIR_CHUNK * FKDA_PERCENT_WORTH_CUTTING / 100;
-    if (!fkda_equal_lengths(s)) return 1;
+    if (!fkda_equal_lengths(s) || heads == 0) return 1;
+    const int64_t most = fkda_least(fkda_hopper_pairs(sms) / (WALKS * heads) + 1, FKDA_MAPS_CHAINED + 2);
     for (int parts = 3; parts <= most && s->tokens / parts >= SHORTEST_PART; parts++) {
         const int64_t now = clocks_in_parts(chunks, parts);
         if (now < clocks) best = parts, clocks = now;
@@ -127,22 +127,22 @@ typedef struct call {
     const fkda_bwd_problem *problem;
     const fkda_walks_plan *plan;
     const fkda_walk_results *results;
-    const CUfunction *kernels;    /* of the walks */
+    const CUfunction *kernels; /* of the walks */
     fkda_hopper_fwd_args args[WALKS];
 } call;
 
-/* What the kernels of both walks get. `checkpoints` says where borders are. */
-static fkda_hopper_fwd_args common_args(const call *c, fkda_hopper_border *borders)
+/* What the kernels of both walks get. `checkpoints` says where images go. */
+static fkda_hopper_fwd_args common_args(const call *c, void *images)
 {
     fkda_hopper_fwd_args args = {.fwd = fkda_kernel_args(&c->problem->fwd)};
-    args.fwd.checkpoints = (fkda_checkpoint_args){.states = {borders, c->results->borders, 0}};
+    args.fwd.checkpoints = (fkda_checkpoint_args){.states = {images, c->results->slots, 0}};
     args.fwd.out = NULL;
     args.fwd.final_state = (fkda_state_args){0};
     return args;
 }
 
-/* The way back begins with the gradient with respect to the final state, and has gradients of outputs in the
- * place of values. */
+/* The way back begins with the gradient with respect to the final state, has gradients of outputs in the place
+ * of values, and ends with the gradient with respect to the initial state. */
 static void fill_args(call *c)
 {
     const fkda_bwd_problem *p = c->problem;
@@ -151,6 +151,7 @@ static void fill_args(call *c)
     states->fwd.state_is_bf16 = p->fwd.initial_state.dtype == FLASH_KDA_BF16;
     *gradients = common_args(c, c->results->gradients);
     gradients->fwd.initial_state = fkda_state_args_of(&p->dfinal_state);
+    gradients->fwd.final_state = fkda_state_args_of(&p->dinitial_state);
     gradients->fwd.state_is_bf16 = p->dfinal_state.dtype == FLASH_KDA_BF16;
     gradients->fwd.v = p->dout.data;
     gradients->fwd.v_strides = fkda_strides_of(&p->dout);
@@ -167,10 +168,11 @@ static flash_kda_status describe_inputs(call *c, int walk, int chunk)
                {&args->k, &p->k},
                {&args->g, &p->g},
                {&args->v, walk == STATES ? &p->v : &c->problem->dout}};
+    if (p->shape.batch * p->shape.tokens == 0) return FLASH_KDA_OK; /* only states are read */
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         if (!all[i].tensor->data || all[i].tensor->dtype == FLASH_KDA_F32) continue;
         const CUresult result =
-            fkda_hopper_describe(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
+            fkda_describe_tensor(c->driver, all[i].descriptor, all[i].tensor, &p->shape, chunk);
         if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
     }
     return FLASH_KDA_OK;
@@ -274,6 +276,7 @@ flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_pro
               .plan = plan,
               .results = results,
               .kernels = module->functions[ordinal]};
+    if (!plan->whole.workers) return FLASH_KDA_OK; /* there is no sequence */
     flash_kda_status status = fkda_load_module(driver, module, ordinal);
     fill_args(&c);
     for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)

@@ -1,0 +1,202 @@
+/*
+ * The block of a CTA that finds the gradients of one chunk of one head, and its shared memory.
+ *
+ * The preparation and the solver are those of the forward pass (../../block), which are templates over a
+ * block. Here all eight warps are one team, the chunk has one slot, and there are no rings.
+ */
+#ifndef FKDA_HOPPER_CHUNKS_BLOCK_CUH
+#define FKDA_HOPPER_CHUNKS_BLOCK_CUH
+
+#include "../../block/prepare.cuh"
+#include "../../block/solve.cuh"
+#include "../units.cuh"
+#include "chunk_args.h"
+
+namespace fkda
+{
+
+template <Arithmetic arithmetic> struct ChunkBlock {
+    static constexpr int ROWS = DIM, CHUNK = FKDA_HOPPER_BWD_CHUNK, CTAS = 1;
+    static constexpr int TEAM_WARPS = FKDA_HOPPER_CHUNK_THREADS / 32, TEAMS = 1, PARTIALS = TEAM_WARPS / 2;
+    static constexpr int OWN_SLOTS = 1, RECEIVED_SLOTS = 0, SLOTS = 1;
+    static constexpr int RECURRENCE_WARPS = 0, PREPARE_WARPS = TEAM_WARPS;
+    static constexpr int SUBCHUNKS = CHUNK / SUBCHUNK, HALF_TOKENS = CHUNK * ROW;
+    static constexpr bool LOADER_FINDS_NORMS = false, QUERIES = true, BACKWARDS = false, RELAYS = false, STATES = false;
+    static constexpr Arithmetic ARITHMETIC = arithmetic;
+    static constexpr bool GENERAL = arithmetic == Arithmetic::GENERAL,
+                          OPTIONS = arithmetic != Arithmetic::USUAL,
+                          UNBOUNDED = OPTIONS && arithmetic != Arithmetic::BOUNDED;
+};
+constexpr int CHUNK_WARPS = FKDA_HOPPER_CHUNK_THREADS / 32, CHUNK_TOKENS = FKDA_HOPPER_BWD_CHUNK;
+
+/* Where the chunk is. */
+template <Arithmetic arithmetic> struct ChunkCursor<ChunkBlock<arithmetic>> {
+    int head, qk_head;
+    int left;       /* its tokens; 0: the slot has no chunk */
+    int row, token; /* the row of the batch, and the chunk's first token, counted in this row */
+    long long slot;
+
+    __device__ int here() const
+    {
+        return left;
+    }
+    __device__ long long place(const fkda_token_strides &strides, int i, int group = 1) const
+    {
+        return token_place(strides, row, token + i, group == 1 ? head : head / group);
+    }
+    __device__ long long place_of_beta(const fkda_token_strides &strides, int i) const
+    {
+        return row * strides.batch + (token + i) * strides.token + head * strides.head;
+    }
+};
+
+/* A border image as it lies in memory, but for the scales. */
+struct __align__(128) ImageRows
+{
+    static constexpr int ROW_BYTES = 2 * DIM;
+    unsigned char bytes[DIM * ROW_BYTES];
+};
+
+/* Products between tokens in fp32, below the diagonal, divided by pair_unit: dO U^T, and - dR U^T. Rows are padded so that neither
+ * fragments nor transposed fragments meet many bank conflicts. */
+typedef float TokenPairs[CHUNK_TOKENS][CHUNK_TOKENS + 4];
+
+/* Sums over a warp's channels, which all warps' together are what a norm needs: of queries and of keys. */
+struct NormSums {
+    float of_warp[2][CHUNK_WARPS][CHUNK_TOKENS], all[2][CHUNK_TOKENS];
+};
+
+template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
+    using Block = ChunkBlock<arithmetic>;
+
+    /* The images, and what lies in their place before they come and after they have been read. */
+    union {
+        ImageRows state;
+        typename Tokens<Block>::Half raw[DIM / 64]; /* g, k and q as they are in memory */
+    };
+    union {
+        ImageRows gradient;
+        struct {
+            Products<Block> products[1];
+            SolverScratch<Block> scratch;
+        };
+        struct {
+            float4 stash[6 * FKDA_HOPPER_CHUNK_THREADS]; /* the last step's: of each thread 24 numbers */
+            NormSums norm_sums;
+        };
+    };
+    /* Kr, K~, Q~ and v. Then the operands of sums over V: U lies over v, - dR over Q~, dO over `dout`; and
+     * over Kr and K~ lie the products between tokens. */
+    __align__(1024) Tokens<Block> tokens[1];
+    unsigned char dout[DIM / 64][Block::HALF_TOKENS];
+    union {
+        Stage<Block> stage[1];
+        float dbeta[CHUNK_WARPS][CHUNK_TOKENS]; /* of each warp's rows of V */
+    };
+    /* K~ K^^T below the diagonal: columns i, depths j. */
+    Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
+    float state_scale[DIM];
+    union {
+        float gradient_scale[DIM];
+        float gate_offset[1][DIM]; /* for the preparation */
+    };
+    float inverse_norm[1][1][2][CHUNK_TOKENS]; /* of keys, then of queries */
+    HeadGate gate[1][CHUNK_WARPS];
+    float strength[CHUNK_TOKENS], slope[CHUNK_TOKENS]; /* b, and its derivative */
+    float on_diagonal[CHUNK_TOKENS];                   /* of dO U^T */
+    int has_faint_write;
+    int is_wide; /* the preparation has to be careful */
+    float pair_unit; /* brings products with decays into the range of fp32 */
+    uint32_t largest[3][CHUNK_WARPS];                  /* magnitudes of U, dR and dO in each warp's rows */
+    uint64_t meeting[1]; /* for racecheck alone, see ../../block/prepare.cuh */
+    uint64_t inputs_there, values_there, state_there, gradient_there;
+    ChunkCursor<Block> at;
+
+    /* 16 numbers of each thread, over v and dout. */
+    __device__ float4 *result_stash()
+    {
+        return reinterpret_cast<float4 *>(tokens[0].v);
+    }
+    __device__ TokenPairs &queries_with_writes()
+    {
+        return reinterpret_cast<TokenPairs &>(tokens[0].half[0]);
+    }
+    __device__ TokenPairs &keys_with_writes()
+    {
+        return reinterpret_cast<TokenPairs &>(tokens[0].half[1]);
+    }
+};
+static_assert(offsetof(Shared<ChunkBlock<Arithmetic::USUAL>>, dout) ==
+                  offsetof(Shared<ChunkBlock<Arithmetic::USUAL>>, tokens) +
+                      sizeof(Tokens<ChunkBlock<Arithmetic::USUAL>>),
+              "dout lies right behind v");
+static_assert(sizeof(TokenPairs) <= 2 * CHUNK_TOKENS * ROW, "they leave Q~ alone");
+static_assert(sizeof(Shared<ChunkBlock<Arithmetic::USUAL>>) <= FKDA_HOPPER_CHUNK_SHARED_BYTES,
+              "two CTAs run on an SM");
+
+/* Whether T, which is b / divisor on its diagonal, has too few bits of b in fp16. */
+__device__ __forceinline__ bool is_faint(float b, float divisor)
+{
+    return !(fabsf(b) >= 0x1p-12f * divisor);
+}
+
+/* ---- Operands ------------------------------------------------------------------------------------------ */
+
+/* Where a lane's row of four 8 x 8 matrices is in an image, from row `row` and channel 0 on: an A operand with
+ * the image's rows as rows. A channel that is a multiple of 16 is added by ^ 2 channel. */
+__device__ __forceinline__ int image_rows(int row, int lane)
+{
+    return (row + lane / 8 % 2 * 8 + lane % 8) * ImageRows::ROW_BYTES + (lane / 16 ^ lane % 8) * 16;
+}
+
+/* The same for a transposed load: an A operand with 16 channels as rows, and the image's rows from `depth` on
+ * as depths. */
+__device__ __forceinline__ int image_columns(int depth, int lane)
+{
+    return (depth + lane / 16 * 8 + lane % 8) * ImageRows::ROW_BYTES + (lane / 8 % 2 ^ lane % 8) * 16;
+}
+
+/* d += a b for two neighbouring tiles of eight columns. */
+__device__ __forceinline__ void multiply_tiles(float (*d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4])
+{
+    mma_half(d[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+    mma_half(d[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+}
+
+__device__ __forceinline__ void multiply_by(float (&x)[4][4], float factor)
+{
+#pragma unroll
+    for (int i = 0; i < 16; i++) x[i / 4][i % 4] *= factor;
+}
+
+/* The place of this thread: the index is read again, so that no register keeps it. */
+struct ThreadPlace {
+    int warp, lane, g, t;
+};
+__device__ __forceinline__ ThreadPlace thread_place()
+{
+    int cta, thread;
+    read_indices(cta, thread);
+    const unsigned id = static_cast<unsigned>(thread);
+    return {static_cast<int>(id / 32), static_cast<int>(id % 32), static_cast<int>(id % 32 / 4),
+            static_cast<int>(id % 4)};
+}
+
+/* Eight sums over the lanes with one t: lane (g, t) gets the one with number g. */
+__device__ __forceinline__ float sum_over_g(float (&x)[8], int lane)
+{
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+        const bool upper = lane & 4 * half;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float other = upper ? x[i] : x[i + half];
+            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(~0u, other, 4 * half);
+        }
+    }
+    return x[0];
+}
+
+} // namespace fkda
+
+#endif

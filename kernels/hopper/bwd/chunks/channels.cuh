@@ -1,0 +1,756 @@
+/*
+ * The last step of a chunk, by channels of K: gradients of queries, keys and gates.
+ *
+ * Algorithm. Let F_ij be the decay of a channel between the writing of token j and the reading of token i,
+ * E_i the one from the chunk's start to token i, P = dO U^T, L = - dR U^T, and let q and k be normalised:
+ *
+ *     dq_i = E_i dQ~_i + sum over j <= i of F_ij P_ij k_j
+ *     dk_j = E_j dK~_j + sum over m < j of F_jm L_jm k_m
+ *            + F_last,j dKr_j + sum over i > j of F_ij (P_ij q_i + L_ij k_i) + P_jj q_j
+ *     dg_t = the sum of all terms whose decay has the gate of token t as a factor, times q or k:
+ *            E_i (q_i dQ~_i + k_i dK~_i) for i >= t, F_last,j k_j dKr_j for j < t,
+ *            A_ij = F_ij k_j (P_ij q_i + L_ij k_i) for j < t <= i, and E_last kept
+ *
+ * The chunk has two subchunks of 16 tokens. Decays inside a subchunk are counted from its eighth token, so
+ * that factors 2^(G_i - G_8) and 2^(G_8 - G_j) stay in the range of tf32 if all gates are at the bound of -5.
+ * Decays between the subchunks are counted from the border between them.
+ *
+ * Why gates do not lose slow or fast channels. For A_ij with both tokens in one subchunk, dg_t is the sum from
+ * t on of the rows of A less that of its columns: what does not cross t cancels. Rows and columns are sums of
+ * the same products of numbers that are rounded to tf32 beforehand, so they differ by the rounding of fp32
+ * sums alone, and each A_ij has a decay as a factor, since the diagonal is left out. All other terms are
+ * added, and none is subtracted.
+ *
+ * Units. All terms are linear in P, L, dQ~, dK~, dKr and kept, which sums.cuh leaves divided by one number,
+ * pair_unit, so that no product with a decay leaves the range of fp32. Results are multiplied by it.
+ *
+ * Lane (g, t) has channels g and g + 8 of the warp's 16, and tokens 8 i + 2 t and + 1. Registers are short, so
+ * what a subchunk needs later waits in shared memory (Stash).
+ */
+#ifndef FKDA_HOPPER_CHUNKS_CHANNELS_CUH
+#define FKDA_HOPPER_CHUNKS_CHANNELS_CUH
+
+#include "sums.cuh"
+
+namespace fkda
+{
+
+template <class Block> struct ChunkChannels {
+    /* A subchunk's elements of this lane: tile of eight tokens, then channels g, g, g + 8, g + 8 at tokens 2 t,
+     * 2 t + 1, 2 t, 2 t + 1. */
+    typedef float Elements[2][4];
+
+    const fkda_hopper_chunk_args &all;
+    const fkda_fwd_args &args;
+    Shared<Block> &s;
+    int warp, lane, g, t;
+    float offset[2]; /* of the gates of channels g and g + 8 */
+
+    __device__ ChunkChannels(const fkda_hopper_chunk_args &a, Shared<Block> &shared)
+        : all(a), args(a.bwd.fwd), s(shared)
+    {
+        const ThreadPlace p = thread_place();
+        warp = p.warp, lane = p.lane, g = p.g, t = p.t;
+    }
+
+    /* ---- Inputs and sums over tokens ---- */
+
+    __device__ void load_bias()
+    {
+        const GateOfCall call = gate_of_call<Block>(args);
+        const float slope = s.gate[0][warp].slope;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int channel = 16 * warp + g + 8 * r;
+            const float bias =
+                Block::OPTIONS && !args.dt_bias ? 0.0f : __ldg(&args.dt_bias[s.at.head * DIM + channel]);
+            offset[r] =
+                Block::OPTIONS ? call.offset(bias, slope) : hopper_sigmoid_gate_offset(bias, slope);
+        }
+    }
+
+    __device__ unsigned char *raw(int which) const
+    {
+        return s.raw[16 * warp / 64].tile[which];
+    }
+    __device__ uint32_t place(int which, int sub) const
+    {
+        return shared_address(raw(which)) + (matrix_row_by_token(lane) ^ 16 * warp % 64 / 8 * 16) +
+               sub * SUBCHUNK_BYTES;
+    }
+    __device__ void load(Elements &x, int which, int sub) const
+    {
+        uint32_t pairs[4];
+        load_matrices_transposed(pairs, place(which, sub));
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i / 4][i % 4] = i % 2 ? bf16_high(pairs[i / 2]) : bf16_low(pairs[i / 2]);
+    }
+
+    /* A box brings tokens of the next sequence past the end of this one. They become zeros, and their gates
+     * such that they decay by nothing and have no derivative. All threads meet. */
+    __device__ void clear_past_end() const
+    {
+        const uint32_t none = no_decay<Block>(args);
+#pragma unroll 1
+        for (int row = s.at.left; row < CHUNK_TOKENS; row++)
+            if (warp < 6 && lane < ROW / 16) {
+                const uint32_t x = warp % 3 == G ? none : 0;
+                reinterpret_cast<uint4 *>(s.raw[warp / 3].tile[warp % 3] + row * ROW)[lane] =
+                    make_uint4(x, x, x, x);
+            }
+        __syncthreads();
+    }
+
+    /* A factor for each token, from a row of shared memory. */
+    __device__ float2 factor(const float (&row)[CHUNK_TOKENS], int sub, int tile) const
+    {
+        return *reinterpret_cast<const float2 *>(&row[16 * sub + 8 * tile + 2 * t]);
+    }
+    __device__ void multiply_tokens(Elements &x, const float (&row)[CHUNK_TOKENS], int sub) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float2 f = factor(row, sub, i);
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[i][r] *= r % 2 ? f.y : f.x;
+        }
+    }
+
+    /* Normalised keys, or queries. */
+    __device__ void load_normalised(Elements &x, int which, int sub) const
+    {
+        load(x, which, sub);
+        multiply_tokens(x, s.inverse_norm[0][0][which == Q], sub);
+    }
+
+    /* Raw gates, also those in fp32, which come from global memory. */
+    __device__ void load_gates(Elements &x, int sub) const
+    {
+        if (!has_fp32_gates<Block>(args)) {
+            load(x, G, sub);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int token = 16 * sub + 8 * (i / 4) + 2 * t + i % 2;
+            const long long at = s.at.place(args.g_strides, token) + 16 * warp + g + i % 4 / 2 * 8;
+            x[i / 4][i % 4] = token < s.at.left ? __ldg(static_cast<const float *>(args.g) + at)
+                                                : gate_of_call<Block>(args).neutral();
+        }
+    }
+
+    /* The running sums of the log2 decays from the subchunk's start, by the tensor core as in
+     * ../../block/prepare_slice.cuh, with channels as rows. */
+    __device__ void sum_gates(Elements &sum, int sub) const
+    {
+        constexpr uint32_t ONE = 0x3f80; /* in bf16 */
+        float x[2][4];
+        Elements raw_gates;
+        load_gates(raw_gates, sub);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[r][i] = raw_gates[i / 2][2 * r + i % 2];
+            activate_gates(x[r], gate_of_call<Block>(args), s.gate[0][warp], offset[r]);
+            if (Block::UNBOUNDED)
+#pragma unroll
+                for (int i = 0; i < 4; i++) x[r][i] = hold_log2_decay(x[r][i]);
+        }
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* tile i / 2, channel i % 2 */
+            const float a = x[i % 2][i / 2 * 2], b = x[i % 2][i / 2 * 2 + 1];
+            high[i] = pack_bf16(a, b);
+            low[i] = pack_bf16(a - bf16_low(high[i]), b - bf16_high(high[i]));
+        }
+        const uint32_t triangle = (2 * t <= g ? ONE : 0) | (2 * t + 1 <= g ? ONE << 16 : 0),
+                       ones = ONE << 16 | ONE;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = 0.0f;
+        mma_bf16(sum[0], low[0], low[1], low[2], low[3], triangle, 0);
+        mma_bf16(sum[0], high[0], high[1], high[2], high[3], triangle, 0);
+        mma_bf16(sum[1], low[0], low[1], low[2], low[3], ones, triangle);
+        mma_bf16(sum[1], high[0], high[1], high[2], high[3], ones, triangle);
+    }
+
+    /* What the lane of the quad that has the last tokens of a tile has of its last token, for channels g and
+     * g + 8. */
+    __device__ float2 last_of(const float (&tile)[4]) const
+    {
+        return make_float2(__shfl_sync(~0u, tile[1], lane | 3), __shfl_sync(~0u, tile[3], lane | 3));
+    }
+
+    __device__ static float sum_of_quad(float x)
+    {
+        x += __shfl_xor_sync(~0u, x, 1);
+        return x + __shfl_xor_sync(~0u, x, 2);
+    }
+
+    /* Over all tokens of the subchunk, for channels g and g + 8. */
+    __device__ static float2 sum_of_tokens(const Elements &x)
+    {
+        return make_float2(sum_of_quad((x[0][0] + x[0][1]) + (x[1][0] + x[1][1])),
+                           sum_of_quad((x[0][2] + x[0][3]) + (x[1][2] + x[1][3])));
+    }
+
+    /* x of the lane `ahead` lanes further on in the quad, or zero if there is none. */
+    __device__ float from_quad(float x, int ahead) const
+    {
+        const bool there = static_cast<unsigned>(t + ahead) < 4;
+        const float other = __shfl_sync(~0u, x, there ? lane + ahead : lane);
+        return there ? other : 0.0f;
+    }
+
+    /* to[t] += the sum of x from token t on. */
+    __device__ void add_from_here(Elements &to, const Elements &x) const
+    {
+#pragma unroll
+        for (int r = 0; r < 4; r += 2) {
+            float later = 0.0f;
+#pragma unroll
+            for (int i = 1; i >= 0; i--) {
+                const float last = x[i][r + 1], both = x[i][r] + last;
+                float sum = both;
+                sum += from_quad(sum, 1);
+                sum += from_quad(sum, 2);
+                const float behind = later + from_quad(sum, 1);
+                to[i][r + 1] += behind + last;
+                to[i][r] += behind + both;
+                if (i) later = __shfl_sync(~0u, sum, lane & ~3);
+            }
+        }
+    }
+
+    /* to[t] += the sum of x before token t. */
+    __device__ void add_before(Elements &to, const Elements &x) const
+    {
+#pragma unroll
+        for (int r = 0; r < 4; r += 2) {
+            float earlier = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float sum = x[i][r] + x[i][r + 1];
+                sum += from_quad(sum, -1);
+                sum += from_quad(sum, -2);
+                const float before = earlier + from_quad(sum, -1);
+                to[i][r] += before;
+                to[i][r + 1] += before + x[i][r];
+                if (!i) earlier = __shfl_sync(~0u, sum, lane | 3);
+            }
+        }
+    }
+
+    /* ---- Products between tokens ---- */
+
+    /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are those
+     * of subchunk `to`. In one subchunk, only tiles with j <= i. */
+    __device__ void read(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (to == from && j > i) continue;
+                const float2 b =
+                    *reinterpret_cast<const float2 *>(&pairs[16 * to + 8 * i + g][16 * from + 8 * j + 2 * t]);
+                mma_tf32(d[i], x[j][0], x[j][2], x[j][1], x[j][3], b.x, b.y);
+            }
+    }
+
+    /* d[j] += x pairs: what the readers i of subchunk `to`, which x has, give the writers j of `from`. */
+    __device__ void write(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (to == from && j > i) continue;
+                const float *const b = &pairs[16 * to + 8 * i + 2 * t][16 * from + 8 * j + g];
+                mma_tf32(d[j], x[i][0], x[i][2], x[i][1], x[i][3], b[0], b[CHUNK_TOKENS + 4]);
+            }
+    }
+
+    /* To what the tensor core takes of a tf32 operand. */
+    static __device__ void round(Elements &x)
+    {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i / 4][i % 4] =
+                __uint_as_float(__float_as_uint(round_to_tf32(x[i / 4][i % 4])) & 0xffffe000u);
+    }
+    static __device__ void clear(Elements &x)
+    {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = 0.0f;
+    }
+
+    /* ---- Decays ---- */
+
+    /* Of a subchunk, for channels g and g + 8. */
+    struct Decays {
+        float2 before; /* from the subchunk's start to its eighth token */
+        float2 rest;   /* from there to the subchunk's end */
+        float2 log_before, log_rest;
+        bool wide; /* unbounded gates: factors of the warp's channels would leave the range of fp32 */
+    };
+    /* Counts the sums from the eighth token. */
+    __device__ Decays find_decays(Elements &sum) const
+    {
+        const float2 last = last_of(sum[1]), middle = last_of(sum[0]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i / 4][i % 4] -= of(middle, i % 4);
+        const float2 rest = make_float2(last.x - middle.x, last.y - middle.y);
+        bool wide = false;
+        if (Block::UNBOUNDED) {
+            constexpr float MOST = 60.0f;
+#pragma unroll
+            for (int i = 0; i < 8; i++) wide |= fabsf(sum[i / 4][i % 4]) > MOST;
+            wide = __any_sync(~0u, wide);
+        }
+        return {make_float2(ex2(middle.x), ex2(middle.y)), make_float2(ex2(rest.x), ex2(rest.y)), middle, rest,
+                wide};
+    }
+
+    /* The decays from the subchunk's start to a token, and from a token to the subchunk's end. up and down are
+     * those from the eighth token and to it. */
+    static __device__ float from_start(float up, float sum, const Decays &d, int r)
+    {
+        return Block::UNBOUNDED ? ex2(sum + of(d.log_before, r)) : up * of(d.before, r);
+    }
+    static __device__ float to_end(float down, float sum, const Decays &d, int r)
+    {
+        return Block::UNBOUNDED ? ex2(of(d.log_rest, r) - sum) : down * of(d.rest, r);
+    }
+    static __device__ float2 product(const float2 &x, const float2 &y)
+    {
+        return make_float2(x.x * y.x, x.y * y.y);
+    }
+    static __device__ float of(const float2 &x, int r) /* r: element of a tile */
+    {
+        return r / 2 ? x.y : x.x;
+    }
+
+    /* ---- A subchunk ---- */
+
+    /* Numbers of this thread that wait in shared memory. */
+    static __device__ void stash(float4 *to, const float (*x)[4])
+    {
+        to[0] = make_float4(x[0][0], x[0][1], x[0][2], x[0][3]);
+        to[FKDA_HOPPER_CHUNK_THREADS] = make_float4(x[1][0], x[1][1], x[1][2], x[1][3]);
+    }
+    static __device__ void unstash(Elements &x, const float4 *from)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float4 four = from[FKDA_HOPPER_CHUNK_THREADS * i];
+            x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+        }
+    }
+    /* Place `i` of the thread; each has eight numbers. Places 0 to 2 have the sums of the first subchunk. */
+    __device__ float4 *first_stash(int i) const
+    {
+        return s.stash + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane;
+    }
+    /* Of dq and dk of a subchunk. */
+    __device__ float4 *result_stash(int sub, int i) const
+    {
+        return sub ? s.result_stash() + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane : first_stash(i);
+    }
+
+    /* What the subchunks need of each other. */
+    struct Across {
+        Elements writers; /* keys of the first subchunk, decayed to the border; operands */
+        Elements written; /* what the readers of the second subchunk give the writers of the first one */
+        float2 first_y;   /* the sum over the first subchunk of F_last,j k_j dKr_j */
+        float2 second_x;  /* the sum over the second subchunk of E_i (q_i dQ~_i + k_i dK~_i) */
+    };
+
+    /* The keys that the second subchunk reads, and first_y. `after`: the decay over the second subchunk. */
+    __device__ void begin_first(Across &across, const Elements &sum, const Decays &d, const float2 &after,
+                                const float (*dk_rest)[4]) const
+    {
+        Elements y;
+        load_normalised(across.writers, K, 0);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float &k = across.writers[i / 4][i % 4];
+            k *= to_end(ex2(-sum[i / 4][i % 4]), sum[i / 4][i % 4], d, i % 4);
+            y[i / 4][i % 4] = k * dk_rest[i / 4][i % 4];
+        }
+        across.first_y = product(sum_of_tokens(y), after);
+        round(across.writers);
+    }
+
+    /* Adds the pairs of tokens of a subchunk: to dq and dk what readers get, to w what writers get, and to x
+     * the sums of the rows of A less those of its columns. */
+    template <int sub>
+    __device__ void pair(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
+                         const Elements &k, const Elements &up, const Elements &down) const
+    {
+        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
+        Elements k_down, q_up, k_up, of_q, of_k, of_w;
+        clear(of_q), clear(of_k), clear(of_w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
+        round(k_down);
+        read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            q_up[i / 4][i % 4] = q[i / 4][i % 4] * up[i / 4][i % 4];
+            k_up[i / 4][i % 4] = k[i / 4][i % 4] * up[i / 4][i % 4];
+        }
+        round(q_up), round(k_up);
+        write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            /* Products of what the tensor core has taken, so that rows and columns agree. */
+            x[n][r] = __fmaf_rn(q_up[n][r], of_q[n][r], x[n][r]);
+            x[n][r] = __fmaf_rn(k_up[n][r], of_k[n][r], x[n][r]);
+            x[n][r] = __fmaf_rn(-k_down[n][r], of_w[n][r], x[n][r]);
+            dq[n][r] = __fmaf_rn(of_q[n][r], up[n][r], dq[n][r]);
+            dk[n][r] = __fmaf_rn(of_k[n][r], up[n][r], dk[n][r]);
+            w[n][r] = __fmaf_rn(of_w[n][r], down[n][r], w[n][r]);
+        }
+    }
+
+    /* The same pair by pair, for gates that forget so much that factors would leave the range of fp32. */
+    template <int sub>
+    __device__ void pair_directly(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
+                                  const Elements &k, const Elements &sum) const
+    {
+        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll 1
+                for (int lane_of_j = 0; lane_of_j < 4; lane_of_j++) { /* of the writer, in the quad */
+                    const int j = 16 * sub + 8 * n + 2 * lane_of_j + r % 2, from = (lane & ~3) | lane_of_j;
+                    const float k_j = __shfl_sync(~0u, k[n][r], from), sum_j = __shfl_sync(~0u, sum[n][r], from);
+                    float of_w = 0.0f;
+#pragma unroll
+                    for (int m = 0; m < 4; m++) { /* the lane's readers of the channel */
+                        const int i = 16 * sub + 8 * (m / 2) + 2 * t + m % 2, e = r / 2 * 2 + m % 2;
+                        if (i <= j) continue;
+                        const float f = ex2(sum[m / 2][e] - sum_j), by_q = P[i][j] * f, by_k = L[i][j] * f;
+                        of_w = __fmaf_rn(by_q, q[m / 2][e], __fmaf_rn(by_k, k[m / 2][e], of_w));
+                        const float of_q = by_q * k_j, of_k = by_k * k_j;
+                        dq[m / 2][e] += of_q, dk[m / 2][e] += of_k;
+                        x[m / 2][e] = __fmaf_rn(q[m / 2][e], of_q, __fmaf_rn(k[m / 2][e], of_k, x[m / 2][e]));
+                    }
+                    __syncwarp();
+                    of_w = sum_of_quad(of_w);
+                    if (t != lane_of_j) continue;
+                    w[n][r] += of_w;
+                    x[n][r] = __fmaf_rn(-k_j, of_w, x[n][r]);
+                }
+    }
+
+    /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves in
+     * the stash, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
+     * before the subchunk; after: of all after it. */
+    template <int sub>
+    __device__ void compute(Elements &dq, Elements &dk, Elements &w, Elements &dg, Across &across,
+                            const Elements &sum, const Decays &d, const float2 &before, const float2 &after,
+                            const float2 &kept) const
+    {
+        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
+        Elements q, k, x, y; /* x: terms that are summed from t on; y: those summed before t */
+        load_normalised(q, Q, sub), load_normalised(k, K, sub);
+
+        Elements up, down;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            up[i / 4][i % 4] = ex2(sum[i / 4][i % 4]), down[i / 4][i % 4] = ex2(-sum[i / 4][i % 4]);
+
+        /* ---- The state before the chunk as a writer, and the state after it as a reader ---- */
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            const float start = from_start(up[n][r], sum[n][r], d, r) * of(before, r);
+            dq[n][r] *= start, dk[n][r] *= start;
+            w[n][r] *= to_end(down[n][r], sum[n][r], d, r) * of(after, r);
+            x[n][r] = __fmaf_rn(q[n][r], dq[n][r], k[n][r] * dk[n][r]);
+            y[n][r] = k[n][r] * w[n][r];
+        }
+        if (sub == 1) across.second_x = sum_of_tokens(x);
+
+        /* ---- The subchunk itself ---- */
+        if (Block::UNBOUNDED && __builtin_expect(d.wide, 0))
+            pair_directly<sub>(dq, dk, w, x, q, k, sum);
+        else
+            pair<sub>(dq, dk, w, x, q, k, up, down);
+
+        /* ---- The other subchunk ---- */
+        if (sub == 1) {
+            Elements of_q, of_k;
+            clear(of_q), clear(of_k);
+            read(of_q, across.writers, P, 1, 0), read(of_k, across.writers, L, 1, 0);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int n = i / 4, r = i % 4;
+                const float from_border = from_start(up[n][r], sum[n][r], d, r), q_there = q[n][r] * from_border,
+                            k_there = k[n][r] * from_border;
+                dq[n][r] = __fmaf_rn(of_q[n][r], from_border, dq[n][r]);
+                dk[n][r] = __fmaf_rn(of_k[n][r], from_border, dk[n][r]);
+                x[n][r] = __fmaf_rn(q_there, of_q[n][r], __fmaf_rn(k_there, of_k[n][r], x[n][r]));
+                of_q[n][r] = q_there, of_k[n][r] = k_there;
+            }
+            round(of_q), round(of_k);
+            clear(across.written);
+            write(across.written, of_q, P, 1, 0), write(across.written, of_k, L, 1, 0);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int n = i / 4, r = i % 4;
+                const float by = across.written[n][r] * to_end(down[n][r], sum[n][r], d, r);
+                w[n][r] += by;
+                y[n][r] = __fmaf_rn(k[n][r], by, y[n][r]);
+            }
+        }
+
+        /* ---- Sums ---- */
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const float2 own = factor(s.on_diagonal, sub, n);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const float p = r % 2 ? own.y : own.x;
+                dk[n][r] += __fmaf_rn(p, q[n][r], w[n][r]);
+                dq[n][r] = __fmaf_rn(p, k[n][r], dq[n][r]);
+                dg[n][r] = of(kept, r) + (sub == 1 ? of(across.first_y, r) : of(across.second_x, r));
+            }
+        }
+        if (!(Block::OPTIONS && args.qk_is_normalised)) announce_along(q, dq, k, dk, sub);
+        stash(result_stash(sub, 0), dq), stash(result_stash(sub, 1), dk);
+        add_from_here(dg, x);
+        add_before(dg, y);
+    }
+
+    /* ---- Gates ---- */
+
+    /* Turns the gradient of the log decay into that of the raw gate, and adds up for dt_bias and A_log. The
+     * bounded gate is lower_bound s with s = 1 / (1 + 2^z) and z = slope (g + dt_bias), and its derivative by z
+     * is - lower_bound ln 2 s (1 - s); what is common to all elements is left to finish_sums(). */
+    __device__ void finish_gates(Elements &dg, int sub, float (&by_bias)[2], float (&by_rate)[2]) const
+    {
+        constexpr float MOST = 125.0f; /* 2^z stays in the range of fp32 */
+        Elements raw_gates;
+        load_gates(raw_gates, sub);
+        if (Block::UNBOUNDED && !gate_of_call<Block>(args).is_bounded()) {
+            finish_unbounded_gates(dg, raw_gates, sub, by_bias, by_rate);
+            return;
+        }
+        const float slope = s.gate[0][warp].slope, factor = gate_factor() * s.pair_unit;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                float z = __fmaf_rn(raw_gates[n][r], slope, offset[r / 2]);
+                z = z > MOST ? MOST : z; /* fminf would hide a NaN */
+                z = z < -MOST ? -MOST : z;
+                const float e = ex2(z), sigmoid = rcp(1.0f + e);
+                float &x = dg[n][r];
+                x *= e * sigmoid * sigmoid;
+                by_rate[r / 2] = __fmaf_rn(x, z, by_rate[r / 2]);
+                by_bias[r / 2] += x;
+                x *= factor;
+            }
+    }
+
+    /* The softplus gate is -exp(A_log) softplus(g + dt_bias), and the activated one is g. The gradient of a gate
+     * has its decay as a factor. Where this is next to nothing, the gradient is 0: what the sums have left is
+     * their rounding, and A_log would multiply it by a log decay without a bound. */
+    __device__ void finish_unbounded_gates(Elements &dg, const Elements &raw_gates, int sub, float (&by_bias)[2],
+                                           float (&by_rate)[2]) const
+    {
+        const bool softplus = gate_of_call<Block>(args).is_softplus();
+        const float factor = softplus ? s.gate[0][warp].factor : 1.0f;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                constexpr float NEXT_TO_NOTHING = -30.0f;
+                const float z = __fmaf_rn(raw_gates[n][r], LOG2_E, offset[r / 2]),
+                            log_decay = softplus ? factor * log2_of_1_plus_ex2(z) : z;
+                float &x = dg[n][r];
+                if (log_decay < NEXT_TO_NOTHING || 16 * sub + 8 * n + 2 * t + r % 2 >= s.at.left)
+                    x = 0.0f;
+                else if (softplus) {
+                    by_rate[r / 2] = __fmaf_rn(x * s.pair_unit, log_decay, by_rate[r / 2]);
+                    x *= factor * rcp(1.0f + ex2(-z));
+                }
+                x *= s.pair_unit;
+                by_bias[r / 2] += x;
+            }
+    }
+
+    /* lower_bound exp(A_log): the derivative of the bounded gate by g is this times s (1 - s). */
+    __device__ float gate_factor() const
+    {
+        return s.gate[0][warp].slope * (-1.0f / LOG2_E) * args.lower_bound;
+    }
+
+    __device__ void store_parameter_sums(const float (&by_bias)[2], const float (&by_rate)[2]) const
+    {
+        if (!all.bwd.sums) return;
+        float *const to = all.bwd.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM) + 16 * warp + g;
+        const bool bounded = !Block::UNBOUNDED || gate_of_call<Block>(args).is_bounded();
+        const float of_bias = bounded ? gate_factor() * s.pair_unit : 1.0f,
+                    of_rate = bounded ? args.lower_bound * (-1.0f / LOG2_E) * s.pair_unit : 1.0f / LOG2_E;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float bias_sum = sum_of_quad(by_bias[r]) * of_bias, rate_sum = sum_of_quad(by_rate[r]) * of_rate;
+            if (t == 0) to[8 * r] = bias_sum, to[DIM + 8 * r] = rate_sum;
+        }
+    }
+
+    /* ---- Outputs ---- */
+
+    /* Stores the subchunk's elements through the place of a raw tile, in which they take this warp's own
+     * channels; or in fp32 as they are. Lane i stores half of the channels of token i / 2. */
+    __device__ void store(const Elements &x, int which, int sub, void *tensor, const fkda_token_strides &strides,
+                          int head) const
+    {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) pairs[i] = pack_bf16(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+        store_matrices_transposed(place(which, sub), pairs);
+        __syncwarp();
+        const int token = 16 * sub + lane / 2;
+        const uint4 eight = *token_unit(raw(which), token, 16 * warp % 64 / 8 + lane % 2);
+        __syncwarp();
+        if (!tensor || token >= s.at.left) return;
+        *reinterpret_cast<uint4 *>(static_cast<char *>(tensor) +
+                                   2 * (token_place(strides, s.at.row, s.at.token + token, head) + 16 * warp +
+                                        8 * (lane % 2))) = eight;
+    }
+
+    /* In fp32, to the row of each token that begins at row(token). */
+    template <class Row> __device__ void store_fp32(const Elements &x, int sub, Row row) const
+    {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, token = 16 * sub + 8 * n + 2 * t + i % 2;
+            if (token < s.at.left) row(token)[16 * warp + g + i % 4 / 2 * 8] = x[n][i % 4];
+        }
+    }
+
+    /* The sum over the warp's channels of x y, for each token. */
+    __device__ void announce_along(const Elements &q, const Elements &dq, const Elements &k,
+                                   const Elements &dk, int sub) const
+    {
+        float sums[8];
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* tile i / 2, token i % 2 */
+            const int n = i / 2, e = i % 2;
+            sums[i] = __fmaf_rn(q[n][e], dq[n][e], q[n][e + 2] * dq[n][e + 2]);
+            sums[4 + i] = __fmaf_rn(k[n][e], dk[n][e], k[n][e + 2] * dk[n][e + 2]);
+        }
+        const float sum = sum_over_g(sums, lane); /* number g */
+        s.norm_sums.of_warp[g / 4][warp][16 * sub + 8 * (g / 2 % 2) + 2 * t + g % 2] = sum;
+    }
+
+    /* Through the norm, and to memory. */
+    __device__ void store_through_norm(int i, int which, int sub, void *tensor, float *parts,
+                                       const fkda_token_strides &strides) const
+    {
+        Elements result;
+        unstash(result, result_stash(sub, i));
+        if (!(Block::OPTIONS && args.qk_is_normalised)) {
+            Elements x;
+            load_normalised(x, which, sub);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const float2 along = factor(s.norm_sums.all[which == K], sub, n),
+                             scale = factor(s.inverse_norm[0][0][which == Q], sub, n);
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    result[n][r] = __fmaf_rn(-x[n][r], r % 2 ? along.y : along.x, result[n][r]) *
+                                   ((r % 2 ? scale.y : scale.x) * s.pair_unit);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < 8; n++) result[n / 4][n % 4] *= s.pair_unit;
+        }
+        if (parts && tensor)
+            store_fp32(result, sub, [&](int token) {
+                return parts + ((static_cast<long long>(s.at.row) * args.tokens + s.at.token + token) *
+                                    args.heads +
+                                s.at.head) *
+                                   DIM;
+            });
+        else
+            store(result, which, sub, tensor, strides, s.at.qk_head);
+    }
+
+    /* ---- The step ---- */
+
+    __device__ void run(ChannelSums &sums)
+    {
+        const fkda_bwd_args &b = all.bwd;
+        load_bias();
+        /* The inputs come for the second time, or for the third one if the preparation was careful. */
+        mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
+        if (s.at.left < CHUNK_TOKENS) clear_past_end();
+        {
+            float by_bias[2] = {}, by_rate[2] = {};
+            Elements first, second, dg;
+            Across across;
+            sum_gates(first, 0), sum_gates(second, 1);
+            const Decays of_first = find_decays(first), of_second = find_decays(second);
+            const float2 ones = make_float2(1.0f, 1.0f), over_first = product(of_first.before, of_first.rest),
+                         over_second = product(of_second.before, of_second.rest),
+                         kept = product(product(over_first, over_second),
+                                        make_float2(sums.kept[0], sums.kept[1]));
+            begin_first(across, first, of_first, over_second, sums.k_rest);
+            stash(first_stash(0), sums.q), stash(first_stash(1), sums.k), stash(first_stash(2), sums.k_rest);
+            {
+                Elements &q = reinterpret_cast<Elements &>(sums.q[2]), &k = reinterpret_cast<Elements &>(sums.k[2]),
+                         &w = reinterpret_cast<Elements &>(sums.k_rest[2]);
+                compute<1>(q, k, w, dg, across, second, of_second, over_first, ones, kept);
+            }
+            finish_gates(dg, 1, by_bias, by_rate);
+            store_gates(dg, 1);
+            Elements q, k, w;
+            unstash(q, first_stash(0)), unstash(k, first_stash(1)), unstash(w, first_stash(2));
+            compute<0>(q, k, w, dg, across, first, of_first, ones, over_second, kept);
+            finish_gates(dg, 0, by_bias, by_rate);
+            store_gates(dg, 0);
+            store_parameter_sums(by_bias, by_rate);
+        }
+
+        /* ---- Norms ---- */
+        __syncthreads();
+        if (warp < 2) { /* the sum of a token: of its query in warp 0, of its key in warp 1 */
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < CHUNK_WARPS; w++) sum += s.norm_sums.of_warp[warp][w][lane];
+            s.norm_sums.all[warp][lane] = sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int sub = 0; sub < 2; sub++) {
+            store_through_norm(0, Q, sub, b.dq, b.dq_parts, b.dq_strides);
+            store_through_norm(1, K, sub, b.dk, b.dk_parts, b.dk_strides);
+        }
+    }
+
+    __device__ void store_gates(const Elements &dg, int sub) const
+    {
+        if (Block::OPTIONS && args.g_is_f32) {
+            if (!all.bwd.dg) return;
+            store_fp32(dg, sub, [&](int token) {
+                return static_cast<float *>(all.bwd.dg) + s.at.place(all.bwd.dg_strides, token);
+            });
+        } else {
+            store(dg, G, sub, all.bwd.dg, all.bwd.dg_strides, s.at.head);
+        }
+    }
+};
+
+} // namespace fkda
+
+#endif

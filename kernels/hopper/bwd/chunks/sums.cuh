@@ -1,0 +1,138 @@
+/*
+ * The third step of a chunk: sums over V.
+ *
+ *     dQ~ = dO S^T      dK~ = - dR S^T      dKr = U D^T      kept = the sum over V of S D
+ *     dO U^T and - dR U^T between tokens, below the diagonal
+ *
+ * A warp has 16 channels of K as rows, and all tokens as columns.
+ */
+#ifndef FKDA_HOPPER_CHUNKS_SUMS_CUH
+#define FKDA_HOPPER_CHUNKS_SUMS_CUH
+
+#include "values.cuh"
+
+namespace fkda
+{
+
+/* Sums over V of a warp's channels: rows are channels g, g, g + 8, g + 8. */
+struct ChannelSums {
+    float q[CHUNK_TOKENS / 8][4], k[CHUNK_TOKENS / 8][4], k_rest[CHUNK_TOKENS / 8][4];
+    float kept[2]; /* of channels g and g + 8 */
+};
+
+/* Rounded to tf32: half of the last bit that the tensor core keeps is added. */
+__device__ __forceinline__ float round_to_tf32(float x)
+{
+    return __uint_as_float(__float_as_uint(x) + 0x1000u);
+}
+
+template <class Block> struct ChunkSums {
+    Shared<Block> &s;
+    int warp, lane, g, t;
+    float u_unit, dr_unit, dout_unit; /* dout_unit: times the call's scale */
+    float state_unit, gradient_unit;  /* of the images */
+    float pair_unit;                  /* what all results are divided by */
+
+    __device__ ChunkSums(Shared<Block> &shared, float scale, float2 units)
+        : s(shared), state_unit(units.x), gradient_unit(units.y)
+    {
+        const ThreadPlace p = thread_place();
+        warp = p.warp, lane = p.lane, g = p.g, t = p.t;
+        u_unit = ChunkValues<Block>::unit_of(s.largest[0]).size;
+        dr_unit = ChunkValues<Block>::unit_of(s.largest[1]).size;
+        dout_unit = ChunkValues<Block>::unit_of(s.largest[2]).size * scale;
+        /* Sums of products of operands are below 2^35. Divided by this they are below 2^55. */
+        const float most = fmaxf(dr_unit, fabsf(dout_unit));
+        pair_unit = fmaxf(fmaxf(most * u_unit, 0x1p-20f * state_unit * fmaxf(most, gradient_unit)),
+                          fmaxf(0x1p-20f * gradient_unit * u_unit, 0x1p-120f));
+        if (warp == 0 && lane == 0) s.pair_unit = pair_unit;
+    }
+
+    /* The operand [tokens, V] in half of the rows of V. */
+    __device__ const unsigned char *u(int half) const
+    {
+        return s.tokens[0].v[half];
+    }
+    __device__ const unsigned char *minus_dr(int half) const
+    {
+        return s.tokens[0].half[half].tile[Q];
+    }
+    __device__ const unsigned char *dout(int half) const
+    {
+        return s.dout[half];
+    }
+
+    __device__ void sum_channels(ChannelSums &to) const
+    {
+        const int columns = matrix_row_by_token(lane);
+        const uint32_t first = image_columns(0, lane) ^ 32 * warp;
+        float both[2][4] = {};
+        const auto add = [&](float (&sum)[CHUNK_TOKENS / 8][4], const uint32_t(&a)[4],
+                             const unsigned char *half, int d) {
+#pragma unroll
+            for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
+                uint32_t b[4];
+                load_matrices(b, shared_address(half) + (columns ^ d % 4 * 32) + sub * SUBCHUNK_BYTES);
+                multiply_tiles(&sum[2 * sub], a, b);
+            }
+        };
+#pragma unroll
+        for (int d = 0; d < DIM / 16; d++) {
+            uint32_t of_state[4], of_gradient[4];
+            load_matrices_transposed(of_state, shared_address(s.state.bytes) + first +
+                                                   16 * d * ImageRows::ROW_BYTES);
+            load_matrices_transposed(of_gradient, shared_address(s.gradient.bytes) + first +
+                                                      16 * d * ImageRows::ROW_BYTES);
+            add(to.q, of_state, dout(d / 4), d);
+            add(to.k, of_state, minus_dr(d / 4), d);
+            add(to.k_rest, of_gradient, u(d / 4), d);
+            /* The sum of S D is the diagonal of a product of channels with channels. */
+            mma_half(both[0], of_state[0], of_state[1], of_state[2], of_state[3], of_gradient[0],
+                     of_gradient[2]);
+            mma_half(both[1], of_state[0], of_state[1], of_state[2], of_state[3], of_gradient[1],
+                     of_gradient[3]);
+        }
+        const float state = state_unit / pair_unit, gradient = gradient_unit / pair_unit;
+        multiply_by(to.q, state * dout_unit);
+        multiply_by(to.k, state * dr_unit);
+        multiply_by(to.k_rest, gradient * u_unit);
+        /* Channel g of the diagonal is in lane t = g / 2. */
+        const float top = g % 2 ? both[0][1] : both[0][0], low = g % 2 ? both[1][3] : both[1][2];
+        to.kept[0] = __shfl_sync(~0u, top, 4 * g + g / 2) * (state * gradient_unit);
+        to.kept[1] = __shfl_sync(~0u, low, 4 * g + g / 2) * (state * gradient_unit);
+    }
+
+    /* 16 rows and 16 columns of a product between tokens in each of six warps. */
+    __device__ void sum_between_tokens() const
+    {
+        if (warp >= 6) return;
+        const int which = warp % 2, part = warp / 2; /* part: 0 above 1, beside 2 */
+        const int rows = part > 0, columns = part > 1;
+        const float factor = (which ? dr_unit : dout_unit) * u_unit / pair_unit;
+        float sum[2][4] = {};
+#pragma unroll
+        for (int d = 0; d < DIM / 16; d++) {
+            uint32_t a[4], b[4];
+            const unsigned char *const x = which ? minus_dr(d / 4) : dout(d / 4);
+            load_matrices(a, shared_address(x) + (matrix_row(lane) ^ d % 4 * 32) + rows * SUBCHUNK_BYTES);
+            load_matrices(b, shared_address(u(d / 4)) + (matrix_row_by_token(lane) ^ d % 4 * 32) +
+                                 columns * SUBCHUNK_BYTES);
+            multiply_tiles(sum, a, b);
+        }
+        TokenPairs &to = which ? s.keys_with_writes() : s.queries_with_writes();
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int i = 16 * rows + g + 8 * r, j = 16 * columns + 8 * n + 2 * t;
+                const float x = sum[n][2 * r] * factor, y = sum[n][2 * r + 1] * factor;
+                store_two(&to[i][j], j < i ? round_to_tf32(x) : 0.0f, j + 1 < i ? round_to_tf32(y) : 0.0f);
+                if (which == 0 && j == i) s.on_diagonal[i] = x;
+                if (which == 0 && j + 1 == i) s.on_diagonal[i] = y;
+            }
+    }
+};
+
+} // namespace fkda
+
+#endif

@@ -1,0 +1,302 @@
+/*
+ * The second step of a chunk, by rows of V: what the chunk writes, and the gradients with respect to it.
+ *
+ * Algorithm. With S before the chunk, D after it, N = K~ K^^T below the diagonal:
+ *
+ *     R  = V - K~ S         U  = T R         M  = R - N U       (what the state does not predict)
+ *     dU = Kr D + P^T dO    dR = T^T dU      dX = dU - N^T dR
+ *
+ * dR is the gradient of v, and the sum over V of dX M that of b. Since U = b M and dR = b dX, it is also that
+ * of dR U / b^2. This is cheaper and more accurate, because T has the differences in it; where b is so small
+ * that T does not hold it well, M and dX are found themselves. A warp has 16 rows of V, and all tokens as
+ * columns, so that the accumulators of one product are the A operand of the next one.
+ *
+ * U, - dR and dO are left as operands of the sums over V (sums.cuh), divided by one unit each.
+ */
+#ifndef FKDA_HOPPER_CHUNKS_VALUES_CUH
+#define FKDA_HOPPER_CHUNKS_VALUES_CUH
+
+#include "block.cuh"
+
+namespace fkda
+{
+
+/* Rows g, g, g + 8, g + 8 of V of the warp, and tokens 8 i + 2 t, + 1, + 0, + 1. */
+typedef float Rows[CHUNK_TOKENS / 8][4];
+
+template <class Block> struct ChunkValues {
+    static constexpr int TILES = CHUNK_TOKENS / 8, DEPTHS = CHUNK_TOKENS / 16;
+    const fkda_hopper_chunk_args &all;
+    Shared<Block> &s;
+    int warp, lane, g, t;
+
+    __device__ ChunkValues(const fkda_hopper_chunk_args &a, Shared<Block> &shared) : all(a), s(shared)
+    {
+        const ThreadPlace p = thread_place();
+        warp = p.warp, lane = p.lane, g = p.g, t = p.t;
+    }
+
+    /* ---- Images ---- */
+
+    /* Divides all rows of an image by one number, the largest of their scales, which it returns. The warp
+     * changes its own 16 rows. */
+    __device__ float unify(ImageRows &image, const float (&scale)[DIM]) const
+    {
+        uint32_t most = 0;
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++) most = max(most, __float_as_uint(scale[32 * i + lane]));
+        const float unit = __uint_as_float(__reduce_max_sync(~0u, most));
+#pragma unroll 1
+        for (int row = 16 * warp; row < 16 * warp + 16; row++) {
+            const float factor = scale[row] * inverse_power(unit);
+            if (factor == 1.0f) continue;
+            uint2 &four = *reinterpret_cast<uint2 *>(image.bytes + row * ImageRows::ROW_BYTES + 8 * lane);
+            const uint32_t both = pack_half(factor, factor);
+            four = make_uint2(multiply_halves(four.x, both), multiply_halves(four.y, both));
+        }
+        __syncwarp();
+        return unit;
+    }
+
+    /* x = x + (image) (tile)^T for a tile of tokens by channels. */
+    __device__ void read(Rows &x, const ImageRows &image, int tile) const
+    {
+        const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
+                       columns = matrix_row_by_token(lane);
+#pragma unroll
+        for (int d = 0; d < DIM / 16; d++) {
+            uint32_t a[4], b[4];
+            load_matrices(a, rows ^ 32 * d);
+            const uint32_t place = shared_address(s.tokens[0].half[d / 4].tile[tile]) + (columns ^ d % 4 * 32);
+#pragma unroll
+            for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
+                load_matrices(b, place + sub * SUBCHUNK_BYTES);
+                multiply_tiles(&x[2 * sub], a, b);
+            }
+        }
+    }
+
+    /* ---- Rows of V of a tile [tokens, V] in shared memory ---- */
+
+    /* Where the lane's row is for the warp's rows of V; `half` has 64 of them. */
+    __device__ uint32_t value_place() const
+    {
+        return matrix_row_by_token(lane) ^ 16 * warp % 64 / 8 * 16;
+    }
+
+    /* bf16; zeros past the sequence's end. */
+    __device__ void load_values(Rows &x, const unsigned char *half) const
+    {
+#pragma unroll
+        for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
+            uint32_t raw[4];
+            load_matrices_transposed(raw, shared_address(half) + value_place() + sub * SUBCHUNK_BYTES);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const uint32_t pair = raw[i / 2];
+                const int tile = 2 * sub + i / 4, e = i % 2;
+                x[tile][i % 4] = 8 * tile + 2 * t + e < s.at.left
+                                     ? (e ? bf16_high(pair) : bf16_low(pair))
+                                     : 0.0f;
+            }
+        }
+    }
+
+    template <class Pack> __device__ void store(const Rows &x, unsigned char *half, Pack pack_two) const
+    {
+#pragma unroll
+        for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                pairs[i] = pack_two(x[2 * sub + i / 2][i % 2 * 2], x[2 * sub + i / 2][i % 2 * 2 + 1]);
+            store_matrices_transposed(shared_address(half) + value_place() + sub * SUBCHUNK_BYTES, pairs);
+        }
+    }
+
+    __device__ void store_operand(const Rows &x, unsigned char *half, float factor) const
+    {
+        store(x, half, [=](float a, float b) { return pack_half(a * factor, b * factor); });
+    }
+
+    /* Stores dv through the place of v. Lane i has token i. */
+    __device__ void store_dv(const Rows &dr, unsigned char *half) const
+    {
+        store(dr, half, [](float a, float b) { return pack_bf16(a, b); });
+        __syncwarp();
+        if (all.bwd.dv && lane < s.at.left) {
+            const int unit = 16 * warp % 64 / 8;
+            char *to = static_cast<char *>(all.bwd.dv) +
+                       2 * (s.at.place(all.bwd.dv_strides, lane) + 16 * warp);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                reinterpret_cast<uint4 *>(to)[i] = *token_unit(half, lane, unit + i);
+        }
+        __syncwarp();
+    }
+
+    /* ---- Products with matrices between tokens ---- */
+
+    /* d += x m with `place(column, depth)` the lane's row of the matrices for tiles of columns n and n + 1 and
+     * 16 depths. lower: m is zero where depth < column, otherwise where depth > column. */
+    template <bool lower, bool transposed, class Place>
+    __device__ void multiply(Rows &d, const uint32_t (&x)[DEPTHS][4], Place place) const
+    {
+#pragma unroll
+        for (int j = 0; j < DEPTHS; j++)
+#pragma unroll
+            for (int n = 0; n < DEPTHS; n++) {
+                if (lower ? n > j : n < j) continue;
+                uint32_t b[4];
+                if (transposed)
+                    load_matrices_transposed(b, place(16 * n, 16 * j));
+                else
+                    load_matrices(b, place(16 * n, 16 * j));
+                multiply_tiles(&d[2 * n], x[j], b);
+            }
+    }
+
+    /* x as an A operand with tokens as depths. Returns its unit, which is the warp's own. */
+    __device__ float pack_rows(uint32_t (&a)[DEPTHS][4], const Rows &x) const
+    {
+        const Unit unit(__reduce_max_sync(~0u, largest_of(x)));
+#pragma unroll
+        for (int i = 0; i < DEPTHS; i++) pack(a[i], x[2 * i], x[2 * i + 1], unit.inverse);
+        return unit.size;
+    }
+
+    /* The lane's place in the two tiles, for matrices (column, depth), (column, depth + 8), (column + 8,
+     * depth), (column + 8, depth + 8). along: the tile's units run along the columns of the product. */
+    __device__ int column(int c) const
+    {
+        return c + lane / 16 * 8;
+    }
+    __device__ int depth(int d) const
+    {
+        return d + lane / 8 % 2 * 8;
+    }
+
+    /* ---- Tokens with tiny write strengths ---- */
+
+    /* m = M = R - N U */
+    __device__ void find_missed(Rows &m, const Rows &r, const Rows &u) const
+    {
+        uint32_t a[DEPTHS][4];
+        const float unit = pack_rows(a, u);
+        Rows sum = {};
+        multiply<false, false>(sum, a,
+                               [&](int c, int d) { return s.keys.at(column(c) + lane % 8, depth(d)); });
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            m[i / 4][i % 4] = __fmaf_rn(sum[i / 4][i % 4], -unit, r[i / 4][i % 4]);
+    }
+
+    /* The lane's parts of the sums of dX M, of tokens with tiny write strengths. */
+    __device__ void sum_missed(float (&sums)[8], const Rows &m, const Rows &du, const Rows &dr) const
+    {
+        uint32_t a[DEPTHS][4];
+        const float unit = pack_rows(a, dr);
+        Rows x = {};
+        multiply<true, true>(x, a, [&](int c, int d) { return s.keys.at(depth(d) + lane % 8, column(c)); });
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (!is_faint(s.strength[8 * (i / 2) + 2 * t + i % 2], s.stage[0].divisor)) continue;
+            sums[i] = 0.0f;
+#pragma unroll
+            for (int e = i % 2; e < 4; e += 2)
+                sums[i] = __fmaf_rn(__fmaf_rn(x[i / 2][e], -unit, du[i / 2][e]), m[i / 2][e], sums[i]);
+        }
+    }
+
+    /* ---- The step ---- */
+
+    /* The largest magnitude of the warp's rows. */
+    __device__ void announce(int which, const Rows &x) const
+    {
+        const uint32_t most = __reduce_max_sync(~0u, largest_of(x));
+        if (lane == 0) s.largest[which][warp] = most;
+    }
+    static __device__ Unit unit_of(const uint32_t (&largest)[CHUNK_WARPS])
+    {
+        uint32_t most = 0;
+#pragma unroll
+        for (int i = 0; i < CHUNK_WARPS; i++) most = max(most, largest[i]);
+        return Unit(most);
+    }
+
+    /* Before: the CTA has prepared, and one more meeting makes T, P and N known. `load_gradient` starts the
+     * copy of D, whose place the solver has used until then. Returns the units of the images. */
+    template <class Load> __device__ float2 run(Load load_gradient) const
+    {
+        using SolveTile = decltype(Stage<Block>::solve);
+        SolveTile &solve = s.stage[0].solve;
+        auto &attend = s.stage[0].attend;
+        const int row8 = lane % 8;
+        unsigned char *const v = s.tokens[0].v[16 * warp / 64], *const dout = s.dout[16 * warp / 64];
+        uint32_t a[DEPTHS][4];
+
+        /* ---- R ---- */
+        Rows r = {}, u = {};
+        mbarrier_wait(&s.state_there, 0);
+        const float state_unit = unify(s.state, s.state_scale);
+        read(r, s.state, K);
+        mbarrier_wait(&s.values_there, 0);
+        load_values(u, v);
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            r[i / 4][i % 4] = __fmaf_rn(r[i / 4][i % 4], -state_unit, u[i / 4][i % 4]), u[i / 4][i % 4] = 0.0f;
+        __syncthreads(); /* T, P and N are there */
+        load_gradient();
+        const float divisor = s.stage[0].divisor;
+
+        /* ---- U ---- */
+        float unit = pack_rows(a, r);
+        multiply<false, true>(u, a, [&](int c, int d) { return solve.at(column(c), depth(d) + row8); });
+        multiply_by(u, unit * divisor);
+
+        /* ---- dU and dR ---- */
+        const bool faint = s.has_faint_write;
+        Rows missed;
+        if (__builtin_expect(faint, 0)) find_missed(missed, r, u);
+        Rows du = {}, dr = {}, x = {};
+        mbarrier_wait(&s.gradient_there, 0);
+        const float gradient_unit = unify(s.gradient, s.gradient_scale);
+        read(du, s.gradient, G);
+        load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
+        unit = pack_rows(a, r) * all.bwd.fwd.scale;
+        multiply<true, true>(x, a, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            du[i / 4][i % 4] = __fmaf_rn(x[i / 4][i % 4], unit, du[i / 4][i % 4] * gradient_unit);
+        }
+        unit = pack_rows(a, du);
+        multiply<true, false>(dr, a, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
+        multiply_by(dr, unit * divisor);
+
+        /* ---- dbeta and dv ---- */
+        float sums[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float b = s.strength[8 * (i / 2) + 2 * t + i % 2];
+            sums[i] = __fmaf_rn(dr[i / 2][i % 2], u[i / 2][i % 2], dr[i / 2][i % 2 + 2] * u[i / 2][i % 2 + 2]) *
+                      rcp(b) * rcp(b);
+        }
+        if (__builtin_expect(faint, 0)) sum_missed(sums, missed, du, dr);
+        const float dbeta = sum_over_g(sums, lane); /* of token 8 (g / 2) + 2 t + g % 2 */
+        store_dv(dr, v);
+
+        /* ---- Operands ---- */
+        announce(0, u), announce(1, dr), announce(2, r);
+        __syncthreads();
+        s.dbeta[warp][8 * (g / 2) + 2 * t + g % 2] = dbeta;
+        store_operand(u, v, unit_of(s.largest[0]).inverse);
+        store_operand(dr, s.tokens[0].half[16 * warp / 64].tile[Q], -unit_of(s.largest[1]).inverse);
+        store_operand(r, dout, unit_of(s.largest[2]).inverse);
+        __syncthreads();
+        return make_float2(state_unit, gradient_unit);
+    }
+};
+
+} // namespace fkda
+
+#endif
