@@ -194,6 +194,8 @@ if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_states_fwd kernels/hopper/states_fwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_states_segments kernels/hopper/states_segments.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_bwd kernels/hopper/bwd/bwd.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_walk kernels/hopper/bwd/walk.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_general_walk kernels/hopper/bwd/general_walk.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_bwd_chunks kernels/hopper/bwd/chunks/chunks.cu ARCHS 90a)
   target_sources(flashkda PRIVATE
     src/cuda/hopper/bwd.c
@@ -204,6 +206,7 @@ if(NOT hopper_failed)
     src/cuda/hopper/launch.c
     src/cuda/hopper/plan.c
     src/cuda/hopper/relay_plan.c
+    src/cuda/hopper/walks.c
     src/cuda/hopper/workspace.c)
   target_compile_definitions(flashkda PRIVATE FKDA_WITH_HOPPER)
 endif()

@@ -502,6 +502,23 @@ static void stretches(void)
     check_problem(p, 29);
 }
 
+/* Few heads of sequences so long that a GPU cuts them into parts and goes through all parts at the same
+ * time. */
+static void parts(void)
+{
+    for (int i = 0; i < 3; i++) {
+        static const int64_t size = 3000;
+        problem *p = i == 1 ? problem_create_ragged(&size, 1, 1) : problem_create(i == 2 ? 2 : 1, 2700, 1);
+        fill_case(p, find_case(i ? "slow gates" : "channels from fast to slow"), 37);
+        if (i == 1) {
+            p->gate = FLASH_KDA_GATE_SOFTPLUS;
+            fill_decays(p, DECAYS_MIXED, false, 37);
+        }
+        trying("long sequences of few heads, %d", i);
+        check_problem(p, 37);
+    }
+}
+
 /* Channels that forget 1e-6 nats a token: the gradient of each of them must be right, not only that of all
  * together. */
 static void slow_channels(void)
@@ -739,11 +756,11 @@ static void neighbours(void)
 
 /* ---- Drawn options ------------------------------------------------------------------------------------- */
 
-static void try_seed(uint64_t seed)
+static void try_seed(uint64_t seed, bool is_long)
 {
     rng r = rng_seed(seed);
-    const drawing how = {ALL_OPTIONS & ~(1 << OPTION_POOL | 1 << OPTION_CHECKPOINTS), test.quick ? 150 : 600,
-                         false};
+    const int64_t tokens = is_long ? 1200 : test.quick ? 150 : 600;
+    const drawing how = {ALL_OPTIONS & ~(1 << OPTION_POOL | 1 << OPTION_CHECKPOINTS), tokens, is_long};
     problem *p = draw_problem(&r, how);
     bwd_problem *b = bwd_problem_create(p, rng_bits(&r));
     bwd_options options = {.forward = draw_options(&r, how, p)};
@@ -766,7 +783,15 @@ static void drawn(void)
 {
     const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1),
                    count = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 10 : 100);
-    for (uint64_t seed = first; seed < first + count; seed++) try_seed(seed);
+    for (uint64_t seed = first; seed < first + count; seed++) try_seed(seed, false);
+}
+
+/* Sequences with borders between the segments of a GPU. */
+static void drawn_long(void)
+{
+    const uint64_t first = number_from("FLASH_KDA_TEST_SEED", 1),
+                   count = number_from("FLASH_KDA_TEST_PROBLEMS", test.quick ? 6 : 40);
+    for (uint64_t seed = first; seed < first + count; seed++) try_seed(seed, true);
 }
 
 /* ---- Interruption -------------------------------------------------------------------------------------- */
@@ -814,6 +839,7 @@ int main(int argc, char **argv)
         {"groups", groups},
         {"segments", segments},
         {"stretches", stretches},
+        {"parts", parts},
         {"slow-channels", slow_channels},
         {"recorded", recorded},
         {"determinism", determinism},
@@ -824,6 +850,7 @@ int main(int argc, char **argv)
         {"only-initial-state", only_initial_state},
         {"neighbours", neighbours},
         {"drawn", drawn},
+        {"drawn-long", drawn_long},
         {"interrupted", interrupted},
         {"worst", print_worst},
     };

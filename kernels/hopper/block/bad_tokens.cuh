@@ -104,14 +104,14 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
         const uint32_t none = no_decay<Block>(args);
         uint32_t g[4] = {none, none, none, none};
         Eight k = {}, q = {};
-        if (token < at.left) {
+        if (token < at.here()) {
             const int channel = first_channel + 8 * unit;
             const long long from = at.place(args.g_strides, token) + channel;
             const bool fp32 = has_fp32_gates<Block>(args);
             const Eight raw = fp32 ? Eight{} : load_eight(args.g, from);
             bool bad = __float_as_uint(key_factor[token]) == __float_as_uint(BAD_KEY);
             if (!bad) k = load_eight(args.k, at.place(args.k_strides, token, args.group) + channel);
-            if (Block::OUTPUTS) q = load_eight(args.q, at.place(args.q_strides, token, args.group) + channel);
+            if (Block::QUERIES) q = load_eight(args.q, at.place(args.q_strides, token, args.group) + channel);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
                 float log2_decay;
@@ -131,7 +131,7 @@ __device__ __forceinline__ int restore_inputs(const fkda_fwd_args &args, Tokens<
         }
         *token_unit(half.tile[G], token, place) = make_uint4(g[0], g[1], g[2], g[3]);
         *token_unit(half.tile[K], token, place) = make_uint4(k.pair[0], k.pair[1], k.pair[2], k.pair[3]);
-        if constexpr (Block::OUTPUTS)
+        if constexpr (Block::QUERIES)
             *token_unit(half.tile[Q], token, place) = make_uint4(q.pair[0], q.pair[1], q.pair[2], q.pair[3]);
     }
     return static_cast<int>(__reduce_min_sync(~0u, static_cast<uint32_t>(first_bad)));

@@ -61,11 +61,39 @@ struct WorkCursor {
     }
 };
 
+/*
+ * The order of a work item's chunks. A block that goes backwards begins with the last tokens. Its first chunk
+ * is the one that may have fewer tokens than others, so that all chunks begin at multiples of CHUNK tokens
+ * from the item's first one on. `left` counts the tokens of the item that are still to do, those of the
+ * present chunk among them; behind the last chunk it is zero or less.
+ */
+template <class Block> struct ChunkOrder {
+    static constexpr int CHUNK = Block::CHUNK;
+
+    /* Backwards: tokens of the item in front of the present chunk. */
+    static __device__ __forceinline__ int before(int left)
+    {
+        return (left - 1) / CHUNK * CHUNK;
+    }
+    /* Tokens from the chunk's first one on: fewer than CHUNK if the chunk is not whole. */
+    static __device__ __forceinline__ int here(int left)
+    {
+        if constexpr (Block::BACKWARDS) return left - before(left);
+        return left;
+    }
+    static __device__ __forceinline__ int advance(int left)
+    {
+        if constexpr (Block::BACKWARDS) return before(left);
+        return left - CHUNK;
+    }
+};
+
 template <class Block> struct ChunkCursor {
     static constexpr int CHUNK = Block::CHUNK;
+    using Order = ChunkOrder<Block>;
     WorkCursor items;
     int head;
-    int left; /* tokens of the work item from this chunk's first one on; none after the last chunk of all */
+    int left; /* as in ChunkOrder; none after the last chunk of all */
     int row, token; /* the row of the batch, and the chunk's first token, counted in this row */
 
     /* Starts at chunk number `chunks` of all work items. */
@@ -92,10 +120,28 @@ template <class Block> struct ChunkCursor {
         return left <= 0;
     }
 
+    /* Tokens from the chunk's first one on. */
+    __device__ int here() const
+    {
+        return Order::here(left);
+    }
+
+    /* Whether the work item has the chunk that comes `chunks` chunks after this one. */
+    __device__ bool has_more_than(int chunks) const
+    {
+        if constexpr (Block::BACKWARDS) return Order::before(left) >= chunks * CHUNK;
+        return left > chunks * CHUNK;
+    }
+
     __device__ void advance(int chunks)
     {
-        left -= chunks * CHUNK;
-        token += chunks * CHUNK;
+        if constexpr (Block::BACKWARDS) {
+            left = Order::before(left) - (chunks - 1) * CHUNK;
+            token -= chunks * CHUNK;
+        } else {
+            left -= chunks * CHUNK;
+            token += chunks * CHUNK;
+        }
         if (left <= 0) skip(-left / CHUNK * CHUNK);
     }
 
@@ -111,6 +157,10 @@ template <class Block> struct ChunkCursor {
                 return;
             }
             head = item.head, left = item.length - over, row = item.row, token = item.token + over;
+            if constexpr (Block::BACKWARDS) {
+                if (over) left = (item.length + CHUNK - 1) / CHUNK * CHUNK - over;
+                token = item.token + Order::before(left);
+            }
         }
     }
 };

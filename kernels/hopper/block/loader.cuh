@@ -24,6 +24,7 @@ namespace fkda
 {
 
 template <class Block> struct Loader {
+    using Order = ChunkOrder<Block>;
     const fkda_hopper_fwd_args &args;
     Shared<Block> &shared;
     Pieces<Block> source;
@@ -59,8 +60,8 @@ template <class Block> struct Loader {
         if (lane) return;
         if (!has_fp32_gates<Block>(args.fwd)) prefetch_descriptor(&args.g);
         prefetch_descriptor(&args.k);
-        prefetch_descriptor(&args.v);
-        if (Block::OUTPUTS) prefetch_descriptor(&args.q);
+        if (!lacks_values<Block>(args.fwd)) prefetch_descriptor(&args.v);
+        if (Block::QUERIES) prefetch_descriptor(&args.q);
     }
 
     /* ---- Waiting ---- */
@@ -175,7 +176,7 @@ template <class Block> struct Loader {
                     copy_box(to.half[half].tile[G], &args.g, half, values.token, values.head, values.row,
                              barrier);
                 copy_box(to.half[half].tile[K], &args.k, half, values.token, qk_head, values.row, barrier);
-                if constexpr (Block::OUTPUTS)
+                if constexpr (Block::QUERIES)
                     copy_box(to.half[half].tile[Q], &args.q, half, values.token, qk_head, values.row,
                              barrier);
             }
@@ -239,7 +240,7 @@ template <class Block> struct Loader {
         int chunks = 0; /* so far */
         do {
             const LoadedItem now = item; /* an empty one at first */
-            const bool no_values = !Block::OUTPUTS && now.attributes & IS_MAP;
+            const bool no_values = (Block::MAPS && now.attributes & IS_MAP) || lacks_values<Block>(args.fwd);
             ValueBoxes values = {now.row,
                                  now.token,
                                  now.head,
@@ -250,8 +251,9 @@ template <class Block> struct Loader {
             bool first = true;
             int due = 0; /* what is left where the chunk begins that the next checkpoint is behind */
             if constexpr (Block::CHECKPOINTS) due = checkpoints.begin(now);
-            for (int left = now.length; left > 0 || first; left -= Block::CHUNK, first = false) {
+            for (int left = now.length; left > 0 || first; left = Order::advance(left), first = false) {
                 if (left > 0) {
+                    if constexpr (Block::BACKWARDS) values.token = now.token + Order::before(left);
                     /* The join phase leaves the slots of the CTAs' first chunks free. */
                     if constexpr (Block::JOINS) {
                         values.after_maps = now.attributes & AFTER_JOIN && chunks >= Block::CTAS;

@@ -54,12 +54,14 @@ __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned ch
 /* The norms of all subchunks' keys and, if there are outputs, queries. The subchunks are split among `warps`
  * warps. */
 template <class Block, int warps>
-__device__ __forceinline__ void store_norms(float (&to)[Block::OUTPUTS ? 2 : 1][Block::CHUNK],
+__device__ __forceinline__ void store_norms(float (&to)[Block::QUERIES ? 2 : 1][Block::CHUNK],
                                             const Tokens<Block> &tokens, const fkda_fwd_args &args, int warp,
                                             int lane)
 {
+    constexpr int UNITS = (Block::QUERIES ? 2 : 1) * Block::SUBCHUNKS;
+    if (UNITS < warps && warp >= UNITS) return;
 #pragma unroll(warps == 1 ? 1 : 4)
-    for (int i = 0; i < (Block::OUTPUTS ? 2 : 1) * Block::SUBCHUNKS; i += warps) {
+    for (int i = 0; i < UNITS; i += warps) {
         const int which = (i + warp) / Block::SUBCHUNKS, sub = (i + warp) % Block::SUBCHUNKS;
         store_inverse_norms<Block>(&to[which][sub * SUBCHUNK],
                                    tokens.half[0].tile[which ? Q : K] + sub * SUBCHUNK_BYTES,

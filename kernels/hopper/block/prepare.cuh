@@ -34,7 +34,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     using Gates = typename Base::Gates;
     using SlicePlace = typename Base::SlicePlace;
     static constexpr int SHARE = DIM / WARPS;                             /* channels of a warp */
-    static constexpr int NORMS = (Block::OUTPUTS ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
+    static constexpr int NORMS = (Block::QUERIES ? 2 : 1) * Block::CHUNK; /* of a chunk's keys and queries */
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
     /* A general relay has no registers left for what tells whether it must be careful (prepare_slice.cuh). */
     static constexpr bool ALWAYS_CAREFUL = Block::GENERAL && Block::RELAYS;
@@ -101,7 +101,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             const int at = (left + i / (2 * ROW / 16)) * ROW + i % (ROW / 16) * 16;
             *reinterpret_cast<uint4 *>(&half.tile[G][at]) = make_uint4(none, none, none, none);
             *reinterpret_cast<uint4 *>(&half.tile[K][at]) = make_uint4(0, 0, 0, 0);
-            if constexpr (Block::OUTPUTS)
+            if constexpr (Block::QUERIES)
                 *reinterpret_cast<uint4 *>(&half.tile[Q][at]) = make_uint4(0, 0, 0, 0);
         }
         meet();
@@ -118,7 +118,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         float sum = 0.0f;
         bool usual = true;
 #pragma unroll
-        for (int i = 0; i < NORMS; i += 32) usual &= is_usual_norm(inverse_norm[i + lane]);
+        for (int i = 0; i < NORMS; i += 32)
+            usual &= NORMS % 32 && lane >= NORMS ? true : is_usual_norm(inverse_norm[i + lane]);
 #pragma unroll
         for (int i = 0; i < SHARE / 32; i++) {
             float &x = gamma[32 * i + lane];
@@ -189,7 +190,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             const float(&x)[3][4] = sums.within[sub];
             const int diagonal = Products<Block>::ON_DIAGONAL + 2 * sub,
                       below = Products<Block>::BELOW_IT + sub;
-            if constexpr (Block::OUTPUTS) {
+            if constexpr (Block::QUERIES) {
 #pragma unroll
                 for (int which = 0; which < 2; which++) {
                     visit(which, diagonal, x[0][2 * which], x[0][2 * which + 1]);
@@ -204,7 +205,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         }
         if constexpr (SUBCHUNKS == 2) {
 #pragma unroll
-            for (int which = 0; which < (Block::OUTPUTS ? 2 : 1); which++)
+            for (int which = 0; which < (Block::QUERIES ? 2 : 1); which++)
 #pragma unroll
                 for (int n = 0; n < 4; n++) {
                     const float(&x)[4] = sums.across[which][n % 2];
@@ -350,7 +351,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
          * this one probably has some too. */
         const auto starts_carefully = [&] {
             return (Block::UNBOUNDED && !ALWAYS_CAREFUL && gates.wide) ||
-                   (Base::GATES_AHEAD && at.left < Block::CHUNK);
+                   (Base::GATES_AHEAD && at.here() < Block::CHUNK);
         };
         while (!at.done()) {
             /* Chunks without bad tokens. The rare rest stands outside this loop, because loops of all roles
@@ -390,8 +391,14 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     __device__ void prefetch_gates(const ChunkCursor<Block> &at) const
     {
         constexpr int AHEAD = Block::CTAS * Block::TEAMS * Block::CHUNK;
-        if (lane < Block::CHUNK && AHEAD + lane < at.left)
-            prefetch_to_l2(static_cast<const float *>(args.g) + at.place(args.g_strides, AHEAD + lane) +
+        bool there;
+        if constexpr (Block::BACKWARDS)
+            there = at.has_more_than(Block::CTAS * Block::TEAMS);
+        else
+            there = AHEAD + lane < at.left;
+        if (lane < Block::CHUNK && there)
+            prefetch_to_l2(static_cast<const float *>(args.g) +
+                               at.place(args.g_strides, Block::BACKWARDS ? lane - AHEAD : AHEAD + lane) +
                                warp * SHARE,
                            SHARE * 4);
     }
@@ -409,7 +416,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         if (RING % Block::TEAMS) mbarrier_wait(&shared.chunk_ring.empty[slot.index], slot.parity ^ 1);
         if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
         if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
-        if (at.left < Block::CHUNK) clear_past_end(slot.index, at.left);
+        if (at.here() < Block::CHUNK) clear_past_end(slot.index, at.here());
         if (!finds_norms) return;
         store_norms<Block, WARPS>(norms(slot.index, round), shared.tokens[slot.index], args, warp, lane);
         meet();

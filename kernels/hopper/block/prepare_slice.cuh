@@ -65,7 +65,7 @@ template <class Block> struct SlicePreparation {
     /* Raw gates in fp32 come from global memory. A block that knows of them beforehand asks for those of the
      * next slice while it works on a slice. */
     static constexpr bool GATES_AHEAD =
-        Block::ARITHMETIC == Arithmetic::ACTIVATED && !(Block::OUTPUTS && SUBCHUNKS == 2);
+        Block::ARITHMETIC == Arithmetic::ACTIVATED && !(Block::QUERIES && SUBCHUNKS == 2);
 
     /* What a chunk's slices keep about gates. */
     struct Gates {
@@ -101,7 +101,7 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int ahead = i / 2 * 8 + i % 2;
-            const bool valid = token + ahead < place.chunk.left;
+            const bool valid = token + ahead < place.chunk.here();
 #pragma unroll
             for (int b = 0; b < 2; b++)
                 x[b][i] = valid ? load_ahead(from + ahead * stride.token + 8 * b) : none;
@@ -270,7 +270,7 @@ template <class Block> struct SlicePreparation {
                 const float row_k =
                     element(at, lane_here, K, 8 * e + row, c) * (*factor * (1.0f / UNTRUNCATE));
                 float row_q;
-                if (Block::OUTPUTS)
+                if (Block::QUERIES)
                     row_q = element(at, lane_here, Q, 8 * e + row, c) *
                             (factor[Block::CHUNK] * (1.0f / UNTRUNCATE));
 #pragma unroll
@@ -280,13 +280,13 @@ template <class Block> struct SlicePreparation {
                         const int token = 8 * f + column + j;
                         const float column_sum = __shfl_sync(~0u, own[f], 4 * (column + j) + of);
                         if (!(row_sum < -WIDEST)) continue;
-                        float(&to)[4] = within[Block::OUTPUTS ? e + f : f];
-                        const int n = Block::OUTPUTS ? j : 2 * e + j;
+                        float(&to)[4] = within[Block::QUERIES ? e + f : f];
+                        const int n = Block::QUERIES ? j : 2 * e + j;
                         /* What is above the diagonal counts for nothing, and must be finite. */
                         const float column_k = element(at, lane_here, K, token, c) * first_factor[token] *
                                                ex2(fminf(row_sum - column_sum, 0.0f));
                         to[n] = __fmaf_rn(row_k, column_k, to[n]);
-                        if (Block::OUTPUTS) to[2 + j] = __fmaf_rn(row_q, column_k, to[2 + j]);
+                        if (Block::QUERIES) to[2 + j] = __fmaf_rn(row_q, column_k, to[2 + j]);
                     }
             }
         }
@@ -368,7 +368,7 @@ template <class Block> struct SlicePreparation {
         for (int b = 0; b < 2; b++) {
             if (b == 0 || (RELOADS && SUBCHUNKS == 2)) {
                 load_matrices(raw_k, at + K * Block::HALF_TOKENS);
-                if (Block::OUTPUTS) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
+                if (Block::QUERIES) load_matrices(raw_q, at + Q * Block::HALF_TOKENS);
             }
             float k_up[2][2], q_up[2][2], k_down[2][2]; /* token / 8, channel */
 #pragma unroll
@@ -379,7 +379,7 @@ template <class Block> struct SlicePreparation {
                     const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
                     const float up = ex2(sum[b][2 * e + i]);
                     k_up[e][i] = k * up;
-                    if (Block::OUTPUTS) {
+                    if (Block::QUERIES) {
                         const uint32_t pair_q = raw_q[2 * b + e];
                         q_up[e][i] =
                             (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Block::CHUNK + 8 * e] * up;
@@ -393,7 +393,7 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
                     for (int i = 0; i < 2; i++)
                         if (sum[b][2 * e + i] < -WIDEST) k_up[e][i] = q_up[e][i] = k_down[e][i] = 0.0f;
-            if constexpr (Block::OUTPUTS) {
+            if constexpr (Block::QUERIES) {
                 mma_tf32(within[0], k_up[0][0], q_up[0][0], k_up[0][1], q_up[0][1], k_down[0][0],
                          k_down[0][1]);
                 mma_tf32(within[1], k_up[1][0], q_up[1][0], k_up[1][1], q_up[1][1], k_down[0][0],
@@ -408,7 +408,7 @@ template <class Block> struct SlicePreparation {
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                if (Block::OUTPUTS) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
+                if (Block::QUERIES) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
                 if constexpr (KEEPS_BITS) {
                     const float by = key_scale(args);
                     split(k_decayed[2 * b + e], k_lack[2 * b + e], k_up[e][0] * by, k_up[e][1] * by);
@@ -447,7 +447,7 @@ template <class Block> struct SlicePreparation {
             for (int n = 0; n < 2; n++) {
                 mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
                          k_rest[2 + n]);
-                if (Block::OUTPUTS)
+                if (Block::QUERIES)
                     mma_half(sums.across[1][n], q_decayed[0], q_decayed[1], q_decayed[2], q_decayed[3],
                              k_rest[n], k_rest[2 + n]);
             }
@@ -466,7 +466,7 @@ template <class Block> struct SlicePreparation {
                     } else {
                         k_rest[i] = multiply_halves(k_rest[i], over_second);
                         k_decayed[i] = multiply_halves(k_decayed[i], over_first);
-                        if (Block::OUTPUTS) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
+                        if (Block::QUERIES) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
                     }
                 }
                 sum[b][2] += first.x, sum[b][3] += first.y;
@@ -480,7 +480,7 @@ template <class Block> struct SlicePreparation {
         store_matrices(at + K * Block::HALF_TOKENS, k_decayed);
         if constexpr (KEEPS_BITS)
             store_matrices(at + Q * Block::HALF_TOKENS, k_lack);
-        else if (Block::OUTPUTS)
+        else if (Block::QUERIES)
             store_matrices(at + Q * Block::HALF_TOKENS, q_decayed);
         __syncwarp(); /* all lanes have read the sums of the first subchunk */
         if (g == 7)

@@ -40,10 +40,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         Base::warp_row;
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
     using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
-        Base::load_state, Base::store_state;
+        Base::load_state, Base::store_state, Base::value_factor, Base::may_leap;
     using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
         Base::largest;
     using Raw = typename Base::Raw;
+    using Order = ChunkOrder<Block>;
     using Stage = fkda::Stage<Block>;
     uint32_t tokens_descriptor, stage_descriptor; /* the descriptor_address of slot 0 */
     int output_place;                             /* this lane's place in the rows of outputs */
@@ -146,6 +147,156 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     {
         return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, attend) / 16, i);
     }
+    /* The same with columns and depths exchanged: T and P themselves, where the operands above are their
+     * transposes. Of the two tiles each is laid out as the transpose of the other one. */
+    static __device__ uint64_t solve_transposed(uint32_t stage_place, int i)
+    {
+        return decltype(Stage::attend)::operand(stage_place + offsetof(Stage, solve) / 16, i);
+    }
+    static __device__ uint64_t attend_transposed(uint32_t stage_place, int i)
+    {
+        return decltype(Stage::solve)::operand(stage_place + offsetof(Stage, attend) / 16, i);
+    }
+
+    /* ---- One chunk, backwards ---- */
+
+    /* The gradients of a chunk's outputs, as operands, and whether the chunk leaves the usual path. */
+    struct OutputGradients {
+        uint32_t a[SUBCHUNKS][4];
+        bool unusual;
+    };
+
+    /* Prepares these operands for the scales that the rows have. `position` is as in step(). */
+    __device__ void prepare_gradients(OutputGradients &to, int index, int here, int position)
+    {
+        const bool look = looks_at(position);
+        const Raw raw = load_raw(shared.tokens[index]);
+        const float high = largest(raw, 0) * value_factor(), low = largest(raw, 1) * value_factor();
+        const bool act = misfit(high, low, look | look_again);
+        to.unusual = __any_sync(~0u, act) | (here < CHUNK);
+        float v[TILES][4];
+        unpack_gradients(v, raw);
+        pack_gradients(to, v);
+    }
+
+    /* Every 128 tokens. */
+    static __device__ bool looks_at(int position)
+    {
+        return (position & (128 - CHUNK)) == 0;
+    }
+
+    __device__ void unpack_gradients(float (&v)[TILES][4], const Raw &raw) const
+    {
+        unpack_values(v, raw);
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) v[i][r] *= args.scale;
+    }
+
+    __device__ void pack_gradients(OutputGradients &to, float (&v)[TILES][4]) const
+    {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) v[i][r] *= inverse_power(scale[r / 2]);
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(to.a[i], v[2 * i], v[2 * i + 1]);
+    }
+
+    /* Chooses scales anew where a chunk does not fit the present ones, and prepares its operands again. */
+    __device__ void adapt_gradients(OutputGradients &to, int index, int here, bool look)
+    {
+        float v[TILES][4], nothing[READ][4] = {};
+        unpack_gradients(v, load_raw(shared.tokens[index]));
+        adapt(v, nothing, shared.tokens[index].v[0], shared.stage[index], here, look);
+        pack_gradients(to, v);
+    }
+
+    /*
+     * Carries the gradient D with respect to the state from behind the chunk to the front of it, with the
+     * gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and columns
+     * of the products exchanged:
+     *
+     *     dU^T = D^T Kr^T + dO^T P        both in one sum
+     *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
+     *     D^T  = D^T + dO^T Q~ - dR^T K~  the first product does not wait for dR
+     *
+     * `here` and `position` are as in step(). On return the last products are in flight, during which the
+     * operands of the next chunk are prepared. store_image() stores D behind the chunk while dU is found.
+     */
+    template <class StoreImage>
+    __device__ void step_back(int index, int here, int position, OutputGradients &out, StoreImage store_image)
+    {
+        using Tokens = fkda::Tokens<Block>;
+        Stage &stage = shared.stage[index];
+        const uint32_t tokens_place = tokens_descriptor + index * static_cast<int>(sizeof(Tokens) / 16);
+        const uint32_t stage_place = stage_descriptor + index * static_cast<int>(sizeof(Stage) / 16);
+        float du[TILES][4], dr[TILES][4];
+        uint32_t a[DIM / 16][4];
+
+        /* ---- Does this chunk leave the usual path? ---- */
+        bool look = looks_at(position);
+        const float divisor = stage.divisor;
+        if ((look || may_leap()) && __any_sync(~0u, has_grown())) look = true, faint = true;
+        if (__builtin_expect(out.unusual | (look & faint), 0))
+            adapt_gradients(out, index, here, look);
+        else
+            look_again = false;
+
+        /* ---- dU ---- */
+#pragma unroll
+        for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
+        wgmma_fence();
+        wgmma<false, false>(du, a[0], Tokens::rest_by_channel(tokens_place, 0));
+#pragma unroll
+        for (int s = 1; s < DIM / 16; s++)
+            wgmma<true, false>(du, a[s], Tokens::rest_by_channel(tokens_place, s));
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(du, out.a[i], attend_transposed(stage_place, i));
+        wgmma_commit();
+        store_image();
+        wgmma_wait<0>();
+
+        /* ---- dR ---- */
+        if (__builtin_expect(divisor < 1.0f, 0))
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) du[i][r] *= divisor;
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[i], du[2 * i], du[2 * i + 1]);
+        float4 gamma_minus_1[DIM / 16];
+        load_gamma(gamma_minus_1, stage); /* in front of the products, behind which it would wait */
+        wgmma_fence();
+        wgmma<false, false>(dr, a[0], solve_transposed(stage_place, 0));
+#pragma unroll
+        for (int i = 1; i < SUBCHUNKS; i++) wgmma<true, false>(dr, a[i], solve_transposed(stage_place, i));
+        wgmma_commit();
+
+        /* ---- D ---- */
+        decay(gamma_minus_1);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(state, out.a[i], Tokens::by_token(tokens_place, Q, i));
+        wgmma_commit();
+        wgmma_wait<1>();
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++) {
+            pack_operand(a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
+#pragma unroll
+            for (uint32_t &pair : a[SUBCHUNKS + i]) pair ^= 0x80008000; /* the signs of both halves */
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SUBCHUNKS; i++)
+            wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
+        wgmma_commit();
+    }
+
+    /* ---- One chunk, forwards ---- */
 
     /*
      * Computes the chunk in slot `index`, whose work item has `left` tokens from the chunk's first one on,
@@ -153,13 +304,14 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
      * second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
-     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before.
+     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before or,
+     * in a walk, the state before the chunk.
      */
     template <class Store>
     __device__ void step(int index, int left, int position, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (position & (128 - CHUNK)) == 0 && (Block::OUTPUTS || !is_map),
+        const bool look = (position & (128 - CHUNK)) == 0 && (!Block::MAPS || !is_map),
                    whole = left >= CHUNK;
         Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
@@ -178,6 +330,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int s = 1; s < DIM / 16; s++)
             wgmma<true, false>(read, a[s], Tokens<Block>::decayed(tokens_place, s));
         wgmma_commit();
+        if constexpr (Block::IMAGES) store_before();
 
         /* ---- Meanwhile: does this chunk leave the usual path? ---- */
         if constexpr (Block::OPTIONS)
@@ -213,7 +366,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         wgmma_commit();
 
         /* ---- Meanwhile: outputs of the chunk before, and the state's decay ---- */
-        store_before();
+        if constexpr (!Block::IMAGES) store_before();
         decay(gamma_minus_1);
         wgmma_wait<0>();
 
@@ -284,12 +437,31 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         }
     }
 
+    /* Of a walk: stores what is carried, if a chunk of FKDA_HOPPER_BWD_CHUNK tokens begins here or, backwards,
+     * ends here. The last one of a sequence may end anywhere. */
+    __device__ void store_image(const WorkItem &item, int left) const
+    {
+        constexpr int OF_IMAGE = FKDA_HOPPER_BWD_CHUNK;
+        int at; /* tokens of the sequence before this place */
+        bool stores = true;
+        if constexpr (Block::BACKWARDS) {
+            at = item.images.before + left;
+            stores = at % OF_IMAGE == 0 || (left == item.length && !(item.attributes & INITIAL_IMAGE));
+            at--;
+        } else {
+            at = item.images.before + item.length - left;
+            stores = at % OF_IMAGE == 0;
+        }
+        if (CHUNK == OF_IMAGE || stores) Base::store_chunk_image(item, at / OF_IMAGE);
+    }
+
     __device__ void compute_item(const WorkItem &item, SlotCursor<Block> &place)
     {
         char *to = static_cast<char *>(args.out) +
                    2 * (token_place(args.out_strides, item.row, item.token + lane / 2, item.head) +
                         item.first_row + warp_row() + lane % 2 * 8);
         float read[READ][4] = {}, own[TILES][4] = {};
+        OutputGradients gradients; /* backwards: of the next chunk */
         is_map = item.attributes & IS_MAP;
         if (item.attributes & AWAITS_INITIAL) await_flag(&item.flags[warp_row() >> 4]);
         load_state(item);
@@ -299,21 +471,35 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             take_notes(item);
         else
             scale[0] = scale[1] = 1.0f, look_again = faint = false;
-        bool ready = item.length > 0 && (Block::OUTPUTS || !is_map);
+        bool ready = item.length > 0 && (!Block::MAPS || !is_map);
         if constexpr (Block::PIECES) ready = ready && !(item.attributes & SCALES_CHOSEN);
-        if (ready) choose_first_scales(item.length, place);
+        if (ready) choose_first_scales(Order::here(item.length), place);
         int position = Block::PIECES ? item.attributes >> PHASE_BIT << 4 : 0;
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         int slot = uniform(place.index());
-        for (int left = item.length; left > 0; left -= CHUNK) {
-            if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
-            step(slot, left, position, read, own, [&] {
-                if constexpr (STORED_LATER) store_output(0, to - stride, left == item.length ? 0 : CHUNK);
-            });
+        if constexpr (Block::BACKWARDS)
+            if (item.length > 0) prepare_gradients(gradients, slot, Order::here(item.length), position);
+        for (int left = item.length; left > 0; left = Order::advance(left)) {
+            if constexpr (Block::BACKWARDS) {
+                step_back(slot, Order::here(left), position, gradients, [&] { store_image(item, left); });
+            } else {
+                if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
+                step(slot, left, position, read, own, [&] {
+                    if constexpr (Block::IMAGES)
+                        store_image(item, left);
+                    else if constexpr (STORED_LATER)
+                        store_output(0, to - stride, left == item.length ? 0 : CHUNK);
+                });
+            }
             SlotCursor<Block> next = place;
             next.advance();
             const int next_slot = uniform(next.index());
-            ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
+            if constexpr (!Block::BACKWARDS) {
+                ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
+            } else if (Order::advance(left) > 0) {
+                mbarrier_wait(&shared.chunk_ring.ready[next_slot], next.parity());
+                prepare_gradients(gradients, next_slot, CHUNK, position + CHUNK);
+            }
             int checkpoint = 0;
             if constexpr (Block::CHECKPOINTS) checkpoint = shared.checkpoints.number_of[slot];
             if constexpr (Block::OUTPUTS) {

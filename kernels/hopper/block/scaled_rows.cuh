@@ -16,6 +16,11 @@
  * the state can grow by more than v. A row's scale is then chosen anew, too, if the state exceeds 16 scales
  * after 128 tokens.
  *
+ * Backwards, what is carried is the gradient with respect to the state, and gradients of outputs are in the
+ * place of values. Write strengths do not weaken what a gradient of an output adds, and the gradient can grow
+ * by 16 scales for each token: its size is looked at every 128 tokens in every call, and at every chunk if
+ * queries and keys are used as they are.
+ *
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
  *
@@ -61,7 +66,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         Raw x = {};
 #pragma unroll
         for (int sub = 0; sub < SUBCHUNKS; sub++)
-            if (Block::OUTPUTS || !is_map)
+            if ((!Block::MAPS || !is_map) && !lacks_values<Block>(args))
                 load_matrices_transposed(x.pair[sub], tokens.v[0] + value_place + sub * SUBCHUNK_BYTES);
         return x;
     }
@@ -153,7 +158,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
      * are any. */
     __device__ bool spoil_rows(float (&v)[TILES][4], float (&read)[READ][4], int pair)
     {
-        if (!Block::OUTPUTS) return false; /* the state alone is asked for, and becomes NaN by itself */
+        /* Where the state alone is asked for, it becomes NaN by itself. */
+        if (!Block::OUTPUTS && !Block::BACKWARDS) return false;
         bool spoilt = false;
 #pragma unroll
         for (int r = 0; r < 2; r++) { /* rows g and g + 8 */
@@ -162,7 +168,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
             spoilt = true;
             for_row(r, [&](int i, int e) {
                 if (!(fabsf(v[i][e]) < INFINITY)) v[i][e] = 0.0f;
-                if (token(i, e, pair) >= first) read[READ - TILES + i][e] = NAN;
+                if (Block::OUTPUTS && token(i, e, pair) >= first) read[READ - TILES + i][e] = NAN;
             });
             if (first < CHUNK)
 #pragma unroll
@@ -186,7 +192,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     /* Whether the state may grow by more than v. */
     __device__ bool may_grow() const
     {
-        return Block::OPTIONS && (args.beta_kind || args.qk_is_normalised);
+        return Block::BACKWARDS || (Block::OPTIONS && (args.beta_kind || args.qk_is_normalised));
     }
 
     /* Whether a number of this lane's state exceeds 16 scales. */
@@ -198,6 +204,27 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 #pragma unroll
             for (int r = 0; r < 4; r++) most[r % 2] = fmaxf(most[r % 2], fabsf(state[s][r]));
         return fmaxf(most[0], most[1]) > 16.0f;
+    }
+
+    /* Backwards: whether what is carried may outgrow fp16 within 128 tokens. Queries and keys that are used as
+     * they are may be longer than 1. */
+    __device__ bool may_leap() const
+    {
+        return Block::BACKWARDS && Block::OPTIONS && args.qk_is_normalised;
+    }
+
+    /* What a scale is chosen for, as a multiple of the largest value. Products with long queries and keys are
+     * larger than values are. */
+    __device__ float headroom() const
+    {
+        return may_leap() ? 16.0f : 1.0f;
+    }
+
+    /* Backwards: what the magnitude of a gradient of an output is multiplied by before it is compared with
+     * scales. */
+    __device__ float value_factor() const
+    {
+        return fabsf(args.scale) * headroom();
     }
 
     /* ---- Choosing scales ---- */
@@ -266,7 +293,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
                 limit = min(limit, __shfl_xor_sync(~0u, limit, by));
             }
             if (left < CHUNK || (Block::OUTPUTS && most > limit)) most = 0;
-            next[r] = fitting_scale(__uint_as_float(most) * divisor, r);
+            next[r] = fitting_scale(__uint_as_float(most) * (Block::BACKWARDS ? value_factor() : divisor), r);
         }
         rescale(next, nothing);
     }
@@ -353,12 +380,12 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         const int pair = find_pair();
         if (left < CHUNK) clear_past_end(v, left, pair);
         const bool spoilt = spoil_rows(v, read, pair);
-        if (divisor < 1.0f)
+        if (!Block::BACKWARDS && divisor < 1.0f)
 #pragma unroll
             for (int i = 0; i < TILES; i++)
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
-        const float high = largest(v, 0), low = largest(v, 1);
+        const float high = largest(v, 0) * headroom(), low = largest(v, 1) * headroom();
         /* With values taken out, v says nothing about rows that have faded. */
         const bool act = misfit(high, low, (look | look_again) & !spoilt);
         look_again = spoilt;
@@ -367,7 +394,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
             if (Block::OUTPUTS) finish_early_tokens(v, read, next, values, stage, pair);
             rescale(next, read);
         }
-        faint |= divisor < 1.0f;
+        if (!Block::BACKWARDS) faint |= divisor < 1.0f;
     }
 };
 

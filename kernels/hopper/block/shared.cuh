@@ -41,6 +41,13 @@ template <class Block> __device__ __forceinline__ bool has_fp32_gates(const fkda
     return Block::GENERAL ? args.g_is_f32 : Block::ARITHMETIC == Arithmetic::ACTIVATED;
 }
 
+/* Whether the tensor of values is absent: gradients of outputs, in a block that goes backwards, may be all
+ * zeros. */
+template <class Block> __device__ __forceinline__ bool lacks_values(const fkda_fwd_args &args)
+{
+    return Block::BACKWARDS && !args.v;
+}
+
 /* The barriers of the slots of chunks. */
 template <class Block> struct ChunkRing {
     uint64_t loaded[Block::OWN_SLOTS], ready[Block::SLOTS], empty[Block::SLOTS];
@@ -143,7 +150,7 @@ template <class Block> struct Shared {
     /* 1 / |k| and 1 / |q| of each token: for each own slot if the loader finds them, otherwise for each team.
      * A team has two places in turn if its warps do not meet at the end of a chunk. */
     float inverse_norm[Block::LOADER_FINDS_NORMS ? Block::OWN_SLOTS : Block::TEAMS]
-                      [Block::PARTIALS == Block::TEAM_WARPS ? 2 : 1][Block::OUTPUTS ? 2 : 1][Block::CHUNK];
+                      [Block::PARTIALS == Block::TEAM_WARPS ? 2 : 1][Block::QUERIES ? 2 : 1][Block::CHUNK];
     HeadGate gate[Block::TEAMS][Block::TEAM_WARPS]; /* each warp has its own */
     float gate_offset[Block::TEAMS][DIM];
 

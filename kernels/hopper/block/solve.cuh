@@ -65,15 +65,15 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
 
     /* ---- On the diagonal ---- */
 #pragma unroll
-    for (int which = 0; which < (Block::OUTPUTS && SUBCHUNKS == 2 ? 2 : 1); which++) {
+    for (int which = 0; which < (Block::QUERIES && SUBCHUNKS == 2 ? 2 : 1); which++) {
         const bool outputs = SUBCHUNKS == 2 ? which : n / 2;
         const int tile = n % (2 * SUBCHUNKS);
-        if (Block::OUTPUTS || !outputs)
+        if (Block::QUERIES || !outputs)
             sum_partials(x, products, outputs, Products<Block>::ON_DIAGONAL + tile, r);
         if (!outputs) {
 #pragma unroll
             for (int j = 0; j < 8; j++) scratch.diagonal[tile][j][r] = j < r ? x[j] * (UNITS * b) : 0.0f;
-        } else if (Block::OUTPUTS) {
+        } else if (Block::QUERIES) {
 #pragma unroll
             for (int j = 0; j < 8; j++) x[j] = j <= r ? x[j] : 0.0f;
             *stage.attend.at(8 * tile + r, 8 * tile) = pack_eight(x, UNITS);
@@ -83,7 +83,7 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
     /* ---- Below the diagonal, inside a subchunk ---- */
     const int sub = n % SUBCHUNKS;
     const float b_below = __shfl_sync(~0u, b, 8 + SUBCHUNK * sub + r);
-    if (n < (Block::OUTPUTS ? 2 : 1) * SUBCHUNKS) {
+    if (n < (Block::QUERIES ? 2 : 1) * SUBCHUNKS) {
         sum_partials(x, products, n / SUBCHUNKS, Products<Block>::BELOW_IT + sub, r);
         *(n < SUBCHUNKS ? reinterpret_cast<uint4 *>(scratch.lower[sub][r])
                         : stage.attend.at(8 + SUBCHUNK * sub + r, SUBCHUNK * sub)) =
@@ -94,7 +94,7 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
     if constexpr (SUBCHUNKS == 2) {
         sum_partials(x, products, 0, Products<Block>::ACROSS + n, r);
         *reinterpret_cast<uint4 *>(&scratch.across[n / 2 * 8 + r][n % 2 * 8]) = pack_eight(x, 1.0f);
-        if constexpr (Block::OUTPUTS) {
+        if constexpr (Block::QUERIES) {
             sum_partials(x, products, 1, Products<Block>::ACROSS + n, r);
             *stage.attend.at(SUBCHUNK + n / 2 * 8 + r, n % 2 * 8) = pack_eight(x, 1.0f);
         }
@@ -202,9 +202,9 @@ __device__ __forceinline__ Beta<Block> load_beta(const fkda_fwd_args &args, cons
     const int token = lane % Block::CHUNK;
     const uint16_t *beta = static_cast<const uint16_t *>(args.beta);
     const long long from = at.place_of_beta(args.beta_strides, token);
-    if (Block::OPTIONS && token < at.left && args.beta_is_f32)
+    if (Block::OPTIONS && token < at.here() && args.beta_is_f32)
         return __ldg(static_cast<const uint32_t *>(args.beta) + from);
-    return token < at.left ? __ldg(beta + from) : 0;
+    return token < at.here() ? __ldg(beta + from) : 0;
 }
 
 /* Strengths in fp16 must not overflow, also where they meet zeros of a triangle. */
@@ -268,11 +268,11 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
     while (!at.done()) {
         /* ---- Write strengths ---- */
         Stage<Block> &stage = shared.stage[slot.index];
-        float b = lane % Block::CHUNK < at.left ? write_strength<Block>(args, beta) : 0.0f;
+        float b = lane % Block::CHUNK < at.here() ? write_strength<Block>(args, beta) : 0.0f;
         uint32_t most = largest_of_warp<Block>(b);
         /* The next chunk's beta is loaded ahead, unless that chunk belongs to the next work item: if the
          * loader is waiting for this chunk's slot, it publishes that item only after this chunk is solved. */
-        const bool ahead = at.left > Block::CTAS * Block::CHUNK;
+        const bool ahead = at.has_more_than(Block::CTAS);
         if (ahead) {
             at.advance(Block::CTAS);
             beta = load_beta(args, at, lane);
@@ -297,7 +297,7 @@ __device__ __forceinline__ void solve(const fkda_fwd_args &args, Shared<Block> &
         /* ---- T ---- */
         const float divisor = divisor_above(most);
         if (lane == 0) stage.divisor = divisor;
-        if (Block::OUTPUTS && __builtin_expect(first_bad != NO_TOKEN, 0))
+        if (Block::QUERIES && __builtin_expect(first_bad != NO_TOKEN, 0))
             spoil_outputs(stage, first_bad, lane);
         solve_chunk(shared.scratch, stage, b * inverse_power(divisor), divisor, lane);
         fence_async_proxy();

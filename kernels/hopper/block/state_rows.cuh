@@ -17,7 +17,7 @@ namespace fkda
 template <class Block> struct StateRows {
     /* Whether work items of this block may start from a state in memory. Work items of all other blocks start
      * from zeros or from the identity. */
-    static constexpr bool STARTS_FROM_STATES = Block::OUTPUTS || Block::RELAYS;
+    static constexpr bool STARTS_FROM_STATES = !Block::MAPS || Block::RELAYS;
     const fkda_hopper_fwd_args &all;
     const fkda_fwd_args &args;
     Shared<Block> &shared;
@@ -132,7 +132,7 @@ template <class Block> struct StateRows {
         if constexpr (STARTS_FROM_STATES) load_tiles_fp32<0>(raw, from + 4 * begin, is_fp32 && !k_first);
         if constexpr (STARTS_FROM_STATES && Block::STATES)
             load_tiles_k_first_fp32<0>(raw, from + 4 * k_first_begin(item), is_fp32 && k_first);
-        if constexpr (Block::OUTPUTS)
+        if constexpr (!Block::MAPS)
             load_tiles_image<0>(raw, from + row_group(item) * sizeof(StateImage::tile[0]) + 16 * lane,
                                 is_image);
         if constexpr (STARTS_FROM_STATES) load_tiles_bf16<0>(raw, from + 2 * begin, is_bf16 && !k_first);
@@ -148,7 +148,7 @@ template <class Block> struct StateRows {
                     y = !is_bf16 ? y : k_first ? bf16_low(__float_as_uint(y)) : bf16_high(__float_as_uint(x));
                     x = is_bf16 ? bf16_low(__float_as_uint(x)) : x;
                 }
-                if constexpr (!Block::OUTPUTS) {
+                if constexpr (Block::MAPS) {
                     x = is_map && diagonal == 8 * (s - r) ? 1.0f : x;
                     y = is_map && diagonal == 8 * (s - r) + 1 ? 1.0f : y;
                 }
@@ -317,11 +317,39 @@ template <class Block> struct StateRows {
             store_units_fp32(static_cast<float *>(to) + first);
     }
 
+    /* Stores what is carried as the image of chunk number `chunk` of the item's sequence
+     * (../bwd/chunks/chunk_args.h): the same fp16 as in the operands of products, and the rows' scales. */
+    __device__ void store_chunk_image(const WorkItem &item, int chunk) const
+    {
+        const fkda_state_args &images = args.checkpoints.states;
+        const int this_lane = read_lane(), row = item.first_row + warp_row() + (this_lane >> 2);
+        const int slot = item.images.first + chunk;
+        if (static_cast<unsigned>(slot) >= images.slots) return; /* NO_IMAGES, or cu_seqlens has changed */
+        unsigned char *const to = static_cast<unsigned char *>(images.data) +
+                                  (static_cast<long long>(slot) * args.heads + item.head) *
+                                      FKDA_HOPPER_BORDER_IMAGE;
+        float *const scales = reinterpret_cast<float *>(to + 2 * DIM * DIM) + row;
+        if ((this_lane & 3) == 0) scales[0] = scale[0], scales[8] = scale[1];
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int j = 0; j < DIM / 32; j++) {
+                uint32_t x[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    x[n] = pack_half(state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
+                transpose_in_quad(x, this_lane);
+                const int unit = (4 * j + (this_lane & 3)) ^ (row & 7);
+                *reinterpret_cast<uint4 *>(to + (row + 8 * r) * (2 * DIM) + 16 * unit) =
+                    make_uint4(x[0], x[1], x[2], x[3]);
+            }
+    }
+
     /* Stores the state after a work item. `after` is at the chunk behind the work item's last one. */
     __device__ void store_state(const WorkItem &item, const SlotCursor<Block> &after) const
     {
         void *to = global_memory(item.final);
-        if constexpr (!Block::OUTPUTS)
+        if constexpr (Block::MAPS)
             if (is_map) {
                 MapRowGroup &rows = static_cast<MapImage *>(to)->row_group[row_group(item)];
                 if constexpr (!Block::RELAYS)
@@ -332,7 +360,7 @@ template <class Block> struct StateRows {
                     store_map_by_copy(rows, after);
                 return;
             }
-        if (!Block::OUTPUTS || item.attributes & FINAL_IMAGE)
+        if (Block::MAPS || item.attributes & FINAL_IMAGE)
             return store_image(static_cast<StateImage *>(to)->tile[row_group(item)]);
         const bool is_bf16 = item.attributes & FINAL_BF16;
         if constexpr (Block::STATES) return store_in_layout(to, is_bf16);

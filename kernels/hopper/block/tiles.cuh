@@ -36,7 +36,7 @@ constexpr int SUBCHUNK_BYTES = SUBCHUNK * ROW;
 enum { G, K, Q };
 template <class Block> struct Tokens {
     struct Half {
-        unsigned char tile[!Block::OUTPUTS ? 2 : 3][Block::HALF_TOKENS]; /* G, K, Q */
+        unsigned char tile[!Block::QUERIES ? 2 : 3][Block::HALF_TOKENS]; /* G, K, Q */
     } half[DIM / 64];
     unsigned char v[Block::ROWS / 64][Block::HALF_TOKENS];
 
@@ -52,6 +52,16 @@ template <class Block> struct Tokens {
     static __device__ uint64_t k_rest(uint32_t place, int i)
     {
         return swizzled_descriptor<sizeof(Half), 8 * ROW>(place + i * (SUBCHUNK_BYTES / 16));
+    }
+
+    /* The same of K~ or Q~, and Kr with CHUNK columns for depths 16 i to 16 i + 15, which are channels. */
+    static __device__ uint64_t by_token(uint32_t place, int which, int i)
+    {
+        return k_rest(place + which * (Block::HALF_TOKENS / 16), i);
+    }
+    static __device__ uint64_t rest_by_channel(uint32_t place, int i)
+    {
+        return decayed(place - K * Block::HALF_TOKENS / 16, i);
     }
 };
 
@@ -133,7 +143,7 @@ template <class Block> struct Products {
     /* The first tile of each sort. */
     static constexpr int ON_DIAGONAL = 0, BELOW_IT = 2 * Block::SUBCHUNKS, ACROSS = 3 * Block::SUBCHUNKS;
     static constexpr int TILES = Block::SUBCHUNKS == 2 ? 10 : 3;
-    float partial[Block::PARTIALS][Block::OUTPUTS ? 2 : 1][TILES][8][8];
+    float partial[Block::PARTIALS][Block::QUERIES ? 2 : 1][TILES][8][8];
     /* The first bad token (bad_tokens.cuh) that the team knows of. */
     __align__(16) int first_bad;
 };

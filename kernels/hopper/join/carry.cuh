@@ -47,7 +47,10 @@ struct JoinRows {
  * Each of the four computing warps has all rows of the CTA and 32 of the columns; lane (g, t) = (lane / 4,
  * lane % 4) has rows g and g + 8 and, of tile c of eight columns, columns 2 t and 2 t + 1.
  */
-template <class Memory> struct RowCarrier {
+template <class Memory, bool back = false> struct RowCarrier {
+    /* Backwards, rows are those of a gradient with respect to a state. They go through the transposes of maps,
+     * from the last map to the first one. */
+    static constexpr int STEP = back ? -1 : 1;
     static constexpr int MATRIX = DIM * DIM;
     static constexpr int WARPS = FKDA_JOIN_THREADS / 32; /* that compute */
     static_assert(WARPS == 4 && FKDA_JOIN_ROWS == 16, "a warp has 32 columns and all rows");
@@ -80,6 +83,7 @@ template <class Memory> struct RowCarrier {
 
         __device__ int slot(int i) const
         {
+            if constexpr (back) return first_slot - i;
             return min(first_slot + i * slot_step, last_slot);
         }
     };
@@ -110,8 +114,8 @@ template <class Memory> struct RowCarrier {
     {
 #pragma unroll 1
         for (int i = 0; i < path.count; i++) {
-            const auto *map = reinterpret_cast<const MapQuarter *>(place(path.maps, path.first_map + i));
-            await(path.first_map + i);
+            const auto *map = reinterpret_cast<const MapQuarter *>(place(path.maps, path.first_map + STEP * i));
+            await(path.first_map + STEP * i);
 #pragma unroll 1
             for (int q = 0; q < 4; q++) {
                 uint64_t *full = &memory.ring().full[slot.index];
@@ -190,7 +194,10 @@ template <class Memory> struct RowCarrier {
             sync(); /* the product before is over too, so its rows may be overwritten */
             store_rows(x, scale);
             sync();
-            multiply(x);
+            if constexpr (back)
+                multiply_by_transpose(x);
+            else
+                multiply(x);
 #pragma unroll
             for (int c = 0; c < 4; c++)
 #pragma unroll
@@ -251,6 +258,52 @@ template <class Memory> struct RowCarrier {
             store_matrices(shared_address(row_unit(MapRowGroup::LOW, column)),
                            {low[c][0], low[c][1], low[c + 1][0], low[c + 1][1]});
         }
+    }
+
+    /* Adds 16 depths of the three products of operands in two parts for two tiles of columns. */
+    static __device__ void multiply_parts(float (*high_low)[4], float (*low_high)[4], float (*high_high)[4],
+                                          const uint32_t (&a)[4], const uint32_t (&rest)[4],
+                                          const uint32_t (&high)[4], const uint32_t (&low)[4])
+    {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            mma_half(high_low[n], a[0], a[1], a[2], a[3], low[2 * n], low[2 * n + 1]);
+            mma_half(low_high[n], rest[0], rest[1], rest[2], rest[3], high[2 * n], high[2 * n + 1]);
+            mma_half(high_high[n], a[0], a[1], a[2], a[3], high[2 * n], high[2 * n + 1]);
+        }
+    }
+
+    /* The product of the stored rows with the transpose of the next map, whose rows are the product's
+     * columns: a warp needs one quarter of the map alone. */
+    __device__ void multiply_by_transpose(Rows &product)
+    {
+        Rows high_low = {}, low_high = {}, high_high = {};
+#pragma unroll 1
+        for (int q = 0; q < 4; q++) {
+            MapQuarter &map = memory.quarter(slot.index);
+            mbarrier_wait(&memory.ring().full[slot.index], slot.parity);
+            if (q == column_group()) {
+#pragma unroll 1
+                for (int depth = 0; depth < DIM; depth += 16) {
+                    uint32_t a[4], rest[4];
+                    load_matrices(a, row_unit(MapRowGroup::HIGH, depth));
+                    load_matrices(rest, row_unit(MapRowGroup::LOW, depth));
+                    const int r = lane() / 16 * 8 + lane() % 8, u = depth / 8 + lane() / 8 % 2;
+#pragma unroll
+                    for (int c = 0; c < 4; c += 2) {
+                        uint32_t high[4], low[4]; /* depth / 8, tile */
+                        load_matrices(high, map.row_group[c / 2].unit(MapRowGroup::HIGH, r, u));
+                        load_matrices(low, map.row_group[c / 2].unit(MapRowGroup::LOW, r, u));
+                        multiply_parts(&high_low[c], &low_high[c], &high_high[c], a, rest, high, low);
+                    }
+                }
+            }
+            Memory::release(&memory.ring().empty[slot.index]);
+            slot.advance(1);
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            product[i / 4][i % 4] = high_low[i / 4][i % 4] + low_high[i / 4][i % 4] + high_high[i / 4][i % 4];
     }
 
     /* The product of the stored rows with the next map. */

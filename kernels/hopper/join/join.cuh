@@ -107,7 +107,71 @@ struct JoinCarrier : RowCarrier<JoinMemory> {
     }
 };
 
+/* Backwards, through all maps of a sequence, of which there are at most FKDA_MAPS_CHAINED: from the gradient
+ * behind the last segment but one to those behind all earlier segments. Slot i has the gradient behind
+ * segment i, and before the join what segment i + 1 makes of zeros. */
+struct BackCarrier : RowCarrier<JoinMemory, true> {
+    using RowCarrier<JoinMemory, true>::RowCarrier;
+
+    __device__ Path path_of_chain(const fkda_cut_sequence &c) const
+    {
+        const int last = c.first_slot + c.segments - 2; /* inner segment */
+        return {cut.maps, last, c.segments - 2, last - 1, -1, c.first_slot, true, true};
+    }
+};
+
 /* ---- The kernel ---------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ void begin_join(JoinMemory::Shared &shared, int warps)
+{
+    let_next_kernel_start();
+    if (threadIdx.x == 0) {
+        for (uint64_t &barrier : shared.ring.full) mbarrier_init(&barrier, 1);
+        for (uint64_t &barrier : shared.ring.empty) mbarrier_init_for_warps(&barrier, warps);
+        mbarrier_init_for_warps(&shared.others_done, warps);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    wait_for_previous_kernel();
+}
+
+template <class Carrier>
+static __device__ __forceinline__ void end_join(JoinMemory::Shared &shared, Carrier &work, bool fetches)
+{
+    if (!fetches) {
+        mbarrier_arrive_warp(&shared.others_done);
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < JoinMemory::QUARTERS; i++, work.slot.advance(1))
+        mbarrier_wait_or_give_up(&shared.ring.empty[work.slot.index], work.slot.parity ^ 1);
+    mbarrier_wait_or_give_up(&shared.others_done, 0);
+}
+
+/* Gradients with respect to states, backwards through all cut sequences. */
+static __device__ __forceinline__ void join_back(const fkda_fwd_args &args, const fkda_cut &cut)
+{
+    JoinMemory::Shared &shared = *reinterpret_cast<JoinMemory::Shared *>(cta_memory());
+    BackCarrier work(args, cut, JoinMemory{shared});
+    const Cut rules = {args, cut};
+    const bool fetches = threadIdx.x >= FKDA_JOIN_THREADS;
+    constexpr unsigned ROW_GROUPS = DIM / FKDA_JOIN_ROWS;
+    begin_join(shared, work.WARPS);
+    const unsigned heads = static_cast<unsigned>(args.heads), of_each = heads * ROW_GROUPS,
+                   items = static_cast<unsigned>(Cut::of_first_lane(rules.cut_sequences())) * of_each;
+    for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
+        const unsigned c = item / of_each, within = item % of_each;
+        const fkda_cut_sequence sequence = Cut::of_first_lane(rules.cut_sequence(static_cast<int>(c)));
+        work.head = static_cast<int>(within / ROW_GROUPS);
+        work.row = static_cast<int>(within % ROW_GROUPS) * FKDA_JOIN_ROWS;
+        const auto path = work.path_of_chain(sequence);
+        if (fetches)
+            work.fetch(path, [](int) {});
+        else
+            work.carry_from(path.first_map, path);
+    }
+    end_join(shared, work, fetches);
+}
 
 /* One step (FKDA_JOIN_COMPOSE, ...) for all cut sequences. A work item is 16 rows of one head's state or map;
  * CTA i has the work items i, i + gridDim.x, ... */
@@ -122,16 +186,7 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
     const unsigned row_groups =
         composes ? 2 * ROW_GROUPS : ROW_GROUPS; /* of a map and a state, or of a state */
 
-    /* ---- Barriers ---- */
-    let_next_kernel_start();
-    if (threadIdx.x == 0) {
-        for (uint64_t &barrier : shared.ring.full) mbarrier_init(&barrier, 1);
-        for (uint64_t &barrier : shared.ring.empty) mbarrier_init_for_warps(&barrier, work.WARPS);
-        mbarrier_init_for_warps(&shared.others_done, work.WARPS);
-        fence_mbarrier_init();
-    }
-    __syncthreads();
-    wait_for_previous_kernel();
+    begin_join(shared, work.WARPS);
 
     /* ---- Work items ---- */
     const int count = Cut::of_first_lane(rules.cut_sequences());
@@ -167,15 +222,7 @@ static __device__ __forceinline__ void join(const fkda_fwd_args &args, const fkd
         before += items;
     }
 
-    /* ---- The end ---- */
-    if (!fetches) {
-        mbarrier_arrive_warp(&shared.others_done);
-        return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < JoinMemory::QUARTERS; i++, work.slot.advance(1))
-        mbarrier_wait_or_give_up(&shared.ring.empty[work.slot.index], work.slot.parity ^ 1);
-    mbarrier_wait_or_give_up(&shared.others_done, 0);
+    end_join(shared, work, fetches);
 }
 
 } // namespace fkda

@@ -21,7 +21,9 @@ namespace fkda
 constexpr int CUT_CHUNK =
     FKDA_HOPPER_CHUNK_PAIR; /* tokens: segments begin and end where chunks of a CTA pair do */
 
-struct Cut {
+/* Backwards, the last segment of a sequence is the first one, and lists are not used: all sequences that are
+ * cut have one length. */
+template <bool backwards> struct CutFor {
     const fkda_fwd_args &args;
     const fkda_cut &cut;
 
@@ -179,14 +181,17 @@ struct Cut {
     __device__ fkda_segment entry(int work, int e) const
     {
         if (work == FKDA_SEQUENCES) return whole(e);
-        if (work == FKDA_FIRST_SEGMENTS) return segment(cut_sequence(e), 0);
+        if (work == FKDA_FIRST_SEGMENTS) {
+            const fkda_cut_sequence c = cut_sequence(e);
+            return segment(c, backwards ? c.segments - 1 : 0);
+        }
         if (!cut.equal_lengths) return checked((work == FKDA_INNER_SEGMENTS ? cut.inner : cut.later)[e]);
         /* The sequence may have become shorter since entries() has counted, and then it has no entry e. */
         const int segments = segments_of_each();
         if (segments == 1) return whole(min(e, sequences() - 1));
         const int of_each = max(entries_of_each(work, segments), 1);
-        const int c = min(e / of_each, sequences() - 1);
-        return segment({c, segments, c * segments, 0}, e % of_each + 1);
+        const int c = min(e / of_each, sequences() - 1), i = e % of_each + 1;
+        return segment({c, segments, c * segments, 0}, backwards ? segments - 1 - i : i);
     }
 
     /* Inner or later segments of a sequence with `segments` segments. */
@@ -195,6 +200,7 @@ struct Cut {
         return work == FKDA_INNER_SEGMENTS ? segments - 2 : segments - 1;
     }
 };
+using Cut = CutFor<false>;
 
 } // namespace fkda
 

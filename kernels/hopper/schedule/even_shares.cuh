@@ -84,7 +84,7 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
     /* Work items are given out in turn, and there are no shares. */
     __device__ bool in_turn() const
     {
-        return !Block::OUTPUTS || one_each;
+        return Block::MAPS || one_each;
     }
 
     /* ---- The share ---- */
@@ -181,12 +181,12 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
             if (from < begin) {
                 const int first = first_chunks(chunks, to - begin);
                 if (!first) continue;
-                if (first < chunks) end_at_border(item, first * CHUNK);
+                if (first < chunks) end_at_border(item, first_tokens(item, first));
             } else if (to > end &&
                        share_number + 1 < workers.count()) { /* no border follows the last share */
                 const int first = first_chunks(chunks, to - end);
                 if (first && first == chunks) continue;
-                if (first) begin_at_border(item, first * CHUNK);
+                if (first) begin_at_border(item, first_tokens(item, first));
             }
             return item;
         }
@@ -204,10 +204,27 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
                                                              : beyond;
     }
 
+    /* Tokens of the item's first chunks, of which there are fewer than the item has. */
+    static __device__ int first_tokens(const WorkItem &item, int chunks)
+    {
+        if constexpr (Block::BACKWARDS) return (item.length - 1) % CHUNK + 1 + (chunks - 1) * CHUNK;
+        return chunks * CHUNK;
+    }
+
+    /* Takes the item's first `tokens` tokens in memory from it. */
+    static __device__ void take_from_begin(WorkItem &item, int tokens)
+    {
+        item.token += tokens, item.length -= tokens;
+        if constexpr (Block::IMAGES) item.images.before += tokens;
+    }
+
     /* Leaves the item its first `tokens` tokens; the state goes to the border where the share begins. */
     __device__ void end_at_border(WorkItem &item, int tokens) const
     {
-        item.length = tokens;
+        if constexpr (Block::BACKWARDS)
+            take_from_begin(item, item.length - tokens);
+        else
+            item.length = tokens;
         item.final = border_state(share_number);
         item.flags = border_flags(share_number);
         item.attributes = (item.attributes & ~FINAL_BF16) | FINAL_IMAGE | SIGNALS_FINAL;
@@ -216,7 +233,10 @@ template <class Block, class Workers> struct EvenSharesSource : WorkItemMaker<Bl
     /* Takes the first `tokens` tokens from the item; the state comes from the border where the share ends. */
     __device__ void begin_at_border(WorkItem &item, int tokens) const
     {
-        item.token += tokens, item.length -= tokens;
+        if constexpr (Block::BACKWARDS)
+            item.length -= tokens;
+        else
+            take_from_begin(item, tokens);
         item.initial = border_state(share_number + 1);
         item.flags = border_flags(share_number + 1);
         item.attributes = (item.attributes & ~INITIAL_BF16) | INITIAL_IMAGE | AWAITS_INITIAL;

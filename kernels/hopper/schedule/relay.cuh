@@ -169,12 +169,12 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
     {
         const int none = assignment.segments;
         if (assignment.spare >= 0)
-            return Block::OUTPUTS && assignment.spares_compute_first() && head_index < assignment.all_heads()
+            return !Block::MAPS && assignment.spares_compute_first() && head_index < assignment.all_heads()
                        ? 0
                        : none;
         if (assignment.segment > 0)
             return assignment.segment < assignment.segments - 1 ? assignment.segment : none;
-        if (Block::OUTPUTS) return assignment.spares_compute_first() ? assignment.segments - 1 : 0;
+        if (!Block::MAPS) return assignment.spares_compute_first() ? assignment.segments - 1 : 0;
         return assignment.spares_compute_first() ? 0 : none;
     }
 
@@ -186,7 +186,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         const bool first = next_segment == 0;
         if (!first && ++head_index < assignment.head_index + assignment.heads) return;
         next_segment = assignment.segments;
-        if (!Block::OUTPUTS || !first) return;
+        if (Block::MAPS || !first) return;
         if (assignment.spare < 0)
             next_segment = assignment.segments > 1 ? assignment.segments - 1 : 1;
         else if ((head_index += assignment.spare_pairs()) < assignment.all_heads())
@@ -205,7 +205,7 @@ template <class Block, class Assignment> struct RelaySource : WorkItemMaker<Bloc
         const fkda_segment s = Cut::of_first_lane(assignment.segment_of(c, i));
         LoadedItem item = this->item_of(s, head);
         advance();
-        if (!Block::OUTPUTS) {
+        if (Block::MAPS) {
             item.flags = this->rank == 0 ? assignment.cut.flags(head, s.slot, FKDA_FLAG_MAP)
                                          : assignment.cut.flags(head, s.slot + 1, FKDA_FLAG_STATE);
             item.attributes |= next_segment < assignment.segments ? SIGNALS_FINAL | NOT_LAST : SIGNALS_FINAL;

@@ -68,7 +68,7 @@ struct Mixed {
     template <class Block>
     using Source = std::conditional_t<
         Block::CTAS == 1, EvenSharesSource<Block, RestWorkers<Block>>,
-        std::conditional_t<Block::OUTPUTS, LongOrRest<Block>, RelaySource<Block, LongAssignment>>>;
+        std::conditional_t<Block::MAPS, RelaySource<Block, LongAssignment>, LongOrRest<Block>>>;
     static constexpr bool MIXED = true;
 };
 

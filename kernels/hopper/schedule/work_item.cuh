@@ -10,10 +10,18 @@
 #define FKDA_HOPPER_WORK_ITEM_CUH
 
 #include "../../common/slots.cuh"
+#include "../bwd/chunks/chunk_args.h"
 #include "cut.cuh"
 
 namespace fkda
 {
+
+/* Where a walk of the backward pass stores what it carries (StateWalk and GradientWalk in block/cta.cuh). */
+struct ItemImages {
+    int before; /* tokens of the sequence before the work item */
+    int first;  /* the slot of the sequence's first chunk, or NO_IMAGES: nothing is stored */
+};
+constexpr int NO_IMAGES = -0x40000000;
 
 struct WorkItem {
     int row, token;      /* the row of the batch, and the first token, counted in this row */
@@ -23,7 +31,10 @@ struct WorkItem {
     const void *initial; /* the head's state before the item; null: zeros, or for IS_MAP the identity */
     void *final;         /* where the head's state after the item goes; null: nowhere */
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
-    int *read_flags;     /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
+    union {
+        int *read_flags; /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
+        ItemImages images; /* of blocks with IMAGES */
+    };
 };
 
 /* A work item with what the loader alone needs of it. */
@@ -72,11 +83,12 @@ __device__ __forceinline__ long long token_place(const fkda_token_strides &strid
 /* Makes work items of segments; the base of every schedule's source. */
 template <class Block> struct WorkItemMaker {
     const fkda_fwd_args &args;
-    Cut cut;
+    const int &launch_work; /* FKDA_SEQUENCES, ... */
+    CutFor<Block::BACKWARDS> cut;
     int rank; /* of the CTA in its pair */
 
     __device__ WorkItemMaker(const fkda_hopper_fwd_args &all, int rank_in_pair)
-        : args(all.fwd), cut{all.fwd, all.cut}, rank(rank_in_pair)
+        : args(all.fwd), launch_work(all.work), cut{all.fwd, all.cut}, rank(rank_in_pair)
     {
     }
 
@@ -100,13 +112,17 @@ template <class Block> struct WorkItemMaker {
         const long long slot = (static_cast<long long>(s.slot) * args.heads + h) * (DIM * DIM);
         const long long next_slot = /* the last slot has none, and only a damaged list asks for it */
             s.slot + 1 < cut.cut.slots ? slot + static_cast<long long>(args.heads) * (DIM * DIM) : slot;
-        if (!Block::OUTPUTS) {
+        if (Block::MAPS) {
             item.final = rank == 0 ? cut.cut.maps + slot : cut.cut.states + next_slot;
             if (rank == 0) item.attributes = IS_MAP;
             if (Block::RELAYS && rank == 1 && s.position & FKDA_SEGMENT_FIRST) take_initial(item, s.sequence);
             return item;
         }
         item.first_row = Block::ROWS * rank;
+        if constexpr (Block::IMAGES) {
+            take_states_of_walk(item, s, slot);
+            return item;
+        }
         if (s.position & FKDA_SEGMENT_FIRST)
             take_initial(item, s.sequence);
         else
@@ -121,6 +137,34 @@ template <class Block> struct WorkItemMaker {
         return item;
     }
 
+    /* The states before and after an item of a walk, and where its images go; `slot` is where the segment's
+     * slot begins in `cut.states`. A walk back begins with the last segment, and the slot of segment i has
+     * what is behind segment i. Of inner segments what they make of zeros is wanted alone, for the join. */
+    __device__ void take_states_of_walk(LoadedItem &item, const fkda_segment &s, long long slot) const
+    {
+        constexpr int BEGIN = Block::BACKWARDS ? FKDA_SEGMENT_LAST : FKDA_SEGMENT_FIRST,
+                      END = Block::BACKWARDS ? FKDA_SEGMENT_FIRST : FKDA_SEGMENT_LAST;
+        constexpr int CHUNK = FKDA_HOPPER_BWD_CHUNK;
+        const int next = s.slot + (Block::BACKWARDS ? -1 : 1);
+        const long long step = static_cast<long long>(args.heads) * (DIM * DIM);
+        const long long begin =
+            args.cu_seqlens ? sequence_border(args, s.sequence) : s.sequence * args.tokens;
+        const bool is_inner = launch_work == FKDA_INNER_SEGMENTS;
+        item.images.before = static_cast<int>(s.begin - begin);
+        item.images.first = is_inner          ? NO_IMAGES
+                            : args.cu_seqlens ? static_cast<int>(begin / CHUNK) + s.sequence
+                                              : static_cast<int>((args.tokens + CHUNK - 1) / CHUNK) * s.sequence;
+        if (s.position & BEGIN)
+            take_initial(item, s.sequence);
+        else if (!is_inner)
+            item.initial = cut.cut.states + slot, item.attributes |= INITIAL_IMAGE;
+        if (s.position & END)
+            item.final = caller_state(args.final_state, find_final_state(args, s.sequence, item.head), false);
+        else if ((is_inner || s.position & BEGIN) && next >= 0 && next < cut.cut.slots)
+            item.final = cut.cut.states + slot + (Block::BACKWARDS ? -step : step),
+            item.attributes |= FINAL_IMAGE;
+    }
+
     /* The caller's initial state, if the sequence has one. */
     __device__ void take_initial(LoadedItem &item, int sequence) const
     {
@@ -131,7 +175,11 @@ template <class Block> struct WorkItemMaker {
     /* `at` is from find_initial_state() or find_final_state(). Null if there is no such state. */
     __device__ void *caller_state(const fkda_state_args &states, long long at) const
     {
-        return at == NO_SLOT ? nullptr : static_cast<char *>(states.data) + at * (args.state_is_bf16 ? 2 : 4);
+        return caller_state(states, at, args.state_is_bf16);
+    }
+    static __device__ void *caller_state(const fkda_state_args &states, long long at, bool is_bf16)
+    {
+        return at == NO_SLOT ? nullptr : static_cast<char *>(states.data) + at * (is_bf16 ? 2 : 4);
     }
 };
 

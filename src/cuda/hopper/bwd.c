@@ -8,12 +8,11 @@
 
 extern const unsigned char fkda_fatbin_hopper_bwd[];
 
-enum { WALK, GRADIENTS, REDUCE, WALK_OVER_CHUNKS };
+enum { WALK, GRADIENTS, REDUCE };
 
 static fkda_module module = {
     .image = fkda_fatbin_hopper_bwd,
-    .names = {"fkda_hopper_bwd_walk", "fkda_hopper_bwd_gradients", "fkda_hopper_bwd_reduce",
-              "fkda_hopper_bwd_walk_chunks"},
+    .names = {"fkda_hopper_bwd_walk", "fkda_hopper_bwd_gradients", "fkda_hopper_bwd_reduce"},
     .shared_bytes = FKDA_HOPPER_BWD_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
@@ -103,7 +102,7 @@ flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     if (fkda_hopper_bwd_knows_chunks(p))
-        status = fkda_hopper_bwd_by_chunks(driver, p, &module, WALK_OVER_CHUNKS, REDUCE);
+        status = fkda_hopper_bwd_by_chunks(driver, p, &module, REDUCE);
     else
         status = fkda_launch_bwd(driver, &module, p, launches, sizeof launches / sizeof *launches, &args);
     return fkda_leave_device(driver, status);

@@ -5,8 +5,10 @@
  */
 #include "../../../kernels/hopper/bwd/bwd_args.h"
 #include "../../../kernels/hopper/bwd/bwd_shape.h"
+#include "../cuda.h"
 #include "bwd_chunks.h"
 #include "launch.h"
+#include "walks.h"
 
 extern const unsigned char fkda_fatbin_hopper_bwd_chunks[];
 
@@ -25,18 +27,20 @@ enum { CHUNK = FKDA_HOPPER_BWD_CHUNK };
 /* Where each part of the workspace begins, in bytes. */
 typedef struct chunk_plan {
     fkda_bwd_segments chunks;
-    int64_t gradients_at, sums_at, dq_at, dk_at, bytes;
+    fkda_walks_plan walks;
+    int64_t gradients_at, walks_at, sums_at, dq_at, dk_at, bytes;
 } chunk_plan;
 
-static chunk_plan make_plan(const fkda_bwd_problem *p)
+static chunk_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
-    chunk_plan plan = {.chunks = fkda_cut_for_bwd(s, CHUNK)};
+    chunk_plan plan = {.chunks = fkda_cut_for_bwd(s, CHUNK), .walks = fkda_plan_walks(s, sms)};
     const int64_t items = plan.chunks.slots * s->heads,
                   parts = s->heads != s->qk_heads ? s->batch * s->tokens * s->heads * FKDA_DIM : 0;
     int64_t end = 0;
     fkda_take_part(&end, items * FKDA_HOPPER_BORDER_IMAGE);
     plan.gradients_at = fkda_take_part(&end, items * FKDA_HOPPER_BORDER_IMAGE);
+    plan.walks_at = fkda_take_part(&end, plan.walks.bytes);
     plan.sums_at =
         fkda_take_part(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
     plan.dq_at = fkda_take_part(&end, parts * (int64_t)sizeof(float));
@@ -60,9 +64,16 @@ bool fkda_hopper_bwd_knows_chunks(const fkda_bwd_problem *p)
     return true;
 }
 
+/* Without a device the call fails before it needs the workspace. */
+static int sms_of(const fkda_bwd_problem *p)
+{
+    int sms;
+    return fkda_cuda_sms(p->fwd.shape.device.index, &sms) == FLASH_KDA_OK ? sms : 1;
+}
+
 size_t fkda_hopper_bwd_chunks_workspace(const fkda_bwd_problem *p)
 {
-    return (size_t)make_plan(p).bytes;
+    return (size_t)make_plan(p, sms_of(p)).bytes;
 }
 
 static fkda_bwd_args make_args(const fkda_bwd_problem *p, const chunk_plan *plan)
@@ -102,25 +113,23 @@ static flash_kda_status describe_tensors(const fkda_driver *driver, const fkda_b
 }
 
 flash_kda_status fkda_hopper_bwd_by_chunks(const fkda_driver *driver, const fkda_bwd_problem *p,
-                                           fkda_module *walks, int walk, int reduce)
+                                           fkda_module *sums, int reduce)
 {
     const fkda_shape *s = &p->fwd.shape;
-    const chunk_plan plan = make_plan(p);
+    const chunk_plan plan = make_plan(p, sms_of(p));
     unsigned char *const workspace = p->fwd.workspace;
-    fkda_hopper_bwd_args walk_args = {.bwd = make_args(p, &plan),
-                                      .states = workspace,
-                                      .gradients = workspace + plan.gradients_at};
+    const fkda_walk_results results = {workspace, workspace + plan.gradients_at, plan.chunks.slots,
+                                       workspace + plan.walks_at};
     fkda_hopper_chunk_args args = {
-        .bwd = walk_args.bwd, .states = walk_args.states, .gradients = walk_args.gradients};
-    const fkda_bwd_launch walk_launch = {walk, 2 * s->sequences * s->heads, FKDA_HOPPER_BWD_THREADS,
-                                         FKDA_HOPPER_BWD_SHARED_BYTES},
-                          launch = {kernel_for(&p->fwd),
+        .bwd = make_args(p, &plan), .states = results.states, .gradients = results.gradients};
+    fkda_hopper_bwd_args sum_args = {.bwd = args.bwd};
+    const fkda_bwd_launch launch = {kernel_for(&p->fwd),
                                     plan.chunks.slots * s->heads, FKDA_HOPPER_CHUNK_THREADS,
                                     FKDA_HOPPER_CHUNK_SHARED_BYTES},
                           reduction = fkda_bwd_reduction(p, reduce);
     flash_kda_status status = describe_tensors(driver, p, &args);
-    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, walks, p, &walk_launch, 1, &walk_args);
+    if (status == FLASH_KDA_OK) status = fkda_launch_walks(driver, p, &plan.walks, &results);
     if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &module, p, &launch, 1, &args);
-    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, walks, p, &reduction, 1, &walk_args);
+    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, sums, p, &reduction, 1, &sum_args);
     return status;
 }

@@ -9,9 +9,9 @@ bool fkda_hopper_bwd_knows_chunks(const fkda_bwd_problem *problem);
 
 size_t fkda_hopper_bwd_chunks_workspace(const fkda_bwd_problem *problem);
 
-/* Launches everything. The device's context must be current. `walk` and `reduce` are functions of `walks`. */
+/* Launches everything. The device's context must be current. `reduce` is a function of `sums`. */
 flash_kda_status fkda_hopper_bwd_by_chunks(const fkda_driver *driver, const fkda_bwd_problem *problem,
-                                           fkda_module *walks, int walk, int reduce);
+                                           fkda_module *sums, int reduce);
 
 /* The end of a part of the workspace that begins at *end. Returns the beginning. */
 static inline int64_t fkda_take_part(int64_t *end, int64_t bytes)

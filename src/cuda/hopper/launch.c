@@ -119,6 +119,18 @@ static kernels choose_kernels(int32_t features)
     return (kernels){&general_fwd_module, &general_segments_module, &general_segments_module, 0};
 }
 
+flash_kda_status fkda_hopper_find_maps(const fkda_driver *driver, int32_t features, int ordinal,
+                                       CUfunction *maps, CUfunction *join)
+{
+    const kernels use = choose_kernels(features);
+    flash_kda_status status = fkda_load_module(driver, &segments_module, ordinal);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, use.maps, ordinal);
+    if (status != FLASH_KDA_OK) return status;
+    *maps = use.maps->functions[ordinal][use.first + MAPS];
+    *join = segments_module.functions[ordinal][JOIN];
+    return FLASH_KDA_OK;
+}
+
 enum { CHUNK = FKDA_HOPPER_CHUNK_PAIR };
 
 /* What all steps of one call need. */
@@ -132,47 +144,38 @@ typedef struct call {
     int *launches;                    /* of this call so far */
 } call;
 
-/* When a kernel may start. */
-typedef enum start {
-    IN_ORDER, /* when all work before it on the stream is over */
-    EARLY,    /* when the kernel before it lets it start; the kernel itself waits for what it needs */
-    TOGETHER, /* in order, with all CTAs running at the same time, because they wait for each other */
-} start;
-
 /* Returns whether `ctas` CTAs, one on each SM, can run at the same time on the call's stream. They cannot if
  * the stream belongs to a green context with fewer SMs. The driver refuses a cooperative launch of that many
  * CTAs by itself, except in a capture: the replay of such a capture would wait for ever. */
-static bool can_run_together(const call *c, int64_t ctas)
+static bool can_run_together(const fkda_driver *driver, CUstream stream, int64_t ctas)
 {
-    const fkda_driver *driver = c->driver;
     CUgreenCtx context = NULL;
     fkda_device_resource part = {0};
     if (!driver->cuStreamGetGreenCtx || !driver->cuGreenCtxGetDevResource) return true;
-    if (driver->cuStreamGetGreenCtx(c->problem->stream, &context) || !context) return true;
+    if (driver->cuStreamGetGreenCtx(stream, &context) || !context) return true;
     if (driver->cuGreenCtxGetDevResource(context, &part, CU_DEV_RESOURCE_TYPE_SM)) return false;
     return ctas <= part.sms;
 }
 
-/* The one place that launches. A driver without cuLaunchKernelEx launches EARLY kernels in order and refuses
- * TOGETHER. */
-static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t ctas, int threads, start when)
+/* The one place that launches. */
+CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, CUfunction kernel, void *args,
+                                   int64_t ctas, int threads, fkda_start when)
 {
     enum { TOO_LARGE = 720, NOT_SUPPORTED = 801 };
-    const CUstream stream = c->problem->stream;
     void *pointers[] = {args};
     fkda_launch_attribute attribute = {0};
-    if (when == TOGETHER && !can_run_together(c, ctas)) return TOO_LARGE;
-    if (when == EARLY) {
+    if (when == FKDA_TOGETHER && !can_run_together(driver, stream, ctas)) return TOO_LARGE;
+    if (when == FKDA_EARLY) {
         attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmatic_stream_serialization_allowed = 1;
-    } else if (when == TOGETHER) {
+    } else if (when == FKDA_TOGETHER) {
         attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
         attribute.value.cooperative = 1;
     }
-    if (!c->driver->cuLaunchKernelEx) {
-        if (when == TOGETHER) return NOT_SUPPORTED;
-        return c->driver->cuLaunchKernel(kernel, (unsigned)ctas, 1, 1, (unsigned)threads, 1, 1,
-                                         FKDA_HOPPER_SHARED_BYTES, stream, pointers, NULL);
+    if (!driver->cuLaunchKernelEx) {
+        if (when == FKDA_TOGETHER) return NOT_SUPPORTED;
+        return driver->cuLaunchKernel(kernel, (unsigned)ctas, 1, 1, (unsigned)threads, 1, 1,
+                                      FKDA_HOPPER_SHARED_BYTES, stream, pointers, NULL);
     }
     const fkda_launch_config config = {
         .grid_x = (unsigned)ctas,
@@ -184,9 +187,15 @@ static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t cta
         .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
         .stream = stream,
         .attributes = &attribute,
-        .attribute_count = when != IN_ORDER,
+        .attribute_count = when != FKDA_IN_ORDER,
     };
-    return c->driver->cuLaunchKernelEx(&config, kernel, pointers, NULL);
+    return driver->cuLaunchKernelEx(&config, kernel, pointers, NULL);
+}
+
+static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t ctas, int threads,
+                       fkda_start when)
+{
+    return fkda_hopper_launch_kernel(c->driver, c->problem->stream, kernel, args, ctas, threads, when);
 }
 
 /* Says what failed and, if kernels of the call were launched before, what that means for its results. */
@@ -200,7 +209,7 @@ static flash_kda_status fail(const call *c, const char *function, CUresult resul
 }
 
 static flash_kda_status launch_or_fail(const call *c, CUfunction kernel, fkda_hopper_fwd_args *args,
-                                       int64_t ctas, int threads, start when)
+                                       int64_t ctas, int threads, fkda_start when)
 {
     const char *function = c->driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel";
     const CUresult result = launch(c, kernel, args, ctas, threads, when);
@@ -218,10 +227,6 @@ static flash_kda_status clear_flags(const call *c, int *flags, int64_t count)
     return result ? fail(c, "cuMemsetD32Async", result) : FLASH_KDA_OK;
 }
 
-/* The TMA descriptor of a tensor as fkda_hopper_fwd_args wants it: [B, T, heads, 128] in boxes of a chunk of
- * tokens by 64 channels. A descriptor holds the tensor's address, so each call makes its descriptors anew.
- * They go to the kernel by value, inside of its arguments, and no memory on the device has to be kept for
- * them. */
 CUresult fkda_describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
                               const fkda_token_view *t, const fkda_shape *shape, int chunk)
 {
@@ -261,7 +266,7 @@ static flash_kda_status make_args(const call *c, int chunk, fkda_hopper_fwd_args
 /* A pass of the even-share schedule: `items` heads of sequences or segments at most, in CTAs for chunks of
  * `chunk` tokens. More items than workers are divided where args->handoff has room for states. */
 static flash_kda_status launch_even_shares(const call *c, fkda_hopper_fwd_args *args, int chunk,
-                                           int64_t items, start when)
+                                           int64_t items, fkda_start when)
 {
     const bool paired = chunk == FKDA_HOPPER_CHUNK_PAIR;
     const int64_t workers = fkda_hopper_workers(chunk, items, c->plan->sms);
@@ -271,7 +276,7 @@ static flash_kda_status launch_even_shares(const call *c, fkda_hopper_fwd_args *
         const flash_kda_status status =
             clear_flags(c, args->handoff.flags, fkda_hopper_handoff_flags(c->plan->sms));
         if (status != FLASH_KDA_OK) return status;
-        when = IN_ORDER; /* the flags must be clear before the kernel starts */
+        when = FKDA_IN_ORDER; /* the flags must be clear before the kernel starts */
     }
     return launch_or_fail(c, c->fwd[paired ? PAIR : SOLO], args, ctas, FKDA_HOPPER_THREADS, when);
 }
@@ -283,7 +288,7 @@ static flash_kda_status run_whole(const call *c)
     const flash_kda_status status = make_args(c, w->chunk, &args);
     if (status != FLASH_KDA_OK) return status;
     if (w->divides) args.handoff = fkda_hopper_handoff(c->problem->workspace, c->plan->sms);
-    return launch_even_shares(c, &args, w->chunk, w->heads, IN_ORDER);
+    return launch_even_shares(c, &args, w->chunk, w->heads, FKDA_IN_ORDER);
 }
 
 /* Work items of each pass, at most. If lengths differ, the host assumes that one sequence is cut, which
@@ -319,7 +324,7 @@ static flash_kda_status launch_join(const call *c, fkda_hopper_fwd_args *args, i
         if (step != FKDA_JOIN_CHAIN && !in_groups) continue;
         args->work = step;
         status = launch_or_fail(c, c->lists[JOIN], args, fkda_least(items[step], c->plan->sms),
-                                FKDA_JOIN_CTA_THREADS, EARLY);
+                                FKDA_JOIN_CTA_THREADS, FKDA_EARLY);
     }
     return status;
 }
@@ -334,17 +339,17 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     const fkda_hopper_plan *plan = c->plan;
     flash_kda_status status = FLASH_KDA_OK;
     if (!args->cut.equal_lengths)
-        status = launch_or_fail(c, c->lists[LIST], args, 1, FKDA_LIST_THREADS, IN_ORDER);
+        status = launch_or_fail(c, c->lists[LIST], args, 1, FKDA_LIST_THREADS, FKDA_IN_ORDER);
     if (status != FLASH_KDA_OK) return status;
 
     args->work = FKDA_FIRST_SEGMENTS;
-    status = launch_even_shares(c, args, CHUNK, items.first, IN_ORDER);
+    status = launch_even_shares(c, args, CHUNK, items.first, FKDA_IN_ORDER);
     if (status != FLASH_KDA_OK) return status;
 
     if (items.inner) {
         const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * fkda_hopper_workers(CHUNK, items.inner, plan->sms);
         args->work = FKDA_INNER_SEGMENTS;
-        status = launch_or_fail(c, c->maps[MAPS], args, ctas, FKDA_HOPPER_THREADS, EARLY);
+        status = launch_or_fail(c, c->maps[MAPS], args, ctas, FKDA_HOPPER_THREADS, FKDA_EARLY);
         if (status == FLASH_KDA_OK) status = launch_join(c, args, items.first);
         if (status != FLASH_KDA_OK) return status;
     }
@@ -352,7 +357,7 @@ static flash_kda_status run_passes(const call *c, fkda_hopper_fwd_args *args)
     args->work = FKDA_LATER_SEGMENTS;
     if (!c->problem->shape.batch_invariant)
         args->handoff = fkda_hopper_handoff((char *)c->problem->workspace + plan->memory.handoff, plan->sms);
-    return launch_even_shares(c, args, CHUNK, items.later, EARLY);
+    return launch_even_shares(c, args, CHUNK, items.later, FKDA_EARLY);
 }
 
 /* CTAs cannot be launched together where the process or the stream may use only a part of the device. Then,
@@ -362,7 +367,8 @@ static flash_kda_status run_relay(const call *c, fkda_hopper_fwd_args *args)
     const flash_kda_status status = clear_flags(c, args->cut.flags, c->plan->memory.relay_flags);
     if (status != FLASH_KDA_OK) return status;
     const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->relay_pairs;
-    if (launch(c, c->segments[RELAY], args, ctas, FKDA_HOPPER_THREADS, TOGETHER) == 0) return FLASH_KDA_OK;
+    if (launch(c, c->segments[RELAY], args, ctas, FKDA_HOPPER_THREADS, FKDA_TOGETHER) == 0)
+        return FLASH_KDA_OK;
     args->cut.relay = (fkda_relay){0};
     return run_passes(c, args);
 }
@@ -383,7 +389,8 @@ static flash_kda_status run_mixed(const call *c, const fkda_hopper_fwd_args *pai
     status = clear_flags(c, flags, m->relay_flags + m->mixed_handoff_flags);
     if (status != FLASH_KDA_OK) return status;
     const int64_t ctas = FKDA_HOPPER_PAIR_CTAS * (int64_t)c->plan->mixed.pairs;
-    if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, TOGETHER) == 0) return FLASH_KDA_OK;
+    if (launch(c, c->segments[MIXED], &args, ctas, FKDA_HOPPER_THREADS, FKDA_TOGETHER) == 0)
+        return FLASH_KDA_OK;
     return run_whole(c);
 }
 

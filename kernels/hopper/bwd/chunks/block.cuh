@@ -21,8 +21,8 @@ template <Arithmetic arithmetic> struct ChunkBlock {
     static constexpr int OWN_SLOTS = 1, RECEIVED_SLOTS = 0, SLOTS = 1;
     static constexpr int RECURRENCE_WARPS = 0, PREPARE_WARPS = TEAM_WARPS;
     static constexpr int SUBCHUNKS = CHUNK / SUBCHUNK, HALF_TOKENS = CHUNK * ROW;
-    static constexpr bool LOADER_FINDS_NORMS = false, OUTPUTS = true, RELAYS = false, STATES = false;
-    static constexpr bool KEEPS_BITS = true;
+    static constexpr bool LOADER_FINDS_NORMS = false, QUERIES = true, RELAYS = false, STATES = false;
+    static constexpr bool BACKWARDS = false, KEEPS_BITS = true;
     static constexpr Arithmetic ARITHMETIC = arithmetic;
     static constexpr bool GENERAL = arithmetic == Arithmetic::GENERAL,
                           OPTIONS = arithmetic != Arithmetic::USUAL,
@@ -39,6 +39,10 @@ template <Arithmetic arithmetic> struct ChunkCursor<ChunkBlock<arithmetic>> {
     int row, token; /* the row of the batch, and the chunk's first token, counted in this row */
     long long slot;
 
+    __device__ int here() const
+    {
+        return left;
+    }
     __device__ long long place(const fkda_token_strides &strides, int i, int group = 1) const
     {
         return token_place(strides, row, token + i, group == 1 ? head : head / group);
