@@ -18,27 +18,26 @@ namespace fkda
 /* How many tokens are accepted, before wrong tokens end the list. */
 __device__ __forceinline__ int count_accepted(const fkda_apply_args &args, int n)
 {
-    long long most = args.record_columns;
+    long long most = min(args.record_columns, MAX_TOKENS);
     if (args.accepted.data && args.accepted.columns < most) most = args.accepted.columns;
     return static_cast<int>(clamp(read_index(args.num_accepted_tokens, n), 0, most));
 }
 
-/* How many of the accepted tokens number `first` to `first` + 15 there are. Lane i gets the record of number
- * i. */
-__device__ __forceinline__ int find_accepted(int &record, const fkda_apply_args &args, int n, int first,
-                                             int count)
+/* How many of `count` accepted tokens there are up to the first wrong one. Lane i gets the record of token
+ * number i. */
+__device__ __forceinline__ int find_accepted(int &record, const fkda_apply_args &args, int n, int count)
 {
-    const int lane = static_cast<int>(threadIdx.x) % 32, number = first + lane;
-    const bool is_one = lane < MAX_TOKENS && number < count;
-    long long token = number;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const bool is_one = lane < count;
+    long long token = lane;
     if (is_one && args.accepted.data)
-        token = read_index(args.accepted, static_cast<long long>(n) * args.accepted.columns + number);
+        token = read_index(args.accepted, static_cast<long long>(n) * args.accepted.columns + lane);
     const bool is_right = is_one && token >= 0 && token < args.record_columns;
     record = is_right ? static_cast<int>(token) : 0;
     return __ffs(static_cast<int>(~__ballot_sync(~0u, is_right))) - 1;
 }
 
-/* The records of up to 16 accepted tokens, in shared memory behind the CTA's part of the state. The vectors
+/* The records of the accepted tokens, in shared memory behind the CTA's part of the state. The vectors
  * over channels lie in the order in which the lanes have them (tile.cuh). */
 template <bool is_bf16, bool k_first> struct Records {
     using State = Stream<is_bf16, k_first>;
@@ -73,7 +72,8 @@ template <bool is_bf16, bool k_first> struct Records {
     {
         constexpr int FOURS = DIM / 4; /* of a vector */
         const long long step = static_cast<long long>(args.heads) * (3 * DIM);
-        const float *from = args.records + static_cast<long long>(work.sequence) * args.record_columns * step +
+        const float *from = args.records +
+                            static_cast<long long>(work.sequence) * args.record_columns * step +
                             work.head * (3 * DIM);
 #pragma unroll 1
         for (int j = 0; j < some; j++) {
@@ -123,8 +123,7 @@ template <bool is_bf16, bool k_first> struct Records {
     {
 #pragma unroll
         for (int i = 0; i < SIDE / 4; i++) {
-            const float4 y =
-                *reinterpret_cast<const float4 *>(us + j * rows + state.row - first_row + 4 * i);
+            const float4 y = *reinterpret_cast<const float4 *>(us + j * rows + state.row - first_row + 4 * i);
             x[4 * i] = y.x, x[4 * i + 1] = y.y, x[4 * i + 2] = y.z, x[4 * i + 3] = y.w;
         }
     }
@@ -155,25 +154,10 @@ template <bool is_bf16, bool k_first> struct Records {
                 for (int piece = 0; piece < SIDE; piece++)
 #pragma unroll
                     for (int i = 0; i < SIDE; i++)
-                        x[s][piece][i] = __fmaf_rn(k[State::channel_of(piece, i)],
-                                                   u[State::row_of(piece, i)], x[s][piece][i]);
+                        x[s][piece][i] = __fmaf_rn(k[State::channel_of(piece, i)], u[State::row_of(piece, i)],
+                                                   x[s][piece][i]);
             }
         }
-    }
-
-    /* Gets tokens in the place of those that are there, and returns how many. */
-    __device__ __forceinline__ int get(const fkda_apply_args &args, const Work &work, int first,
-                                       int count) const
-    {
-        int record;
-        const int some = find_accepted(record, args, work.sequence, first, count);
-        __syncthreads(); /* the others are no longer read */
-        copy(args, work, record, some);
-        wait_for_copies();
-        __syncthreads();
-        join(some);
-        __syncthreads();
-        return some;
     }
 };
 
@@ -184,11 +168,11 @@ template <bool is_bf16, bool k_first> __device__ __forceinline__ void apply(cons
     const Work work = find_work(args.heads, args.split);
     const fkda_index_args &indices = args.state_indices;
     const int count = count_accepted(args, work.sequence);
-    const long long index = load_index_if(indices.data, work.sequence, indices.is_i32,
-                                          indices.data != nullptr, work.sequence);
+    const long long index =
+        load_index_if(indices.data, work.sequence, indices.is_i32, indices.data != nullptr, work.sequence);
     const long long slot = check_slot(index, indices.data ? args.first_slot : 0, args.state);
     int record;
-    const int some = find_accepted(record, args, work.sequence, 0, count);
+    const int some = find_accepted(record, args, work.sequence, count);
     if (slot == NO_SLOT || some == 0) return;
 
     const State state(work.first_row);
@@ -205,8 +189,6 @@ template <bool is_bf16, bool k_first> __device__ __forceinline__ void apply(cons
     __syncthreads();
     copy_async_wait<0>();
 
-    /* Only records that no call of decode fills have more than 16 tokens. */
-    const bool has_more = some == MAX_TOKENS && count > MAX_TOKENS;
     const uint64_t random = fkda_random_place(work.sequence, 0, args.heads, work.head, 0, 0);
     char *to = state.first_address(args.state.data, at);
 #pragma unroll 1
@@ -217,15 +199,6 @@ template <bool is_bf16, bool k_first> __device__ __forceinline__ void apply(cons
 #pragma unroll
             for (int piece = 0; piece < SIDE; piece++) state.read(x[s][piece], square + s, piece);
         records.apply(x, state, square, some);
-        if (has_more) {
-            int next = MAX_TOKENS;
-#pragma unroll 1
-            for (int first = MAX_TOKENS; next == MAX_TOKENS && first < count; first += MAX_TOKENS) {
-                next = records.get(args, work, first, count);
-                records.apply(x, state, square, next);
-            }
-            records.get(args, work, 0, count); /* for the next squares */
-        }
 #pragma unroll
         for (int s = 0; s < AT_ONCE; s++) {
             typename State::RandomBlocks blocks;
