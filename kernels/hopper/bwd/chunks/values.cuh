@@ -46,13 +46,18 @@ template <class Block> struct ChunkValues {
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++) most = max(most, __float_as_uint(scale[32 * i + lane]));
         const float unit = __uint_as_float(__reduce_max_sync(~0u, most));
-#pragma unroll 1
-        for (int row = 16 * warp; row < 16 * warp + 16; row++) {
-            const float factor = scale[row] * inverse_power(unit);
-            if (factor == 1.0f) continue;
-            uint2 &four = *reinterpret_cast<uint2 *>(image.bytes + row * ImageRows::ROW_BYTES + 8 * lane);
+        const float inverse = inverse_power(unit);
+        if (__any_sync(~0u, scale[16 * warp + lane % 16] != unit)) {
+            const int row = 16 * warp + lane / 2; /* the lane has half of it */
+            const float factor = scale[row] * inverse;
             const uint32_t both = pack_half(factor, factor);
-            four = make_uint2(multiply_halves(four.x, both), multiply_halves(four.y, both));
+            uint4 *const half = reinterpret_cast<uint4 *>(image.bytes + row * ImageRows::ROW_BYTES);
+#pragma unroll
+            for (int i = 0; i < ImageRows::ROW_BYTES / 32; i++) {
+                uint4 &x = half[(2 * i + lane % 2) ^ row % 8]; /* neighbouring rows in different banks */
+                x = make_uint4(multiply_halves(x.x, both), multiply_halves(x.y, both),
+                               multiply_halves(x.z, both), multiply_halves(x.w, both));
+            }
         }
         __syncwarp();
         return unit;
@@ -62,24 +67,22 @@ template <class Block> struct ChunkValues {
      * The result is multiplied by key_scale(). */
     template <class Lack> __device__ void read(Rows &x, const ImageRows &image, int tile, Lack lack) const
     {
-        read_tile(x, image, lack);
-        multiply_by(x, 1.0f / SlicePreparation<Block>::LACK_SCALE);
-        read_tile(x, image, [&](int half) { return s.tokens[0].half[half].tile[tile]; });
-    }
-    template <class Half> __device__ void read_tile(Rows &x, const ImageRows &image, Half half) const
-    {
         const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
                        columns = matrix_row_by_token(lane);
 #pragma unroll
         for (int d = 0; d < DIM / 16; d++) {
-            uint32_t a[4], b[4];
+            uint32_t a[4], b[2][Block::SUBCHUNKS][4];
             load_matrices(a, rows ^ 32 * d);
-            const uint32_t place = shared_address(half(d / 4)) + (columns ^ d % 4 * 32);
 #pragma unroll
             for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
-                load_matrices(b, place + sub * SUBCHUNK_BYTES);
-                multiply_tiles(&x[2 * sub], a, b);
+                const uint32_t place = (columns ^ d % 4 * 32) + sub * SUBCHUNK_BYTES;
+                load_matrices(b[0][sub], shared_address(s.tokens[0].half[d / 4].tile[tile]) + place);
+                load_matrices(b[1][sub], shared_address(lack(d / 4)) + place);
             }
+#pragma unroll
+            for (int part = 0; part < 2; part++)
+#pragma unroll
+                for (int sub = 0; sub < Block::SUBCHUNKS; sub++) multiply_tiles(&x[2 * sub], a, b[part][sub]);
         }
     }
 
