@@ -187,14 +187,20 @@ template <class Block> struct ChunkValues {
 
     /* d += x m with `place(column, depth)` the lane's row of the matrices for tiles of columns n and n + 1 and
      * 16 depths. lower: m is zero where depth < column, otherwise where depth > column. x enters in tf32, since
-     * its tokens may be of very different sizes. An accumulator tile is an A operand whose depths t and t + 4
+     * its tokens may be of very different sizes; exact: with what tf32 lacks. An accumulator tile is an A operand whose depths t and t + 4
      * are tokens 2 t and 2 t + 1, and these are the two fp16 of a register of m. */
-    template <bool lower, bool transposed, class Place>
+    template <bool lower, bool transposed, bool exact = false, class Place>
     __device__ void multiply(Rows &d, const Rows &x, Place place) const
     {
-        Rows a;
+        Rows a, lack;
 #pragma unroll
-        for (int i = 0; i < 4 * TILES; i++) a[i / 4][i % 4] = round_to_tf32(x[i / 4][i % 4]);
+        for (int i = 0; i < 4 * TILES; i++) {
+            float &part = a[i / 4][i % 4];
+            part = round_to_tf32(x[i / 4][i % 4]);
+            if (!exact) continue;
+            part = __uint_as_float(__float_as_uint(part) & 0xffffe000u);
+            lack[i / 4][i % 4] = x[i / 4][i % 4] - part;
+        }
 #pragma unroll
         for (int j = 0; j < DEPTHS; j++)
 #pragma unroll
@@ -210,6 +216,10 @@ template <class Block> struct ChunkValues {
                     const float(&from)[4] = a[2 * j + i % 2];
                     mma_tf32(d[2 * n + i / 2], from[0], from[2], from[1], from[3], half_low(b[i]),
                              half_high(b[i]));
+                    const float(&rest)[4] = lack[2 * j + i % 2];
+                    if (exact)
+                        mma_tf32(d[2 * n + i / 2], rest[0], rest[2], rest[1], rest[3], half_low(b[i]),
+                                 half_high(b[i]));
                 }
             }
     }
@@ -321,7 +331,7 @@ template <class Block> struct ChunkValues {
         for (int i = 0; i < 16; i++)
             du[i / 4][i % 4] =
                 __fmaf_rn(x[i / 4][i % 4], all.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
-        multiply<true, false>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
+        multiply<true, false, true>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, divisor);
 
         /* ---- dbeta and dv ---- */
