@@ -247,6 +247,18 @@ template <class Block> struct ChunkChannels {
 
     /* ---- Products between tokens ---- */
 
+    /* Numbers between tokens enter with all their bits: the tensor core takes the upper ones, and then the
+     * others. */
+    static __device__ void multiply_pairs(float (&d)[4], const float (&x)[4], float b0, float b1)
+    {
+        mma_tf32(d, x[0], x[2], x[1], x[3], b0, b1);
+        mma_tf32(d, x[0], x[2], x[1], x[3], b0 - cut(b0), b1 - cut(b1));
+    }
+    static __device__ float cut(float x)
+    {
+        return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+    }
+
     /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are those
      * of subchunk `to`. In one subchunk, only tiles with j <= i. */
     __device__ void read(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
@@ -258,7 +270,7 @@ template <class Block> struct ChunkChannels {
                 if (to == from && j > i) continue;
                 const float2 b =
                     *reinterpret_cast<const float2 *>(&pairs[16 * to + 8 * i + g][16 * from + 8 * j + 2 * t]);
-                mma_tf32(d[i], x[j][0], x[j][2], x[j][1], x[j][3], b.x, b.y);
+                multiply_pairs(d[i], x[j], b.x, b.y);
             }
     }
 
@@ -271,7 +283,7 @@ template <class Block> struct ChunkChannels {
             for (int j = 0; j < 2; j++) {
                 if (to == from && j > i) continue;
                 const float *const b = &pairs[16 * to + 8 * i + 2 * t][16 * from + 8 * j + g];
-                mma_tf32(d[j], x[i][0], x[i][2], x[i][1], x[i][3], b[0], b[CHUNK_TOKENS + 4]);
+                multiply_pairs(d[j], x[i], b[0], b[CHUNK_TOKENS + 4]);
             }
     }
 
@@ -280,8 +292,7 @@ template <class Block> struct ChunkChannels {
     {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            x[i / 4][i % 4] =
-                __uint_as_float(__float_as_uint(round_to_tf32(x[i / 4][i % 4])) & 0xffffe000u);
+            x[i / 4][i % 4] = cut(round_to_tf32(x[i / 4][i % 4]));
     }
     static __device__ void clear(Elements &x)
     {
