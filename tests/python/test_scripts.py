@@ -404,6 +404,8 @@ def test_all_the_tests(sandbox):
     last = done.stdout[done.stdout.index("== cases") :].splitlines()
     assert last[1].endswith(" C: 2 passed; Python: 12 passed; 3 s; 123 checks, 45 inputs of corpora")
     assert last[-1] == "all passed"
+    steps = ("tests", "address", "thread", "aarch64", "pythons", "fuzz")
+    assert re.fullmatch(f"seconds: {', '.join(f'{step} [0-9]+' for step in steps)}", last[-2])
     assert sum(line.startswith("fuzz: ") for line in last) == 4
     done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest pretended-python", **settings)
     assert done.returncode == 1
