@@ -26,11 +26,11 @@ typedef float Rows[CHUNK_TOKENS / 8][4];
 
 template <class Block> struct ChunkValues {
     static constexpr int TILES = CHUNK_TOKENS / 8, DEPTHS = CHUNK_TOKENS / 16;
-    const fkda_hopper_chunk_args &all;
+    const fkda_hopper_chunk_args &call;
     Shared<Block> &s;
     int warp, lane, g, t;
 
-    __device__ ChunkValues(const fkda_hopper_chunk_args &a, Shared<Block> &shared) : all(a), s(shared)
+    __device__ ChunkValues(const fkda_hopper_chunk_args &a, Shared<Block> &shared) : call(a), s(shared)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
@@ -69,7 +69,7 @@ template <class Block> struct ChunkValues {
     {
         const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
                        columns = matrix_row_by_token(lane);
-#pragma unroll
+#pragma unroll 4 /* fewer registers than all at once */
         for (int d = 0; d < DIM / 16; d++) {
             uint32_t a[4], b[2][Block::SUBCHUNKS][4];
             load_matrices(a, rows ^ 32 * d);
@@ -97,7 +97,7 @@ template <class Block> struct ChunkValues {
         for (int i = 0; i < TILES; i++) {
             const int token = 8 * i + g;
             const auto *from = reinterpret_cast<const uint32_t *>(
-                static_cast<const uint16_t *>(all.bwd.fwd.v) + s.at.place(all.bwd.fwd.v_strides, token) +
+                static_cast<const uint16_t *>(call.bwd.fwd.v) + s.at.place(call.bwd.fwd.v_strides, token) +
                 16 * warp + 2 * t);
 #pragma unroll
             for (int r = 0; r < 2; r++) raw.pair[i][r] = token < s.at.left ? __ldg(from + 4 * r) : 0;
@@ -172,10 +172,10 @@ template <class Block> struct ChunkValues {
     {
         store(dr, half, [](float a, float b) { return pack_bf16(a, b); });
         __syncwarp();
-        if (all.bwd.dv && lane < s.at.left) {
+        if (call.bwd.dv && lane < s.at.left) {
             const int unit = 16 * warp % 64 / 8;
-            char *to = static_cast<char *>(all.bwd.dv) +
-                       2 * (s.at.place(all.bwd.dv_strides, lane) + 16 * warp);
+            char *to = static_cast<char *>(call.bwd.dv) +
+                       2 * (s.at.place(call.bwd.dv_strides, lane) + 16 * warp);
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 reinterpret_cast<uint4 *>(to)[i] = *token_unit(half, lane, unit + i);
@@ -192,14 +192,12 @@ template <class Block> struct ChunkValues {
     template <bool lower, bool transposed, bool exact = false, class Place>
     __device__ void multiply(Rows &d, const Rows &x, Place place) const
     {
-        Rows a, lack;
+        Rows a;
 #pragma unroll
         for (int i = 0; i < 4 * TILES; i++) {
             float &part = a[i / 4][i % 4];
             part = round_to_tf32(x[i / 4][i % 4]);
-            if (!exact) continue;
-            part = __uint_as_float(__float_as_uint(part) & 0xffffe000u);
-            lack[i / 4][i % 4] = x[i / 4][i % 4] - part;
+            if (exact) part = cut_to_tf32(part);
         }
 #pragma unroll
         for (int j = 0; j < DEPTHS; j++)
@@ -216,10 +214,10 @@ template <class Block> struct ChunkValues {
                     const float(&from)[4] = a[2 * j + i % 2];
                     mma_tf32(d[2 * n + i / 2], from[0], from[2], from[1], from[3], half_low(b[i]),
                              half_high(b[i]));
-                    const float(&rest)[4] = lack[2 * j + i % 2];
+                    const float(&all)[4] = x[2 * j + i % 2];
                     if (exact)
-                        mma_tf32(d[2 * n + i / 2], rest[0], rest[2], rest[1], rest[3], half_low(b[i]),
-                                 half_high(b[i]));
+                        mma_tf32(d[2 * n + i / 2], all[0] - from[0], all[2] - from[2], all[1] - from[1],
+                                 all[3] - from[3], half_low(b[i]), half_high(b[i]));
                 }
             }
     }
@@ -301,7 +299,7 @@ template <class Block> struct ChunkValues {
         unsigned char *const v = s.tokens[0].v[16 * warp / 64], *const dout = s.dout[16 * warp / 64];
 
         /* ---- R ---- */
-        const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(all.bwd.fwd));
+        const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(call.bwd.fwd));
         Rows r = {}, u = {};
         const RawValues values = load_v();
         mbarrier_wait(&s.state_there, 0);
@@ -324,13 +322,13 @@ template <class Block> struct ChunkValues {
         mbarrier_wait(&s.gradient_there, 0);
         const float gradient_unit = unify(s.gradient, s.gradient_scale);
         read(du, s.gradient, G, [&](int half) { return s.tokens[0].v[half]; });
-        if (all.bwd.dout) mbarrier_wait(&s.dout_there, 0);
+        if (call.bwd.dout) mbarrier_wait(&s.dout_there, 0);
         load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
         multiply<true, true>(x, r, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
 #pragma unroll
         for (int i = 0; i < 16; i++)
             du[i / 4][i % 4] =
-                __fmaf_rn(x[i / 4][i % 4], all.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
+                __fmaf_rn(x[i / 4][i % 4], call.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
         multiply<true, false, true>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, divisor);
 
