@@ -576,12 +576,15 @@ template <class Block> struct ChunkChannels {
         /* ---- The other subchunk ---- */
         if (sub == 1) {
             Elements writers;
+            stash(late_stash(), x), stash(sum_stash(1, 1), w);
             find_writers(writers, from_other, noted_decay(1));
             load_normalised(q, Q, sub), load_normalised(k, K, sub); /* again, since registers are short */
+            unstash(x, late_stash()), unstash(w, sum_stash(1, 1));
             Elements written; /* what these readers give the writers of the first subchunk */
             clear(written);
-            read_first(dq, x, written, q, up, sum, d, writers, P);
-            read_first(dk, x, written, k, up, sum, d, writers, L);
+            const Decays again = noted_decays(sub);
+            read_first(dq, x, written, q, up, sum, again, writers, P);
+            read_first(dk, x, written, k, up, sum, again, writers, L);
             stash(late_stash(), written);
             unstash(y, y_stash);
         } else {
@@ -589,10 +592,11 @@ template <class Block> struct ChunkChannels {
             Elements written;
             unstash(written, late_stash());
             unstash(y, y_stash);
+            const Decays again = noted_decays(sub);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
-                const float by = written[n][r] * to_end(down[n][r], sum[n][r], d, r);
+                const float by = written[n][r] * to_end(down[n][r], sum[n][r], again, r);
                 w[n][r] += by;
                 y[n][r] = __fmaf_rn(k[n][r], by, y[n][r]);
             }
@@ -792,6 +796,10 @@ template <class Block> struct ChunkChannels {
     __device__ void run(ChannelSums &sums)
     {
         const fkda_bwd_args &b = all.bwd;
+#pragma unroll
+        for (int sub = 0; sub < 2; sub++)
+            stash(sum_stash(sub, 0), sums.q + 2 * sub), stash(sum_stash(sub, 1), sums.k + 2 * sub),
+                stash(sum_stash(sub, 2), sums.k_rest + 2 * sub);
         load_bias();
         /* The inputs come for the second time, or for the third one if the preparation was careful. */
         mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
@@ -810,21 +818,19 @@ template <class Block> struct ChunkChannels {
             __syncwarp();
             note(s.notes.kept, product(product(noted_decay(0), noted_decay(1)),
                                        make_float2(sums.kept[0], sums.kept[1])));
-#pragma unroll
-            for (int sub = 0; sub < 2; sub++)
-                stash(sum_stash(sub, 0), sums.q + 2 * sub), stash(sum_stash(sub, 1), sums.k + 2 * sub),
-                    stash(sum_stash(sub, 2), sums.k_rest + 2 * sub);
             __syncwarp();
             /* A loop, so that the code is there once. */
 #pragma unroll 1
             for (int sub = 1; sub >= 0; sub--) {
+                const ChunkChannels here(all, s); /* its places are found anew, and do not fill registers */
                 Elements q, k, w, dg;
-                unstash(q, sum_stash(sub, 0)), unstash(k, sum_stash(sub, 1)), unstash(w, sum_stash(sub, 2));
-                compute(sub, q, k, w, dg, gates, wide[1]);
-                finish_gates(dg, sub);
-                store_gates(dg, sub);
+                here.unstash(q, here.sum_stash(sub, 0)), here.unstash(k, here.sum_stash(sub, 1));
+                here.unstash(w, here.sum_stash(sub, 2));
+                here.compute(sub, q, k, w, dg, gates, wide[1]);
+                here.finish_gates(dg, sub);
+                here.store_gates(dg, sub);
                 if (sub == 0) break;
-                unstash_gates(gates);
+                here.unstash_gates(gates);
                 wide[1] = wide[0];
             }
         }
