@@ -235,29 +235,39 @@ template <class Block> struct ChunkValues {
 
     /* ---- Tokens with tiny write strengths ---- */
 
-    /* m = M = R - N U */
-    __device__ void find_missed(Rows &m, const Rows &r, const Rows &u) const
+    /* Where the thread's rows of M wait: over K~ and what it lacks, which all warps are through with. */
+    __device__ float4 *missed_place(int i) const
+    {
+        return reinterpret_cast<float4 *>(s.tokens[0].half[warp / 4].tile[i / 2 ? Q : K]) + 32 * (i % 2) +
+               64 * (warp % 4) + lane;
+    }
+
+    /* M = R - N U */
+    __device__ void find_missed(const Rows &r, const Rows &u) const
     {
         Rows sum = {};
         multiply<false, false>(sum, u,
                                [&](int c, int d) { return s.keys.at(column(c) + lane % 8, depth(d)); });
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-            m[i / 4][i % 4] = r[i / 4][i % 4] - sum[i / 4][i % 4];
+        for (int i = 0; i < TILES; i++)
+            *missed_place(i) = make_float4(r[i][0] - sum[i][0], r[i][1] - sum[i][1], r[i][2] - sum[i][2],
+                                           r[i][3] - sum[i][3]);
     }
 
     /* The lane's parts of the sums of dX M, of tokens with tiny write strengths. */
-    __device__ void sum_missed(float (&sums)[8], const Rows &m, const Rows &du, const Rows &dr) const
+    __device__ void sum_missed(float (&sums)[8], const Rows &du, const Rows &dr) const
     {
         Rows x = {};
         multiply<true, true>(x, dr, [&](int c, int d) { return s.keys.at(depth(d) + lane % 8, column(c)); });
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (!is_faint(s.strength[8 * (i / 2) + 2 * t + i % 2], s.stage[0].divisor)) continue;
-            sums[i] = 0.0f;
+        for (int i = 0; i < TILES; i++) {
+            const float4 missed = *missed_place(i);
+            const float m[4] = {missed.x, missed.y, missed.z, missed.w};
 #pragma unroll
-            for (int e = i % 2; e < 4; e += 2)
-                sums[i] = __fmaf_rn(du[i / 2][e] - x[i / 2][e], m[i / 2][e], sums[i]);
+            for (int e = 0; e < 2; e++) {
+                if (!is_faint(s.strength[8 * i + 2 * t + e], s.stage[0].divisor)) continue;
+                sums[2 * i + e] = (du[i][e] - x[i][e]) * m[e] + (du[i][e + 2] - x[i][e + 2]) * m[e + 2];
+            }
         }
     }
 
@@ -316,8 +326,7 @@ template <class Block> struct ChunkValues {
 
         /* ---- dU and dR ---- */
         const bool faint = s.has_faint_write;
-        Rows missed;
-        if (__builtin_expect(faint, 0)) find_missed(missed, r, u);
+        if (__builtin_expect(faint, 0)) find_missed(r, u);
         Rows du = {}, dr = {}, x = {};
         mbarrier_wait(&s.gradient_there, 0);
         const float gradient_unit = unify(s.gradient, s.gradient_scale);
@@ -340,7 +349,7 @@ template <class Block> struct ChunkValues {
             sums[i] = __fmaf_rn(dr[i / 2][i % 2], u[i / 2][i % 2], dr[i / 2][i % 2 + 2] * u[i / 2][i % 2 + 2]) *
                       rcp(b) * rcp(b);
         }
-        if (__builtin_expect(faint, 0)) sum_missed(sums, missed, du, dr);
+        if (__builtin_expect(faint, 0)) sum_missed(sums, du, dr);
         const float dbeta = sum_over_g(sums, lane); /* of token 8 (g / 2) + 2 t + g % 2 */
         store_dv(dr, dout);
 
