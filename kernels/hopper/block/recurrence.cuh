@@ -166,23 +166,26 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         bool unusual;
     };
 
-    /* Prepares these operands for the scales that the rows have. `position` is as in step(). */
-    __device__ void prepare_gradients(OutputGradients &to, int index, int here, int position)
+    /* Prepares these operands for the scales that the rows have. `left` is as in ChunkOrder. */
+    __device__ void prepare_gradients(OutputGradients &to, int index, int left)
     {
-        const bool look = looks_at(position);
+        const bool look = looks_at(left);
         const Raw raw = load_raw(shared.tokens[index]);
         const float high = largest(raw, 0) * value_factor(), low = largest(raw, 1) * value_factor();
         const bool act = misfit(high, low, look | look_again);
-        to.unusual = __any_sync(~0u, act) | (here < CHUNK);
+        to.unusual = __any_sync(~0u, act) | (Order::here(left) < CHUNK);
         float v[TILES][4];
         unpack_gradients(v, raw);
         pack_gradients(to, v);
     }
 
+    /* Images are stored while a product is in flight, except where there are too few registers for it. */
+    static constexpr bool STORES_IN_FLIGHT = !Block::BACKWARDS || Block::ROWS == 64;
+
     /* Every 128 tokens. */
-    static __device__ bool looks_at(int position)
+    static __device__ bool looks_at(int left)
     {
-        return (position & (128 - CHUNK)) == 0;
+        return (Order::before(left) & (128 - CHUNK)) == 0;
     }
 
     __device__ void unpack_gradients(float (&v)[TILES][4], const Raw &raw) const
@@ -222,11 +225,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
      *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
      *     D^T  = D^T + dO^T Q~ - dR^T K~  the first product does not wait for dR
      *
-     * `here` and `position` are as in step(). On return the last products are in flight, during which the
+     * `left` is as in ChunkOrder. On return the last products are in flight, during which the
      * operands of the next chunk are prepared. store_image() stores D behind the chunk while dU is found.
      */
     template <class StoreImage>
-    __device__ void step_back(int index, int here, int position, OutputGradients &out, StoreImage store_image)
+    __device__ void step_back(int index, int left, OutputGradients &out, StoreImage store_image)
     {
         using Tokens = fkda::Tokens<Block>;
         Stage &stage = shared.stage[index];
@@ -236,15 +239,16 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         uint32_t a[DIM / 16][4];
 
         /* ---- Does this chunk leave the usual path? ---- */
-        bool look = looks_at(position);
+        bool look = looks_at(left);
         const float divisor = stage.divisor;
         if ((look || may_leap()) && __any_sync(~0u, has_grown())) look = true, faint = true;
         if (__builtin_expect(out.unusual | (look & faint), 0))
-            adapt_gradients(out, index, here, look);
+            adapt_gradients(out, index, Order::here(left), look);
         else
             look_again = false;
 
         /* ---- dU ---- */
+        if constexpr (!STORES_IN_FLIGHT) store_image();
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -256,7 +260,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int i = 0; i < SUBCHUNKS; i++)
             wgmma<true, true>(du, out.a[i], attend_transposed(stage_place, i));
         wgmma_commit();
-        store_image();
+        if constexpr (STORES_IN_FLIGHT) store_image();
         wgmma_wait<0>();
 
         /* ---- dR ---- */
@@ -478,10 +482,10 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         int slot = uniform(place.index());
         if constexpr (Block::BACKWARDS)
-            if (item.length > 0) prepare_gradients(gradients, slot, Order::here(item.length), position);
+            if (item.length > 0) prepare_gradients(gradients, slot, item.length);
         for (int left = item.length; left > 0; left = Order::advance(left)) {
             if constexpr (Block::BACKWARDS) {
-                step_back(slot, Order::here(left), position, gradients, [&] { store_image(item, left); });
+                step_back(slot, left, gradients, [&] { store_image(item, left); });
             } else {
                 if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
                 step(slot, left, position, read, own, [&] {
@@ -498,7 +502,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
                 ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
             } else if (Order::advance(left) > 0) {
                 mbarrier_wait(&shared.chunk_ring.ready[next_slot], next.parity());
-                prepare_gradients(gradients, next_slot, CHUNK, position + CHUNK);
+                prepare_gradients(gradients, next_slot, Order::advance(left));
             }
             int checkpoint = 0;
             if constexpr (Block::CHECKPOINTS) checkpoint = shared.checkpoints.number_of[slot];
