@@ -24,6 +24,9 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
     static constexpr int HALF = CHUNK / 2;
     /* Of G log2(e), down or up. 16 tokens at -5 nats reach -115.4. */
     static constexpr float RANGE = 116.0f;
+    /* If a channel has a log2 decay above this over the chunk, fp16 hold decayed keys without units. */
+    static constexpr float KEPT = -10.0f;
+    static constexpr float MOST = 100.0f;         /* of the exponent of a unit */
     static constexpr float NORM_SCALE = 0x1p-68f; /* squares of elements above 2^60 overflow */
 
     typedef typename Scratch::RawChunk Raw;
@@ -123,10 +126,10 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
             const int token = HALF * half + e;
             sum[e] += before;
             const float k = from_bf16_bits(raw.k[token][channel]) * to.k_scale[token], up = ex2(sum[e]);
-            to.put_key(s, token, channel, k, up);
+            to.template put_key<way>(s, token, channel, k, up);
             if (products) {
                 out |= !(fabsf(sum[e]) < RANGE);
-                to.put_rest(token, channel, k * ex2(last - sum[e]));
+                to.template put_rest<way>(token, channel, k * ex2(last - sum[e]));
                 s.k_up.at(token, channel) = to_tf32(k * ex2(-sum[e]));
             }
             if (!backwards) continue;
@@ -134,7 +137,46 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
             to.put_query(s, token, channel, q, args.fwd.scale, up);
         }
         if (out) s.is_out_of_range = 1;
+        if constexpr (products && Prepared::HAS_UNITS)
+            if (last > KEPT) s.is_kept = 1;
         if (!half) to.put_decay(channel, last);
+    }
+
+    /* Makes the decayed tiles again, where all channels forget much. Divides those of a token by a unit, a
+     * power of two near the decay of the channel that keeps most. `sum` is G. */
+    __device__ void decay_with_units(const float (&sum)[HALF]) const
+    {
+        float(&least)[CHUNK][CHUNK + 4] = s.l_columns; /* of each warp: of G down, and of G_last - G down */
+        const float last = s.totals[0][channel] + s.totals[1][channel];
+#pragma unroll
+        for (int e = 0; e < HALF; e++) {
+            const float down = least_of_warp(fmaxf(-sum[e], 0.0f)),
+                        rest = least_of_warp(fmaxf(sum[e] - last, 0.0f));
+            if (lane == 0) least[warp][e] = down, least[warp][HALF + e] = rest;
+        }
+        Scratch::Team::meet();
+#pragma unroll
+        for (int e = 0; e < HALF; e++) {
+            const int token = HALF * half + e;
+            float down = MOST, rest = MOST;
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                down = fminf(down, least[4 * half + w][e]);
+                rest = fminf(rest, least[4 * half + w][HALF + e]);
+            }
+            down = floorf(down), rest = floorf(rest);
+            const float g = sum[e], k = from_bf16_bits(raw.k[token][channel]) * to.k_scale[token],
+                        up = ex2(g + down);
+            const float q = backwards ? from_bf16_bits(raw.q[token][channel]) * to.q_scale[token] : 0.0f;
+            to.template put_all<way>(token, channel, k * up, k * ex2(last - g + rest), q * up);
+            if (channel == 0) to.read_unit[token] = ex2(-down), to.rest_unit[token] = ex2(-rest);
+        }
+        Scratch::Team::meet(); /* all have read `least` */
+    }
+
+    static __device__ float least_of_warp(float x) /* x >= 0 */
+    {
+        return __uint_as_float(~__reduce_max_sync(~0u, ~__float_as_uint(x)));
     }
 
     /* Products over 64 channels: one matrix and eight columns of it for each warp. */
@@ -250,12 +292,20 @@ template <Way way, class Scratch = Shared, class Prepared = Shared> struct Prepa
     {
         float sum[HALF];
         if (thread == 0) s.is_out_of_range = 0;
+        if constexpr (Prepared::HAS_UNITS)
+            if (thread == 0) s.is_kept = 0;
         find_norms();
         find_strengths(chunk, beta);
         sum_gates({args.fwd, gate_of_head, channel}, chunk, sum);
         Scratch::Team::meet();
         decay<true>(sum);
         Scratch::Team::meet();
+        if constexpr (Prepared::HAS_UNITS) {
+            if (__builtin_expect(!s.is_kept, 0))
+                decay_with_units(sum);
+            else if (thread == 0)
+                to.put_no_units();
+        }
         if (__builtin_expect(s.is_out_of_range, 0)) {
             Scratch::Team::meet(); /* all have read the flag, which the next chunk clears */
 #pragma unroll

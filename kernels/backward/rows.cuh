@@ -92,7 +92,8 @@ struct Rows {
                       x[i / 2][i % 2 * 2 + 1]);
     }
 
-    /* d = x A^T for a tile A of tokens. */
+    /* d = x A^T for a tile A of tokens. All bits of A count: where keys are nearly alike, what they read
+     * is nearly alike too, and the inverse takes their differences. */
     __device__ __forceinline__ void read(float (&d)[2][4], const Tile &a, int lane) const
     {
 #pragma unroll
@@ -100,7 +101,11 @@ struct Rows {
             forget(lane); /* addresses are made anew for each tile, for lack of registers */
             const unsigned id = static_cast<unsigned>(lane);
 #pragma unroll
-            for (int i = 0; i < 2; i++) multiply(d[i], x[j], a.two(8 * i + id / 4, 8 * j + 2 * (id % 4)));
+            for (int i = 0; i < 2; i++) {
+                const float2 b = a.two(8 * i + id / 4, 8 * j + 2 * (id % 4));
+                multiply(d[i], x[j], b);
+                multiply(d[i], x[j], rest_of_tf32(b.x), rest_of_tf32(b.y));
+            }
         }
     }
 
@@ -115,12 +120,18 @@ struct Rows {
         }
     }
 
-    /* Tile j of channels: x += u A. */
+    /* Tile j of channels: x += u A, with all bits of u or with those of tf32. */
+    template <bool all_bits>
     __device__ __forceinline__ void write(int j, const float (&u)[2][4], const Tile &a, int g, int t)
     {
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            multiply(x[j], u[i], a.at(8 * i + 2 * t, 8 * j + g), a.at(8 * i + 2 * t + 1, 8 * j + g));
+        for (int i = 0; i < 2; i++) {
+            const float2 b = make_float2(a.at(8 * i + 2 * t, 8 * j + g), a.at(8 * i + 2 * t + 1, 8 * j + g));
+            if (all_bits)
+                multiply_all_bits(x[j], u[i], b);
+            else
+                multiply(x[j], u[i], b);
+        }
     }
 };
 
@@ -163,7 +174,7 @@ __device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &s
     load_transposed(rest, raw.values, first_row, lane);
 #pragma unroll
     for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= predicted[i / 4][i % 4], missed[i / 4][i % 4] = 0.0f;
-    multiply_lower(missed, rest, s.inverse, g, t);
+    multiply_by_inverse(missed, rest, s.inverse, g, t);
 }
 
 /* S becomes the state after the chunk. */
@@ -178,7 +189,8 @@ __device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2
         const unsigned id = static_cast<unsigned>(lane);
         const int g = id / 4, t = id % 4;
         state.decay(s, j, t);
-        state.write(j, u, s.k_rest, g, t);
+        /* All bits, because one token may have written nearly all of the state. */
+        state.write<true>(j, u, s.k_rest, g, t);
     }
 }
 
@@ -193,7 +205,7 @@ __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], 
     multiply_upper(du, dout, s.attend_t, g, t);
 #pragma unroll
     for (int i = 0; i < 8; i++) dx[i / 4][i % 4] = 0.0f;
-    multiply_upper(dx, du, s.inverse_t, g, t);
+    multiply_by_inverse_t(dx, du, s.inverse_t, g, t);
 }
 
 /* D becomes the gradient with respect to the state before the chunk. */
@@ -209,8 +221,8 @@ __device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dou
         const unsigned id = static_cast<unsigned>(lane);
         const int g = id / 4, t = id % 4;
         gradient.decay(s, j, t);
-        gradient.write(j, dout, s.q_read, g, t);
-        gradient.write(j, minus_dr, s.k_read, g, t);
+        gradient.write<false>(j, dout, s.q_read, g, t);
+        gradient.write<false>(j, minus_dr, s.k_read, g, t);
     }
 }
 

@@ -47,9 +47,20 @@ struct WholeCta {
     }
 };
 
+/* A channel's decay over a chunk: x becomes x factor + x more. Slow channels have the factor 1, because a
+ * decay near 1, rounded to fp32, would be off by one amount chunk after chunk. Fast channels have no `more`,
+ * because x less nearly all of x is nothing but rounding errors. */
+__device__ __forceinline__ void split_decay(float log2_decay, float &factor, float &more)
+{
+    const bool is_slow = log2_decay > -1.0f;
+    factor = is_slow ? 1.0f : ex2(log2_decay);
+    more = !is_slow ? 0.0f : log2_decay <= 0.0f ? ex2_minus_1(log2_decay) : ex2(log2_decay) - 1.0f;
+}
+
 struct Shared {
     typedef Raw RawChunk;
     typedef WholeCta Team;
+    static constexpr bool HAS_UNITS = false; /* tf32 has the range of fp32 */
 
     Raw raw[2]; /* of a chunk and of the next one */
     /* A prepared chunk, with G the running sum of the log decay. Operands are rounded to tf32.
@@ -68,11 +79,9 @@ struct Shared {
     float products[2][2][CHUNK][CHUNK + 2];   /* of two halves of the depth: two matrices between tokens */
     __align__(16) float2 pairs[CHUNK][CHUNK]; /* dP, and dL with the factors b_i */
     float totals[2][DIM];                     /* of log2 decays, over half a chunk */
-    /* A channel's decay over the chunk: x becomes x factor + x more. Slow channels have the factor 1, because
-     * a decay near 1, rounded to fp32, would be off by one amount chunk after chunk. */
-    float factor[DIM], more[DIM];
-    float kept[DIM];                      /* the sum over V of S D */
-    float q_scale[CHUNK], k_scale[CHUNK]; /* 1 / |q|, 1 / |k| */
+    float factor[DIM], more[DIM];             /* of the decay */
+    float kept[DIM];                          /* the sum over V of S D */
+    float q_scale[CHUNK], k_scale[CHUNK];     /* 1 / |q|, 1 / |k| */
     float strength[CHUNK], strength_slope[CHUNK];
     float dbeta[WARPS][CHUNK];
     int is_out_of_range; /* exp(G) or exp(-G) is not in the range of fp32 */
@@ -80,11 +89,12 @@ struct Shared {
     GateOfHead gate;
 
     /* What a preparation leaves. `up` is exp(G). */
+    template <Way>
     __device__ __forceinline__ void put_key(Shared &, int token, int channel, float k, float up)
     {
         k_read.at(token, channel) = to_tf32(k * up);
     }
-    __device__ __forceinline__ void put_rest(int token, int channel, float x)
+    template <Way> __device__ __forceinline__ void put_rest(int token, int channel, float x)
     {
         k_rest.at(token, channel) = to_tf32(x);
     }
@@ -95,11 +105,7 @@ struct Shared {
     }
     __device__ __forceinline__ void put_decay(int channel, float log2_decay)
     {
-        const bool is_slow = log2_decay > -1.0f;
-        factor[channel] = is_slow ? 1.0f : ex2(log2_decay);
-        more[channel] = !is_slow             ? 0.0f
-                        : log2_decay <= 0.0f ? ex2_minus_1(log2_decay)
-                                             : ex2(log2_decay) - 1.0f;
+        split_decay(log2_decay, factor[channel], more[channel]);
     }
     template <Way> __device__ __forceinline__ void put_inverse(int i, int j, float x)
     {

@@ -23,6 +23,19 @@ __device__ __forceinline__ float to_tf32(float x)
     return __uint_as_float(__float_as_uint(x) + 0x1000u);
 }
 
+/* What the tensor core takes of an operand. */
+__device__ __forceinline__ float taken_as_tf32(float x)
+{
+    return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+}
+
+/* What the tensor core does not take of a number whose to_tf32 is the operand. to_tf32 loses no bit, so the
+ * operand in memory tells this. */
+__device__ __forceinline__ float rest_of_tf32(float operand)
+{
+    return __uint_as_float(__float_as_uint(operand) - 0x1000u) - taken_as_tf32(operand);
+}
+
 struct Tile {
     /* 136 is 8 more than a multiple of 32 banks, and every second four tokens have their channels swapped in
      * groups of 8. So eight tokens by pairs of channels (fragments of a product over channels) and four
@@ -68,16 +81,36 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&tile)[4], 
     multiply(d, tile, b.x, b.y);
 }
 
-/* d += x m^T for m[row][column] that is 0 where column > row; x has tokens as columns. */
-__device__ __forceinline__ void multiply_lower(float (&d)[2][4], const float (&x)[2][4], const Square &m,
-                                               int g, int t)
+/* The same with about as many bits of the tile as fp32 has. */
+__device__ __forceinline__ void multiply_all_bits(float (&d)[4], const float (&tile)[4], float2 b)
 {
-    multiply(d[0], x[0], *reinterpret_cast<const float2 *>(&m[g][2 * t]));
-    multiply(d[1], x[0], *reinterpret_cast<const float2 *>(&m[g + 8][2 * t]));
-    multiply(d[1], x[1], *reinterpret_cast<const float2 *>(&m[g + 8][2 * t + 8]));
+    float rest[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) rest[r] = rest_of_tf32(to_tf32(tile[r]));
+    multiply(d, tile, b);
+    mma_tf32(d, rest[0], rest[2], rest[1], rest[3], b.x, b.y);
 }
 
-/* The same for m[row][column] that is 0 where column < row. */
+/* d += x m^T for m[row][column] that is 0 where column > row; x has tokens as columns. With keys that are
+ * nearly alike, x has large parts that m, an inverse, takes away, so all bits of x count. */
+__device__ __forceinline__ void multiply_by_inverse(float (&d)[2][4], const float (&x)[2][4], const Square &m,
+                                                    int g, int t)
+{
+    multiply_all_bits(d[0], x[0], *reinterpret_cast<const float2 *>(&m[g][2 * t]));
+    multiply_all_bits(d[1], x[0], *reinterpret_cast<const float2 *>(&m[g + 8][2 * t]));
+    multiply_all_bits(d[1], x[1], *reinterpret_cast<const float2 *>(&m[g + 8][2 * t + 8]));
+}
+
+/* The same for the transpose of an inverse, m[row][column] that is 0 where column < row. */
+__device__ __forceinline__ void multiply_by_inverse_t(float (&d)[2][4], const float (&x)[2][4],
+                                                      const Square &m, int g, int t)
+{
+    multiply_all_bits(d[0], x[0], *reinterpret_cast<const float2 *>(&m[g][2 * t]));
+    multiply_all_bits(d[0], x[1], *reinterpret_cast<const float2 *>(&m[g][2 * t + 8]));
+    multiply_all_bits(d[1], x[1], *reinterpret_cast<const float2 *>(&m[g + 8][2 * t + 8]));
+}
+
+/* d += x m^T for m[row][column] that is 0 where column < row. */
 __device__ __forceinline__ void multiply_upper(float (&d)[2][4], const float (&x)[2][4], const Square &m,
                                                int g, int t)
 {

@@ -51,6 +51,7 @@ struct Block : SomeSchedule::template Phase<Cta> {
     /* Log decays have no bound (prepare_slice.cuh). */
     static constexpr bool UNBOUNDED = OPTIONS && arithmetic != Arithmetic::BOUNDED;
     static constexpr bool STATES = states;
+    static constexpr bool KEEPS_BITS = false; /* keys have more bits than fp16 (prepare_slice.cuh) */
     /* The block writes checkpoints. A mixed kernel and the general relay have no registers left for
      * checkpoints, and calls with checkpoints are planned without these. */
     static constexpr bool CHECKPOINTS = states && Cta::OUTPUTS && !SomeSchedule::MIXED &&

@@ -292,6 +292,38 @@ template <class Block> struct SlicePreparation {
         }
     }
 
+    /* ---- Tiles with more bits ---- */
+
+    /* For gradients, whose products with a state may be small differences, keys keep more bits than fp16 has
+     * (KEEPS_BITS): K~ and Kr are multiplied by key_scale(), and what they lack goes to tiles of its own,
+     * multiplied by LACK_SCALE. What K~ lacks lies over q, and what Kr lacks over v. There is no Q~. */
+    static constexpr float LACK_SCALE = 0x1p11f;
+
+    /* Keys that are normalised have elements of at most 1, others of at most 181 (norms.cuh). */
+    static __device__ float key_scale(const fkda_fwd_args &args)
+    {
+        return Block::OPTIONS && args.qk_is_normalised ? 0x1p8f : 0x1p14f;
+    }
+
+    static __device__ void split(uint32_t &two, uint32_t &lack, float x, float y)
+    {
+        two = pack_half(x, y);
+        lack = pack_half((x - half_low(two)) * LACK_SCALE, (y - half_high(two)) * LACK_SCALE);
+    }
+    /* Multiplies two numbers that were split. */
+    static __device__ void multiply_split(uint32_t &two, uint32_t &lack, float x, float y)
+    {
+        split(two, lack, __fmaf_rn(half_low(lack), 1.0f / LACK_SCALE, half_low(two)) * x,
+              __fmaf_rn(half_high(lack), 1.0f / LACK_SCALE, half_high(two)) * y);
+    }
+    /* The place of what Kr lacks, for that of Kr. */
+    static __device__ uint32_t rest_lack_place(uint32_t at, int channel)
+    {
+        constexpr int FROM_HALF = static_cast<int>(sizeof(typename Tokens<Block>::Half)) * (DIM / 64);
+        return at + FROM_HALF -
+               channel / 64 * static_cast<int>(sizeof(typename Tokens<Block>::Half) - Block::HALF_TOKENS);
+    }
+
     /* ---- A slice ---- */
 
     /*
@@ -313,11 +345,12 @@ template <class Block> struct SlicePreparation {
     __device__ void prepare_slice(const SlicePlace &place, uint32_t at, const float *offset,
                                   const float *factor, float *gamma, Sums &sums, Gates &gates) const
     {
-        constexpr bool KNOWS_WIDE = Block::UNBOUNDED && careful,
+        constexpr bool KEEPS_BITS = Block::KEEPS_BITS, KNOWS_WIDE = Block::UNBOUNDED && careful,
                        RELOADS = Block::GENERAL || KNOWS_WIDE; /* k and q, which takes fewer registers */
         const bool second = SUBCHUNKS == 2 && place.sub == 1;
         float sum[2][4], over[2][2]; /* over: the decay over this subchunk */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
+        uint32_t k_lack[4], rest_lack[4];
         accumulate_gates<careful>(at, offset, place, gates.raw, sum);
         if constexpr (GATES_AHEAD && !careful)
             if (gates.next) load_gates_ahead(gates.raw, gates.next);
@@ -375,9 +408,16 @@ template <class Block> struct SlicePreparation {
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
                 if (Block::QUERIES) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
-                rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
+                if constexpr (KEEPS_BITS) {
+                    const float by = key_scale(args);
+                    split(k_decayed[2 * b + e], k_lack[2 * b + e], k_up[e][0] * by, k_up[e][1] * by);
+                    split(rest[2 * b + e], rest_lack[2 * b + e], k_down[e][0] * (over[b][0] * by),
+                          k_down[e][1] * (over[b][1] * by));
+                } else {
+                    k_decayed[2 * b + e] = pack_half(k_up[e][0], k_up[e][1]);
+                    rest[2 * b + e] = pack_half(k_down[e][0] * over[b][0], k_down[e][1] * over[b][1]);
+                }
             }
             if (KNOWS_WIDE && __builtin_expect(wide, 0)) {
                 const float last[2] = {__shfl_sync(~0u, sum[b][2], 4 * 7 + t),
@@ -385,18 +425,24 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const uint32_t pair_k = raw_k[2 * b + e];
-                    rest[2 * b + e] =
-                        pack_half(bf16_low(pair_k) * factor[8 * e] * ex2(last[0] - sum[b][2 * e]),
-                                  bf16_high(pair_k) * factor[8 * e] * ex2(last[1] - sum[b][2 * e + 1]));
+                    const float x = bf16_low(pair_k) * factor[8 * e] * ex2(last[0] - sum[b][2 * e]),
+                                y = bf16_high(pair_k) * factor[8 * e] * ex2(last[1] - sum[b][2 * e + 1]);
+                    if constexpr (KEEPS_BITS)
+                        split(rest[2 * b + e], rest_lack[2 * b + e], x * key_scale(args), y * key_scale(args));
+                    else
+                        rest[2 * b + e] = pack_half(x, y);
                 }
             }
         }
         store_matrices(at, rest);
+        if constexpr (KEEPS_BITS) store_matrices(rest_lack_place(at, place.channel), rest_lack);
 
         /* ---- The second subchunk with the first one ---- */
         if (second) {
-            uint32_t k_rest[4];
+            uint32_t k_rest[4], first_lack[4];
             load_matrices(k_rest, at - SUBCHUNK_BYTES);
+            if constexpr (KEEPS_BITS)
+                load_matrices(first_lack, rest_lack_place(at, place.channel) - SUBCHUNK_BYTES);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 mma_half(sums.across[0][n], k_decayed[0], k_decayed[1], k_decayed[2], k_decayed[3], k_rest[n],
@@ -414,18 +460,28 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int i = 2 * b + e;
-                    k_rest[i] = multiply_halves(k_rest[i], over_second);
-                    k_decayed[i] = multiply_halves(k_decayed[i], over_first);
-                    if (Block::QUERIES) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
+                    if constexpr (KEEPS_BITS) {
+                        multiply_split(k_rest[i], first_lack[i], over[b][0], over[b][1]);
+                        multiply_split(k_decayed[i], k_lack[i], ex2(first.x), ex2(first.y));
+                    } else {
+                        k_rest[i] = multiply_halves(k_rest[i], over_second);
+                        k_decayed[i] = multiply_halves(k_decayed[i], over_first);
+                        if (Block::QUERIES) q_decayed[i] = multiply_halves(q_decayed[i], over_first);
+                    }
                 }
                 sum[b][2] += first.x, sum[b][3] += first.y;
             }
             store_matrices(at - SUBCHUNK_BYTES, k_rest);
+            if constexpr (KEEPS_BITS)
+                store_matrices(rest_lack_place(at, place.channel) - SUBCHUNK_BYTES, first_lack);
         }
 
         /* ---- Tiles and sums to shared memory ---- */
         store_matrices(at + K * Block::HALF_TOKENS, k_decayed);
-        if (Block::QUERIES) store_matrices(at + Q * Block::HALF_TOKENS, q_decayed);
+        if constexpr (KEEPS_BITS)
+            store_matrices(at + Q * Block::HALF_TOKENS, k_lack);
+        else if (Block::QUERIES)
+            store_matrices(at + Q * Block::HALF_TOKENS, q_decayed);
         __syncwarp(); /* all lanes have read the sums of the first subchunk */
         if (g == 7)
 #pragma unroll

@@ -6,7 +6,7 @@
 #define FKDA_HOPPER_BWD_THREADS 512
 
 /* Dynamic shared memory of a CTA: sizeof(HopperShared) in shared.cuh, which asserts it. */
-#define FKDA_HOPPER_BWD_SHARED_BYTES 231168
+#define FKDA_HOPPER_BWD_SHARED_BYTES 232448
 
 /* Tokens of a segment, a multiple of 16. A longer segment needs fewer borders and longer records. */
 #define FKDA_HOPPER_BWD_SEGMENT 256

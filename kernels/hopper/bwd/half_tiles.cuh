@@ -70,6 +70,12 @@ template <int rows> struct __align__(128) HalfTile
     }
 };
 
+/* What x as fp16 lacks of x. */
+__device__ __forceinline__ float lack_of_half(float x)
+{
+    return x - half_low(pack_half(x, 0.0f));
+}
+
 typedef HalfTile<CHUNK> TokenTile;
 typedef HalfTile<DIM> StateImage; /* [V, K] */
 

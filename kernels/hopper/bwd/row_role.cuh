@@ -205,25 +205,43 @@ struct RowRole {
         return reinterpret_cast<float4 *>(record(chunk_of_segment) + FKDA_HOPPER_BWD_IMAGE);
     }
 
-    /* Two tiles of channels: x becomes x + fade x + unit (a b). */
+    /* Two tiles of channels: x becomes factor x + more x + unit (a b). */
     static __device__ __forceinline__ void add(Rows &x, int j, const float (&tmp)[2][4], float unit,
-                                               const float *fade, int t)
+                                               const Prepared &prepared, int t)
     {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float2 f = *reinterpret_cast<const float2 *>(fade + 16 * j + 8 * i + 2 * t);
+            const int channel = 16 * j + 8 * i + 2 * t;
+            const float2 factor = *reinterpret_cast<const float2 *>(&prepared.factor[channel]),
+                         more = *reinterpret_cast<const float2 *>(&prepared.more[channel]);
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 float &y = x.x[2 * j + i][r];
-                y = __fmaf_rn(tmp[i][r], unit, __fmaf_rn(y, r % 2 ? f.y : f.x, y));
+                y = __fmaf_rn(y, r % 2 ? more.y : more.x, y * (r % 2 ? factor.y : factor.x));
+                y = __fmaf_rn(tmp[i][r], unit, y);
             }
         }
     }
 
-    /* d = x A^T for a tile of tokens. The images of x are stored if there is a place for them. */
+    /* Multiplies the columns of tokens by the units of a tile's rows. */
+    static __device__ __forceinline__ void multiply_by_units(float (&x)[2][4], const Prepared &prepared,
+                                                             const float (&units)[CHUNK])
+    {
+        if (!prepared.has_units()) return;
+        const int t = row_place().t;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float2 unit = *reinterpret_cast<const float2 *>(&units[8 * i + 2 * t]);
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[i][r] *= r % 2 ? unit.y : unit.x;
+        }
+    }
+
+    /* d = x A^T for a tile of tokens and what its fp16 lack. The images of x are stored if there is a place
+     * for them. */
     template <bool stores>
     __device__ __forceinline__ void read(float (&d)[2][4], const Rows &x, Unit unit, const TokenTile &tile,
-                                         StateImage *image) const
+                                         const TokenTile &lacks, StateImage *image) const
     {
         const RowPlace p = row_place();
 #pragma unroll
@@ -232,6 +250,8 @@ struct RowRole {
             pack(a, x.x[2 * j], x.x[2 * j + 1], unit.inverse);
             if (stores) image->store_rows(a, p.first, 16 * j, p.lane);
             tile.load_columns(b, 0, 16 * j, p.lane);
+            multiply(d, a, b);
+            lacks.load_columns(b, 0, 16 * j, p.lane);
             multiply(d, a, b);
         }
 #pragma unroll
@@ -248,7 +268,8 @@ struct RowRole {
         Prepared &prepared = s.prepared[slot];
         float d[2][4] = {}, missed[2][4] = {};
         mbarrier_wait(&s.barriers.ready[slot], n / PREPARED_SLOTS & 1);
-        read<records>(d, x, unit, prepared.k_read, &s.images[(chunk - first) & 1]);
+        read<records>(d, x, unit, prepared.k_read, prepared.k_lacks, &s.images[(chunk - first) & 1]);
+        multiply_by_units(d, prepared, prepared.read_unit);
         if (records) fence_async_proxy();
         {
             const RowPlace p = row_place();
@@ -256,7 +277,7 @@ struct RowRole {
             values.transpose(rest);
 #pragma unroll
             for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= d[i / 4][i % 4];
-            multiply_lower(missed, rest, prepared.inverse, p.g, p.t);
+            multiply_by_inverse(missed, rest, prepared.inverse, p.g, p.t);
             if (!is_last) load_values(values, chunk + 1);
             if (records) {
                 float4 *const to = missed_record(chunk - first) + 32 * p.warp + p.lane;
@@ -269,9 +290,11 @@ struct RowRole {
         }
         if (!records || !is_last) {
             multiply_by_strengths(missed, missed, prepared, row_place().t);
+            multiply_by_units(missed, prepared, prepared.rest_unit);
             const Unit of_u(__reduce_max_sync(~0u, largest_of(missed)));
-            uint32_t a[4], largest = 0;
+            uint32_t a[4], lack[4], largest = 0; /* one token may have written nearly all of the state */
             pack(a, missed[0], missed[1], of_u.inverse);
+            pack_lack(lack, a, missed[0], missed[1], of_u.inverse);
             const RowPlace p = row_place();
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) {
@@ -279,7 +302,8 @@ struct RowRole {
                 uint32_t b[4];
                 prepared.k_rest.load_depths(b, 0, 16 * j, p.lane);
                 multiply(tmp, a, b);
-                add(x, j, tmp, of_u.size, prepared.fade, p.t);
+                multiply(tmp, lack, b);
+                add(x, j, tmp, of_u.size, prepared, p.t);
             }
             largest = largest_of(x.x);
             turn ^= 1;
@@ -340,12 +364,13 @@ struct RowRole {
         mbarrier_wait(&s.barriers.ready[slot], n / PREPARED_SLOTS & 1);
         {
             float du[2][4] = {};
-            read<gradients>(du, x, unit, prepared.k_rest, &s.images[1]);
+            read<gradients>(du, x, unit, prepared.k_rest, prepared.k_lacks, &s.images[1]);
+            multiply_by_units(du, prepared, prepared.rest_unit);
             const RowPlace p = row_place();
             values.transpose(dout);
             if (chunk > first) load_dout(values, chunk - 1);
             multiply_upper(du, dout, prepared.attend_t, p.g, p.t);
-            multiply_upper(dr, du, prepared.inverse_t, p.g, p.t);
+            multiply_by_inverse_t(dr, du, prepared.inverse_t, p.g, p.t);
         }
         if (gradients) {
             const RowPlace p = row_place();
@@ -364,14 +389,15 @@ struct RowRole {
             announce(s.of_dout, largest_of(dout));
             announce(s.of_dr, largest_of(dr));
             RowTeam::meet();
-            if (chunk > first && p.warp == 0 && p.lane == 0) load_missed(chunk - 1 - first);
-            store_operand(s.u, u, s.of_writes.unit().inverse);
-            store_operand(s.dout, dout, s.of_dout.unit().inverse);
-            store_operand(s.minus_dr, dr, -s.of_dr.unit().inverse);
+            store_operand(s.operands.u, u, s.of_writes.unit().inverse);
+            store_operand(s.operands.dout, dout, s.of_dout.unit().inverse);
+            store_operand(s.operands.minus_dr, dr, -s.of_dr.unit().inverse);
         } else {
             multiply_by_strengths(dr, dr, prepared, row_place().t);
         }
         multiply_by(dout, args.bwd.fwd.scale);
+        multiply_by_units(dout, prepared, prepared.read_unit);
+        multiply_by_units(dr, prepared, prepared.read_unit);
         const Unit common(__reduce_max_sync(~0u, max(largest_of(dr), largest_of(dout))));
         uint32_t of_dout[4], of_dr[4];
         pack(of_dout, dout[0], dout[1], common.inverse);
@@ -385,7 +411,7 @@ struct RowRole {
             multiply(tmp, of_dout, b);
             prepared.k_read.load_depths(b, 0, 16 * j, p.lane);
             multiply(tmp, of_dr, b);
-            add(x, j, tmp, common.size, prepared.fade, p.t);
+            add(x, j, tmp, common.size, prepared, p.t);
         }
         mbarrier_arrive_warp(&s.barriers.empty[slot]);
         turn ^= 1;
@@ -408,10 +434,11 @@ struct RowRole {
         Values values;
         load_dout(values, range.end - 1);
         begin(x);
-        if (copies) load_missed(range.end - 1 - range.first);
         for (int chunk = range.end - 1; chunk >= range.first; chunk--) {
             const int of_segment = chunk - range.first;
-            RowTeam::meet(); /* all are through with the images */
+            fence_async_proxy(); /* `missed` takes the place of operands */
+            RowTeam::meet();     /* all are through with operands and images */
+            if (copies) load_missed(of_segment);
             if (copies) load_image(of_segment);
             const Unit unit = s.carried[turn].unit();
             step_back<true>(x, values, unit, chunk, range.first);

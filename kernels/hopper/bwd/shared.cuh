@@ -68,28 +68,54 @@ struct Scratch {
     float products[2][2][CHUNK][CHUNK + 2];
     float totals[2][DIM];
     int is_out_of_range;
+    int is_kept; /* a channel keeps so much over the chunk that decayed keys need no units */
 };
 
 /* A slot of the prepared ring: shared.cuh of the portable kernel has the names. */
 struct __align__(128) Prepared
 {
+    static constexpr bool HAS_UNITS = true;
+
     TokenTile k_read, q_read, k_rest; /* q_read without the call's scale */
+    TokenTile k_lacks;                /* what fp16 lack, forwards of k_read and backwards of k_rest */
     union {
         Square inverse;   /* forwards */
         Square inverse_t; /* backwards */
     };
     Square attend_t;
-    float fade[DIM]; /* gamma - 1 */
+    float factor[DIM], more[DIM]; /* of the decay, as in ../../backward/shared.cuh */
     float q_scale[CHUNK], k_scale[CHUNK], strength[CHUNK], strength_slope[CHUNK];
+    /* Where all channels forget much, what rows of k_read and q_read, and of k_rest, are divided by.
+     * Elsewhere read_unit[0] is 0, and the other units have no meaning. */
+    float read_unit[CHUNK], rest_unit[CHUNK];
 
+    __device__ __forceinline__ bool has_units() const
+    {
+        return read_unit[0] != 0.0f;
+    }
+    __device__ __forceinline__ void put_no_units()
+    {
+        read_unit[0] = 0.0f;
+    }
+    template <Way way>
+    __device__ __forceinline__ void put_all(int token, int channel, float key, float rest, float query)
+    {
+        k_read.put(token, channel, key);
+        k_rest.put(token, channel, rest);
+        k_lacks.put(token, channel, lack_of_half(way == FORWARDS ? key : rest));
+        if (way == BACKWARDS) q_read.put(token, channel, query);
+    }
+    template <Way way>
     __device__ __forceinline__ void put_key(Scratch & s, int token, int channel, float k, float up)
     {
         s.k_read.at(token, channel) = to_tf32(k * up);
         k_read.put(token, channel, k * up);
+        if (way == FORWARDS) k_lacks.put(token, channel, lack_of_half(k * up));
     }
-    __device__ __forceinline__ void put_rest(int token, int channel, float x)
+    template <Way way> __device__ __forceinline__ void put_rest(int token, int channel, float x)
     {
         k_rest.put(token, channel, x);
+        if (way == BACKWARDS) k_lacks.put(token, channel, lack_of_half(x));
     }
     __device__ __forceinline__ void put_query(Scratch & s, int token, int channel, float q, float scale,
                                               float up)
@@ -99,7 +125,7 @@ struct __align__(128) Prepared
     }
     __device__ __forceinline__ void put_decay(int channel, float log2_decay)
     {
-        fade[channel] = log2_decay <= 0.0f ? ex2_minus_1(log2_decay) : ex2(log2_decay) - 1.0f;
+        split_decay(log2_decay, factor[channel], more[channel]);
     }
     template <Way way> __device__ __forceinline__ void put_inverse(int i, int j, float x)
     {
@@ -160,10 +186,17 @@ struct BwdBarriers {
     }
 };
 
+/* Of the sums over V, [tokens, V]. dout without the call's scale. */
+struct SumOperands {
+    TokenTile dout, minus_dr, u;
+};
+
 struct HopperShared {
-    StateImage images[2];           /* back: of the state before the chunk, and of the gradient after it */
-    TokenTile dout, minus_dr, u;    /* [tokens, V]; dout without the call's scale */
-    float4 missed[CHUNK * DIM / 4]; /* of the chunk; each row warp has what it stored itself */
+    StateImage images[2]; /* back: of the state before the chunk, and of the gradient after it */
+    union {
+        float4 missed[CHUNK * DIM / 4]; /* of the chunk; each row warp has what it stored itself */
+        SumOperands operands;           /* later */
+    };
     Prepared prepared[PREPARED_SLOTS];
     HopperRaw raw[CHUNK_SLOTS];
     Results results;

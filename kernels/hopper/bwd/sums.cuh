@@ -49,9 +49,9 @@ __device__ __forceinline__ void sum_with_state(HopperShared &s, float unit_of_q,
     for (int v = 0; v < DIM / 16; v++) {
         uint32_t a[4], b[4];
         s.images[0].load_rows_transposed(a, 16 * v, p.first, p.lane);
-        s.dout.load_columns(b, 0, 16 * v, p.lane);
+        s.operands.dout.load_columns(b, 0, 16 * v, p.lane);
         multiply(dq, a, b);
-        s.minus_dr.load_columns(b, 0, 16 * v, p.lane);
+        s.operands.minus_dr.load_columns(b, 0, 16 * v, p.lane);
         multiply(dk, a, b);
     }
     multiply_by(dq, unit_of_q);
@@ -69,7 +69,7 @@ __device__ __forceinline__ void sum_with_gradient(HopperShared &s, float unit, f
     for (int v = 0; v < DIM / 16; v++) {
         uint32_t state[4], a[4], b[4];
         s.images[1].load_rows_transposed(a, 16 * v, p.first, p.lane);
-        s.u.load_columns(b, 0, 16 * v, p.lane);
+        s.operands.u.load_columns(b, 0, 16 * v, p.lane);
         multiply(dk_rest, a, b);
         s.images[0].load_rows_transposed(state, 16 * v, p.first, p.lane);
         multiply(both[0], state, a[0], a[2]);
@@ -88,13 +88,13 @@ __device__ __forceinline__ void sum_between_tokens(HopperShared &s, float unit_o
     const RowPlace p = row_place();
     if (p.warp >= 4) return;
     const int which = p.warp % 2, column = p.warp / 2 * 8;
-    const TokenTile &tile = which ? s.minus_dr : s.dout;
+    const TokenTile &tile = which ? s.operands.minus_dr : s.operands.dout;
     float sum[4] = {};
 #pragma unroll
     for (int v = 0; v < DIM / 16; v++) {
         uint32_t a[4], b[4];
         tile.load_rows(a, 0, 16 * v, p.lane);
-        s.u.load_columns(b, 0, 16 * v, p.lane);
+        s.operands.u.load_columns(b, 0, 16 * v, p.lane);
         multiply(sum, a, column ? b[2] : b[0], column ? b[3] : b[1]);
     }
 #pragma unroll

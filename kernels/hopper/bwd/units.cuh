@@ -45,6 +45,18 @@ __device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&low)[4], co
     a[3] = pack_half(high[2] * factor, high[3] * factor);
 }
 
+/* The same of what the operand that pack() made lacks. */
+__device__ __forceinline__ void pack_lack(uint32_t (&lack)[4], const uint32_t (&a)[4], const float (&low)[4],
+                                          const float (&high)[4], float factor)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *const x = i / 2 ? high : low;
+        lack[i] = pack_half(__fmaf_rn(x[i % 2 * 2], factor, -half_low(a[i])),
+                            __fmaf_rn(x[i % 2 * 2 + 1], factor, -half_high(a[i])));
+    }
+}
+
 } // namespace fkda
 
 #endif

@@ -21,13 +21,16 @@ template <Arithmetic arithmetic> struct ChunkBlock {
     static constexpr int OWN_SLOTS = 1, RECEIVED_SLOTS = 0, SLOTS = 1;
     static constexpr int RECURRENCE_WARPS = 0, PREPARE_WARPS = TEAM_WARPS;
     static constexpr int SUBCHUNKS = CHUNK / SUBCHUNK, HALF_TOKENS = CHUNK * ROW;
-    static constexpr bool LOADER_FINDS_NORMS = false, QUERIES = true, BACKWARDS = false, RELAYS = false, STATES = false;
+    static constexpr bool LOADER_FINDS_NORMS = false, QUERIES = true, RELAYS = false, STATES = false;
+    static constexpr bool BACKWARDS = false, KEEPS_BITS = true;
     static constexpr Arithmetic ARITHMETIC = arithmetic;
     static constexpr bool GENERAL = arithmetic == Arithmetic::GENERAL,
                           OPTIONS = arithmetic != Arithmetic::USUAL,
                           UNBOUNDED = OPTIONS && arithmetic != Arithmetic::BOUNDED;
 };
 constexpr int CHUNK_WARPS = FKDA_HOPPER_CHUNK_THREADS / 32, CHUNK_TOKENS = FKDA_HOPPER_BWD_CHUNK;
+constexpr int TOKEN_TILES = CHUNK_TOKENS / 8, OPERANDS = 3;
+enum { OF_U, OF_DR, OF_DOUT }; /* operands of the sums over V */
 
 /* Where the chunk is. */
 template <Arithmetic arithmetic> struct ChunkCursor<ChunkBlock<arithmetic>> {
@@ -85,16 +88,22 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
             NormSums norm_sums;
         };
     };
-    /* Kr, K~, Q~ and v. Then the operands of sums over V: U lies over v, - dR over Q~, dO over `dout`; and
-     * over Kr and K~ lie the products between tokens. */
+    /* Kr, K~, and over q and v what K~ and Kr lack. Then the operands of sums over V: U lies over v, - dR over
+     * q, dO over `dout`; and over Kr and K~ lie the products between tokens. */
     __align__(1024) Tokens<Block> tokens[1];
     unsigned char dout[DIM / 64][Block::HALF_TOKENS];
     union {
         Stage<Block> stage[1];
         float dbeta[CHUNK_WARPS][CHUNK_TOKENS]; /* of each warp's rows of V */
     };
-    /* K~ K^^T below the diagonal: columns i, depths j. */
-    Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
+    union {
+        /* K~ K^^T below the diagonal: columns i, depths j. */
+        Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
+        struct { /* of each channel, in the last step */
+            float gate_shift[DIM]; /* gate_offset once more */
+            float bias_sum[DIM], rate_sum[DIM];
+        };
+    };
     float state_scale[DIM];
     union {
         float gradient_scale[DIM];
@@ -107,9 +116,12 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     int has_faint_write;
     int is_wide; /* the preparation has to be careful */
     float pair_unit; /* brings products with decays into the range of fp32 */
-    uint32_t largest[3][CHUNK_WARPS];                  /* magnitudes of U, dR and dO in each warp's rows */
+    /* Of the operands U, - dR and dO, for each tile of eight tokens: the largest magnitudes in each warp's rows
+     * of V, and what all are divided by. */
+    __align__(16) uint32_t largest[OPERANDS][TOKEN_TILES][CHUNK_WARPS];
+    float unit[OPERANDS][TOKEN_TILES];
     uint64_t meeting[1]; /* for racecheck alone, see ../../block/prepare.cuh */
-    uint64_t inputs_there, values_there, state_there, gradient_there;
+    uint64_t inputs_there, dout_there, state_there, gradient_there;
     ChunkCursor<Block> at;
 
     /* 16 numbers of each thread, over v and dout. */
@@ -154,6 +166,12 @@ __device__ __forceinline__ int image_rows(int row, int lane)
 __device__ __forceinline__ int image_columns(int depth, int lane)
 {
     return (depth + lane / 16 * 8 + lane % 8) * ImageRows::ROW_BYTES + (lane / 8 % 2 ^ lane % 8) * 16;
+}
+
+/* Rounded to tf32: half of the last bit that the tensor core keeps is added. */
+__device__ __forceinline__ float round_to_tf32(float x)
+{
+    return __uint_as_float(__float_as_uint(x) + 0x1000u);
 }
 
 /* d += a b for two neighbouring tiles of eight columns. */

@@ -44,7 +44,6 @@ template <class Block> struct ChunkChannels {
     const fkda_fwd_args &args;
     Shared<Block> &s;
     int warp, lane, g, t;
-    float offset[2]; /* of the gates of channels g and g + 8 */
 
     __device__ ChunkChannels(const fkda_hopper_chunk_args &a, Shared<Block> &shared)
         : all(a), args(a.bwd.fwd), s(shared)
@@ -55,18 +54,23 @@ template <class Block> struct ChunkChannels {
 
     /* ---- Inputs and sums over tokens ---- */
 
-    __device__ void load_bias()
+    __device__ void load_bias() const
     {
         const GateOfCall call = gate_of_call<Block>(args);
         const float slope = s.gate[0][warp].slope;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int channel = 16 * warp + g + 8 * r;
+        const int channel = 16 * warp + lane;
+        if (lane < 16) {
             const float bias =
                 Block::OPTIONS && !args.dt_bias ? 0.0f : __ldg(&args.dt_bias[s.at.head * DIM + channel]);
-            offset[r] =
+            s.gate_shift[channel] =
                 Block::OPTIONS ? call.offset(bias, slope) : hopper_sigmoid_gate_offset(bias, slope);
         }
+        __syncwarp();
+    }
+    /* Of channel g + 8 r. */
+    __device__ float offset(int r) const
+    {
+        return s.gate_shift[16 * warp + g + 8 * r];
     }
 
     __device__ unsigned char *raw(int which) const
@@ -152,7 +156,7 @@ template <class Block> struct ChunkChannels {
         for (int r = 0; r < 2; r++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) x[r][i] = raw_gates[i / 2][2 * r + i % 2];
-            activate_gates(x[r], gate_of_call<Block>(args), s.gate[0][warp], offset[r]);
+            activate_gates(x[r], gate_of_call<Block>(args), s.gate[0][warp], offset(r));
             if (Block::UNBOUNDED)
 #pragma unroll
                 for (int i = 0; i < 4; i++) x[r][i] = hold_log2_decay(x[r][i]);
@@ -358,28 +362,49 @@ template <class Block> struct ChunkChannels {
         return sub ? s.result_stash() + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane : first_stash(i);
     }
 
+    /* The sums of the gates of the first subchunk, over - dR. */
+    __device__ float4 *gate_stash() const
+    {
+        return reinterpret_cast<float4 *>(s.tokens[0].half[warp / 4].tile[Q]) + 64 * (warp % 4) + lane;
+    }
+    __device__ void stash_gates(const Elements &sum) const
+    {
+        float4 *const to = gate_stash();
+        to[0] = make_float4(sum[0][0], sum[0][1], sum[0][2], sum[0][3]);
+        to[32] = make_float4(sum[1][0], sum[1][1], sum[1][2], sum[1][3]);
+    }
+    __device__ void unstash_gates(Elements &sum) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float4 four = gate_stash()[32 * i];
+            sum[i][0] = four.x, sum[i][1] = four.y, sum[i][2] = four.z, sum[i][3] = four.w;
+        }
+    }
+
     /* What the subchunks need of each other. */
     struct Across {
-        Elements writers; /* keys of the first subchunk, decayed to the border; operands */
         Elements written; /* what the readers of the second subchunk give the writers of the first one */
         float2 first_y;   /* the sum over the first subchunk of F_last,j k_j dKr_j */
         float2 second_x;  /* the sum over the second subchunk of E_i (q_i dQ~_i + k_i dK~_i) */
     };
 
-    /* The keys that the second subchunk reads, and first_y. `after`: the decay over the second subchunk. */
-    __device__ void begin_first(Across &across, const Elements &sum, const Decays &d, const float2 &after,
-                                const float (*dk_rest)[4]) const
+    /* The keys of the first subchunk, decayed to the border, as operands; and first_y. d: the decays of the
+     * first subchunk; after: the decay over the second one. */
+    __device__ void find_writers(Elements &writers, float2 &first_y, const Decays &d, const float2 &after) const
     {
-        Elements y;
-        load_normalised(across.writers, K, 0);
+        Elements sum, y;
+        unstash_gates(sum);
+        unstash(y, first_stash(2));
+        load_normalised(writers, K, 0);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            float &k = across.writers[i / 4][i % 4];
+            float &k = writers[i / 4][i % 4];
             k *= to_end(ex2(-sum[i / 4][i % 4]), sum[i / 4][i % 4], d, i % 4);
-            y[i / 4][i % 4] = k * dk_rest[i / 4][i % 4];
+            y[i / 4][i % 4] *= k;
         }
-        across.first_y = product(sum_of_tokens(y), after);
-        round(across.writers);
+        first_y = product(sum_of_tokens(y), after);
+        round(writers);
     }
 
     /* Adds the pairs of tokens of a subchunk: to dq and dk what readers get, to w what writers get, and to x
@@ -388,31 +413,60 @@ template <class Block> struct ChunkChannels {
     __device__ void pair(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
                          const Elements &k, const Elements &up, const Elements &down) const
     {
-        const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
-        Elements k_down, q_up, k_up, of_q, of_k, of_w;
-        clear(of_q), clear(of_k), clear(of_w);
+        Elements k_down, of_w;
+        clear(of_w);
 #pragma unroll
         for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
         round(k_down);
-        read(of_q, k_down, P, sub, sub), read(of_k, k_down, L, sub, sub);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            q_up[i / 4][i % 4] = q[i / 4][i % 4] * up[i / 4][i % 4];
-            k_up[i / 4][i % 4] = k[i / 4][i % 4] * up[i / 4][i % 4];
-        }
-        round(q_up), round(k_up);
-        write(of_w, q_up, P, sub, sub), write(of_w, k_up, L, sub, sub);
+        pair_readers<sub>(dq, of_w, x, q, up, k_down, s.queries_with_writes());
+        pair_readers<sub>(dk, of_w, x, k, up, k_down, s.keys_with_writes());
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
-            /* Products of what the tensor core has taken, so that rows and columns agree. */
-            x[n][r] = __fmaf_rn(q_up[n][r], of_q[n][r], x[n][r]);
-            x[n][r] = __fmaf_rn(k_up[n][r], of_k[n][r], x[n][r]);
             x[n][r] = __fmaf_rn(-k_down[n][r], of_w[n][r], x[n][r]);
-            dq[n][r] = __fmaf_rn(of_q[n][r], up[n][r], dq[n][r]);
-            dk[n][r] = __fmaf_rn(of_k[n][r], up[n][r], dk[n][r]);
             w[n][r] = __fmaf_rn(of_w[n][r], down[n][r], w[n][r]);
         }
+    }
+
+    /* Queries or keys as readers. Products are those of what the tensor core has taken, so that rows and
+     * columns agree. */
+    template <int sub>
+    __device__ void pair_readers(Elements &dx, Elements &of_w, Elements &x, const Elements &reader,
+                                 const Elements &up, const Elements &k_down, const TokenPairs &pairs) const
+    {
+        Elements reader_up, sum;
+        clear(sum);
+        read(sum, k_down, pairs, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) reader_up[i / 4][i % 4] = reader[i / 4][i % 4] * up[i / 4][i % 4];
+        round(reader_up);
+        write(of_w, reader_up, pairs, sub, sub);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            x[n][r] = __fmaf_rn(reader_up[n][r], sum[n][r], x[n][r]);
+            dx[n][r] = __fmaf_rn(sum[n][r], up[n][r], dx[n][r]);
+        }
+    }
+
+    /* Queries or keys of the second subchunk as readers of the first one. */
+    __device__ void read_first(Elements &dx, Elements &x, Elements &written, const Elements &reader,
+                               const Elements &up, const Elements &sum, const Decays &d, const Elements &writers,
+                               const TokenPairs &pairs) const
+    {
+        Elements got;
+        clear(got);
+        read(got, writers, pairs, 1, 0);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = i / 4, r = i % 4;
+            const float from_border = from_start(up[n][r], sum[n][r], d, r), there = reader[n][r] * from_border;
+            dx[n][r] = __fmaf_rn(got[n][r], from_border, dx[n][r]);
+            x[n][r] = __fmaf_rn(there, got[n][r], x[n][r]);
+            got[n][r] = there;
+        }
+        round(got);
+        write(written, got, pairs, 1, 0);
     }
 
     /* The same pair by pair, for gates that forget so much that factors would leave the range of fp32. */
@@ -453,8 +507,8 @@ template <class Block> struct ChunkChannels {
      * before the subchunk; after: of all after it. */
     template <int sub>
     __device__ void compute(Elements &dq, Elements &dk, Elements &w, Elements &dg, Across &across,
-                            const Elements &sum, const Decays &d, const float2 &before, const float2 &after,
-                            const float2 &kept) const
+                            const Elements &sum, const Decays &d, const Decays &of_first, const float2 &before,
+                            const float2 &after, const float2 &kept) const
     {
         const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
         Elements q, k, x, y; /* x: terms that are summed from t on; y: those summed before t */
@@ -476,6 +530,8 @@ template <class Block> struct ChunkChannels {
             y[n][r] = k[n][r] * w[n][r];
         }
         if (sub == 1) across.second_x = sum_of_tokens(x);
+        float4 *const y_stash = sub ? result_stash(1, 0) : first_stash(2);
+        stash(y_stash, y);
 
         /* ---- The subchunk itself ---- */
         if (Block::UNBOUNDED && __builtin_expect(d.wide, 0))
@@ -485,23 +541,14 @@ template <class Block> struct ChunkChannels {
 
         /* ---- The other subchunk ---- */
         if (sub == 1) {
-            Elements of_q, of_k;
-            clear(of_q), clear(of_k);
-            read(of_q, across.writers, P, 1, 0), read(of_k, across.writers, L, 1, 0);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int n = i / 4, r = i % 4;
-                const float from_border = from_start(up[n][r], sum[n][r], d, r), q_there = q[n][r] * from_border,
-                            k_there = k[n][r] * from_border;
-                dq[n][r] = __fmaf_rn(of_q[n][r], from_border, dq[n][r]);
-                dk[n][r] = __fmaf_rn(of_k[n][r], from_border, dk[n][r]);
-                x[n][r] = __fmaf_rn(q_there, of_q[n][r], __fmaf_rn(k_there, of_k[n][r], x[n][r]));
-                of_q[n][r] = q_there, of_k[n][r] = k_there;
-            }
-            round(of_q), round(of_k);
+            Elements writers;
+            find_writers(writers, across.first_y, of_first, product(d.before, d.rest));
             clear(across.written);
-            write(across.written, of_q, P, 1, 0), write(across.written, of_k, L, 1, 0);
+            read_first(dq, x, across.written, q, up, sum, d, writers, P);
+            read_first(dk, x, across.written, k, up, sum, d, writers, L);
+            unstash(y, y_stash);
         } else {
+            unstash(y, y_stash);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
@@ -534,13 +581,15 @@ template <class Block> struct ChunkChannels {
     /* Turns the gradient of the log decay into that of the raw gate, and adds up for dt_bias and A_log. The
      * bounded gate is lower_bound s with s = 1 / (1 + 2^z) and z = slope (g + dt_bias), and its derivative by z
      * is - lower_bound ln 2 s (1 - s); what is common to all elements is left to finish_sums(). */
-    __device__ void finish_gates(Elements &dg, int sub, float (&by_bias)[2], float (&by_rate)[2]) const
+    __device__ void finish_gates(Elements &dg, int sub) const
     {
+        float by_bias[2] = {}, by_rate[2] = {};
         constexpr float MOST = 125.0f; /* 2^z stays in the range of fp32 */
         Elements raw_gates;
         load_gates(raw_gates, sub);
         if (Block::UNBOUNDED && !gate_of_call<Block>(args).is_bounded()) {
             finish_unbounded_gates(dg, raw_gates, sub, by_bias, by_rate);
+            add_parameter_sums(by_bias, by_rate, sub);
             return;
         }
         const float slope = s.gate[0][warp].slope, factor = gate_factor() * s.pair_unit;
@@ -548,7 +597,7 @@ template <class Block> struct ChunkChannels {
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                float z = __fmaf_rn(raw_gates[n][r], slope, offset[r / 2]);
+                float z = __fmaf_rn(raw_gates[n][r], slope, offset(r / 2));
                 z = z > MOST ? MOST : z; /* fminf would hide a NaN */
                 z = z < -MOST ? -MOST : z;
                 const float e = ex2(z), sigmoid = rcp(1.0f + e);
@@ -558,6 +607,7 @@ template <class Block> struct ChunkChannels {
                 by_bias[r / 2] += x;
                 x *= factor;
             }
+        add_parameter_sums(by_bias, by_rate, sub);
     }
 
     /* The softplus gate is -exp(A_log) softplus(g + dt_bias), and the activated one is g. The gradient of a gate
@@ -573,7 +623,7 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 constexpr float NEXT_TO_NOTHING = -30.0f;
-                const float z = __fmaf_rn(raw_gates[n][r], LOG2_E, offset[r / 2]),
+                const float z = __fmaf_rn(raw_gates[n][r], LOG2_E, offset(r / 2)),
                             log_decay = softplus ? factor * log2_of_1_plus_ex2(z) : z;
                 float &x = dg[n][r];
                 if (log_decay < NEXT_TO_NOTHING || 16 * sub + 8 * n + 2 * t + r % 2 >= s.at.left)
@@ -593,17 +643,25 @@ template <class Block> struct ChunkChannels {
         return s.gate[0][warp].slope * (-1.0f / LOG2_E) * args.lower_bound;
     }
 
-    __device__ void store_parameter_sums(const float (&by_bias)[2], const float (&by_rate)[2]) const
+    /* Those of the second subchunk wait for those of the first one. */
+    __device__ void add_parameter_sums(const float (&by_bias)[2], const float (&by_rate)[2], int sub) const
     {
         if (!all.bwd.sums) return;
-        float *const to = all.bwd.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM) + 16 * warp + g;
+        float *const to = all.bwd.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM);
         const bool bounded = !Block::UNBOUNDED || gate_of_call<Block>(args).is_bounded();
         const float of_bias = bounded ? gate_factor() * s.pair_unit : 1.0f,
                     of_rate = bounded ? args.lower_bound * (-1.0f / LOG2_E) * s.pair_unit : 1.0f / LOG2_E;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float bias_sum = sum_of_quad(by_bias[r]) * of_bias, rate_sum = sum_of_quad(by_rate[r]) * of_rate;
-            if (t == 0) to[8 * r] = bias_sum, to[DIM + 8 * r] = rate_sum;
+            const int channel = 16 * warp + g + 8 * r;
+            float bias = sum_of_quad(by_bias[r]) * of_bias, rate = sum_of_quad(by_rate[r]) * of_rate;
+            if (t) continue;
+            if (sub == 1) {
+                s.bias_sum[channel] = bias, s.rate_sum[channel] = rate;
+            } else {
+                to[channel] = bias + s.bias_sum[channel];
+                to[DIM + channel] = rate + s.rate_sum[channel];
+            }
         }
     }
 
@@ -696,30 +754,31 @@ template <class Block> struct ChunkChannels {
         mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
         if (s.at.left < CHUNK_TOKENS) clear_past_end();
         {
-            float by_bias[2] = {}, by_rate[2] = {};
-            Elements first, second, dg;
+            Elements gates, dg;
             Across across;
-            sum_gates(first, 0), sum_gates(second, 1);
-            const Decays of_first = find_decays(first), of_second = find_decays(second);
+            sum_gates(gates, 0);
+            const Decays of_first = find_decays(gates);
+            stash_gates(gates);
+            stash(first_stash(0), sums.q), stash(first_stash(1), sums.k), stash(first_stash(2), sums.k_rest);
+            sum_gates(gates, 1);
+            const Decays of_second = find_decays(gates);
             const float2 ones = make_float2(1.0f, 1.0f), over_first = product(of_first.before, of_first.rest),
                          over_second = product(of_second.before, of_second.rest),
                          kept = product(product(over_first, over_second),
                                         make_float2(sums.kept[0], sums.kept[1]));
-            begin_first(across, first, of_first, over_second, sums.k_rest);
-            stash(first_stash(0), sums.q), stash(first_stash(1), sums.k), stash(first_stash(2), sums.k_rest);
             {
                 Elements &q = reinterpret_cast<Elements &>(sums.q[2]), &k = reinterpret_cast<Elements &>(sums.k[2]),
                          &w = reinterpret_cast<Elements &>(sums.k_rest[2]);
-                compute<1>(q, k, w, dg, across, second, of_second, over_first, ones, kept);
+                compute<1>(q, k, w, dg, across, gates, of_second, of_first, over_first, ones, kept);
             }
-            finish_gates(dg, 1, by_bias, by_rate);
+            finish_gates(dg, 1);
             store_gates(dg, 1);
             Elements q, k, w;
             unstash(q, first_stash(0)), unstash(k, first_stash(1)), unstash(w, first_stash(2));
-            compute<0>(q, k, w, dg, across, first, of_first, ones, over_second, kept);
-            finish_gates(dg, 0, by_bias, by_rate);
+            unstash_gates(gates);
+            compute<0>(q, k, w, dg, across, gates, of_first, of_first, ones, over_second, kept);
+            finish_gates(dg, 0);
             store_gates(dg, 0);
-            store_parameter_sums(by_bias, by_rate);
         }
 
         /* ---- Norms ---- */

@@ -18,7 +18,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
     if (copies) {
         preparation.find_place(blockIdx.x);
         mbarrier_init(&shared.inputs_there, 1);
-        mbarrier_init(&shared.values_there, 1);
+        mbarrier_init(&shared.dout_there, 1);
         mbarrier_init(&shared.state_there, 1);
         mbarrier_init(&shared.gradient_there, 1);
         fence_mbarrier_init();
@@ -33,7 +33,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
         preparation.copy_inputs(shared.tokens[0].half);
         preparation.copy_image(shared.state, shared.state_scale, preparation.image(args.states),
                                &shared.state_there);
-        preparation.copy_values();
+        if (args.bwd.dout) preparation.copy_dout();
     }
     if (!args.bwd.dout)
         for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof shared.dout / 16);

@@ -91,17 +91,14 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         }
     }
 
-    __device__ void copy_values() const
+    __device__ void copy_dout() const
     {
         const ChunkCursor<Block> &at = shared.at;
-        uint64_t *const barrier = &shared.values_there;
-        mbarrier_arrive_expecting(barrier, (all.bwd.dout ? 4 : 2) * Block::HALF_TOKENS);
+        uint64_t *const barrier = &shared.dout_there;
+        mbarrier_arrive_expecting(barrier, 2 * Block::HALF_TOKENS);
 #pragma unroll
-        for (int half = 0; half < DIM / 64; half++) {
-            copy_box(shared.tokens[0].v[half], &all.v, half, at.token, at.head, at.row, barrier);
-            if (all.bwd.dout)
-                copy_box(shared.dout[half], &all.dout, half, at.token, at.head, at.row, barrier);
-        }
+        for (int half = 0; half < DIM / 64; half++)
+            copy_box(shared.dout[half], &all.dout, half, at.token, at.head, at.row, barrier);
     }
 
     /* ---- The preparation ---- */
@@ -160,6 +157,9 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
                 shared.inverse_norm[0][0][0] + lane / 4 + sub * SUBCHUNK,
                 shared.stage[0].gamma_minus_1 + first, sums, gates);
         }
+        const float unit = inverse_power(Base::key_scale(args));
+#pragma unroll
+        for (int i = 0; i < 16; i++) sums.across[i / 8][i / 4 % 2][i % 4] *= i < 8 ? unit * unit : unit;
         this->store_sums(sums);
         if (!Block::UNBOUNDED || careful) return false;
         /* A gate of minus infinity, which is held in a careful preparation alone, leaves NaN in the sums. */

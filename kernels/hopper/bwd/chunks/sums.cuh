@@ -20,31 +20,26 @@ struct ChannelSums {
     float kept[2]; /* of channels g and g + 8 */
 };
 
-/* Rounded to tf32: half of the last bit that the tensor core keeps is added. */
-__device__ __forceinline__ float round_to_tf32(float x)
-{
-    return __uint_as_float(__float_as_uint(x) + 0x1000u);
-}
-
 template <class Block> struct ChunkSums {
     Shared<Block> &s;
     int warp, lane, g, t;
-    float u_unit, dr_unit, dout_unit; /* dout_unit: times the call's scale */
-    float state_unit, gradient_unit;  /* of the images */
-    float pair_unit;                  /* what all results are divided by */
+    float scale;                     /* the call's, which dO lacks */
+    float state_unit, gradient_unit; /* of the images */
+    float pair_unit;                 /* what all results are divided by */
 
-    __device__ ChunkSums(Shared<Block> &shared, float scale, float2 units)
-        : s(shared), state_unit(units.x), gradient_unit(units.y)
+    __device__ ChunkSums(Shared<Block> &shared, float scale_of_call, float2 units)
+        : s(shared), scale(scale_of_call), state_unit(units.x), gradient_unit(units.y)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
-        u_unit = ChunkValues<Block>::unit_of(s.largest[0]).size;
-        dr_unit = ChunkValues<Block>::unit_of(s.largest[1]).size;
-        dout_unit = ChunkValues<Block>::unit_of(s.largest[2]).size * scale;
         /* Sums of products of operands are below 2^35. Divided by this they are below 2^55. */
-        const float most = fmaxf(dr_unit, fabsf(dout_unit));
-        pair_unit = fmaxf(fmaxf(most * u_unit, 0x1p-20f * state_unit * fmaxf(most, gradient_unit)),
-                          fmaxf(0x1p-20f * gradient_unit * u_unit, 0x1p-120f));
+        float u = 0.0f, most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES; i++)
+            u = fmaxf(u, s.unit[OF_U][i]),
+            most = fmaxf(most, fmaxf(s.unit[OF_DR][i], fabsf(s.unit[OF_DOUT][i] * scale)));
+        pair_unit = fmaxf(fmaxf(most * u, 0x1p-20f * state_unit * fmaxf(most, gradient_unit)),
+                          fmaxf(0x1p-20f * gradient_unit * u, 0x1p-120f));
         if (warp == 0 && lane == 0) s.pair_unit = pair_unit;
     }
 
@@ -93,13 +88,23 @@ template <class Block> struct ChunkSums {
                      of_gradient[3]);
         }
         const float state = state_unit / pair_unit, gradient = gradient_unit / pair_unit;
-        multiply_by(to.q, state * dout_unit);
-        multiply_by(to.k, state * dr_unit);
-        multiply_by(to.k_rest, gradient * u_unit);
+        multiply_by_units(to.q, state * scale, OF_DOUT);
+        multiply_by_units(to.k, state, OF_DR);
+        multiply_by_units(to.k_rest, gradient, OF_U);
         /* Channel g of the diagonal is in lane t = g / 2. */
         const float top = g % 2 ? both[0][1] : both[0][0], low = g % 2 ? both[1][3] : both[1][2];
         to.kept[0] = __shfl_sync(~0u, top, 4 * g + g / 2) * (state * gradient_unit);
         to.kept[1] = __shfl_sync(~0u, low, 4 * g + g / 2) * (state * gradient_unit);
+    }
+
+    __device__ void multiply_by_units(float (&x)[TOKEN_TILES][4], float factor, int which) const
+    {
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES; i++) {
+            const float all = s.unit[which][i] * factor;
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[i][r] *= all;
+        }
     }
 
     /* 16 rows and 16 columns of a product between tokens in each of six warps. */
@@ -108,7 +113,6 @@ template <class Block> struct ChunkSums {
         if (warp >= 6) return;
         const int which = warp % 2, part = warp / 2; /* part: 0 above 1, beside 2 */
         const int rows = part > 0, columns = part > 1;
-        const float factor = (which ? dr_unit : dout_unit) * u_unit / pair_unit;
         float sum[2][4] = {};
 #pragma unroll
         for (int d = 0; d < DIM / 16; d++) {
@@ -125,6 +129,8 @@ template <class Block> struct ChunkSums {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int i = 16 * rows + g + 8 * r, j = 16 * columns + 8 * n + 2 * t;
+                const float factor = s.unit[which ? OF_DR : OF_DOUT][2 * rows + r] * (which ? 1.0f : scale) *
+                                     s.unit[OF_U][2 * columns + n] / pair_unit;
                 const float x = sum[n][2 * r] * factor, y = sum[n][2 * r + 1] * factor;
                 store_two(&to[i][j], j < i ? round_to_tf32(x) : 0.0f, j + 1 < i ? round_to_tf32(y) : 0.0f);
                 if (which == 0 && j == i) s.on_diagonal[i] = x;

@@ -58,8 +58,15 @@ template <class Block> struct ChunkValues {
         return unit;
     }
 
-    /* x = x + (image) (tile)^T for a tile of tokens by channels. */
-    __device__ void read(Rows &x, const ImageRows &image, int tile) const
+    /* x = (image) (keys)^T, where keys are K~ or Kr, and lack(half) is what they lack in half of the channels.
+     * The result is multiplied by key_scale(). */
+    template <class Lack> __device__ void read(Rows &x, const ImageRows &image, int tile, Lack lack) const
+    {
+        read_tile(x, image, lack);
+        multiply_by(x, 1.0f / SlicePreparation<Block>::LACK_SCALE);
+        read_tile(x, image, [&](int half) { return s.tokens[0].half[half].tile[tile]; });
+    }
+    template <class Half> __device__ void read_tile(Rows &x, const ImageRows &image, Half half) const
     {
         const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
                        columns = matrix_row_by_token(lane);
@@ -67,13 +74,44 @@ template <class Block> struct ChunkValues {
         for (int d = 0; d < DIM / 16; d++) {
             uint32_t a[4], b[4];
             load_matrices(a, rows ^ 32 * d);
-            const uint32_t place = shared_address(s.tokens[0].half[d / 4].tile[tile]) + (columns ^ d % 4 * 32);
+            const uint32_t place = shared_address(half(d / 4)) + (columns ^ d % 4 * 32);
 #pragma unroll
             for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
                 load_matrices(b, place + sub * SUBCHUNK_BYTES);
                 multiply_tiles(&x[2 * sub], a, b);
             }
         }
+    }
+
+    /* v in global memory: of token 8 i + g, rows 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 of the warp. */
+    struct RawValues {
+        uint32_t pair[TILES][2];
+    };
+    __device__ RawValues load_v() const
+    {
+        RawValues raw;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const int token = 8 * i + g;
+            const auto *from = reinterpret_cast<const uint32_t *>(
+                static_cast<const uint16_t *>(all.bwd.fwd.v) + s.at.place(all.bwd.fwd.v_strides, token) +
+                16 * warp + 2 * t);
+#pragma unroll
+            for (int r = 0; r < 2; r++) raw.pair[i][r] = token < s.at.left ? __ldg(from + 4 * r) : 0;
+        }
+        return raw;
+    }
+    /* x = v - factor x */
+    static __device__ void subtract_from(const RawValues &raw, Rows &x, float factor)
+    {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const uint32_t two = transpose_matrix(raw.pair[i][r]);
+                x[i][2 * r] = __fmaf_rn(x[i][2 * r], -factor, bf16_low(two));
+                x[i][2 * r + 1] = __fmaf_rn(x[i][2 * r + 1], -factor, bf16_high(two));
+            }
     }
 
     /* ---- Rows of V of a tile [tokens, V] in shared memory ---- */
@@ -114,12 +152,19 @@ template <class Block> struct ChunkValues {
         }
     }
 
-    __device__ void store_operand(const Rows &x, unsigned char *half, float factor) const
+    /* `inverse`: what operand and tile number `lane` is multiplied by. */
+    __device__ void store_operand(Rows &x, unsigned char *half, float inverse, int which) const
     {
-        store(x, half, [=](float a, float b) { return pack_half(a * factor, b * factor); });
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const float factor = __shfl_sync(~0u, inverse, TILES * which + i);
+#pragma unroll
+            for (int r = 0; r < 4; r++) x[i][r] *= factor;
+        }
+        store(x, half, [](float a, float b) { return pack_half(a, b); });
     }
 
-    /* Stores dv through the place of v. Lane i has token i. */
+    /* Stores dv through the place of dout. Lane i has token i. */
     __device__ void store_dv(const Rows &dr, unsigned char *half) const
     {
         store(dr, half, [](float a, float b) { return pack_bf16(a, b); });
@@ -138,10 +183,15 @@ template <class Block> struct ChunkValues {
     /* ---- Products with matrices between tokens ---- */
 
     /* d += x m with `place(column, depth)` the lane's row of the matrices for tiles of columns n and n + 1 and
-     * 16 depths. lower: m is zero where depth < column, otherwise where depth > column. */
+     * 16 depths. lower: m is zero where depth < column, otherwise where depth > column. x enters in tf32, since
+     * its tokens may be of very different sizes. An accumulator tile is an A operand whose depths t and t + 4
+     * are tokens 2 t and 2 t + 1, and these are the two fp16 of a register of m. */
     template <bool lower, bool transposed, class Place>
-    __device__ void multiply(Rows &d, const uint32_t (&x)[DEPTHS][4], Place place) const
+    __device__ void multiply(Rows &d, const Rows &x, Place place) const
     {
+        Rows a;
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; i++) a[i / 4][i % 4] = round_to_tf32(x[i / 4][i % 4]);
 #pragma unroll
         for (int j = 0; j < DEPTHS; j++)
 #pragma unroll
@@ -152,17 +202,13 @@ template <class Block> struct ChunkValues {
                     load_matrices_transposed(b, place(16 * n, 16 * j));
                 else
                     load_matrices(b, place(16 * n, 16 * j));
-                multiply_tiles(&d[2 * n], x[j], b);
-            }
-    }
-
-    /* x as an A operand with tokens as depths. Returns its unit, which is the warp's own. */
-    __device__ float pack_rows(uint32_t (&a)[DEPTHS][4], const Rows &x) const
-    {
-        const Unit unit(__reduce_max_sync(~0u, largest_of(x)));
 #pragma unroll
-        for (int i = 0; i < DEPTHS; i++) pack(a[i], x[2 * i], x[2 * i + 1], unit.inverse);
-        return unit.size;
+                for (int i = 0; i < 4; i++) { /* column tile i / 2, depth tile i % 2 */
+                    const float(&from)[4] = a[2 * j + i % 2];
+                    mma_tf32(d[2 * n + i / 2], from[0], from[2], from[1], from[3], half_low(b[i]),
+                             half_high(b[i]));
+                }
+            }
     }
 
     /* The lane's place in the two tiles, for matrices (column, depth), (column, depth + 8), (column + 8,
@@ -181,47 +227,54 @@ template <class Block> struct ChunkValues {
     /* m = M = R - N U */
     __device__ void find_missed(Rows &m, const Rows &r, const Rows &u) const
     {
-        uint32_t a[DEPTHS][4];
-        const float unit = pack_rows(a, u);
         Rows sum = {};
-        multiply<false, false>(sum, a,
+        multiply<false, false>(sum, u,
                                [&](int c, int d) { return s.keys.at(column(c) + lane % 8, depth(d)); });
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            m[i / 4][i % 4] = __fmaf_rn(sum[i / 4][i % 4], -unit, r[i / 4][i % 4]);
+            m[i / 4][i % 4] = r[i / 4][i % 4] - sum[i / 4][i % 4];
     }
 
     /* The lane's parts of the sums of dX M, of tokens with tiny write strengths. */
     __device__ void sum_missed(float (&sums)[8], const Rows &m, const Rows &du, const Rows &dr) const
     {
-        uint32_t a[DEPTHS][4];
-        const float unit = pack_rows(a, dr);
         Rows x = {};
-        multiply<true, true>(x, a, [&](int c, int d) { return s.keys.at(depth(d) + lane % 8, column(c)); });
+        multiply<true, true>(x, dr, [&](int c, int d) { return s.keys.at(depth(d) + lane % 8, column(c)); });
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             if (!is_faint(s.strength[8 * (i / 2) + 2 * t + i % 2], s.stage[0].divisor)) continue;
             sums[i] = 0.0f;
 #pragma unroll
             for (int e = i % 2; e < 4; e += 2)
-                sums[i] = __fmaf_rn(__fmaf_rn(x[i / 2][e], -unit, du[i / 2][e]), m[i / 2][e], sums[i]);
+                sums[i] = __fmaf_rn(du[i / 2][e] - x[i / 2][e], m[i / 2][e], sums[i]);
         }
     }
 
     /* ---- The step ---- */
 
-    /* The largest magnitude of the warp's rows. */
+    /* The largest magnitudes of the warp's rows. */
     __device__ void announce(int which, const Rows &x) const
     {
-        const uint32_t most = __reduce_max_sync(~0u, largest_of(x));
-        if (lane == 0) s.largest[which][warp] = most;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const float most =
+                fmaxf(fmaxf(fabsf(x[i][0]), fabsf(x[i][1])), fmaxf(fabsf(x[i][2]), fabsf(x[i][3])));
+            const uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(most));
+            if (lane == 0) s.largest[which][i][warp] = bits;
+        }
     }
-    static __device__ Unit unit_of(const uint32_t (&largest)[CHUNK_WARPS])
+
+    /* The unit of one operand and tile in each of the first lanes. */
+    __device__ Unit find_unit() const
     {
+        const int i = lane < OPERANDS * TILES ? lane : 0;
+        const uint32_t *const of_warp = s.largest[i / TILES][i % TILES];
         uint32_t most = 0;
 #pragma unroll
-        for (int i = 0; i < CHUNK_WARPS; i++) most = max(most, largest[i]);
-        return Unit(most);
+        for (int w = 0; w < CHUNK_WARPS; w++) most = max(most, of_warp[w]);
+        const Unit unit(most);
+        if (warp == 0 && lane == i) s.unit[i / TILES][i % TILES] = unit.size;
+        return unit;
     }
 
     /* Before: the CTA has prepared, and one more meeting makes T, P and N known. `load_gradient` starts the
@@ -233,26 +286,22 @@ template <class Block> struct ChunkValues {
         auto &attend = s.stage[0].attend;
         const int row8 = lane % 8;
         unsigned char *const v = s.tokens[0].v[16 * warp / 64], *const dout = s.dout[16 * warp / 64];
-        uint32_t a[DEPTHS][4];
 
         /* ---- R ---- */
+        const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(all.bwd.fwd));
         Rows r = {}, u = {};
+        const RawValues values = load_v();
         mbarrier_wait(&s.state_there, 0);
         const float state_unit = unify(s.state, s.state_scale);
-        read(r, s.state, K);
-        mbarrier_wait(&s.values_there, 0);
-        load_values(u, v);
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            r[i / 4][i % 4] = __fmaf_rn(r[i / 4][i % 4], -state_unit, u[i / 4][i % 4]), u[i / 4][i % 4] = 0.0f;
+        read(r, s.state, K, [&](int half) { return s.tokens[0].half[half].tile[Q]; });
+        subtract_from(values, r, state_unit * key_unit);
         __syncthreads(); /* T, P and N are there */
         load_gradient();
         const float divisor = s.stage[0].divisor;
 
         /* ---- U ---- */
-        float unit = pack_rows(a, r);
-        multiply<false, true>(u, a, [&](int c, int d) { return solve.at(column(c), depth(d) + row8); });
-        multiply_by(u, unit * divisor);
+        multiply<false, true>(u, r, [&](int c, int d) { return solve.at(column(c), depth(d) + row8); });
+        multiply_by(u, divisor);
 
         /* ---- dU and dR ---- */
         const bool faint = s.has_faint_write;
@@ -261,17 +310,16 @@ template <class Block> struct ChunkValues {
         Rows du = {}, dr = {}, x = {};
         mbarrier_wait(&s.gradient_there, 0);
         const float gradient_unit = unify(s.gradient, s.gradient_scale);
-        read(du, s.gradient, G);
+        read(du, s.gradient, G, [&](int half) { return s.tokens[0].v[half]; });
+        if (all.bwd.dout) mbarrier_wait(&s.dout_there, 0);
         load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
-        unit = pack_rows(a, r) * all.bwd.fwd.scale;
-        multiply<true, true>(x, a, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
+        multiply<true, true>(x, r, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            du[i / 4][i % 4] = __fmaf_rn(x[i / 4][i % 4], unit, du[i / 4][i % 4] * gradient_unit);
-        }
-        unit = pack_rows(a, du);
-        multiply<true, false>(dr, a, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
-        multiply_by(dr, unit * divisor);
+        for (int i = 0; i < 16; i++)
+            du[i / 4][i % 4] =
+                __fmaf_rn(x[i / 4][i % 4], all.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
+        multiply<true, false>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
+        multiply_by(dr, divisor);
 
         /* ---- dbeta and dv ---- */
         float sums[8];
@@ -283,15 +331,16 @@ template <class Block> struct ChunkValues {
         }
         if (__builtin_expect(faint, 0)) sum_missed(sums, missed, du, dr);
         const float dbeta = sum_over_g(sums, lane); /* of token 8 (g / 2) + 2 t + g % 2 */
-        store_dv(dr, v);
+        store_dv(dr, dout);
 
         /* ---- Operands ---- */
-        announce(0, u), announce(1, dr), announce(2, r);
+        announce(OF_U, u), announce(OF_DR, dr), announce(OF_DOUT, r);
         __syncthreads();
         s.dbeta[warp][8 * (g / 2) + 2 * t + g % 2] = dbeta;
-        store_operand(u, v, unit_of(s.largest[0]).inverse);
-        store_operand(dr, s.tokens[0].half[16 * warp / 64].tile[Q], -unit_of(s.largest[1]).inverse);
-        store_operand(r, dout, unit_of(s.largest[2]).inverse);
+        const float inverse = find_unit().inverse;
+        store_operand(u, v, inverse, OF_U);
+        store_operand(dr, s.tokens[0].half[16 * warp / 64].tile[Q], -inverse, OF_DR);
+        store_operand(r, dout, inverse, OF_DOUT);
         __syncthreads();
         return make_float2(state_unit, gradient_unit);
     }
