@@ -218,8 +218,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     /*
      * Carries the gradient D with respect to the state from behind the chunk to the front of it, with the
-     * gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and columns
-     * of the products exchanged:
+     * gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and
+     * columns of the products exchanged:
      *
      *     dU^T = D^T Kr^T + dO^T P        both in one sum
      *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
@@ -308,15 +308,14 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
      * second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
-     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before or,
-     * in a walk, the state before the chunk.
+     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before
+     * or, in a walk, the state before the chunk.
      */
     template <class Store>
     __device__ void step(int index, int left, int position, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (position & (128 - CHUNK)) == 0 && (!Block::MAPS || !is_map),
-                   whole = left >= CHUNK;
+        const bool look = (position & (128 - CHUNK)) == 0 && (!Block::MAPS || !is_map), whole = left >= CHUNK;
         Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
             tokens_descriptor + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
@@ -441,8 +440,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         }
     }
 
-    /* Of a walk: stores what is carried, if a chunk of FKDA_HOPPER_BWD_CHUNK tokens begins here or, backwards,
-     * ends here. The last one of a sequence may end anywhere. */
+    /* Of a walk: stores what is carried, if a chunk of FKDA_HOPPER_BWD_CHUNK tokens begins here or,
+     * backwards, ends here. The last one of a sequence may end anywhere. */
     __device__ void store_image(const WorkItem &item, int left) const
     {
         constexpr int OF_IMAGE = FKDA_HOPPER_BWD_CHUNK;

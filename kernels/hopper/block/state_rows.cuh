@@ -325,8 +325,9 @@ template <class Block> struct StateRows {
         const int slot = item.images.first + chunk;
         if (static_cast<unsigned>(slot) >= images.slots) return; /* NO_IMAGES, or cu_seqlens has changed */
         const int this_lane = read_lane(), row = item.first_row + warp_row() + (this_lane >> 2);
-        unsigned char *to = static_cast<unsigned char *>(images.data) +
-                            (static_cast<long long>(slot) * args.heads + item.head) * FKDA_HOPPER_BORDER_IMAGE;
+        unsigned char *to =
+            static_cast<unsigned char *>(images.data) +
+            (static_cast<long long>(slot) * args.heads + item.head) * FKDA_HOPPER_BORDER_IMAGE;
         if ((this_lane & 3) == 0) {
             float *const scales = reinterpret_cast<float *>(to + 2 * DIM * DIM) + row;
             scales[0] = scale[0], scales[8] = scale[1];

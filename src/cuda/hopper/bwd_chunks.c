@@ -3,10 +3,10 @@
  * gradient with respect to the state after it in the workspace, so that all chunks can be computed at the same
  * time (kernels/hopper/bwd/chunks).
  */
+#include "bwd_chunks.h"
 #include "../../../kernels/hopper/bwd/bwd_args.h"
 #include "../../../kernels/hopper/bwd/bwd_shape.h"
 #include "../cuda.h"
-#include "bwd_chunks.h"
 #include "launch.h"
 #include "walks.h"
 
@@ -16,7 +16,8 @@ enum { USUAL, BOUNDED, GENERAL };
 
 static fkda_module module = {
     .image = fkda_fatbin_hopper_bwd_chunks,
-    .names = {[USUAL] = "fkda_hopper_bwd_chunks", [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
+    .names = {[USUAL] = "fkda_hopper_bwd_chunks",
+              [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
               [GENERAL] = "fkda_hopper_bwd_general_chunks"},
     .shared_bytes = FKDA_HOPPER_CHUNK_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -123,9 +124,8 @@ flash_kda_status fkda_hopper_bwd_by_chunks(const fkda_driver *driver, const fkda
     fkda_hopper_chunk_args args = {
         .bwd = make_args(p, &plan), .states = results.states, .gradients = results.gradients};
     fkda_hopper_bwd_args sum_args = {.bwd = args.bwd};
-    const fkda_bwd_launch launch = {kernel_for(&p->fwd),
-                                    plan.chunks.slots * s->heads, FKDA_HOPPER_CHUNK_THREADS,
-                                    FKDA_HOPPER_CHUNK_SHARED_BYTES},
+    const fkda_bwd_launch launch = {kernel_for(&p->fwd), plan.chunks.slots * s->heads,
+                                    FKDA_HOPPER_CHUNK_THREADS, FKDA_HOPPER_CHUNK_SHARED_BYTES},
                           reduction = fkda_bwd_reduction(p, reduce);
     flash_kda_status status = describe_tensors(driver, p, &args);
     if (status == FLASH_KDA_OK) status = fkda_launch_walks(driver, p, &plan.walks, &results);
