@@ -116,6 +116,17 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
+    /* What fp16 lacks of two tiles of accumulators whose operand is `a`, as another operand. */
+    __device__ static void pack_rest(uint32_t (&rest)[4], const uint32_t (&a)[4], const float (&x)[4],
+                                     const float (&y)[4])
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float(&from)[4] = i < 2 ? x : y;
+            rest[i] = pack_half(from[i % 2 * 2] - half_low(a[i]), from[i % 2 * 2 + 1] - half_high(a[i]));
+        }
+    }
+
     /* The chunk's decay, less one, of the channels of this lane's accumulators: one float4 for two tiles. */
     __device__ void load_gamma(float4 (&gamma_minus_1)[DIM / 16], const Stage &stage) const
     {
@@ -279,7 +290,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int i = 1; i < SUBCHUNKS; i++) wgmma<true, false>(dr, a[i], solve_transposed(stage_place, i));
         wgmma_commit();
 
-        /* ---- D ---- */
+        /* ---- D ---- If keys are alike, most of D is taken out again: dR keeps all its bits, in two parts. */
         decay(gamma_minus_1);
         wgmma_fence();
 #pragma unroll
@@ -290,13 +301,19 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++) {
             pack_operand(a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
+            pack_rest(a[2 * SUBCHUNKS + i], a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
 #pragma unroll
-            for (uint32_t &pair : a[SUBCHUNKS + i]) pair ^= 0x80008000; /* the signs of both halves */
+            for (int part = 1; part <= 2; part++)
+#pragma unroll
+                for (uint32_t &pair : a[part * SUBCHUNKS + i])
+                    pair ^= 0x80008000; /* the signs of both halves */
         }
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < SUBCHUNKS; i++)
-            wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
+        for (int part = 1; part <= 2; part++)
+#pragma unroll
+            for (int i = 0; i < SUBCHUNKS; i++)
+                wgmma<true, true>(state, a[part * SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
         wgmma_commit();
     }
 
@@ -376,6 +393,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         /* ---- U P for outputs, and the state's update ---- */
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[SUBCHUNKS + i], u[2 * i], u[2 * i + 1]);
+        /* Gradients need more bits of what is written: a token may write nearly all of a state. */
+        if constexpr (Block::IMAGES)
+#pragma unroll
+            for (int i = 0; i < SUBCHUNKS; i++)
+                pack_rest(a[2 * SUBCHUNKS + i], a[SUBCHUNKS + i], u[2 * i], u[2 * i + 1]);
         wgmma_fence();
         if constexpr (Block::OUTPUTS) {
             wgmma<false, false>(own, a[SUBCHUNKS], attend_operand(stage_place, 0));
@@ -387,6 +409,10 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++)
             wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens<Block>::k_rest(tokens_place, i));
+        if constexpr (Block::IMAGES)
+#pragma unroll
+            for (int i = 0; i < SUBCHUNKS; i++)
+                wgmma<true, true>(state, a[2 * SUBCHUNKS + i], Tokens<Block>::k_rest(tokens_place, i));
         wgmma_commit();
     }
 
