@@ -290,7 +290,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int i = 1; i < SUBCHUNKS; i++) wgmma<true, false>(dr, a[i], solve_transposed(stage_place, i));
         wgmma_commit();
 
-        /* ---- D ---- If keys are alike, most of D is taken out again: dR keeps all its bits, in two parts. */
+        /* ---- D ---- If keys are alike, most of D is taken out again: dR keeps all bits, in two parts. */
         decay(gamma_minus_1);
         wgmma_fence();
 #pragma unroll
