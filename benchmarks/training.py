@@ -4,12 +4,13 @@
     python benchmarks/training.py --shapes 96:8192 8:65536 --kernel portable --kernel hopper --json bwd.json
     python benchmarks/training.py --shapes 96:8192 --launches
 
-A shape is HEADS:LENGTHS, as in peers.py. Each row is the backward pass alone: all gradients (those of q, k, v,
-g, beta, A_log, dt_bias and the initial state) from those of the output and the final state. Gates are as in
-trained models, states in fp32, and nothing is saved by the forward pass but its inputs. A time is the median
-of rounds of CUDA-graph replays over rotating inputs, in which all sides take turns. The floor is the time in
-which the bytes of the inputs and gradients could be copied. "Bytes" is the workspace of the call for each
-token and head, whose q, k, v and g take 1024. --launches names the launches of each kernel and their times.
+A shape is HEADS:LENGTHS, as in peers.py. Each row is the backward pass alone: all gradients (those of q, k,
+v, g, beta, A_log, dt_bias and the initial state) from those of the output and the final state. Gates are as
+in trained models, states in fp32, and nothing is saved by the forward pass but its inputs. A time is the
+median of rounds of CUDA-graph replays over rotating inputs, in which all sides take turns. The floor is the
+time in which the bytes of the inputs and gradients could be copied. "Bytes" is the workspace of the call for
+each token and head, whose q, k, v and g take 1024. --launches names the launches of each kernel and their
+times.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def bytes_once(shape: str) -> int:
 
 
 def make_sets(shape: str, device: str) -> list[dict[str, Any]]:
-    """Arguments of the forward pass with the gradients of its results, as many as the L2 cache cannot hold."""
+    """Arguments of the forward pass with the gradients of its results, more than the L2 cache can hold."""
     import torch
     from peer_timing.inputs import make_sets as forward_sets
 
@@ -145,10 +146,8 @@ def time_row(shape: str, sides: list[str], rounds: int, launches: bool, device: 
     timed, row = {}, {}
     for side in sides:
         try:
-            if side == FLA:
-                calls = fla_calls(sets)
-            else:
-                calls = our_calls(sets, None if side == "flash_kda" else side)
+            kernel = None if side == "flash_kda" else side
+            calls = fla_calls(sets) if side == FLA else our_calls(sets, kernel)
             timed[side] = Timed(calls, device)
         except Exception as error:  # whatever a side raises that cannot make the call
             print(f"{side}, {shape}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
@@ -176,7 +175,12 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--shapes", nargs="+", default=list(BARS), metavar="SHAPE", help=f"default: {' '.join(BARS)}")
-    add("--kernel", action="append", default=[], help="of this package; given again, one more; default: its choice")
+    add(
+        "--kernel",
+        action="append",
+        default=[],
+        help="of this package; given again, one more; default: its choice",
+    )
     add("--rounds", type=int, default=5, help="default: 5")
     add("--no-fla", action="store_true", help="this package alone")
     add("--launches", action="store_true", help="name the launches of this package and their times")

@@ -193,13 +193,11 @@ if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_activated kernels/hopper/activated.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_states_fwd kernels/hopper/states_fwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_states_segments kernels/hopper/states_segments.cu ARCHS 90a)
-  flash_kda_add_kernel(hopper_bwd kernels/hopper/bwd/bwd.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_walk kernels/hopper/bwd/walk.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_general_walk kernels/hopper/bwd/general_walk.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_bwd_chunks kernels/hopper/bwd/chunks/chunks.cu ARCHS 90a)
   target_sources(flashkda PRIVATE
     src/cuda/hopper/bwd.c
-    src/cuda/hopper/bwd_chunks.c
     src/cuda/hopper/costs.c
     src/cuda/hopper/explain.c
     src/cuda/hopper/hopper.c

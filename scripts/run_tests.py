@@ -159,7 +159,10 @@ class PythonTests(Suite):
         command += ["--junitxml", str(folder / f"{self.name}.xml")]
         # The package is tested as built, from the build folder, without being installed.
         path = os.pathsep.join(filter(None, [str(Path(build, "python").resolve()), os.getenv("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, "BUILD": build}
+        # PyTorch and NumPy compute small references in the tests. Threads that wait for each other would take
+        # most of the processor time. The library under test counts its own threads.
+        threads = os.getenv("OMP_NUM_THREADS", "1")
+        variables = {"PYTHONPATH": path, "BUILD": build, "OMP_NUM_THREADS": threads}
         super().__init__(
             [*command, *([] if everything else ["-m", "not slow"])], folder, variables, niceness=0
         )

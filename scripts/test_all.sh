@@ -1,20 +1,23 @@
 #!/bin/sh
 # test_all.sh: everything that guards the code on a machine without a GPU, one after the other, even if some
 # fail: the tests, the C tests under the sanitizers and for aarch64, other versions of Python, and the fuzz
-# harnesses. The last lines say which failed, and how many cases each has had. Needs BUILD, PYTHON, and what
-# scripts/run_tests.py, sanitize.sh and fuzz.sh need.
+# harnesses. The last lines say which failed, how many cases each has had, and how many seconds each took.
+# Needs BUILD, PYTHON, and what scripts/run_tests.py, sanitize.sh and fuzz.sh need.
 set -u
 logs=$BUILD/test-all
 mkdir -p "$logs"
 failed=""
+took=""
 
 # step NAME COMMAND...
 step() {
     name=$1
     shift
     printf '\n== %s\n' "$name"
+    began=$(date +%s)
     { "$@" 2>&1 || echo "$name" >"$logs/$name.failed"; } | tee "$logs/$name.log"
     if [ -e "$logs/$name.failed" ]; then failed="$failed $name"; fi
+    took="$took${took:+, }$name $(($(date +%s) - began))"
 }
 
 # The checks that the C tests of a build folder counted, and the inputs of corpora that they replayed.
@@ -42,6 +45,7 @@ echo "thread:   $(programs_in thread) C tests with $(checks_in build-thread)"
 grep '^aarch64: ' "$logs/aarch64.log" || echo "aarch64:  $(programs_in aarch64) C tests"
 grep '^pythons: ' "$logs/pythons.log" || echo "pythons: nothing ran"
 grep '^fuzz: ' "$logs/fuzz.log" || echo "fuzz: nothing ran"
+echo "seconds: $took"
 if [ -n "$failed" ]; then
     echo "failed:$failed"
     exit 1

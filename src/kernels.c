@@ -46,9 +46,6 @@ static const fkda_kernel kernels[] = {
         .min_compute_capability = 90,
         .max_compute_capability = 90,
         .features = FKDA_HOPPER_FEATURES,
-        /* No GPU has timed its backward pass beside the portable one yet. Until one has, gradients come from
-         * "portable" by default, on Hopper too. */
-        .only_by_name = FKDA_BACKWARD,
         .needs_tma = true,
         .plan = fkda_hopper_make_plan,
         .run = fkda_hopper_run,

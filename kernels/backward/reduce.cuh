@@ -13,6 +13,7 @@ __device__ inline void add_sums(const fkda_bwd_args &args, int head, int channel
 {
     double *const rates = reinterpret_cast<double *>(cta_memory());
     double bias = 0.0, rate = 0.0;
+#pragma unroll 8 /* loads that do not wait for each other */
     for (long long slot = 0; slot < args.slots; slot++) {
         const float *from = args.sums + (slot * args.fwd.heads + head) * (2 * DIM) + channel;
         bias += from[0];

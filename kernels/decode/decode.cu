@@ -9,9 +9,9 @@
  * Optimizations.
  * - A thread issues all loads of its part of the state before anything waits for them. The tokens are
  *   prepared meanwhile.
- * - One token has its own kernel, through which states stream (one.cuh). Tokens that follow each other are
- *   computed one after the other (steps.cuh) or at once (chunk.cuh), and registers hold the state. The host
- *   chooses: which_decode() in src/cuda/decode.c.
+ * - One token has its own kernel, through which states stream (one.cuh), and so do records (apply.cuh).
+ *   Tokens that follow each other are computed one after the other (steps.cuh) or at once (chunk.cuh), and
+ *   registers hold the state. The host chooses: which_decode() in src/cuda/decode.c.
  * - A kernel starts before the previous one in the stream is over, and waits for its end before it touches
  *   memory (programmatic dependent launch).
  */
@@ -37,13 +37,17 @@
     FKDA_DEFINE_KERNEL(name, fkda_decode_args, FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first),                 \
                        FKDA_DECODE_CTAS_OF_ONE(is_bf16) * 32768 / FKDA_DECODE_BYTES_OF_ONE(is_bf16),         \
                        (decode_one<is_bf16, k_first>))
+#define FKDA_DEFINE_APPLY(name, is_bf16, k_first)                                                            \
+    FKDA_DEFINE_KERNEL(name, fkda_apply_args, FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first),                  \
+                       FKDA_DECODE_CTAS_OF_APPLY * 32768 / FKDA_DECODE_BYTES_OF_ONE(is_bf16),                \
+                       (apply<is_bf16, k_first>))
 
 /* The kernels for a type and a layout of states. */
 #define FKDA_DEFINE_KERNELS(suffix, is_bf16, k_first)                                                        \
     FKDA_DEFINE_ONE(fkda_decode_one_##suffix, is_bf16, k_first)                                              \
     FKDA_DEFINE_USUAL(fkda_decode_steps_##suffix, fkda_decode_args, (decode_steps<is_bf16, k_first>))        \
     FKDA_DEFINE_USUAL(fkda_decode_chunk_##suffix, fkda_decode_args, (decode_chunk<is_bf16, k_first>))        \
-    FKDA_DEFINE_USUAL(fkda_decode_apply_##suffix, fkda_apply_args, (apply<is_bf16, k_first>))
+    FKDA_DEFINE_APPLY(fkda_decode_apply_##suffix, is_bf16, k_first)
 
 FKDA_DEFINE_KERNELS(f32, false, false)
 FKDA_DEFINE_KERNELS(bf16, true, false)

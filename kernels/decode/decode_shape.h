@@ -15,13 +15,20 @@
 /* CTAs of one.cuh, each with 32 KB of states, for which __launch_bounds__ leaves registers on an SM. */
 #define FKDA_DECODE_CTAS_OF_ONE(is_bf16) ((is_bf16) ? 5 : 6)
 
+/* Apply (apply.cuh) has the threads of `one`, the part of a state that they have, and the records of `tokens`
+ * tokens: decays and keys, and u of the CTA's rows. CTAs of 32 KB of a state leave registers for this many on
+ * an SM. */
+#define FKDA_DECODE_CTAS_OF_APPLY 5
+#define FKDA_DECODE_APPLY_BYTES(is_bf16, tokens, split)                                                      \
+    ((FKDA_DECODE_BYTES_OF_ONE(is_bf16) >> (split)) + FKDA_DECODE_VECTOR_BYTES * (1 + 2 * (tokens)) +        \
+     (FKDA_DECODE_VECTOR_BYTES >> (split)) * (tokens))
+
 /* Dynamic shared memory of the others. A vector has 128 fp32. */
 #define FKDA_DECODE_VECTOR_BYTES 512
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */
 #define FKDA_DECODE_VECTORS_OF_A_STEP 4 /* decay, key, query, value */
 #define FKDA_DECODE_VECTORS_OF_A_CHUNK 8
 #define FKDA_DECODE_VECTORS_FOR_LAST_STATE 2                                              /* besides these */
-#define FKDA_DECODE_APPLY_BYTES (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * 33) /* struct ToApply */
 #define FKDA_DECODE_STEPS_BYTES(tokens)                                                                      \
     (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_VECTORS_OF_A_STEP * (tokens))
 
@@ -33,9 +40,6 @@
          (FKDA_DECODE_VECTORS_OF_A_CHUNK + ((writes_last) ? FKDA_DECODE_VECTORS_FOR_LAST_STATE : 0)))
 
 /* Of any kernel. */
-#define FKDA_DECODE_MOST_SHARED_BYTES                                                                        \
-    (FKDA_DECODE_BYTES_OF_ONE(0) > FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 1)                        \
-         ? FKDA_DECODE_BYTES_OF_ONE(0)                                                                       \
-         : FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 1))
+#define FKDA_DECODE_MOST_SHARED_BYTES FKDA_DECODE_APPLY_BYTES(0, FKDA_DECODE_MAX_TOKENS, 0)
 
 #endif

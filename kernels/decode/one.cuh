@@ -189,7 +189,46 @@ template <bool is_bf16, bool k_first> struct Stream {
                            random | static_cast<unsigned>((row + r) * 16 + LANES * square + lane));
     }
 
-    /* Stores the state after the token. `random`: the place of the random numbers of row 0, channel 0. */
+    /* The random numbers of a square: of each of its rows, or with V first of the row of the next piece. */
+    struct RandomBlocks {
+        fkda_random_block block[k_first ? SIDE : 1];
+    };
+
+    __device__ __forceinline__ void draw(RandomBlocks &blocks, const Rounding &rounding, uint64_t random,
+                                         int square) const
+    {
+        if constexpr (k_first)
+#pragma unroll
+            for (int r = 0; r < SIDE; r++) blocks.block[r] = random_block(rounding, random, square, r);
+    }
+
+    /* Stores a piece of a state. `to` is the thread's first element of it. `random`: the place of the random
+     * numbers of row 0, channel 0. */
+    template <bool at_random>
+    __device__ __forceinline__ void store_piece(char *to, int square, int piece, const float (&x)[SIDE],
+                                                RandomBlocks &blocks, const Rounding &rounding,
+                                                uint64_t random) const
+    {
+        uint32_t word[4];
+        if constexpr (at_random) {
+            uint32_t bits[SIDE];
+            if constexpr (!k_first) blocks.block[0] = random_block(rounding, random, square, piece);
+#pragma unroll
+            for (int i = 0; i < SIDE; i++)
+                bits[i] = fkda_random_bits(&blocks.block[k_first ? i : 0], channel_of(piece, i));
+            round_at_random(word, x, bits);
+        } else if constexpr (is_bf16) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) word[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) word[i] = __float_as_uint(x[i]);
+        }
+        __stcs(reinterpret_cast<uint4 *>(to + offset(square, piece)),
+               make_uint4(word[0], word[1], word[2], word[3]));
+    }
+
+    /* Stores the state after the token. `random`: as in store_piece(). */
     template <bool at_random>
     __device__ __forceinline__ void store(void *states, long long at, const Token &token,
                                           const float (&u)[SIDE], const Rounding &rounding,
@@ -201,10 +240,8 @@ template <bool is_bf16, bool k_first> struct Stream {
             float decay[SIDE], key[SIDE];
             get_vector(decay, token.decay, four(square));
             get_vector(key, token.key, four(square));
-            fkda_random_block blocks[k_first ? SIDE : 1]; /* of each row, or of the piece */
-            if constexpr (at_random && k_first)
-#pragma unroll
-                for (int r = 0; r < SIDE; r++) blocks[r] = random_block(rounding, random, square, r);
+            RandomBlocks blocks;
+            if constexpr (at_random) draw(blocks, rounding, random, square);
 #pragma unroll
             for (int piece = 0; piece < SIDE; piece++) {
                 float x[SIDE];
@@ -214,23 +251,7 @@ template <bool is_bf16, bool k_first> struct Stream {
                     const int c = channel_of(piece, i);
                     x[i] = __fmaf_rn(key[c], u[row_of(piece, i)], x[i] * decay[c]);
                 }
-                uint32_t word[4];
-                if constexpr (at_random) {
-                    uint32_t bits[SIDE];
-                    if constexpr (!k_first) blocks[0] = random_block(rounding, random, square, piece);
-#pragma unroll
-                    for (int i = 0; i < SIDE; i++)
-                        bits[i] = fkda_random_bits(&blocks[k_first ? i : 0], channel_of(piece, i));
-                    round_at_random(word, x, bits);
-                } else if constexpr (is_bf16) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) word[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) word[i] = __float_as_uint(x[i]);
-                }
-                __stcs(reinterpret_cast<uint4 *>(to + offset(square, piece)),
-                       make_uint4(word[0], word[1], word[2], word[3]));
+                store_piece<at_random>(to, square, piece, x, blocks, rounding, random);
             }
         }
     }

@@ -99,12 +99,13 @@ fkda_bwd_segments fkda_cut_for_bwd(const fkda_shape *s, int segment)
     return cut;
 }
 
-fkda_bwd_launch fkda_bwd_reduction(const fkda_bwd_problem *p, int kernel)
+/* The launch of the kernel for sums over heads and segments. */
+static fkda_bwd_launch reduction_of(const fkda_bwd_problem *p)
 {
     enum { ROWS = FKDA_BWD_REDUCE_THREADS / 32 }; /* of a CTA */
     const fkda_shape *s = &p->fwd.shape;
     const int64_t rows = s->heads != s->qk_heads ? s->batch * s->tokens * s->qk_heads : 0;
-    return (fkda_bwd_launch){kernel, (p->wants_parameters ? s->heads : 0) + (rows + ROWS - 1) / ROWS,
+    return (fkda_bwd_launch){REDUCE, (p->wants_parameters ? s->heads : 0) + (rows + ROWS - 1) / ROWS,
                              FKDA_BWD_REDUCE_THREADS, FKDA_DIM * sizeof(double)};
 }
 
@@ -124,6 +125,13 @@ flash_kda_status fkda_launch_bwd(const fkda_driver *driver, fkda_module *kernels
         if (result) return fkda_driver_fail("cuLaunchKernel", result);
     }
     return FLASH_KDA_OK;
+}
+
+flash_kda_status fkda_launch_bwd_sums(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                      fkda_bwd_args *args)
+{
+    const fkda_bwd_launch launch = reduction_of(p);
+    return fkda_launch_bwd(driver, &module, p, &launch, 1, args);
 }
 
 static fkda_bwd_args make_args(const fkda_bwd_problem *p, const bwd_plan *plan)
@@ -150,7 +158,7 @@ flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *p)
     const fkda_bwd_launch launches[] = {
         {WALK, plan.segments.cuts ? 2 * s->sequences * s->heads : 0, FKDA_BWD_THREADS, FKDA_BWD_SHARED_BYTES},
         {GRADIENTS, plan.ctas, FKDA_BWD_THREADS, FKDA_BWD_SHARED_BYTES},
-        fkda_bwd_reduction(p, REDUCE),
+        reduction_of(p),
     };
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;

@@ -25,12 +25,13 @@ typedef struct fkda_bwd_launch {
     unsigned threads, shared_bytes;
 } fkda_bwd_launch;
 
-/* The launch of the kernel for sums over heads and segments. */
-fkda_bwd_launch fkda_bwd_reduction(const fkda_bwd_problem *problem, int kernel);
-
 /* Launches kernels of a module one after the other, with one argument struct. */
 flash_kda_status fkda_launch_bwd(const fkda_driver *driver, fkda_module *module,
                                  const fkda_bwd_problem *problem, const fkda_bwd_launch *launches,
                                  size_t count, void *args);
+
+/* Launches the kernel for sums over heads and segments. */
+flash_kda_status fkda_launch_bwd_sums(const fkda_driver *driver, const fkda_bwd_problem *problem,
+                                      fkda_bwd_args *args);
 
 #endif

@@ -45,6 +45,9 @@ enum {
      * would prepare all tokens. */
     SPLIT_OF_FP32_FOR_ONE_TOKEN = 2,
     SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
+    /* The same for `apply`: 32 KB. Each CTA of a head reads all decays and keys of the records. */
+    SPLIT_OF_FP32_TO_APPLY = 1,
+    SPLIT_OF_BF16_TO_APPLY = 0,
     SPLIT_FOR_MORE = 0,
     /* log2 of these CTAs for several tokens, at most. A warp prepares one token at a time, so a CTA keeps
      * enough warps to prepare several tokens side by side. */
@@ -59,7 +62,7 @@ static int choose_split(int64_t heads, int least, int most, int sms)
     return split;
 }
 
-/* The largest split of the kernel `one`, which leaves each CTA one warp. */
+/* The largest split of the kernels `one` and `apply`, which leaves each CTA one warp. */
 static int most_split_of_one(int threads)
 {
     int split = 0;
@@ -123,10 +126,19 @@ static fkda_decode_launch launch_of_decode(const fkda_decode_problem *p, int sms
 static fkda_decode_launch launch_of_apply(const fkda_apply_problem *p, int sms)
 {
     const int64_t heads = p->sequences * p->heads;
-    fkda_decode_launch l = launch_of_more(heads, FKDA_DECODE_APPLY_BYTES, sms);
-    l.kernel = kernel_of(&p->state, p->state_k_first, APPLY);
-    l.heads = heads;
-    return l;
+    const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
+    const int threads = FKDA_DECODE_THREADS_OF_ONE(is_bf16, p->state_k_first),
+              tokens =
+                  p->record_columns < FKDA_DECODE_MAX_TOKENS ? (int)p->record_columns : FKDA_DECODE_MAX_TOKENS,
+              least = is_bf16 ? SPLIT_OF_BF16_TO_APPLY : SPLIT_OF_FP32_TO_APPLY,
+              split = choose_split(heads, least, most_split_of_one(threads), sms);
+    return (fkda_decode_launch){
+        .kernel = kernel_of(&p->state, p->state_k_first, APPLY),
+        .split = split,
+        .threads = threads >> split,
+        .shared_bytes = FKDA_DECODE_APPLY_BYTES(is_bf16, tokens, split),
+        .heads = heads,
+    };
 }
 
 flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)

@@ -45,6 +45,15 @@ enum { FEW = 1000 };
 /* Gradients whose RMS is far below this are as good as 0: some of their factors are at the end of fp32. */
 static const double FLOOR = 1e-28;
 
+/* The kernel `hopper` carries gradients of states through chunks as the forward pass carries states: what has
+ * faded by more than this on the way from the gradient of the final state, which is about 1, is lost. */
+static const double FADED = 0x1p-30;
+
+static bool is_hopper(void)
+{
+    return !is_exact() && strcmp(test.kernel, "hopper") == 0;
+}
+
 /* The largest error of each gradient so far, as fp32 and as bf16. */
 static double worst[GRADIENTS][2], worst_beyond;
 
@@ -57,9 +66,10 @@ static double half_step(double x)
 }
 
 /* The relative RMS of a gradient; `beyond_rounding` without the largest error that rounding to bf16 makes. */
-static double error_of(const double *truth, const void *got, bool narrow, int64_t count, bool beyond_rounding)
+static double error_of(const double *truth, const void *got, bool narrow, int64_t count, bool beyond_rounding,
+                       double least)
 {
-    double wrong = 0.0, all = FLOOR * FLOOR * (double)count;
+    double wrong = 0.0, all = least * least * (double)count;
     for (int64_t i = 0; i < count; i++) {
         const double value =
             narrow ? (double)float_from_bf16(((const uint16_t *)got)[i]) : (double)((const float *)got)[i];
@@ -73,13 +83,14 @@ static double error_of(const double *truth, const void *got, bool narrow, int64_
 
 static void hold_gradient(gradient which, const double *truth, const void *got, bool narrow, int64_t count)
 {
-    const double error = error_of(truth, got, narrow, count, false);
+    const double least = which == GRAD_INITIAL_STATE && is_hopper() ? FADED : FLOOR,
+                 error = error_of(truth, got, narrow, count, false, least);
     const double bar = !narrow ? f32_bar() : count < FEW ? BF16_BAR_OF_FEW : BF16_BAR;
     CHECK(error <= bar, "%s has relative error %.3g; it must be at most %.3g", gradient_names[which], error,
           bar);
     if (error > worst[which][narrow]) worst[which][narrow] = error;
     if (!narrow) return;
-    const double beyond = error_of(truth, got, narrow, count, true);
+    const double beyond = error_of(truth, got, narrow, count, true, least);
     CHECK(beyond <= beyond_bar(), "%s has relative error %.3g beyond its rounding; it must be at most %.3g",
           gradient_names[which], beyond, beyond_bar());
     if (beyond > worst_beyond) worst_beyond = beyond;
@@ -413,17 +424,16 @@ static void endless_gates(void)
  * initial state with a gradient of the final state alone, and of the last queries with an initial state
  * alone. These gradients are small, and right.
  *
- * The kernel `hopper` has its triangular inverses in fp16. Where tokens forget much and an initial state alone
- * is read, an inverse's small elements count as much as its large ones, so such problems forget less there. */
+ * The kernel `hopper` has states and triangular inverses in fp16. Where tokens forget much and an initial state
+ * alone is read, their small elements count as much as their large ones, so such problems forget less there. */
 static void forgotten(void)
 {
-    const bool has_half_inverse = !is_exact() && strcmp(test.kernel, "hopper") == 0;
     static const float decays_of_token[] = {-0.7f, -1.5f, -2.5f};
     static const int64_t sizes[] = {70, 33, 20};
     for (int i = 0; i < 3; i++) {
         for (int forwards = 0; forwards < 2; forwards++) {
-            if (forwards && i > 0 && has_half_inverse) continue;
-            const float decay = decays_of_token[i] * (forwards && has_half_inverse ? 0.4f : 1.0f);
+            if (forwards && i > 0 && is_hopper()) continue;
+            const float decay = decays_of_token[i] * (forwards && is_hopper() ? 0.15f : 1.0f);
             const int64_t tokens = sizes[i], values = tokens * DIM, last = (tokens - 1) / 16 * 16 * DIM;
             problem *p = problem_create(1, tokens, 1);
             fill_case(p, find_case("random"), 67);
@@ -576,7 +586,9 @@ static void determinism(void)
     bwd_options options = plain_options();
     options.forward.threads = 1;
     outcome first = run(b, NULL, options);
-    for (int i = 0; i < (test.quick ? 4 : 12); i++) {
+    /* The emulator takes seconds for a run, and knows no number of threads. */
+    const int runs = !test.quick ? 12 : test.device.type == FLASH_KDA_CPU ? 4 : 2;
+    for (int i = 0; i < runs; i++) {
         options.forward.threads = i;
         trying("run %d, cpu_threads = %d", i, i);
         outcome again = run(b, NULL, options);
@@ -696,7 +708,8 @@ static void absent(void)
 /* The gradient of the initial state alone needs no states, and has the same bits. */
 static void only_initial_state(void)
 {
-    static const int64_t sizes[] = {700, 5, 0, 40};
+    const bool few = test.quick && test.device.type == FLASH_KDA_CUDA; /* on the emulator */
+    const int64_t sizes[] = {few ? 340 : 700, 5, 0, 40};
     for (int gate = 0; gate < 3; gate++) {
         problem *p = problem_create_ragged(sizes, 4, 2);
         problem_group_heads(p, 2);

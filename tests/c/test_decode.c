@@ -564,6 +564,85 @@ static void stagnation(void)
     problem_free(p);
 }
 
+/* ---- More records than a decode call fills ------------------------------------------------------------- */
+
+/* Asks for `count` records of two sequences of three heads to be applied to states of a dtype and a layout. The
+ * first 16 are applied, at most. */
+static void apply_many(int64_t count, flash_kda_dtype dtype, bool k_first)
+{
+    enum { N = 2, HEADS = 3, COLUMNS = 40 };
+    const int64_t shapes[][4] = {{N, COLUMNS, HEADS, RECORD}, {N}, {N, HEADS, DIM, DIM}};
+    const size_t states = (size_t)N * HEADS * DIM * DIM, numbers = (size_t)N * COLUMNS * HEADS * RECORD;
+    double *truth = allocate(states, sizeof *truth);
+    float *records = allocate(numbers, sizeof *records);
+    void *start = allocate(states, sizeof(float));
+    const int64_t accepted[N] = {count, count};
+    rng r = rng_seed(77);
+    for (size_t i = 0; i < numbers; i++) {
+        const size_t row = i / DIM % 3;
+        records[i] = (float)(row == 0   ? rng_uniform(&r, 0.9, 1.0)
+                             : row == 1 ? rng_normal(&r) / 11.0
+                                        : rng_normal(&r));
+    }
+    for (size_t i = 0; i < states; i++) {
+        const float x = (float)rng_normal(&r);
+        const uint16_t bits = bf16_from_float(x);
+        if (dtype == FLASH_KDA_BF16)
+            ((uint16_t *)start)[i] = bits;
+        else
+            ((float *)start)[i] = x;
+        truth[i] = dtype == FLASH_KDA_BF16 ? float_from_bf16(bits) : x;
+    }
+    for (size_t head = 0; head < N * HEADS; head++)
+        for (int64_t i = 0; i < count && i < 16; i++) {
+            const float *decay =
+                records + ((head / HEADS * COLUMNS + (size_t)i) * HEADS + head % HEADS) * RECORD;
+            for (int e = 0; e < DIM * DIM; e++) {
+                const int channel = k_first ? e / DIM : e % DIM, row = k_first ? e % DIM : e / DIM;
+                double *x = truth + head * DIM * DIM + e;
+                *x = *x * decay[channel] + (double)decay[DIM + channel] * decay[2 * DIM + row];
+            }
+        }
+    buffer pool = {.device = test.device,
+                   .bytes = states * (dtype == FLASH_KDA_BF16 ? 2 : 4),
+                   .band = NAN_BYTE},
+           all = {.device = test.device, .bytes = numbers * sizeof *records, .band = NAN_BYTE},
+           counts = {.device = test.device, .bytes = sizeof accepted, .band = NAN_BYTE};
+    buffer_create(&pool), buffer_create(&all), buffer_create(&counts);
+    buffer_write(&pool, start), buffer_write(&all, records), buffer_write(&counts, accepted);
+    const flash_kda_apply_params params = {
+        .struct_size = sizeof params,
+        .device = test.device,
+        .kernel = test.kernel,
+        .records = tensor_of(buffer_start(&all), FLASH_KDA_F32, 4, shapes[0]),
+        .num_accepted_tokens = tensor_of(buffer_start(&counts), FLASH_KDA_I64, 1, shapes[1]),
+        .state = tensor_of(buffer_start(&pool), dtype, 4, shapes[2]),
+        .state_k_first = k_first,
+    };
+    trying("%lld records, %s states%s", (long long)count, dtype == FLASH_KDA_BF16 ? "bf16" : "fp32",
+           k_first ? ", K first" : "");
+    must(flash_kda_apply(&params));
+    must(flash_kda_synchronize(test.device, NULL));
+    unsigned char *got = buffer_read(&pool);
+    const bool is_bf16_state = dtype == FLASH_KDA_BF16;
+    check_error(is_bf16_state ? "bf16 state" : "state", relative_rms(truth, got, dtype, (int64_t)states),
+                is_bf16_state ? BF16_STATE_BAR : STATE_BAR);
+    free(got);
+    buffer_free(&pool), buffer_free(&all), buffer_free(&counts);
+    free(truth), free(records), free(start);
+}
+
+static void many_records(void)
+{
+    static const int64_t counts[] = {9, 16, 17, 40};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        for (int k_first = 0; k_first < 2; k_first++) {
+            if (test.device.type == FLASH_KDA_CPU && counts[i] > 16) continue; /* which is refused there */
+            apply_many(counts[i], FLASH_KDA_F32, k_first);
+            apply_many(counts[i], FLASH_KDA_BF16, k_first);
+        }
+}
+
 /* ---- Kernels without decode ---------------------------------------------------------------------------- */
 
 /* A kernel without decode says so, and then there is nothing else to test. */
@@ -607,13 +686,16 @@ static void run_stagnation(void)
     if (decodes()) stagnation();
 }
 
+static void run_many_records(void)
+{
+    if (decodes()) many_records();
+}
+
 int main(int argc, char **argv)
 {
     static const group groups[] = {
-        {"drawn", run_drawn},
-        {"wild-indices", run_wild},
-        {"prefill", run_prefill},
-        {"stagnation", run_stagnation},
+        {"drawn", run_drawn},           {"wild-indices", run_wild},         {"prefill", run_prefill},
+        {"stagnation", run_stagnation}, {"many-records", run_many_records},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

@@ -237,8 +237,8 @@ static void check_interrupted(call *c, double *out)
 static void interruption(void)
 {
     call c;
-    /* So long that the call is not over when it is interrupted. */
-    problem *p = problem_create(1, SANITIZED ? 10000 : 40000, 4);
+    /* So long that the call is not over when it is interrupted. If it is over, it is repeated. */
+    problem *p = problem_create(1, SANITIZED || test.quick ? 10000 : 40000, 4);
     fill_case(p, find_case("random"), 3);
     must(call_open(&c, p, with_threads(2, STATE_OUT)));
     c.params.interrupt = (const volatile int32_t *)&interrupt_word;

@@ -22,8 +22,9 @@ static void *run_again(void *argument)
     const worker *w = argument;
     call c;
     must(call_open(&c, w->p, options_of(STATE_BOTH, false)));
+    const int rounds = !test.quick ? 30 : test.device.type == FLASH_KDA_CPU ? 5 : 3;
     pthread_barrier_wait(w->start);
-    for (int round = 0; round < (test.quick ? 5 : 30); round++) {
+    for (int round = 0; round < rounds; round++) {
         trying("thread %d, round %d", w->index, round);
         call_poison(&c);
         flash_kda_status status = call_run(&c);

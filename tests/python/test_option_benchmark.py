@@ -10,15 +10,12 @@ import pytest
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "options.py"
 
 
-def run(*words):
-    pytest.importorskip("torch")
-    return subprocess.run([sys.executable, PROGRAM, *words], capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_every_option_runs(tmp_path):
+    pytest.importorskip("torch")
     figures = tmp_path / "options.json"
-    done = run("--device", "cpu", "--shape", "4:64,80", "--rounds", "1", "--json", figures)
+    words = ("--device", "cpu", "--shape", "4:64,80", "--rounds", "1", "--json", figures)
+    done = subprocess.run([sys.executable, PROGRAM, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {row["name"] for row in json.loads(figures.read_text())["rows"]}
     assert len(names) >= 10
@@ -27,7 +24,12 @@ def test_every_option_runs(tmp_path):
     assert all(line.count("|") == 11 for line in table)
 
 
-def test_an_unknown_row_is_named():
-    done = run("--device", "cpu", "--rows", "no such row")
-    assert done.returncode == 2
-    assert "--rows names none of: slices, pool" in done.stderr
+def test_an_unknown_row_is_named(monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    import options
+
+    with pytest.raises(SystemExit) as stopped:
+        options.main(["--device", "cpu", "--rows", "no such row"])
+    assert stopped.value.code == 2
+    assert "--rows names none of: slices, pool" in capsys.readouterr().err

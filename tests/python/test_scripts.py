@@ -32,6 +32,7 @@ STARTED_BY = {
     "benchmarks/peers.py": "test_a_run_on_the_cpu",
     "benchmarks/python_overhead.py": "test_it_runs",
     "benchmarks/serving.py": "test_serving_runs_on_the_cpu",
+    "benchmarks/training.py": "test_training_runs_on_the_cpu",
     "examples/forward.c": "example_forward",
     "examples/language_model/cache.py": "test_text_in_text_out",
     "examples/language_model/generate.py": "test_text_in_text_out",
@@ -104,8 +105,9 @@ class Sandbox:
 
     def run(self, *command: str, fail: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
-        # `make test` says in BUILD where it built, which must not reach the scripts that are tested.
-        outside = {name: value for name, value in os.environ.items() if name not in ("BUILD", "PYTHON")}
+        # What `make test` says to the tests must not reach the scripts that are tested.
+        said = ("BUILD", "PYTHON", "OMP_NUM_THREADS")
+        outside = {name: value for name, value in os.environ.items() if name not in said}
         environment = outside | variables | {"STUB_LOG": str(self.log), "STUBS_THAT_FAIL": fail}
         environment["PATH"] = f"{self.stubs}{os.pathsep}{os.environ['PATH']}"
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
@@ -148,9 +150,9 @@ set_tests_properties(elsewhere PROPERTIES SKIP_RETURN_CODE 77)
 set_tests_properties(long PROPERTIES LABELS slow)
 """
 PYTHON_TESTS = """\
-import pytest
+import os, pytest
 
-def test_good(): pass
+def test_good(): assert os.environ["OMP_NUM_THREADS"] == "1"
 def test_bad():
     print("what a Python test said")
     assert not "reason"
@@ -274,12 +276,12 @@ def test_sanitize(sandbox):
     done = sandbox.run("sh", "scripts/sanitize.sh", "address")
     assert done.returncode == 0, done.stderr
     configure, build, test = sandbox.calls()
+    processors = sandbox.run("nproc").stdout.strip()
     assert "-B build-sanitize" in configure
     assert configure.endswith(
         "-DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_KDA_SANITIZE=address,undefined"
     )
     assert build == "cmake --build build-sanitize"
-    processors = subprocess.run(["nproc"], capture_output=True, text=True, check=True).stdout.strip()
     assert test == f"ctest --test-dir build-sanitize -j {processors} --output-on-failure --no-tests=error"
     assert sandbox.run("sh", "scripts/sanitize.sh", "address", fail="ctest").returncode == 1
     done = sandbox.run("sh", "scripts/sanitize.sh", "thread")
@@ -402,6 +404,8 @@ def test_all_the_tests(sandbox):
     last = done.stdout[done.stdout.index("== cases") :].splitlines()
     assert last[1].endswith(" C: 2 passed; Python: 12 passed; 3 s; 123 checks, 45 inputs of corpora")
     assert last[-1] == "all passed"
+    steps = ("tests", "address", "thread", "aarch64", "pythons", "fuzz")
+    assert re.fullmatch(f"seconds: {', '.join(f'{step} [0-9]+' for step in steps)}", last[-2])
     assert sum(line.startswith("fuzz: ") for line in last) == 4
     done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest pretended-python", **settings)
     assert done.returncode == 1

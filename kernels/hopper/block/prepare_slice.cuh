@@ -295,9 +295,8 @@ template <class Block> struct SlicePreparation {
     /* ---- Tiles with more bits ---- */
 
     /* For gradients, whose products with a state may be small differences, keys keep more bits than fp16 has
-     * (KEEPS_BITS): K~ and Kr are multiplied by key_scale(), and what they lack goes to tiles of its own,
-     * multiplied by LACK_SCALE. What K~ lacks lies over q, and what Kr lacks over v. There is no Q~. */
-    static constexpr float LACK_SCALE = 0x1p11f;
+     * (KEEPS_BITS): K~ and Kr are multiplied by key_scale(), and what they lack goes to tiles of its own. What
+     * K~ lacks lies over q, and what Kr lacks over v. There is no Q~. */
 
     /* Keys that are normalised have elements of at most 1, others of at most 181 (norms.cuh). */
     static __device__ float key_scale(const fkda_fwd_args &args)
@@ -308,13 +307,12 @@ template <class Block> struct SlicePreparation {
     static __device__ void split(uint32_t &two, uint32_t &lack, float x, float y)
     {
         two = pack_half(x, y);
-        lack = pack_half((x - half_low(two)) * LACK_SCALE, (y - half_high(two)) * LACK_SCALE);
+        lack = pack_half(x - half_low(two), y - half_high(two));
     }
     /* Multiplies two numbers that were split. */
     static __device__ void multiply_split(uint32_t &two, uint32_t &lack, float x, float y)
     {
-        split(two, lack, __fmaf_rn(half_low(lack), 1.0f / LACK_SCALE, half_low(two)) * x,
-              __fmaf_rn(half_high(lack), 1.0f / LACK_SCALE, half_high(two)) * y);
+        split(two, lack, (half_low(two) + half_low(lack)) * x, (half_high(two) + half_high(lack)) * y);
     }
     /* The place of what Kr lacks, for that of Kr. */
     static __device__ uint32_t rest_lack_place(uint32_t at, int channel)
@@ -349,8 +347,9 @@ template <class Block> struct SlicePreparation {
                        RELOADS = Block::GENERAL || KNOWS_WIDE; /* k and q, which takes fewer registers */
         const bool second = SUBCHUNKS == 2 && place.sub == 1;
         float sum[2][4], over[2][2]; /* over: the decay over this subchunk */
+        float over_first_scaled[2][2]; /* with KEEPS_BITS: over the first subchunk, times key_scale() */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
-        uint32_t k_lack[4], rest_lack[4];
+        uint32_t k_lack[4], rest_lack[4], k_whole[4];
         accumulate_gates<careful>(at, offset, place, gates.raw, sum);
         if constexpr (GATES_AHEAD && !careful)
             if (gates.next) load_gates_ahead(gates.raw, gates.next);
@@ -362,6 +361,15 @@ template <class Block> struct SlicePreparation {
             wide = is_wide(sum);
             if (__builtin_expect(wide, 0)) add_wide_elements(within, sum, at, factor - g);
         }
+
+        if constexpr (KEEPS_BITS)
+            if (second)
+#pragma unroll
+                for (int b = 0; b < 2; b++) {
+                    const float2 first = *reinterpret_cast<const float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
+                    over_first_scaled[b][0] = ex2(first.x) * key_scale(args);
+                    over_first_scaled[b][1] = ex2(first.y) * key_scale(args);
+                }
 
         /* ---- Elements, and products of the subchunk with itself ---- */
 #pragma unroll
@@ -411,7 +419,12 @@ template <class Block> struct SlicePreparation {
                 if (Block::QUERIES) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
                 if constexpr (KEEPS_BITS) {
                     const float by = key_scale(args);
-                    split(k_decayed[2 * b + e], k_lack[2 * b + e], k_up[e][0] * by, k_up[e][1] * by);
+                    if (second) {
+                        k_decayed[2 * b + e] = pack_half(k_up[e][0] * by, k_up[e][1] * by); /* from the border */
+                        split(k_whole[2 * b + e], k_lack[2 * b + e], k_up[e][0] * over_first_scaled[b][0],
+                              k_up[e][1] * over_first_scaled[b][1]);
+                    } else
+                        split(k_decayed[2 * b + e], k_lack[2 * b + e], k_up[e][0] * by, k_up[e][1] * by);
                     split(rest[2 * b + e], rest_lack[2 * b + e], k_down[e][0] * (over[b][0] * by),
                           k_down[e][1] * (over[b][1] * by));
                 } else {
@@ -462,7 +475,7 @@ template <class Block> struct SlicePreparation {
                     const int i = 2 * b + e;
                     if constexpr (KEEPS_BITS) {
                         multiply_split(k_rest[i], first_lack[i], over[b][0], over[b][1]);
-                        multiply_split(k_decayed[i], k_lack[i], ex2(first.x), ex2(first.y));
+                        k_decayed[i] = k_whole[i];
                     } else {
                         k_rest[i] = multiply_halves(k_rest[i], over_second);
                         k_decayed[i] = multiply_halves(k_decayed[i], over_first);

@@ -1,54 +1,68 @@
-/* The backward pass of the kernel "hopper": plans the workspace and launches kernels/hopper/bwd/bwd.cu. */
-#include "../../../kernels/hopper/bwd/bwd_args.h"
-#include "../../../kernels/hopper/bwd/bwd_shape.h"
+/*
+ * The backward pass of the kernel "hopper". Two walks leave the state before every chunk of 32 tokens and the
+ * gradient with respect to the state after it in the workspace (walks.c). With these all chunks are computed at
+ * the same time (kernels/hopper/bwd/chunks). Sums over heads and chunks are those of the kernel "portable".
+ */
+#include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
 #include "../bwd_args_of.h"
 #include "../cuda.h"
-#include "../modules.h"
-#include "bwd_chunks.h"
+#include "launch.h"
+#include "walks.h"
 
-extern const unsigned char fkda_fatbin_hopper_bwd[];
+extern const unsigned char fkda_fatbin_hopper_bwd_chunks[];
 
-enum { WALK, GRADIENTS, REDUCE };
+enum { USUAL, BOUNDED, GENERAL };
 
 static fkda_module module = {
-    .image = fkda_fatbin_hopper_bwd,
-    .names = {"fkda_hopper_bwd_walk", "fkda_hopper_bwd_gradients", "fkda_hopper_bwd_reduce"},
-    .shared_bytes = FKDA_HOPPER_BWD_SHARED_BYTES,
+    .image = fkda_fatbin_hopper_bwd_chunks,
+    .names = {[USUAL] = "fkda_hopper_bwd_chunks", [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
+              [GENERAL] = "fkda_hopper_bwd_general_chunks"},
+    .shared_bytes = FKDA_HOPPER_CHUNK_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-enum { CHUNK = 16, SEGMENT = FKDA_HOPPER_BWD_SEGMENT };
+enum { CHUNK = FKDA_HOPPER_BWD_CHUNK, ALIGNMENT = 256 };
+
+/* The end of a part of the workspace that begins at *end. Returns the beginning. */
+static int64_t take(int64_t *end, int64_t bytes)
+{
+    const int64_t begin = *end;
+    *end = (begin + bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return begin;
+}
 
 /* Where each part of the workspace begins, in bytes. */
-typedef struct hopper_bwd_plan {
-    fkda_bwd_segments segments;
-    int64_t ctas;          /* of the launch for gradients */
-    int64_t record_chunks; /* chunks of a CTA's records */
-    int64_t gradients_at, state_units_at, gradient_units_at, records_at, sums_at, dq_at, dk_at, bytes;
-} hopper_bwd_plan;
+typedef struct chunk_plan {
+    fkda_bwd_segments chunks;
+    fkda_walks_plan walks;
+    int64_t gradients_at, walks_at, sums_at, dq_at, dk_at, bytes;
+} chunk_plan;
 
-static hopper_bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
+static chunk_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
-    hopper_bwd_plan plan = {.segments = fkda_cut_for_bwd(s, SEGMENT)};
-    const int64_t items = plan.segments.slots * s->heads, turns = (items + sms - 1) / sms,
-                  borders = plan.segments.cuts ? s->batch * s->tokens / SEGMENT * s->heads : 0,
+    chunk_plan plan = {.chunks = fkda_cut_for_bwd(s, CHUNK), .walks = fkda_plan_walks(s, sms)};
+    const int64_t items = plan.chunks.slots * s->heads,
                   parts = s->heads != s->qk_heads ? s->batch * s->tokens * s->heads * FKDA_DIM : 0;
-    const int64_t longest = s->max_seqlen && s->max_seqlen < s->tokens ? s->max_seqlen : s->tokens;
-    plan.record_chunks = ((longest < SEGMENT ? longest : SEGMENT) + CHUNK - 1) / CHUNK;
-    /* No more CTAs than it takes for that many turns: each has records of its own. */
-    plan.ctas = turns ? (items + turns - 1) / turns : 0;
     int64_t end = 0;
-    fkda_take_part(&end, borders * FKDA_HOPPER_BWD_IMAGE);
-    plan.gradients_at = fkda_take_part(&end, borders * FKDA_HOPPER_BWD_IMAGE);
-    plan.state_units_at = fkda_take_part(&end, borders * (int64_t)sizeof(float));
-    plan.gradient_units_at = fkda_take_part(&end, borders * (int64_t)sizeof(float));
-    plan.records_at = fkda_take_part(&end, plan.ctas * plan.record_chunks * FKDA_HOPPER_BWD_RECORD);
-    plan.sums_at = fkda_take_part(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
-    plan.dq_at = fkda_take_part(&end, parts * (int64_t)sizeof(float));
-    plan.dk_at = fkda_take_part(&end, parts * (int64_t)sizeof(float));
+    take(&end, items * FKDA_HOPPER_BORDER_IMAGE);
+    plan.gradients_at = take(&end, items * FKDA_HOPPER_BORDER_IMAGE);
+    plan.walks_at = take(&end, plan.walks.bytes);
+    plan.sums_at =
+        take(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
+    plan.dq_at = take(&end, parts * (int64_t)sizeof(float));
+    plan.dk_at = take(&end, parts * (int64_t)sizeof(float));
     plan.bytes = end;
     return plan;
+}
+
+static int kernel_for(const fkda_problem *p)
+{
+    if (p->shape.features & FKDA_HOPPER_GATE_FEATURES) return GENERAL;
+    return p->A_log && p->dt_bias && p->beta.dtype != FLASH_KDA_F32 && !p->qk_is_normalised &&
+                   p->beta_kind == FLASH_KDA_BETA_SIGMOID
+               ? USUAL
+               : BOUNDED;
 }
 
 /* Without a device the call fails before it needs the workspace. */
@@ -60,50 +74,62 @@ static int sms_of(const fkda_bwd_problem *p)
 
 size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *p)
 {
-    if (fkda_hopper_bwd_knows_chunks(p)) return fkda_hopper_bwd_chunks_workspace(p);
     return (size_t)make_plan(p, sms_of(p)).bytes;
 }
 
-static fkda_hopper_bwd_args make_args(const fkda_bwd_problem *p, const hopper_bwd_plan *plan)
+static fkda_bwd_args make_args(const fkda_bwd_problem *p, const chunk_plan *plan)
 {
     unsigned char *const workspace = p->fwd.workspace;
-    fkda_hopper_bwd_args args = {
-        .bwd = fkda_bwd_args_of(p),
-        .states = plan->segments.cuts ? workspace : NULL,
-        .gradients = plan->segments.cuts ? workspace + plan->gradients_at : NULL,
-        .state_units = (float *)(workspace + plan->state_units_at),
-        .gradient_units = (float *)(workspace + plan->gradient_units_at),
-        .records = workspace + plan->records_at,
-        .record_chunks = (int)plan->record_chunks,
-    };
-    args.bwd.segment = SEGMENT;
-    args.bwd.row_slots = (int)plan->segments.row_slots;
-    args.bwd.slots = plan->segments.slots;
-    if (p->wants_parameters) args.bwd.sums = (float *)(workspace + plan->sums_at);
+    fkda_bwd_args args = fkda_bwd_args_of(p);
+    args.segment = CHUNK;
+    args.row_slots = (int)plan->chunks.row_slots;
+    args.slots = plan->chunks.slots;
+    if (p->wants_parameters) args.sums = (float *)(workspace + plan->sums_at);
     if (p->fwd.shape.heads != p->fwd.shape.qk_heads) {
-        args.bwd.dq_parts = (float *)(workspace + plan->dq_at);
-        args.bwd.dk_parts = (float *)(workspace + plan->dk_at);
+        args.dq_parts = (float *)(workspace + plan->dq_at);
+        args.dk_parts = (float *)(workspace + plan->dk_at);
     }
     return args;
+}
+
+static flash_kda_status describe_tensors(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                         fkda_hopper_chunk_args *args)
+{
+    const struct {
+        fkda_tma_descriptor *descriptor;
+        const fkda_token_view *tensor;
+    } all[] = {{&args->q, &p->fwd.q},
+               {&args->k, &p->fwd.k},
+               {&args->g, &p->fwd.g},
+               {&args->v, &p->fwd.v},
+               {&args->dout, &p->dout}};
+    if (p->fwd.shape.batch * p->fwd.shape.tokens == 0) return FLASH_KDA_OK; /* none is read */
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (!all[i].tensor->data || all[i].tensor->dtype == FLASH_KDA_F32) continue;
+        const CUresult result =
+            fkda_describe_tensor(driver, all[i].descriptor, all[i].tensor, &p->fwd.shape, CHUNK);
+        if (result) return fkda_driver_fail("cuTensorMapEncodeTiled", result);
+    }
+    return FLASH_KDA_OK;
 }
 
 flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
 {
     const fkda_shape *s = &p->fwd.shape;
     const fkda_driver *driver;
-    const hopper_bwd_plan plan = make_plan(p, sms_of(p));
-    const unsigned threads = FKDA_HOPPER_BWD_THREADS, shared = FKDA_HOPPER_BWD_SHARED_BYTES;
-    fkda_hopper_bwd_args args = make_args(p, &plan);
-    const fkda_bwd_launch launches[] = {
-        {WALK, plan.segments.cuts ? 2 * s->sequences * s->heads : 0, threads, shared},
-        {GRADIENTS, plan.ctas, threads, shared},
-        fkda_bwd_reduction(p, REDUCE),
-    };
+    const chunk_plan plan = make_plan(p, sms_of(p));
+    unsigned char *const workspace = p->fwd.workspace;
+    const fkda_walk_results results = {workspace, workspace + plan.gradients_at, plan.chunks.slots,
+                                       workspace + plan.walks_at};
+    fkda_hopper_chunk_args args = {
+        .bwd = make_args(p, &plan), .states = results.states, .gradients = results.gradients};
+    const fkda_bwd_launch chunks = {kernel_for(&p->fwd), plan.chunks.slots * s->heads,
+                                    FKDA_HOPPER_CHUNK_THREADS, FKDA_HOPPER_CHUNK_SHARED_BYTES};
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    if (fkda_hopper_bwd_knows_chunks(p))
-        status = fkda_hopper_bwd_by_chunks(driver, p, &module, REDUCE);
-    else
-        status = fkda_launch_bwd(driver, &module, p, launches, sizeof launches / sizeof *launches, &args);
+    status = describe_tensors(driver, p, &args);
+    if (status == FLASH_KDA_OK) status = fkda_launch_walks(driver, p, &plan.walks, &results);
+    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &module, p, &chunks, 1, &args);
+    if (status == FLASH_KDA_OK) status = fkda_launch_bwd_sums(driver, p, &args.bwd);
     return fkda_leave_device(driver, status);
 }

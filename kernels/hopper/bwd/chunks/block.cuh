@@ -9,8 +9,8 @@
 
 #include "../../block/prepare.cuh"
 #include "../../block/solve.cuh"
-#include "../units.cuh"
 #include "chunk_args.h"
+#include "units.cuh"
 
 namespace fkda
 {
@@ -69,13 +69,27 @@ struct NormSums {
     float of_warp[2][CHUNK_WARPS][CHUNK_TOKENS], all[2][CHUNK_TOKENS];
 };
 
+/* Of each channel, in the last step. */
+struct ChannelNotes {
+    float kept[DIM], second_x[DIM]; /* channels.cuh */
+    float before[2][DIM], rest[2][DIM]; /* decays of each subchunk: to its eighth token, and on to its end */
+};
+
+/* Their logarithms, where gates have no bound. */
+struct LogNotes {
+    float before[2][DIM], rest[2][DIM];
+};
+
 template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     using Block = ChunkBlock<arithmetic>;
 
     /* The images, and what lies in their place before they come and after they have been read. */
     union {
         ImageRows state;
-        typename Tokens<Block>::Half raw[DIM / 64]; /* g, k and q as they are in memory */
+        struct { /* in the last step */
+            typename Tokens<Block>::Half raw[DIM / 64]; /* g, k and q as they are in memory */
+            float4 late_stash[2 * FKDA_HOPPER_CHUNK_THREADS];
+        };
     };
     union {
         ImageRows gradient;
@@ -94,7 +108,10 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     unsigned char dout[DIM / 64][Block::HALF_TOKENS];
     union {
         Stage<Block> stage[1];
-        float dbeta[CHUNK_WARPS][CHUNK_TOKENS]; /* of each warp's rows of V */
+        struct {
+            float dbeta[CHUNK_WARPS][CHUNK_TOKENS]; /* of each warp's rows of V */
+            ChannelNotes notes;
+        };
     };
     union {
         /* K~ K^^T below the diagonal: columns i, depths j. */
@@ -133,6 +150,10 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     {
         return reinterpret_cast<TokenPairs &>(tokens[0].half[0]);
     }
+    __device__ LogNotes &log_notes()
+    {
+        return *reinterpret_cast<LogNotes *>(&queries_with_writes() + 1);
+    }
     __device__ TokenPairs &keys_with_writes()
     {
         return reinterpret_cast<TokenPairs &>(tokens[0].half[1]);
@@ -142,7 +163,7 @@ static_assert(offsetof(Shared<ChunkBlock<Arithmetic::USUAL>>, dout) ==
                   offsetof(Shared<ChunkBlock<Arithmetic::USUAL>>, tokens) +
                       sizeof(Tokens<ChunkBlock<Arithmetic::USUAL>>),
               "dout lies right behind v");
-static_assert(sizeof(TokenPairs) <= 2 * CHUNK_TOKENS * ROW, "they leave Q~ alone");
+static_assert(sizeof(TokenPairs) + sizeof(LogNotes) <= 2 * CHUNK_TOKENS * ROW, "they leave - dR alone");
 static_assert(sizeof(Shared<ChunkBlock<Arithmetic::USUAL>>) <= FKDA_HOPPER_CHUNK_SHARED_BYTES,
               "two CTAs run on an SM");
 
@@ -172,6 +193,12 @@ __device__ __forceinline__ int image_columns(int depth, int lane)
 __device__ __forceinline__ float round_to_tf32(float x)
 {
     return __uint_as_float(__float_as_uint(x) + 0x1000u);
+}
+
+/* What the tensor core takes of a tf32 operand. */
+__device__ __forceinline__ float cut_to_tf32(float x)
+{
+    return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
 }
 
 /* d += a b for two neighbouring tiles of eight columns. */

@@ -25,7 +25,7 @@
  * pair_unit, so that no product with a decay leaves the range of fp32. Results are multiplied by it.
  *
  * Lane (g, t) has channels g and g + 8 of the warp's 16, and tokens 8 i + 2 t and + 1. Registers are short, so
- * what a subchunk needs later waits in shared memory (Stash).
+ * what a subchunk needs later waits in shared memory.
  */
 #ifndef FKDA_HOPPER_CHUNKS_CHANNELS_CUH
 #define FKDA_HOPPER_CHUNKS_CHANNELS_CUH
@@ -247,31 +247,41 @@ template <class Block> struct ChunkChannels {
 
     /* ---- Products between tokens ---- */
 
+    /* Numbers between tokens enter with all their bits: the tensor core takes the upper ones, and then the
+     * others. */
+    static __device__ void multiply_pairs(float (&d)[4], const float (&x)[4], float b0, float b1)
+    {
+        mma_tf32(d, x[0], x[2], x[1], x[3], b0, b1);
+        mma_tf32(d, x[0], x[2], x[1], x[3], b0 - cut_to_tf32(b0), b1 - cut_to_tf32(b1));
+    }
+
     /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are those
      * of subchunk `to`. In one subchunk, only tiles with j <= i. */
+    template <bool one_subchunk>
     __device__ void read(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                if (to == from && j > i) continue;
+                if (one_subchunk && j > i) continue;
                 const float2 b =
                     *reinterpret_cast<const float2 *>(&pairs[16 * to + 8 * i + g][16 * from + 8 * j + 2 * t]);
-                mma_tf32(d[i], x[j][0], x[j][2], x[j][1], x[j][3], b.x, b.y);
+                multiply_pairs(d[i], x[j], b.x, b.y);
             }
     }
 
     /* d[j] += x pairs: what the readers i of subchunk `to`, which x has, give the writers j of `from`. */
+    template <bool one_subchunk>
     __device__ void write(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                if (to == from && j > i) continue;
+                if (one_subchunk && j > i) continue;
                 const float *const b = &pairs[16 * to + 8 * i + 2 * t][16 * from + 8 * j + g];
-                mma_tf32(d[j], x[i][0], x[i][2], x[i][1], x[i][3], b[0], b[CHUNK_TOKENS + 4]);
+                multiply_pairs(d[j], x[i], b[0], b[CHUNK_TOKENS + 4]);
             }
     }
 
@@ -280,8 +290,7 @@ template <class Block> struct ChunkChannels {
     {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            x[i / 4][i % 4] =
-                __uint_as_float(__float_as_uint(round_to_tf32(x[i / 4][i % 4])) & 0xffffe000u);
+            x[i / 4][i % 4] = cut_to_tf32(round_to_tf32(x[i / 4][i % 4]));
     }
     static __device__ void clear(Elements &x)
     {
@@ -351,15 +360,17 @@ template <class Block> struct ChunkChannels {
             x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
         }
     }
-    /* Place `i` of the thread; each has eight numbers. Places 0 to 2 have the sums of the first subchunk. */
-    __device__ float4 *first_stash(int i) const
+    /* Where eight numbers of the thread wait: dQ~, dK~ or dKr of a subchunk, then dq or dk. */
+    __device__ float4 *sum_stash(int sub, int i) const
     {
-        return s.stash + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane;
+        float4 *const first = sub == 0 ? s.stash : i < 2 ? s.result_stash() : s.late_stash - 4 * FKDA_HOPPER_CHUNK_THREADS;
+        return first + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane;
     }
-    /* Of dq and dk of a subchunk. */
-    __device__ float4 *result_stash(int sub, int i) const
+
+    /* Of what the second subchunk leaves for the first one. */
+    __device__ float4 *late_stash() const
     {
-        return sub ? s.result_stash() + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane : first_stash(i);
+        return s.late_stash + 32 * warp + lane;
     }
 
     /* The sums of the gates of the first subchunk, over - dR. */
@@ -382,20 +393,44 @@ template <class Block> struct ChunkChannels {
         }
     }
 
-    /* What the subchunks need of each other. */
-    struct Across {
-        Elements written; /* what the readers of the second subchunk give the writers of the first one */
-        float2 first_y;   /* the sum over the first subchunk of F_last,j k_j dKr_j */
-        float2 second_x;  /* the sum over the second subchunk of E_i (q_i dQ~_i + k_i dK~_i) */
-    };
-
-    /* The keys of the first subchunk, decayed to the border, as operands; and first_y. d: the decays of the
-     * first subchunk; after: the decay over the second one. */
-    __device__ void find_writers(Elements &writers, float2 &first_y, const Decays &d, const float2 &after) const
+    /* Numbers of channels g and g + 8 that wait in shared memory. */
+    __device__ void note(float (&row)[DIM], const float2 &x) const
     {
+        if (t == 0) row[16 * warp + g] = x.x, row[16 * warp + g + 8] = x.y;
+    }
+    __device__ float2 noted(const float (&row)[DIM]) const
+    {
+        return make_float2(row[16 * warp + g], row[16 * warp + g + 8]);
+    }
+
+    __device__ void note_decays(const Decays &d, int sub) const
+    {
+        note(s.notes.before[sub], d.before), note(s.notes.rest[sub], d.rest);
+        if (!Block::UNBOUNDED) return;
+        note(s.log_notes().before[sub], d.log_before), note(s.log_notes().rest[sub], d.log_rest);
+    }
+    __device__ Decays noted_decays(int sub) const
+    {
+        Decays d = {};
+        d.before = noted(s.notes.before[sub]), d.rest = noted(s.notes.rest[sub]);
+        if (!Block::UNBOUNDED) return d;
+        d.log_before = noted(s.log_notes().before[sub]), d.log_rest = noted(s.log_notes().rest[sub]);
+        return d;
+    }
+    /* Over all of a subchunk. */
+    __device__ float2 noted_decay(int sub) const
+    {
+        return product(noted(s.notes.before[sub]), noted(s.notes.rest[sub]));
+    }
+
+    /* The keys of the first subchunk, decayed to the border, as operands; and first_y, the sum over that
+     * subchunk of F_last,j k_j dKr_j. after: the decay over the second subchunk. */
+    __device__ void find_writers(Elements &writers, float2 &first_y, const float2 &after) const
+    {
+        const Decays d = noted_decays(0);
         Elements sum, y;
         unstash_gates(sum);
-        unstash(y, first_stash(2));
+        unstash(y, sum_stash(0, 2));
         load_normalised(writers, K, 0);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -409,8 +444,7 @@ template <class Block> struct ChunkChannels {
 
     /* Adds the pairs of tokens of a subchunk: to dq and dk what readers get, to w what writers get, and to x
      * the sums of the rows of A less those of its columns. */
-    template <int sub>
-    __device__ void pair(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
+    __device__ void pair(int sub, Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
                          const Elements &k, const Elements &up, const Elements &down) const
     {
         Elements k_down, of_w;
@@ -418,8 +452,8 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
         for (int i = 0; i < 8; i++) k_down[i / 4][i % 4] = k[i / 4][i % 4] * down[i / 4][i % 4];
         round(k_down);
-        pair_readers<sub>(dq, of_w, x, q, up, k_down, s.queries_with_writes());
-        pair_readers<sub>(dk, of_w, x, k, up, k_down, s.keys_with_writes());
+        pair_readers(sub, dq, of_w, x, q, up, k_down, s.queries_with_writes());
+        pair_readers(sub, dk, of_w, x, k, up, k_down, s.keys_with_writes());
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
@@ -430,17 +464,16 @@ template <class Block> struct ChunkChannels {
 
     /* Queries or keys as readers. Products are those of what the tensor core has taken, so that rows and
      * columns agree. */
-    template <int sub>
-    __device__ void pair_readers(Elements &dx, Elements &of_w, Elements &x, const Elements &reader,
+    __device__ void pair_readers(int sub, Elements &dx, Elements &of_w, Elements &x, const Elements &reader,
                                  const Elements &up, const Elements &k_down, const TokenPairs &pairs) const
     {
         Elements reader_up, sum;
         clear(sum);
-        read(sum, k_down, pairs, sub, sub);
+        read<true>(sum, k_down, pairs, sub, sub);
 #pragma unroll
         for (int i = 0; i < 8; i++) reader_up[i / 4][i % 4] = reader[i / 4][i % 4] * up[i / 4][i % 4];
         round(reader_up);
-        write(of_w, reader_up, pairs, sub, sub);
+        write<true>(of_w, reader_up, pairs, sub, sub);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
@@ -456,7 +489,7 @@ template <class Block> struct ChunkChannels {
     {
         Elements got;
         clear(got);
-        read(got, writers, pairs, 1, 0);
+        read<false>(got, writers, pairs, 1, 0);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
@@ -466,12 +499,11 @@ template <class Block> struct ChunkChannels {
             got[n][r] = there;
         }
         round(got);
-        write(written, got, pairs, 1, 0);
+        write<false>(written, got, pairs, 1, 0);
     }
 
     /* The same pair by pair, for gates that forget so much that factors would leave the range of fp32. */
-    template <int sub>
-    __device__ void pair_directly(Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
+    __device__ void pair_directly(int sub, Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
                                   const Elements &k, const Elements &sum) const
     {
         const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
@@ -505,12 +537,14 @@ template <class Block> struct ChunkChannels {
     /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves in
      * the stash, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
      * before the subchunk; after: of all after it. */
-    template <int sub>
-    __device__ void compute(Elements &dq, Elements &dk, Elements &w, Elements &dg, Across &across,
-                            const Elements &sum, const Decays &d, const Decays &of_first, const float2 &before,
-                            const float2 &after, const float2 &kept) const
+    __device__ void compute(int sub, Elements &dq, Elements &dk, Elements &w, Elements &dg, const Elements &sum,
+                            bool wide) const
     {
         const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
+        const float2 ones = make_float2(1.0f, 1.0f),
+                     before = sub ? noted_decay(0) : ones, after = sub ? ones : noted_decay(1);
+        const Decays d = noted_decays(sub);
+        float2 from_other = make_float2(0.0f, 0.0f); /* first_y or second_x */
         Elements q, k, x, y; /* x: terms that are summed from t on; y: those summed before t */
         load_normalised(q, Q, sub), load_normalised(k, K, sub);
 
@@ -529,30 +563,36 @@ template <class Block> struct ChunkChannels {
             x[n][r] = __fmaf_rn(q[n][r], dq[n][r], k[n][r] * dk[n][r]);
             y[n][r] = k[n][r] * w[n][r];
         }
-        if (sub == 1) across.second_x = sum_of_tokens(x);
-        float4 *const y_stash = sub ? result_stash(1, 0) : first_stash(2);
+        if (sub == 1) note(s.notes.second_x, sum_of_tokens(x));
+        float4 *const y_stash = sum_stash(sub, 0);
         stash(y_stash, y);
 
         /* ---- The subchunk itself ---- */
-        if (Block::UNBOUNDED && __builtin_expect(d.wide, 0))
-            pair_directly<sub>(dq, dk, w, x, q, k, sum);
+        if (Block::UNBOUNDED && __builtin_expect(wide, 0))
+            pair_directly(sub, dq, dk, w, x, q, k, sum);
         else
-            pair<sub>(dq, dk, w, x, q, k, up, down);
+            pair(sub, dq, dk, w, x, q, k, up, down);
 
         /* ---- The other subchunk ---- */
         if (sub == 1) {
             Elements writers;
-            find_writers(writers, across.first_y, of_first, product(d.before, d.rest));
-            clear(across.written);
-            read_first(dq, x, across.written, q, up, sum, d, writers, P);
-            read_first(dk, x, across.written, k, up, sum, d, writers, L);
+            find_writers(writers, from_other, noted_decay(1));
+            load_normalised(q, Q, sub), load_normalised(k, K, sub); /* again, since registers are short */
+            Elements written; /* what these readers give the writers of the first subchunk */
+            clear(written);
+            read_first(dq, x, written, q, up, sum, d, writers, P);
+            read_first(dk, x, written, k, up, sum, d, writers, L);
+            stash(late_stash(), written);
             unstash(y, y_stash);
         } else {
+            from_other = noted(s.notes.second_x);
+            Elements written;
+            unstash(written, late_stash());
             unstash(y, y_stash);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int n = i / 4, r = i % 4;
-                const float by = across.written[n][r] * to_end(down[n][r], sum[n][r], d, r);
+                const float by = written[n][r] * to_end(down[n][r], sum[n][r], d, r);
                 w[n][r] += by;
                 y[n][r] = __fmaf_rn(k[n][r], by, y[n][r]);
             }
@@ -567,11 +607,14 @@ template <class Block> struct ChunkChannels {
                 const float p = r % 2 ? own.y : own.x;
                 dk[n][r] += __fmaf_rn(p, q[n][r], w[n][r]);
                 dq[n][r] = __fmaf_rn(p, k[n][r], dq[n][r]);
-                dg[n][r] = of(kept, r) + (sub == 1 ? of(across.first_y, r) : of(across.second_x, r));
+                dg[n][r] = of(from_other, r);
             }
         }
         if (!(Block::OPTIONS && args.qk_is_normalised)) announce_along(q, dq, k, dk, sub);
-        stash(result_stash(sub, 0), dq), stash(result_stash(sub, 1), dk);
+        stash(sum_stash(sub, 0), dq), stash(sum_stash(sub, 1), dk);
+        const float2 kept = noted(s.notes.kept);
+#pragma unroll
+        for (int i = 0; i < 8; i++) dg[i / 4][i % 4] += of(kept, i % 4);
         add_from_here(dg, x);
         add_before(dg, y);
     }
@@ -716,7 +759,7 @@ template <class Block> struct ChunkChannels {
                                        const fkda_token_strides &strides) const
     {
         Elements result;
-        unstash(result, result_stash(sub, i));
+        unstash(result, sum_stash(sub, i));
         if (!(Block::OPTIONS && args.qk_is_normalised)) {
             Elements x;
             load_normalised(x, which, sub);
@@ -754,31 +797,36 @@ template <class Block> struct ChunkChannels {
         mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
         if (s.at.left < CHUNK_TOKENS) clear_past_end();
         {
-            Elements gates, dg;
-            Across across;
-            sum_gates(gates, 0);
-            const Decays of_first = find_decays(gates);
-            stash_gates(gates);
-            stash(first_stash(0), sums.q), stash(first_stash(1), sums.k), stash(first_stash(2), sums.k_rest);
-            sum_gates(gates, 1);
-            const Decays of_second = find_decays(gates);
-            const float2 ones = make_float2(1.0f, 1.0f), over_first = product(of_first.before, of_first.rest),
-                         over_second = product(of_second.before, of_second.rest),
-                         kept = product(product(over_first, over_second),
-                                        make_float2(sums.kept[0], sums.kept[1]));
-            {
-                Elements &q = reinterpret_cast<Elements &>(sums.q[2]), &k = reinterpret_cast<Elements &>(sums.k[2]),
-                         &w = reinterpret_cast<Elements &>(sums.k_rest[2]);
-                compute<1>(q, k, w, dg, across, gates, of_second, of_first, over_first, ones, kept);
+            Elements gates;
+            bool wide[2];
+#pragma unroll
+            for (int sub = 0; sub < 2; sub++) {
+                sum_gates(gates, sub);
+                const Decays d = find_decays(gates);
+                note_decays(d, sub);
+                wide[sub] = d.wide;
+                if (sub == 0) stash_gates(gates);
             }
-            finish_gates(dg, 1);
-            store_gates(dg, 1);
-            Elements q, k, w;
-            unstash(q, first_stash(0)), unstash(k, first_stash(1)), unstash(w, first_stash(2));
-            unstash_gates(gates);
-            compute<0>(q, k, w, dg, across, gates, of_first, of_first, ones, over_second, kept);
-            finish_gates(dg, 0);
-            store_gates(dg, 0);
+            __syncwarp();
+            note(s.notes.kept, product(product(noted_decay(0), noted_decay(1)),
+                                       make_float2(sums.kept[0], sums.kept[1])));
+#pragma unroll
+            for (int sub = 0; sub < 2; sub++)
+                stash(sum_stash(sub, 0), sums.q + 2 * sub), stash(sum_stash(sub, 1), sums.k + 2 * sub),
+                    stash(sum_stash(sub, 2), sums.k_rest + 2 * sub);
+            __syncwarp();
+            /* A loop, so that the code is there once. */
+#pragma unroll 1
+            for (int sub = 1; sub >= 0; sub--) {
+                Elements q, k, w, dg;
+                unstash(q, sum_stash(sub, 0)), unstash(k, sum_stash(sub, 1)), unstash(w, sum_stash(sub, 2));
+                compute(sub, q, k, w, dg, gates, wide[1]);
+                finish_gates(dg, sub);
+                store_gates(dg, sub);
+                if (sub == 0) break;
+                unstash_gates(gates);
+                wide[1] = wide[0];
+            }
         }
 
         /* ---- Norms ---- */

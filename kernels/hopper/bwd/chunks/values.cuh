@@ -26,11 +26,11 @@ typedef float Rows[CHUNK_TOKENS / 8][4];
 
 template <class Block> struct ChunkValues {
     static constexpr int TILES = CHUNK_TOKENS / 8, DEPTHS = CHUNK_TOKENS / 16;
-    const fkda_hopper_chunk_args &all;
+    const fkda_hopper_chunk_args &call;
     Shared<Block> &s;
     int warp, lane, g, t;
 
-    __device__ ChunkValues(const fkda_hopper_chunk_args &a, Shared<Block> &shared) : all(a), s(shared)
+    __device__ ChunkValues(const fkda_hopper_chunk_args &a, Shared<Block> &shared) : call(a), s(shared)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
@@ -46,13 +46,18 @@ template <class Block> struct ChunkValues {
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++) most = max(most, __float_as_uint(scale[32 * i + lane]));
         const float unit = __uint_as_float(__reduce_max_sync(~0u, most));
-#pragma unroll 1
-        for (int row = 16 * warp; row < 16 * warp + 16; row++) {
-            const float factor = scale[row] * inverse_power(unit);
-            if (factor == 1.0f) continue;
-            uint2 &four = *reinterpret_cast<uint2 *>(image.bytes + row * ImageRows::ROW_BYTES + 8 * lane);
+        const float inverse = inverse_power(unit);
+        if (__any_sync(~0u, scale[16 * warp + lane % 16] != unit)) {
+            const int row = 16 * warp + lane / 2; /* the lane has half of it */
+            const float factor = scale[row] * inverse;
             const uint32_t both = pack_half(factor, factor);
-            four = make_uint2(multiply_halves(four.x, both), multiply_halves(four.y, both));
+            uint4 *const half = reinterpret_cast<uint4 *>(image.bytes + row * ImageRows::ROW_BYTES);
+#pragma unroll
+            for (int i = 0; i < ImageRows::ROW_BYTES / 32; i++) {
+                uint4 &x = half[(2 * i + lane % 2) ^ row % 8]; /* neighbouring rows in different banks */
+                x = make_uint4(multiply_halves(x.x, both), multiply_halves(x.y, both),
+                               multiply_halves(x.z, both), multiply_halves(x.w, both));
+            }
         }
         __syncwarp();
         return unit;
@@ -62,24 +67,22 @@ template <class Block> struct ChunkValues {
      * The result is multiplied by key_scale(). */
     template <class Lack> __device__ void read(Rows &x, const ImageRows &image, int tile, Lack lack) const
     {
-        read_tile(x, image, lack);
-        multiply_by(x, 1.0f / SlicePreparation<Block>::LACK_SCALE);
-        read_tile(x, image, [&](int half) { return s.tokens[0].half[half].tile[tile]; });
-    }
-    template <class Half> __device__ void read_tile(Rows &x, const ImageRows &image, Half half) const
-    {
         const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
                        columns = matrix_row_by_token(lane);
-#pragma unroll
+#pragma unroll 4 /* fewer registers than all at once */
         for (int d = 0; d < DIM / 16; d++) {
-            uint32_t a[4], b[4];
+            uint32_t a[4], b[2][Block::SUBCHUNKS][4];
             load_matrices(a, rows ^ 32 * d);
-            const uint32_t place = shared_address(half(d / 4)) + (columns ^ d % 4 * 32);
 #pragma unroll
             for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
-                load_matrices(b, place + sub * SUBCHUNK_BYTES);
-                multiply_tiles(&x[2 * sub], a, b);
+                const uint32_t place = (columns ^ d % 4 * 32) + sub * SUBCHUNK_BYTES;
+                load_matrices(b[0][sub], shared_address(s.tokens[0].half[d / 4].tile[tile]) + place);
+                load_matrices(b[1][sub], shared_address(lack(d / 4)) + place);
             }
+#pragma unroll
+            for (int part = 0; part < 2; part++)
+#pragma unroll
+                for (int sub = 0; sub < Block::SUBCHUNKS; sub++) multiply_tiles(&x[2 * sub], a, b[part][sub]);
         }
     }
 
@@ -94,7 +97,7 @@ template <class Block> struct ChunkValues {
         for (int i = 0; i < TILES; i++) {
             const int token = 8 * i + g;
             const auto *from = reinterpret_cast<const uint32_t *>(
-                static_cast<const uint16_t *>(all.bwd.fwd.v) + s.at.place(all.bwd.fwd.v_strides, token) +
+                static_cast<const uint16_t *>(call.bwd.fwd.v) + s.at.place(call.bwd.fwd.v_strides, token) +
                 16 * warp + 2 * t);
 #pragma unroll
             for (int r = 0; r < 2; r++) raw.pair[i][r] = token < s.at.left ? __ldg(from + 4 * r) : 0;
@@ -169,10 +172,10 @@ template <class Block> struct ChunkValues {
     {
         store(dr, half, [](float a, float b) { return pack_bf16(a, b); });
         __syncwarp();
-        if (all.bwd.dv && lane < s.at.left) {
+        if (call.bwd.dv && lane < s.at.left) {
             const int unit = 16 * warp % 64 / 8;
-            char *to = static_cast<char *>(all.bwd.dv) +
-                       2 * (s.at.place(all.bwd.dv_strides, lane) + 16 * warp);
+            char *to = static_cast<char *>(call.bwd.dv) +
+                       2 * (s.at.place(call.bwd.dv_strides, lane) + 16 * warp);
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 reinterpret_cast<uint4 *>(to)[i] = *token_unit(half, lane, unit + i);
@@ -184,14 +187,18 @@ template <class Block> struct ChunkValues {
 
     /* d += x m with `place(column, depth)` the lane's row of the matrices for tiles of columns n and n + 1 and
      * 16 depths. lower: m is zero where depth < column, otherwise where depth > column. x enters in tf32, since
-     * its tokens may be of very different sizes. An accumulator tile is an A operand whose depths t and t + 4
+     * its tokens may be of very different sizes; exact: with what tf32 lacks. An accumulator tile is an A operand whose depths t and t + 4
      * are tokens 2 t and 2 t + 1, and these are the two fp16 of a register of m. */
-    template <bool lower, bool transposed, class Place>
+    template <bool lower, bool transposed, bool exact = false, class Place>
     __device__ void multiply(Rows &d, const Rows &x, Place place) const
     {
         Rows a;
 #pragma unroll
-        for (int i = 0; i < 4 * TILES; i++) a[i / 4][i % 4] = round_to_tf32(x[i / 4][i % 4]);
+        for (int i = 0; i < 4 * TILES; i++) {
+            float &part = a[i / 4][i % 4];
+            part = round_to_tf32(x[i / 4][i % 4]);
+            if (exact) part = cut_to_tf32(part);
+        }
 #pragma unroll
         for (int j = 0; j < DEPTHS; j++)
 #pragma unroll
@@ -207,6 +214,10 @@ template <class Block> struct ChunkValues {
                     const float(&from)[4] = a[2 * j + i % 2];
                     mma_tf32(d[2 * n + i / 2], from[0], from[2], from[1], from[3], half_low(b[i]),
                              half_high(b[i]));
+                    const float(&all)[4] = x[2 * j + i % 2];
+                    if (exact)
+                        mma_tf32(d[2 * n + i / 2], all[0] - from[0], all[2] - from[2], all[1] - from[1],
+                                 all[3] - from[3], half_low(b[i]), half_high(b[i]));
                 }
             }
     }
@@ -288,7 +299,7 @@ template <class Block> struct ChunkValues {
         unsigned char *const v = s.tokens[0].v[16 * warp / 64], *const dout = s.dout[16 * warp / 64];
 
         /* ---- R ---- */
-        const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(all.bwd.fwd));
+        const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(call.bwd.fwd));
         Rows r = {}, u = {};
         const RawValues values = load_v();
         mbarrier_wait(&s.state_there, 0);
@@ -311,14 +322,14 @@ template <class Block> struct ChunkValues {
         mbarrier_wait(&s.gradient_there, 0);
         const float gradient_unit = unify(s.gradient, s.gradient_scale);
         read(du, s.gradient, G, [&](int half) { return s.tokens[0].v[half]; });
-        if (all.bwd.dout) mbarrier_wait(&s.dout_there, 0);
+        if (call.bwd.dout) mbarrier_wait(&s.dout_there, 0);
         load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
         multiply<true, true>(x, r, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
 #pragma unroll
         for (int i = 0; i < 16; i++)
             du[i / 4][i % 4] =
-                __fmaf_rn(x[i / 4][i % 4], all.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
-        multiply<true, false>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
+                __fmaf_rn(x[i / 4][i % 4], call.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
+        multiply<true, false, true>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, divisor);
 
         /* ---- dbeta and dv ---- */
