@@ -184,13 +184,14 @@ CUresult cuModuleLoadData(void **module, const void *)
 CUresult cuModuleGetFunction(const void **function, void *, const char *name)
 {
     static const emulator::Kernel *const tables[] = {
-        emulator::portable_kernels,    emulator::nonfinite_kernels,      emulator::decode_kernels,
-        emulator::layer_kernels,       emulator::backward_kernels,
+        emulator::portable_kernels,     emulator::nonfinite_kernels,      emulator::decode_kernels,
+        emulator::layer_kernels,        emulator::backward_kernels,
 #ifdef FKDA_WITH_HOPPER
         emulator::hopper_kernels,
 #endif
 #ifdef EMULATOR_WITH_OPTIONS
-        emulator::hopper_gate_kernels, emulator::hopper_general_kernels, emulator::hopper_walk_kernels, emulator::hopper_chunk_kernels,
+        emulator::hopper_gate_kernels,  emulator::hopper_general_kernels, emulator::hopper_walk_kernels,
+        emulator::hopper_chunk_kernels,
 #endif
     };
     for (const emulator::Kernel *table : tables)

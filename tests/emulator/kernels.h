@@ -14,9 +14,9 @@ struct Kernel {
     int cluster = 1;                    /* CTAs of a cluster */
 };
 
-extern const Kernel backward_kernels[], decode_kernels[], hopper_kernels[], 
-  hopper_chunk_kernels[], hopper_gate_kernels[], hopper_general_kernels[], hopper_walk_kernels[], layer_kernels[], nonfinite_kernels[],
-    portable_kernels[]; /* the last entry has a null name */
+extern const Kernel backward_kernels[], decode_kernels[], hopper_kernels[], hopper_chunk_kernels[],
+    hopper_gate_kernels[], hopper_general_kernels[], hopper_walk_kernels[], layer_kernels[],
+    nonfinite_kernels[], portable_kernels[]; /* the last entry has a null name */
 
 } // namespace emulator
 

@@ -93,7 +93,7 @@ template <class Block> struct ChunkCursor {
     using Order = ChunkOrder<Block>;
     WorkCursor items;
     int head;
-    int left; /* as in ChunkOrder; none after the last chunk of all */
+    int left;       /* as in ChunkOrder; none after the last chunk of all */
     int row, token; /* the row of the batch, and the chunk's first token, counted in this row */
 
     /* Starts at chunk number `chunks` of all work items. */

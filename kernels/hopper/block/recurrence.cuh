@@ -116,6 +116,17 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         a[2] = pack_half(y[0], y[1]), a[3] = pack_half(y[2], y[3]);
     }
 
+    /* What fp16 lacks of two tiles of accumulators whose operand is `a`, as another operand. */
+    __device__ static void pack_rest(uint32_t (&rest)[4], const uint32_t (&a)[4], const float (&x)[4],
+                                     const float (&y)[4])
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float(&from)[4] = i < 2 ? x : y;
+            rest[i] = pack_half(from[i % 2 * 2] - half_low(a[i]), from[i % 2 * 2 + 1] - half_high(a[i]));
+        }
+    }
+
     /* The chunk's decay, less one, of the channels of this lane's accumulators: one float4 for two tiles. */
     __device__ void load_gamma(float4 (&gamma_minus_1)[DIM / 16], const Stage &stage) const
     {
@@ -166,23 +177,26 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         bool unusual;
     };
 
-    /* Prepares these operands for the scales that the rows have. `position` is as in step(). */
-    __device__ void prepare_gradients(OutputGradients &to, int index, int here, int position)
+    /* Prepares these operands for the scales that the rows have. `left` is as in ChunkOrder. */
+    __device__ void prepare_gradients(OutputGradients &to, int index, int left)
     {
-        const bool look = looks_at(position);
+        const bool look = looks_at(left);
         const Raw raw = load_raw(shared.tokens[index]);
         const float high = largest(raw, 0) * value_factor(), low = largest(raw, 1) * value_factor();
         const bool act = misfit(high, low, look | look_again);
-        to.unusual = __any_sync(~0u, act) | (here < CHUNK);
+        to.unusual = __any_sync(~0u, act) | (Order::here(left) < CHUNK);
         float v[TILES][4];
         unpack_gradients(v, raw);
         pack_gradients(to, v);
     }
 
+    /* Images are stored while a product is in flight, except where there are too few registers for it. */
+    static constexpr bool STORES_IN_FLIGHT = !Block::BACKWARDS || Block::ROWS == 64;
+
     /* Every 128 tokens. */
-    static __device__ bool looks_at(int position)
+    static __device__ bool looks_at(int left)
     {
-        return (position & (128 - CHUNK)) == 0;
+        return (Order::before(left) & (128 - CHUNK)) == 0;
     }
 
     __device__ void unpack_gradients(float (&v)[TILES][4], const Raw &raw) const
@@ -215,18 +229,18 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 
     /*
      * Carries the gradient D with respect to the state from behind the chunk to the front of it, with the
-     * gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and columns
-     * of the products exchanged:
+     * gradients dO of outputs. T, P and the decayed tiles are those of the forward pass, with rows and
+     * columns of the products exchanged:
      *
      *     dU^T = D^T Kr^T + dO^T P        both in one sum
      *     dR^T = dU^T T                   meanwhile D^T = D^T diag(gamma) in fp32
      *     D^T  = D^T + dO^T Q~ - dR^T K~  the first product does not wait for dR
      *
-     * `here` and `position` are as in step(). On return the last products are in flight, during which the
+     * `left` is as in ChunkOrder. On return the last products are in flight, during which the
      * operands of the next chunk are prepared. store_image() stores D behind the chunk while dU is found.
      */
     template <class StoreImage>
-    __device__ void step_back(int index, int here, int position, OutputGradients &out, StoreImage store_image)
+    __device__ void step_back(int index, int left, OutputGradients &out, StoreImage store_image)
     {
         using Tokens = fkda::Tokens<Block>;
         Stage &stage = shared.stage[index];
@@ -236,15 +250,16 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         uint32_t a[DIM / 16][4];
 
         /* ---- Does this chunk leave the usual path? ---- */
-        bool look = looks_at(position);
+        bool look = looks_at(left);
         const float divisor = stage.divisor;
         if ((look || may_leap()) && __any_sync(~0u, has_grown())) look = true, faint = true;
         if (__builtin_expect(out.unusual | (look & faint), 0))
-            adapt_gradients(out, index, here, look);
+            adapt_gradients(out, index, Order::here(left), look);
         else
             look_again = false;
 
         /* ---- dU ---- */
+        if constexpr (!STORES_IN_FLIGHT) store_image();
 #pragma unroll
         for (int s = 0; s < DIM / 16; s++) pack_operand(a[s], state[2 * s], state[2 * s + 1]);
         wgmma_fence();
@@ -256,7 +271,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int i = 0; i < SUBCHUNKS; i++)
             wgmma<true, true>(du, out.a[i], attend_transposed(stage_place, i));
         wgmma_commit();
-        store_image();
+        if constexpr (STORES_IN_FLIGHT) store_image();
         wgmma_wait<0>();
 
         /* ---- dR ---- */
@@ -275,7 +290,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int i = 1; i < SUBCHUNKS; i++) wgmma<true, false>(dr, a[i], solve_transposed(stage_place, i));
         wgmma_commit();
 
-        /* ---- D ---- */
+        /* ---- D ---- If keys are alike, most of D is taken out again: dR keeps all bits, in two parts. */
         decay(gamma_minus_1);
         wgmma_fence();
 #pragma unroll
@@ -286,13 +301,19 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++) {
             pack_operand(a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
+            pack_rest(a[2 * SUBCHUNKS + i], a[SUBCHUNKS + i], dr[2 * i], dr[2 * i + 1]);
 #pragma unroll
-            for (uint32_t &pair : a[SUBCHUNKS + i]) pair ^= 0x80008000; /* the signs of both halves */
+            for (int part = 1; part <= 2; part++)
+#pragma unroll
+                for (uint32_t &pair : a[part * SUBCHUNKS + i])
+                    pair ^= 0x80008000; /* the signs of both halves */
         }
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < SUBCHUNKS; i++)
-            wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
+        for (int part = 1; part <= 2; part++)
+#pragma unroll
+            for (int i = 0; i < SUBCHUNKS; i++)
+                wgmma<true, true>(state, a[part * SUBCHUNKS + i], Tokens::by_token(tokens_place, K, i));
         wgmma_commit();
     }
 
@@ -304,15 +325,14 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
      * second chunk lies in a received slot, which the other CTA has filled (SlotCursor).
      *
      * On return the products of the state's update are in flight. For outputs, (Q~ S)^T is in the last tiles
-     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before or,
-     * in a walk, the state before the chunk.
+     * of `read`, and U^T P^T is on its way to `own`. store_before() stores the outputs of the chunk before
+     * or, in a walk, the state before the chunk.
      */
     template <class Store>
     __device__ void step(int index, int left, int position, float (&read)[READ][4], float (&own)[TILES][4],
                          Store store_before)
     {
-        const bool look = (position & (128 - CHUNK)) == 0 && (!Block::MAPS || !is_map),
-                   whole = left >= CHUNK;
+        const bool look = (position & (128 - CHUNK)) == 0 && (!Block::MAPS || !is_map), whole = left >= CHUNK;
         Stage &stage = shared.stage[index];
         const uint32_t tokens_place =
             tokens_descriptor + index * static_cast<int>(sizeof(Tokens<Block>) / 16);
@@ -373,6 +393,11 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         /* ---- U P for outputs, and the state's update ---- */
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++) pack_operand(a[SUBCHUNKS + i], u[2 * i], u[2 * i + 1]);
+        /* Gradients need more bits of what is written: a token may write nearly all of a state. */
+        if constexpr (Block::IMAGES)
+#pragma unroll
+            for (int i = 0; i < SUBCHUNKS; i++)
+                pack_rest(a[2 * SUBCHUNKS + i], a[SUBCHUNKS + i], u[2 * i], u[2 * i + 1]);
         wgmma_fence();
         if constexpr (Block::OUTPUTS) {
             wgmma<false, false>(own, a[SUBCHUNKS], attend_operand(stage_place, 0));
@@ -384,6 +409,10 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
 #pragma unroll
         for (int i = 0; i < SUBCHUNKS; i++)
             wgmma<true, true>(state, a[SUBCHUNKS + i], Tokens<Block>::k_rest(tokens_place, i));
+        if constexpr (Block::IMAGES)
+#pragma unroll
+            for (int i = 0; i < SUBCHUNKS; i++)
+                wgmma<true, true>(state, a[2 * SUBCHUNKS + i], Tokens<Block>::k_rest(tokens_place, i));
         wgmma_commit();
     }
 
@@ -437,8 +466,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         }
     }
 
-    /* Of a walk: stores what is carried, if a chunk of FKDA_HOPPER_BWD_CHUNK tokens begins here or, backwards,
-     * ends here. The last one of a sequence may end anywhere. */
+    /* Of a walk: stores what is carried, if a chunk of FKDA_HOPPER_BWD_CHUNK tokens begins here or,
+     * backwards, ends here. The last one of a sequence may end anywhere. */
     __device__ void store_image(const WorkItem &item, int left) const
     {
         constexpr int OF_IMAGE = FKDA_HOPPER_BWD_CHUNK;
@@ -478,10 +507,10 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         const long long stride = SUBCHUNKS * args.chunk_bytes;
         int slot = uniform(place.index());
         if constexpr (Block::BACKWARDS)
-            if (item.length > 0) prepare_gradients(gradients, slot, Order::here(item.length), position);
+            if (item.length > 0) prepare_gradients(gradients, slot, item.length);
         for (int left = item.length; left > 0; left = Order::advance(left)) {
             if constexpr (Block::BACKWARDS) {
-                step_back(slot, Order::here(left), position, gradients, [&] { store_image(item, left); });
+                step_back(slot, left, gradients, [&] { store_image(item, left); });
             } else {
                 if (!ready) mbarrier_wait(&shared.chunk_ring.ready[slot], place.parity());
                 step(slot, left, position, read, own, [&] {
@@ -498,7 +527,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
                 ready = mbarrier_test(&shared.chunk_ring.ready[next_slot], next.parity());
             } else if (Order::advance(left) > 0) {
                 mbarrier_wait(&shared.chunk_ring.ready[next_slot], next.parity());
-                prepare_gradients(gradients, next_slot, CHUNK, position + CHUNK);
+                prepare_gradients(gradients, next_slot, Order::advance(left));
             }
             int checkpoint = 0;
             if constexpr (Block::CHECKPOINTS) checkpoint = shared.checkpoints.number_of[slot];

@@ -206,8 +206,8 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         return fmaxf(most[0], most[1]) > 16.0f;
     }
 
-    /* Backwards: whether what is carried may outgrow fp16 within 128 tokens. Queries and keys that are used as
-     * they are may be longer than 1. */
+    /* Backwards: whether what is carried may outgrow fp16 within 128 tokens. Queries and keys that are used
+     * as they are may be longer than 1. */
     __device__ bool may_leap() const
     {
         return Block::BACKWARDS && Block::OPTIONS && args.qk_is_normalised;

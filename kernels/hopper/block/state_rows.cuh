@@ -322,14 +322,19 @@ template <class Block> struct StateRows {
     __device__ void store_chunk_image(const WorkItem &item, int chunk) const
     {
         const fkda_state_args &images = args.checkpoints.states;
-        const int this_lane = read_lane(), row = item.first_row + warp_row() + (this_lane >> 2);
         const int slot = item.images.first + chunk;
         if (static_cast<unsigned>(slot) >= images.slots) return; /* NO_IMAGES, or cu_seqlens has changed */
-        unsigned char *const to = static_cast<unsigned char *>(images.data) +
-                                  (static_cast<long long>(slot) * args.heads + item.head) *
-                                      FKDA_HOPPER_BORDER_IMAGE;
-        float *const scales = reinterpret_cast<float *>(to + 2 * DIM * DIM) + row;
-        if ((this_lane & 3) == 0) scales[0] = scale[0], scales[8] = scale[1];
+        const int this_lane = read_lane(), row = item.first_row + warp_row() + (this_lane >> 2);
+        unsigned char *to =
+            static_cast<unsigned char *>(images.data) +
+            (static_cast<long long>(slot) * args.heads + item.head) * FKDA_HOPPER_BORDER_IMAGE;
+        if ((this_lane & 3) == 0) {
+            float *const scales = reinterpret_cast<float *>(to + 2 * DIM * DIM) + row;
+            scales[0] = scale[0], scales[8] = scale[1];
+        }
+        /* Unit u of a row lies at u ^ row % 8, which changes units inside of the eight of 64 channels. */
+        to += row * (2 * DIM);
+        const int place = 16 * ((this_lane & 3) ^ (row & 7));
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -339,8 +344,7 @@ template <class Block> struct StateRows {
                 for (int n = 0; n < 4; n++)
                     x[n] = pack_half(state[4 * j + n][2 * r], state[4 * j + n][2 * r + 1]);
                 transpose_in_quad(x, this_lane);
-                const int unit = (4 * j + (this_lane & 3)) ^ (row & 7);
-                *reinterpret_cast<uint4 *>(to + (row + 8 * r) * (2 * DIM) + 16 * unit) =
+                *reinterpret_cast<uint4 *>(to + (place ^ j % 2 * 64) + j / 2 * 128 + r * 8 * (2 * DIM)) =
                     make_uint4(x[0], x[1], x[2], x[3]);
             }
     }

@@ -48,8 +48,8 @@ struct JoinRows {
  * lane % 4) has rows g and g + 8 and, of tile c of eight columns, columns 2 t and 2 t + 1.
  */
 template <class Memory, bool back = false> struct RowCarrier {
-    /* Backwards, rows are those of a gradient with respect to a state. They go through the transposes of maps,
-     * from the last map to the first one. */
+    /* Backwards, rows are those of a gradient with respect to a state. They go through the transposes of
+     * maps, from the last map to the first one. */
     static constexpr int STEP = back ? -1 : 1;
     static constexpr int MATRIX = DIM * DIM;
     static constexpr int WARPS = FKDA_JOIN_THREADS / 32; /* that compute */
@@ -114,7 +114,8 @@ template <class Memory, bool back = false> struct RowCarrier {
     {
 #pragma unroll 1
         for (int i = 0; i < path.count; i++) {
-            const auto *map = reinterpret_cast<const MapQuarter *>(place(path.maps, path.first_map + STEP * i));
+            const auto *map =
+                reinterpret_cast<const MapQuarter *>(place(path.maps, path.first_map + STEP * i));
             await(path.first_map + STEP * i);
 #pragma unroll 1
             for (int q = 0; q < 4; q++) {

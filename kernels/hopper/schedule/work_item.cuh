@@ -32,7 +32,7 @@ struct WorkItem {
     void *final;         /* where the head's state after the item goes; null: nowhere */
     int *flags;          /* one for each recurrence warp, for AWAITS_INITIAL or SIGNALS_FINAL */
     union {
-        int *read_flags; /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
+        int *read_flags;   /* one for each recurrence warp, for SIGNALS_READ or AWAITS_READ */
         ItemImages images; /* of blocks with IMAGES */
     };
 };
@@ -151,9 +151,10 @@ template <class Block> struct WorkItemMaker {
             args.cu_seqlens ? sequence_border(args, s.sequence) : s.sequence * args.tokens;
         const bool is_inner = launch_work == FKDA_INNER_SEGMENTS;
         item.images.before = static_cast<int>(s.begin - begin);
-        item.images.first = is_inner          ? NO_IMAGES
-                            : args.cu_seqlens ? static_cast<int>(begin / CHUNK) + s.sequence
-                                              : static_cast<int>((args.tokens + CHUNK - 1) / CHUNK) * s.sequence;
+        item.images.first = is_inner ? NO_IMAGES
+                            : args.cu_seqlens
+                                ? static_cast<int>(begin / CHUNK) + s.sequence
+                                : static_cast<int>((args.tokens + CHUNK - 1) / CHUNK) * s.sequence;
         if (s.position & BEGIN)
             take_initial(item, s.sequence);
         else if (!is_inner)

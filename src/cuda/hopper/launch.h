@@ -18,8 +18,8 @@ typedef enum fkda_start {
 CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, CUfunction kernel, void *args,
                                    int64_t ctas, int threads, fkda_start when);
 
-/* The kernel that finds the maps of segments in a call with these features (fkda_feature), and the kernel that
- * joins maps. Their modules are loaded. */
+/* The kernel that finds the maps of segments in a call with these features (fkda_feature), and the kernel
+ * that joins maps. Their modules are loaded. */
 flash_kda_status fkda_hopper_find_maps(const fkda_driver *driver, int32_t features, int ordinal,
                                        CUfunction *maps, CUfunction *join);
 
@@ -28,9 +28,10 @@ flash_kda_status fkda_hopper_find_maps(const fkda_driver *driver, int32_t featur
 flash_kda_status fkda_hopper_launch(const fkda_driver *driver, const fkda_problem *problem,
                                     const fkda_hopper_plan *plan);
 
-/* The TMA descriptor of a tensor as fkda_hopper_fwd_args has it: [B, T, heads, 128] in boxes of `chunk` tokens
- * by 64 channels. A descriptor holds the tensor's address, so each call makes its descriptors anew. They go to
- * the kernel by value, inside of its arguments, and no memory on the device has to be kept for them. */
+/* The TMA descriptor of a tensor as fkda_hopper_fwd_args has it: [B, T, heads, 128] in boxes of `chunk`
+ * tokens by 64 channels. A descriptor holds the tensor's address, so each call makes its descriptors anew.
+ * They go to the kernel by value, inside of its arguments, and no memory on the device has to be kept for
+ * them. */
 CUresult fkda_describe_tensor(const fkda_driver *driver, fkda_tma_descriptor *descriptor,
                               const fkda_token_view *tensor, const fkda_shape *shape, int chunk);
 

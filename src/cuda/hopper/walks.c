@@ -2,12 +2,12 @@
  * Plans and launches the walks of the backward pass: states before chunks, forwards, and gradients with
  * respect to states behind chunks, backwards.
  *
- * A walk is a forward pass without outputs. Neither walk needs the other one, so each kernel may start as soon
- * as all CTAs of the kernel before it run and SMs are free; the kernels wait for each other at their ends
- * (run_block() in kernels/hopper/block/run.cuh). With few heads both walks run side by side.
+ * A walk is a forward pass without outputs. Neither walk needs the other one, so each kernel may start as
+ * soon as all CTAs of the kernel before it run and SMs are free; the kernels wait for each other at their
+ * ends (run_block() in kernels/hopper/block/run.cuh). With few heads both walks run side by side.
  *
- * If CTA pairs are left over, sequences of equal lengths are cut into parts, as the forward pass cuts them into
- * segments (docs/segments.md):
+ * If CTA pairs are left over, sequences of equal lengths are cut into parts, as the forward pass cuts them
+ * into segments (docs/segments.md):
  *
  *   1. Side by side: the states of the first part, the gradients of the last part, the maps of all other
  *      parts with the states that they make of zeros, and the gradients that they make of zeros.
@@ -141,8 +141,8 @@ static fkda_hopper_fwd_args common_args(const call *c, void *images)
     return args;
 }
 
-/* The way back begins with the gradient with respect to the final state, has gradients of outputs in the place
- * of values, and ends with the gradient with respect to the initial state. */
+/* The way back begins with the gradient with respect to the final state, has gradients of outputs in the
+ * place of values, and ends with the gradient with respect to the initial state. */
 static void fill_args(call *c)
 {
     const fkda_bwd_problem *p = c->problem;
@@ -185,11 +185,11 @@ static flash_kda_status launch(const call *c, CUfunction kernel, const fkda_hopp
 {
     fkda_hopper_fwd_args own = *args;
     own.work = work;
-    const CUresult result = fkda_hopper_launch_kernel(c->driver, c->problem->fwd.stream, kernel, &own, ctas,
-                                                      threads, when);
-    return result ? fkda_driver_fail(c->driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel",
-                                     result)
-                  : FLASH_KDA_OK;
+    const CUresult result =
+        fkda_hopper_launch_kernel(c->driver, c->problem->fwd.stream, kernel, &own, ctas, threads, when);
+    return result
+               ? fkda_driver_fail(c->driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel", result)
+               : FLASH_KDA_OK;
 }
 
 static flash_kda_status run_whole(call *c)
@@ -199,11 +199,10 @@ static flash_kda_status run_whole(call *c)
     const int64_t places[WALKS] = {[STATES] = c->plan->states_at, [GRADIENTS] = c->plan->gradients_at};
     flash_kda_status status = FLASH_KDA_OK;
     for (int i = 0; i < WALKS && status == FLASH_KDA_OK && whole->divides; i++) {
-        c->args[i].handoff =
-            fkda_hopper_handoff((char *)c->results->workspace + places[i], c->plan->sms);
-        const CUresult result = c->driver->cuMemsetD32Async(
-            (CUdeviceptr)c->args[i].handoff.flags, 0, (size_t)fkda_hopper_handoff_flags(c->plan->sms),
-            c->problem->fwd.stream);
+        c->args[i].handoff = fkda_hopper_handoff((char *)c->results->workspace + places[i], c->plan->sms);
+        const CUresult result = c->driver->cuMemsetD32Async((CUdeviceptr)c->args[i].handoff.flags, 0,
+                                                            (size_t)fkda_hopper_handoff_flags(c->plan->sms),
+                                                            c->problem->fwd.stream);
         if (result) status = fkda_driver_fail("cuMemsetD32Async", result);
     }
     for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
@@ -217,8 +216,7 @@ static flash_kda_status run_whole(call *c)
 static flash_kda_status launch_walk(const call *c, int walk, int work, int64_t parts, fkda_start when)
 {
     const fkda_shape *s = &c->problem->fwd.shape;
-    const int64_t workers =
-        fkda_hopper_workers(CHUNK, parts * s->sequences * s->heads, c->plan->sms);
+    const int64_t workers = fkda_hopper_workers(CHUNK, parts * s->sequences * s->heads, c->plan->sms);
     return launch(c, c->kernels[KERNELS * walk + PAIR], &c->args[walk], work, FKDA_HOPPER_PAIR_CTAS * workers,
                   FKDA_HOPPER_THREADS, when);
 }
@@ -250,8 +248,8 @@ static flash_kda_status run_in_parts(call *c, CUfunction maps, CUfunction join, 
 
     const int64_t joining = fkda_least(heads * (FKDA_DIM / FKDA_JOIN_ROWS), plan->sms);
     if (status == FLASH_KDA_OK)
-        status = launch(c, join, &c->args[STATES], FKDA_JOIN_CHAIN, joining, FKDA_JOIN_CTA_THREADS,
-                        FKDA_EARLY);
+        status =
+            launch(c, join, &c->args[STATES], FKDA_JOIN_CHAIN, joining, FKDA_JOIN_CTA_THREADS, FKDA_EARLY);
     if (status == FLASH_KDA_OK)
         status = launch(c, join_back, &c->args[GRADIENTS], FKDA_JOIN_CHAIN, joining, FKDA_JOIN_CTA_THREADS,
                         FKDA_EARLY);
@@ -269,8 +267,7 @@ flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_pro
 {
     const int ordinal = p->fwd.shape.device.index;
     const int32_t features = features_of(&p->fwd);
-    fkda_module *const module =
-        features & FKDA_HOPPER_GENERAL_FEATURES ? &general_module : &usual_module;
+    fkda_module *const module = features & FKDA_HOPPER_GENERAL_FEATURES ? &general_module : &usual_module;
     call c = {.driver = driver,
               .problem = p,
               .plan = plan,
