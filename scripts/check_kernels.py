@@ -131,10 +131,11 @@ def broken_rules(usage: Usage, plan: dict[str, Any], mnemonics: set[str] | None)
     broken = []
     if usage.registers < 0 or usage.stack < 0:
         broken.append("the report has no figures for it (are several compilers' lines mixed up?)")
-    if usage.spills > 0:
-        broken.append(f"spills {usage.spills} bytes")
-    if usage.stack > 0:
-        broken.append(f"has a stack frame of {usage.stack} bytes")
+    most = plan.get("spills", 0)
+    if usage.spills > most:
+        broken.append(f"spills {usage.spills} bytes" + (f", planned {most}" if most else ""))
+    if usage.stack > most:
+        broken.append(f"has a stack frame of {usage.stack} bytes" + (f", planned {most}" if most else ""))
     if usage.registers > plan["registers"]:
         broken.append(f"uses {usage.registers} registers, planned {plan['registers']}")
     if usage.static_shared > plan["static_shared"]:
