@@ -362,12 +362,14 @@ template <class Block> struct SlicePreparation {
             if (__builtin_expect(wide, 0)) add_wide_elements(within, sum, at, factor - g);
         }
 
-        if (KEEPS_BITS && second) {
+        if constexpr (KEEPS_BITS) {
+            if (second) {
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const float2 first = *reinterpret_cast<const float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
-                over_first_scaled[b][0] = ex2(first.x) * key_scale(args);
-                over_first_scaled[b][1] = ex2(first.y) * key_scale(args);
+                for (int b = 0; b < 2; b++) {
+                    const float2 first = *reinterpret_cast<const float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
+                    over_first_scaled[b][0] = ex2(first.x) * key_scale(args);
+                    over_first_scaled[b][1] = ex2(first.y) * key_scale(args);
+                }
             }
         }
 
