@@ -15,7 +15,6 @@ struct fkda_kernel {
     int min_compute_capability; /* 10 * major + minor; 0 on the CPU */
     int max_compute_capability; /* 0: no limit */
     int32_t features;           /* of fkda_feature, that it knows */
-    int32_t only_by_name;       /* those of its features for which a caller has to name the kernel */
     bool needs_tma;             /* the driver must be of CUDA 12 or newer, which makes TMA descriptors */
     /* Decides what a call of this shape runs, in a plan that has the shape already. Launches and reads
      * nothing. */
@@ -51,8 +50,7 @@ struct fkda_kernel {
 };
 
 /* Finds the kernel called `name`, or, if `name` is NULL, the first kernel in the table that the device can
- * run and that knows all the features, without those that are `only_by_name`. Refuses a kernel that lacks one
- * of them. */
+ * run and that knows all the features. Refuses a kernel that lacks one of them. */
 flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int32_t features,
                                   const fkda_kernel **kernel);
 

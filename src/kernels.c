@@ -228,7 +228,7 @@ flash_kda_status fkda_find_kernel(flash_kda_device device, const char *name, int
     for (int i = 0; i < KERNEL_COUNT; i++) {
         if (!runs_on(&kernels[i], device, capability)) continue;
         unable = &kernels[i];
-        if (features & ~(unable->features & ~unable->only_by_name)) continue;
+        if (features & ~unable->features) continue;
         *kernel = &kernels[i];
         return FLASH_KDA_OK;
     }

@@ -127,9 +127,8 @@ static fkda_decode_launch launch_of_apply(const fkda_apply_problem *p, int sms)
 {
     const int64_t heads = p->sequences * p->heads;
     const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
-    const int threads = FKDA_DECODE_THREADS_OF_ONE(is_bf16, p->state_k_first),
-              tokens =
-                  p->record_columns < FKDA_DECODE_MAX_TOKENS ? (int)p->record_columns : FKDA_DECODE_MAX_TOKENS,
+    const int threads = FKDA_DECODE_THREADS_OF_ONE(is_bf16, p->state_k_first), most = FKDA_DECODE_MAX_TOKENS,
+              tokens = p->record_columns < most ? (int)p->record_columns : most,
               least = is_bf16 ? SPLIT_OF_BF16_TO_APPLY : SPLIT_OF_FP32_TO_APPLY,
               split = choose_split(heads, least, most_split_of_one(threads), sms);
     return (fkda_decode_launch){

@@ -424,8 +424,9 @@ static void endless_gates(void)
  * initial state with a gradient of the final state alone, and of the last queries with an initial state
  * alone. These gradients are small, and right.
  *
- * The kernel `hopper` has states and triangular inverses in fp16. Where tokens forget much and an initial state
- * alone is read, their small elements count as much as their large ones, so such problems forget less there. */
+ * The kernel `hopper` has states and triangular inverses in fp16. Where tokens forget much and an initial
+ * state alone is read, their small elements count as much as their large ones, so such problems forget less
+ * there. */
 static void forgotten(void)
 {
     static const float decays_of_token[] = {-0.7f, -1.5f, -2.5f};

@@ -566,8 +566,8 @@ static void stagnation(void)
 
 /* ---- More records than a decode call fills ------------------------------------------------------------- */
 
-/* Asks for `count` records of two sequences of three heads to be applied to states of a dtype and a layout. The
- * first 16 are applied, at most. */
+/* Asks for `count` records of two sequences of three heads to be applied to states of a dtype and a layout.
+ * The first 16 are applied, at most. */
 static void apply_many(int64_t count, flash_kda_dtype dtype, bool k_first)
 {
     enum { N = 2, HEADS = 3, COLUMNS = 40 };

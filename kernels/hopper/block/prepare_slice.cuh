@@ -295,8 +295,8 @@ template <class Block> struct SlicePreparation {
     /* ---- Tiles with more bits ---- */
 
     /* For gradients, whose products with a state may be small differences, keys keep more bits than fp16 has
-     * (KEEPS_BITS): K~ and Kr are multiplied by key_scale(), and what they lack goes to tiles of its own. What
-     * K~ lacks lies over q, and what Kr lacks over v. There is no Q~. */
+     * (KEEPS_BITS): K~ and Kr are multiplied by key_scale(), and what they lack goes to tiles of its own.
+     * What K~ lacks lies over q, and what Kr lacks over v. There is no Q~. */
 
     /* Keys that are normalised have elements of at most 1, others of at most 181 (norms.cuh). */
     static __device__ float key_scale(const fkda_fwd_args &args)
@@ -346,7 +346,7 @@ template <class Block> struct SlicePreparation {
         constexpr bool KEEPS_BITS = Block::KEEPS_BITS, KNOWS_WIDE = Block::UNBOUNDED && careful,
                        RELOADS = Block::GENERAL || KNOWS_WIDE; /* k and q, which takes fewer registers */
         const bool second = SUBCHUNKS == 2 && place.sub == 1;
-        float sum[2][4], over[2][2]; /* over: the decay over this subchunk */
+        float sum[2][4], over[2][2];   /* over: the decay over this subchunk */
         float over_first_scaled[2][2]; /* with KEEPS_BITS: over the first subchunk, times key_scale() */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
         uint32_t k_lack[4], rest_lack[4], k_whole[4];
@@ -366,7 +366,8 @@ template <class Block> struct SlicePreparation {
             if (second) {
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
-                    const float2 first = *reinterpret_cast<const float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
+                    const float2 first =
+                        *reinterpret_cast<const float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
                     over_first_scaled[b][0] = ex2(first.x) * key_scale(args);
                     over_first_scaled[b][1] = ex2(first.y) * key_scale(args);
                 }
@@ -422,7 +423,8 @@ template <class Block> struct SlicePreparation {
                 if constexpr (KEEPS_BITS) {
                     const float by = key_scale(args);
                     if (second) {
-                        k_decayed[2 * b + e] = pack_half(k_up[e][0] * by, k_up[e][1] * by); /* from the border */
+                        k_decayed[2 * b + e] =
+                            pack_half(k_up[e][0] * by, k_up[e][1] * by); /* from the border */
                         split(k_whole[2 * b + e], k_lack[2 * b + e], k_up[e][0] * over_first_scaled[b][0],
                               k_up[e][1] * over_first_scaled[b][1]);
                     } else
@@ -443,7 +445,8 @@ template <class Block> struct SlicePreparation {
                     const float x = bf16_low(pair_k) * factor[8 * e] * ex2(last[0] - sum[b][2 * e]),
                                 y = bf16_high(pair_k) * factor[8 * e] * ex2(last[1] - sum[b][2 * e + 1]);
                     if constexpr (KEEPS_BITS)
-                        split(rest[2 * b + e], rest_lack[2 * b + e], x * key_scale(args), y * key_scale(args));
+                        split(rest[2 * b + e], rest_lack[2 * b + e], x * key_scale(args),
+                              y * key_scale(args));
                     else
                         rest[2 * b + e] = pack_half(x, y);
                 }

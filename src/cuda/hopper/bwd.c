@@ -1,7 +1,8 @@
 /*
  * The backward pass of the kernel "hopper". Two walks leave the state before every chunk of 32 tokens and the
- * gradient with respect to the state after it in the workspace (walks.c). With these all chunks are computed at
- * the same time (kernels/hopper/bwd/chunks). Sums over heads and chunks are those of the kernel "portable".
+ * gradient with respect to the state after it in the workspace (walks.c). With these all chunks are computed
+ * at the same time (kernels/hopper/bwd/chunks). Sums over heads and chunks are those of the kernel
+ * "portable".
  */
 #include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
 #include "../bwd_args_of.h"
@@ -15,7 +16,8 @@ enum { USUAL, BOUNDED, GENERAL };
 
 static fkda_module module = {
     .image = fkda_fatbin_hopper_bwd_chunks,
-    .names = {[USUAL] = "fkda_hopper_bwd_chunks", [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
+    .names = {[USUAL] = "fkda_hopper_bwd_chunks",
+              [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
               [GENERAL] = "fkda_hopper_bwd_general_chunks"},
     .shared_bytes = FKDA_HOPPER_CHUNK_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -48,8 +50,7 @@ static chunk_plan make_plan(const fkda_bwd_problem *p, int sms)
     take(&end, items * FKDA_HOPPER_BORDER_IMAGE);
     plan.gradients_at = take(&end, items * FKDA_HOPPER_BORDER_IMAGE);
     plan.walks_at = take(&end, plan.walks.bytes);
-    plan.sums_at =
-        take(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
+    plan.sums_at = take(&end, p->wants_parameters ? items * 2 * FKDA_DIM * (int64_t)sizeof(float) : 0);
     plan.dq_at = take(&end, parts * (int64_t)sizeof(float));
     plan.dk_at = take(&end, parts * (int64_t)sizeof(float));
     plan.bytes = end;

@@ -60,8 +60,8 @@ struct __align__(128) ImageRows
     unsigned char bytes[DIM * ROW_BYTES];
 };
 
-/* Products between tokens in fp32, below the diagonal, divided by pair_unit: dO U^T, and - dR U^T. Rows are padded so that neither
- * fragments nor transposed fragments meet many bank conflicts. */
+/* Products between tokens in fp32, below the diagonal, divided by pair_unit: dO U^T, and - dR U^T. Rows are
+ * padded so that neither fragments nor transposed fragments meet many bank conflicts. */
 typedef float TokenPairs[CHUNK_TOKENS][CHUNK_TOKENS + 4];
 
 /* Sums over a warp's channels, which all warps' together are what a norm needs: of queries and of keys. */
@@ -71,7 +71,7 @@ struct NormSums {
 
 /* Of each channel, in the last step. */
 struct ChannelNotes {
-    float kept[DIM], second_x[DIM]; /* channels.cuh */
+    float kept[DIM], second_x[DIM];     /* channels.cuh */
     float before[2][DIM], rest[2][DIM]; /* decays of each subchunk: to its eighth token, and on to its end */
 };
 
@@ -86,7 +86,7 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     /* The images, and what lies in their place before they come and after they have been read. */
     union {
         ImageRows state;
-        struct { /* in the last step */
+        struct {                                        /* in the last step */
             typename Tokens<Block>::Half raw[DIM / 64]; /* g, k and q as they are in memory */
             float4 late_stash[2 * FKDA_HOPPER_CHUNK_THREADS];
         };
@@ -102,8 +102,8 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
             NormSums norm_sums;
         };
     };
-    /* Kr, K~, and over q and v what K~ and Kr lack. Then the operands of sums over V: U lies over v, - dR over
-     * q, dO over `dout`; and over Kr and K~ lie the products between tokens. */
+    /* Kr, K~, and over q and v what K~ and Kr lack. Then the operands of sums over V: U lies over v, - dR
+     * over q, dO over `dout`; and over Kr and K~ lie the products between tokens. */
     __align__(1024) Tokens<Block> tokens[1];
     unsigned char dout[DIM / 64][Block::HALF_TOKENS];
     union {
@@ -116,7 +116,7 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     union {
         /* K~ K^^T below the diagonal: columns i, depths j. */
         Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
-        struct { /* of each channel, in the last step */
+        struct {                   /* of each channel, in the last step */
             float gate_shift[DIM]; /* gate_offset once more */
             float bias_sum[DIM], rate_sum[DIM];
         };
@@ -131,10 +131,10 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     float strength[CHUNK_TOKENS], slope[CHUNK_TOKENS]; /* b, and its derivative */
     float on_diagonal[CHUNK_TOKENS];                   /* of dO U^T */
     int has_faint_write;
-    int is_wide; /* the preparation has to be careful */
+    int is_wide;     /* the preparation has to be careful */
     float pair_unit; /* brings products with decays into the range of fp32 */
-    /* Of the operands U, - dR and dO, for each tile of eight tokens: the largest magnitudes in each warp's rows
-     * of V, and what all are divided by. */
+    /* Of the operands U, - dR and dO, for each tile of eight tokens: the largest magnitudes in each warp's
+     * rows of V, and what all are divided by. */
     __align__(16) uint32_t largest[OPERANDS][TOKEN_TILES][CHUNK_WARPS];
     float unit[OPERANDS][TOKEN_TILES];
     uint64_t meeting[1]; /* for racecheck alone, see ../../block/prepare.cuh */
@@ -175,8 +175,8 @@ __device__ __forceinline__ bool is_faint(float b, float divisor)
 
 /* ---- Operands ------------------------------------------------------------------------------------------ */
 
-/* Where a lane's row of four 8 x 8 matrices is in an image, from row `row` and channel 0 on: an A operand with
- * the image's rows as rows. A channel that is a multiple of 16 is added by ^ 2 channel. */
+/* Where a lane's row of four 8 x 8 matrices is in an image, from row `row` and channel 0 on: an A operand
+ * with the image's rows as rows. A channel that is a multiple of 16 is added by ^ 2 channel. */
 __device__ __forceinline__ int image_rows(int row, int lane)
 {
     return (row + lane / 8 % 2 * 8 + lane % 8) * ImageRows::ROW_BYTES + (lane / 16 ^ lane % 8) * 16;

@@ -15,17 +15,17 @@
  * that factors 2^(G_i - G_8) and 2^(G_8 - G_j) stay in the range of tf32 if all gates are at the bound of -5.
  * Decays between the subchunks are counted from the border between them.
  *
- * Why gates do not lose slow or fast channels. For A_ij with both tokens in one subchunk, dg_t is the sum from
- * t on of the rows of A less that of its columns: what does not cross t cancels. Rows and columns are sums of
- * the same products of numbers that are rounded to tf32 beforehand, so they differ by the rounding of fp32
- * sums alone, and each A_ij has a decay as a factor, since the diagonal is left out. All other terms are
+ * Why gates do not lose slow or fast channels. For A_ij with both tokens in one subchunk, dg_t is the sum
+ * from t on of the rows of A less that of its columns: what does not cross t cancels. Rows and columns are
+ * sums of the same products of numbers that are rounded to tf32 beforehand, so they differ by the rounding of
+ * fp32 sums alone, and each A_ij has a decay as a factor, since the diagonal is left out. All other terms are
  * added, and none is subtracted.
  *
  * Units. All terms are linear in P, L, dQ~, dK~, dKr and kept, which sums.cuh leaves divided by one number,
  * pair_unit, so that no product with a decay leaves the range of fp32. Results are multiplied by it.
  *
- * Lane (g, t) has channels g and g + 8 of the warp's 16, and tokens 8 i + 2 t and + 1. Registers are short, so
- * what a subchunk needs later waits in shared memory.
+ * Lane (g, t) has channels g and g + 8 of the warp's 16, and tokens 8 i + 2 t and + 1. Registers are short,
+ * so what a subchunk needs later waits in shared memory.
  */
 #ifndef FKDA_HOPPER_CHUNKS_CHANNELS_CUH
 #define FKDA_HOPPER_CHUNKS_CHANNELS_CUH
@@ -36,8 +36,8 @@ namespace fkda
 {
 
 template <class Block> struct ChunkChannels {
-    /* A subchunk's elements of this lane: tile of eight tokens, then channels g, g, g + 8, g + 8 at tokens 2 t,
-     * 2 t + 1, 2 t, 2 t + 1. */
+    /* A subchunk's elements of this lane: tile of eight tokens, then channels g, g, g + 8, g + 8 at tokens 2
+     * t, 2 t + 1, 2 t, 2 t + 1. */
     typedef float Elements[2][4];
 
     const fkda_hopper_chunk_args &all;
@@ -255,8 +255,8 @@ template <class Block> struct ChunkChannels {
         mma_tf32(d, x[0], x[2], x[1], x[3], b0 - cut_to_tf32(b0), b1 - cut_to_tf32(b1));
     }
 
-    /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are those
-     * of subchunk `to`. In one subchunk, only tiles with j <= i. */
+    /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are
+     * those of subchunk `to`. In one subchunk, only tiles with j <= i. */
     template <bool one_subchunk>
     __device__ void read(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
@@ -289,8 +289,7 @@ template <class Block> struct ChunkChannels {
     static __device__ void round(Elements &x)
     {
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            x[i / 4][i % 4] = cut_to_tf32(round_to_tf32(x[i / 4][i % 4]));
+        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = cut_to_tf32(round_to_tf32(x[i / 4][i % 4]));
     }
     static __device__ void clear(Elements &x)
     {
@@ -321,12 +320,12 @@ template <class Block> struct ChunkChannels {
             for (int i = 0; i < 8; i++) wide |= fabsf(sum[i / 4][i % 4]) > MOST;
             wide = __any_sync(~0u, wide);
         }
-        return {make_float2(ex2(middle.x), ex2(middle.y)), make_float2(ex2(rest.x), ex2(rest.y)), middle, rest,
-                wide};
+        return {make_float2(ex2(middle.x), ex2(middle.y)), make_float2(ex2(rest.x), ex2(rest.y)), middle,
+                rest, wide};
     }
 
-    /* The decays from the subchunk's start to a token, and from a token to the subchunk's end. up and down are
-     * those from the eighth token and to it. */
+    /* The decays from the subchunk's start to a token, and from a token to the subchunk's end. up and down
+     * are those from the eighth token and to it. */
     static __device__ float from_start(float up, float sum, const Decays &d, int r)
     {
         return Block::UNBOUNDED ? ex2(sum + of(d.log_before, r)) : up * of(d.before, r);
@@ -363,7 +362,9 @@ template <class Block> struct ChunkChannels {
     /* Where eight numbers of the thread wait: dQ~, dK~ or dKr of a subchunk, then dq or dk. */
     __device__ float4 *sum_stash(int sub, int i) const
     {
-        float4 *const first = sub == 0 ? s.stash : i < 2 ? s.result_stash() : s.late_stash - 4 * FKDA_HOPPER_CHUNK_THREADS;
+        float4 *const first = sub == 0 ? s.stash
+                              : i < 2  ? s.result_stash()
+                                       : s.late_stash - 4 * FKDA_HOPPER_CHUNK_THREADS;
         return first + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane;
     }
 
@@ -484,8 +485,8 @@ template <class Block> struct ChunkChannels {
 
     /* Queries or keys of the second subchunk as readers of the first one. */
     __device__ void read_first(Elements &dx, Elements &x, Elements &written, const Elements &reader,
-                               const Elements &up, const Elements &sum, const Decays &d, const Elements &writers,
-                               const TokenPairs &pairs) const
+                               const Elements &up, const Elements &sum, const Decays &d,
+                               const Elements &writers, const TokenPairs &pairs) const
     {
         Elements got;
         clear(got);
@@ -493,7 +494,8 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
-            const float from_border = from_start(up[n][r], sum[n][r], d, r), there = reader[n][r] * from_border;
+            const float from_border = from_start(up[n][r], sum[n][r], d, r),
+                        there = reader[n][r] * from_border;
             dx[n][r] = __fmaf_rn(got[n][r], from_border, dx[n][r]);
             x[n][r] = __fmaf_rn(there, got[n][r], x[n][r]);
             got[n][r] = there;
@@ -503,8 +505,8 @@ template <class Block> struct ChunkChannels {
     }
 
     /* The same pair by pair, for gates that forget so much that factors would leave the range of fp32. */
-    __device__ void pair_directly(int sub, Elements &dq, Elements &dk, Elements &w, Elements &x, const Elements &q,
-                                  const Elements &k, const Elements &sum) const
+    __device__ void pair_directly(int sub, Elements &dq, Elements &dk, Elements &w, Elements &x,
+                                  const Elements &q, const Elements &k, const Elements &sum) const
     {
         const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
 #pragma unroll
@@ -514,7 +516,8 @@ template <class Block> struct ChunkChannels {
 #pragma unroll 1
                 for (int lane_of_j = 0; lane_of_j < 4; lane_of_j++) { /* of the writer, in the quad */
                     const int j = 16 * sub + 8 * n + 2 * lane_of_j + r % 2, from = (lane & ~3) | lane_of_j;
-                    const float k_j = __shfl_sync(~0u, k[n][r], from), sum_j = __shfl_sync(~0u, sum[n][r], from);
+                    const float k_j = __shfl_sync(~0u, k[n][r], from),
+                                sum_j = __shfl_sync(~0u, sum[n][r], from);
                     float of_w = 0.0f;
 #pragma unroll
                     for (int m = 0; m < 4; m++) { /* the lane's readers of the channel */
@@ -534,15 +537,15 @@ template <class Block> struct ChunkChannels {
                 }
     }
 
-    /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves in
-     * the stash, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
+    /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves
+     * in the stash, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
      * before the subchunk; after: of all after it. */
-    __device__ void compute(int sub, Elements &dq, Elements &dk, Elements &w, Elements &dg, const Elements &sum,
-                            bool wide) const
+    __device__ void compute(int sub, Elements &dq, Elements &dk, Elements &w, Elements &dg,
+                            const Elements &sum, bool wide) const
     {
         const TokenPairs &P = s.queries_with_writes(), &L = s.keys_with_writes();
-        const float2 ones = make_float2(1.0f, 1.0f),
-                     before = sub ? noted_decay(0) : ones, after = sub ? ones : noted_decay(1);
+        const float2 ones = make_float2(1.0f, 1.0f), before = sub ? noted_decay(0) : ones,
+                     after = sub ? ones : noted_decay(1);
         const Decays d = noted_decays(sub);
         float2 from_other = make_float2(0.0f, 0.0f); /* first_y or second_x */
         Elements q, k, x, y; /* x: terms that are summed from t on; y: those summed before t */
@@ -553,7 +556,7 @@ template <class Block> struct ChunkChannels {
         for (int i = 0; i < 8; i++)
             up[i / 4][i % 4] = ex2(sum[i / 4][i % 4]), down[i / 4][i % 4] = ex2(-sum[i / 4][i % 4]);
 
-        /* ---- The state before the chunk as a writer, and the state after it as a reader ---- */
+            /* ---- The state before the chunk as a writer, and the state after it as a reader ---- */
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, r = i % 4;
@@ -626,8 +629,8 @@ template <class Block> struct ChunkChannels {
     /* ---- Gates ---- */
 
     /* Turns the gradient of the log decay into that of the raw gate, and adds up for dt_bias and A_log. The
-     * bounded gate is lower_bound s with s = 1 / (1 + 2^z) and z = slope (g + dt_bias), and its derivative by z
-     * is - lower_bound ln 2 s (1 - s); what is common to all elements is left to finish_sums(). */
+     * bounded gate is lower_bound s with s = 1 / (1 + 2^z) and z = slope (g + dt_bias), and its derivative by
+     * z is - lower_bound ln 2 s (1 - s); what is common to all elements is left to finish_sums(). */
     __device__ void finish_gates(Elements &dg, int sub) const
     {
         float by_bias[2] = {}, by_rate[2] = {};
@@ -657,11 +660,11 @@ template <class Block> struct ChunkChannels {
         add_parameter_sums(by_bias, by_rate, sub);
     }
 
-    /* The softplus gate is -exp(A_log) softplus(g + dt_bias), and the activated one is g. The gradient of a gate
-     * has its decay as a factor. Where this is next to nothing, the gradient is 0: what the sums have left is
-     * their rounding, and A_log would multiply it by a log decay without a bound. */
-    __device__ void finish_unbounded_gates(Elements &dg, const Elements &raw_gates, int sub, float (&by_bias)[2],
-                                           float (&by_rate)[2]) const
+    /* The softplus gate is -exp(A_log) softplus(g + dt_bias), and the activated one is g. The gradient of a
+     * gate has its decay as a factor. Where this is next to nothing, the gradient is 0: what the sums have
+     * left is their rounding, and A_log would multiply it by a log decay without a bound. */
+    __device__ void finish_unbounded_gates(Elements &dg, const Elements &raw_gates, int sub,
+                                           float (&by_bias)[2], float (&by_rate)[2]) const
     {
         const bool softplus = gate_of_call<Block>(args).is_softplus();
         const float factor = softplus ? s.gate[0][warp].factor : 1.0f;
@@ -716,8 +719,8 @@ template <class Block> struct ChunkChannels {
 
     /* Stores the subchunk's elements through the place of a raw tile, in which they take this warp's own
      * channels; or in fp32 as they are. Lane i stores half of the channels of token i / 2. */
-    __device__ void store(const Elements &x, int which, int sub, void *tensor, const fkda_token_strides &strides,
-                          int head) const
+    __device__ void store(const Elements &x, int which, int sub, void *tensor,
+                          const fkda_token_strides &strides, int head) const
     {
         uint32_t pairs[4];
 #pragma unroll
@@ -782,10 +785,10 @@ template <class Block> struct ChunkChannels {
         }
         if (parts && tensor)
             store_fp32(result, sub, [&](int token) {
-                return parts + ((static_cast<long long>(s.at.row) * args.tokens + s.at.token + token) *
-                                    args.heads +
-                                s.at.head) *
-                                   DIM;
+                return parts +
+                       ((static_cast<long long>(s.at.row) * args.tokens + s.at.token + token) * args.heads +
+                        s.at.head) *
+                           DIM;
             });
         else
             store(result, which, sub, tensor, strides, s.at.qk_head);
@@ -816,8 +819,8 @@ template <class Block> struct ChunkChannels {
                 if (sub == 0) stash_gates(gates);
             }
             __syncwarp();
-            note(s.notes.kept, product(product(noted_decay(0), noted_decay(1)),
-                                       make_float2(sums.kept[0], sums.kept[1])));
+            note(s.notes.kept,
+                 product(product(noted_decay(0), noted_decay(1)), make_float2(sums.kept[0], sums.kept[1])));
             __syncwarp();
             /* A loop, so that the code is there once. */
 #pragma unroll 1

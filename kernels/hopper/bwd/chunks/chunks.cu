@@ -62,8 +62,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
 #pragma unroll
         for (int w = 0; w < CHUNK_WARPS; w++) sum += shared.dbeta[w][threadIdx.x];
         sum *= shared.slope[threadIdx.x];
-        const long long at =
-            shared.at.place_of_beta(args.bwd.dbeta_strides, static_cast<int>(threadIdx.x));
+        const long long at = shared.at.place_of_beta(args.bwd.dbeta_strides, static_cast<int>(threadIdx.x));
         if (Block::OPTIONS && args.bwd.fwd.beta_is_f32)
             static_cast<float *>(args.bwd.dbeta)[at] = sum;
         else

@@ -17,7 +17,8 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
     using Gates = typename Base::Gates;
     const fkda_hopper_chunk_args &all;
 
-    __device__ ChunkPreparation(const fkda_hopper_chunk_args &a, Shared<Block> &s) : Base(a.bwd.fwd, s), all(a)
+    __device__ ChunkPreparation(const fkda_hopper_chunk_args &a, Shared<Block> &s)
+        : Base(a.bwd.fwd, s), all(a)
     {
     }
 
@@ -152,10 +153,10 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
                     sums.within[1][i / 4][i % 4] = 0.0f;
                 }
             }
-            this->template prepare_slice<careful>(
-                {shared.at, sub, first, false}, place + sub * SUBCHUNK_BYTES, &shared.gate_offset[0][first],
-                shared.inverse_norm[0][0][0] + lane / 4 + sub * SUBCHUNK,
-                shared.stage[0].gamma_minus_1 + first, sums, gates);
+            this->template prepare_slice<careful>({shared.at, sub, first, false},
+                                                  place + sub * SUBCHUNK_BYTES, &shared.gate_offset[0][first],
+                                                  shared.inverse_norm[0][0][0] + lane / 4 + sub * SUBCHUNK,
+                                                  shared.stage[0].gamma_minus_1 + first, sums, gates);
         }
         const float unit = inverse_power(Base::key_scale(args));
 #pragma unroll

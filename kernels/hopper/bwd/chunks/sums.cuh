@@ -62,7 +62,7 @@ template <class Block> struct ChunkSums {
         const int columns = matrix_row_by_token(lane);
         const uint32_t first = image_columns(0, lane) ^ 32 * warp;
         float both[2][4] = {};
-        const auto add = [&](float (&sum)[CHUNK_TOKENS / 8][4], const uint32_t(&a)[4],
+        const auto add = [&](float(&sum)[CHUNK_TOKENS / 8][4], const uint32_t(&a)[4],
                              const unsigned char *half, int d) {
 #pragma unroll
             for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
@@ -74,8 +74,8 @@ template <class Block> struct ChunkSums {
 #pragma unroll
         for (int d = 0; d < DIM / 16; d++) {
             uint32_t of_state[4], of_gradient[4];
-            load_matrices_transposed(of_state, shared_address(s.state.bytes) + first +
-                                                   16 * d * ImageRows::ROW_BYTES);
+            load_matrices_transposed(of_state,
+                                     shared_address(s.state.bytes) + first + 16 * d * ImageRows::ROW_BYTES);
             load_matrices_transposed(of_gradient, shared_address(s.gradient.bytes) + first +
                                                       16 * d * ImageRows::ROW_BYTES);
             add(to.q, of_state, dout(d / 4), d);

@@ -63,8 +63,8 @@ template <class Block> struct ChunkValues {
         return unit;
     }
 
-    /* x = (image) (keys)^T, where keys are K~ or Kr, and lack(half) is what they lack in half of the channels.
-     * The result is multiplied by key_scale(). */
+    /* x = (image) (keys)^T, where keys are K~ or Kr, and lack(half) is what they lack in half of the
+     * channels. The result is multiplied by key_scale(). */
     template <class Lack> __device__ void read(Rows &x, const ImageRows &image, int tile, Lack lack) const
     {
         const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
@@ -136,9 +136,8 @@ template <class Block> struct ChunkValues {
             for (int i = 0; i < 8; i++) {
                 const uint32_t pair = raw[i / 2];
                 const int tile = 2 * sub + i / 4, e = i % 2;
-                x[tile][i % 4] = 8 * tile + 2 * t + e < s.at.left
-                                     ? (e ? bf16_high(pair) : bf16_low(pair))
-                                     : 0.0f;
+                x[tile][i % 4] =
+                    8 * tile + 2 * t + e < s.at.left ? (e ? bf16_high(pair) : bf16_low(pair)) : 0.0f;
             }
         }
     }
@@ -174,21 +173,21 @@ template <class Block> struct ChunkValues {
         __syncwarp();
         if (call.bwd.dv && lane < s.at.left) {
             const int unit = 16 * warp % 64 / 8;
-            char *to = static_cast<char *>(call.bwd.dv) +
-                       2 * (s.at.place(call.bwd.dv_strides, lane) + 16 * warp);
+            char *to =
+                static_cast<char *>(call.bwd.dv) + 2 * (s.at.place(call.bwd.dv_strides, lane) + 16 * warp);
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                reinterpret_cast<uint4 *>(to)[i] = *token_unit(half, lane, unit + i);
+            for (int i = 0; i < 2; i++) reinterpret_cast<uint4 *>(to)[i] = *token_unit(half, lane, unit + i);
         }
         __syncwarp();
     }
 
     /* ---- Products with matrices between tokens ---- */
 
-    /* d += x m with `place(column, depth)` the lane's row of the matrices for tiles of columns n and n + 1 and
-     * 16 depths. lower: m is zero where depth < column, otherwise where depth > column. x enters in tf32, since
-     * its tokens may be of very different sizes; exact: with what tf32 lacks. An accumulator tile is an A operand whose depths t and t + 4
-     * are tokens 2 t and 2 t + 1, and these are the two fp16 of a register of m. */
+    /* d += x m with `place(column, depth)` the lane's row of the matrices for tiles of columns n and n + 1
+     * and 16 depths. lower: m is zero where depth < column, otherwise where depth > column. x enters in tf32,
+     * since its tokens may be of very different sizes; exact: with what tf32 lacks. An accumulator tile is an
+     * A operand whose depths t and t + 4 are tokens 2 t and 2 t + 1, and these are the two fp16 of a register
+     * of m. */
     template <bool lower, bool transposed, bool exact = false, class Place>
     __device__ void multiply(Rows &d, const Rows &x, Place place) const
     {
@@ -338,7 +337,8 @@ template <class Block> struct ChunkValues {
         for (int i = 0; i < 16; i++)
             du[i / 4][i % 4] =
                 __fmaf_rn(x[i / 4][i % 4], call.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
-        multiply<true, false, true>(dr, du, [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
+        multiply<true, false, true>(dr, du,
+                                    [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, divisor);
 
         /* ---- dbeta and dv ---- */
@@ -346,8 +346,9 @@ template <class Block> struct ChunkValues {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const float b = s.strength[8 * (i / 2) + 2 * t + i % 2];
-            sums[i] = __fmaf_rn(dr[i / 2][i % 2], u[i / 2][i % 2], dr[i / 2][i % 2 + 2] * u[i / 2][i % 2 + 2]) *
-                      rcp(b) * rcp(b);
+            sums[i] =
+                __fmaf_rn(dr[i / 2][i % 2], u[i / 2][i % 2], dr[i / 2][i % 2 + 2] * u[i / 2][i % 2 + 2]) *
+                rcp(b) * rcp(b);
         }
         if (__builtin_expect(faint, 0)) sum_missed(sums, du, dr);
         const float dbeta = sum_over_g(sums, lane); /* of token 8 (g / 2) + 2 t + g % 2 */
