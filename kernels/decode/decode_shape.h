@@ -28,7 +28,7 @@
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */
 #define FKDA_DECODE_VECTORS_OF_A_STEP 4 /* decay, key, query, value */
 #define FKDA_DECODE_VECTORS_OF_A_CHUNK 8
-#define FKDA_DECODE_VECTORS_FOR_LAST_STATE 2                                              /* besides these */
+#define FKDA_DECODE_VECTORS_FOR_LAST_STATE 2 /* besides these */
 #define FKDA_DECODE_STEPS_BYTES(tokens)                                                                      \
     (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_VECTORS_OF_A_STEP * (tokens))
 

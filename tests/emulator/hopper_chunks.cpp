@@ -1,8 +1,8 @@
 /* kernels/hopper/bwd/chunks/ compiled for the emulator. */
 #define fkda fkda_hopper_chunks /* other kernels have some of its names too */
-#include <stdio.h>
 #include "instructions.h"
 #include "kernels.h"
+#include <stdio.h>
 
 #include "../../kernels/hopper/bwd/chunks/chunks.cu"
 

@@ -106,6 +106,20 @@ def test_figures(script, figures, broken):
     assert verdicts(script, report("fkda_wide_a", **figures)) == {"fkda_wide_a": [broken]}
 
 
+@pytest.mark.parametrize(
+    ("figures", "broken"),
+    [
+        ({"stores": 64}, []),
+        ({"stores": 68}, ["spills 68 bytes, planned 64"]),
+        ({"stores": 64, "registers": 169}, ["uses 169 registers, planned 168"]),
+    ],
+)
+def test_planned_spills(script, figures, broken):
+    plan = {"name": "fkda_wide_*", "registers": 168, "static_shared": 0, "spills": 64}
+    [(_, found)] = script.judge(report("fkda_wide_a", **figures), None, [plan])
+    assert found == broken
+
+
 def test_serialised_products_fail_the_kernel_that_has_them(script):
     plans = [PLAN]
     text = report("fkda_wide_a", "fkda_wide_b", said=[SERIAL, SERIAL])
