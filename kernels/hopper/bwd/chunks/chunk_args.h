@@ -21,8 +21,7 @@
 typedef struct fkda_hopper_chunk_args { /* NOLINT(clang-analyzer-optin.performance.Padding): one a launch */
     fkda_bwd_args bwd;                  /* `segment` is FKDA_HOPPER_BWD_CHUNK */
     const unsigned char *states;        /* [slots, HV] border images: the state before the chunk */
-    const unsigned char
-        *gradients; /* [slots, HV] border images: the gradient with respect to the state after it */
+    const unsigned char *gradients;     /* and the gradient with respect to the state after it */
     fkda_tma_descriptor q, k, g, v, dout;
 } fkda_hopper_chunk_args;
 
