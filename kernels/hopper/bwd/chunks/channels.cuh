@@ -362,10 +362,9 @@ template <class Block> struct ChunkChannels {
     /* Where eight numbers of the thread wait: dQ~, dK~ or dKr of a subchunk, then dq or dk. */
     __device__ float4 *sum_stash(int sub, int i) const
     {
-        float4 *const first = sub == 0 ? s.stash
-                              : i < 2  ? s.result_stash()
-                                       : s.late_stash - 4 * FKDA_HOPPER_CHUNK_THREADS;
-        return first + 2 * FKDA_HOPPER_CHUNK_THREADS * i + 32 * warp + lane;
+        const int thread = 32 * warp + lane, part = 2 * FKDA_HOPPER_CHUNK_THREADS * i;
+        if (i == 2 && sub == 1) return s.late_stash + thread;
+        return (sub == 0 ? s.stash : s.result_stash()) + part + thread;
     }
 
     /* Of what the second subchunk leaves for the first one. */
