@@ -1,6 +1,6 @@
 /*
  * The walks of the backward pass, which find what every chunk of 32 tokens needs before it can find its
- * gradients by itself. They are blocks of the forward pass that compute no outputs.
+ * gradients by itself. The walks are blocks of the forward pass that compute no outputs.
  *
  *   fkda_hopper_walk_states_*     carry the state forwards and store it before each chunk
  *   fkda_hopper_walk_gradients_*  carry the gradient with respect to the state back and store it behind each
@@ -9,8 +9,8 @@
  *                                 ../join/join.cuh), for sequences that are cut
  *
  * Loader, preparation and solver are those of the forward pass, since the way back needs the same decayed
- * tiles and the same T and P (step_back() in ../block/recurrence.cuh). It takes the chunks of a work item
- * from the end (ChunkOrder in ../block/cursors.cuh).
+ * tiles and the same T and P (step_back() in ../block/recurrence.cuh). The way back takes the chunks of a
+ * work item from the end (ChunkOrder in ../block/cursors.cuh).
  *
  * In the arguments, `checkpoints.states` is where the images of chunks go, and its `slots` says how many
  * there are. On the way back `initial_state` is the gradient with respect to the final state, `final_state`

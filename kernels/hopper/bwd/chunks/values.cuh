@@ -6,10 +6,11 @@
  *     R  = V - K~ S         U  = T R         M  = R - N U       (what the state does not predict)
  *     dU = Kr D + P^T dO    dR = T^T dU      dX = dU - N^T dR
  *
- * dR is the gradient of v, and the sum over V of dX M that of b. Since U = b M and dR = b dX, it is also that
- * of dR U / b^2. This is cheaper and more accurate, because T has the differences in it; where b is so small
- * that T does not hold it well, M and dX are found themselves. A warp has 16 rows of V, and all tokens as
- * columns, so that the accumulators of one product are the A operand of the next one.
+ * dR is the gradient of v. The gradient of b is the sum over V of dX M, which equals the sum of dR U / b^2,
+ * because U = b M and dR = b dX. The sum of dR U / b^2 is cheaper than that of dX M, and more accurate,
+ * because T has the differences in it. Where b is so small that T does not hold it well, M and dX are
+ * computed after all. A warp has 16 rows of V, and all tokens as columns, so that the accumulators of one
+ * product are the A operand of the next one.
  *
  * U, - dR and dO are left as operands of the sums over V (sums.cuh), divided by one unit each.
  */
