@@ -134,7 +134,8 @@ def test_compile_a_step(device, backend, mode):
             first_slot=1, write_states="none", records=records,
         )  # fmt: skip
         flash_kda.apply_records(records, accepted, state, state_indices=state_indices, first_slot=1)
-        return out + 1, state.sum()
+        # In fp64, since inductor adds in an order of its own, which in fp32 changes the sixth digit.
+        return out + 1, state.sum(dtype=torch.float64)
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     accepted = torch.tensor([1, 3, 4], device=device)
