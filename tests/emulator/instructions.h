@@ -165,13 +165,13 @@ inline void multiply_fragments(void *const *all, int depth, int neighbours)
             for (int i = 0; i < neighbours; i++)
                 b[t * neighbours + i + r * depth / 2][g] = x.b[r * neighbours + i];
     }
-    for (int lane = 0; lane < 32; lane++) {
-        const Fragments &x = *static_cast<Fragments *>(all[lane]);
-        for (int r = 0; r < 4; r++) {
-            const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-            float sum = 0.0f;
-            for (int k = 0; k < depth; k++) sum += a[row][k] * b[k][column];
-            (*x.d)[r] += sum;
+    for (int row = 0; row < 16; row++) {
+        float sums[8] = {};
+        for (int k = 0; k < depth; k++)
+            for (int column = 0; column < 8; column++) sums[column] += a[row][k] * b[k][column];
+        for (int column = 0; column < 8; column++) {
+            const Fragments &x = *static_cast<Fragments *>(all[row % 8 * 4 + column / 2]);
+            (*x.d)[row / 8 * 2 + column % 2] += sums[column];
         }
     }
 }
@@ -614,7 +614,7 @@ template <int block_step, int row_step> uint64_t swizzled_descriptor(uint32_t pl
     return make_descriptor(place, block_step, row_step, 1);
 }
 
-/* An element of a B operand of 16 depths.
+/* The numbers of a B operand of 16 depths.
  *
  * An operand that is not swizzled consists of core matrices of 8 x 16 bytes. The leading step leads to the
  * next core matrix along the depth, and the stride to the next one along the columns.
@@ -622,26 +622,31 @@ template <int block_step, int row_step> uint64_t swizzled_descriptor(uint32_t pl
  * A swizzled operand consists of rows of 128 bytes, whose units of 16 bytes are exchanged by bits 7 to 9 of
  * their address. In a column-major operand a row has 64 columns, and the leading step leads to the next
  * 64. */
-inline float operand_element(const unsigned char *shared, uint64_t b, int column, int depth,
-                             bool column_major)
+template <int columns, bool column_major>
+void load_operand(float (&to)[16][columns], const unsigned char *shared, uint64_t b)
 {
+    constexpr int UNIT = 8, ALONG = column_major ? columns : 16, ACROSS = column_major ? 16 : columns;
     const uint32_t place = (b & 0x3fff) << 4, leading = (b >> 16 & 0x3fff) << 4,
                    stride = (b >> 32 & 0x3fff) << 4;
-    const int along = column_major ? column : depth, across = column_major ? depth : column;
-    uint32_t at;
-    if (b >> 62 == 0) {
-        at = place + static_cast<uint32_t>(column / 8) * stride + static_cast<uint32_t>(depth / 8) * leading +
-             static_cast<uint32_t>(across % 8 * 16 + along % 8 * 2);
-    } else {
-        at = place + static_cast<uint32_t>(along / 64) * leading +
-             static_cast<uint32_t>(across / 8) * stride +
-             static_cast<uint32_t>(across % 8 * 128 + along % 64 * 2);
-        at ^= at >> 3 & 0x70;
-    }
-    uint16_t bits;
-    emulator::check_fenced(shared + at, "wgmma");
-    memcpy(&bits, shared + at, sizeof bits);
-    return from_half(bits);
+    for (int across = 0; across < ACROSS; across++)
+        for (int along = 0; along < ALONG; along += UNIT) {
+            const int column = column_major ? along : across, depth = column_major ? across : along;
+            uint32_t at;
+            if (b >> 62 == 0) {
+                at = place + static_cast<uint32_t>(column / 8) * stride +
+                     static_cast<uint32_t>(depth / 8) * leading + static_cast<uint32_t>(across % 8 * 16);
+            } else {
+                at = place + static_cast<uint32_t>(along / 64) * leading +
+                     static_cast<uint32_t>(across / 8) * stride +
+                     static_cast<uint32_t>(across % 8 * 128 + along % 64 * 2);
+                at ^= at >> 3 & 0x70;
+            }
+            uint16_t unit[UNIT];
+            emulator::check_fenced(shared + at, "wgmma");
+            memcpy(unit, shared + at, sizeof unit);
+            for (int i = 0; i < UNIT; i++)
+                (column_major ? to[depth][column + i] : to[depth + i][column]) = from_half(unit[i]);
+        }
 }
 
 inline void wgmma_fence()
@@ -680,18 +685,19 @@ void wgmma(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b)
                     from_half(static_cast<uint16_t>(x.a[i / 2] >> i % 2 * 16));
         }
         emulator::issue_product([=] {
-            float columns[8 * tiles][16];
-            for (int n = 0; n < 8 * tiles; n++)
+            float numbers[16][8 * tiles];
+            load_operand<8 * tiles, column_major>(numbers, shared, operand);
+            for (int row = 0; row < 16; row++) {
+                float sums[8 * tiles] = {};
                 for (int k = 0; k < 16; k++)
-                    columns[n][k] = operand_element(shared, operand, n, k, column_major);
-            for (int lane = 0; lane < 32; lane++)
-                for (int n = 0; n < tiles; n++)
-                    for (int r = 0; r < 4; r++) {
-                        const int row = lane / 4 + r / 2 * 8, column = 8 * n + lane % 4 * 2 + r % 2;
-                        float sum = 0.0f;
-                        for (int k = 0; k < 16; k++) sum += p.a[row][k] * columns[column][k];
-                        p.d[lane][n][r] = add ? p.d[lane][n][r] + sum : sum;
-                    }
+                    for (int column = 0; column < 8 * tiles; column++)
+                        sums[column] += p.a[row][k] * numbers[k][column];
+                for (int column = 0; column < 8 * tiles; column++) {
+                    const int lane = row % 8 * 4 + column % 8 / 2, r = row / 8 * 2 + column % 2;
+                    float &to = p.d[lane][column / 8][r];
+                    to = add ? to + sums[column] : sums[column];
+                }
+            }
         });
     });
 }

@@ -40,7 +40,8 @@ using JumpBuffer = void *[5];
     __builtin_longjmp(buffer, 1);
 }
 
-constexpr size_t STACK_BYTES = 64 << 10;
+/* Of a thread. A power of two would put the tops of all stacks into the same few lines of the caches. */
+constexpr size_t STACK_BYTES = (64 << 10) + 9 * 64;
 constexpr int NAMED_BARRIERS = 16, COPIES_IN_FLIGHT = 64;
 constexpr int WARPGROUP = 4;         /* warps */
 constexpr int MOST_WARPGROUPS = 8;   /* of a CTA */
@@ -368,7 +369,7 @@ void *const *come_last(const char *what, void *mine)
 {
     auto &g = warp->gathering;
     if (g.arrived == 0) g.what = what;
-    if (strcmp(g.what, what) != 0)
+    if (g.what != what && strcmp(g.what, what) != 0)
         fail("threads of a warp meet at %s and at %s: thread %u of CTA %u", g.what, what, lane->view.thread.x,
              lane->view.block.x);
     g.all[lane->view.thread.x % LANES] = mine;
