@@ -8,7 +8,8 @@ and the C programs run small problems (FLASH_KDA_TEST_QUICK=1). With --all the C
 
 Every few seconds a line says how far the tests are. The output of a test that fails is shown as soon as the
 test's runner gives it; all other output is in FOLDER/Testing. CTest runs as many programs at a time as there
-are processors. pytest is one process, so it has priority: whatever it leaves goes to the C programs.
+are processors, and pytest as many workers, up to WORKERS. pytest has priority: whatever it leaves goes to the
+C programs.
 
 No test is ended because a clock on the wall has moved on, since a busy machine is slow but not wrong. Tests
 are ended if they have had next to no processor time for minutes and none of them has ended (they wait for
@@ -39,6 +40,8 @@ STANDSTILL_PROCESSOR_SECONDS = 2
 PROCESSORS = len(os.sched_getaffinity(0))
 MOST_PROCESSOR_SECONDS = 3600 * PROCESSORS  # of one process
 MOST_PROGRAMS = 16  # at a time, since each takes memory of its own, also on a GPU
+# Of pytest. Each imports PyTorch, and on a machine with a GPU tests would share the GPU's memory.
+WORKERS = 1 if Path("/dev/nvidiactl").exists() else min(PROCESSORS, 4)
 NO_LIMIT_SECONDS = 10**7  # for CTest, which would otherwise end a test after 1500 seconds on the wall
 GPU = re.compile("cuda|gpu", re.IGNORECASE)  # in the reason of a skip
 
@@ -151,12 +154,19 @@ class CTests(Suite):
 
 class PythonTests(Suite):
     name = "Python"
-    RESULT = re.compile(r"^(?:(\S.*?) +)?(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b.*\[ *(\d+)/(\d+)\]$")
+    VERDICT = "(?P<verdict>PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)"
+    COUNT = r"\[ *(?P<done>\d+)/(?P<total>\d+)\]"
+    RESULTS = (
+        re.compile(rf"(?:(?P<test>\S.*?) +)?{VERDICT}\b.*{COUNT}$"),
+        re.compile(rf"\[gw\d+\] {COUNT} {VERDICT} (?P<test>\S.*?) *$"),  # of a worker
+    )
 
     def __init__(self, build: str, everything: bool, folder: Path) -> None:
         self._showing = False
         command = [sys.executable, "-m", "pytest", "tests/python", "-v", "-o", "console_output_style=count"]
         command += ["--junitxml", str(folder / f"{self.name}.xml")]
+        if WORKERS > 1:
+            command += ["-n", str(WORKERS), "--dist", "worksteal"]
         # The package is tested as built, from the build folder, without being installed.
         path = os.pathsep.join(filter(None, [str(Path(build, "python").resolve()), os.getenv("PYTHONPATH")]))
         # PyTorch and NumPy compute small references in the tests. Threads that wait for each other would take
@@ -168,20 +178,22 @@ class PythonTests(Suite):
         )
 
     def line(self, text: str) -> None:
-        found = self.RESULT.match(text)
+        found = self.RESULTS[0].match(text) or self.RESULTS[1].match(text)
         if found:
-            self.done, self.total = int(found[3]), int(found[4])
-            if found[2] in ("FAILED", "ERROR"):
-                self.failed.append(found[1] or "")
-                show(f"{found[1]} {found[2]}")
+            self.done, self.total = int(found["done"]), int(found["total"])
+            if found["verdict"] in ("FAILED", "ERROR"):
+                self.failed.append(found["test"] or "")
+                show(f"{found['test']} {found['verdict']}")
         if re.match("=+ (FAILURES|ERRORS) =+$", text):
             self._showing = True
         if self._showing:
             show(text)
 
     def end(self) -> None:
-        """pytest's handler of faults says where every thread is."""
-        self.process.send_signal(signal.SIGABRT)
+        """pytest's handler of faults says where every thread is. A test whose worker ends has failed, and
+        another worker goes on."""
+        for process in family(self.process.pid)[1 if WORKERS > 1 else 0 :]:
+            kill(process, signal.SIGABRT)
 
 
 class Result:

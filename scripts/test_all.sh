@@ -1,23 +1,33 @@
 #!/bin/sh
-# test_all.sh: everything that guards the code on a machine without a GPU, one after the other, even if some
-# fail: the tests, the C tests under the sanitizers and for aarch64, other versions of Python, and the fuzz
-# harnesses. The last lines say which failed, how many cases each has had, and how many seconds each took.
-# Needs BUILD, PYTHON, and what scripts/run_tests.py, sanitize.sh and fuzz.sh need.
+# test_all.sh [beside]: everything that guards the code on a machine without a GPU, even if some of it fails:
+# the tests, the C tests under the sanitizers and for aarch64, other versions of Python, and the fuzz
+# harnesses. The tests have priority. All else runs beside them, one step after the other, since no step keeps
+# all processors busy all the time. A step's output is in BUILD/test-all. The output of a step that failed is
+# shown once all have ended. The last lines say which failed, how many cases each has had, and how many
+# seconds each took.
+#
+# With `beside` it runs the other steps alone, which it starts itself in a process group of their own, so
+# that Ctrl-C ends them too. Needs BUILD, PYTHON, and what scripts/run_tests.py, sanitize.sh and fuzz.sh need.
 set -u
 logs=$BUILD/test-all
 mkdir -p "$logs"
 failed=""
 took=""
 
-# step NAME COMMAND...
+# step NAME COMMAND...: leaves NAME.log, NAME.seconds, and NAME.failed if the command fails.
 step() {
     name=$1
     shift
-    printf '\n== %s\n' "$name"
     began=$(date +%s)
     { "$@" 2>&1 || echo "$name" >"$logs/$name.failed"; } | tee "$logs/$name.log"
-    if [ -e "$logs/$name.failed" ]; then failed="$failed $name"; fi
-    took="$took${took:+, }$name $(($(date +%s) - began))"
+    echo $(($(date +%s) - began)) >"$logs/$name.seconds"
+}
+
+beside_the_tests() {
+    for which in address thread; do step $which nice sh scripts/sanitize.sh $which; done
+    step aarch64 nice sh scripts/test_aarch64.sh
+    step pythons nice "$PYTHON" scripts/test_pythons.py "$BUILD"
+    step fuzz nice sh scripts/fuzz.sh
 }
 
 # The checks that the C tests of a build folder counted, and the inputs of corpora that they replayed.
@@ -30,13 +40,23 @@ checks_in() {
 # The C tests that ran, as ctest counts them.
 programs_in() { sed -n 's/.*tests passed.* out of \([0-9]*\).*/\1/p' "$logs/$1.log" | tail -n 1; }
 
-rm -f "$logs"/*.failed
+if [ "${1-}" = beside ]; then
+    beside_the_tests
+    exit
+fi
+rm -f "$logs"/*.failed "$logs"/*.seconds
+setsid sh scripts/test_all.sh beside >"$logs/beside.log" 2>&1 &
+trap 'kill -- -$!; exit 130' INT TERM
 step tests "$PYTHON" scripts/run_tests.py --all "$BUILD"
-step address sh scripts/sanitize.sh address
-step thread sh scripts/sanitize.sh thread
-step aarch64 sh scripts/test_aarch64.sh
-step pythons "$PYTHON" scripts/test_pythons.py "$BUILD"
-step fuzz sh scripts/fuzz.sh
+echo "Waiting for sanitizers, other architectures and fuzz harnesses: $logs/beside.log"
+wait
+for name in tests address thread aarch64 pythons fuzz; do
+    if [ -e "$logs/$name.failed" ]; then
+        failed="$failed $name"
+        [ $name = tests ] || { printf '\n== %s\n' $name; tail -n 300 "$logs/$name.log"; }
+    fi
+    took="$took${took:+, }$name $(cat "$logs/$name.seconds")"
+done
 
 printf '\n== cases\n'
 echo "tests:    $(tail -n 1 "$logs/tests.log"); $(checks_in "$BUILD")"

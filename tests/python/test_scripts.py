@@ -213,24 +213,31 @@ def test_run_tests_says_how_far_they_are(run_tests):
 
 
 def test_run_tests_when_a_runner_breaks(run_tests):
-    status, lines = run_tests('add_test(good sh -c "exit 0")', "import os\ndef test(): os._exit(3)")
+    ends = "import os\ndef test(): os._exit(3)"
+    status, lines = run_tests('add_test(good sh -c "exit 0")', ends, WORKERS=1)
     assert status == 1
     assert lines[-1].startswith("C: 1 passed, 0 failed; Python: 0 passed, 0 failed, and its runner failed; ")
+    status, lines = run_tests('add_test(good sh -c "exit 0")', ends + "\ndef test_good(): pass", WORKERS=2)
+    assert status == 1
+    assert lines[-1].startswith("C: 1 passed, 0 failed; Python: 1 passed, 1 failed; ")
     status, lines = run_tests("", "def test(): pass")
     assert status == 1
     assert lines[-1].startswith("C: 0 passed, 0 failed, and its runner failed; Python: 1 passed, 0 failed; ")
 
 
-def test_run_tests_ends_what_waits_for_ever(run_tests):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_run_tests_ends_what_waits_for_ever(run_tests, workers):
     c_tests = 'add_test(stuck sleep 1000)\nadd_test(good sh -c "exit 0")\n'
     python_tests = "import time\ndef test_stuck(): time.sleep(1000)\n"
     limits = {"STANDSTILL_SECONDS": 5, "STANDSTILL_PROCESSOR_SECONDS": 0.02}
-    status, lines = run_tests(c_tests, python_tests, REPORT_SECONDS=0.1, **limits)
+    status, lines = run_tests(c_tests, python_tests, REPORT_SECONDS=0.1, WORKERS=workers, **limits)
     assert status == 1
     assert "C tests: nothing has moved for 5 s. They are ended." in lines
     assert "Python tests: nothing has moved for 5 s. They are ended." in lines
     assert any("test_it.py" in line and "in test_stuck" in line for line in lines), "where pytest was"
-    assert lines[-1].startswith("C: 1 passed, 1 failed, and its runner failed; Python: 0 passed, 0 failed, a")
+    failed = 0 if workers == 1 else 1  # a worker that ends fails its test
+    counts = f"Python: 0 passed, {failed} failed, and its runner failed; "
+    assert lines[-1].startswith(f"C: 1 passed, 1 failed, and its runner failed; {counts}")
 
 
 def test_run_tests_leaves_a_runner_alone_that_has_ended(monkeypatch):
