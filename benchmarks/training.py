@@ -2,7 +2,7 @@
 
     python benchmarks/training.py
     python benchmarks/training.py --shapes 96:8192 8:65536 --kernel portable --kernel hopper --json bwd.json
-    python benchmarks/training.py --shapes 96:8192 --launches
+    python benchmarks/training.py --shapes 96:8192 --launches --workspace-limit 4611686018427387904
 
 A shape is HEADS:LENGTHS, as in peers.py. Each row is the backward pass alone: all gradients (those of q, k,
 v, g, beta, A_log, dt_bias and the initial state) from those of the output and the final state. Gates are as
@@ -61,7 +61,7 @@ def make_sets(shape: str, device: str) -> list[dict[str, Any]]:
     return sets
 
 
-def our_calls(sets: list[dict[str, Any]], kernel: str | None) -> list[Callable[[], tuple]]:
+def our_calls(sets: list[dict[str, Any]], kernel: str | None, limit: int) -> list[Callable[[], tuple]]:
     import torch
 
     import flash_kda
@@ -71,7 +71,7 @@ def our_calls(sets: list[dict[str, Any]], kernel: str | None) -> list[Callable[[
     def call_of(x: dict[str, Any]) -> Callable[[], tuple]:
         def call() -> tuple:
             gradients = {f"d{name}": torch.empty_like(x[name]) for name in inputs}
-            flash_kda.bwd(**x, **gradients, kernel=kernel)
+            flash_kda.bwd(**x, **gradients, kernel=kernel, workspace_limit=limit)
             return tuple(gradients.values())
 
         return call
@@ -106,13 +106,13 @@ def fla_calls(sets: list[dict[str, Any]]) -> list[Callable[[], tuple]]:
     return [call_of(x) for x in sets]
 
 
-def bytes_of_workspace(shape: str, kernel: str | None, device: str) -> float:
+def bytes_of_workspace(shape: str, kernel: str | None, limit: int, device: str) -> float:
     """For each token and head: what a call takes from PyTorch beyond what it is given and returns."""
     import torch
 
     sets = make_sets(shape, device)[:1]
     heads, lengths = parse(shape)
-    call = our_calls(sets, kernel)[0]
+    call = our_calls(sets, kernel, limit)[0]
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -138,7 +138,9 @@ def launches_of(call: Callable[[], tuple], repeats: int = 5) -> list[tuple[str, 
     return [(name, ms) for name, ms in times if ms > 0]
 
 
-def time_row(shape: str, sides: list[str], rounds: int, launches: bool, device: str) -> dict[str, Any]:
+def time_row(
+    shape: str, sides: list[str], rounds: int, limit: int, launches: bool, device: str
+) -> dict[str, Any]:
     import torch
     from peer_timing.timing import Timed
 
@@ -147,7 +149,7 @@ def time_row(shape: str, sides: list[str], rounds: int, launches: bool, device: 
     for side in sides:
         try:
             kernel = None if side == "flash_kda" else side
-            calls = fla_calls(sets) if side == FLA else our_calls(sets, kernel)
+            calls = fla_calls(sets) if side == FLA else our_calls(sets, kernel, limit)
             timed[side] = Timed(calls, device)
         except Exception as error:  # whatever a side raises that cannot make the call
             print(f"{side}, {shape}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
@@ -163,7 +165,8 @@ def time_row(shape: str, sides: list[str], rounds: int, launches: bool, device: 
         torch.cuda.empty_cache()
         ours = [side for side in sides if side != FLA and side in row["ms"]]
         row["bytes"] = {
-            side: bytes_of_workspace(shape, None if side == "flash_kda" else side, device) for side in ours
+            side: bytes_of_workspace(shape, None if side == "flash_kda" else side, limit, device)
+            for side in ours
         }
         torch.cuda.empty_cache()
     return row
@@ -182,6 +185,13 @@ def main(argv: list[str]) -> None:
         help="of this package; given again, one more; default: its choice",
     )
     add("--rounds", type=int, default=5, help="default: 5")
+    add(
+        "--workspace-limit",
+        type=int,
+        default=0,
+        metavar="BYTES",
+        help="as flash_kda.bwd takes it; default: half of the bytes of q, k, v and g",
+    )
     add("--no-fla", action="store_true", help="this package alone")
     add("--launches", action="store_true", help="name the launches of this package and their times")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: plain calls of this package only")
@@ -192,6 +202,8 @@ def main(argv: list[str]) -> None:
             parse(shape)
     except ValueError as error:
         parser.error(f"argument --shapes: {error}")
+    if options.workspace_limit < 0:
+        parser.error(f"argument --workspace-limit: {options.workspace_limit} is less than 0")
     if options.rounds < 1:
         parser.error(f"argument --rounds: {options.rounds} is not a positive number")
     try:
@@ -212,7 +224,9 @@ def main(argv: list[str]) -> None:
     print("|" + " --- |" * (6 + len(sides)))
     results = {}
     for shape in options.shapes:
-        row = time_row(shape, sides, options.rounds, options.launches, options.device)
+        row = time_row(
+            shape, sides, options.rounds, options.workspace_limit, options.launches, options.device
+        )
         floor = 1e3 * bytes_once(shape) / rate
         times = row["ms"]
         cells = [*label(shape), f"{floor:.3f}", f"{BARS[shape]:.2f}" if shape in BARS else ""]

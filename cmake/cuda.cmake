@@ -167,7 +167,7 @@ flash_kda_add_kernel(decode kernels/decode/decode.cu
 flash_kda_add_kernel(decode_layer kernels/decode/layer.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 target_sources(flashkda PRIVATE
-  src/cuda/bwd.c src/cuda/decode.c src/cuda/decode_launch.c src/cuda/decode_layer.c
+  src/cuda/bwd.c src/cuda/bwd_waves.c src/cuda/decode.c src/cuda/decode_launch.c src/cuda/decode_layer.c
   src/cuda/nonfinite.c src/cuda/portable/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 

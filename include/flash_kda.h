@@ -397,15 +397,22 @@ typedef struct flash_kda_bwd_params {
     int32_t beta_kind;        /* flash_kda_beta */
     int32_t qk_is_normalised; /* 1: q and k are used as they are */
     int32_t state_k_first;    /* 1: states and their gradients are [.., K, V] */
-    int32_t reserved;         /* 0 */
+    int32_t batch_invariant;  /* 1: gradients of a sequence do not depend on what else is in the batch, except
+                                 those that are sums over tokens, dA_log and ddt_bias */
     int64_t max_seqlen;       /* as in flash_kda_fwd_params; on the CPU it changes nothing */
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
+    /* On a GPU: the most bytes of workspace that the call should need. If all heads at once would need more,
+     * it computes some of the heads after the others, which takes longer; the fewest are one head of q and k,
+     * even if that needs more than the limit. 0: half of the bytes of q, k, v and g, and at least 64 MiB.
+     * SIZE_MAX: all heads at once. Gradients may differ in their last bits between limits, unless
+     * batch_invariant is set. */
+    size_t workspace_limit;
 } flash_kda_bwd_params;
 
 /* Bytes of workspace that flash_kda_bwd() needs for these arguments. Depends on what
- * flash_kda_fwd_workspace_size() looks at, on which gradients there are, and on whether `saved` is there: no
- * pointer needs to be set (an optional tensor counts if its ndim is not 0, and `saved` if saved_size is not
- * 0). */
+ * flash_kda_fwd_workspace_size() looks at, on which gradients there are, on workspace_limit, and on whether
+ * `saved` is there: no pointer needs to be set (an optional tensor counts if its ndim is not 0, and `saved`
+ * if saved_size is not 0). */
 FLASH_KDA_API flash_kda_status flash_kda_bwd_workspace_size(const flash_kda_bwd_params *params,
                                                             size_t *bytes);
 

@@ -8,7 +8,7 @@
 #include "cpu/cpu.h"
 #include "kernel.h"
 
-_Static_assert(offsetof(flash_kda_bwd_params, interrupt) + sizeof(const volatile int32_t *) ==
+_Static_assert(offsetof(flash_kda_bwd_params, workspace_limit) + sizeof(size_t) ==
                    sizeof(flash_kda_bwd_params),
                "the struct must not end in padding: a later field there would read what an older caller left "
                "in it");
@@ -100,7 +100,7 @@ static flash_kda_status check_options(const flash_kda_bwd_params *p, const fkda_
     TRY(fkda_check_host(p->cpu_threads, p->interrupt));
     TRY(fkda_check_max_seqlen(p->max_seqlen, s->tokens));
     TRY(fkda_check_saved_pointer(p->saved, p->saved_size, purpose));
-    if (p->reserved != 0) return INVALID("reserved is %d; it must be 0", p->reserved);
+    TRY(fkda_check_flag(p->batch_invariant, "batch_invariant"));
     TRY(fkda_check_gate_tensors(p->gate, has(&p->A_log, purpose), has(&p->dt_bias, purpose)));
     if (purpose == FKDA_FOR_REFERENCE) return FLASH_KDA_OK;
     if (has(&p->dA_log, purpose) && !has(&p->A_log, purpose))
@@ -196,6 +196,7 @@ static flash_kda_status fill_shape(const flash_kda_bwd_params *p, fkda_purpose p
 {
     out->device = p->device;
     out->max_seqlen = p->max_seqlen;
+    out->batch_invariant = p->batch_invariant;
     out->kernel_is_asked_for = p->kernel != NULL;
     if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
     const int32_t features = FKDA_BACKWARD | (p->saved || p->saved_size ? FKDA_SAVED : 0);
@@ -210,7 +211,8 @@ flash_kda_status fkda_complete_bwd_params(const flash_kda_bwd_params **params, f
 {
     const void *from = *params;
     const flash_kda_status status =
-        fkda_complete_struct(&from, complete, sizeof *complete, sizeof *complete, "flash_kda_bwd_params");
+        fkda_complete_struct(&from, complete, offsetof(flash_kda_bwd_params, workspace_limit),
+                             sizeof *complete, "flash_kda_bwd_params");
     *params = from;
     return status;
 }
@@ -230,6 +232,7 @@ flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purp
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     TRY(fill_shape(p, purpose, shape));
     out->has_saved = p->saved || (purpose == FKDA_FOR_SHAPES && p->saved_size);
+    out->workspace_limit = p->workspace_limit;
     out->wants_parameters = has(&p->dA_log, purpose) || has(&p->ddt_bias, purpose);
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */
     fill_inputs(p, &out->fwd);

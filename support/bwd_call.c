@@ -251,6 +251,8 @@ flash_kda_status bwd_call_open(bwd_call *c, const bwd_problem *b, bwd_options op
         free(image);
         param_of(&c->params, which)->data = buffer_start(&c->buffers[i]);
     }
+    c->params.batch_invariant = options.batch_invariant;
+    c->params.workspace_limit = options.workspace_limit;
     size_t bytes;
     const flash_kda_status status = flash_kda_bwd_workspace_size(&c->params, &bytes);
     if (status != FLASH_KDA_OK) {

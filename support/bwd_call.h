@@ -51,6 +51,8 @@ typedef struct bwd_options {
     layout layouts[GRADIENTS]; /* contiguous, padded or head-major; of states: padded or not */
     bool bf16_dfinal_state;
     bool saves; /* a forward pass saves states, which the call reads */
+    bool batch_invariant;
+    size_t workspace_limit;
     int absent; /* a bit for each gradient that is not wanted */
 } bwd_options;
 

@@ -798,7 +798,8 @@ def chunk_kda(
             With use_graph, a max_num_seqs that is given must be N.
         kwargs: A_log (HV elements, or None with a lower_bound), dt_bias (HV * K elements, or None),
             chunk_size (tokens between intermediate states: 64, or 32), transpose_state_layout (an older name
-            of state_v_first).
+            of state_v_first). FLA does not have these: kernel and batch_invariant, as for `fwd`, and
+            workspace_limit, as for `bwd`, which is for the backward pass alone.
 
     Returns:
         (out, final_state): bf16 [B, T, HV, V], and fp32 [N, HV, K, V] or None. With

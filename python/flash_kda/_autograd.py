@@ -31,8 +31,9 @@ Tensor = torch.Tensor
 
 #: the inputs that have gradients, in the order of GRADIENTS
 INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
-#: the options of both operators, in their order
-OPTIONS = (
+# The options of both operators, in their order: the first ones lie before what is an operator's own, and the
+# others, which are younger, behind it, so that exported programs still fit.
+_OLDER = (
     "max_seqlen",
     "use_gate_in_kernel",
     "use_qk_l2norm_in_kernel",
@@ -40,6 +41,9 @@ OPTIONS = (
     "allow_neg_eigval",
     "state_v_first",
 )
+_YOUNGER = {"kernel": None, "batch_invariant": False, "workspace_limit": 0}  # with their defaults
+#: the options of both operators
+OPTIONS = (*_OLDER, *_YOUNGER)
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens"
@@ -49,10 +53,11 @@ _REST = (
     "bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, "
     "bool state_v_first"
 )
-_FORWARD = f"({_TENSORS}, {_REST}, bool output_final_state, bool save) -> (Tensor, Tensor, Tensor)"
+_LAST = "str? kernel_name=None, bool batch_invariant=False, int workspace_limit=0"
+_FORWARD = f"({_TENSORS}, {_REST}, bool output_final_state, bool save, {_LAST}) -> (Tensor, Tensor, Tensor)"
 # wanted: bit i is set if the i-th gradient of GRADIENTS is wanted.
 _BACKWARD = (
-    f"({_TENSORS}, Tensor? saved, Tensor? dout, Tensor? dfinal_state, {_REST}, int wanted) -> "
+    f"({_TENSORS}, Tensor? saved, Tensor? dout, Tensor? dfinal_state, {_REST}, int wanted, {_LAST}) -> "
     f"({', '.join(['Tensor'] * len(GRADIENTS))})"
 )
 _READ = (*INPUTS, "cu_seqlens")
@@ -78,6 +83,22 @@ def _call(known: Any, arrays: dict[str, Any], values: tuple, scale: float, lower
     given = {n: arrays[n] for n in (*cls.required_arrays, *cls.optional_arrays) if arrays.get(n) is not None}
     options = _options_of(known, given, values, lower_bound)
     _torch.call_below_autograd([*given.values()], options, scale, 0.0 if lower_bound is None else lower_bound)
+
+
+def in_order(numbers_and_options: tuple, *own: Any) -> tuple[Any, ...]:
+    """The arguments of an operator behind its tensors. numbers_and_options: scale, lower_bound and the values
+    of OPTIONS. own: those that only this operator has."""
+    older = 2 + len(_OLDER)
+    return (*numbers_and_options[:older], *own, *numbers_and_options[older:])
+
+
+def taken_apart(arguments: tuple, own: int) -> tuple[Any, Any, tuple, tuple]:
+    """From the arguments of an operator behind its tensors: scale, lower_bound, the values of OPTIONS, and
+    the arguments that only this operator has. PyTorch leaves out what has its default at the end."""
+    scale, lower_bound, *rest = arguments
+    older, younger = rest[: len(_OLDER)], rest[len(_OLDER) + own :]
+    defaults = tuple(_YOUNGER.values())[len(younger) :]
+    return scale, lower_bound, (*older, *younger, *defaults), tuple(rest[len(_OLDER) :][:own])
 
 
 def _shape_of_states(cu_seqlens: Any, v: Tensor) -> tuple[Any, ...]:
@@ -131,17 +152,17 @@ def _bytes_to_save(given: dict[str, Any], values: tuple, lower_bound: Any) -> in
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     arrays = {n: x for n, x in zip(_READ, arguments) if x is not None}
-    scale, lower_bound, *rest = arguments[len(_READ) :]
-    *values, output_final_state, save = rest
+    scale, lower_bound, values, own = taken_apart(arguments[len(_READ) :], 2)
+    output_final_state, save = own
     v = arrays["v"]
     goes_back = {**arrays, "dv": v}
-    options = _options_of(BWD, goes_back, tuple(values), lower_bound)
+    options = _options_of(BWD, goes_back, values, lower_bound)
     _check_goes_back(options, _device_of(v), _looks(goes_back))
-    out, state, saved = _new_results(arrays, tuple(values), lower_bound, output_final_state, save)
+    out, state, saved = _new_results(arrays, values, lower_bound, output_final_state, save)
     written = {"out": out, "final_state": state if output_final_state else None}
     if saved.numel():
         written["saved"] = saved
-    _call(FWD, {**arrays, **written}, tuple(values), scale, lower_bound)
+    _call(FWD, {**arrays, **written}, values, scale, lower_bound)
     return out, state, saved
 
 
@@ -162,8 +183,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors without memory get the checks that need none. The size of what is saved is a number of C's, so
     a compiler that keeps sizes open fixes them where something is saved."""
     arrays = {n: x for n, x in zip(_READ, arguments) if x is not None}
-    _, lower_bound, *rest = arguments[len(_READ) :]
-    *values, output_final_state, save = rest
+    _, lower_bound, values, own = taken_apart(arguments[len(_READ) :], 2)
+    output_final_state, save = own
     results = _new_results(
         arrays, (int(values[0]) if save else 0, *values[1:]), lower_bound, output_final_state, save
     )
@@ -179,12 +200,12 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     names = (*_READ, "saved", "dout", "dfinal_state")
     arrays = {n: x for n, x in zip(names, arguments) if x is not None}
-    scale, lower_bound, *values, wanted = arguments[len(names) :]
+    scale, lower_bound, values, (wanted,) = taken_apart(arguments[len(names) :], 1)
     gradients = _new_gradients(arrays, wanted)
     # Gradients without elements need no call, and C takes their addresses for absent ones.
     written = {n: x for n, x in gradients.items() if x.numel()}
     if written:
-        _call(BWD, {**arrays, **written}, tuple(values), scale, lower_bound)
+        _call(BWD, {**arrays, **written}, values, scale, lower_bound)
     return tuple(_as_input(gradients[name], arrays.get(source)) for name, source in zip(GRADIENTS, INPUTS))
 
 
@@ -207,14 +228,16 @@ def _as_input(gradient: Tensor, x: Any) -> Tensor:
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     arrays = {n: x for n, x in zip(_READ, arguments) if x is not None}
-    gradients = _new_gradients(arrays, arguments[-1])
+    _, _, _, (wanted,) = taken_apart(arguments[len(_READ) + 3 :], 1)
+    gradients = _new_gradients(arrays, wanted)
     return tuple(_as_input(gradients[name], arrays.get(source)) for name, source in zip(GRADIENTS, INPUTS))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     saved = output[2]
     ctx.save_for_backward(*inputs[: len(_READ)], saved if saved.numel() else None)
-    ctx.rest = inputs[len(_READ) : -2]
+    scale, lower_bound, values, _ = taken_apart(inputs[len(_READ) :], 2)
+    ctx.rest, ctx.count = (scale, lower_bound, *values), len(inputs)
     ctx.set_materialize_grads(False)
 
 
@@ -225,11 +248,11 @@ def _gradients_of(ctx: Any, dout: Any, dfinal_state: Any, _: Any) -> tuple[Any, 
 def _go_back(backward: Any, ctx: Any, dout: Any, dfinal_state: Any) -> tuple[Any, ...]:
     """What autograd wants of a backward pass: a gradient or None for each argument of _FORWARD."""
     needed = ctx.needs_input_grad[: len(INPUTS)]
-    others = (None,) * (1 + len(ctx.rest) + 2)  # cu_seqlens, scale, ..., output_final_state, save
+    others = (None,) * (ctx.count - len(INPUTS))
     if dout is None and dfinal_state is None:
         return (None,) * len(INPUTS) + others
     wanted = sum(1 << i for i, needs in enumerate(needed) if needs)
-    gradients = backward(*ctx.saved_tensors, dout, dfinal_state, *ctx.rest, wanted)
+    gradients = backward(*ctx.saved_tensors, dout, dfinal_state, *in_order(ctx.rest, wanted))
     return tuple(x if needs else None for x, needs in zip(gradients, needed)) + others
 
 

@@ -62,6 +62,8 @@ def bwd(
     use_beta_sigmoid_in_kernel: bool = True,
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
+    batch_invariant: bool = False,
+    workspace_limit: int = 0,
 ) -> None:
     """The backward pass: from the gradients of a loss with respect to the results of `fwd`, those with
     respect to its inputs. Writes the gradients that are given, and returns None. A gradient that is None is
@@ -94,6 +96,13 @@ def bwd(
         use_gate_in_kernel, use_qk_l2norm_in_kernel: those of the forward pass.
         use_beta_sigmoid_in_kernel, allow_neg_eigval: those of the forward pass.
         state_v_first: that of the forward pass. False: the gradients of states are [.., K, V], too.
+        batch_invariant: True: gradients of a sequence do not depend on what else is in the batch, except
+            dA_log and ddt_bias, which are sums over all tokens. With few heads on a GPU the call may take
+            longer.
+        workspace_limit: on a GPU, the most bytes of workspace that the call should need. If all heads at once
+            would need more, some of the heads are computed after the others, which takes longer; one head of
+            q and k is the fewest, even if it needs more. 0: half of the bytes of q, k, v and g, and at least
+            64 MiB. Gradients may differ in their last bits between limits, unless batch_invariant is True.
 
     Gradients are written, not added to what the arrays held. Strides are as in `fwd`: those of dout, dq, dk,
     dv and dg are free except in the last dimension, those of dbeta in all dimensions, and those of states in
@@ -125,7 +134,8 @@ def bwd(
     # A compiler traces the constructor, since it cannot trace a cache.
     options = (BwdOptions if is_traced else BWD.known)(
         given, kernel, threads, max_seqlen, use_gate_in_kernel, use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, lower_bound is not None,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, batch_invariant, workspace_limit,
+        lower_bound is not None,
     )  # fmt: skip
     if lower_bound is None:
         lower_bound = 0.0  # which C does not look at
@@ -157,7 +167,8 @@ def bwd_reference(
     """What `bwd` computes, token by token in fp64 on the CPU: slow, and meant for tests.
 
     Takes the arguments of `bwd`, as `reference` takes those of `fwd`, and its options by keyword. Options
-    that change no result (kernel, threads, max_seqlen) are taken and change nothing.
+    that change no result (kernel, threads, max_seqlen, batch_invariant, workspace_limit) are taken and change
+    nothing.
 
     Returns all gradients in fp64 under the names that `bwd` has for them: CPU tensors if q is a tensor, else
     NumPy arrays. dA_log has the shape [HV] and ddt_bias [HV, K]; they are None without A_log and without

@@ -14,6 +14,7 @@ from ._call_options import (
     GateAndBeta,
     KnownOptions,
     count,
+    flag,
     gate_option,
     kernel_option,
     negated_option,
@@ -57,6 +58,8 @@ class BwdOptions(GateAndBeta, CallOptions):
     use_beta_sigmoid_in_kernel: bool = gate_option(True)
     allow_neg_eigval: bool = gate_option(False)
     state_v_first: bool = negated_option("state_k_first")
+    batch_invariant: bool = option(False, flag())
+    workspace_limit: int = option(0, count(64, "half of the bytes of q, k, v and g"))
     #: whether lower_bound is a number
     has_lower_bound: bool = True
 

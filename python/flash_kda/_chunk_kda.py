@@ -14,7 +14,9 @@ import warnings
 from typing import Any
 
 _DIM = 128
-_MAY_FOLLOW = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout")  # the keywords behind **kwargs
+_OWN = ("kernel", "batch_invariant", "workspace_limit")  # options that FLA does not have
+# The keywords behind **kwargs.
+_MAY_FOLLOW = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", *_OWN)
 
 
 def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
@@ -36,14 +38,14 @@ def chunk_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any, ...]:
         "initial_state": call["initial_state"],
     }  # fmt: skip
     if _computes_with_gradients(torch, inputs):
-        return _with_gradients(torch, inputs, call, lower_bound, state_v_first)
+        return _with_gradients(torch, inputs, call, more, lower_bound, state_v_first)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV = v.shape[2] if v.ndim == 4 else 0
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = None
     if call["output_final_state"]:
         final_state = torch.empty(N, HV, _DIM, _DIM, dtype=torch.float32, device=v.device)
-    options: dict[str, Any] = {}
+    options = {name: more[name] for name in _OWN if name in more and name != "workspace_limit"}
     if call["cu_seqlens_cpu"] is not None and not torch.compiler.is_compiling():
         options["max_seqlen"] = longest_of(call["cu_seqlens_cpu"])
     states = None
@@ -96,7 +98,12 @@ def _for_autocast(torch: Any, *tensors: Any) -> tuple[Any, ...]:
 
 
 def _with_gradients(
-    torch: Any, inputs: dict[str, Any], call: dict[str, Any], lower_bound: Any, state_v_first: bool
+    torch: Any,
+    inputs: dict[str, Any],
+    call: dict[str, Any],
+    more: dict[str, Any],
+    lower_bound: Any,
+    state_v_first: bool,
 ) -> tuple[Any, Any]:
     """inputs: the tensors that have gradients, in the order of the operator's arguments."""
     from . import _autograd
@@ -120,8 +127,15 @@ def _with_gradients(
         state_v_first,
         call["output_final_state"],
         call["disable_recompute"],
+        *own_options(more),
     )
     return out, final_state if call["output_final_state"] else None
+
+
+def own_options(more: dict[str, Any]) -> tuple[Any, ...]:
+    """The options that FLA does not have, in the order of the operator's arguments."""
+    defaults = {"kernel": None, "batch_invariant": False, "workspace_limit": 0}
+    return tuple(more.get(name, default) for name, default in defaults.items())
 
 
 def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:

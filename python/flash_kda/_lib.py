@@ -117,9 +117,10 @@ class BwdParams(ctypes.Structure):
         ("beta_kind", c_int32),
         ("qk_is_normalised", c_int32),
         ("state_k_first", c_int32),
-        ("reserved", c_int32),
+        ("batch_invariant", c_int32),
         ("max_seqlen", c_int64),
         ("interrupt", c_void_p),
+        ("workspace_limit", c_size_t),
     ]
 
 

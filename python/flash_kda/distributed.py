@@ -165,7 +165,12 @@ class _Call(NamedTuple):
 
     @property
     def state_v_first(self) -> bool:
-        return self.options[-1]
+        return self.named["state_v_first"]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The options by name."""
+        return dict(zip(("scale", "lower_bound", *_autograd.OPTIONS), self.options))
 
 
 def _local_borders(call: _Call, part: Range, device: Any) -> Tensor | None:
@@ -191,9 +196,7 @@ def _forward(
         *tensors[5:7],
         initial_state,
         borders,
-        *call.options,
-        with_state,
-        call.save,
+        *_autograd.in_order(call.options, with_state, call.save),
     )
 
 
@@ -212,7 +215,8 @@ def _backward(
     dout = None if dout is None else dout[:, part.begin : part.end]
     return _autograd._backward(
         *_tokens_of(tensors, part), *tensors[5:7], initial_state, borders,
-        saved if saved is not None and saved.numel() else None, dout, dstate, *call.options, wanted,
+        saved if saved is not None and saved.numel() else None, dout, dstate,
+        *_autograd.in_order(call.options, wanted),
     )  # fmt: skip
 
 
@@ -220,15 +224,17 @@ def _map_of(call: _Call, tensors: tuple, part: Range, to: Tensor) -> None:
     """to[0] becomes the map of a piece, and to[1] the state that it makes of zeros."""
     _, k, v, g, beta = _tokens_of(tensors, part)
     A_log, dt_bias = tensors[5:7]
-    _, lower_bound, _, *flags = call.options
+    named = call.named
     package: Any = sys.modules[__package__]
     if _maps_in_c and v.device.type == "cpu":
-        with_gate, with_norm, with_sigmoid, negative, v_first = flags
-        package.affine_map(
-            k, v, g, beta, A_log, dt_bias, lower_bound, map=to[:1], state=to[1:],
-            use_gate_in_kernel=with_gate, use_qk_l2norm_in_kernel=with_norm,
-            use_beta_sigmoid_in_kernel=with_sigmoid, allow_neg_eigval=negative, state_v_first=v_first,
+        names = (
+            "use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval",
+            "state_v_first", "kernel",
         )  # fmt: skip
+        flags = {name: named[name] for name in names}
+        package.affine_map(
+            k, v, g, beta, A_log, dt_bias, named["lower_bound"], map=to[:1], state=to[1:], **flags
+        )
         return
     identity = torch.eye(_DIM, device=v.device).expand(1, v.shape[2], _DIM, _DIM).contiguous()
     inputs = (k, k, torch.zeros_like(v), g, beta, A_log, dt_bias)
@@ -482,6 +488,9 @@ def chunk_kda(
     dt_bias: Any = None,
     group: Any = None,
     final_state_on_all_ranks: bool = False,
+    kernel: str | None = None,
+    batch_invariant: bool = False,
+    workspace_limit: int = 0,
 ) -> tuple[Any, Any]:
     """`flash_kda.chunk_kda` for a packed batch whose tokens are spread over the ranks of a group, with
     gradients. Every rank of the group calls it, with the same options and with its own share of the tokens.
@@ -502,6 +511,7 @@ def chunk_kda(
         group: the process group; None: all ranks.
         final_state_on_all_ranks: True: every rank gets all final states. False: a rank gets those of
             sequences whose last token it has, and zeros for others.
+        kernel, batch_invariant, workspace_limit: as for `flash_kda.chunk_kda`.
         others: as for `flash_kda.chunk_kda`.
 
     Returns:
@@ -562,7 +572,8 @@ def chunk_kda(
     with_gate = use_gate_in_kernel
     options = (
         _DIM**-0.5 if scale is None else scale, lower_bound if with_gate else None, 0, with_gate,
-        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, kernel,
+        batch_invariant, workspace_limit,
     )  # fmt: skip
     inputs = (q, k, v, g, beta, A_log if with_gate else None, dt_bias if with_gate else None, initial_state)
     _refuse_wrong(options, N, dict(zip(_autograd.INPUTS, inputs)))
@@ -644,7 +655,7 @@ def _forward_shardings(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     from torch.distributed.tensor import Replicate, Shard
 
     specs, rest = arguments[: len(_READ)], [None] * (len(arguments) - len(_READ))
-    with_state, saves = arguments[-2:]
+    with_state, saves = _autograd.taken_apart(arguments[len(_READ) :], 2)[3]
     whole, sharded = _placements(specs, [_HEAD_DIMENSIONS.get(name) for name in _READ])
     ways: list[Any] = [([Replicate()] * 3, whole + rest)]
     if _divides(specs) and not saves:  # what is saved has no dimension of heads
@@ -657,7 +668,8 @@ def _backward_shardings(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
 
     tensors = len(_READ) + 3  # saved, dout, dfinal_state
     specs, rest = arguments[:tensors], [None] * (len(arguments) - tensors)
-    wanted, saved = arguments[-1], specs[len(_READ)]
+    (wanted,) = _autograd.taken_apart(arguments[tensors:], 1)[3]
+    saved = specs[len(_READ)]
     dimensions = [*(_HEAD_DIMENSIONS.get(name) for name in _READ), None, 2, 1]
     whole, sharded = _placements(specs, dimensions)
     # A gradient that is not wanted has no elements.

@@ -1,6 +1,7 @@
 /* The backward pass on a GPU: plans the workspace and launches kernels/backward/backward.cu. */
 #include "../../kernels/backward/bwd_shape.h"
 #include "bwd_args_of.h"
+#include "bwd_waves.h"
 #include "cuda.h"
 #include "kernel_args.h"
 
@@ -54,16 +55,9 @@ static bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
     return plan;
 }
 
-/* Without a device the call fails before it needs the workspace. */
-static int sms_of(const fkda_bwd_problem *p)
+static size_t workspace_of(const fkda_bwd_problem *p, int sms)
 {
-    int sms;
-    return fkda_cuda_sms(p->fwd.shape.device.index, &sms) == FLASH_KDA_OK ? sms : 1;
-}
-
-size_t fkda_cuda_bwd_workspace(const fkda_bwd_problem *p)
-{
-    return (size_t)make_plan(p, sms_of(p)).floats * sizeof(float);
+    return (size_t)make_plan(p, sms).floats * sizeof(float);
 }
 
 fkda_bwd_args fkda_bwd_args_of(const fkda_bwd_problem *p)
@@ -149,11 +143,11 @@ static fkda_bwd_args make_args(const fkda_bwd_problem *p, const bwd_plan *plan)
     return args;
 }
 
-flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *p)
+static flash_kda_status run(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
     const fkda_driver *driver;
-    const bwd_plan plan = make_plan(p, sms_of(p));
+    const bwd_plan plan = make_plan(p, sms);
     fkda_bwd_args args = make_args(p, &plan);
     const fkda_bwd_launch launches[] = {
         {WALK, plan.segments.cuts ? 2 * s->sequences * s->heads : 0, FKDA_BWD_THREADS, FKDA_BWD_SHARED_BYTES},
@@ -164,4 +158,16 @@ flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *p)
     if (status != FLASH_KDA_OK) return status;
     status = fkda_launch_bwd(driver, &module, p, launches, sizeof launches / sizeof *launches, &args);
     return fkda_leave_device(driver, status);
+}
+
+static const fkda_bwd_kernel portable = {workspace_of, run};
+
+size_t fkda_cuda_bwd_workspace(const fkda_bwd_problem *p)
+{
+    return fkda_bwd_waves_workspace(&portable, p);
+}
+
+flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *p)
+{
+    return fkda_run_bwd_waves(&portable, p);
 }

@@ -678,6 +678,139 @@ static void saved_bytes(void)
     }
 }
 
+/* Several waves of heads, with a wave of fewer heads at the end, have the gradients of all heads at once. */
+static void waves(void)
+{
+    static const int64_t sizes[] = {60, 0, 33, 7};
+    enum { HEADS = 10, GROUP = 2, LIMITS = 4 };
+    problem *p = problem_create_ragged(sizes, 4, HEADS);
+    problem_group_heads(p, GROUP);
+    fill_case(p, find_case("random"), 53);
+    bwd_problem *b = bwd_problem_create(p, 53);
+    bwd_options options = plain_options();
+    options.batch_invariant = true;
+    outcome whole = run(b, NULL, options);
+    bwd_call c;
+    must(bwd_call_open(&c, b, options));
+    const size_t most = c.params.workspace_size, limits[LIMITS] = {1, most / 2, most - 1, SIZE_MAX};
+    bwd_call_close(&c);
+    for (int i = 0; i < LIMITS; i++) {
+        options.workspace_limit = limits[i];
+        trying("at most %zu of %zu bytes of workspace", limits[i], most);
+        must(bwd_call_open(&c, b, options));
+        const size_t bytes = c.params.workspace_size;
+        bwd_call_close(&c);
+        CHECK(is_exact() || bytes <= limits[i] || i == 0, "%zu bytes are needed", bytes);
+        CHECK(is_exact() || i != 0 || (bytes < most / 4 && bytes > 0), "%zu bytes are needed", bytes);
+        outcome some = run(b, NULL, options);
+        check_equal(&whole, &some, "the limit of the workspace");
+        outcome_free(&some);
+    }
+    outcome_free(&whole);
+    options.workspace_limit = 1;
+    run_and_hold(b, options);
+    bwd_problem_free(b);
+}
+
+static void ask_for_bytes(int64_t batch, int64_t tokens, int64_t heads, int64_t shared)
+{
+    const int64_t qk[] = {batch, tokens, heads / shared, DIM}, values[] = {batch, tokens, heads, DIM};
+    flash_kda_bwd_params p = {
+        .struct_size = sizeof p,
+        .device = test.device,
+        .kernel = test.kernel,
+        .q = tensor_of(NULL, FLASH_KDA_BF16, 4, qk),
+        .v = tensor_of(NULL, FLASH_KDA_BF16, 4, values),
+        .beta = tensor_of(NULL, FLASH_KDA_BF16, 3, values),
+        .A_log = tensor_of(NULL, FLASH_KDA_F32, 1, &heads),
+    };
+    p.k = p.dq = p.dk = p.q;
+    p.g = p.dout = p.dv = p.dg = p.v;
+    p.dA_log = p.A_log;
+    size_t bytes = SIZE_MAX, all_at_once = 0, least = 0;
+    must(flash_kda_bwd_workspace_size(&p, &bytes));
+    p.workspace_limit = 1;
+    must(flash_kda_bwd_workspace_size(&p, &least));
+    p.workspace_limit = SIZE_MAX;
+    must(flash_kda_bwd_workspace_size(&p, &all_at_once));
+    const int64_t inputs = batch * tokens * 2 * DIM * (2 * (heads / shared) + 2 * heads),
+                  allowed = inputs / 2 > 64 << 20 ? inputs / 2 : 64 << 20;
+    trying("B = %lld, T = %lld, HV = %lld, H = %lld", (long long)batch, (long long)tokens, (long long)heads,
+           (long long)(heads / shared));
+    CHECK((int64_t)bytes <= allowed || bytes == least, "%zu bytes are needed; %lld may be", bytes,
+          (long long)allowed);
+    CHECK(bytes <= all_at_once, "%zu bytes are needed by default, and %zu at once", bytes, all_at_once);
+    CHECK((int64_t)all_at_once > allowed || bytes == all_at_once, "%zu bytes could have been %zu", bytes,
+          all_at_once);
+}
+
+/* The default workspace is at most half of q, k, v and g, or 64 MiB, or what a head of q and k needs. */
+static void default_workspace(void)
+{
+    if (is_exact()) return; /* the CPU takes what its threads need */
+    ask_for_bytes(1, 2048, 12, 1);
+    ask_for_bytes(1, 8192, 16, 1);
+    ask_for_bytes(1, 8192, 32, 1);
+    ask_for_bytes(1, 8192, 96, 1);
+    ask_for_bytes(4, 2048, 32, 1);
+    ask_for_bytes(1, 65536, 8, 1);
+    ask_for_bytes(3, 5000, 97, 1);
+    ask_for_bytes(1, 8192, 96, 2);
+    for (int64_t heads = 5; heads < 150; heads += 7)
+        for (int64_t tokens = 300; tokens < 40000; tokens += tokens / 2) ask_for_bytes(1, tokens, heads, 1);
+}
+
+/* With batch_invariant the gradients of a sequence have the same bits alone and among others. */
+static void batch_invariance(void)
+{
+    enum { HEADS = 2, MOST = 3 };
+    static const int64_t sizes[][MOST] = {{150, 47, 1}, {2100, 0, 2100}};
+    for (int which = 0; which < 2; which++) {
+        problem *p = problem_create_ragged(sizes[which], MOST, HEADS);
+        fill_case(p, find_case("random"), 59);
+        bwd_problem *b = bwd_problem_create(p, 59);
+        bwd_options options = plain_options();
+        options.batch_invariant = true;
+        outcome together = run(b, NULL, options);
+        for (int n = 0; n < MOST; n++) {
+            const int64_t first = p->cu_seqlens[n], count = sizes[which][n], width = HEADS * DIM,
+                          state = width * DIM;
+            if (!count) continue;
+            problem *one = problem_create(1, count, HEADS);
+            fill_case(one, find_case("random"), 59);
+            const struct {
+                uint16_t *to;
+                const uint16_t *from;
+            } rows[] = {{one->q, p->q}, {one->k, p->k}, {one->v, p->v}, {one->g, p->g}};
+            for (int i = 0; i < 4; i++)
+                memcpy(rows[i].to, rows[i].from + first * width, (size_t)(count * width) * 2);
+            memcpy(one->beta, p->beta + first * HEADS, (size_t)(count * HEADS) * 2);
+            memcpy(one->A_log, p->A_log, HEADS * sizeof(float));
+            memcpy(one->dt_bias, p->dt_bias, width * sizeof(float));
+            memcpy(one->initial_state, p->initial_state + n * state, (size_t)state * 4);
+            bwd_problem *alone = bwd_problem_create(one, 59);
+            memcpy(alone->dout, b->dout + first * width, (size_t)(count * width) * 2);
+            memcpy(alone->dfinal_state, b->dfinal_state + n * state, (size_t)state * 4);
+            outcome own = run(alone, NULL, options);
+            trying("sequence %d of %lld tokens", n, (long long)count);
+            for (int i = GRAD_Q; i <= GRAD_BETA; i++) {
+                const int64_t row = i == GRAD_BETA ? HEADS : width;
+                CHECK(!own.of[i] || !memcmp(own.of[i], (uint16_t *)together.of[i] + first * row,
+                                            (size_t)(count * row) * 2),
+                      "%s depends on other sequences", gradient_names[i]);
+            }
+            CHECK(!own.of[GRAD_INITIAL_STATE] ||
+                      !memcmp(own.of[GRAD_INITIAL_STATE],
+                              (float *)together.of[GRAD_INITIAL_STATE] + n * state, (size_t)state * 4),
+                  "dinitial_state depends on other sequences");
+            outcome_free(&own);
+            bwd_problem_free(alone);
+        }
+        outcome_free(&together);
+        bwd_problem_free(b);
+    }
+}
+
 /* A gradient has the same bits whatever others are wanted. */
 static void absent(void)
 {
@@ -787,6 +920,8 @@ static void try_seed(uint64_t seed, bool is_long)
     b->without_initial_state = one_in(&r, 3);
     for (int i = 0; i < GRADIENTS; i++) options.layouts[i] = (layout)below(&r, 3);
     if (one_in(&r, 3)) options.absent = (int)below(&r, 1 << GRADIENTS) & ~(1 << (GRAD_Q + below(&r, 5)));
+    if (one_in(&r, 3)) options.workspace_limit = 1; /* a head of q and k after the other */
+    options.batch_invariant = one_in(&r, 4);
     char text[DESCRIPTION];
     trying("seed %llu: %s", (unsigned long long)seed, describe(p, &options.forward, text));
     run_and_hold(b, options);
@@ -860,6 +995,9 @@ int main(int argc, char **argv)
         {"saved", saved},
         {"saved-is-read", saved_is_read},
         {"saved-bytes", saved_bytes},
+        {"waves", waves},
+        {"default-workspace", default_workspace},
+        {"batch-invariance", batch_invariance},
         {"absent", absent},
         {"only-initial-state", only_initial_state},
         {"neighbours", neighbours},

@@ -36,14 +36,16 @@ static void structs(void)
 {
     const char *size = "params->struct_size is %zu; it must be sizeof(flash_kda_bwd_params) = %zu (in older "
                        "headers %zu or more)";
-    const size_t whole = sizeof(flash_kda_bwd_params), wrong[] = {0, 8, whole - 8, whole + 8, SIZE_MAX};
+    const size_t whole = sizeof(flash_kda_bwd_params);
+    const size_t first = offsetof(flash_kda_bwd_params, workspace_limit);
+    const size_t wrong[] = {0, 8, first - 8, whole + 8, SIZE_MAX};
     expect(&fixed, NULL, FLASH_KDA_INVALID_VALUE, "params is null; it must point to a flash_kda_bwd_params");
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
-        INVALID(text(size, wrong[i], whole, whole), p.struct_size = wrong[i]);
+        INVALID(text(size, wrong[i], whole, first), p.struct_size = wrong[i]);
     size_t bytes;
     CHECK(flash_kda_bwd_workspace_size(&fixed.params, NULL) == FLASH_KDA_INVALID_VALUE, "no refusal");
     CHECK(flash_kda_bwd_workspace_size(NULL, &bytes) == FLASH_KDA_INVALID_VALUE, "no refusal");
-    INVALID("reserved is 1; it must be 0", p.reserved = 1);
+    INVALID("batch_invariant is 2; it must be 0 or 1", p.batch_invariant = 2);
 }
 
 static void tensors(void)

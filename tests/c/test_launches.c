@@ -291,7 +291,8 @@ static size_t workspace_of_backward(pretended_shape shape, const char *kernel)
                                     .lower_bound = -5.0f,
                                     .gate = f.gate,
                                     .kernel = kernel,
-                                    .max_seqlen = shape.longest};
+                                    .max_seqlen = shape.longest,
+                                    .workspace_limit = SIZE_MAX}; /* all heads at once */
     size_t bytes = 0;
     must(flash_kda_bwd_workspace_size(&p, &bytes));
     return bytes;

@@ -232,6 +232,16 @@ def test_saved(lengths):
     hold(a, truth(a))
 
 
+@pytest.mark.parametrize("options", [{"batch_invariant": True}, {"workspace_limit": 1}])
+def test_options_of_the_workspace(options):
+    """On the CPU they change nothing; test_backward.c has the workspaces of GPUs."""
+    a = problem()
+    flash_kda.bwd(**a)
+    again = {n: x.copy() if n in NAMES else x for n, x in a.items()}
+    flash_kda.bwd(**again, **options)
+    assert all(again[name].tobytes() == a[name].tobytes() for name in NAMES)
+
+
 def test_saved_size():
     size = flash_kda.get_saved_size
     assert size(320, 4, device="cpu") == 0
@@ -253,7 +263,8 @@ def test_schema_of_the_operator():
         f"Tensor? dout=None, Tensor? dfinal_state=None, {written}, Tensor? saved=None, "
         "Tensor(i!)? workspace=None, str? kernel_name=None, int threads=0, SymInt max_seqlen=0, "
         "bool use_gate_in_kernel=True, bool use_qk_l2norm_in_kernel=True, "
-        "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
+        "bool use_beta_sigmoid_in_kernel=True, bool allow_neg_eigval=False, bool state_v_first=True, "
+        "bool batch_invariant=False, int workspace_limit=0) -> ()"
     )
 
 
@@ -289,6 +300,8 @@ def without(*names):
         ({"lengths": 1}, TypeError, "unexpected keyword argument 'lengths'"),
         ({"threads": -1}, ValueError, "threads is -1; it must be 0"),
         ({"kernel": "no such"}, ValueError, "no such"),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant is of type int; it must be True or False"),
+        ({"workspace_limit": 0.5}, TypeError, "workspace_limit is of type float; it must be an int"),
         ({"lower_bound": -6.0}, ValueError, "lower_bound is -6; it must be in [-5, 0]"),
         ({"use_gate_in_kernel": False}, ValueError, "A_log is given and use_gate_in_kernel is False"),
     ],

@@ -355,14 +355,53 @@ def test_schemas_of_the_operators():
         "bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, "
         "bool state_v_first, "
     )
+    last = "str? kernel_name=None, bool batch_invariant=False, int workspace_limit=0"
     assert str(torch.ops.flash_kda.chunk_kda.default._schema) == (
-        f"flash_kda::chunk_kda({tensors}{options}bool output_final_state, bool save) -> "
+        f"flash_kda::chunk_kda({tensors}{options}bool output_final_state, bool save, {last}) -> "
         "(Tensor, Tensor, Tensor)"
     )
     assert str(torch.ops.flash_kda.chunk_kda_bwd.default._schema) == (
         f"flash_kda::chunk_kda_bwd({tensors}Tensor? saved, Tensor? dout, Tensor? dfinal_state, {options}"
-        "int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"int wanted, {last}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
+
+
+def test_options_that_fla_does_not_have(device):
+    """The kernel computes both passes, and the other two change no bits on the CPU."""
+    call = make_call(seed=31, device=device)
+    dout, dstate = upstream(call)
+    want = found(call, dout, dstate)
+    same(want, found(call, dout, dstate, batch_invariant=True, workspace_limit=1))
+    same(want, found(call, dout, dstate, kernel="cpu"))
+    own = found(call, dout, dstate, kernel="cpu-portable")
+    hold(own, gradients(call, dout, dstate))
+    with torch.no_grad():
+        plain = flash_kda.chunk_kda(**call)[0]
+        assert torch.equal(plain, flash_kda.chunk_kda(**call, kernel="cpu", batch_invariant=True)[0])
+    arguments, leaves = with_leaves(call)
+    tensors = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+    options = (
+        "lower_bound", "use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel",
+        "allow_neg_eigval", "state_v_first",
+    )  # fmt: skip
+    bound, *flags = (arguments.get(name, False) for name in options)
+    results = torch.ops.flash_kda.chunk_kda(
+        *map(arguments.get, tensors), call["scale"], bound, 0, *flags, True, False, "cpu-portable", True, 1
+    )
+    torch.autograd.backward(results[:2], (dout, dstate))
+    same(own, {name: leaf.grad for name, leaf in leaves.items()})
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compile_with_options_that_fla_does_not_have(device, backend):
+    call = make_call(seed=31, device=device)
+    dout, dstate = upstream(call)
+    options = {"kernel": "cpu-portable", "batch_invariant": True, "workspace_limit": 1 << 20}
+    compiled = torch.compile(
+        lambda **call: flash_kda.chunk_kda(**call, **options), fullgraph=True, backend=backend
+    )
+    torch.compiler.reset()
+    same(found(call, dout, dstate, **options), found(call, dout, dstate, compiled))
 
 
 def strange(kind, call):
@@ -414,6 +453,9 @@ def test_strange_tensors(device, kind, exception, sentence):
         ({"initial_state": lambda x: x[:0]}, ValueError, "initial_state has shape [0, 2, 128, 128]; it"),
         ({"cu_seqlens": lambda x: x + 1}, ValueError, "cu_seqlens"),
         ({"disable_recompute": "yes"}, TypeError, "disable_recompute is of type str; it must be"),
+        ({"kernel": "no such"}, ValueError, "no such"),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant is of type int; it must be True or False"),
+        ({"workspace_limit": -1}, ValueError, "workspace_limit is -1; it must be 0 (half of the bytes of"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(device, change, exception, sentence):

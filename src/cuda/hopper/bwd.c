@@ -6,6 +6,7 @@
  */
 #include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
 #include "../bwd_args_of.h"
+#include "../bwd_waves.h"
 #include "../cuda.h"
 #include "launch.h"
 #include "walks.h"
@@ -66,16 +67,9 @@ static int kernel_for(const fkda_problem *p)
                : BOUNDED;
 }
 
-/* Without a device the call fails before it needs the workspace. */
-static int sms_of(const fkda_bwd_problem *p)
+static size_t workspace_of(const fkda_bwd_problem *p, int sms)
 {
-    int sms;
-    return fkda_cuda_sms(p->fwd.shape.device.index, &sms) == FLASH_KDA_OK ? sms : 1;
-}
-
-size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *p)
-{
-    return (size_t)make_plan(p, sms_of(p)).bytes;
+    return (size_t)make_plan(p, sms).bytes;
 }
 
 static fkda_bwd_args make_args(const fkda_bwd_problem *p, const chunk_plan *plan)
@@ -114,11 +108,11 @@ static flash_kda_status describe_tensors(const fkda_driver *driver, const fkda_b
     return FLASH_KDA_OK;
 }
 
-flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
+static flash_kda_status run(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
     const fkda_driver *driver;
-    const chunk_plan plan = make_plan(p, sms_of(p));
+    const chunk_plan plan = make_plan(p, sms);
     unsigned char *const workspace = p->fwd.workspace;
     const fkda_walk_results results = {workspace, workspace + plan.gradients_at, plan.chunks.slots,
                                        workspace + plan.walks_at};
@@ -133,4 +127,16 @@ flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
     if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &module, p, &chunks, 1, &args);
     if (status == FLASH_KDA_OK) status = fkda_launch_bwd_sums(driver, p, &args.bwd);
     return fkda_leave_device(driver, status);
+}
+
+static const fkda_bwd_kernel hopper = {workspace_of, run};
+
+size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *p)
+{
+    return fkda_bwd_waves_workspace(&hopper, p);
+}
+
+flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
+{
+    return fkda_run_bwd_waves(&hopper, p);
 }

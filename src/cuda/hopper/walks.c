@@ -82,7 +82,7 @@ static int choose_parts(const fkda_shape *s, int sms)
     const int64_t heads = s->sequences * s->heads, chunks = fkda_ceil_div(s->tokens, CHUNK);
     int best = 1;
     int64_t clocks = chunks * FKDA_CLOCKS_PAIR_CHUNK * FKDA_PERCENT_WORTH_CUTTING / 100;
-    if (!fkda_equal_lengths(s) || heads == 0) return 1;
+    if (!fkda_equal_lengths(s) || heads == 0 || s->batch_invariant) return 1;
     const int64_t most = fkda_least(fkda_hopper_pairs(sms) / (WALKS * heads) + 1, FKDA_MAPS_CHAINED + 2);
     for (int parts = 3; parts <= most && s->tokens / parts >= SHORTEST_PART; parts++) {
         const int64_t now = clocks_in_parts(chunks, parts);
