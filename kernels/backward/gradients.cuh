@@ -116,14 +116,14 @@ struct Gradients {
             float dx[2][4], dout[2][4], dr[2][4],
                 missed[2][4], *const of_chunk = record(chunk - first_chunk());
             load_values(missed, of_chunk + MISSED, p.thread);
-            find_dx(dx, dout, rows, s, raw, p.first, p.lane);
+            find_dx<true>(dx, dout, rows, s, raw, p.first, p.lane);
             add_dbeta(s.dbeta[p.warp], dx, missed, p.g, p.t);
             multiply_by_strengths(dr, dx, s, p.t);
             multiply_by_strengths(missed, missed, s, p.t);
             store_values(of_chunk + MISSED, missed, p.thread);
             store_values(of_chunk + DR, dr, p.thread);
             outputs.store_dv(chunk, dr, p.first, p.g, p.t);
-            write_gradient(rows, dout, dr, s, p.lane);
+            write_gradient<true>(rows, dout, dr, s, p.lane);
             __syncthreads();
             outputs.store_dbeta(chunk, p.thread, s.dbeta, s.strength_slope);
         }

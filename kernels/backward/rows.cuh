@@ -93,7 +93,8 @@ struct Rows {
     }
 
     /* d = x A^T for a tile A of tokens. All bits of A count: where keys are nearly alike, what they read
-     * is nearly alike too, and the inverse takes their differences. */
+     * is nearly alike too, and the inverse takes their differences. All bits of x, or those of tf32. */
+    template <bool all_bits>
     __device__ __forceinline__ void read(float (&d)[2][4], const Tile &a, int lane) const
     {
 #pragma unroll
@@ -103,7 +104,10 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const float2 b = a.two(8 * i + id / 4, 8 * j + 2 * (id % 4));
-                multiply(d[i], x[j], b);
+                if (all_bits)
+                    multiply_all_bits(d[i], x[j], b);
+                else
+                    multiply(d[i], x[j], b);
                 multiply(d[i], x[j], rest_of_tf32(b.x), rest_of_tf32(b.y));
             }
         }
@@ -170,7 +174,7 @@ __device__ __forceinline__ void find_missed(float (&missed)[2][4], const Rows &s
 {
     const int g = lane / 4, t = lane % 4;
     float predicted[2][4] = {}, rest[2][4];
-    state.read(predicted, s.k_read, lane);
+    state.read<false>(predicted, s.k_read, lane);
     load_transposed(rest, raw.values, first_row, lane);
 #pragma unroll
     for (int i = 0; i < 8; i++) rest[i / 4][i % 4] -= predicted[i / 4][i % 4], missed[i / 4][i % 4] = 0.0f;
@@ -194,13 +198,14 @@ __device__ __forceinline__ void write_state(Rows &state, const float (&missed)[2
     }
 }
 
-/* dX, and dO transposed. */
+/* dX, and dO transposed. With all bits of D, or those of tf32. */
+template <bool all_bits>
 __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], const Rows &gradient,
                                         const Shared &s, const Raw &raw, int first_row, int lane)
 {
     const int g = lane / 4, t = lane % 4;
     float du[2][4] = {};
-    gradient.read(du, s.k_rest, lane);
+    gradient.read<all_bits>(du, s.k_rest, lane);
     load_transposed(dout, raw.values, first_row, lane);
     multiply_upper(du, dout, s.attend_t, g, t);
 #pragma unroll
@@ -208,7 +213,9 @@ __device__ __forceinline__ void find_dx(float (&dx)[2][4], float (&dout)[2][4], 
     multiply_by_inverse_t(dx, du, s.inverse_t, g, t);
 }
 
-/* D becomes the gradient with respect to the state before the chunk. */
+/* D becomes the gradient with respect to the state before the chunk. With all bits of dR, or those of tf32: a
+ * chunk may take away most of D, the keys' part of it, if write strengths are near 1. */
+template <bool all_bits>
 __device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dout)[2][4],
                                                const float (&dr)[2][4], const Shared &s, int lane)
 {
@@ -222,7 +229,7 @@ __device__ __forceinline__ void write_gradient(Rows &gradient, const float (&dou
         const int g = id / 4, t = id % 4;
         gradient.decay(s, j, t);
         gradient.write<false>(j, dout, s.q_read, g, t);
-        gradient.write<false>(j, minus_dr, s.k_read, g, t);
+        gradient.write<all_bits>(j, minus_dr, s.k_read, g, t);
     }
 }
 

@@ -73,9 +73,10 @@ __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
         Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
         const Place p = place();
         float dx[2][4], dout[2][4], dr[2][4];
-        find_dx(dx, dout, gradient, s, raw, p.first, p.lane);
+        find_dx<false>(dx, dout, gradient, s, raw, p.first, p.lane);
         multiply_by_strengths(dr, dx, s, p.t);
-        write_gradient(gradient, dout, dr, s, p.lane);
+        /* This kernel has no registers for more bits. */
+        write_gradient<false>(gradient, dout, dr, s, p.lane);
         if (chunk % chunks_of_segment(args) == 0)
             store_border(s, args, gradient, args.gradients, chunk / chunks_of_segment(args) - 1);
     }
