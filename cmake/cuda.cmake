@@ -195,6 +195,7 @@ if(NOT hopper_failed)
   flash_kda_add_kernel(hopper_states_segments kernels/hopper/states_segments.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_walk kernels/hopper/bwd/walk.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_general_walk kernels/hopper/bwd/general_walk.cu ARCHS 90a)
+  flash_kda_add_kernel(hopper_bwd_first kernels/hopper/bwd/first.cu ARCHS 90a)
   flash_kda_add_kernel(hopper_bwd_chunks kernels/hopper/bwd/chunks/chunks.cu ARCHS 90a)
   target_sources(flashkda PRIVATE
     src/cuda/hopper/bwd.c

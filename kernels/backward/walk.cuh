@@ -53,6 +53,23 @@ __device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args)
     }
 }
 
+/* `gradient` goes back over a chunk, which was requested. The chunk before it is requested if it is wanted.
+ * Products with all bits where a chunk may take most of the gradient away, or with those of tf32. */
+template <bool all_bits>
+__device__ __forceinline__ void step_back(Rows &gradient, Shared &s, const fkda_bwd_args &args,
+                                          Reader &reader, int chunk, bool wants_more)
+{
+    const Raw &raw = reader.receive(chunk);
+    const float beta = reader.beta;
+    if (wants_more) reader.request<BACKWARDS>(chunk - 1);
+    Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
+    const Place p = place();
+    float dx[2][4], dout[2][4], dr[2][4];
+    find_dx<all_bits>(dx, dout, gradient, s, raw, p.first, p.lane);
+    multiply_by_strengths(dr, dx, s, p.t);
+    write_gradient<all_bits>(gradient, dout, dr, s, p.lane);
+}
+
 __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
 {
     Rows gradient;
@@ -67,16 +84,8 @@ __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
     Reader reader(s, args);
     reader.begin<BACKWARDS>(s.piece.task.chunks - 1);
     for (int chunk = s.piece.task.chunks - 1; chunk >= chunks_of_segment(args); chunk--) {
-        const Raw &raw = reader.receive(chunk);
-        const float beta = reader.beta;
-        if (chunk > chunks_of_segment(args)) reader.request<BACKWARDS>(chunk - 1);
-        Preparation<BACKWARDS>(s, args, raw).run(chunk, beta);
-        const Place p = place();
-        float dx[2][4], dout[2][4], dr[2][4];
-        find_dx<false>(dx, dout, gradient, s, raw, p.first, p.lane);
-        multiply_by_strengths(dr, dx, s, p.t);
         /* This kernel has no registers for more bits. */
-        write_gradient<false>(gradient, dout, dr, s, p.lane);
+        step_back<false>(gradient, s, args, reader, chunk, chunk > chunks_of_segment(args));
         if (chunk % chunks_of_segment(args) == 0)
             store_border(s, args, gradient, args.gradients, chunk / chunks_of_segment(args) - 1);
     }

@@ -45,8 +45,9 @@ enum { FEW = 1000 };
 /* Gradients whose RMS is far below this are as good as 0: some of their factors are at the end of fp32. */
 static const double FLOOR = 1e-28;
 
-/* The kernel `hopper` carries gradients of states through chunks as the forward pass carries states: what has
- * faded by more than this on the way from the gradient of the final state, which is about 1, is lost. */
+/* The kernel `hopper` carries gradients of states through all chunks but the first as the forward pass carries
+ * states: what has faded by more than this on the way from the gradient of the final state, which is about 1,
+ * is lost. */
 static const double FADED = 0x1p-30;
 
 static bool is_hopper(void)

@@ -191,7 +191,7 @@ CUresult cuModuleGetFunction(const void **function, void *, const char *name)
 #endif
 #ifdef EMULATOR_WITH_OPTIONS
         emulator::hopper_gate_kernels,  emulator::hopper_general_kernels, emulator::hopper_walk_kernels,
-        emulator::hopper_chunk_kernels,
+        emulator::hopper_chunk_kernels, emulator::hopper_first_kernels,
 #endif
     };
     for (const emulator::Kernel *table : tables)

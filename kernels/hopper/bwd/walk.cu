@@ -13,8 +13,8 @@
  * work item from the end (ChunkOrder in ../block/cursors.cuh).
  *
  * In the arguments, `checkpoints.states` is where the images of chunks go, and its `slots` says how many
- * there are. On the way back `initial_state` is the gradient with respect to the final state, `final_state`
- * that with respect to the initial state, in fp32, and `v` and its descriptor are of `dout`.
+ * there are. On the way back `initial_state` is the gradient with respect to the final state, and `v` and its
+ * descriptor are of `dout`.
  *
  * The kernels here have the usual arithmetic; those of general_walk.cu know every option.
  */

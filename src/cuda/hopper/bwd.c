@@ -1,9 +1,10 @@
 /*
  * The backward pass of the kernel "hopper". Two walks leave the state before every chunk of 32 tokens and the
  * gradient with respect to the state after it in the workspace (walks.c). With these all chunks are computed
- * at the same time (kernels/hopper/bwd/chunks). Sums over heads and chunks are those of the kernel
- * "portable".
+ * at the same time (kernels/hopper/bwd/chunks), and so are the gradients with respect to initial states
+ * (kernels/hopper/bwd/first.cu). Sums over heads and chunks are those of the kernel "portable".
  */
+#include "../../../kernels/backward/bwd_shape.h"
 #include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
 #include "../bwd_args_of.h"
 #include "../bwd_waves.h"
@@ -11,7 +12,7 @@
 #include "launch.h"
 #include "walks.h"
 
-extern const unsigned char fkda_fatbin_hopper_bwd_chunks[];
+extern const unsigned char fkda_fatbin_hopper_bwd_chunks[], fkda_fatbin_hopper_bwd_first[];
 
 enum { USUAL, BOUNDED, GENERAL };
 
@@ -21,6 +22,13 @@ static fkda_module module = {
               [BOUNDED] = "fkda_hopper_bwd_bounded_chunks",
               [GENERAL] = "fkda_hopper_bwd_general_chunks"},
     .shared_bytes = FKDA_HOPPER_CHUNK_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+
+static fkda_module first_module = {
+    .image = fkda_fatbin_hopper_bwd_first,
+    .names = {"fkda_hopper_bwd_first"},
+    .shared_bytes = FKDA_BWD_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
@@ -120,11 +128,14 @@ static flash_kda_status run(const fkda_bwd_problem *p, int sms)
         .bwd = make_args(p, &plan), .states = results.states, .gradients = results.gradients};
     const fkda_bwd_launch chunks = {kernel_for(&p->fwd), plan.chunks.slots * s->heads,
                                     FKDA_HOPPER_CHUNK_THREADS, FKDA_HOPPER_CHUNK_SHARED_BYTES};
+    const fkda_bwd_launch first = {0, p->dinitial_state.data ? s->sequences * s->heads : 0, FKDA_BWD_THREADS,
+                                   FKDA_BWD_SHARED_BYTES};
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
     status = describe_tensors(driver, p, &args);
     if (status == FLASH_KDA_OK) status = fkda_launch_walks(driver, p, &plan.walks, &results);
     if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &module, p, &chunks, 1, &args);
+    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &first_module, p, &first, 1, &args);
     if (status == FLASH_KDA_OK) status = fkda_launch_bwd_sums(driver, p, &args.bwd);
     return fkda_leave_device(driver, status);
 }

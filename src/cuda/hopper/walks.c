@@ -141,8 +141,8 @@ static fkda_hopper_fwd_args common_args(const call *c, void *images)
     return args;
 }
 
-/* The way back begins with the gradient with respect to the final state, has gradients of outputs in the
- * place of values, and ends with the gradient with respect to the initial state. */
+/* The way back begins with the gradient with respect to the final state, and has gradients of outputs in the
+ * place of values. */
 static void fill_args(call *c)
 {
     const fkda_bwd_problem *p = c->problem;
@@ -151,7 +151,6 @@ static void fill_args(call *c)
     states->fwd.state_is_bf16 = p->fwd.initial_state.dtype == FLASH_KDA_BF16;
     *gradients = common_args(c, c->results->gradients);
     gradients->fwd.initial_state = fkda_state_args_of(&p->dfinal_state);
-    gradients->fwd.final_state = fkda_state_args_of(&p->dinitial_state);
     gradients->fwd.state_is_bf16 = p->dfinal_state.dtype == FLASH_KDA_BF16;
     gradients->fwd.v = p->dout.data;
     gradients->fwd.v_strides = fkda_strides_of(&p->dout);

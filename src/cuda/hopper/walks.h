@@ -25,8 +25,7 @@ typedef struct fkda_walk_results {
     void *workspace;
 } fkda_walk_results;
 
-/* Enqueues both walks on the problem's stream. They also leave the gradient with respect to the initial
- * state, if it is wanted. The device's context must be current. */
+/* Enqueues both walks on the problem's stream. The device's context must be current. */
 flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_problem *problem,
                                    const fkda_walks_plan *plan, const fkda_walk_results *results);
 
