@@ -45,9 +45,9 @@ enum { FEW = 1000 };
 /* Gradients whose RMS is far below this are as good as 0: some of their factors are at the end of fp32. */
 static const double FLOOR = 1e-28;
 
-/* The kernel `hopper` carries gradients of states through all chunks but the first as the forward pass carries
- * states: what has faded by more than this on the way from the gradient of the final state, which is about 1,
- * is lost. */
+/* The kernel `hopper` carries gradients of states through all chunks but the first as the forward pass
+ * carries states: what has faded by more than this on the way from the gradient of the final state, which is
+ * about 1, is lost. */
 static const double FADED = 0x1p-30;
 
 static bool is_hopper(void)
@@ -772,7 +772,7 @@ static void batch_invariance(void)
 {
     enum { HEADS = 2, MOST = 3 };
     static const int64_t sizes[][MOST] = {{150, 47, 1}, {1600, 0, 200}}; /* long enough for parts */
-    for (int which = 0; which < 2; which++) {
+    for (int which = 0; which < (is_exact() ? 1 : 2); which++) {         /* the CPU has no parts */
         problem *p = problem_create_ragged(sizes[which], MOST, HEADS);
         fill_case(p, find_case("random"), 59);
         bwd_problem *b = bwd_problem_create(p, 59);

@@ -237,6 +237,7 @@ def equal(a, b):
             assert torch.equal(gradients[name], other[name]), name
 
 
+@pytest.mark.slow
 def test_equal_calls_have_equal_bits(ranks):
     call = make_call(lengths=(9, 0, 50, 3), seed=6)
     dout, dstate = upstream(call)

@@ -22,6 +22,7 @@ def run(*words, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_it_runs():
     done = run()
     assert done.returncode == 0, done.stderr

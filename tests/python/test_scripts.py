@@ -225,7 +225,7 @@ def test_run_tests_when_a_runner_breaks(run_tests):
     assert lines[-1].startswith("C: 0 passed, 0 failed, and its runner failed; Python: 1 passed, 0 failed; ")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run_tests_ends_what_waits_for_ever(run_tests, workers):
     c_tests = 'add_test(stuck sleep 1000)\nadd_test(good sh -c "exit 0")\n'
     python_tests = "import time\ndef test_stuck(): time.sleep(1000)\n"

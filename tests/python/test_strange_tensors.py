@@ -233,6 +233,7 @@ def operator(package):
 """
 
 
+@pytest.mark.slow
 def test_a_second_import():
     """The modules are dropped and imported again, as a notebook may do."""
     program = """
