@@ -19,7 +19,7 @@ typedef struct fkda_bwd_problem {
     bool wants_parameters;    /* whether dA_log or ddt_bias is wanted; the pointers are NULL in a size call */
     float *dA_log, *ddt_bias; /* [HV], [HV, K], or NULL */
     fkda_state_view dinitial_state;
-    size_t workspace_limit; /* bytes, or 0: the default. A larger workspace is wanted only if it must be */
+    size_t workspace_limit; /* bytes of workspace that a call on a GPU should need at most; 0: the default */
 } fkda_bwd_problem;
 
 /* Sequence n has state n in all tensors of states. */

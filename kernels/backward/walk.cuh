@@ -53,8 +53,8 @@ __device__ inline void walk_forwards(Shared &s, const fkda_bwd_args &args)
     }
 }
 
-/* `gradient` goes back over a chunk, which was requested. The chunk before it is requested if it is wanted.
- * Products with all bits where a chunk may take most of the gradient away, or with those of tf32. */
+/* `gradient` goes back over a chunk that was requested. wants_more: the chunk before it is requested, too.
+ * all_bits: as in find_dx() and write_gradient(). */
 template <bool all_bits>
 __device__ __forceinline__ void step_back(Rows &gradient, Shared &s, const fkda_bwd_args &args,
                                           Reader &reader, int chunk, bool wants_more)
@@ -84,7 +84,7 @@ __device__ inline void walk_backwards(Shared &s, const fkda_bwd_args &args)
     Reader reader(s, args);
     reader.begin<BACKWARDS>(s.piece.task.chunks - 1);
     for (int chunk = s.piece.task.chunks - 1; chunk >= chunks_of_segment(args); chunk--) {
-        /* This kernel has no registers for more bits. */
+        /* The kernel of the walks has no registers for products with all bits. */
         step_back<false>(gradient, s, args, reader, chunk, chunk > chunks_of_segment(args));
         if (chunk % chunks_of_segment(args) == 0)
             store_border(s, args, gradient, args.gradients, chunk / chunks_of_segment(args) - 1);

@@ -31,8 +31,8 @@ Tensor = torch.Tensor
 
 #: the inputs that have gradients, in the order of GRADIENTS
 INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
-# The options of both operators, in their order: the first ones lie before what is an operator's own, and the
-# others, which are younger, behind it, so that exported programs still fit.
+# The options of both operators, in their order. The older ones lie before the arguments that only one of the
+# operators has. The younger ones lie behind these arguments, so that exported programs still fit.
 _OLDER = (
     "max_seqlen",
     "use_gate_in_kernel",
@@ -41,9 +41,9 @@ _OLDER = (
     "allow_neg_eigval",
     "state_v_first",
 )
-_YOUNGER = {"kernel": None, "batch_invariant": False, "workspace_limit": 0}  # with their defaults
+YOUNGER = {"kernel": None, "batch_invariant": False, "workspace_limit": 0}  # with their defaults
 #: the options of both operators
-OPTIONS = (*_OLDER, *_YOUNGER)
+OPTIONS = (*_OLDER, *YOUNGER)
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens"
@@ -97,7 +97,7 @@ def taken_apart(arguments: tuple, own: int) -> tuple[Any, Any, tuple, tuple]:
     the arguments that only this operator has. PyTorch leaves out what has its default at the end."""
     scale, lower_bound, *rest = arguments
     older, younger = rest[: len(_OLDER)], rest[len(_OLDER) + own :]
-    defaults = tuple(_YOUNGER.values())[len(younger) :]
+    defaults = tuple(YOUNGER.values())[len(younger) :]
     return scale, lower_bound, (*older, *younger, *defaults), tuple(rest[len(_OLDER) :][:own])
 
 

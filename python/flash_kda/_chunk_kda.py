@@ -127,15 +127,9 @@ def _with_gradients(
         state_v_first,
         call["output_final_state"],
         call["disable_recompute"],
-        *own_options(more),
+        *(more.get(name, default) for name, default in _autograd.YOUNGER.items()),
     )
     return out, final_state if call["output_final_state"] else None
-
-
-def own_options(more: dict[str, Any]) -> tuple[Any, ...]:
-    """The options that FLA does not have, in the order of the operator's arguments."""
-    defaults = {"kernel": None, "batch_invariant": False, "workspace_limit": 0}
-    return tuple(more.get(name, default) for name, default in defaults.items())
 
 
 def _check(call: dict[str, Any], more: dict[str, Any], torch: Any) -> bool:

@@ -13,13 +13,13 @@ enum {
     SMALL_WORKSPACE = 64 << 20,
 };
 
-/* Half of the bytes of q, k, v and g. */
+/* Half of the bytes of q, k, v and g, or SMALL_WORKSPACE if that is more. */
 static size_t default_limit(const fkda_shape *s)
 {
-    const int64_t gate_bytes = s->features & FKDA_FP32_GATES ? 4 : 2;
-    const int64_t bytes =
-        s->batch * s->tokens * FKDA_DIM * (2 * 2 * s->qk_heads + 2 * s->heads + gate_bytes * s->heads);
-    return (size_t)fkda_clamp(bytes / 2, SMALL_WORKSPACE, INT64_MAX);
+    const size_t gate_bytes = s->features & FKDA_FP32_GATES ? 4 : 2, tokens = (size_t)(s->batch * s->tokens),
+                 of_token = 2 * 2 * (size_t)s->qk_heads + (2 + gate_bytes) * (size_t)s->heads,
+                 half = tokens * (FKDA_DIM / 2) * of_token;
+    return half > SMALL_WORKSPACE ? half : SMALL_WORKSPACE;
 }
 
 /* The most bytes that a wave needs if waves have `heads` heads of q and k. The last one may have fewer, and

@@ -11,7 +11,7 @@ typedef struct fkda_bwd_kernel {
     flash_kda_status (*run)(const fkda_bwd_problem *problem, int sms);
 } fkda_bwd_kernel;
 
-/* The bytes of workspace of a wave. They are more than the problem's limit only if a single head of q and k
+/* The bytes of workspace that a wave needs: at most the problem's limit, unless a single head of q and k
  * needs more. */
 size_t fkda_bwd_waves_workspace(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *problem);
 

@@ -227,6 +227,14 @@ def test_saved_states(ranks):
     equal(kept, again)
 
 
+def test_options_that_fla_does_not_have(ranks):
+    """They change no bits on the CPU."""
+    call = make_call(lengths=(9, 50, 3), HV=1, seed=5)
+    dout, dstate = upstream(call)
+    options = {"kernel": "cpu", "batch_invariant": True, "workspace_limit": 1}
+    equal(ranks.run(on_a_rank, 3, call, dout, dstate, {}), ranks.run(on_a_rank, 3, call, dout, dstate, options))
+
+
 def equal(a, b):
     """Results of ranks have the same bits."""
     for (out, state, gradients), (other_out, other_state, other) in zip(a, b):

@@ -38,6 +38,7 @@ def test_a_kernel_that_is_unknown_is_left_out(capsys):
     [
         (["--shapes", "8192"], "argument --shapes: shape '8192': it must be HEADS:LENGTHS"),
         (["--rounds", "0"], "argument --rounds: 0 is not a positive number"),
+        (["--workspace-limit", "-1"], "argument --workspace-limit: -1 is less than 0"),
     ],
 )
 def test_wrong_arguments_of_training(words, sentence, capsys):

@@ -3,9 +3,10 @@
  * to the state after its first chunk of 32 tokens. The walk over D has left that one as an image
  * (chunks/chunk_args.h), and a sequence without a token behind its first chunk has dfinal_state instead.
  *
- * The walk has decayed tiles in fp16, so what nearly all of a chunk is forgotten of gets lost there. In the
- * gradient of an initial state that can be everything. Here chunks of 16 tokens go through tf32 products, as
- * in the kernel "portable" (../../backward/rows.cuh), which have the range of fp32.
+ * The walk over D has decayed tiles in fp16, which lose what is smaller than 2^-24. If the tokens of a chunk
+ * forget much, the whole gradient with respect to the initial state may be that small. The kernel here goes
+ * through chunks of 16 tokens with tf32 products, which have the range of fp32, as the kernel "portable" does
+ * (../../backward/rows.cuh).
  */
 #include "../../backward/walk.cuh"
 #include "chunks/chunk_args.h"
