@@ -205,6 +205,7 @@ if(NOT hopper_failed)
     src/cuda/hopper/launch.c
     src/cuda/hopper/plan.c
     src/cuda/hopper/relay_plan.c
+    src/cuda/hopper/stretches.c
     src/cuda/hopper/walks.c
     src/cuda/hopper/workspace.c)
   target_compile_definitions(flashkda PRIVATE FKDA_WITH_HOPPER)

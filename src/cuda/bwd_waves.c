@@ -43,7 +43,7 @@ static size_t wave_bytes(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *
 static int64_t choose_heads(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
-    const size_t limit = p->workspace_limit ? p->workspace_limit : default_limit(s);
+    const size_t limit = p->workspace_limit;
     for (int64_t waves = 1;;) {
         const int64_t heads = (s->qk_heads + waves - 1) / waves;
         const size_t bytes = wave_bytes(kernel, p, sms, heads);
@@ -53,6 +53,14 @@ static int64_t choose_heads(const fkda_bwd_kernel *kernel, const fkda_bwd_proble
     }
 }
 
+/* The same problem, whose kernel knows the limit of the whole call. */
+static fkda_bwd_problem with_limit(const fkda_bwd_problem *p)
+{
+    fkda_bwd_problem limited = *p;
+    if (!p->workspace_limit) limited.workspace_limit = default_limit(&p->fwd.shape);
+    return limited;
+}
+
 /* Without a device the call fails before it needs the workspace. */
 static int sms_of(const fkda_bwd_problem *p)
 {
@@ -60,10 +68,11 @@ static int sms_of(const fkda_bwd_problem *p)
     return fkda_cuda_sms(p->fwd.shape.device.index, &sms) == FLASH_KDA_OK ? sms : 1;
 }
 
-size_t fkda_bwd_waves_workspace(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *p)
+size_t fkda_bwd_waves_workspace(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *problem)
 {
-    const int sms = sms_of(p);
-    return wave_bytes(kernel, p, sms, choose_heads(kernel, p, sms));
+    const int sms = sms_of(problem);
+    const fkda_bwd_problem p = with_limit(problem);
+    return wave_bytes(kernel, &p, sms, choose_heads(kernel, &p, sms));
 }
 
 static size_t element_bytes(int32_t dtype)
@@ -105,14 +114,15 @@ static fkda_bwd_problem wave_of(const fkda_bwd_problem *p, int64_t first, int64_
     return wave;
 }
 
-flash_kda_status fkda_run_bwd_waves(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *p)
+flash_kda_status fkda_run_bwd_waves(const fkda_bwd_kernel *kernel, const fkda_bwd_problem *problem)
 {
-    const int sms = sms_of(p);
-    const int64_t all = p->fwd.shape.qk_heads, heads = choose_heads(kernel, p, sms);
+    const int sms = sms_of(problem);
+    const fkda_bwd_problem p = with_limit(problem);
+    const int64_t all = p.fwd.shape.qk_heads, heads = choose_heads(kernel, &p, sms);
     flash_kda_status status = FLASH_KDA_OK;
     for (int64_t first = 0; first < all && status == FLASH_KDA_OK; first += heads) {
         const int64_t left = all - first;
-        const fkda_bwd_problem wave = wave_of(p, first, left < heads ? left : heads);
+        const fkda_bwd_problem wave = wave_of(&p, first, left < heads ? left : heads);
         status = kernel->run(&wave, sms);
     }
     return status;

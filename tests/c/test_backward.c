@@ -719,6 +719,36 @@ static void waves(void)
     bwd_problem_free(b);
 }
 
+/* Sequences of equal lengths in stretches of tokens, of which the last one may be short, by the same limits with
+ * few heads, grouped ones, several rows, states that are absent or in bf16, and all at once. */
+static void limited(void)
+{
+    static const struct {
+        int64_t batch, tokens, heads, group;
+        bool bf16, no_states;
+    } all[] = {
+        {1, 1100, 4, 2, false, false}, {2, 777, 2, 1, true, false}, {1, 1600, 3, 1, false, true},
+        {3, 530, 6, 3, false, false},  {1, 3100, 1, 1, true, false},
+    };
+    for (size_t i = 0; i < (test.quick ? 3 : sizeof all / sizeof *all); i++) {
+        problem *p = problem_create(all[i].batch, all[i].tokens, all[i].heads);
+        problem_group_heads(p, all[i].group);
+        fill_case(p, find_case(i % 2 ? "slow gates" : "channels from fast to slow"), 61);
+        bwd_problem *b = bwd_problem_create(p, 61);
+        bwd_options options = plain_options();
+        options.forward = options_of(all[i].no_states ? STATE_NONE : STATE_IN, all[i].bf16);
+        const size_t most = bytes_needed(b, options);
+        for (size_t part = 2; part <= 5; part += test.quick ? 2 : 1) {
+            options.workspace_limit = most / part + 1;
+            trying("B = %lld, T = %lld, HV = %lld, at most %zu bytes of workspace of %zu",
+                   (long long)all[i].batch, (long long)all[i].tokens, (long long)all[i].heads,
+                   options.workspace_limit, most);
+            run_and_hold(b, options);
+        }
+        bwd_problem_free(b);
+    }
+}
+
 static void ask_for_bytes(int64_t batch, int64_t tokens, int64_t heads, int64_t shared)
 {
     const int64_t qk[] = {batch, tokens, heads / shared, DIM}, values[] = {batch, tokens, heads, DIM};
@@ -1003,6 +1033,7 @@ int main(int argc, char **argv)
         {"saved-is-read", saved_is_read},
         {"saved-bytes", saved_bytes},
         {"waves", waves},
+        {"limited", limited},
         {"default-workspace", default_workspace},
         {"batch-invariance", batch_invariance},
         {"absent", absent},

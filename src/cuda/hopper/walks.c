@@ -98,23 +98,30 @@ static int64_t take(int64_t *end, int64_t bytes)
     return begin;
 }
 
-fkda_walks_plan fkda_plan_walks(const fkda_shape *shape, int sms)
+fkda_walks_plan fkda_plan_whole_walks(const fkda_shape *shape, int sms)
 {
     fkda_shape s = *shape;
     s.cut = FLASH_KDA_CUT_NEVER;
     const fkda_hopper_plan whole = fkda_hopper_plan_for(&s, sms);
-    fkda_walks_plan plan = {.whole = whole.whole, .sms = sms, .parts = choose_parts(shape, sms)};
+    fkda_walks_plan plan = {.whole = whole.whole, .sms = sms, .parts = 1};
     int64_t end = 0;
-    if (plan.parts > 1) {
-        const int64_t matrices =
-            plan.parts * s.sequences * s.heads * FKDA_DIM * FKDA_DIM * (int64_t)sizeof(float);
-        plan.states_at = take(&end, matrices);
-        plan.gradients_at = take(&end, matrices);
-        plan.maps_at = take(&end, matrices);
-    } else {
-        plan.states_at = take(&end, (int64_t)whole.memory.bytes);
-        plan.gradients_at = take(&end, (int64_t)whole.memory.bytes);
-    }
+    plan.states_at = take(&end, (int64_t)whole.memory.bytes);
+    plan.gradients_at = take(&end, (int64_t)whole.memory.bytes);
+    plan.bytes = end;
+    return plan;
+}
+
+fkda_walks_plan fkda_plan_walks(const fkda_shape *s, int sms)
+{
+    fkda_walks_plan plan = fkda_plan_whole_walks(s, sms);
+    plan.parts = choose_parts(s, sms);
+    if (plan.parts == 1) return plan;
+    const int64_t matrices =
+        plan.parts * s->sequences * s->heads * FKDA_DIM * FKDA_DIM * (int64_t)sizeof(float);
+    int64_t end = 0;
+    plan.states_at = take(&end, matrices);
+    plan.gradients_at = take(&end, matrices);
+    plan.maps_at = take(&end, matrices);
     plan.bytes = end;
     return plan;
 }
@@ -151,6 +158,7 @@ static void fill_args(call *c)
     states->fwd.state_is_bf16 = p->fwd.initial_state.dtype == FLASH_KDA_BF16;
     *gradients = common_args(c, c->results->gradients);
     gradients->fwd.initial_state = fkda_state_args_of(&p->dfinal_state);
+    gradients->fwd.final_state = fkda_state_args_of(&c->results->dinitial_state);
     gradients->fwd.state_is_bf16 = p->dfinal_state.dtype == FLASH_KDA_BF16;
     gradients->fwd.v = p->dout.data;
     gradients->fwd.v_strides = fkda_strides_of(&p->dout);
@@ -191,20 +199,21 @@ static flash_kda_status launch(const call *c, CUfunction kernel, const fkda_hopp
                : FLASH_KDA_OK;
 }
 
-static flash_kda_status run_whole(call *c)
+/* The walk over states, or both of them. */
+static flash_kda_status run_whole(call *c, int walks)
 {
     const fkda_hopper_whole *whole = &c->plan->whole;
     const bool paired = whole->chunk == FKDA_HOPPER_CHUNK_PAIR;
     const int64_t places[WALKS] = {[STATES] = c->plan->states_at, [GRADIENTS] = c->plan->gradients_at};
     flash_kda_status status = FLASH_KDA_OK;
-    for (int i = 0; i < WALKS && status == FLASH_KDA_OK && whole->divides; i++) {
+    for (int i = 0; i < walks && status == FLASH_KDA_OK && whole->divides; i++) {
         c->args[i].handoff = fkda_hopper_handoff((char *)c->results->workspace + places[i], c->plan->sms);
         const CUresult result = c->driver->cuMemsetD32Async((CUdeviceptr)c->args[i].handoff.flags, 0,
                                                             (size_t)fkda_hopper_handoff_flags(c->plan->sms),
                                                             c->problem->fwd.stream);
         if (result) status = fkda_driver_fail("cuMemsetD32Async", result);
     }
-    for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
+    for (int i = 0; i < walks && status == FLASH_KDA_OK; i++)
         status = launch(c, c->kernels[KERNELS * i + (paired ? PAIR : SOLO)], &c->args[i], FKDA_SEQUENCES,
                         whole->workers * (paired ? FKDA_HOPPER_PAIR_CTAS : 1), FKDA_HOPPER_THREADS,
                         i == STATES ? FKDA_IN_ORDER : FKDA_EARLY);
@@ -261,28 +270,47 @@ static flash_kda_status run_in_parts(call *c, CUfunction maps, CUfunction join, 
     return status;
 }
 
+/* Loads the kernels and describes the inputs of the walk over states, or of both. */
+static flash_kda_status prepare(call *c, int walks)
+{
+    const fkda_problem *p = &c->problem->fwd;
+    const int ordinal = p->shape.device.index;
+    fkda_module *const module =
+        features_of(p) & FKDA_HOPPER_GENERAL_FEATURES ? &general_module : &usual_module;
+    flash_kda_status status = fkda_load_module(c->driver, module, ordinal);
+    c->kernels = module->functions[ordinal];
+    fill_args(c);
+    for (int i = 0; i < walks && status == FLASH_KDA_OK; i++)
+        status = describe_inputs(c, i, c->plan->parts > 1 ? CHUNK : c->plan->whole.chunk);
+    return status;
+}
+
 flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_problem *p,
                                    const fkda_walks_plan *plan, const fkda_walk_results *results)
 {
     const int ordinal = p->fwd.shape.device.index;
-    const int32_t features = features_of(&p->fwd);
-    fkda_module *const module = features & FKDA_HOPPER_GENERAL_FEATURES ? &general_module : &usual_module;
-    call c = {.driver = driver,
-              .problem = p,
-              .plan = plan,
-              .results = results,
-              .kernels = module->functions[ordinal]};
+    call c = {.driver = driver, .problem = p, .plan = plan, .results = results};
     if (!plan->whole.workers) return FLASH_KDA_OK; /* there is no sequence */
-    flash_kda_status status = fkda_load_module(driver, module, ordinal);
-    fill_args(&c);
-    for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
-        status = describe_inputs(&c, i, plan->parts > 1 ? CHUNK : plan->whole.chunk);
+    flash_kda_status status = prepare(&c, WALKS);
     if (status != FLASH_KDA_OK) return status;
-    if (plan->parts == 1) return run_whole(&c);
+    if (plan->parts == 1) return run_whole(&c, WALKS);
 
     CUfunction maps, join;
     status = fkda_load_module(driver, &usual_module, ordinal); /* which has the join back */
-    if (status == FLASH_KDA_OK) status = fkda_hopper_find_maps(driver, features, ordinal, &maps, &join);
+    if (status == FLASH_KDA_OK)
+        status = fkda_hopper_find_maps(driver, features_of(&p->fwd), ordinal, &maps, &join);
     if (status != FLASH_KDA_OK) return status;
     return run_in_parts(&c, maps, join, usual_module.functions[ordinal][JOIN_BACK]);
+}
+
+flash_kda_status fkda_launch_states_walk(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                         const fkda_walks_plan *plan, void *workspace,
+                                         const fkda_state_view *final_state)
+{
+    const fkda_walk_results results = {.workspace = workspace};
+    call c = {.driver = driver, .problem = p, .plan = plan, .results = &results};
+    const flash_kda_status status = prepare(&c, STATES + 1);
+    if (status != FLASH_KDA_OK) return status;
+    c.args[STATES].fwd.final_state = fkda_state_args_of(final_state);
+    return run_whole(&c, STATES + 1);
 }

@@ -31,6 +31,7 @@ template <Arithmetic arithmetic> struct ChunkBlock {
 constexpr int CHUNK_WARPS = FKDA_HOPPER_CHUNK_THREADS / 32, CHUNK_TOKENS = FKDA_HOPPER_BWD_CHUNK;
 constexpr int TOKEN_TILES = CHUNK_TOKENS / 8, OPERANDS = 3;
 enum { OF_U, OF_DR, OF_DOUT }; /* operands of the sums over V */
+enum { STATE, GRADIENT, IMAGES };
 
 /* Where the chunk is. */
 template <Arithmetic arithmetic> struct ChunkCursor<ChunkBlock<arithmetic>> {
@@ -141,6 +142,12 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     uint64_t inputs_there, dout_there, state_there, gradient_there;
     ChunkCursor<Block> at;
 
+    /* For the sums over V: the scale of row v of an image over the largest scale, in fp16, at gamma_place(v).
+     * It lies over gamma - 1, which is not needed here. */
+    __device__ uint16_t *row_factors(int image)
+    {
+        return reinterpret_cast<uint16_t *>(stage[0].gamma_minus_1) + DIM * image;
+    }
     /* 16 numbers of each thread, over v and dout. */
     __device__ float4 *result_stash()
     {
@@ -187,6 +194,13 @@ __device__ __forceinline__ int image_rows(int row, int lane)
 __device__ __forceinline__ int image_columns(int depth, int lane)
 {
     return (depth + lane / 16 * 8 + lane % 8) * ImageRows::ROW_BYTES + (lane / 8 % 2 ^ lane % 8) * 16;
+}
+
+/* Half of the depths of a tile [tokens, 128 depths] as wgmma's B operand, whose columns are tokens: depths
+ * 16 d to 16 d + 15 of all 128. */
+__device__ __forceinline__ uint64_t token_operand(const unsigned char *half, int d)
+{
+    return swizzled_descriptor<16, 8 * ROW>(descriptor_address(half) + d % 4 * 2);
 }
 
 /* Rounded to tf32: half of the last bit that the tensor core keeps is added. */

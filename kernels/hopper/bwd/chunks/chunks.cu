@@ -46,7 +46,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
             preparation.copy_image(shared.gradient, shared.gradient_scale, preparation.image(args.gradients),
                                    &shared.gradient_there);
     });
-    ChannelSums sums = {};
+    ChannelSums sums;
     {
         const ChunkSums<Block> over_v(shared, args.bwd.fwd.scale, units);
         over_v.sum_channels(sums);

@@ -223,6 +223,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         if (shared.at.left < CHUNK_TOKENS) this->clear_past_end(0, shared.at.left);
         __syncthreads();
         prepare_channels<true>();
+        fence_async_proxy();
         __syncthreads();
     }
 
@@ -242,7 +243,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         __syncthreads();
         const bool wide = prepare_channels<false>();
         if (wide && lane == 0) shared.is_wide = 1;
-        if (Block::UNBOUNDED) fence_async_proxy(); /* copies may overwrite the tiles */
+        fence_async_proxy(); /* wgmma reads the tiles, and copies may overwrite them */
         __syncthreads();
         if constexpr (Block::UNBOUNDED)
             if (shared.is_wide) prepare_carefully();

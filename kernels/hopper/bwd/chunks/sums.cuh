@@ -57,35 +57,52 @@ template <class Block> struct ChunkSums {
         return s.dout[half];
     }
 
+    static constexpr int STEPS = 2; /* of 16 rows of V, whose products are in flight at the same time */
+
+    /* The warp's 16 channels of rows 16 d to 16 d + 15 of V, as an A operand whose rows are channels. The
+     * image's rows are brought to one scale. */
+    __device__ void load_rows(uint32_t (&a)[4], const ImageRows &image, int which, int d) const
+    {
+        load_matrices_transposed(a, shared_address(image.bytes) + (image_columns(0, lane) ^ 32 * warp) +
+                                        16 * d * ImageRows::ROW_BYTES);
+        const uint2 factor = *reinterpret_cast<const uint2 *>(s.row_factors(which) + 16 * d + 4 * t);
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = multiply_halves(a[i], i / 2 ? factor.y : factor.x);
+    }
+
     __device__ void sum_channels(ChannelSums &to) const
     {
-        const int columns = matrix_row_by_token(lane);
-        const uint32_t first = image_columns(0, lane) ^ 32 * warp;
         float both[2][4] = {};
-        const auto add = [&](float(&sum)[CHUNK_TOKENS / 8][4], const uint32_t(&a)[4],
-                             const unsigned char *half, int d) {
+        uint32_t a[IMAGES][STEPS][4];
 #pragma unroll
-            for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
-                uint32_t b[4];
-                load_matrices(b, shared_address(half) + (columns ^ d % 4 * 32) + sub * SUBCHUNK_BYTES);
-                multiply_tiles(&sum[2 * sub], a, b);
+        for (int i = 0; i < DIM / 16 / STEPS; i++) {
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                load_rows(a[STATE][j], s.state, STATE, STEPS * i + j);
+                load_rows(a[GRADIENT][j], s.gradient, GRADIENT, STEPS * i + j);
+                /* The sum of S D is the diagonal of a product of channels with channels. */
+                const uint32_t(&x)[4] = a[STATE][j], (&y)[4] = a[GRADIENT][j];
+                mma_half(both[0], x[0], x[1], x[2], x[3], y[0], y[2]);
+                mma_half(both[1], x[0], x[1], x[2], x[3], y[1], y[3]);
             }
-        };
+            wgmma_fence();
 #pragma unroll
-        for (int d = 0; d < DIM / 16; d++) {
-            uint32_t of_state[4], of_gradient[4];
-            load_matrices_transposed(of_state,
-                                     shared_address(s.state.bytes) + first + 16 * d * ImageRows::ROW_BYTES);
-            load_matrices_transposed(of_gradient, shared_address(s.gradient.bytes) + first +
-                                                      16 * d * ImageRows::ROW_BYTES);
-            add(to.q, of_state, dout(d / 4), d);
-            add(to.k, of_state, minus_dr(d / 4), d);
-            add(to.k_rest, of_gradient, u(d / 4), d);
-            /* The sum of S D is the diagonal of a product of channels with channels. */
-            mma_half(both[0], of_state[0], of_state[1], of_state[2], of_state[3], of_gradient[0],
-                     of_gradient[2]);
-            mma_half(both[1], of_state[0], of_state[1], of_state[2], of_state[3], of_gradient[1],
-                     of_gradient[3]);
+            for (int j = 0; j < STEPS; j++) {
+                const int d = STEPS * i + j;
+                const uint64_t of_dout = token_operand(dout(d / 4), d), of_dr = token_operand(minus_dr(d / 4), d),
+                               of_u = token_operand(u(d / 4), d);
+                if (d == 0) {
+                    wgmma<false, false>(to.q, a[STATE][j], of_dout);
+                    wgmma<false, false>(to.k, a[STATE][j], of_dr);
+                    wgmma<false, false>(to.k_rest, a[GRADIENT][j], of_u);
+                } else {
+                    wgmma<true, false>(to.q, a[STATE][j], of_dout);
+                    wgmma<true, false>(to.k, a[STATE][j], of_dr);
+                    wgmma<true, false>(to.k_rest, a[GRADIENT][j], of_u);
+                }
+            }
+            wgmma_commit();
+            wgmma_wait<0>(); /* the other warps of the SM work meanwhile */
         }
         const float state = state_unit / pair_unit, gradient = gradient_unit / pair_unit;
         multiply_by_units(to.q, state * scale, OF_DOUT);

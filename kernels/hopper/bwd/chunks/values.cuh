@@ -39,51 +39,55 @@ template <class Block> struct ChunkValues {
 
     /* ---- Images ---- */
 
-    /* Divides all rows of an image by one number, the largest of their scales, which it returns. The warp
-     * changes its own 16 rows. */
-    __device__ float unify(ImageRows &image, const float (&scale)[DIM]) const
+    /* The largest scale of an image's rows. It leaves for the sums over V what each of the warp's own rows is
+     * multiplied by, so that all rows have this scale. */
+    __device__ float find_unit_of_image(int image, const float (&scale)[DIM]) const
     {
         uint32_t most = 0;
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++) most = max(most, __float_as_uint(scale[32 * i + lane]));
         const float unit = __uint_as_float(__reduce_max_sync(~0u, most));
-        const float inverse = inverse_power(unit);
-        if (__any_sync(~0u, scale[16 * warp + lane % 16] != unit)) {
-            const int row = 16 * warp + lane / 2; /* the lane has half of it */
-            const float factor = scale[row] * inverse;
-            const uint32_t both = pack_half(factor, factor);
-            uint4 *const half = reinterpret_cast<uint4 *>(image.bytes + row * ImageRows::ROW_BYTES);
-#pragma unroll
-            for (int i = 0; i < ImageRows::ROW_BYTES / 32; i++) {
-                uint4 &x = half[(2 * i + lane % 2) ^ row % 8]; /* neighbouring rows in different banks */
-                x = make_uint4(multiply_halves(x.x, both), multiply_halves(x.y, both),
-                               multiply_halves(x.z, both), multiply_halves(x.w, both));
-            }
+        const int row = 16 * warp + lane;
+        if (lane < 16) {
+            const float factor = scale[row] * inverse_power(unit);
+            s.row_factors(image)[gamma_place(row)] = static_cast<uint16_t>(pack_half(factor, factor));
         }
-        __syncwarp();
         return unit;
     }
 
+    /* x[i][j] *= factor scale, where the scale is that of the element's row of V. */
+    __device__ void scale_rows(Rows &x, const float (&scale)[DIM], float factor) const
+    {
+        const float of_row[2] = {scale[16 * warp + g] * factor, scale[16 * warp + g + 8] * factor};
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; i++) x[i / 4][i % 4] *= of_row[i % 4 / 2];
+    }
+
     /* x = (image) (keys)^T, where keys are K~ or Kr, and lack(half) is what they lack in half of the
-     * channels. The result is multiplied by key_scale(). */
+     * channels. The result is multiplied by key_scale(), and lacks the scales of the image's rows. The
+     * warpgroup's four warps take part together. */
     template <class Lack> __device__ void read(Rows &x, const ImageRows &image, int tile, Lack lack) const
     {
-        const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane),
-                       columns = matrix_row_by_token(lane);
-#pragma unroll 4 /* fewer registers than all at once */
-        for (int d = 0; d < DIM / 16; d++) {
-            uint32_t a[4], b[2][Block::SUBCHUNKS][4];
-            load_matrices(a, rows ^ 32 * d);
+        const uint32_t rows = shared_address(image.bytes) + image_rows(16 * warp, lane);
+        constexpr int STEPS = 4; /* of 16 channels, whose products are in flight at the same time */
 #pragma unroll
-            for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
-                const uint32_t place = (columns ^ d % 4 * 32) + sub * SUBCHUNK_BYTES;
-                load_matrices(b[0][sub], shared_address(s.tokens[0].half[d / 4].tile[tile]) + place);
-                load_matrices(b[1][sub], shared_address(lack(d / 4)) + place);
+        for (int first = 0; first < DIM / 16; first += STEPS) {
+            uint32_t a[STEPS][4];
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) load_matrices(a[i], rows ^ 32 * (first + i));
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                const int d = first + i;
+                const uint64_t keys = token_operand(s.tokens[0].half[d / 4].tile[tile], d);
+                if (d == 0)
+                    wgmma<false, false>(x, a[i], keys);
+                else
+                    wgmma<true, false>(x, a[i], keys);
+                wgmma<true, false>(x, a[i], token_operand(lack(d / 4), d));
             }
-#pragma unroll
-            for (int part = 0; part < 2; part++)
-#pragma unroll
-                for (int sub = 0; sub < Block::SUBCHUNKS; sub++) multiply_tiles(&x[2 * sub], a, b[part][sub]);
+            wgmma_commit();
+            wgmma_wait<0>();
         }
     }
 
@@ -105,16 +109,16 @@ template <class Block> struct ChunkValues {
         }
         return raw;
     }
-    /* x = v - factor x */
-    static __device__ void subtract_from(const RawValues &raw, Rows &x, float factor)
+    /* x = v - x */
+    static __device__ void subtract_from(const RawValues &raw, Rows &x)
     {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const uint32_t two = transpose_matrix(raw.pair[i][r]);
-                x[i][2 * r] = __fmaf_rn(x[i][2 * r], -factor, bf16_low(two));
-                x[i][2 * r + 1] = __fmaf_rn(x[i][2 * r + 1], -factor, bf16_high(two));
+                x[i][2 * r] = bf16_low(two) - x[i][2 * r];
+                x[i][2 * r + 1] = bf16_high(two) - x[i][2 * r + 1];
             }
     }
 
@@ -310,12 +314,13 @@ template <class Block> struct ChunkValues {
 
         /* ---- R ---- */
         const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(call.bwd.fwd));
-        Rows r = {}, u = {};
+        Rows r, u = {};
         const RawValues values = load_v();
         mbarrier_wait(&s.state_there, 0);
-        const float state_unit = unify(s.state, s.state_scale);
+        const float state_unit = find_unit_of_image(STATE, s.state_scale);
         read(r, s.state, K, [&](int half) { return s.tokens[0].half[half].tile[Q]; });
-        subtract_from(values, r, state_unit * key_unit);
+        scale_rows(r, s.state_scale, key_unit);
+        subtract_from(values, r);
         __syncthreads(); /* T, P and N are there */
         load_gradient();
         const float divisor = s.stage[0].divisor;
@@ -327,17 +332,17 @@ template <class Block> struct ChunkValues {
         /* ---- dU and dR ---- */
         const bool faint = s.has_faint_write;
         if (__builtin_expect(faint, 0)) find_missed(r, u);
-        Rows du = {}, dr = {}, x = {};
+        Rows du, dr = {}, x = {};
         mbarrier_wait(&s.gradient_there, 0);
-        const float gradient_unit = unify(s.gradient, s.gradient_scale);
+        const float gradient_unit = find_unit_of_image(GRADIENT, s.gradient_scale);
         read(du, s.gradient, G, [&](int half) { return s.tokens[0].v[half]; });
+        scale_rows(du, s.gradient_scale, key_unit);
         if (call.bwd.dout) mbarrier_wait(&s.dout_there, 0);
         load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
         multiply<true, true>(x, r, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            du[i / 4][i % 4] =
-                __fmaf_rn(x[i / 4][i % 4], call.bwd.fwd.scale, du[i / 4][i % 4] * (gradient_unit * key_unit));
+            du[i / 4][i % 4] = __fmaf_rn(x[i / 4][i % 4], call.bwd.fwd.scale, du[i / 4][i % 4]);
         multiply<true, false, true>(dr, du,
                                     [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, divisor);
@@ -363,6 +368,7 @@ template <class Block> struct ChunkValues {
         store_operand(u, v, inverse, OF_U);
         store_operand(dr, s.tokens[0].half[16 * warp / 64].tile[Q], -inverse, OF_DR);
         store_operand(r, dout, inverse, OF_DOUT);
+        fence_async_proxy(); /* wgmma reads the operands */
         __syncthreads();
         return make_float2(state_unit, gradient_unit);
     }
