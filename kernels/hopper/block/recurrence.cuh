@@ -360,7 +360,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         /* The load gives 0 instead of the divisor if v does not fit. Its address depends on v, so that the
          * compiler cannot move the look at v behind the wait. */
         const float divisor = load_shared(__any_sync(~0u, act) ? &stage.zero : &stage.divisor);
-        const bool usual = (divisor == 1.0f) & whole & !(look & faint);
+        const bool usual = (divisor == 1.0f) & whole & !((Block::OUTPUTS ? look | look_again : look) & faint);
         unpack_values(v, raw);
         wgmma_wait<0>();
         if (__builtin_expect(!usual, 0)) {

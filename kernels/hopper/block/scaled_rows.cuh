@@ -12,6 +12,11 @@
  * (Stage::divisor). This last rule is needed because such a chunk checks v * divisor, and not v, against 16
  * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
+ * Where there are outputs, a token must change no bit of the tokens before it, and fp16 rounds small numbers
+ * in another way in another scale. So a chunk whose v does not fit is computed in the scales there are, and the next chunk chooses new
+ * ones, which depend on the state before that chunk and on its first token alone. So does the first choice of
+ * all. Only v above ROOM scales, of which a chunk might leave the range of fp16, is given a scale at once.
+ *
  * These bounds are for keys that are normalised and for write strengths of at most 1. In a call without them
  * the state can grow by more than v. A row's scale is then chosen anew, too, if the state exceeds 16 scales
  * after 128 tokens.
@@ -31,8 +36,6 @@
 #ifndef FKDA_HOPPER_SCALED_ROWS_CUH
 #define FKDA_HOPPER_SCALED_ROWS_CUH
 
-#include <float.h>
-
 #include "early_outputs.cuh"
 #include "state_rows.cuh"
 
@@ -48,8 +51,13 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     static constexpr int READ = Block::OUTPUTS ? 2 * TILES : TILES;
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
     /* Truths, which take fewer instructions as int than as bool. */
-    int look_again; /* the scales have just changed much: look at the next chunk too */
-    int faint;      /* a chunk had a divisor below one since the scales were chosen */
+    int look_again; /* the scales have just changed much, or did not fit: look at the next chunk too */
+    int faint;      /* FAINT and more: scales are to be chosen anew where a chunk is looked at */
+    /* A chunk since the scales were chosen had a divisor below one, or v that did not fit; and v was large. */
+    static constexpr int FAINT = 1, GROWS = 2;
+    /* In how many scales v is allowed to be for a chunk. A state of 16 * 2^10 scales and the writes of 32
+     * tokens then stay in the range of fp16. */
+    static constexpr float ROOM = 0x1p11f;
 
     __device__ ScaledRows(const fkda_hopper_fwd_args &a, Shared<Block> &s, int thread) : Base(a, s, thread)
     {
@@ -271,31 +279,41 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         }
     }
 
-    /* Chooses scales for a work item's state and first chunk, once that chunk is ready. A row gets a scale
-     * for its state alone if the chunk is not whole, or if the row's v is not finite or dwarfs its first
-     * token: then adapt() sees to v. */
+    /* Chooses scales for a work item's state and first chunk, once that chunk is ready. */
     __device__ void choose_first_scales(int left, const SlotCursor<Block> &place)
     {
         float nothing[READ][4] = {}, next[2];
         mbarrier_wait(&shared.chunk_ring.ready[place.index()], place.parity());
         const Raw x = load_raw(shared.tokens[place.index()]);
         const float divisor = shared.stage[place.index()].divisor;
-        const bool has_token_0 = find_pair() == 0;
+        if constexpr (!Block::OUTPUTS) {
+            const float factor = Block::BACKWARDS ? value_factor() : divisor;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            /* Bits of numbers that are not negative compare as the numbers do, and a NaN is the largest. */
-            const float token_0 = fabsf(bf16_low(x.pair[0][r]));
-            uint32_t most = __float_as_uint(largest(x, r)),
-                     limit = __float_as_uint(has_token_0 ? token_0 * LEAP : FLT_MAX);
-#pragma unroll
-            for (int by = 1; by <= 2; by *= 2) {
-                most = max(most, __shfl_xor_sync(~0u, most, by));
-                limit = min(limit, __shfl_xor_sync(~0u, limit, by));
-            }
-            if (left < CHUNK || (Block::OUTPUTS && most > limit)) most = 0;
-            next[r] = fitting_scale(__uint_as_float(most) * (Block::BACKWARDS ? value_factor() : divisor), r);
+            for (int r = 0; r < 2; r++) next[r] = fitting_scale(left < CHUNK ? 0.0f : largest(x, r) * factor, r);
+        } else {
+            fit_first_token(next, bf16_low(x.pair[0][0]) * divisor, bf16_low(x.pair[0][1]) * divisor, true);
         }
         rescale(next, nothing);
+    }
+
+    /* Scales for the state and for the chunk's first token, whose v in rows g and g + 8 the first lane of each
+     * quad has in `top` and `low`. A v that is not finite counts as 0. with_others: v of the other tokens is
+     * expected to be of the size that v of the first token has in the warp's rows, so that they seldom get
+     * scales that do not fit them. */
+    __device__ void fit_first_token(float (&next)[2], float top, float low, bool with_others) const
+    {
+        float first[2] = {top, low};
+#pragma unroll
+        for (float &x : first) {
+            x = fabsf(__shfl_sync(~0u, x, lane & ~3));
+            x = x < INFINITY ? x : 0.0f;
+        }
+        float most = fmaxf(first[0], first[1]); /* of the warp's rows */
+#pragma unroll
+        for (int by = 4; by <= 16; by *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, by));
+        const float least = with_others ? 0.25f * most : 0.0f;
+#pragma unroll
+        for (int r = 0; r < 2; r++) next[r] = fitting_scale(fmaxf(first[r], least), r);
     }
 
     /* ---- Values that dwarf the tokens before them ---- */
@@ -386,15 +404,41 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
         const float high = largest(v, 0) * headroom(), low = largest(v, 1) * headroom();
+        const int looks = look | look_again;
         /* With values taken out, v says nothing about rows that have faded. */
-        const bool act = misfit(high, low, (look | look_again) & !spoilt);
+        bool small_too = looks & !spoilt, at_once, is_late = false;
+        float next[2] = {scale[0], scale[1]};
+        if constexpr (!Block::OUTPUTS) {
+            at_once = misfit(high, low, small_too) || (look && faint);
+        } else {
+            is_late = __any_sync(~0u, looks & faint);
+            if (is_late) choose_late_scales(next, v);
+            const float room = divisor < 1.0f ? 16.0f : ROOM;
+            at_once = !(high <= room * next[0]) | !(low <= room * next[1]);
+        }
+        at_once = __any_sync(~0u, at_once);
         look_again = spoilt;
-        if (__any_sync(~0u, act) || (look && faint)) {
-            const float next[2] = {fitting_scale(high, 0), fitting_scale(low, 1)};
-            if (Block::OUTPUTS) finish_early_tokens(v, read, next, values, stage, pair);
+        if (at_once || is_late) {
+            if (at_once) next[0] = fitting_scale(high, 0), next[1] = fitting_scale(low, 1);
+            if (at_once && Block::OUTPUTS) finish_early_tokens(v, read, next, values, stage, pair);
             rescale(next, read);
         }
-        if (!Block::BACKWARDS) faint |= divisor < 1.0f;
+        if constexpr (Block::OUTPUTS) {
+            const bool grows = __any_sync(~0u, misfit(high, low, false)),
+                       shrinks = !is_late && __any_sync(~0u, misfit(high, low, small_too));
+            if (grows || shrinks) look_again = true, faint = grows ? FAINT | GROWS : FAINT;
+        }
+        if (!Block::BACKWARDS && divisor < 1.0f) faint |= FAINT;
+    }
+
+    /* The scales that an earlier chunk has asked for. */
+    __device__ void choose_late_scales(float (&next)[2], const float (&v)[TILES][4]) const
+    {
+        const bool grows = faint & GROWS;
+        fit_first_token(next, v[0][0], v[0][2], grows);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (grows) next[r] = fmaxf(next[r], scale[r]);
     }
 };
 
