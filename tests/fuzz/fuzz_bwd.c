@@ -3,7 +3,7 @@
  * most.
  *
  * Rules: a refusal has a sentence and writes nothing, a good call is taken, a call that is taken writes
- * elements of its gradients alone, and these are those of the fp64 reference.
+ * elements of its gradients alone, which no other tensor has, and these are those of the fp64 reference.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -34,6 +34,9 @@ static const char *const names[TENSORS] = {"q",
 
 /* What the workspace holds before a call. As a number it is NaN, so that a gradient shows if it was read. */
 enum { WORKSPACE_BYTE = 0xff };
+
+/* A bit for each. */
+static const uint32_t GRADIENTS_THAT_ARE_WRITTEN = ((1u << TENSORS) - 1) & ~((1u << INPUTS) - 1);
 
 /* More workspace than this is not given, and the call is refused. */
 static const size_t MOST_WORKSPACE = (size_t)64 << 20;
@@ -180,6 +183,9 @@ static void check_unchanged(state *s, bool taken)
             wrong("memory of %s changed", i < TENSORS ? names[i] : "saved");
     }
     if (!taken) check_workspace(&s->workspace);
+    for (int i = 0; taken && i < TENSORS; i++)
+        if (count_of(tensor(&s->p, i)) && lies_in(tensor(&s->p, i), &s->workspace))
+            wrong("a call was taken with %s in the workspace", names[i]);
 }
 
 /* ---- Results ------------------------------------------------------------------------------------------- */
@@ -301,6 +307,7 @@ static void try_call(state *s)
     if (!taken && good && status != FLASH_KDA_UNAVAILABLE)
         wrong("a good call was refused: %s", flash_kda_last_error());
     if (s->huge) return;
+    if (taken && s->mutated) check_apart(&s->set, GRADIENTS_THAT_ARE_WRITTEN);
     if (taken && s->compares && !s->unspecified) check_results(s);
     check_unchanged(s, taken);
 }

@@ -25,11 +25,6 @@ static flash_kda_fwd_params seen(const state *s)
     return p;
 }
 
-static int64_t integer_at(const flash_kda_tensor *t, int64_t i)
-{
-    return t->dtype == FLASH_KDA_I32 ? ((const int32_t *)t->data)[i] : ((const int64_t *)t->data)[i];
-}
-
 static int64_t sequences_of(const flash_kda_fwd_params *p)
 {
     return p->cu_seqlens.data ? p->cu_seqlens.shape[0] - 1 : p->q.shape[0];

@@ -1,6 +1,7 @@
 #include "tensor_set.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 void mutate_tensor(tensor_set *set, input *from)
@@ -75,7 +76,7 @@ float plant(tensor_set *set, int which, input *from)
     return value;
 }
 
-static bool lies_in(const flash_kda_tensor *t, const memory *m)
+bool lies_in(const flash_kda_tensor *t, const memory *m)
 {
     size_t in_front;
     const size_t bytes = bytes_of(t, &in_front);
@@ -95,6 +96,20 @@ bool all_are_inside(const tensor_set *set, const memory *other, const memory *an
         if (!inside) return false;
     }
     return true;
+}
+
+void check_apart(const tensor_set *set, uint32_t outputs)
+{
+    for (int m = 0; m < set->count; m++) {
+        const memory *in = &set->memory[m];
+        unsigned char *marks = calloc(in->count + 1, 1);
+        if (!marks) wrong("no memory");
+        for (int pass = 0; in->bytes && pass < 2; pass++) /* outputs, then inputs */
+            for (int i = 0; i < set->count; i++)
+                if ((outputs >> i & 1) == !pass && mark_bytes(set->tensors[i], in, marks, !pass))
+                    wrong("a call was taken with tensor %d in memory of another one", i);
+        free(marks);
+    }
 }
 
 void keep_copies(tensor_set *set)

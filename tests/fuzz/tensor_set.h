@@ -31,8 +31,15 @@ void plant_integer(tensor_set *set, int which, input *from);
 /* Puts a number into a tensor of numbers, also one that is not finite. Returns the number. */
 float plant(tensor_set *set, int which, input *from);
 
+/* Whether memory of a tensor is a part of m. */
+bool lies_in(const flash_kda_tensor *t, const memory *m);
+
 /* Whether each tensor that is there lies in memory of the set, or in the other one, which may be NULL. */
 bool all_are_inside(const tensor_set *set, const memory *other, const memory *another);
+
+/* Ends the process if an output shares a byte with another tensor, in a call that was taken. `outputs` has a
+ * bit for each of them. */
+void check_apart(const tensor_set *set, uint32_t outputs);
 
 void keep_copies(tensor_set *set);
 void forget_all(tensor_set *set);

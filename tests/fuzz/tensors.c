@@ -134,6 +134,11 @@ void fill_integers(const memory *m, int32_t dtype, const int64_t *integers)
     }
 }
 
+int64_t integer_at(const flash_kda_tensor *t, int64_t i)
+{
+    return t->dtype == FLASH_KDA_I32 ? ((const int32_t *)t->data)[i] : ((const int64_t *)t->data)[i];
+}
+
 void keep_copy(memory *m)
 {
     if (!m->bytes) return;
@@ -197,6 +202,21 @@ void *copy_elements(const flash_kda_tensor *t, int64_t first, int64_t count)
         memcpy(copy + done * size, data + distance(t, first + done) * size, (size_t)(run * size));
     }
     return copy;
+}
+
+bool mark_bytes(const flash_kda_tensor *t, const memory *m, unsigned char *marks, bool sets)
+{
+    const int64_t size = (int64_t)dtype_size(t->dtype), count = count_of(t);
+    const unsigned char *data = t->data;
+    bool marked = false;
+    if (!data || data < m->bytes || data >= m->bytes + m->count) return false;
+    for (int64_t done = 0, run; done < count; done += run) {
+        run = run_from(t, done, count - done);
+        unsigned char *at = marks + (data - m->bytes) + distance(t, done) * size;
+        marked |= memchr(at, 1, (size_t)(run * size)) != NULL;
+        if (sets) memset(at, 1, (size_t)(run * size));
+    }
+    return marked;
 }
 
 void put_back(const flash_kda_tensor *t, const memory *m, int64_t first, int64_t count)

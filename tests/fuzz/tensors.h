@@ -7,7 +7,7 @@
 #include "fuzz.h"
 #include "util.h"
 
-enum { MOST_BYTES = 4 << 20, MOST_INTEGERS = 8 };
+enum { MOST_BYTES = 4 << 20, MOST_INTEGERS = 24 };
 
 typedef struct memory {
     unsigned char *bytes, *before; /* `before`: a copy of the contents before the call */
@@ -46,11 +46,18 @@ void adapt(const memory *m, int32_t dtype, int sign, float factor);
 /* Fills a tensor of integers, all behind the last one of MOST_INTEGERS with the last one. */
 void fill_integers(const memory *m, int32_t dtype, const int64_t *integers);
 
+/* Element i of a contiguous tensor of integers. */
+int64_t integer_at(const flash_kda_tensor *t, int64_t i);
+
 /* Ends the process unless flash_kda_last_error() has a sentence about the call, which was refused. */
 void check_sentence(const char *call);
 
 /* A copy of the elements `first` to `first + count` - 1 of a tensor, which the caller frees. */
 void *copy_elements(const flash_kda_tensor *t, int64_t first, int64_t count);
+
+/* Sets the marks of all bytes of a tensor's elements, if the tensor lies in m; `marks` has one for each byte
+ * of m. Returns whether one was set before. Without `sets` it looks alone. */
+bool mark_bytes(const flash_kda_tensor *t, const memory *m, unsigned char *marks, bool sets);
 
 /* Puts back what m held before the call in the elements `first` to `first + count` - 1 of an output, if the
  * output lies in m. */
