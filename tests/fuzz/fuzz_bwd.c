@@ -102,7 +102,9 @@ static bool save_states(state *s)
     flash_kda_fwd_params forward = forward_of(&s->p);
     size_t in_front, bytes;
     const size_t out_bytes = bytes_of(&forward.out, &in_front);
-    if (out_bytes == SIZE_MAX || flash_kda_fwd_workspace_size(&forward, &bytes) != FLASH_KDA_OK) return false;
+    if (out_bytes == SIZE_MAX || flash_kda_fwd_workspace_size(&forward, &bytes) != FLASH_KDA_OK ||
+        bytes > MOST_WORKSPACE)
+        return false;
     memory out = allocate_memory(out_bytes), workspace = allocate_workspace(bytes);
     forward.out.data = out.bytes;
     forward.saved = s->saved.bytes;
