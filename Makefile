@@ -45,7 +45,7 @@ sanitize: ## Run the C tests under AddressSanitizer, UndefinedBehaviorSanitizer 
 	@sh scripts/sanitize.sh address
 	@sh scripts/sanitize.sh thread
 
-fuzz: ## Fuzz the C call, the file reader, the command and the planner, SECONDS (60) each
+fuzz: ## Fuzz the C calls, the file reader, the command and the planner, SECONDS (60) each
 	@$(environment) build
 	@FUZZ_SECONDS=$(SECONDS) sh scripts/fuzz.sh
 

@@ -16,7 +16,7 @@ if ! "$clang" -fsanitize=fuzzer,address,undefined "$probe/probe.c" -o "$probe/pr
     exit 0
 fi
 
-names=${*:-call file command plan}
+names=${*:-call bwd decode file command plan}
 targets=$(for name in $names; do echo "fuzz_$name"; done)
 TARGETS=$targets sh scripts/build.sh $folder -DFLASH_KDA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
     "-DCMAKE_C_COMPILER=$clang" -DFLASH_KDA_SANITIZE=fuzzer-no-link,address,undefined \

@@ -25,7 +25,7 @@ static flash_kda_status bwd(const flash_kda_bwd_params *params)
     if (status != FLASH_KDA_OK) return status;
     const fkda_kernel *kernel = problem.fwd.shape.kernel;
     status = fkda_check_workspace(&problem.fwd, kernel->bwd_workspace(&problem));
-    if (status == FLASH_KDA_OK && problem.has_saved)
+    if (status == FLASH_KDA_OK && problem.fwd.saved)
         status = fkda_check_saved_size(&problem.fwd, kernel->saved_bytes(&problem.fwd.shape));
     return status == FLASH_KDA_OK ? kernel->bwd(&problem) : status;
 }

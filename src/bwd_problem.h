@@ -15,7 +15,7 @@ typedef struct fkda_bwd_problem {
     fkda_token_view dout;
     fkda_state_view dfinal_state;
     fkda_token_view dq, dk, dv, dg, dbeta;
-    bool has_saved;           /* fwd.saved, which is read; the pointer is NULL in a size call */
+    bool has_saved;           /* fwd.saved has states, which are read; the pointer is NULL in a size call */
     bool wants_parameters;    /* whether dA_log or ddt_bias is wanted; the pointers are NULL in a size call */
     float *dA_log, *ddt_bias; /* [HV], [HV, K], or NULL */
     fkda_state_view dinitial_state;

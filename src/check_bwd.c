@@ -231,7 +231,7 @@ flash_kda_status fkda_check_bwd(const flash_kda_bwd_params *p, fkda_purpose purp
     if (purpose != FKDA_FOR_REFERENCE) TRY(check_outputs(p, shape, purpose));
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     TRY(fill_shape(p, purpose, shape));
-    out->has_saved = p->saved || (purpose == FKDA_FOR_SHAPES && p->saved_size);
+    out->has_saved = p->saved_size != 0; /* and not the pointer, which a call for sizes does not have */
     out->workspace_limit = p->workspace_limit;
     out->wants_parameters = has(&p->dA_log, purpose) || has(&p->ddt_bias, purpose);
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */

@@ -82,7 +82,8 @@ int64_t fkda_stride_of(const flash_kda_tensor *t, int dimension)
     if (t->shape[dimension] > 1 && !fkda_is_empty(t)) return t->stride[dimension];
     if (dimension >= t->ndim - 1) return 1;
     const int64_t size = t->shape[dimension + 1];
-    return fkda_stride_of(t, dimension + 1) * (size > 1 ? size : 1);
+    /* Unsigned, because a call about shapes alone may have any strides, which nothing has checked. */
+    return (int64_t)((uint64_t)fkda_stride_of(t, dimension + 1) * (uint64_t)(size > 1 ? size : 1));
 }
 
 static flash_kda_status refuse_layout(const flash_kda_tensor *t, const fkda_requirement *r)

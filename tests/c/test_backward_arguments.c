@@ -254,6 +254,27 @@ static void short_saved(void)
     bwd_problem_free(b);
 }
 
+/* A short forward pass saves nothing. A pointer to its 0 bytes is taken, and the call needs no other
+ * workspace for it, because a size call has no pointers. */
+static void empty_saved(void)
+{
+    problem *p = problem_create(1, 40, 2);
+    problem_group_heads(p, 2);
+    bwd_problem *b = bwd_problem_create(p, 5);
+    bwd_call c;
+    must(bwd_call_open(&c, b, (bwd_options){.forward = options_of(STATE_IN, false), .saves = true}));
+    size_t bytes = 0;
+    flash_kda_bwd_params sizes = c.params;
+    sizes.saved = NULL;
+    trying("`saved` of 0 bytes");
+    CHECK(c.params.saved && c.params.saved_size == 0, "%zu bytes are saved", c.params.saved_size);
+    must(flash_kda_bwd_workspace_size(&sizes, &bytes));
+    c.params.workspace_size = bytes;
+    CHECK(bwd_call_run(&c) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+    bwd_call_close(&c);
+    bwd_problem_free(b);
+}
+
 static void everything(void)
 {
     static const int64_t lengths[] = {4, 6};
@@ -273,6 +294,7 @@ static void everything(void)
     references();
     saving();
     short_saved();
+    empty_saved();
     bwd_call_close(&fixed);
     bwd_call_close(&with_seqlens);
     bwd_problem_free(fixed_problem);

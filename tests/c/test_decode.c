@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "../../kernels/decode/rounding.h"
+#include "decode_compare.h"
 #include "draw_decode.h"
 
 enum { RECORD = FLASH_KDA_RECORD_ROWS * DIM };
@@ -44,19 +45,6 @@ static double error_of(sums s)
 }
 
 static sums total_out;
-
-/* The distance between neighbours of bf16 around x. */
-static double bf16_step(double x)
-{
-    return ldexp(1.0, (x != 0.0 ? ilogb(x) : -126) - 7);
-}
-
-static double rms_of(const double *x, int64_t count)
-{
-    double sum = 0.0;
-    for (int64_t i = 0; i < count; i++) sum += x[i] * x[i];
-    return sqrt(sum / (double)count);
-}
 
 /* ---- One draw ------------------------------------------------------------------------------------------ */
 
@@ -127,7 +115,7 @@ static void check_out(draw *w)
         double worst = 0.0;
         for (int i = 0; i < DIM; i++) {
             const double got = float_from_bf16(w->out[row * DIM + i]), off = got - truth[i];
-            const double excess = fabs(off) / (bf16_step(truth[i]) * 0.51 + 1e-5 * size + 1e-37);
+            const double excess = decode_excess(truth[i], got, size, DECODE_TO_NEAREST);
             worst = excess <= worst ? worst : excess; /* true for NaN */
             w->out_sums.wrong += off * off;
             w->out_sums.all += truth[i] * truth[i];
@@ -163,14 +151,12 @@ static void check_state(draw *w, const void *pool, int64_t slot, int64_t n, int6
 {
     const double *truth = truth_after(w, n, i, h), size = rms_of(truth, DIM * DIM);
     const int64_t first = (slot * w->d->tokens->heads + h) * DIM * DIM;
-    const double steps = w->d->rounding ? 1.01 : 0.51;
+    const double steps = !is_bf16(w) ? 0.0 : w->d->rounding ? DECODE_AT_RANDOM : DECODE_TO_NEAREST;
     double worst = 0.0;
     for (int e = 0; e < DIM * DIM; e++) {
         const uint16_t bits = is_bf16(w) ? ((const uint16_t *)pool)[first + e] : 0;
         const double got = is_bf16(w) ? float_from_bf16(bits) : ((const float *)pool)[first + e],
-                     off = got - truth[e],
-                     allowed = (is_bf16(w) ? steps * bf16_step(truth[e]) : 0.0) + 1e-5 * size + 1e-37,
-                     excess = fabs(off) / allowed;
+                     off = got - truth[e], excess = decode_excess(truth[e], got, size, steps);
         worst = excess <= worst ? worst : excess;
         w->state_sums.wrong += off * off;
         w->state_sums.all += truth[e] * truth[e];

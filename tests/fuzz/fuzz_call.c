@@ -6,7 +6,6 @@
  * Rules: a refusal has a sentence and writes nothing, a good call is taken, a call that is taken writes
  * elements of its outputs alone, and these are those of the fp64 reference.
  */
-#include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,14 +15,6 @@
 #include "fuzz_call.h"
 #include "problem.h"
 
-static void keep_copy(memory *m)
-{
-    if (!m->bytes) return;
-    m->before = malloc(m->count + 1);
-    if (!m->before) wrong("no memory");
-    memcpy(m->before, m->bytes, m->count);
-}
-
 /* ---- What a call may write ----------------------------------------------------------------------------- */
 
 /* The parameters as the library sees them: fields behind a smaller struct are zero. */
@@ -32,11 +23,6 @@ static flash_kda_fwd_params seen(const state *s)
     flash_kda_fwd_params p = s->p;
     if (p.struct_size < sizeof p) memset((char *)&p + p.struct_size, 0, sizeof p - p.struct_size);
     return p;
-}
-
-static int64_t integer_at(const flash_kda_tensor *t, int64_t i)
-{
-    return t->dtype == FLASH_KDA_I32 ? ((const int32_t *)t->data)[i] : ((const int64_t *)t->data)[i];
 }
 
 static int64_t sequences_of(const flash_kda_fwd_params *p)
@@ -86,43 +72,18 @@ static bool writes_row(const flash_kda_fwd_params *p, int64_t row)
     return false;
 }
 
-/* The elements from the first element of a tensor to element i, counted in the order of its indices. */
-static int64_t distance(const flash_kda_tensor *t, int64_t i)
+/* Puts back all elements of an output that the call may write. */
+static void put_back_output(const flash_kda_fwd_params *p, const flash_kda_tensor *t, const memory *m)
 {
-    int64_t at = 0;
-    for (int d = t->ndim - 1; d >= 0; d--) {
-        if (t->shape[d] > 1) at += i % t->shape[d] * t->stride[d];
-        i /= t->shape[d];
-    }
-    return at;
-}
-
-static int64_t elements_of(const flash_kda_tensor *t)
-{
-    int64_t count = t->data ? 1 : 0;
-    for (int d = 0; count && d < t->ndim; d++) count *= t->shape[d];
-    return count;
-}
-
-/* Puts back what m held before the call in the elements of an output, as far as the call may write them. */
-static void put_back(const flash_kda_fwd_params *p, const flash_kda_tensor *t, const memory *m)
-{
-    const size_t size = dtype_size(t->dtype);
-    const int64_t count = elements_of(t), inner = count && t->ndim == 4 ? count / t->shape[0] : count;
-    if (!count || (unsigned char *)t->data < m->bytes || (unsigned char *)t->data >= m->bytes + m->count)
+    const int64_t count = count_of(t);
+    if (t != &p->final_state && t != &p->checkpoint_states) {
+        put_back(t, m, 0, count);
         return;
-    for (int64_t i = 0; i < count; i++) {
-        if (t == &p->final_state && i % inner == 0 && !writes_slot(p, i / inner)) {
-            i += inner - 1;
-            continue;
-        }
-        if (t == &p->checkpoint_states && i % inner == 0 && !writes_row(p, i / inner)) {
-            i += inner - 1;
-            continue;
-        }
-        const int64_t at = (unsigned char *)t->data - m->bytes + distance(t, i) * (int64_t)size;
-        memcpy(m->bytes + at, m->before + at, size);
     }
+    const int64_t slots = count ? t->shape[0] : 0;
+    for (int64_t slot = 0; slot < slots; slot++)
+        if (t == &p->final_state ? writes_slot(p, slot) : writes_row(p, slot))
+            put_back(t, m, slot * (count / slots), count / slots);
 }
 
 /* What m holds is lost where the call may have written it. */
@@ -133,7 +94,7 @@ static void check_unchanged(const state *s, bool taken)
     for (int i = 0; i < TENSORS; i++) {
         const memory *m = &s->tensors[i];
         if (!m->bytes) continue;
-        for (int o = 0; taken && o < 4; o++) put_back(&p, outputs[o], m);
+        for (int o = 0; taken && o < 4; o++) put_back_output(&p, outputs[o], m);
         if (memcmp(m->bytes, m->before, m->count) != 0) wrong("tensor %d changed", i);
     }
     if (!taken && s->workspace.bytes &&
@@ -141,25 +102,12 @@ static void check_unchanged(const state *s, bool taken)
         wrong("a refused call wrote to the workspace");
 }
 
-static void check_sentence(const char *call)
-{
-    const char *sentence = flash_kda_last_error();
-    if (strlen(sentence) < 10) wrong("%s was refused with the sentence \"%s\"", call, sentence);
-    for (const char *at = sentence; *at; at++)
-        if (iscntrl((unsigned char)*at)) wrong("a control character in: %s", sentence);
-}
-
 /* ---- Results ------------------------------------------------------------------------------------------- */
 
 /* The error of a part of a tensor that begins at element `first`. */
 static double error_of(const double *truth, const flash_kda_tensor *t, int64_t first, int64_t count)
 {
-    const size_t size = dtype_size(t->dtype);
-    unsigned char *part = malloc((size_t)count * size + 1);
-    if (!part) wrong("no memory");
-    for (int64_t i = 0; i < count; i++)
-        memcpy(part + (size_t)i * size,
-               (const unsigned char *)t->data + distance(t, first + i) * (int64_t)size, size);
+    void *part = copy_elements(t, first, count);
     const double error = relative_rms(truth, part, (flash_kda_dtype)t->dtype, count);
     free(part);
     return error;
@@ -275,12 +223,6 @@ static bool may_be_tried(const state *s)
         if (!inside) return false;
     }
     return true;
-}
-
-static void forget(memory *m)
-{
-    free(m->bytes);
-    free(m->before);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

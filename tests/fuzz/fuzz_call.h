@@ -2,8 +2,7 @@
 #ifndef TESTS_FUZZ_CALL_H
 #define TESTS_FUZZ_CALL_H
 
-#include "fuzz.h"
-#include "util.h"
+#include "tensors.h"
 
 enum {
     Q,
@@ -27,13 +26,6 @@ enum {
     TENSORS
 };
 
-enum { MOST_BYTES = 4 << 20, MOST_INTEGERS = 8 };
-
-typedef struct memory {
-    unsigned char *bytes, *before; /* `before`: a copy of the contents before the call */
-    size_t count;
-} memory;
-
 typedef struct state {
     flash_kda_fwd_params p;
     memory tensors[TENSORS], workspace;
@@ -48,14 +40,9 @@ typedef struct state {
 
 flash_kda_tensor *tensor(state *s, int which);
 
-/* The bytes of a tensor from its first to its last element in memory, and those in front of element 0;
- * SIZE_MAX if no memory has them. */
-size_t bytes_of(const flash_kda_tensor *t, size_t *in_front);
-
 void make_good(state *s, input *from);
 void mutate_fields(state *s, input *from); /* before make_memory() */
 void make_memory(state *s);
 void mutate_memory(state *s, input *from);
-memory allocate_memory(size_t count);
 
 #endif

@@ -38,47 +38,12 @@ flash_kda_tensor *tensor(state *s, int which)
     return (flash_kda_tensor *)((char *)&s->p + offsets[which]);
 }
 
-static flash_kda_tensor shaped(flash_kda_dtype dtype, int ndim, const int64_t *shape)
-{
-    flash_kda_tensor t = {.dtype = dtype, .ndim = ndim};
-    uint64_t step = 1; /* hostile sizes wrap */
-    for (int i = ndim - 1; i >= 0; i--) {
-        t.shape[i] = shape[i];
-        t.stride[i] = (int64_t)step;
-        step *= (uint64_t)shape[i];
-    }
-    return t;
-}
-
 /* ---- A good call --------------------------------------------------------------------------------------- */
 
 /* The sizes of a good call. */
 typedef struct sizes {
     int64_t B, T, H, HV, N;
 } sizes;
-
-static flash_kda_dtype take_integer_type(input *from)
-{
-    return take_bool(from) ? FLASH_KDA_I32 : FLASH_KDA_I64;
-}
-
-/* Other strides for a tensor of tokens: gaps, another order in memory, or backwards. */
-static void take_layout(flash_kda_tensor *t, input *from)
-{
-    const int64_t inner = t->ndim == 4 ? DIM : 1, how = take_between(from, 0, 5);
-    if (how == 3) {
-        t->stride[2] = inner + take_between(from, 0, 9);
-        t->stride[1] = t->stride[2] * t->shape[2] + take_between(from, 0, 9);
-        t->stride[0] = t->stride[1] * t->shape[1] + take_between(from, 0, 9);
-    } else if (how == 4) {
-        t->stride[1] = inner;
-        t->stride[2] = inner * (t->shape[1] + take_between(from, 0, 1));
-        t->stride[0] = t->stride[2] * t->shape[2];
-    } else if (how == 5) {
-        t->stride[1] = -t->stride[1];
-        if (take_bool(from)) t->stride[2] = -t->stride[2];
-    }
-}
 
 static void take_layouts(state *s, input *from)
 {
@@ -255,102 +220,6 @@ void mutate_fields(state *s, input *from)
 }
 
 /* ---- Memory -------------------------------------------------------------------------------------------- */
-
-memory allocate_memory(size_t count)
-{
-    memory m = {.count = count};
-    void *block;
-    if (posix_memalign(&block, 64, count ? count : 1) != 0) wrong("no memory");
-    m.bytes = block;
-    return m;
-}
-
-size_t bytes_of(const flash_kda_tensor *t, size_t *in_front)
-{
-    const int64_t size = (int64_t)dtype_size(t->dtype), most = MOST_BYTES;
-    int64_t before = 0, after = 0;
-    *in_front = 0;
-    if (t->ndim < 0 || t->ndim > 4) return SIZE_MAX;
-    for (int i = 0; i < t->ndim; i++)
-        if (t->shape[i] < 0 || t->shape[i] > most) return SIZE_MAX;
-    for (int i = 0; i < t->ndim; i++)
-        if (t->shape[i] == 0) return 0;
-    for (int i = 0; i < t->ndim; i++) {
-        if (t->shape[i] == 1) continue;
-        if (t->stride[i] < -most || t->stride[i] > most) return SIZE_MAX;
-        const int64_t over = t->stride[i] * (t->shape[i] - 1);
-        if (over < 0) before -= over;
-        if (over > 0) after += over;
-    }
-    if ((before + after + 1) * size > most) return SIZE_MAX;
-    *in_front = (size_t)(before * size);
-    return (size_t)((before + after + 1) * size);
-}
-
-/* Whether every call with strides that reach so far is refused, so that there need be no memory. */
-static bool is_too_far(const flash_kda_tensor *t)
-{
-    if (t->ndim < 0 || t->ndim > 4) return false;
-    for (int i = 0; i < t->ndim; i++)
-        if (t->shape[i] <= 0 || t->shape[i] > 1 << 20) return false;
-    for (int i = 0; i < t->ndim; i++)
-        if (t->shape[i] > 1 && (t->stride[i] > (int64_t)1 << 48 || t->stride[i] < -((int64_t)1 << 48)))
-            return true;
-    return false;
-}
-
-/* Random numbers, drawn once, since drawing takes longer than a call. */
-static void fill(const memory *m, int32_t dtype, rng *numbers)
-{
-    enum { COUNT = 4096 };
-    static uint16_t narrow[COUNT];
-    static float wide[COUNT];
-    if (!narrow[0]) {
-        rng r = rng_seed(1);
-        for (int i = 0; i < COUNT; i++) {
-            wide[i] = (float)rng_uniform(&r, -2, 2);
-            narrow[i] = bf16_from_float(wide[i]);
-        }
-    }
-    const unsigned char *from = dtype_size(dtype) == 2 ? (unsigned char *)narrow : (unsigned char *)wide;
-    const size_t room = dtype_size(dtype) == 2 ? sizeof narrow : sizeof wide;
-    size_t skip = rng_bits(numbers) % 64 * 64;
-    for (size_t done = 0, now; done < m->count; done += now, skip = 0) {
-        now = m->count - done < room - skip ? m->count - done : room - skip;
-        memcpy(m->bytes + done, from + skip, now);
-    }
-}
-
-/* Makes the numbers of a tensor what its kind asks for: log decays that are negative, write strengths that
- * are not, keys of norm 1. */
-static void adapt(const memory *m, int32_t dtype, int sign, float factor)
-{
-    const size_t size = dtype == FLASH_KDA_F32 ? 4 : 2;
-    if (dtype != FLASH_KDA_F32 && dtype != FLASH_KDA_BF16) return;
-    for (size_t at = 0; at + size <= m->count; at += size) {
-        uint16_t narrow;
-        float value;
-        memcpy(&narrow, m->bytes + at, sizeof narrow);
-        if (size == 4)
-            memcpy(&value, m->bytes + at, sizeof value);
-        else
-            value = float_from_bf16(narrow);
-        if (sign && (value < 0) != (sign < 0)) value = -value;
-        value *= factor;
-        narrow = bf16_from_float(value);
-        memcpy(m->bytes + at, size == 4 ? (const void *)&value : &narrow, size);
-    }
-}
-
-static void fill_integers(const memory *m, int32_t dtype, const int64_t *integers)
-{
-    const size_t size = dtype_size(dtype);
-    for (size_t i = 0; size >= 4 && i < m->count / size; i++) {
-        const int64_t wide = integers[i < MOST_INTEGERS ? i : MOST_INTEGERS - 1];
-        const int32_t narrow = (int32_t)wide;
-        memcpy(m->bytes + i * size, size == 8 ? (const void *)&wide : &narrow, size);
-    }
-}
 
 static bool has_integers(int which)
 {

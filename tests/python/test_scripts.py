@@ -373,7 +373,7 @@ case " $STUBS_THAT_FAIL " in *" $(basename "$0") "*) exit 1 ;; esac
 
 def fuzzers(sandbox):
     sandbox.stub("cmake", "ninja", "clang")
-    for name in ("call", "file", "command", "plan"):
+    for name in ("call", "bwd", "decode", "file", "command", "plan"):
         assert (ROOT / "tests" / "fuzz" / f"fuzz_{name}.c").exists()
         program = sandbox.folder / "build-fuzz" / "tests" / "fuzz" / f"fuzz_{name}"
         program.parent.mkdir(parents=True, exist_ok=True)
@@ -386,7 +386,7 @@ def test_fuzz(sandbox):
     done = sandbox.run("sh", "scripts/fuzz.sh")
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("fuzz: ")]
-    names = ("call", "file", "command", "plan")
+    names = ("call", "bwd", "decode", "file", "command", "plan")
     assert said == [f"fuzz: {name}: 1234 inputs, coverage 31" for name in names]
     done = sandbox.run("sh", "scripts/fuzz.sh", "plan", fail="fuzz_plan")
     assert done.returncode == 1
@@ -413,7 +413,7 @@ def test_all_the_tests(sandbox):
     assert last[-1] == "all passed"
     steps = ("tests", "address", "thread", "aarch64", "pythons", "fuzz")
     assert re.fullmatch(f"seconds: {', '.join(f'{step} [0-9]+' for step in steps)}", last[-2])
-    assert sum(line.startswith("fuzz: ") for line in last) == 4
+    assert sum(line.startswith("fuzz: ") for line in last) == 6
     done = sandbox.run("sh", "scripts/test_all.sh", fail="ctest pretended-python", **settings)
     assert done.returncode == 1
     failed = done.stdout.splitlines()[-1].replace(" aarch64", "")  # which may be skipped
