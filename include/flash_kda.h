@@ -181,7 +181,8 @@ typedef struct flash_kda_tensor {
  * There is one exception: kernel "hopper", and a finite v that is thousands of times as large as what a row
  * of the state held before it, or a key and a write strength b with b |k|^2 far above 2, which takes keys
  * that are not normalised by the call, or activated betas. The tokens before it in its chunk, which are at
- * most 31, then have other bits and lose accuracy; tokens of earlier chunks do not. An output or a state that
+ * most 31, then have other bits and lose accuracy; tokens of earlier chunks do not. If these tokens all have
+ * write strengths below 2^-6, and it has a larger one, their last bits may differ. An output or a state that
  * depends on a NaN, or on an infinity in q, k or v, is not finite; infinities in g and beta are numbers to
  * their sigmoids. Errors are as documented for q and k with a norm of 1e-5 or more; the 1e-6 in the norm
  * makes shorter ones count as less than a hundredth of a key.
@@ -401,11 +402,11 @@ typedef struct flash_kda_bwd_params {
                                  those that are sums over tokens, dA_log and ddt_bias */
     int64_t max_seqlen;       /* as in flash_kda_fwd_params; on the CPU it changes nothing */
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
-    /* On a GPU: the most bytes of workspace that the call should need. If all heads at once would need more,
-     * it computes some of the heads after the others, which takes longer; the fewest are one head of q and k,
-     * even if that needs more than the limit. 0: half of the bytes of q, k, v and g, and at least 64 MiB.
-     * SIZE_MAX: all heads at once. Gradients may differ in their last bits between limits, unless
-     * batch_invariant is set. */
+    /* On a GPU: the most bytes of workspace that the call should need. If everything at once would need more,
+     * it computes some tokens or some of the heads after the others, which takes longer; the fewest are one
+     * head of q and k, even if that needs more than the limit. 0: half of the bytes of q, k, v and g, and at
+     * least 64 MiB. SIZE_MAX: everything at once. Gradients may differ in their last bits between limits,
+     * unless batch_invariant is set. */
     size_t workspace_limit;
 } flash_kda_bwd_params;
 

@@ -99,10 +99,11 @@ def bwd(
         batch_invariant: True: gradients of a sequence do not depend on what else is in the batch, except
             dA_log and ddt_bias, which are sums over all tokens. With few heads on a GPU the call may take
             longer.
-        workspace_limit: on a GPU, the most bytes of workspace that the call should need. If all heads at once
-            would need more, some of the heads are computed after the others, which takes longer; one head of
-            q and k is the fewest, even if it needs more. 0: half of the bytes of q, k, v and g, and at least
-            64 MiB. Gradients may differ in their last bits between limits, unless batch_invariant is True.
+        workspace_limit: on a GPU, the most bytes of workspace that the call should need. If everything at
+            once would need more, some tokens or some of the heads are computed after the others, which takes
+            longer; one head of q and k is the fewest, even if it needs more. 0: half of the bytes of q, k, v
+            and g, and at least 64 MiB. Gradients may differ in their last bits between limits, unless
+            batch_invariant is True.
 
     Gradients are written, not added to what the arrays held. Strides are as in `fwd`: those of dout, dq, dk,
     dv and dg are free except in the last dimension, those of dbeta in all dimensions, and those of states in

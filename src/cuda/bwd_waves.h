@@ -5,8 +5,8 @@
 #include "../bwd_problem.h"
 #include "../errors.h"
 
-/* A kernel's backward pass over all heads of a problem at once. The problem's limit of the workspace is that of
- * the whole call: a kernel that can may compute sequences in stretches to keep it. */
+/* A kernel's backward pass over all heads of a problem at once. The problem's limit of the workspace is that
+ * of the whole call: a kernel that can may compute sequences in stretches to keep it. */
 typedef struct fkda_bwd_kernel {
     size_t (*workspace)(const fkda_bwd_problem *problem, int sms);
     flash_kda_status (*run)(const fkda_bwd_problem *problem, int sms);

@@ -665,8 +665,8 @@ static void waves(void)
     bwd_problem_free(b);
 }
 
-/* Sequences of equal lengths in stretches of tokens, of which the last one may be short, by the same limits with
- * few heads, grouped ones, several rows, states that are absent or in bf16, and all at once. */
+/* Sequences of equal lengths in stretches of tokens, of which the last one may be short, by the same limits
+ * with few heads, grouped ones, several rows, states that are absent or in bf16, and all at once. */
 static void limited(void)
 {
     static const struct {

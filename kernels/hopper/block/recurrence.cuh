@@ -41,8 +41,8 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
     using Base::CHUNK, Base::SUBCHUNKS, Base::TILES, Base::READ;
     using Base::may_grow, Base::has_grown, Base::misfit, Base::adapt, Base::choose_first_scales,
         Base::load_state, Base::store_state, Base::value_factor, Base::may_leap;
-    using Base::value_place, Base::look_again, Base::faint, Base::load_raw, Base::unpack_values,
-        Base::largest;
+    using Base::value_place, Base::least_again, Base::least_of, Base::faint, Base::load_raw,
+        Base::unpack_values, Base::largest;
     using Raw = typename Base::Raw;
     using Order = ChunkOrder<Block>;
     using Stage = fkda::Stage<Block>;
@@ -183,7 +183,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         const bool look = looks_at(left);
         const Raw raw = load_raw(shared.tokens[index]);
         const float high = largest(raw, 0) * value_factor(), low = largest(raw, 1) * value_factor();
-        const bool act = misfit(high, low, look | look_again);
+        const bool act = misfit(high, low, least_of(look));
         to.unusual = __any_sync(~0u, act) | (Order::here(left) < CHUNK);
         float v[TILES][4];
         unpack_gradients(v, raw);
@@ -256,7 +256,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         if (__builtin_expect(out.unusual | (look & faint), 0))
             adapt_gradients(out, index, Order::here(left), look);
         else
-            look_again = false;
+            least_again = 0.0f;
 
         /* ---- dU ---- */
         if constexpr (!STORES_IN_FLIGHT) store_image();
@@ -356,17 +356,17 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         if constexpr (Block::OPTIONS)
             if (look && may_grow() && __any_sync(~0u, has_grown())) faint = true;
         const float high = largest(raw, 0), low = largest(raw, 1);
-        const bool act = misfit(high, low, look | look_again);
+        const bool act = misfit(high, low, least_of(look));
         /* The load gives 0 instead of the divisor if v does not fit. Its address depends on v, so that the
          * compiler cannot move the look at v behind the wait. */
         const float divisor = load_shared(__any_sync(~0u, act) ? &stage.zero : &stage.divisor);
-        const bool usual = (divisor == 1.0f) & whole & !((Block::OUTPUTS ? look | look_again : look) & faint);
+        const bool usual = (divisor == 1.0f) & whole & !(look & faint);
         unpack_values(v, raw);
         wgmma_wait<0>();
         if (__builtin_expect(!usual, 0)) {
             adapt(v, read, shared.tokens[index].v[0], stage, left, look);
         } else {
-            look_again = false;
+            least_again = 0.0f;
         }
 
         /* ---- R, and U = T R ---- */
@@ -430,8 +430,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         for (int s = 0; s < DIM / 8; s++)
             to.rows.tile[rows][s][lane] = make_float4(state[s][0], state[s][1], state[s][2], state[s][3]);
         to.notes[rows][lane] =
-            make_float4(scale[0], scale[1], __uint_as_float(static_cast<unsigned>(look_again)),
-                        __uint_as_float(static_cast<unsigned>(faint)));
+            make_float4(scale[0], scale[1], least_again, __uint_as_float(static_cast<unsigned>(faint)));
     }
 
     /* The scales and notes before a work item, behind load_state(): those that were saved, or those of a new
@@ -444,7 +443,9 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
             load_four_if<0>(x, &from->notes[Base::row_group(item)][lane], item.attributes & RESTORES);
         }
         scale[0] = x[0], scale[1] = x[1];
-        look_again = __any_sync(~0u, __float_as_uint(x[2]) != 0);
+        least_again = __any_sync(~0u, x[2] == Base::CHOOSE) ? Base::CHOOSE
+                      : __any_sync(~0u, x[2] != 0.0f)       ? Base::SMALL
+                                                            : 0.0f;
         faint = __any_sync(~0u, __float_as_uint(x[3]) != 0);
     }
 
@@ -499,7 +500,7 @@ template <class Block> struct Recurrence : ScaledRows<Block> {
         if constexpr (Block::PIECES)
             take_notes(item);
         else
-            scale[0] = scale[1] = 1.0f, look_again = faint = false;
+            scale[0] = scale[1] = 1.0f, least_again = 0.0f, faint = false;
         bool ready = item.length > 0 && (!Block::MAPS || !is_map);
         if constexpr (Block::PIECES) ready = ready && !(item.attributes & SCALES_CHOSEN);
         if (ready) choose_first_scales(Order::here(item.length), place);

@@ -13,9 +13,10 @@
  * scales: a larger v passes, and the state could grow by 16 scales for each token.
  *
  * Where there are outputs, a token must change no bit of the tokens before it, and fp16 rounds small numbers
- * in another way in another scale. So a chunk whose v does not fit is computed in the scales there are, and the next chunk chooses new
- * ones, which depend on the state before that chunk and on its first token alone. So does the first choice of
- * all. Only v above ROOM scales, of which a chunk might leave the range of fp16, is given a scale at once.
+ * in another way in another scale. So a chunk whose v does not fit is computed in the scales there are, and
+ * the next chunk chooses new ones, which depend on the state before that chunk and on its first token alone.
+ * So does the first choice of all. Only v above ROOM scales, of which a chunk might leave the range of fp16,
+ * is given a scale at once.
  *
  * These bounds are for keys that are normalised and for write strengths of at most 1. In a call without them
  * the state can grow by more than v. A row's scale is then chosen anew, too, if the state exceeds 16 scales
@@ -50,10 +51,14 @@ template <class Block> struct ScaledRows : StateRows<Block> {
     /* Tiles that are read from the state: K~ S and, for outputs, Q~ S after them. */
     static constexpr int READ = Block::OUTPUTS ? 2 * TILES : TILES;
     int value_place; /* this lane's place in the rows of v, as ldmatrix wants it */
-    /* Truths, which take fewer instructions as int than as bool. */
-    int look_again; /* the scales have just changed much, or did not fit: look at the next chunk too */
-    int faint;      /* FAINT and more: scales are to be chosen anew where a chunk is looked at */
-    /* A chunk since the scales were chosen had a divisor below one, or v that did not fit; and v was large. */
+    /* In how many scales v of the next chunk has to be for these scales to stay, as in every chunk that is
+     * looked at: SMALL if they have just changed much, CHOOSE if they did not fit, so that no v is enough, or
+     * 0. */
+    float least_again;
+    static constexpr float SMALL = 0x1p-9f, CHOOSE = INFINITY;
+    /* FAINT: a chunk since the scales were chosen had a divisor below one. GROWS: v was too large for them.
+     * An int takes fewer instructions than a bool. */
+    int faint;
     static constexpr int FAINT = 1, GROWS = 2;
     /* In how many scales v is allowed to be for a chunk. A state of 16 * 2^10 scales and the writes of 32
      * tokens then stay in the range of fp16. */
@@ -187,12 +192,17 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 
     /* ---- Do values fit the scales? ---- `high` and `low` are the largest |v| of rows g and g + 8. */
 
-    /* Whether a row's v is too large or NaN or, if `small_too`, too small. One chain of comparisons takes the
-     * fewest instructions. So the comparison for small v is there without `small_too` as well, with a bound
-     * of 0, below which no size is. */
-    __device__ bool misfit(float high, float low, bool small_too) const
+    /* In how many scales v of a chunk has to be at least. */
+    __device__ float least_of(bool look) const
     {
-        const float least = small_too ? 0x1p-9f : 0.0f;
+        return fmaxf(look ? SMALL : 0.0f, least_again);
+    }
+
+    /* Whether a row's v is too large or NaN, or less than `least` scales. One chain of comparisons takes the
+     * fewest instructions. So the comparison for small v is there always, often with a bound of 0, below
+     * which no size is. */
+    __device__ bool misfit(float high, float low, float least) const
+    {
         return !(high <= 16.0f * scale[0]) | !(low <= 16.0f * scale[1]) | (high < least * scale[0]) |
                (low < least * scale[1]);
     }
@@ -267,7 +277,7 @@ template <class Block> struct ScaledRows : StateRows<Block> {
             scale[r] = next[r];
         }
         const auto is_large = [](float x) { return x >= 16.0f || x <= 0.0625f; };
-        look_again = __any_sync(~0u, is_large(factor[0]) || is_large(factor[1]));
+        least_again = __any_sync(~0u, is_large(factor[0]) || is_large(factor[1])) ? SMALL : 0.0f;
         faint = false;
         if (!__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
@@ -289,17 +299,18 @@ template <class Block> struct ScaledRows : StateRows<Block> {
         if constexpr (!Block::OUTPUTS) {
             const float factor = Block::BACKWARDS ? value_factor() : divisor;
 #pragma unroll
-            for (int r = 0; r < 2; r++) next[r] = fitting_scale(left < CHUNK ? 0.0f : largest(x, r) * factor, r);
+            for (int r = 0; r < 2; r++)
+                next[r] = fitting_scale(left < CHUNK ? 0.0f : largest(x, r) * factor, r);
         } else {
             fit_first_token(next, bf16_low(x.pair[0][0]) * divisor, bf16_low(x.pair[0][1]) * divisor, true);
         }
         rescale(next, nothing);
     }
 
-    /* Scales for the state and for the chunk's first token, whose v in rows g and g + 8 the first lane of each
-     * quad has in `top` and `low`. A v that is not finite counts as 0. with_others: v of the other tokens is
-     * expected to be of the size that v of the first token has in the warp's rows, so that they seldom get
-     * scales that do not fit them. */
+    /* Scales for the state and for the chunk's first token, whose v in rows g and g + 8 the first lane of
+     * each quad has in `top` and `low`. A v that is not finite counts as 0. with_others: v of the other
+     * tokens is expected to be of the size that v of the first token has in the warp's rows, so that they
+     * seldom get scales that do not fit them. */
     __device__ void fit_first_token(float (&next)[2], float top, float low, bool with_others) const
     {
         float first[2] = {top, low};
@@ -404,29 +415,30 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 #pragma unroll
                 for (int r = 0; r < 4; r++) v[i][r] *= divisor, read[i][r] *= divisor;
         const float high = largest(v, 0) * headroom(), low = largest(v, 1) * headroom();
-        const int looks = look | look_again;
         /* With values taken out, v says nothing about rows that have faded. */
-        bool small_too = looks & !spoilt, at_once, is_late = false;
+        const float least = spoilt ? 0.0f : least_of(look);
+        bool at_once, is_late = false;
         float next[2] = {scale[0], scale[1]};
         if constexpr (!Block::OUTPUTS) {
-            at_once = misfit(high, low, small_too) || (look && faint);
+            at_once = misfit(high, low, least) || (look && faint);
         } else {
-            is_late = __any_sync(~0u, looks & faint);
+            is_late = __any_sync(~0u, least_again == CHOOSE || (look & faint));
             if (is_late) choose_late_scales(next, v);
             const float room = divisor < 1.0f ? 16.0f : ROOM;
             at_once = !(high <= room * next[0]) | !(low <= room * next[1]);
         }
         at_once = __any_sync(~0u, at_once);
-        look_again = spoilt;
+        least_again = spoilt ? SMALL : 0.0f;
         if (at_once || is_late) {
             if (at_once) next[0] = fitting_scale(high, 0), next[1] = fitting_scale(low, 1);
             if (at_once && Block::OUTPUTS) finish_early_tokens(v, read, next, values, stage, pair);
             rescale(next, read);
         }
         if constexpr (Block::OUTPUTS) {
-            const bool grows = __any_sync(~0u, misfit(high, low, false)),
-                       shrinks = !is_late && __any_sync(~0u, misfit(high, low, small_too));
-            if (grows || shrinks) look_again = true, faint = grows ? FAINT | GROWS : FAINT;
+            const bool grows = __any_sync(~0u, misfit(high, low, 0.0f)),
+                       shrinks = !is_late && __any_sync(~0u, misfit(high, low, least));
+            if (grows || shrinks) least_again = CHOOSE;
+            if (grows) faint |= GROWS;
         }
         if (!Block::BACKWARDS && divisor < 1.0f) faint |= FAINT;
     }

@@ -58,7 +58,7 @@ struct StateImage {
  * (schedule/pieces.cuh). */
 struct PieceState {
     StateImage rows;            /* divided by their scales */
-    float4 notes[DIM / 16][32]; /* of each lane: its two scales, and the bits of look_again and of faint */
+    float4 notes[DIM / 16][32]; /* of each lane: its two scales, and least_again and the bits of faint */
 };
 static_assert(sizeof(PieceState) == FKDA_PIECE_STATE_FLOATS * sizeof(float), "the workspace has room for it");
 

@@ -75,8 +75,8 @@ static stretch_plan plan_stretch(const fkda_shape *s, int sms)
 }
 
 /* Stretches take turns at the first part of the workspace. Behind it lies what they hand over: the states
- * before all of them but the first one, and D, the gradient with respect to one of these states; and sums over
- * chunks for dA_log and ddt_bias. */
+ * before all of them but the first one, and D, the gradient with respect to one of these states; and sums
+ * over chunks for dA_log and ddt_bias. */
 typedef struct bwd_plan {
     fkda_stretches stretches;
     int64_t states_at, gradient_at, sums_at, bytes;
@@ -123,22 +123,22 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
     take(&end, most);
     plan.states_at = take(&end, (stretches->count - 1) * states);
     plan.gradient_at = take(&end, stretches->count > 1 ? states : 0);
-    plan.sums_at = take(&end, p->wants_parameters
-                                  ? slots_of(s, stretches, stretches->count) * s->heads * SUM_BYTES
-                                  : 0);
+    plan.sums_at =
+        take(&end, p->wants_parameters ? slots_of(s, stretches, stretches->count) * s->heads * SUM_BYTES : 0);
     plan.bytes = end;
     return plan;
 }
 
-/* As few stretches as the limit allows. If no number of them does, there is one, and fewer heads (bwd_waves.c)
- * have to do. */
+/* As few stretches as the limit allows. If no number of them does, there is one, and fewer heads
+ * (bwd_waves.c) have to do. */
 static bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
     const bwd_plan at_once = plan_stretches(p, sms, 1);
     const int64_t limit = p->workspace_limit < INT64_MAX ? (int64_t)p->workspace_limit : INT64_MAX;
     if (at_once.bytes <= limit || !fkda_can_be_stretched(s)) return at_once;
-    for (int64_t count = fkda_most(at_once.bytes / limit, 2); s->tokens / count >= SHORTEST_STRETCH; count++) {
+    for (int64_t count = fkda_most(at_once.bytes / limit, 2); s->tokens / count >= SHORTEST_STRETCH;
+         count++) {
         const bwd_plan plan = plan_stretches(p, sms, count);
         if (plan.bytes <= limit) return plan;
     }
@@ -197,10 +197,10 @@ static flash_kda_status describe_tensors(const fkda_driver *driver, const fkda_b
     return FLASH_KDA_OK;
 }
 
-/* All of a stretch but the sums over chunks for dA_log and ddt_bias, whose terms it leaves in `sums`. The walk
- * back leaves D before the stretch in `before`. */
-static flash_kda_status run_stretch(const fkda_driver *driver, const fkda_bwd_problem *p, int sms, float *sums,
-                                    const fkda_state_view *before)
+/* All of a stretch but the sums over chunks for dA_log and ddt_bias, whose terms it leaves in `sums`. The
+ * walk back leaves D before the stretch in `before`. */
+static flash_kda_status run_stretch(const fkda_driver *driver, const fkda_bwd_problem *p, int sms,
+                                    float *sums, const fkda_state_view *before)
 {
     const fkda_shape *s = &p->fwd.shape;
     const stretch_plan plan = plan_stretch(s, sms);
@@ -246,8 +246,8 @@ static fkda_state_view state_before(const fkda_bwd_problem *p, const bwd_plan *p
 }
 
 /* The states before all stretches, from the first one on. */
-static flash_kda_status find_states(const fkda_driver *driver, const fkda_bwd_problem *p, const bwd_plan *plan,
-                                    int sms)
+static flash_kda_status find_states(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                    const bwd_plan *plan, int sms)
 {
     flash_kda_status status = FLASH_KDA_OK;
     for (int64_t i = 0; i + 1 < plan->stretches.count && status == FLASH_KDA_OK; i++) {

@@ -26,9 +26,9 @@ fkda_bwd_problem fkda_stretch_of(const fkda_bwd_problem *p, const fkda_stretches
     fkda_bwd_problem part = *p;
     const int64_t first = i * stretches->tokens, left = p->fwd.shape.tokens - first;
     const bool is_last = i == stretches->count - 1;
-    fkda_token_view *const views[] = {&part.fwd.q, &part.fwd.k, &part.fwd.v, &part.fwd.g, &part.fwd.beta,
-                                      &part.dout,  &part.dq,    &part.dk,    &part.dv,    &part.dg,
-                                      &part.dbeta};
+    fkda_token_view *const views[] = {&part.fwd.q,    &part.fwd.k, &part.fwd.v, &part.fwd.g,
+                                      &part.fwd.beta, &part.dout,  &part.dq,    &part.dk,
+                                      &part.dv,       &part.dg,    &part.dbeta};
     for (size_t j = 0; j < sizeof views / sizeof *views; j++) take_tokens(views[j], first);
     part.fwd.shape.tokens = is_last ? left : stretches->tokens;
     if (part.fwd.shape.max_seqlen) part.fwd.shape.max_seqlen = part.fwd.shape.tokens;

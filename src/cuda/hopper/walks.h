@@ -33,8 +33,8 @@ typedef struct fkda_walk_results {
 flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_problem *problem,
                                    const fkda_walks_plan *plan, const fkda_walk_results *results);
 
-/* Enqueues the walk over states alone, by a plan of fkda_plan_whole_walks(). It leaves no images but the states
- * behind the sequences, in fp32. */
+/* Enqueues the walk over states alone, by a plan of fkda_plan_whole_walks(). It leaves no images but the
+ * states behind the sequences, in fp32. */
 flash_kda_status fkda_launch_states_walk(const fkda_driver *driver, const fkda_bwd_problem *problem,
                                          const fkda_walks_plan *plan, void *workspace,
                                          const fkda_state_view *final_state);

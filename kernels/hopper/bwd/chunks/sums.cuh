@@ -89,8 +89,8 @@ template <class Block> struct ChunkSums {
 #pragma unroll
             for (int j = 0; j < STEPS; j++) {
                 const int d = STEPS * i + j;
-                const uint64_t of_dout = token_operand(dout(d / 4), d), of_dr = token_operand(minus_dr(d / 4), d),
-                               of_u = token_operand(u(d / 4), d);
+                const uint64_t of_dout = token_operand(dout(d / 4), d),
+                               of_dr = token_operand(minus_dr(d / 4), d), of_u = token_operand(u(d / 4), d);
                 if (d == 0) {
                     wgmma<false, false>(to.q, a[STATE][j], of_dout);
                     wgmma<false, false>(to.k, a[STATE][j], of_dr);
