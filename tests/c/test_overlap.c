@@ -174,21 +174,26 @@ static void open_call(call *c, problem *p, const shape *s, bool narrow, int whic
     free(borders);
 }
 
-/* Runs a call that may fail. Returns false if the device cannot be used any more. */
-static bool run_any(call *c, const problem *p, long *errors)
+/* Looks at a call that was allowed to fail, once no other call is in flight. Returns false if the device
+ * cannot be used any more, perhaps because of another thread's call. */
+static bool look_at(call *c, const problem *p, flash_kda_status status, long *errors)
 {
-    const flash_kda_status status = call_run(c);
     char sentence[512];
     snprintf(sentence, sizeof sentence, "%s", flash_kda_last_error());
     if (!CHECK(status == FLASH_KDA_OK || status == FLASH_KDA_DEVICE_ERROR, "%s", sentence)) return true;
     if (status != FLASH_KDA_OK) {
         ++*errors;
         CHECK(strstr(sentence, "waited in vain") || strstr(sentence, "undefined"), "%s", sentence);
-        if (flash_kda_synchronize(test.device, NULL) != FLASH_KDA_OK && !memory_is_shared()) return false;
     }
+    if (flash_kda_synchronize(test.device, NULL) != FLASH_KDA_OK && !memory_is_shared()) return false;
     const char *damaged = call_damage(c, p);
     CHECK(!damaged, "memory around %s was written, or it is an input and changed", damaged);
     return true;
+}
+
+static bool run_any(call *c, const problem *p, long *errors)
+{
+    return look_at(c, p, call_run(c), errors);
 }
 
 /* ---- Cases --------------------------------------------------------------------------------------------- */
@@ -312,7 +317,7 @@ typedef struct caller {
     pthread_t thread;
     int index, shape_number;
     void *workspace;
-    pthread_barrier_t *begin;
+    pthread_barrier_t *meet;
     bool usable; /* the device, after the calls */
     long errors;
 } caller;
@@ -329,8 +334,11 @@ static void *call_again(void *argument)
     own->usable = true;
     for (int round = 0; round < rounds(); round++) {
         trying("shape %d, caller %d, round %d", own->shape_number, own->index, round);
-        pthread_barrier_wait(own->begin);
-        own->usable = own->usable && run_any(&c, p, &own->errors);
+        pthread_barrier_wait(own->meet);
+        const flash_kda_status status = own->usable ? call_run(&c) : FLASH_KDA_OK;
+        pthread_barrier_wait(
+            own->meet); /* all calls are over, also one that has cost the process its context */
+        own->usable = own->usable && look_at(&c, p, status, &own->errors);
     }
     if (own->usable) call_close(&c);
     problem_free(p);
@@ -340,14 +348,14 @@ static void *call_again(void *argument)
 static void shared_workspace(int shape_number)
 {
     caller callers[CALLERS];
-    pthread_barrier_t begin;
+    pthread_barrier_t meet;
     const shape *s = shape_of(shape_number);
     problem *p = create(s, 1);
     call c;
     open_call(&c, p, s, false, 0);
-    pthread_barrier_init(&begin, NULL, CALLERS);
+    pthread_barrier_init(&meet, NULL, CALLERS);
     for (int i = 0; i < CALLERS; i++) {
-        callers[i] = (caller){.index = i, .shape_number = shape_number, .begin = &begin};
+        callers[i] = (caller){.index = i, .shape_number = shape_number, .meet = &meet};
         callers[i].workspace = c.params.workspace;
         if (pthread_create(&callers[i].thread, NULL, call_again, &callers[i]) != 0) die("no thread");
     }
@@ -359,7 +367,7 @@ static void shared_workspace(int shape_number)
         usable = usable && callers[i].usable;
     }
     printf("    shape %d: %ld calls ended with an error\n", shape_number, errors);
-    pthread_barrier_destroy(&begin);
+    pthread_barrier_destroy(&meet);
     if (!usable) return;
     const char *damaged = call_damage(&c, p);
     CHECK(!damaged, "memory around %s was written", damaged);
