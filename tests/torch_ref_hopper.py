@@ -353,7 +353,12 @@ def largest_of_lanes(v: torch.Tensor) -> torch.Tensor:
 
 def any_in_warp(x: torch.Tensor) -> torch.Tensor:
     """Whether any of the 16 rows of a warp has it, for [R, V]."""
-    warps = x.unflatten(-1, (-1, 16)).any(-1, keepdim=True)
+    return largest_in_warp(x)
+
+
+def largest_in_warp(x: torch.Tensor) -> torch.Tensor:
+    """The largest of the 16 rows of a warp, for [R, V]."""
+    warps = x.unflatten(-1, (-1, 16)).amax(-1, keepdim=True)
     return warps.expand(*warps.shape[:-1], 16).flatten(-2)
 
 
@@ -363,7 +368,9 @@ class Rows(NamedTuple):
     state: torch.Tensor
     scale: torch.Tensor
     look_again: torch.Tensor
+    choose: torch.Tensor
     faint: torch.Tensor
+    grows: torch.Tensor
 
 
 def fitting_scale(rows: Rows, largest_value: torch.Tensor) -> torch.Tensor:
@@ -379,28 +386,52 @@ def rescale(rows: Rows, following: torch.Tensor, where: torch.Tensor, read: torc
     state, read = rows.state * factor[..., None], read * factor[..., None]
     leapt = any_in_warp((factor >= 16.0) | (factor <= 0.0625))
     scale = torch.where(where, following, rows.scale)
-    return Rows(state, scale, leapt & where, rows.faint & ~where), read
+    kept = (rows.choose & ~where, rows.faint & ~where, rows.grows & ~where)
+    return Rows(state, scale, leapt & where, *kept), read
+
+
+def fit_first_token(rows: Rows, v: torch.Tensor, with_others: torch.Tensor | bool) -> torch.Tensor:
+    """Scales for the state and a chunk's first token, whose values are v [R, V]."""
+    first = torch.where(v.abs() < torch.inf, v.abs(), 0.0)
+    least = 0.25 * largest_in_warp(first) * torch.as_tensor(with_others, device=v.device)
+    return fitting_scale(rows, torch.maximum(first, least))
 
 
 def choose_first_scales(cta: Cta, rows: Rows, v, divisor, left) -> Rows:
     """Before a work item's first chunk v [R, V, C]; `left` [R, 1] is the work item's tokens."""
-    most, limit = v.abs().amax(-1), v[..., 0].abs() * 2.0**13
-    alone = (left < cta.chunk) | (most > limit if cta.outputs else False)
-    most = torch.where(alone, 0.0, most)
-    following = fitting_scale(rows, most * divisor[:, None])
+    if cta.outputs:
+        following = fit_first_token(rows, v[..., 0] * divisor[:, None], True)
+    else:
+        most = torch.where(left < cta.chunk, 0.0, v.abs().amax(-1))
+        following = fitting_scale(rows, most * divisor[:, None])
     return rescale(rows, following, torch.ones_like(rows.faint), torch.zeros_like(rows.state))[0]
 
 
 def adapt(cta: Cta, rows: Rows, v, read, divisor, look):
-    """Chooses new scales where the values do not fit. A chunk that does not need it is left as it is."""
+    """Chooses new scales where values do not fit: at once if there are no outputs, and otherwise in the next
+    chunk, unless values are far too large. A chunk that does not need it is left as it is."""
     divisor = divisor[:, None, None]
     v = v * divisor
     read = torch.cat((read[..., : cta.chunk] * divisor, read[..., cta.chunk :]), dim=-1)
     lanes = largest_of_lanes(v)
-    large = (lanes > 16.0 * rows.scale[..., None]).any(-1)
-    small = (lanes < 2.0**-9 * rows.scale[..., None]).any(-1)
-    act = any_in_warp(large | ((look | rows.look_again) & small)) | (look & rows.faint)
-    rows, read = rescale(rows, fitting_scale(rows, lanes.amax(-1)), act, read)
+    look_here = look | rows.look_again
+    too_large = lambda rows: (lanes > 16.0 * rows.scale[..., None]).any(-1)  # noqa: E731
+    too_small = lambda rows: look_here & (lanes < 2.0**-9 * rows.scale[..., None]).any(-1)  # noqa: E731
+    if cta.outputs:
+        late = rows.choose | (look & rows.faint)
+        following = fit_first_token(rows, v[..., 0], rows.grows)
+        following = torch.where(rows.grows, torch.maximum(following, rows.scale), following)
+        following = torch.where(late, following, rows.scale)
+        room = torch.where(divisor < 1.0, 16.0, 2.0**11)
+        at_once = any_in_warp((lanes > room * following[..., None]).any(-1))
+        following = torch.where(at_once, fitting_scale(rows, lanes.amax(-1)), following)
+        rows, read = rescale(rows, following, at_once | late, read)
+        grows = any_in_warp(too_large(rows))
+        choose = grows | (~late & any_in_warp(too_small(rows)))
+        rows = rows._replace(choose=choose, grows=rows.grows | grows, look_again=rows.look_again & ~choose)
+    else:
+        act = any_in_warp(too_large(rows) | too_small(rows)) | (look & rows.faint)
+        rows, read = rescale(rows, fitting_scale(rows, lanes.amax(-1)), act, read)
     return rows._replace(faint=rows.faint | (divisor[..., 0] < 1.0)), v, read
 
 
@@ -477,7 +508,7 @@ def _compute_group(ops, cta: Cta, x: dict, items: Sequence[Item], state, out, is
     tiles, values = chunks_of_items(ops, cta, x, items)
     lengths = torch.tensor([i.length for i in items], device=device).repeat_interleave(H)[:, None]
     flags = torch.zeros(len(items) * H, DIM, dtype=torch.bool, device=device)
-    rows = Rows(state.flatten(0, 1), torch.ones(flags.shape, device=device), flags, flags)
+    rows = Rows(state.flatten(0, 1), torch.ones(flags.shape, device=device), flags, flags, flags, flags)
     if is_map:
         values = torch.zeros_like(values[:1]).expand(values.shape)
     else:
