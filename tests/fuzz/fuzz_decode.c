@@ -173,7 +173,7 @@ static void check_row(const flash_kda_decode_params *p, int64_t row, const doubl
     free(got);
 }
 
-/* The state tensor as it was before the call. Returns memory that the caller frees. */
+/* Copies the state tensor as it was before the call. The caller frees the copy. */
 static void *restore(const state *s, flash_kda_tensor *t)
 {
     for (int i = 0; i < TENSORS; i++) {
