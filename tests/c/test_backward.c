@@ -666,14 +666,14 @@ static void waves(void)
 }
 
 /* Sequences of equal lengths in stretches of tokens, of which the last one may be short, by the same limits
- * with few heads, grouped ones, several rows, states that are absent or in bf16, and all at once. */
+ * with few heads, grouped ones, several rows, strides, states that are absent, in bf16 or [.., K, V]. */
 static void limited(void)
 {
     static const struct {
         int64_t batch, tokens, heads, group;
         bool bf16, no_states;
     } all[] = {
-        {1, 1100, 4, 2, false, false}, {2, 777, 2, 1, true, false},  {1, 1600, 3, 1, false, true},
+        {1, 1100, 4, 2, false, false}, {2, 777, 2, 1, false, true},  {1, 1600, 3, 1, true, false},
         {3, 530, 6, 3, false, false},  {1, 3100, 1, 1, true, false},
     };
     for (size_t i = 0; i < (test.quick ? 3 : sizeof all / sizeof *all); i++) {
@@ -683,6 +683,9 @@ static void limited(void)
         bwd_problem *b = bwd_problem_create(p, 61);
         bwd_options options = plain_options();
         options.forward = options_of(all[i].no_states ? STATE_NONE : STATE_IN, all[i].bf16);
+        for (int j = 0; j < GRADIENTS; j++) options.layouts[j] = (layout)(((size_t)j + i) % 3);
+        for (int j = 0; j < STRIDED_ARGS; j++) options.forward.layouts[j] = (layout)(((size_t)j + i) % 3);
+        options.forward.k_first = i == 2 || i == 4;
         const size_t most = bytes_needed(b, options);
         for (size_t part = test.quick ? 3 : 2; part <= (test.quick ? 3 : 5); part++) {
             options.workspace_limit = most / part + 1;
@@ -905,6 +908,9 @@ static void try_seed(uint64_t seed, bool is_long)
     if (one_in(&r, 3)) options.absent = (int)below(&r, 1 << GRADIENTS) & ~(1 << (GRAD_Q + below(&r, 5)));
     if (one_in(&r, 3)) options.workspace_limit = 1; /* a head of q and k after the other */
     options.batch_invariant = one_in(&r, 4);
+    if (is_long && !options.workspace_limit &&
+        one_in(&r, 2)) /* for stretches of tokens, if lengths are equal */
+        options.workspace_limit = bytes_needed(b, options) / (size_t)(2 + below(&r, 3)) + 1;
     char text[DESCRIPTION];
     trying("seed %llu: %s", (unsigned long long)seed, describe(p, &options.forward, text));
     run_and_hold(b, options);
