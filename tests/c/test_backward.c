@@ -910,7 +910,7 @@ static void try_seed(uint64_t seed, bool is_long)
     options.batch_invariant = one_in(&r, 4);
     if (is_long && !options.workspace_limit &&
         one_in(&r, 2)) /* for stretches of tokens, if lengths are equal */
-        options.workspace_limit = bytes_needed(b, options) / (size_t)(2 + below(&r, 3)) + 1;
+        options.workspace_limit = bytes_needed(b, options) / 4 * (size_t)(2 + below(&r, 2)) + 1;
     char text[DESCRIPTION];
     trying("seed %llu: %s", (unsigned long long)seed, describe(p, &options.forward, text));
     run_and_hold(b, options);
