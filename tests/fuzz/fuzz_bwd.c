@@ -233,13 +233,6 @@ static answer solve(const flash_kda_bwd_params *p)
     return a;
 }
 
-static bool all_ordinary(const double *values, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (!(fabs(values[i]) < 1e37)) return false;
-    return true;
-}
-
 /* Transposes states that are V before K. */
 static void put_k_first(double *states, int64_t count)
 {

@@ -6,12 +6,7 @@
 
 /* In the order of flash_kda_bwd_params. */
 enum {
-    Q,
-    K,
-    V,
-    G,
-    BETA,
-    A_LOG,
+    A_LOG = TOKEN_INPUTS,
     DT_BIAS,
     INITIAL,
     SEQLENS,

@@ -131,13 +131,6 @@ static void check_state(const flash_kda_fwd_params *p, const flash_kda_tensor *s
     free(ordered);
 }
 
-static bool all_ordinary(const double *values, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (!(fabs(values[i]) < 1e37)) return false;
-    return true;
-}
-
 /* As far as the reference is finite, and the scale leaves outputs in the range in which bf16 has its whole
  * precision. A state that is written in place must have been kept. */
 static void check_results(const state *s)

@@ -5,12 +5,7 @@
 #include "tensors.h"
 
 enum {
-    Q,
-    K,
-    V,
-    G,
-    BETA,
-    OUT,
+    OUT = TOKEN_INPUTS,
     A_LOG,
     DT_BIAS,
     INITIAL,

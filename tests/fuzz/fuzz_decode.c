@@ -118,13 +118,6 @@ static void check_unchanged(const state *s, bool taken)
 
 /* ---- Results ------------------------------------------------------------------------------------------- */
 
-static bool all_ordinary(const double *values, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (!(fabs(values[i]) < 1e37)) return false;
-    return true;
-}
-
 static double element_of(const void *elements, int32_t dtype, int64_t i)
 {
     return dtype == FLASH_KDA_BF16 ? (double)float_from_bf16(((const uint16_t *)elements)[i])

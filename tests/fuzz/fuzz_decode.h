@@ -6,12 +6,7 @@
 
 /* In the order of flash_kda_decode_params, at the end of which the last two are. */
 enum {
-    Q,
-    K,
-    V,
-    G,
-    BETA,
-    OUT,
+    OUT = TOKEN_INPUTS,
     A_LOG,
     DT_BIAS,
     STATE,

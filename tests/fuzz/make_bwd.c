@@ -170,6 +170,11 @@ void mutate_fields(state *s, input *from)
 
 /* ---- Memory -------------------------------------------------------------------------------------------- */
 
+static input_kinds kinds_of(const state *s)
+{
+    return (input_kinds){s->p.gate, s->p.beta_kind, s->p.qk_is_normalised};
+}
+
 /* Gives a tensor what its kind asks for. */
 static void fill_tensor(state *s, int which, memory m)
 {
@@ -179,9 +184,7 @@ static void fill_tensor(state *s, int which, memory m)
         return;
     }
     fill(&m, dtype, &s->numbers);
-    if (which == G && s->p.gate == FLASH_KDA_GATE_ACTIVATED) adapt(&m, dtype, -1, 1.0f);
-    if (which == BETA && s->p.beta_kind == FLASH_KDA_BETA_ACTIVATED) adapt(&m, dtype, 1, 0.5f);
-    if ((which == Q || which == K) && s->p.qk_is_normalised) adapt(&m, dtype, 0, 0.07f);
+    adapt(&m, dtype, which, kinds_of(s));
 }
 
 void make_memory(state *s)
@@ -192,20 +195,12 @@ void make_memory(state *s)
 
 /* ---- Mutations of pointers and contents ---------------------------------------------------------------- */
 
-/* Whether values of other tensors may be none that the kind of this input allows. */
-static bool is_of_a_kind(const state *s, int which)
-{
-    return (which == G && s->p.gate == FLASH_KDA_GATE_ACTIVATED) ||
-           (which == BETA && s->p.beta_kind == FLASH_KDA_BETA_ACTIVATED) ||
-           ((which == Q || which == K) && s->p.qk_is_normalised);
-}
-
 static void share_memory(state *s, int which, input *from)
 {
     const int other = (int)take_between(from, 0, TENSORS + 1);
     const memory *to = other < TENSORS ? &s->set.memory[other] : other == TENSORS ? &s->workspace : &s->saved;
     if (!share(&s->set, which, to, from)) return;
-    s->unspecified |= is_of_a_kind(s, which) || other >= TENSORS ||
+    s->unspecified |= is_of_a_kind(which, kinds_of(s)) || other >= TENSORS ||
                       tensor(&s->p, other)->dtype != tensor(&s->p, which)->dtype;
 }
 
@@ -238,7 +233,7 @@ void mutate_memory(state *s, input *from)
     case 5: plant_integer(&s->set, SEQLENS, from); break;
     case 6:
         if (which < INPUTS && which != SEQLENS)
-            s->unspecified |= !isfinite(plant(&s->set, which, from)) || is_of_a_kind(s, which);
+            s->unspecified |= !isfinite(plant(&s->set, which, from)) || is_of_a_kind(which, kinds_of(s));
         break;
     case 7: mutate_saved(s, from); break;
     case 8: p->workspace_size = take_bool(from) ? (size_t)take_hostile(from) : p->workspace_size - 1; break;

@@ -244,9 +244,7 @@ void make_memory(state *s)
             fill_integers(m, t->dtype, s->integers[i]);
         else
             fill(m, t->dtype, &s->numbers);
-        if (i == G && s->p.gate == FLASH_KDA_GATE_ACTIVATED) adapt(m, t->dtype, -1, 1.0f);
-        if (i == BETA && s->p.beta_kind == FLASH_KDA_BETA_ACTIVATED) adapt(m, t->dtype, 1, 0.5f);
-        if ((i == Q || i == K) && s->p.qk_is_normalised) adapt(m, t->dtype, 0, 0.07f);
+        adapt(m, t->dtype, i, (input_kinds){s->p.gate, s->p.beta_kind, s->p.qk_is_normalised});
     }
 }
 

@@ -222,6 +222,11 @@ static bool has_integers(int which)
     return false;
 }
 
+static input_kinds kinds_of(const state *s)
+{
+    return (input_kinds){s->p.gate, s->p.beta_kind, s->p.qk_is_normalised};
+}
+
 /* Gives a tensor what its kind asks for. */
 static void fill_tensor(state *s, int which, memory m)
 {
@@ -231,9 +236,7 @@ static void fill_tensor(state *s, int which, memory m)
         return;
     }
     fill(&m, dtype, &s->numbers);
-    if (which == G && s->p.gate == FLASH_KDA_GATE_ACTIVATED) adapt(&m, dtype, -1, 1.0f);
-    if (which == BETA && s->p.beta_kind == FLASH_KDA_BETA_ACTIVATED) adapt(&m, dtype, 1, 0.5f);
-    if ((which == Q || which == K) && s->p.qk_is_normalised) adapt(&m, dtype, 0, 0.07f);
+    adapt(&m, dtype, which, kinds_of(s));
 }
 
 void make_memory(state *s)
@@ -244,19 +247,12 @@ void make_memory(state *s)
 
 /* ---- Mutations of pointers and contents ---------------------------------------------------------------- */
 
-/* Whether values of other tensors may be none that the kind of this input allows. */
-static bool is_of_a_kind(const state *s, int which)
-{
-    return (which == G && s->p.gate == FLASH_KDA_GATE_ACTIVATED) ||
-           (which == BETA && s->p.beta_kind == FLASH_KDA_BETA_ACTIVATED) ||
-           ((which == Q || which == K) && s->p.qk_is_normalised);
-}
-
 static void share_memory(state *s, int which, input *from)
 {
     const int other = (int)take_between(from, 0, TENSORS - 1);
     if (!share(&s->set, which, &s->set.memory[other], from)) return;
-    s->unspecified |= is_of_a_kind(s, which) || s->set.tensors[other]->dtype != s->set.tensors[which]->dtype;
+    s->unspecified |=
+        is_of_a_kind(which, kinds_of(s)) || s->set.tensors[other]->dtype != s->set.tensors[which]->dtype;
 }
 
 void mutate_memory(state *s, input *from)
@@ -272,7 +268,7 @@ void mutate_memory(state *s, input *from)
     case 5: plant_integer(&s->set, of_integers[which % INTEGER_TENSORS], from); break;
     case 6:
         if (!has_integers(which))
-            s->unspecified |= !isfinite(plant(&s->set, which, from)) || is_of_a_kind(s, which);
+            s->unspecified |= !isfinite(plant(&s->set, which, from)) || is_of_a_kind(which, kinds_of(s));
         break;
     default:
         s->interrupt[0] = take_bool(from);

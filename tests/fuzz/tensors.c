@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <ctype.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -105,7 +106,8 @@ void fill(const memory *m, int32_t dtype, rng *numbers)
     }
 }
 
-void adapt(const memory *m, int32_t dtype, int sign, float factor)
+/* A sign of 0 leaves the signs as they are. */
+static void change(const memory *m, int32_t dtype, int sign, float factor)
 {
     const size_t size = dtype == FLASH_KDA_F32 ? 4 : 2;
     if (dtype != FLASH_KDA_F32 && dtype != FLASH_KDA_BF16) return;
@@ -122,6 +124,35 @@ void adapt(const memory *m, int32_t dtype, int sign, float factor)
         narrow = bf16_from_float(value);
         memcpy(m->bytes + at, size == 4 ? (const void *)&value : &narrow, size);
     }
+}
+
+bool is_of_a_kind(int which, input_kinds kinds)
+{
+    switch (which) {
+    case Q:
+    case K: return kinds.qk_is_normalised;
+    case G: return kinds.gate == FLASH_KDA_GATE_ACTIVATED;
+    case BETA: return kinds.beta_kind == FLASH_KDA_BETA_ACTIVATED;
+    default: return false;
+    }
+}
+
+void adapt(const memory *m, int32_t dtype, int which, input_kinds kinds)
+{
+    if (!is_of_a_kind(which, kinds)) return;
+    if (which == G)
+        change(m, dtype, -1, 1.0f);
+    else if (which == BETA)
+        change(m, dtype, 1, 0.5f);
+    else
+        change(m, dtype, 0, 0.07f);
+}
+
+bool all_ordinary(const double *values, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (!(fabs(values[i]) < 1e37)) return false;
+    return true;
 }
 
 void fill_integers(const memory *m, int32_t dtype, const int64_t *integers)

@@ -9,6 +9,14 @@
 
 enum { MOST_BYTES = 4 << 20, MOST_INTEGERS = 24 };
 
+/* The numbers of the first tensors of every call. */
+enum { Q, K, V, G, BETA, TOKEN_INPUTS };
+
+/* Of what kind the inputs of a call are. */
+typedef struct input_kinds {
+    int32_t gate, beta_kind, qk_is_normalised;
+} input_kinds;
+
 typedef struct memory {
     unsigned char *bytes, *before; /* `before`: a copy of the contents before the call */
     size_t count;
@@ -39,9 +47,12 @@ void forget(memory *m);
 /* Random numbers, drawn once, since drawing takes longer than a call. */
 void fill(const memory *m, int32_t dtype, rng *numbers);
 
-/* Makes the numbers of a tensor what its kind asks for: log decays that are negative, write strengths that
- * are not, keys of norm 1. A sign of 0 leaves the signs as they are. */
-void adapt(const memory *m, int32_t dtype, int sign, float factor);
+/* Whether a kind asks for other numbers in this tensor than any: log decays that are negative, write
+ * strengths that are not, keys of norm 1. */
+bool is_of_a_kind(int which, input_kinds kinds);
+
+/* Makes the numbers of a tensor what its kind asks for. */
+void adapt(const memory *m, int32_t dtype, int which, input_kinds kinds);
 
 /* Fills a tensor of integers, all behind the last one of MOST_INTEGERS with the last one. */
 void fill_integers(const memory *m, int32_t dtype, const int64_t *integers);
@@ -51,6 +62,9 @@ int64_t integer_at(const flash_kda_tensor *t, int64_t i);
 
 /* Ends the process unless flash_kda_last_error() has a sentence about the call, which was refused. */
 void check_sentence(const char *call);
+
+/* Whether all values have magnitudes that fp32 has. */
+bool all_ordinary(const double *values, int64_t count);
 
 /* A copy of the elements `first` to `first + count` - 1 of a tensor, which the caller frees. */
 void *copy_elements(const flash_kda_tensor *t, int64_t first, int64_t count);
