@@ -23,7 +23,7 @@ import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from . import _later, _lib, _shapes
+from . import _fla_context, _later, _lib, _shapes
 
 MODULE = "fla.ops.kda"  # which has chunk_kda
 
@@ -42,6 +42,7 @@ class Call(NamedTuple):
 
 records: list[list[Call]] = []  # of `flash_kda.fla.record`: each gets every call
 is_off = False  # after `flash_kda.fla.uninstall`
+takes_contexts = False  # whether `flash_kda.fla.install` was asked for context parallelism
 
 
 def _decide(function: str, reason: str) -> tuple[bool, str | None]:
@@ -72,6 +73,17 @@ def _why_not_kernel(device: tuple[int, int], HV: int, options: tuple[tuple[str, 
     return ""
 
 
+@lru_cache(maxsize=256)
+def _why_not_gradients(device: tuple[int, int], HV: int, options: tuple[tuple[str, Any], ...]) -> str:
+    """Why gradients of calls with these options stay with FLA on the device, or "". On a GPU they stay with
+    FLA unless kernel `hopper` computes them: those of kernel `portable` take longer than FLA's."""
+    kernel = "hopper" if device[0] == _lib.CUDA else None
+    reason = _shapes.why_no_gradients(device, HV, (*options, ("kernel", kernel)))
+    if reason and kernel:
+        return f"flash_kda computes gradients faster than FLA with kernel hopper alone, and {reason}"
+    return reason
+
+
 _TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
 _MAY_BE_ABSENT = ("initial_state", "cu_seqlens", "A_log", "dt_bias")
 
@@ -89,13 +101,18 @@ def _why_not_tensors(call: dict[str, Any]) -> str:
             looks.append((t.dtype, t.shape, t.device))
         else:
             return f"flash_kda needs {name}"
-    reason = _why_not_looks(tuple(looks), bool(call.get("use_gate_in_kernel")))
-    if reason or not torch.is_grad_enabled():
-        return reason
-    for name, t in zip(_TENSORS, tensors):
-        is_used = call.get("use_gate_in_kernel") or name not in ("A_log", "dt_bias")
-        if t is not None and is_used and t.requires_grad:
-            return f"flash_kda takes no call of FLA that needs gradients, and {name} requires a gradient"
+    return _why_not_looks(tuple(looks), bool(call.get("use_gate_in_kernel")))
+
+
+def _first_with_gradient(call: dict[str, Any]) -> str:
+    """The name of the first tensor of the call that gets a gradient, or ""."""
+    import torch
+
+    if torch.is_grad_enabled():
+        for name in _TENSORS:
+            is_used = call.get("use_gate_in_kernel") or name not in ("A_log", "dt_bias")
+            if is_used and call.get(name) is not None and call[name].requires_grad:
+                return name
     return ""
 
 
@@ -149,7 +166,11 @@ def why_not(call: dict[str, Any]) -> str:
     with_gate, with_sigmoid = call.get("use_gate_in_kernel"), call.get("use_beta_sigmoid_in_kernel")
     lower_bound, twice = call.get("lower_bound"), call.get("allow_neg_eigval")
     if call.get("cp_context") is not None:
-        return "flash_kda has no context parallelism"
+        if not takes_contexts:
+            return "flash_kda takes cp_context after flash_kda.fla.install(context_parallel=True) alone"
+        if reason := _fla_context.why_not(call):
+            return reason
+        call = {**call, "cu_seqlens": call["cp_context"].cu_seqlens}
     if call.get("return_intermediate_states") and (
         not torch.is_inference_mode_enabled() or call.get("disable_recompute")
     ):
@@ -178,8 +199,23 @@ def why_not(call: dict[str, Any]) -> str:
     }
     if kind == "cpu" or kind == "cuda":
         device = (_lib.CPU if kind == "cpu" else _lib.CUDA, index)
-        reason = _why_not_kernel(device, call["v"].shape[2] // q.shape[2], tuple(options.items()))
+        group = call["v"].shape[2] // q.shape[2]
+        reason = _why_not_kernel(device, group, tuple(options.items()))
+        if not reason and _first_with_gradient(call):
+            of_bwd = tuple((name, x) for name, x in options.items() if name in _OPTIONS_OF_GRADIENTS)
+            reason = _why_not_gradients(device, group, of_bwd)
     return why_not_on(kind, index) or reason
+
+
+# Those of the options in `why_not` that `bwd` has too.
+_OPTIONS_OF_GRADIENTS = (
+    "lower_bound",
+    "use_gate_in_kernel",
+    "use_qk_l2norm_in_kernel",
+    "use_beta_sigmoid_in_kernel",
+    "allow_neg_eigval",
+    "state_v_first",
+)
 
 
 def why_not_recurrent(call: dict[str, Any]) -> str:
@@ -190,7 +226,10 @@ def why_not_recurrent(call: dict[str, Any]) -> str:
             return f"flash_kda.fused_recurrent_kda does not take {name}"
     if call.get("inplace_final_state", True):
         return "flash_kda.fused_recurrent_kda returns a new final state"
-    return why_not(call)
+    reason = why_not(call)
+    if not reason and (name := _first_with_gradient(call)):
+        return f"flash_kda.fused_recurrent_kda has no gradients, and {name} requires a gradient"
+    return reason
 
 
 _OFF = "flash_kda.fla.uninstall() was called"
@@ -235,7 +274,12 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
             return _decide("chunk_kda", _OFF if is_off else why_not(named(args, kwargs)))
 
         def chunk_kda(self, *args: Any, **kwargs: Any) -> Any:
-            return _function("chunk_kda")(**_taken(named(args, kwargs), of_chunk))
+            call = _taken(named(args, kwargs), of_chunk)
+            if call["q"].is_cuda:  # where kernels have nothing to save, and gradients are the same
+                call["disable_recompute"] = False
+            if call.get("cp_context") is not None:
+                return _fla_context.chunk_kda(call)
+            return _function("chunk_kda")(**call)
 
         def fused_recurrent_kda_fwd_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
             reason = "its arguments have no names" if args else why_not_recurrent(kwargs)

@@ -1,8 +1,9 @@
 """fused_recurrent_kda with the arguments, defaults and results of flash-linear-attention 0.6, in terms of
 `decode` and `fwd`, as _chunk_kda.py has chunk_kda.
 
-`decode` updates a state in place, so a final state begins as a copy of the initial one. Where no final state
-is wanted, `decode` reads the initial state as it is and writes none.
+The final state is a new tensor. `decode` reads the initial state and writes the final one beside it
+(`written_states`), unless a sequence may have no tokens: `decode` writes no state of such a sequence, so the
+final state begins as a copy then. Where no final state is wanted, `decode` writes none.
 """
 
 from __future__ import annotations
@@ -51,15 +52,16 @@ def fused_recurrent_kda(call: dict[str, Any], more: dict[str, Any]) -> tuple[Any
     final_state, f32 = None, torch.float32
     longest = _longest(call, more, torch)
     if longest is not None and longest <= _MOST_TOKENS:
-        if initial_state is None:
+        state, write_states = initial_state, "last" if call["output_final_state"] else "none"
+        if state is None:
             state = torch.zeros(state_shape, dtype=f32, device=v.device)
+            final_state = state if call["output_final_state"] else None
+        elif call["output_final_state"] and state.dtype == f32 and cu_seqlens is None and longest > 0:
+            state, final_state = state.contiguous(), torch.empty(state_shape, dtype=f32, device=v.device)
+            arguments["written_states"] = final_state
         elif call["output_final_state"]:
-            state = initial_state.to(f32, copy=True, memory_format=torch.contiguous_format)
-        else:
-            state = initial_state
-        if call["output_final_state"]:
-            final_state = state
-        package.decode(**arguments, state=state, write_states="none" if final_state is None else "last")
+            state = final_state = state.to(f32, copy=True, memory_format=torch.contiguous_format)
+        package.decode(**arguments, state=state, write_states=write_states)
     else:
         if initial_state is not None:
             initial_state = initial_state.to(f32)

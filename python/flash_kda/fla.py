@@ -2,7 +2,8 @@
 
 FLA asks a registry of backends before it computes `chunk_kda` or `fused_recurrent_kda`. `install` puts this
 package into the registry, and so does importing this module: at once if FLA is imported already, else as soon
-as FLA is. A call that this package cannot serve, because it needs a gradient, say, stays with FLA. `record`
+as FLA is. A call that this package cannot serve, because its
+tensors are in fp16, say, stays with FLA. `record`
 shows which calls were taken and which were not, with the reason.
 
     import flash_kda.fla
@@ -28,11 +29,15 @@ from ._fla import Call
 __all__ = ["Call", "install", "record", "uninstall"]
 
 
-def install() -> None:
+def install(context_parallel: bool = False) -> None:
     """Makes FLA call this package for what the package can serve. Imports FLA if nobody did.
 
     FLA 0.6 asks its registry about `chunk_kda` and `fused_recurrent_kda`. FLA 0.5 asks about `chunk_kda`
     alone, so FLA's dispatcher is put around the inner function of its `fused_recurrent_kda` too.
+
+    Args:
+        context_parallel: whether calls of `chunk_kda` with `cp_context` are taken too, by
+            `flash_kda.distributed.chunk_kda`. It must be the same on all ranks.
 
     Raises:
         ImportError: FLA is not installed, or cannot be imported.
@@ -64,6 +69,7 @@ def install() -> None:
             f"({type(error).__name__}: {error}); the versions from 0.5 to 0.6 have one"
         ) from error
     _fla.is_off = False
+    _fla.takes_contexts = bool(context_parallel)
 
 
 def uninstall() -> None:

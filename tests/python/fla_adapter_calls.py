@@ -180,7 +180,6 @@ assert distance(states[0], want) <= 2.2e-3
 # Calls that stay with FLA, and the reasons.
 plain = inputs((20,), 2, "bounded", "activated", False)
 declined = {
-    "q requires a gradient": {"q": plain["q"].clone().requires_grad_()},
     "does not take k of torch.float16": {"k": plain["k"].half()},
     "K = V = 128": {
         **{name: plain[name][..., :64] for name in "qkvg"},
@@ -191,8 +190,7 @@ declined = {
     "lower_bound in [-5, 0]": {"lower_bound": -6.0},
 }
 for (reason, change), (name, function) in itertools.product(declined.items(), FUNCTIONS.items()):
-    mode = contextlib.nullcontext() if "gradient" in reason else torch.inference_mode()
-    with flash_kda.fla.record() as calls, mode:
+    with flash_kda.fla.record() as calls, torch.inference_mode():
         out, _ = function(**{**plain, **change})
     ((of, why),) = calls
     assert (of, reason in why) == (name, True), calls
@@ -202,6 +200,57 @@ for name, function in FUNCTIONS.items():
     with flash_kda.fla.record() as calls, torch.no_grad():
         function(**{**plain, "q": plain["q"].clone().requires_grad_()})
     assert calls == [(name, "")]
+
+with flash_kda.fla.record() as calls:
+    fused_recurrent_kda(**{**plain, "k": plain["k"].clone().requires_grad_()})
+((of, why),) = calls
+assert why == "flash_kda.fused_recurrent_kda has no gradients, and k requires a gradient", calls
+
+
+# Gradients, which are those of flash_kda.chunk_kda.
+def gradients(function, call, **options):
+    tensors = {name: x for name, x in call.items() if isinstance(x, torch.Tensor) and name != "cu_seqlens"}
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out, state = function(**{**call, **leaves}, output_final_state=True, **options)
+    (out.float().square().sum() + state.square().sum()).backward()
+    return {name: x.grad for name, x in leaves.items()}
+
+
+for gate, beta_kind, lengths in (("bounded", "sigmoid", (21,)), ("activated", "activated", (3, 40))):
+    x = inputs(lengths, 4, gate, beta_kind, False)
+    # FLA 0.5.0 leaves out keywords that it does not know.
+    may_be_unknown = ("use_beta_sigmoid_in_kernel", "disable_recompute")
+    x = {name: t for name, t in x.items() if name not in may_be_unknown or knows(chunk_kda, name)}
+    keeps = {"disable_recompute": True} if knows(chunk_kda, "disable_recompute") else {}
+    with flash_kda.fla.record() as calls:
+        got = gradients(chunk_kda, x, **v_first(chunk_kda, True), **keeps)
+    assert calls == [("chunk_kda", "")], calls
+    want = gradients(flash_kda.chunk_kda, x, state_v_first=True)
+    assert got.keys() == want.keys() >= {"q", "k", "v", "g", "beta", "initial_state"}
+    for name, gradient in got.items():
+        assert torch.equal(gradient, want[name]), name
+        assert gradient.any(), name
+
+# Context parallelism, which install must be asked for, in a group of one rank.
+if IS_NEW:
+    from fla.ops.cp import build_cp_context
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    x = inputs((3, 40), 4, "bounded", "activated", False)
+    del x["initial_state"]
+    context = build_cp_context(x.pop("cu_seqlens"), torch.distributed.group.WORLD)
+    with flash_kda.fla.record() as calls, torch.inference_mode():
+        chunk_kda(**x, cp_context=context)
+        flash_kda.fla.install(context_parallel=True)
+        out, _ = chunk_kda(**x, cp_context=context)
+    want, _ = flash_kda.chunk_kda(**x, cu_seqlens=torch.tensor([0, 3, 43]))
+    only = "flash_kda takes cp_context after flash_kda.fla.install(context_parallel=True) alone"
+    assert calls == [("chunk_kda", only), ("chunk_kda", "")], calls
+    assert torch.equal(out, want)
+    torch.distributed.destroy_process_group()
+    flash_kda.fla.install()
 
 
 # Turned off, and on again.

@@ -3,6 +3,7 @@
 import importlib.util
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ if not torch.distributed.is_available():
 
 import flash_kda.distributed as sharded  # noqa: E402
 from distributed_ranks import Ranks, share_of, spawned  # noqa: E402
+from flash_kda import _fla_context  # noqa: E402
 from training_problems import BARS, FLAGS, INPUTS, by_reference, error, make_call, upstream  # noqa: E402
 
 OF_TOKENS = INPUTS[:5]
@@ -34,9 +36,14 @@ def arguments(call):
     return {name: call[name] for name in (*names, "output_final_state")}
 
 
+def on_device(tensors, device):
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+
+
 def on_a_rank(rank, ranks, group, call, dout, dstate, more):
     """What a rank computes: its out, its final states, and its gradients by input."""
-    by_fwd = more.pop("maps_by_fwd", False)
+    by_fwd, device = more.pop("maps_by_fwd", False), more.pop("device", "cpu")
+    call, dout, dstate = on_device(call, device), *on_device({0: dout, 1: dstate}, device).values()
     sharded._maps_in_c = not by_fwd
     leaves = {}
     for name in INPUTS:
@@ -45,7 +52,7 @@ def on_a_rank(rank, ranks, group, call, dout, dstate, more):
             leaves[name] = x.detach().clone().requires_grad_(dout is not None)
     out, state = sharded.chunk_kda(**{**arguments(call), **leaves}, group=group, **more)
     if dout is None:
-        return out.detach(), state.detach(), {}
+        return out.detach().cpu(), state.detach().cpu(), {}
     of_rank = torch.zeros_like(dstate)
     last = [max(int(end) - 1, 0) for end in call["cu_seqlens"][1:]]
     size = max(-(-call["q"].shape[1] // ranks), 1)
@@ -56,7 +63,7 @@ def on_a_rank(rank, ranks, group, call, dout, dstate, more):
         if token // size == rank:
             of_rank[n] = dstate[n]
     torch.autograd.backward((out, state), (share_of(dout, rank, ranks), of_rank))
-    return out.detach(), state.detach(), {name: x.grad for name, x in leaves.items()}
+    return out.detach().cpu(), state.detach().cpu(), {name: x.grad.cpu() for name, x in leaves.items()}
 
 
 def together(results, call):
@@ -85,13 +92,13 @@ def reference(call):
     )  # fmt: skip
 
 
-def check(ranks, size, call, seed=0, **more):
-    """Holds a call on that many ranks to fp64."""
+def check(ranks, size, call, seed=0, bars=problems.BARS["cpu"], **more):
+    """Holds a call on that many ranks to fp64. bars: errors of out and of the states."""
     dout, dstate = upstream(call, seed)
     results = ranks.run(on_a_rank, size, call, dout, dstate, more)
     out, state, gradients = together(results, call)
     true_out, true_state = reference(call)
-    out_bar, state_bar = problems.BARS["cpu"]
+    out_bar, state_bar = bars
     assert error(out, true_out) <= out_bar
     assert error(state, true_state) <= state_bar
     for name, want in by_reference(call, dout, dstate).items():
@@ -289,6 +296,14 @@ def test_inference(ranks):
     equal(without, [(out, state, {}) for out, state, _ in trained])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("gate", ["bounded", "activated"])
+def test_ranks_that_share_a_gpu(ranks, cuda, gate, size):
+    """gloo carries the messages of GPU tensors through the CPU, so all ranks may have one GPU."""
+    call = make_call(lengths=(9, 0, 250, 3, 90), gate=gate, seed=14)
+    check(ranks, size, call, bars=(2.2e-3, 8e-4), device=cuda)
+
+
 # ---- Final states on all ranks ----
 
 
@@ -318,6 +333,72 @@ def test_final_states_on_all_ranks(ranks):
     for name in ("k", "v", "g", "beta"):
         got = torch.cat([x[name] for _, _, x in results], 1)
         assert error(got, want[name]) <= BARS[got.dtype], name
+
+
+# ---- Contexts of flash-linear-attention ----
+
+
+def local_context(borders, rank, ranks):
+    """What FLA's context of a rank says: where sequences begin and end within its share, without empty ones,
+    and on how many ranks before it the first of them has tokens."""
+    share = borders[-1] // ranks
+    start = share * rank
+    inside = sorted({min(max(b, start), start + share) - start for b in borders})
+    first = max(b for b in borders if b <= start)
+    return [*inside], rank - first // share
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_contexts_say_where_all_sequences_begin(ranks):
+    random.seed(ranks)
+    for _ in range(200):
+        T = ranks * random.randrange(1, 9)
+        borders = [0, *sorted(random.choices(range(T + 1), k=random.randrange(6))), T]
+        shares = [local_context(borders, rank, ranks) for rank in range(ranks)]
+        assert _fla_context.joined(shares) == sorted(set(borders))
+
+
+def with_a_context(rank, ranks, group, call, dout):
+    local, ranks_before = local_context(call["cu_seqlens"].tolist(), rank, ranks)
+    context = SimpleNamespace(
+        group=group, cu_seqlens=torch.tensor(local, dtype=torch.int32), cu_seqlens_cpu=None,
+        pre_num_ranks=ranks_before,
+    )  # fmt: skip
+    names = [n for n in (*INPUTS, *FLAGS, "scale", "lower_bound") if n != "initial_state"]
+    found = []
+    for _ in range(2):  # the second time nothing is asked
+        leaves = {n: share_of(call[n], rank, ranks).clone().requires_grad_() for n in OF_TOKENS}
+        of_fla = {"output_final_state": False, "use_graph": False, "cu_seqlens": context.cu_seqlens}
+        given = {**{n: call[n] for n in names}, **leaves, **of_fla, "cp_context": context}
+        assert _fla_context.why_not(given) == ""
+        out, state = _fla_context.chunk_kda(given)
+        assert state is None
+        out.backward(share_of(dout, rank, ranks))
+        found.append((out.detach(), torch.zeros(0), {n: x.grad for n, x in leaves.items()}))
+    equal(found[:1], found[1:])
+    return found[0]
+
+
+def test_contexts_of_fla(ranks):
+    call = make_call(lengths=(9, 50, 5), seed=12)
+    call["initial_state"] = None
+    dout, _ = upstream(call, 12)
+    results = ranks.run(with_a_context, 4, call, dout)
+    out, _, gradients = together(results, call)
+    assert error(out, reference(call)[0]) <= problems.BARS["cpu"][0]
+    want = by_reference(call, dout, torch.zeros(3, call["v"].shape[2], 128, 128))
+    for name in OF_TOKENS:
+        assert error(gradients[name], want[name]) <= BARS[gradients[name].dtype], name
+
+
+def test_contexts_that_stay_with_fla():
+    call = {"cp_context": SimpleNamespace(group=1, cu_seqlens=torch.tensor([0, 4]), layout="contiguous")}
+    assert _fla_context.why_not(call) == ""
+    assert "no output_final_state" in _fla_context.why_not({**call, "output_final_state": True})
+    assert "no initial_state" in _fla_context.why_not({**call, "initial_state": torch.zeros(1)})
+    zigzag = SimpleNamespace(group=1, cu_seqlens=torch.tensor([0, 4]), layout="zigzag")
+    assert "and it is zigzag" in _fla_context.why_not({"cp_context": zigzag})
+    assert "one of them is missing" in _fla_context.why_not({"cp_context": SimpleNamespace(group=None)})
 
 
 # ---- One sequence without borders ----

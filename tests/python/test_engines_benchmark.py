@@ -47,3 +47,6 @@ def test_wrong_rows():
     done = run("--heads", "0")
     assert done.returncode == 2
     assert "must name at least one row, with numbers from 1" in done.stderr
+    done = run("--fla-tunes-once")
+    assert done.returncode == 2
+    assert "--fla-tunes-once is for GPUs, and --device is cpu" in done.stderr

@@ -95,3 +95,23 @@ def test_its_import_never_fails(tmp_path, order):
     """An unknown FLA stays as it is, and importing the adapter with it says nothing."""
     make(tmp_path, fla_dot_ops_dot_kda="def chunk_kda(q): return 7")
     assert python(f"import {order}; print(fla.ops.kda.chunk_kda(1))", tmp_path) == "7"
+
+
+def test_gradients_on_a_gpu_take_kernel_hopper(monkeypatch):
+    """Those of kernel `portable` take longer than FLA's."""
+    from flash_kda import _fla, _lib, _shapes
+
+    asked = []
+
+    def why_no_gradients(device, HV, options):
+        asked.append((device[0], dict(options)["kernel"]))
+        return "cuda:0 has no kernel hopper" if device[0] == _lib.CUDA else ""
+
+    monkeypatch.setattr(_shapes, "why_no_gradients", why_no_gradients)
+    why_not = _fla._why_not_gradients.__wrapped__
+    assert why_not((_lib.CPU, 0), 1, ()) == ""
+    assert why_not((_lib.CUDA, 0), 1, ()) == (
+        "flash_kda computes gradients faster than FLA with kernel hopper alone, "
+        "and cuda:0 has no kernel hopper"
+    )
+    assert asked == [(_lib.CPU, None), (_lib.CUDA, "hopper")]

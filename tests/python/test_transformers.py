@@ -67,6 +67,8 @@ def compare(ours, theirs, where):
     differs = its.argmax(-1) != ours["bytes"]
     ties = int(differs.sum())
     print(f"{where}: logits differ by {error:.2e}, {ties} near ties; {text_of(ours['bytes'][-1])!r}")
+    if "rate" in ours and "rate" in theirs:
+        print(f"{where}: {theirs['rate']:.0f} bytes a second, with flash_kda {ours['rate']:.0f}")
     assert error <= LOGITS_BAR, where
     assert not (differs & (leads > NEAR_TIE)).any(), where
 
