@@ -81,8 +81,12 @@ def our_calls(sets: list[dict[str, Any]], kernel: str | None, limit: int) -> lis
 
 def fla_calls(sets: list[dict[str, Any]]) -> list[Callable[[], tuple]]:
     """autograd.grad of FLA's chunk_kda, with its own kernels."""
+    import os
+
     import torch
     from fla.ops.kda import chunk_kda
+
+    os.environ["FLA_FLASH_KDA"] = "0"  # or FLA hands the call to this package
 
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
@@ -104,6 +108,14 @@ def fla_calls(sets: list[dict[str, Any]]) -> list[Callable[[], tuple]]:
         return lambda: torch.autograd.grad((out, state), list(leaves.values()), given, retain_graph=True)
 
     return [call_of(x) for x in sets]
+
+
+def tune_for_the_largest(shapes: list[str], device: str) -> None:
+    """FLA's kernels keep for all shapes what is fastest for the largest one."""
+    from peer_timing.competitors import tune_once
+
+    tune_once()
+    fla_calls(make_sets(max(shapes, key=bytes_once), device)[:1])[0]()
 
 
 def bytes_of_workspace(shape: str, kernel: str | None, limit: int, device: str) -> float:
@@ -193,6 +205,7 @@ def main(argv: list[str]) -> None:
         help="as flash_kda.bwd takes it; default: half of the bytes of q, k, v and g",
     )
     add("--no-fla", action="store_true", help="this package alone")
+    add("--fla-tunes-once", action="store_true", help="FLA tunes its kernels for the largest shape alone")
     add("--launches", action="store_true", help="name the launches of this package and their times")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: plain calls of this package only")
     add("--json", metavar="FILE", help="where the figures go, besides the table")
@@ -217,6 +230,8 @@ def main(argv: list[str]) -> None:
     sides = options.kernel or ["flash_kda"]
     if not options.no_fla and options.device == "cuda" and importlib.util.find_spec("fla") is not None:
         sides.append(FLA)
+        if options.fla_tunes_once:
+            tune_for_the_largest(options.shapes, options.device)
     rate = copy_rate(options.device)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, copies {rate / 1e12:.2f} TB/s, backward pass alone, {options.rounds} rounds\n")

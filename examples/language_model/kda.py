@@ -1,7 +1,9 @@
-"""The KDA layer in training: by flash_kda.chunk_kda, which has gradients on the CPU, and beside it the same
-recurrence in differentiable PyTorch, chunk by chunk, which runs anywhere."""
+"""The KDA layer in training: by flash_kda.chunk_kda, by the kernels of flash-linear-attention (FLA), which
+need a GPU, and by the same recurrence in differentiable PyTorch, chunk by chunk, which runs anywhere."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +51,24 @@ def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor,
 
 
 def mix_by_flash_kda(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
-    q, k, v = split_heads(convolve(qkv, layer.taps), layer.heads)
-    o, _ = flash_kda.chunk_kda(
-        q, k, v, g, beta, A_log=layer.A_log, dt_bias=layer.dt_bias, lower_bound=LOWER_BOUND,
-        use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        disable_recompute=True,
+    # On a GPU there is nothing to keep from the forward pass.
+    return mix_by(flash_kda.chunk_kda, layer, qkv, g, beta, gate, disable_recompute=not qkv.is_cuda)
+
+
+def mix_by_fla(layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
+    """The environment variable FLA_FLASH_KDA must be 0, or FLA hands the call to flash_kda."""
+    from fla.ops.kda import chunk_kda
+
+    return mix_by(chunk_kda, layer, qkv, g, beta, gate, safe_gate=True)
+
+
+def mix_by(
+    chunk_kda: Any, layer: Layer, qkv: Tensor, g: Tensor, beta: Tensor, gate: Tensor, **options: bool
+) -> Tensor:
+    q, k, v = (x.to(qkv.dtype) for x in split_heads(convolve(qkv, layer.taps), layer.heads))
+    o, _ = chunk_kda(
+        q, k, v, g, beta, A_log=layer.A_log, dt_bias=layer.dt_bias.flatten(), lower_bound=LOWER_BOUND,
+        use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, **options,
     )  # fmt: skip
     return gated_norm(o, gate, layer.norm)
 

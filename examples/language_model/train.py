@@ -7,19 +7,28 @@ package bible-kjv prints it (bible -f 'gen1:1-rev22:21'); the verses' numbers we
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
-from kda import cross_entropy, mix_by_flash_kda, mix_in_pytorch
+from kda import cross_entropy, mix_by_fla, mix_by_flash_kda, mix_in_pytorch
 from model import Model, save
 
-MIXES = {"flash_kda": mix_by_flash_kda, "pytorch": mix_in_pytorch}
+MIXES = {"flash_kda": mix_by_flash_kda, "fla": mix_by_fla, "pytorch": mix_in_pytorch}
+FIRST_STEPS = 10  # in which kernels are loaded and tuned
 
 
 def batches(text: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
     starts = torch.randint(len(text) - length, (rows,), generator=generator)
     return torch.stack([text[i : i + length] for i in starts.tolist()])
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done all that was asked of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def main() -> None:
@@ -32,22 +41,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of --minutes")
     parser.add_argument("--tokens", type=int, default=512, help="of a row; a multiple of 16")
     parser.add_argument("--every", type=int, default=100, help="steps between two lines of output")
-    parser.add_argument("--kda", choices=MIXES, help="default: flash_kda on the CPU, pytorch on a GPU")
+    parser.add_argument("--kda", choices=MIXES, default="flash_kda", help="what computes the layers")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text")
     options = parser.parse_args()
 
-    torch.manual_seed(0)
+    if options.kda == "fla":
+        os.environ["FLA_FLASH_KDA"] = "0"  # FLA's own kernels
+    torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(options.seed + 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = torch.frombuffer(bytearray(options.text.read_bytes()), dtype=torch.uint8).long()
     held = min(200_000, len(text) // 10)
     held_out, text = text[-held:], text[:-held]
     model = Model().to(device)
-    # flash_kda computes gradients on the CPU alone so far.
-    mixes = [MIXES[options.kda or ("flash_kda" if device == "cpu" else "pytorch")]] * len(model.layers)
+    mixes = [MIXES[options.kda]] * len(model.layers)
     warm = min(100, options.steps // 4 or 1) if options.steps else 100  # steps until the rate is full
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     start, share, step = time.monotonic(), 0.0, 0
+    tuned = start  # when kernels are loaded and tuned, which is after the first steps
     while share < 1:
         share = step / options.steps if options.steps else (time.monotonic() - start) / (60 * options.minutes)
         rate = 2e-3 * min(1.0, (step + 1) / warm) * max(0.02, 1 - share)
@@ -63,6 +75,11 @@ def main() -> None:
         if step % options.every == 0:
             print(f"step {step}, {time.monotonic() - start:.0f} s, {loss.item():.3f} bits a byte", flush=True)
         step += 1
+        if step == FIRST_STEPS:
+            tuned = now(device)
+    if step > FIRST_STEPS:
+        rate = (step - FIRST_STEPS) * options.rows * options.tokens / (now(device) - tuned)
+        print(f"{rate:.0f} tokens a second after the first {FIRST_STEPS} steps")
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         rows = held_out[: held // options.tokens * options.tokens].view(-1, options.tokens)
         rows = rows[: 2 * options.rows].to(device)
