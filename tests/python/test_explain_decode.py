@@ -70,6 +70,10 @@ LAUNCHES = [
         {"N": 256, "T": 2, "H": 32, "write_states": "none", "with_parents": True},
         "fkda_decode_chunk_f32", 1, 8192,
     ),
+    (
+        {"N": 256, "T": 2, "H": 32, "write_states": "each", "with_parents": True},
+        "fkda_decode_each_f32", 2, 16384,
+    ),
     ({"N": 256, "T": 1, "H": 32, "function": "decode_layer"}, "fkda_layer_one_f32", 1, 8192),
     ({"N": 256, "T": 3, "H": 32, "function": "decode_layer"}, "fkda_layer_steps_f32", 1, 8192),
     ({"N": 256, "T": 4, "H": 32, "function": "apply_records"}, "fkda_decode_apply_f32", 2, 16384),
