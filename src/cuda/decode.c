@@ -48,8 +48,12 @@ enum {
     /* The same for `apply`: 32 KB. Each CTA of a head reads all decays and keys of the records. */
     SPLIT_OF_FP32_TO_APPLY = 1,
     SPLIT_OF_BF16_TO_APPLY = 0,
-    /* The same for several tokens. Each of the CTAs that share a head prepares all tokens. */
+    /* The same for several tokens. Each of the CTAs that share a head prepares all tokens, and a warp one
+     * token at a time. With few tokens a CTA has a warp for each token, so that more CTAs fit on an SM, and
+     * some load while others compute. */
     SPLIT_FOR_MORE = 0,
+    SPLIT_FOR_TWO_TOKENS = 2,
+    SPLIT_FOR_FOUR_TOKENS = 1,
     SPLIT_FOR_EACH = 1, /* the kernel `each` has all of the CTA's rows in shared memory */
     /* Where heads are few. A CTA keeps enough warps to prepare several tokens side by side. */
     MOST_SPLIT_FOR_MORE = 1,
@@ -107,16 +111,18 @@ static int most_tokens(const fkda_decode_problem *p)
     return p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
 }
 
-static int least_split_of_more(int which)
+static int least_split_of_more(const fkda_decode_problem *p, int which)
 {
-    return which == EACH ? SPLIT_FOR_EACH : SPLIT_FOR_MORE;
+    if (which == EACH) return SPLIT_FOR_EACH;
+    if (which == CHUNK || p->write_states == FLASH_KDA_WRITE_EACH || p->tokens > 4) return SPLIT_FOR_MORE;
+    return p->tokens > 2 ? SPLIT_FOR_FOUR_TOKENS : SPLIT_FOR_TWO_TOKENS;
 }
 
 static fkda_decode_launch launch_of_more(const fkda_decode_problem *p, int which, int64_t heads, int sms)
 {
     const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
     const int tokens = most_tokens(p),
-              split = choose_split(heads, least_split_of_more(which), MOST_SPLIT_FOR_MORE, sms);
+              split = choose_split(heads, least_split_of_more(p, which), MOST_SPLIT_FOR_MORE, sms);
     return (fkda_decode_launch){
         .split = split,
         .threads = FKDA_DECODE_THREADS >> split,
