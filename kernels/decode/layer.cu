@@ -3,8 +3,9 @@
  * of many sequences, in one launch that reads and writes each state once.
  *
  * Algorithm. A CTA has a head of a sequence, because the norm over V needs all rows. Its threads load the
- * state into registers (tile.cuh), convolve meanwhile (layer_prepare.cuh), and take the tokens one after the
- * other, with the state decayed to each token:
+ * state into registers (tile.cuh), or for one token copy it to shared memory (parts.cuh), so that more CTAs
+ * fit on an SM. They convolve meanwhile (layer_prepare.cuh), and take the tokens one after the other, with
+ * the state decayed to each token:
  *
  *     p = S^T k,  r = S^T q         in one pass over the state
  *     u = b (v - p),  o = scale (r + u (k . q)),  S = S + k u^T

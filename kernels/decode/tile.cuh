@@ -1,5 +1,6 @@
 /*
- * The part of a state that a thread has in registers: a few neighbouring rows of V and some channels of K.
+ * The part of a state that a thread has: a few neighbouring rows of V and some channels of K. It is in
+ * registers, or in shared memory (parts.cuh).
  *
  * A warp has 16 rows. Eight neighbouring lanes share four of them, or four lanes two of them (in chunk.cuh,
  * for tensor cores): L lanes share L / 2. Lane l of the L has
