@@ -37,6 +37,7 @@ typedef struct fkda_decode_args {
     int g_is_f32, beta_is_f32;
     int qk_is_normalised;
     int split; /* log2 of the CTAs that a head is divided among */
+    int room;  /* tokens whose vectors a CTA of a chunk kernel has shared memory for */
 } fkda_decode_args;
 
 typedef struct fkda_apply_args {

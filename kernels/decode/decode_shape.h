@@ -27,17 +27,19 @@
 #define FKDA_DECODE_VECTOR_BYTES 512
 #define FKDA_DECODE_SMALL_BYTES 3072    /* struct Small in prepare.cuh */
 #define FKDA_DECODE_VECTORS_OF_A_STEP 4 /* decay, key, query, value */
-#define FKDA_DECODE_VECTORS_OF_A_CHUNK 8
-#define FKDA_DECODE_VECTORS_FOR_LAST_STATE 2 /* besides these */
 #define FKDA_DECODE_STEPS_BYTES(tokens)                                                                      \
     (FKDA_DECODE_SMALL_BYTES + FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_VECTORS_OF_A_STEP * (tokens))
 
-/* The chunk kernels compute eight tokens at a time. */
-#define FKDA_DECODE_EIGHTS(tokens) (((tokens) + 7) / 8 * 8)
-#define FKDA_DECODE_CHUNK_BYTES(tokens, writes_last)                                                         \
+/* The chunk kernels have vectors for `tokens` tokens, at most 16, four at a time. `each`: the state after
+ * each token is written. CTAS: of 256 threads, for which __launch_bounds__ leaves registers on an SM. */
+#define FKDA_DECODE_CTAS_OF_CHUNK(is_bf16) ((is_bf16) ? 3 : 4)
+#define FKDA_DECODE_VECTORS_OF_A_CHUNK(each) ((each) ? 6 : 5)
+#define FKDA_DECODE_ROOM_OF_A_CHUNK(tokens) (((tokens) + 3) / 4 * 4)
+#define FKDA_DECODE_PLACES_OF_A_CHUNK 4 /* for parts of a state, of 8 KB for all rows of V */
+#define FKDA_DECODE_CHUNK_BYTES(tokens, each, is_bf16, split)                                                \
     (FKDA_DECODE_SMALL_BYTES +                                                                               \
-     FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_EIGHTS(tokens) *                                                 \
-         (FKDA_DECODE_VECTORS_OF_A_CHUNK + ((writes_last) ? FKDA_DECODE_VECTORS_FOR_LAST_STATE : 0)))
+     FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_VECTORS_OF_A_CHUNK(each) * FKDA_DECODE_ROOM_OF_A_CHUNK(tokens) + \
+     (8192 * ((each) && !(is_bf16) ? 8 : FKDA_DECODE_PLACES_OF_A_CHUNK) >> (split)))
 
 /* Of any kernel. */
 #define FKDA_DECODE_MOST_SHARED_BYTES FKDA_DECODE_APPLY_BYTES(0, FKDA_DECODE_MAX_TOKENS, 0)

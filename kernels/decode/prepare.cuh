@@ -28,17 +28,8 @@ struct Small {
 };
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 
-/* The vectors of a token. The first four are those of a step, all of them those of a chunk. */
-enum Vector {
-    DECAY,
-    KEY,
-    QUERY,
-    VALUE,
-    OUTPUT = QUERY, /* the query is needed no more when there is an output */
-    /* Operands of tensor cores (chunk.cuh), two vectors each. */
-    START_HIGH = VALUE + 1,
-    START_LOW = START_HIGH + 2
-};
+/* The vectors of a token. A chunk has more of them (chunk.cuh). */
+enum Vector { DECAY, KEY, QUERY, VALUE };
 
 /* A vector of token i, where each token has that many. */
 template <int vectors> __device__ __forceinline__ float *vector_at(int which, int i)

@@ -50,6 +50,22 @@ __device__ __forceinline__ void copy_async(void *to, const void *from, bool vali
                  : "memory");
 }
 
+/* Copies 16, 8 or 4 bytes in the background, or does nothing if !valid. 16 bytes go past the L1 cache, and
+ * their whole line comes to the L2 cache, for copies of the rest of it that follow. */
+template <int bytes> __device__ __forceinline__ void copy_part_async(void *to, const void *from, bool valid)
+{
+    if constexpr (bytes == 16)
+        asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %2, 0;\n"
+                     "@valid cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n}" ::"r"(shared_address(to)),
+                     "l"(from), "r"(static_cast<int>(valid))
+                     : "memory");
+    else
+        asm volatile("{\n.reg .pred valid;\nsetp.ne.b32 valid, %2, 0;\n"
+                     "@valid cp.async.ca.shared.global [%0], [%1], %3;\n}" ::"r"(shared_address(to)),
+                     "l"(from), "r"(static_cast<int>(valid)), "n"(bytes)
+                     : "memory");
+}
+
 /* Waits until all copies of this thread are done. */
 __device__ __forceinline__ void wait_for_copies()
 {

@@ -1,5 +1,6 @@
 /*
- * The part of a state that a thread has in registers: a few neighbouring rows of V and some channels of K.
+ * The part of a state that a thread has: a few neighbouring rows of V and some channels of K. It is in
+ * registers, or in shared memory (parts.cuh).
  *
  * A warp has 16 rows. Eight neighbouring lanes share four of them, or four lanes two of them (in chunk.cuh,
  * for tensor cores): L lanes share L / 2. Lane l of the L has
@@ -43,6 +44,7 @@ __device__ __forceinline__ Rounding find_rounding(const long long *numbers, cons
 
 template <bool is_bf16, bool k_first, int lanes = 8> struct Tile {
     static constexpr int ROWS = lanes / 2, CHANNELS = 128 / lanes; /* of a thread */
+    static constexpr bool IS_BF16 = is_bf16, K_FIRST = k_first;
     /* Channels that are stored together. */
     static constexpr int PART = is_bf16 ? 8 : 4, PARTS = CHANNELS / PART;
     /* Loads as they come from memory. */
@@ -131,17 +133,21 @@ template <bool is_bf16, bool k_first, int lanes = 8> struct Tile {
         }
     }
 
+    /* Element `at` of a load. */
+    static __device__ __forceinline__ float number(const uint32_t (&word)[WORDS], int at)
+    {
+        const uint32_t bits = word[is_bf16 ? at / 2 : at];
+        return !is_bf16 ? __uint_as_float(bits) : at % 2 ? bf16_high(bits) : bf16_low(bits);
+    }
+
     /* Makes numbers of what was loaded. */
     __device__ __forceinline__ void unpack(const Loaded &from)
     {
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
 #pragma unroll
-            for (int e = 0; e < CHANNELS; e++) {
-                const int i = k_first ? e : r * PARTS + e / PART, at = k_first ? r : e % PART;
-                const uint32_t word = from.word[i][is_bf16 ? at / 2 : at];
-                x[r][e] = !is_bf16 ? __uint_as_float(word) : at % 2 ? bf16_high(word) : bf16_low(word);
-            }
+            for (int e = 0; e < CHANNELS; e++)
+                x[r][e] = number(from.word[k_first ? e : r * PARTS + e / PART], k_first ? r : e % PART);
     }
 
     /* The bits of row r of a part, rounded to bf16, two channels to a word. */

@@ -4,7 +4,8 @@
  *   one     one token of each sequence. The state streams through shared memory.
  *   steps   a few tokens, one after the other, with the state in registers. It is the only kernel that
  *           writes the state after each token of a chain.
- *   chunk   more tokens at once, on tensor cores, with the state in registers; and trees of tokens.
+ *   chunk   more tokens at once, on tensor cores; and trees of tokens. The state streams too.
+ *   each    the same for a tree, with the state after each token written.
  *   apply   brings states up to date from records.
  *
  * which_decode() has the policy. A kernel is divided into more CTAs for a head if heads are few
@@ -21,11 +22,11 @@
 extern const unsigned char fkda_fatbin_decode[];
 
 /* The kernels for a type and a layout of states, in the order of `module.names`. */
-enum { ONE, STEPS, CHUNK, APPLY, KERNELS };
+enum { ONE, STEPS, CHUNK, EACH, APPLY, KERNELS };
 
 #define FKDA_NAMES(suffix)                                                                                   \
     "fkda_decode_one_" suffix, "fkda_decode_steps_" suffix, "fkda_decode_chunk_" suffix,                     \
-        "fkda_decode_apply_" suffix
+        "fkda_decode_each_" suffix, "fkda_decode_apply_" suffix
 
 static fkda_module module = {
     .image = fkda_fatbin_decode,
@@ -41,16 +42,20 @@ enum {
     CHUNK_FROM = 5,
     CHUNK_WITHOUT_WRITING_FROM = 4, /* where no state is written */
     /* log2 of the CTAs that a head is divided among if there are heads enough. With one token a CTA has
-     * 16 KB of an fp32 state or 32 KB of a bf16 state. With more tokens, each of the CTAs that share a head
-     * would prepare all tokens. */
+     * 16 KB of an fp32 state or 32 KB of a bf16 state. */
     SPLIT_OF_FP32_FOR_ONE_TOKEN = 2,
     SPLIT_OF_BF16_FOR_ONE_TOKEN = 0,
     /* The same for `apply`: 32 KB. Each CTA of a head reads all decays and keys of the records. */
     SPLIT_OF_FP32_TO_APPLY = 1,
     SPLIT_OF_BF16_TO_APPLY = 0,
+    /* The same for several tokens. Each of the CTAs that share a head prepares all tokens, and a warp one
+     * token at a time. With few tokens a CTA has a warp for each token, so that more CTAs fit on an SM, and
+     * some load while others compute. */
     SPLIT_FOR_MORE = 0,
-    /* log2 of these CTAs for several tokens, at most. A warp prepares one token at a time, so a CTA keeps
-     * enough warps to prepare several tokens side by side. */
+    SPLIT_FOR_TWO_TOKENS = 2,
+    SPLIT_FOR_FOUR_TOKENS = 1,
+    SPLIT_FOR_EACH = 1, /* the kernel `each` has all of the CTA's rows in shared memory */
+    /* Where heads are few. A CTA keeps enough warps to prepare several tokens side by side. */
     MOST_SPLIT_FOR_MORE = 1,
     CTAS_PER_SM = 2, /* heads are divided further while the launch has fewer CTAs than this on each SM */
 };
@@ -77,7 +82,7 @@ static int kernel_of(const fkda_state_view *state, bool k_first, int which)
 
 static int which_decode(const fkda_decode_problem *p)
 {
-    if (p->parents.data) return CHUNK;
+    if (p->parents.data) return p->write_states == FLASH_KDA_WRITE_EACH ? EACH : CHUNK;
     if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
     /* With cu_seqlens the host does not know the lengths. It then takes `chunk`, so that a sequence is
@@ -100,11 +105,30 @@ static fkda_decode_launch launch_of_one(const fkda_decode_problem *p, int64_t he
     };
 }
 
-static fkda_decode_launch launch_of_more(int64_t heads, int shared_bytes, int sms)
+/* The tokens of a sequence, at most. */
+static int most_tokens(const fkda_decode_problem *p)
 {
-    const int split = choose_split(heads, SPLIT_FOR_MORE, MOST_SPLIT_FOR_MORE, sms);
+    return p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
+}
+
+static int least_split_of_more(const fkda_decode_problem *p, int which)
+{
+    if (which == EACH) return SPLIT_FOR_EACH;
+    if (which == CHUNK || p->write_states == FLASH_KDA_WRITE_EACH || p->tokens > 4) return SPLIT_FOR_MORE;
+    return p->tokens > 2 ? SPLIT_FOR_FOUR_TOKENS : SPLIT_FOR_TWO_TOKENS;
+}
+
+static fkda_decode_launch launch_of_more(const fkda_decode_problem *p, int which, int64_t heads, int sms)
+{
+    const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
+    const int tokens = most_tokens(p),
+              split = choose_split(heads, least_split_of_more(p, which), MOST_SPLIT_FOR_MORE, sms);
     return (fkda_decode_launch){
-        .split = split, .threads = FKDA_DECODE_THREADS >> split, .shared_bytes = shared_bytes};
+        .split = split,
+        .threads = FKDA_DECODE_THREADS >> split,
+        .shared_bytes = which == STEPS ? FKDA_DECODE_STEPS_BYTES(tokens)
+                                       : FKDA_DECODE_CHUNK_BYTES(tokens, which == EACH, is_bf16, split),
+    };
 }
 
 /* The launch of a call of decode, all but its arguments. */
@@ -112,12 +136,7 @@ static fkda_decode_launch launch_of_decode(const fkda_decode_problem *p, int sms
 {
     const int which = which_decode(p);
     const int64_t heads = p->sequences * p->heads;
-    const int tokens = p->tokens < FKDA_DECODE_MAX_TOKENS ? (int)p->tokens : FKDA_DECODE_MAX_TOKENS;
-    const bool writes_last = p->write_states == FLASH_KDA_WRITE_LAST;
-    const int shared_bytes =
-        which == CHUNK ? FKDA_DECODE_CHUNK_BYTES(tokens, writes_last) : FKDA_DECODE_STEPS_BYTES(tokens);
-    fkda_decode_launch l =
-        which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(heads, shared_bytes, sms);
+    fkda_decode_launch l = which == ONE ? launch_of_one(p, heads, sms) : launch_of_more(p, which, heads, sms);
     l.kernel = kernel_of(&p->state, p->state_k_first, which);
     l.heads = heads;
     return l;
@@ -150,6 +169,7 @@ flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
     fkda_decode_launch l = launch_of_decode(p, sms);
     l.args = &args;
     args.split = l.split;
+    args.room = FKDA_DECODE_ROOM_OF_A_CHUNK(most_tokens(p));
     return fkda_launch_decode(p->device, p->stream, &module, &l);
 }
 
@@ -184,7 +204,9 @@ void fkda_cuda_explain_decode(const fkda_decode_problem *p, char *text, size_t s
     static const char *const how[KERNELS] = {
         [ONE] = "one token of each sequence, and states that stream through shared memory",
         [STEPS] = "tokens one after the other, with states in registers",
-        [CHUNK] = "all tokens of a sequence at once on tensor cores, with states in registers",
+        [CHUNK] = "all tokens of a sequence at once on tensor cores, and states that stream through shared "
+                  "memory",
+        [EACH] = "all tokens of a sequence at once on tensor cores, with states in shared memory",
     };
     int sms;
     if (fkda_cuda_sms(p->device.index, &sms) != FLASH_KDA_OK) sms = 1;

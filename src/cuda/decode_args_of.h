@@ -11,7 +11,7 @@ static inline fkda_index_args fkda_index_args_of(const fkda_index_view *t, int64
     return (fkda_index_args){t->data, t->is_i32, (int)columns};
 }
 
-/* All but `split`. */
+/* All but `split` and `room`. */
 static inline fkda_decode_args fkda_decode_args_of(const fkda_decode_problem *p)
 {
     return (fkda_decode_args){

@@ -309,6 +309,10 @@ inline void copy_async(void *to, const void *from, bool valid)
 {
     if (valid) memcpy(to, from, 16);
 }
+template <int bytes> void copy_part_async(void *to, const void *from, bool valid)
+{
+    if (valid) memcpy(to, from, bytes);
+}
 inline void wait_for_copies()
 {
 }

@@ -60,7 +60,8 @@ LAUNCHES = [
     ({"N": 1, "T": 1, "H": 12}, "fkda_decode_one_f32", 8, 96),
     ({"N": 256, "T": 1, "H": 32, "bf16_state": True}, "fkda_decode_one_bf16", 1, 8192),
     ({"N": 256, "T": 1, "H": 32, "state_v_first": False}, "fkda_decode_one_k_first_f32", 4, 32768),
-    ({"N": 256, "T": 4, "H": 32}, "fkda_decode_steps_f32", 1, 8192),
+    ({"N": 256, "T": 2, "H": 32}, "fkda_decode_steps_f32", 4, 32768),
+    ({"N": 256, "T": 4, "H": 32}, "fkda_decode_steps_f32", 2, 16384),
     ({"N": 8, "T": 4, "H": 12}, "fkda_decode_steps_f32", 2, 192),
     ({"N": 256, "T": 4, "H": 32, "write_states": "none"}, "fkda_decode_chunk_f32", 1, 8192),
     ({"N": 256, "T": 5, "H": 32}, "fkda_decode_chunk_f32", 1, 8192),
@@ -69,6 +70,10 @@ LAUNCHES = [
     (
         {"N": 256, "T": 2, "H": 32, "write_states": "none", "with_parents": True},
         "fkda_decode_chunk_f32", 1, 8192,
+    ),
+    (
+        {"N": 256, "T": 2, "H": 32, "write_states": "each", "with_parents": True},
+        "fkda_decode_each_f32", 2, 16384,
     ),
     ({"N": 256, "T": 1, "H": 32, "function": "decode_layer"}, "fkda_layer_one_f32", 1, 8192),
     ({"N": 256, "T": 3, "H": 32, "function": "decode_layer"}, "fkda_layer_steps_f32", 1, 8192),
@@ -86,7 +91,7 @@ def test_launches():
 
 
 def test_another_gpu_and_kernel():
-    few = {"N": 4, "T": 4, "H": 12}
+    few = {"N": 4, "T": 8, "H": 12, "write_states": "each"}
     (text,) = on_gpu("80:16", {**few, "kernel": "portable"})
     assert text.startswith('Kernel "portable" was asked for.\n')
     assert launch_of(text) == ("fkda_decode_steps_f32", 1, 48, 256)
