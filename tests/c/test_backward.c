@@ -403,6 +403,28 @@ static void forgotten(void)
     }
 }
 
+/* All that reaches the gradient of the initial state comes from the final one through several chunks, of which
+ * each leaves a hundredth of it. `dout` is absent, or zeros. */
+static void faded(void)
+{
+    static const int64_t sizes[] = {168, 150};
+    for (int i = 0; i < 2; i++) {
+        problem *p = problem_create(1, sizes[i], 1);
+        fill_case(p, find_case("random"), 1);
+        p->gate = i ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_ACTIVATED;
+        fill_decays(p, DECAYS_ISOLATED, true, 1);
+        bwd_problem *b = bwd_problem_create(p, 1);
+        if (i)
+            memset(b->dout, 0, (size_t)(sizes[i] * DIM) * sizeof *b->dout);
+        else
+            b->without_dout = true;
+        trying("%lld tokens with isolated fast channels, dout is %s", (long long)sizes[i],
+               i ? "zeros" : "absent");
+        run_and_hold(b, plain_options());
+        bwd_problem_free(b);
+    }
+}
+
 static void groups(void)
 {
     for (int64_t shared = 2; shared <= (test.quick ? 2 : 4); shared++) {
@@ -973,6 +995,7 @@ int main(int argc, char **argv)
         {"gates", gates},
         {"endless-gates", endless_gates},
         {"forgotten", forgotten},
+        {"faded", faded},
         {"scalars", scalars},
         {"groups", groups},
         {"segments", segments},
