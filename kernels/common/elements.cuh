@@ -10,8 +10,10 @@ namespace fkda
 /* The tensor core drops the 13 low bits of an fp32 operand. This makes the operand smaller by 0.72 * 2^-11 of
  * itself on average, if mantissas are spread evenly in the logarithm. UNTRUNCATE makes up for the average of
  * a product of two operands; kernels fold it into multiplications that they make anyway. The error that
- * remains is as random and as large as that of rounding. */
-constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048;
+ * remains is as random and as large as that of rounding. Operands with so few bits that nothing is dropped
+ * are not made smaller. They stay as they are if each operand is multiplied by UNTRUNCATE_OPERAND before the
+ * product, which does as much for all others. */
+constexpr float UNTRUNCATE = 1.0f + 2 * 0.7213f / 2048, UNTRUNCATE_OPERAND = 1.0f + 0.7213f / 2048;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 

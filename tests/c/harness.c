@@ -149,8 +149,7 @@ static long run_group(const group *g)
     return tally.failures;
 }
 
-/* Whether the device can run a kernel. A kernel for another instruction set or architecture is no failure. */
-static bool runs_here(const char *kernel)
+static flash_kda_status ask_for_forward_pass(const char *kernel)
 {
     problem *p = problem_create(1, 1, 1);
     flash_kda_fwd_params params = problem_params(p, false);
@@ -158,8 +157,15 @@ static bool runs_here(const char *kernel)
     params.kernel = kernel;
     params.out = params.v;
     size_t bytes;
-    flash_kda_status status = flash_kda_fwd_workspace_size(&params, &bytes);
+    const flash_kda_status status = flash_kda_fwd_workspace_size(&params, &bytes);
     problem_free(p);
+    return status;
+}
+
+/* Whether the device can run a kernel. A kernel for another instruction set or architecture is no failure. */
+static bool runs_here(const char *kernel)
+{
+    const flash_kda_status status = test.ask ? test.ask(kernel) : ask_for_forward_pass(kernel);
     if (status == FLASH_KDA_OK) return true;
     if (status != FLASH_KDA_UNAVAILABLE) must(status);
     printf("skipped: %s\n", flash_kda_last_error());

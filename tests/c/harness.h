@@ -11,6 +11,9 @@ typedef struct settings {
     const char *kernel; /* NULL: the default */
     flash_kda_cut cut;
     bool quick; /* fewer and smaller problems, for sanitizers and the emulator */
+    /* Asks whether the device runs a kernel; kernels that are FLASH_KDA_UNAVAILABLE are skipped. NULL: a
+     * forward pass has to run. */
+    flash_kda_status (*ask)(const char *kernel);
 } settings;
 extern settings test;
 

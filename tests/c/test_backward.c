@@ -403,6 +403,52 @@ static void forgotten(void)
     }
 }
 
+/* All that reaches the gradient of the initial state comes from the final one through several chunks, of which
+ * each leaves a hundredth of it. `dout` is absent, or zeros. */
+static void faded(void)
+{
+    static const int64_t sizes[] = {168, 150};
+    for (int i = 0; i < 2; i++) {
+        problem *p = problem_create(1, sizes[i], 1);
+        fill_case(p, find_case("random"), 1);
+        p->gate = i ? FLASH_KDA_GATE_SOFTPLUS : FLASH_KDA_GATE_ACTIVATED;
+        fill_decays(p, DECAYS_ISOLATED, true, 1);
+        bwd_problem *b = bwd_problem_create(p, 1);
+        if (i)
+            memset(b->dout, 0, (size_t)(sizes[i] * DIM) * sizeof *b->dout);
+        else
+            b->without_dout = true;
+        trying("%lld tokens with isolated fast channels, dout is %s", (long long)sizes[i],
+               i ? "zeros" : "absent");
+        run_and_hold(b, plain_options());
+        bwd_problem_free(b);
+    }
+}
+
+/* So few tokens that errors do not average out. Write strengths lie in the middle between two numbers of fp16,
+ * queries, keys and decays are exact in tf32, and nothing but outputs has a gradient. */
+static void few_tokens(void)
+{
+    static const int64_t sizes[] = {1, 11};
+    for (int i = 0; i < 4; i++) {
+        const int64_t tokens = sizes[i / 2];
+        problem *p = problem_create(1, tokens, 1);
+        fill_case(p, find_case("random"), 3);
+        normalise_keys(p);
+        p->gate = FLASH_KDA_GATE_ACTIVATED;
+        fill_decays(p, DECAYS_NONE, true, 3);
+        p->beta_kind = FLASH_KDA_BETA_ACTIVATED;
+        activate_betas(p);
+        widen_betas(p, 3);
+        for (int64_t t = 0; t < tokens; t++) p->beta_f32[t] = i % 2 ? 0x1.00201p-1f : 0x1.001ffp-1f;
+        bwd_problem *b = bwd_problem_create(p, 3);
+        b->without_dfinal_state = true;
+        trying("%lld tokens, write strengths of %g", (long long)tokens, (double)p->beta_f32[0]);
+        run_and_hold(b, plain_options());
+        bwd_problem_free(b);
+    }
+}
+
 static void groups(void)
 {
     for (int64_t shared = 2; shared <= (test.quick ? 2 : 4); shared++) {
@@ -973,6 +1019,8 @@ int main(int argc, char **argv)
         {"gates", gates},
         {"endless-gates", endless_gates},
         {"forgotten", forgotten},
+        {"faded", faded},
+        {"few-tokens", few_tokens},
         {"scalars", scalars},
         {"groups", groups},
         {"segments", segments},

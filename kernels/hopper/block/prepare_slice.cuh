@@ -268,11 +268,11 @@ template <class Block> struct SlicePreparation {
                 const float row_sum = __shfl_sync(~0u, own[e], 4 * row + of);
                 const float *factor = first_factor + 8 * e + row;
                 const float row_k =
-                    element(at, lane_here, K, 8 * e + row, c) * (*factor * (1.0f / UNTRUNCATE));
+                    element(at, lane_here, K, 8 * e + row, c) * (*factor * (1.0f / PRODUCT_UNIT<Block>));
                 float row_q;
                 if (Block::QUERIES)
                     row_q = element(at, lane_here, Q, 8 * e + row, c) *
-                            (factor[Block::CHUNK] * (1.0f / UNTRUNCATE));
+                            (factor[Block::CHUNK] * (1.0f / PRODUCT_UNIT<Block>));
 #pragma unroll
                 for (int f = 0; f <= e; f++)
 #pragma unroll
@@ -302,6 +302,11 @@ template <class Block> struct SlicePreparation {
     static __device__ float key_scale(const fkda_fwd_args &args)
     {
         return Block::OPTIONS && args.qk_is_normalised ? 0x1p8f : 0x1p14f;
+    }
+    /* The same for keys that are multiplied by OPERAND_UNIT already. */
+    static __device__ float operand_scale(const fkda_fwd_args &args)
+    {
+        return key_scale(args) * (1.0f / OPERAND_UNIT<Block>);
     }
 
     static __device__ void split(uint32_t &two, uint32_t &lack, float x, float y)
@@ -347,7 +352,7 @@ template <class Block> struct SlicePreparation {
                        RELOADS = Block::GENERAL || KNOWS_WIDE; /* k and q, which takes fewer registers */
         const bool second = SUBCHUNKS == 2 && place.sub == 1;
         float sum[2][4], over[2][2];   /* over: the decay over this subchunk */
-        float over_first_scaled[2][2]; /* with KEEPS_BITS: over the first subchunk, times key_scale() */
+        float over_first_scaled[2][2]; /* with KEEPS_BITS: over the first, times operand_scale() */
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
         uint32_t k_lack[4], rest_lack[4], k_whole[4];
         accumulate_gates<careful>(at, offset, place, gates.raw, sum);
@@ -368,8 +373,8 @@ template <class Block> struct SlicePreparation {
                 for (int b = 0; b < 2; b++) {
                     const float2 first =
                         *reinterpret_cast<const float2 *>(&gamma[gamma_place(8 * b + 2 * t)]);
-                    over_first_scaled[b][0] = ex2(first.x) * key_scale(args);
-                    over_first_scaled[b][1] = ex2(first.y) * key_scale(args);
+                    over_first_scaled[b][0] = ex2(first.x) * operand_scale(args);
+                    over_first_scaled[b][1] = ex2(first.y) * operand_scale(args);
                 }
             }
         }
@@ -387,13 +392,15 @@ template <class Block> struct SlicePreparation {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const uint32_t pair_k = raw_k[2 * b + e];
-                    const float k = (i ? bf16_high(pair_k) : bf16_low(pair_k)) * factor[8 * e];
+                    const float k =
+                        (i ? bf16_high(pair_k) : bf16_low(pair_k)) * (factor[8 * e] * OPERAND_UNIT<Block>);
                     const float up = ex2(sum[b][2 * e + i]);
                     k_up[e][i] = k * up;
                     if (Block::QUERIES) {
                         const uint32_t pair_q = raw_q[2 * b + e];
-                        q_up[e][i] =
-                            (i ? bf16_high(pair_q) : bf16_low(pair_q)) * factor[Block::CHUNK + 8 * e] * up;
+                        const float q = (i ? bf16_high(pair_q) : bf16_low(pair_q)) *
+                                        (factor[Block::CHUNK + 8 * e] * OPERAND_UNIT<Block>);
+                        q_up[e][i] = q * up;
                     }
                     k_down[e][i] = k * ex2(-sum[b][2 * e + i]);
                     if (e == 1) over[b][i] = __shfl_sync(~0u, up, 4 * 7 + t);
@@ -421,7 +428,7 @@ template <class Block> struct SlicePreparation {
             for (int e = 0; e < 2; e++) {
                 if (Block::QUERIES) q_decayed[2 * b + e] = pack_half(q_up[e][0], q_up[e][1]);
                 if constexpr (KEEPS_BITS) {
-                    const float by = key_scale(args);
+                    const float by = operand_scale(args);
                     if (second) {
                         k_decayed[2 * b + e] =
                             pack_half(k_up[e][0] * by, k_up[e][1] * by); /* from the border */

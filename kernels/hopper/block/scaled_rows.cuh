@@ -27,6 +27,8 @@
  * by 16 scales for each token: its size is looked at every 128 tokens in every call, and at every chunk if
  * queries and keys are used as they are.
  *
+ * Walks of the backward pass look for faded rows at every chunk, and not every 128 tokens.
+ *
  * Values that are not finite are taken out of v before a product, and NaN is put where the values count. If a
  * value makes a row's scale leap, the tokens before the value are finished in the scale that fits them.
  *
@@ -192,10 +194,11 @@ template <class Block> struct ScaledRows : StateRows<Block> {
 
     /* ---- Do values fit the scales? ---- `high` and `low` are the largest |v| of rows g and g + 8. */
 
-    /* In how many scales v of a chunk has to be at least. */
+    /* In how many scales v of a chunk has to be at least. In walks a row may fade within each chunk, and what
+     * little is left of it may be all that a gradient has. */
     __device__ float least_of(bool look) const
     {
-        return fmaxf(look ? SMALL : 0.0f, least_again);
+        return Block::IMAGES ? SMALL : fmaxf(look ? SMALL : 0.0f, least_again);
     }
 
     /* Whether a row's v is too large or NaN, or less than `least` scales. One chain of comparisons takes the

@@ -41,6 +41,11 @@ template <class Block> __device__ __forceinline__ bool has_fp32_gates(const fkda
     return Block::GENERAL ? args.g_is_f32 : Block::ARITHMETIC == Arithmetic::ACTIVATED;
 }
 
+/* What the operands and the sums of products in tf32 are multiplied by, to make up for what the tensor core
+ * drops (UNTRUNCATE). Where operands become tiles as they are, only the sums are multiplied. */
+template <class Block> constexpr float OPERAND_UNIT = Block::KEEPS_BITS ? UNTRUNCATE_OPERAND : 1.0f;
+template <class Block> constexpr float PRODUCT_UNIT = Block::KEEPS_BITS ? 1.0f : UNTRUNCATE;
+
 /* Whether the tensor of values is absent: gradients of outputs, in a block that goes backwards, may be all
  * zeros. */
 template <class Block> __device__ __forceinline__ bool lacks_values(const fkda_fwd_args &args)

@@ -59,7 +59,7 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
                                              const Products<Block> &products, float b, int lane)
 {
     constexpr int SUBCHUNKS = Block::SUBCHUNKS;
-    constexpr float UNITS = UNTRUNCATE; /* of products in tf32 */
+    constexpr float UNITS = PRODUCT_UNIT<Block>; /* of products in tf32 */
     const int n = lane / 8, r = lane % 8;
     float x[8];
 

@@ -130,7 +130,11 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     float inverse_norm[1][1][2][CHUNK_TOKENS]; /* of keys, then of queries */
     HeadGate gate[1][CHUNK_WARPS];
     float strength[CHUNK_TOKENS], slope[CHUNK_TOKENS]; /* b, and its derivative */
-    float on_diagonal[CHUNK_TOKENS];                   /* of dO U^T */
+    float solve_lack[CHUNK_TOKENS];                    /* what T / divisor lacks on its diagonal in fp16 */
+    union {
+        float attend_lack[CHUNK_TOKENS]; /* what P lacks there */
+        float on_diagonal[CHUNK_TOKENS]; /* in the last steps: of dO U^T */
+    };
     int has_faint_write;
     int is_wide;     /* the preparation has to be careful */
     float pair_unit; /* brings products with decays into the range of fp32 */

@@ -160,7 +160,8 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         }
         const float unit = inverse_power(Base::key_scale(args));
 #pragma unroll
-        for (int i = 0; i < 16; i++) sums.across[i / 8][i / 4 % 2][i % 4] *= i < 8 ? unit * unit : unit;
+        for (int i = 0; i < 16; i++)
+            sums.across[i / 8][i / 4 % 2][i % 4] *= i < 8 ? unit * unit : unit * (1.0f / OPERAND_UNIT<Block>);
         this->store_sums(sums);
         if (!Block::UNBOUNDED || careful) return false;
         /* A gate of minus infinity, which is held in a careful preparation alone, leaves NaN in the sums. */
@@ -178,13 +179,27 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         sum_partials<Block>(x, products, 0, Products<Block>::ON_DIAGONAL + n, r);
 #pragma unroll
         for (int j = 0; j < 8; j++) x[j] = j < r ? x[j] : 0.0f;
-        *shared.keys.at(8 * n + r, 8 * n) = pack_eight(x, UNTRUNCATE);
+        *shared.keys.at(8 * n + r, 8 * n) = pack_eight(x, PRODUCT_UNIT<Block>);
         if (n < Block::SUBCHUNKS) {
             sum_partials<Block>(x, products, 0, Products<Block>::BELOW_IT + n, r);
-            *shared.keys.at(8 + SUBCHUNK * n + r, SUBCHUNK * n) = pack_eight(x, UNTRUNCATE);
+            *shared.keys.at(8 + SUBCHUNK * n + r, SUBCHUNK * n) = pack_eight(x, PRODUCT_UNIT<Block>);
         }
         sum_partials<Block>(x, products, 0, Products<Block>::ACROSS + n, r);
         *shared.keys.at(SUBCHUNK + n / 2 * 8 + r, n % 2 * 8) = pack_eight(x, 1.0f);
+    }
+
+    /* The products of queries with keys of the same token, before norms and in fp32, for P's diagonal. */
+    __device__ void store_own_products(int sub) const
+    {
+        const auto &tile = shared.tokens[0].half[0].tile;
+        const int row = lane / 4;
+        float top[2][4] = {}, low[2][4] = {};
+        multiply_tokens<Block>(top, low, tile[Q] + sub * SUBCHUNK_BYTES, tile[K] + sub * SUBCHUNK_BYTES,
+                               lane);
+        if (lane % 4 != row / 2) return;
+        const float2 own = diagonal_of(top, low, row);
+        shared.attend_lack[SUBCHUNK * sub + row] = own.x;
+        shared.attend_lack[SUBCHUNK * sub + row + 8] = own.y;
     }
 
     /* T and P, in one warp. `beta` is that of token `lane`. */
@@ -193,15 +208,21 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         Stage<Block> &stage = shared.stage[0];
         const bool there = lane < shared.at.left;
         const float b = there ? write_strength<Block>(args, beta) : 0.0f,
-                    divisor = divisor_above(largest_of_warp<Block>(b));
+                    divisor = divisor_above(largest_of_warp<Block>(b)),
+                    of_diagonal = b * inverse_power(divisor);
         shared.strength[lane] = b;
+        shared.solve_lack[lane] = of_diagonal - half_low(pack_half(of_diagonal, 0.0f));
         shared.slope[lane] = there ? slope_of(beta) : 0.0f;
         const bool faint = __any_sync(~0u, there && is_faint(b, divisor));
         if (lane == 0) shared.has_faint_write = faint;
         add_products<Block>(shared.scratch, stage, shared.products[0], b, lane);
         if (lane == 0) stage.divisor = divisor;
         __syncwarp();
-        solve_chunk<Block>(shared.scratch, stage, b * inverse_power(divisor), divisor, lane);
+        const float norms = shared.inverse_norm[0][0][0][lane] * shared.inverse_norm[0][0][1][lane];
+        const auto *const row = reinterpret_cast<const uint16_t *>(stage.attend.at(lane, lane / 8 * 8));
+        float &lack = shared.attend_lack[lane]; /* until now the product, which may be infinite */
+        lack = norms > 0.0f ? lack * norms - half_low(row[lane % 8]) : 0.0f;
+        solve_chunk<Block>(shared.scratch, stage, of_diagonal, divisor, lane);
     }
 
     /* The derivative of the write strength. */
@@ -238,7 +259,10 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         __syncthreads();
         mbarrier_wait(&shared.inputs_there, 0);
         if (at.left < CHUNK_TOKENS) this->clear_past_end(0, at.left);
-        if (warp < 4) store_norms<Block, 4>(shared.inverse_norm[0][0], shared.tokens[0], args, warp, lane);
+        if (warp < 4)
+            store_norms<Block, 4>(shared.inverse_norm[0][0], shared.tokens[0], args, warp, lane);
+        else if (warp < 4 + Block::SUBCHUNKS)
+            store_own_products(warp - 4);
         if (Block::UNBOUNDED && warp == 0 && lane == 0) shared.is_wide = 0;
         __syncthreads();
         const bool wide = prepare_channels<false>();

@@ -226,6 +226,23 @@ template <class Block> struct ChunkValues {
             }
     }
 
+    /* What a matrix between tokens lacks on its diagonal, of tokens 8 i + 2 t and + 1. */
+    __device__ float2 lack_of(const float (&of_token)[CHUNK_TOKENS], int i) const
+    {
+        return *reinterpret_cast<const float2 *>(&of_token[8 * i + 2 * t]);
+    }
+
+    /* d = x times what T lacks on its diagonal, to which the product with T is added. */
+    __device__ void begin_with_lack(Rows &d, const Rows &x) const
+    {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const float2 lack = lack_of(s.solve_lack, i);
+#pragma unroll
+            for (int r = 0; r < 4; r++) d[i][r] = x[i][r] * (r % 2 ? lack.y : lack.x);
+        }
+    }
+
     /* The lane's place in the two tiles, for matrices (column, depth), (column, depth + 8), (column + 8,
      * depth), (column + 8, depth + 8). along: the tile's units run along the columns of the product. */
     __device__ int column(int c) const
@@ -314,7 +331,7 @@ template <class Block> struct ChunkValues {
 
         /* ---- R ---- */
         const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(call.bwd.fwd));
-        Rows r, u = {};
+        Rows r, u;
         const RawValues values = load_v();
         mbarrier_wait(&s.state_there, 0);
         const float state_unit = find_unit_of_image(STATE, s.state_scale);
@@ -326,13 +343,14 @@ template <class Block> struct ChunkValues {
         const float divisor = s.stage[0].divisor;
 
         /* ---- U ---- */
-        multiply<false, true>(u, r, [&](int c, int d) { return solve.at(column(c), depth(d) + row8); });
+        begin_with_lack(u, r);
+        multiply<false, true, true>(u, r, [&](int c, int d) { return solve.at(column(c), depth(d) + row8); });
         multiply_by(u, divisor);
 
         /* ---- dU and dR ---- */
         const bool faint = s.has_faint_write;
         if (__builtin_expect(faint, 0)) find_missed(r, u);
-        Rows du, dr = {}, x = {};
+        Rows du, dr, x = {};
         mbarrier_wait(&s.gradient_there, 0);
         const float gradient_unit = find_unit_of_image(GRADIENT, s.gradient_scale);
         read(du, s.gradient, G, [&](int half) { return s.tokens[0].v[half]; });
@@ -341,8 +359,15 @@ template <class Block> struct ChunkValues {
         load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
         multiply<true, true>(x, r, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-            du[i / 4][i % 4] = __fmaf_rn(x[i / 4][i % 4], call.bwd.fwd.scale, du[i / 4][i % 4]);
+        for (int i = 0; i < TILES; i++) {
+            const float2 lack = lack_of(s.attend_lack, i);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float sum = __fmaf_rn(r[i][e], e % 2 ? lack.y : lack.x, x[i][e]);
+                du[i][e] = __fmaf_rn(sum, call.bwd.fwd.scale, du[i][e]);
+            }
+        }
+        begin_with_lack(dr, du);
         multiply<true, false, true>(dr, du,
                                     [&](int c, int d) { return solve.at(depth(d), column(c) + row8); });
         multiply_by(dr, divisor);
