@@ -1,8 +1,8 @@
-/* The kernels of kernels/hopper/ with one gate each, compiled for the emulator. */
+/* The kernels of kernels/hopper/ with one gate each or with g in fp32, compiled for the emulator. */
 #include "hopper.h"
 
-#include "../../kernels/hopper/activated.cu"
 #include "../../kernels/hopper/bounded.cu"
+#include "../../kernels/hopper/fp32_gates.cu"
 #include "../../kernels/hopper/softplus.cu"
 
 const emulator::Kernel emulator::hopper_gate_kernels[] = {
@@ -24,14 +24,14 @@ const emulator::Kernel emulator::hopper_gate_kernels[] = {
      FKDA_HOPPER_PAIR_CTAS},
     {"fkda_hopper_softplus_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_softplus_mixed>,
      sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_solo", run<fkda_hopper_activated_solo>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_activated_pair", run<fkda_hopper_activated_pair>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_fp32_gates_solo", run<fkda_hopper_fp32_gates_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_fp32_gates_pair", run<fkda_hopper_fp32_gates_pair>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_maps", run<fkda_hopper_activated_maps>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_fp32_gates_maps", run<fkda_hopper_fp32_gates_maps>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_relay", run<fkda_hopper_activated_relay>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_fp32_gates_relay", run<fkda_hopper_fp32_gates_relay>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_activated_mixed>,
+    {"fkda_hopper_fp32_gates_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_fp32_gates_mixed>,
      sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
     {},
 };

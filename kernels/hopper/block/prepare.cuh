@@ -260,12 +260,6 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             shared.stage[slot].gamma_minus_1 + place.channel, sums, gates);
     }
 
-    /* Where the raw gate of this lane's first token and channel is, in fp32. */
-    __device__ const float *first_gate(const ChunkCursor<Block> &at) const
-    {
-        return static_cast<const float *>(args.g) + at.place(args.g_strides, 2 * t) + warp * SHARE + g;
-    }
-
     /* All slices of this warp. Returns whether it needs another try: with inputs that are restored, in which
      * gates are repaired (bad_tokens.cuh), or carefully. */
     template <bool careful>
@@ -274,10 +268,6 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         const int first = warp * SHARE; /* channel */
         if (Block::UNBOUNDED) gates.least = 0.0f;
-        if constexpr (Base::GATES_AHEAD && !careful) {
-            gates.next = first_gate(at);
-            this->load_gates_ahead(gates.raw, gates.next);
-        }
         const uint32_t half = shared_address(&shared.tokens[slot].half[first / 64]) + matrix_row(lane);
         const float *factor = norms(slot, round)[0] + g;
         float *gamma = shared.stage[slot].gamma_minus_1;
@@ -293,7 +283,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16) {
-                if constexpr (Base::GATES_AHEAD && !careful) {
+                if constexpr (Base::GATES_AHEAD && !careful && !SAVES_REGISTERS) {
                     const bool ends = c + 16 == SHARE;
                     gates.next += ends ? SUBCHUNK * args.g_strides.token - (SHARE - 16) : 16;
                     if (ends && sub + 1 == SUBCHUNKS) gates.next = nullptr;
@@ -359,6 +349,11 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             bool bad = false;
             while (!bad && !at.done()) {
                 if (SAVES_REGISTERS) this->find_place();
+                if constexpr (Base::GATES_AHEAD)
+                    if (at.here() >= Block::CHUNK) {
+                        gates.next = this->first_gate(at, 0, warp * SHARE);
+                        this->load_gates_ahead(gates.raw, gates.next);
+                    }
                 begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round());
                 Sums sums = {};
                 bad = starts_carefully() ||
