@@ -63,8 +63,7 @@ template <class Block> struct SlicePreparation {
     };
 
     /* Raw gates in fp32 come from global memory. A block that knows of them beforehand asks for those of the
-     * first slice before it waits for the chunk's other inputs, and for those of the next slice while it
-     * works on a slice. */
+     * first slice before it finds norms, and for those of the next slice while it works on a slice. */
     static constexpr bool GATES_AHEAD = Block::ARITHMETIC == Arithmetic::FP32_GATES;
 
     /* The channel of a slice whose gates a lane has in x[b] (find_decays). With GATES_AHEAD a lane has two
