@@ -156,6 +156,10 @@ struct GateOfCall {
     {
         return kind == SOFTPLUS;
     }
+    __device__ bool is_activated() const
+    {
+        return kind == ACTIVATED;
+    }
     __device__ float neutral() const
     {
         return is_bounded() || is_softplus() ? -INFINITY : 0.0f;

@@ -23,6 +23,7 @@ typedef struct tensor {
     const char *name;
     uint16_t *data;
     int64_t row;      /* elements of a token and head */
+    int64_t step;     /* from one element's upper 16 bits to the next one's */
     bool any_value;   /* infinities are valid values, of which gates make numbers, or nothing is promised */
     bool reads_state; /* the token's own output alone depends on it */
 } tensor;
@@ -94,7 +95,8 @@ static bool gate_is_taken(const problem *p)
 }
 
 /* `decays` means something for gates without a bound. */
-static void try_bad_tokens(const int64_t *of_lengths, bool all_values, flash_kda_gate gate, decays how)
+static void try_bad_tokens(const int64_t *of_lengths, bool all_values, flash_kda_gate gate, bool is_f32,
+                           decays how)
 {
     static const struct {
         const char *name;
@@ -103,16 +105,19 @@ static void try_bad_tokens(const int64_t *of_lengths, bool all_values, flash_kda
     problem *p = problem_create_ragged(of_lengths, SEQUENCES, HEADS);
     fill_case(p, find_case("channels from fast to slow"), 7);
     p->gate = gate;
-    if (gate != FLASH_KDA_GATE_BOUNDED) fill_decays(p, how, false, 7);
+    if (gate != FLASH_KDA_GATE_BOUNDED)
+        fill_decays(p, how, is_f32, 7);
+    else if (is_f32)
+        widen_gates(p, 7);
     if (!gate_is_taken(p)) {
         problem_free(p);
         return;
     }
-    const tensor tensors[] = {{"q", p->q, DIM, false, true},
-                              {"k", p->k, DIM, false, false},
-                              {"v", p->v, DIM, false, false},
-                              {"g", p->g, DIM, true, false},
-                              {"beta", p->beta, 1, true, false}};
+    const tensor tensors[] = {{"q", p->q, DIM, 1, false, true},
+                              {"k", p->k, DIM, 1, false, false},
+                              {"v", p->v, DIM, 1, false, false},
+                              {"g", is_f32 ? (uint16_t *)p->g_f32 + 1 : p->g, DIM, 1 + is_f32, true, false},
+                              {"beta", p->beta, 1, 1, true, false}};
     const call_options options = options_of(STATE_BOTH, false);
     result good = run_and_check(p, NULL, (bars){0, 0}, options);
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
@@ -122,7 +127,8 @@ static void try_bad_tokens(const int64_t *of_lengths, bool all_values, flash_kda
                 /* In quick runs a token has one of the values in each tensor. */
                 if (test.quick && all_values && (t + (int64_t)i) % 3 != (int64_t)v) continue;
                 const tensor *x = &tensors[i];
-                uint16_t *element = x->data + (t * HEADS + BAD_HEAD) * x->row + (5 * t + 3) % x->row;
+                uint16_t *element =
+                    x->data + ((t * HEADS + BAD_HEAD) * x->row + (5 * t + 3) % x->row) * x->step;
                 const uint16_t kept = *element;
                 const bool is_fault = v == 0 || !x->any_value;
                 *element = values[v].bits;
@@ -145,14 +151,21 @@ static void try_bad_tokens(const int64_t *of_lengths, bool all_values, flash_kda
 
 static void one_bad_token(void)
 {
-    try_bad_tokens(lengths, true, FLASH_KDA_GATE_BOUNDED, DECAYS_NONE);
+    try_bad_tokens(lengths, true, FLASH_KDA_GATE_BOUNDED, false, DECAYS_NONE);
 }
 
 /* Gates without a bound, with tokens that forget everything and tokens that forget nothing. */
 static void bad_token_of_unbounded_gates(void)
 {
-    try_bad_tokens(lengths, true, FLASH_KDA_GATE_SOFTPLUS, DECAYS_MIXED);
-    try_bad_tokens(lengths, true, FLASH_KDA_GATE_ACTIVATED, DECAYS_ISOLATED);
+    try_bad_tokens(lengths, true, FLASH_KDA_GATE_SOFTPLUS, false, DECAYS_MIXED);
+    try_bad_tokens(lengths, true, FLASH_KDA_GATE_ACTIVATED, false, DECAYS_ISOLATED);
+}
+
+static void bad_token_of_fp32_gates(void)
+{
+    try_bad_tokens(lengths, false, FLASH_KDA_GATE_BOUNDED, true, DECAYS_NONE);
+    try_bad_tokens(lengths, false, FLASH_KDA_GATE_ACTIVATED, true, DECAYS_ORDINARY);
+    try_bad_tokens(lengths, false, FLASH_KDA_GATE_ACTIVATED, true, DECAYS_ISOLATED);
 }
 
 /* In a sequence that is cut into segments. */
@@ -160,8 +173,8 @@ static void bad_token_of_long_sequence(void)
 {
     static const int64_t long_lengths[] = {20, 700, 18};
     if (test.cut == FLASH_KDA_CUT_NEVER) return;
-    try_bad_tokens(long_lengths, false, FLASH_KDA_GATE_BOUNDED, DECAYS_NONE);
-    try_bad_tokens(long_lengths, false, FLASH_KDA_GATE_SOFTPLUS, DECAYS_ISOLATED_TOKENS);
+    try_bad_tokens(long_lengths, false, FLASH_KDA_GATE_BOUNDED, false, DECAYS_NONE);
+    try_bad_tokens(long_lengths, false, FLASH_KDA_GATE_SOFTPLUS, false, DECAYS_ISOLATED_TOKENS);
 }
 
 /* Several bad tokens in one chunk, of several tensors: the first one counts. */
@@ -298,6 +311,7 @@ int main(int argc, char **argv)
 {
     static const group groups[] = {{"one-bad-token", one_bad_token},
                                    {"unbounded-gates", bad_token_of_unbounded_gates},
+                                   {"fp32-gates", bad_token_of_fp32_gates},
                                    {"long-sequence", bad_token_of_long_sequence},
                                    {"many-bad-tokens", many_bad_tokens},
                                    {"huge-value", huge_value},

@@ -379,6 +379,46 @@ static void long_draws(void)
     check_total();
 }
 
+/* Every gate in both types, in sequences of several chunks with decays that take the usual way through a
+ * chunk, and with a single token that forgets nearly everything. Few draws are like this. */
+static void try_gate(flash_kda_gate gate, bool is_f32, decays how)
+{
+    static const int64_t lengths[] = {420, 64, 33};
+    problem *p = problem_create_ragged(lengths, sizeof lengths / sizeof *lengths, 2);
+    trying("%s gate in %s, %s",
+           gate == FLASH_KDA_GATE_BOUNDED    ? "bounded"
+           : gate == FLASH_KDA_GATE_SOFTPLUS ? "softplus"
+                                             : "activated",
+           is_f32 ? "fp32" : "bf16", decays_names[how]);
+    fill_case(p, find_case("random"), how);
+    p->gate = gate;
+    if (gate != FLASH_KDA_GATE_BOUNDED)
+        fill_decays(p, how, is_f32, how);
+    else if (is_f32)
+        widen_gates(p, how);
+    for (int64_t i = 0; gate == FLASH_KDA_GATE_ACTIVATED && i < p->heads * DIM; i++) {
+        const int64_t at = 70 * p->heads * DIM + i;
+        p->g[at] = bf16_from_float(-300.0f);
+        if (is_f32) p->g_f32[at] = -300.0f;
+    }
+    const call_options options = options_of(STATE_BOTH, false);
+    outputs o = run_with(p, options);
+    CHECK(o.taken, "the call is not taken");
+    answer truth = problem_solve(p, true);
+    check_outputs(p, &truth, &o, &options, limits_of_draw());
+    answer_free(&truth);
+    free_outputs(&o);
+    problem_free(p);
+}
+
+static void gates(void)
+{
+    memset(&total, 0, sizeof total);
+    for (flash_kda_gate gate = FLASH_KDA_GATE_BOUNDED; gate <= FLASH_KDA_GATE_ACTIVATED; gate++)
+        for (int is_f32 = 0; is_f32 < 2; is_f32++)
+            for (decays how = DECAYS_SLOW; how <= DECAYS_ORDINARY; how++) try_gate(gate, is_f32, how);
+}
+
 /* ---- Calls that must have equal bits ------------------------------------------------------------------- */
 
 /* The bytes of a state of all heads. */
@@ -853,7 +893,7 @@ int main(int argc, char **argv)
     static const group groups[] = {
         {"drawn", drawn},       {"long", long_draws}, {"strides", strides},   {"k-first", k_first},
         {"pool", pool},         {"grouped", grouped}, {"prefixes", prefixes}, {"later-tokens", later_tokens},
-        {"wild-indices", wild},
+        {"wild-indices", wild}, {"gates", gates},
     };
     harness_start(argc, argv);
     return harness_run(groups, sizeof groups / sizeof *groups);

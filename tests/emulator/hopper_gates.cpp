@@ -1,9 +1,9 @@
-/* The kernels of kernels/hopper/ with one gate each, compiled for the emulator. */
+/* The kernels of kernels/hopper/ for some of the gates, compiled for the emulator. */
 #include "hopper.h"
 
-#include "../../kernels/hopper/activated.cu"
 #include "../../kernels/hopper/bounded.cu"
-#include "../../kernels/hopper/softplus.cu"
+#include "../../kernels/hopper/fp32_gates.cu"
+#include "../../kernels/hopper/unbounded.cu"
 
 const emulator::Kernel emulator::hopper_gate_kernels[] = {
     {"fkda_hopper_bounded_solo", run<fkda_hopper_bounded_solo>, sizeof(fkda_hopper_fwd_args)},
@@ -15,23 +15,23 @@ const emulator::Kernel emulator::hopper_gate_kernels[] = {
      FKDA_HOPPER_PAIR_CTAS},
     {"fkda_hopper_bounded_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_bounded_mixed>,
      sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_softplus_solo", run<fkda_hopper_softplus_solo>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_softplus_pair", run<fkda_hopper_softplus_pair>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_unbounded_solo", run<fkda_hopper_unbounded_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_unbounded_pair", run<fkda_hopper_unbounded_pair>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_softplus_maps", run<fkda_hopper_softplus_maps>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_unbounded_maps", run<fkda_hopper_unbounded_maps>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_softplus_relay", run<fkda_hopper_softplus_relay>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_unbounded_relay", run<fkda_hopper_unbounded_relay>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_softplus_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_softplus_mixed>,
+    {"fkda_hopper_unbounded_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_unbounded_mixed>,
      sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_solo", run<fkda_hopper_activated_solo>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_activated_pair", run<fkda_hopper_activated_pair>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_fp32_gates_solo", run<fkda_hopper_fp32_gates_solo>, sizeof(fkda_hopper_fwd_args)},
+    {"fkda_hopper_fp32_gates_pair", run<fkda_hopper_fp32_gates_pair>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_maps", run<fkda_hopper_activated_maps>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_fp32_gates_maps", run<fkda_hopper_fp32_gates_maps>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_relay", run<fkda_hopper_activated_relay>, sizeof(fkda_hopper_fwd_args),
+    {"fkda_hopper_fp32_gates_relay", run<fkda_hopper_fp32_gates_relay>, sizeof(fkda_hopper_fwd_args),
      FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_activated_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_activated_mixed>,
+    {"fkda_hopper_fp32_gates_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_fp32_gates_mixed>,
      sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
     {},
 };

@@ -389,6 +389,10 @@ inline float load_ahead(const float *from)
 {
     return *from;
 }
+inline float2 load_two_ahead(const float *from)
+{
+    return *reinterpret_cast<const float2 *>(from);
+}
 inline void prefetch_to_l2(const void *from, int bytes)
 {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)

@@ -8,11 +8,12 @@
  *   fkda_hopper_relay   Block<MapCta, Relay>, then Block<PairCta, Relay>
  *   fkda_hopper_mixed   Block<MapCta, Mixed>, then Block<PairCta, Mixed>; or Block<SoloCta, Mixed>
  *
- * The usual kernels take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that are
- * to be normalised. Kernels for other arithmetic have the same blocks with another Arithmetic. Each of
- * fkda_hopper_bounded_solo, fkda_hopper_softplus_solo, fkda_hopper_activated_solo and so on has one gate and
- * looks at all other options while it runs. fkda_hopper_general_solo and so on look at the gate and at its
- * type too. A gate's arithmetic is equal to the bit in all kernels that have the gate.
+ * The usual kernels take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that
+ * are to be normalised. Kernels for other arithmetic have the same blocks with another Arithmetic. Each of
+ * fkda_hopper_bounded_solo, fkda_hopper_unbounded_solo and so on has the gates in bf16 that its name says,
+ * and looks at all other options while it runs. fkda_hopper_fp32_gates_solo and so on have every gate in
+ * fp32 and look at which one it is. fkda_hopper_general_solo and so on look at the gate and at its type too.
+ * A gate's arithmetic is equal to the bit in all kernels that have the gate.
  *
  * The kernels fkda_hopper_states_solo and so on have the same blocks with STATES, as the general ones have:
  * these blocks write checkpoints and take states with K first. Their arithmetic is the usual one to the bit.
@@ -33,11 +34,11 @@ constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
 
 /* What a block knows of the options that concern arithmetic. */
 enum class Arithmetic {
-    USUAL,     /* none of them */
-    BOUNDED,   /* every one but other gates and gates in fp32 */
-    SOFTPLUS,  /* as BOUNDED, and its gate is softplus */
-    ACTIVATED, /* as BOUNDED, and its gate is activated and in fp32 */
-    GENERAL,   /* every option; gates and their type are looked at while the kernel runs */
+    USUAL,      /* none of them */
+    BOUNDED,    /* every one but other gates and gates in fp32 */
+    UNBOUNDED,  /* as BOUNDED, with the two gates that have no bound, which are told apart as in GENERAL */
+    FP32_GATES, /* as BOUNDED, and g is in fp32; the gate is looked at while the kernel runs */
+    GENERAL,    /* every option; gates and their type are looked at while the kernel runs */
 };
 
 template <class Cta, class SomeSchedule, Arithmetic arithmetic = Arithmetic::USUAL,
@@ -60,9 +61,17 @@ struct Block : SomeSchedule::template Phase<Cta> {
     static constexpr bool PIECES = CHECKPOINTS && Cta::CHUNK > 16;
     using Phase = typename Schedule::template Phase<Cta>;
     static constexpr bool MIXED = Schedule::MIXED;
-    /* With options the preparation needs more registers than a relay's output phase gives others. */
-    static constexpr Registers REGISTERS =
-        OPTIONS && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
+    /* With options the preparation needs more registers than a relay's output phase gives others, and with
+     * gates in fp32 more in every CTA that has chunks of 32 tokens. */
+    static constexpr Registers find_registers()
+    {
+        if (arithmetic == Arithmetic::FP32_GATES && Cta::CHUNK > 16) {
+            if (Cta::MAPS) return {152, 104, 104};
+            return Phase::JOINS ? Registers{184, 120, 88} : Registers{176, 120, 96};
+        }
+        return OPTIONS && Phase::JOINS ? Registers{192, 112, 96} : Phase::REGISTERS;
+    }
+    static constexpr Registers REGISTERS = find_registers();
     static constexpr int SLOTS = Cta::OWN_SLOTS + Cta::RECEIVED_SLOTS;
     static constexpr int SUBCHUNKS = Cta::CHUNK / SUBCHUNK;
     static constexpr int RECURRENCE_WARPS = Cta::ROWS / 16;

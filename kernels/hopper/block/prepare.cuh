@@ -38,6 +38,10 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     static_assert(SHARE <= 64 && SHARE % 16 == 0, "a share lies in one half of the channels, 16 at a time");
     /* A general relay has no registers left for what tells whether it must be careful (prepare_slice.cuh). */
     static constexpr bool ALWAYS_CAREFUL = Block::GENERAL && Block::RELAYS;
+    /* The team asks for the gates of a chunk's first slice right before it finds the norms. Without norms to
+     * find, it asks before it waits for the inputs. So it does in a solo CTA, where ptxas makes the norms
+     * wait for the gates. */
+    static constexpr bool NORMS_HIDE_GATES = SUBCHUNKS == 2 && !Block::LOADER_FINDS_NORMS;
     unsigned meetings; /* of the team so far; for racecheck alone */
 
     __device__ Preparation(const fkda_fwd_args &a, Shared<Block> &s) : Base(a, s), meetings(0)
@@ -260,12 +264,6 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             shared.stage[slot].gamma_minus_1 + place.channel, sums, gates);
     }
 
-    /* Where the raw gate of this lane's first token and channel is, in fp32. */
-    __device__ const float *first_gate(const ChunkCursor<Block> &at) const
-    {
-        return static_cast<const float *>(args.g) + at.place(args.g_strides, 2 * t) + warp * SHARE + g;
-    }
-
     /* All slices of this warp. Returns whether it needs another try: with inputs that are restored, in which
      * gates are repaired (bad_tokens.cuh), or carefully. */
     template <bool careful>
@@ -274,10 +272,6 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
     {
         const int first = warp * SHARE; /* channel */
         if (Block::UNBOUNDED) gates.least = 0.0f;
-        if constexpr (Base::GATES_AHEAD && !careful) {
-            gates.next = first_gate(at);
-            this->load_gates_ahead(gates.raw, gates.next);
-        }
         const uint32_t half = shared_address(&shared.tokens[slot].half[first / 64]) + matrix_row(lane);
         const float *factor = norms(slot, round)[0] + g;
         float *gamma = shared.stage[slot].gamma_minus_1;
@@ -293,7 +287,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             }
 #pragma unroll 1
             for (int c = 0; c < SHARE; c += 16) {
-                if constexpr (Base::GATES_AHEAD && !careful) {
+                if constexpr (Base::GATES_AHEAD && !careful && !SAVES_REGISTERS) {
                     const bool ends = c + 16 == SHARE;
                     gates.next += ends ? SUBCHUNK * args.g_strides.token - (SHARE - 16) : 16;
                     if (ends && sub + 1 == SUBCHUNKS) gates.next = nullptr;
@@ -359,7 +353,8 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
             bool bad = false;
             while (!bad && !at.done()) {
                 if (SAVES_REGISTERS) this->find_place();
-                begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round());
+                if (!NORMS_HIDE_GATES) ask_for_first_gates(at, gates);
+                begin_chunk(slot, at, !Block::LOADER_FINDS_NORMS || count == 0, round(), gates);
                 Sums sums = {};
                 bad = starts_carefully() ||
                       prepare_slices<ALWAYS_CAREFUL>(slot.index, round(), at, false, sums, gates);
@@ -403,9 +398,19 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
                            SHARE * 4);
     }
 
+    /* With GATES_AHEAD: asks for the raw gates of the first slice of a chunk that the sequence fills. */
+    __device__ void ask_for_first_gates(const ChunkCursor<Block> &at, Gates &gates) const
+    {
+        if constexpr (Base::GATES_AHEAD)
+            if (at.here() >= Block::CHUNK) {
+                gates.next = this->first_gate(at, 0, warp * SHARE);
+                this->load_gates_ahead(gates.raw, gates.next);
+            }
+    }
+
     /* Waits for the inputs of a chunk in an own slot, and for what else its preparation needs. */
     __device__ void begin_chunk(const Slot<Block::OWN_SLOTS> &slot, const ChunkCursor<Block> &at,
-                                bool finds_norms, int round)
+                                bool finds_norms, int round, Gates &gates)
     {
         constexpr int RING = Block::OWN_SLOTS;
         if (at.head != shared.gate[team][warp].head) load_gate_parameters(at.head);
@@ -417,6 +422,7 @@ template <class Block> struct Preparation : SlicePreparation<Block> {
         if (finds_norms) mbarrier_wait(&shared.chunk_ring.loaded[slot.index], slot.parity);
         if (Block::LOADER_FINDS_NORMS) mbarrier_wait(&shared.chunk_ring.normed[slot.index], slot.parity);
         if (at.here() < Block::CHUNK) clear_past_end(slot.index, at.here());
+        if (NORMS_HIDE_GATES) ask_for_first_gates(at, gates);
         if (!finds_norms) return;
         store_norms<Block, WARPS>(norms(slot.index, round), shared.tokens[slot.index], args, warp, lane);
         meet();

@@ -63,14 +63,22 @@ template <class Block> struct SlicePreparation {
     };
 
     /* Raw gates in fp32 come from global memory. A block that knows of them beforehand asks for those of the
-     * next slice while it works on a slice. */
-    static constexpr bool GATES_AHEAD =
-        Block::ARITHMETIC == Arithmetic::ACTIVATED && !(Block::QUERIES && SUBCHUNKS == 2);
+     * first slice before it finds norms, and for those of the next slice while it works on a slice. */
+    static constexpr bool GATES_AHEAD = Block::ARITHMETIC == Arithmetic::FP32_GATES;
+
+    /* The channel of a slice whose gates a lane has in x[b] (find_decays). With GATES_AHEAD a lane has two
+     * neighbours, which one load brings. */
+    static __device__ int gate_channel(int lane, int b)
+    {
+        const int g = lane >> 2;
+        return GATES_AHEAD ? g % 2 * 8 + g / 2 * 2 + b : 8 * b + g;
+    }
 
     /* What a chunk's slices keep about gates. */
     struct Gates {
         float raw[2][4];   /* with GATES_AHEAD: those of the slice, as find_decays() has them */
-        const float *next; /* with GATES_AHEAD: the next slice's first one of this lane, or null */
+        const float *next; /* with GATES_AHEAD and !SAVES_REGISTERS: the next slice's first one of this lane,
+                            * or null */
         float least;       /* sum of log2 decays in a subchunk so far, where UNBOUNDED */
         bool wide;         /* the last careful preparation met wide elements */
     };
@@ -83,45 +91,66 @@ template <class Block> struct SlicePreparation {
         bool repairs; /* gates that are NaN do not decay: see bad_tokens.cuh */
     };
 
-    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. The lane's place is found anew, so
-     * that addresses are not kept from slice to slice. */
+    /* Where this lane's first raw gate of a slice is, in fp32: that of token 2 t and of its first channel.
+     * The lane's place is found anew, so that addresses are not kept from slice to slice. */
+    __device__ const float *first_gate(const ChunkCursor<Block> &chunk, int sub, int channel) const
+    {
+        int cta, thread;
+        read_indices(cta, thread);
+        const int zero =
+            thread / FKDA_HOPPER_THREADS; /* the compiler does not know, and finds no place ahead */
+        return static_cast<const float *>(args.g) +
+               token_place(args.g_strides, chunk.row + zero, chunk.token + sub * SUBCHUNK + thread % 4 * 2,
+                           chunk.head + zero) +
+               channel + gate_channel(thread % 32, 0);
+    }
+
+    /* Raw gates in fp32, from global memory: x[b] as find_decays() has it. */
     __device__ void load_gates(float (&x)[2][4], const SlicePlace &place) const
     {
         int cta, thread;
         read_indices(cta, thread);
         const float none = gate_of_call<Block>(args).neutral();
-        const int token = place.sub * SUBCHUNK + thread % 4 * 2, channel = place.channel + thread % 32 / 4;
-        const fkda_token_strides &stride = args.g_strides;
-        const int zero =
-            thread / FKDA_HOPPER_THREADS; /* the compiler does not know, and finds no place ahead */
-        const float *from =
-            static_cast<const float *>(args.g) +
-            token_place(stride, place.chunk.row + zero, place.chunk.token + token, place.chunk.head + zero) +
-            channel;
+        const float *const from = first_gate(place.chunk, place.sub, place.channel);
+        constexpr int NEXT = GATES_AHEAD ? 1 : 8; /* from a lane's first channel to its second */
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int ahead = i / 2 * 8 + i % 2;
-            const bool valid = token + ahead < place.chunk.here();
+            const bool valid = place.sub * SUBCHUNK + thread % 4 * 2 + ahead < place.chunk.here();
 #pragma unroll
             for (int b = 0; b < 2; b++)
-                x[b][i] = valid ? load_ahead(from + ahead * stride.token + 8 * b) : none;
+                x[b][i] = valid ? load_ahead(from + ahead * args.g_strides.token + NEXT * b) : none;
         }
     }
 
-    /* Asks for the raw gates of a slice in fp32, all of whose tokens belong to the sequence. `from` is the
-     * gate of token 2 t and channel g. */
+    /* Asks for the raw gates of a slice in fp32, all of whose tokens belong to the sequence. `from` is its
+     * first_gate(). */
     __device__ void load_gates_ahead(float (&x)[2][4], const float *from) const
     {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float *const row = from + (i / 2 * 8 + i % 2) * args.g_strides.token;
-#pragma unroll
-            for (int b = 0; b < 2; b++) x[b][i] = load_ahead(row + 8 * b);
+            const float2 two = load_two_ahead(from + (i / 2 * 8 + i % 2) * args.g_strides.token);
+            x[0][i] = two.x, x[1][i] = two.y;
         }
     }
 
-    /* The log2 decays x[b] of channel 8 b + g of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. `at`
-     * and `offset` are as in accumulate_gates(). With GATES_AHEAD x has the raw gates, unless `careful`. */
+    /* Asks for the raw gates in fp32 of the slice after this one of the chunk. */
+    __device__ void ask_for_next_gates(const SlicePlace &place, Gates &gates) const
+    {
+        if constexpr (SAVES_REGISTERS) {
+            constexpr int SHARE = DIM / WARPS;
+            const int channel = place.channel + 16;
+            const bool ends = channel % SHARE == 0; /* the subchunk */
+            if (!ends || place.sub + 1 < SUBCHUNKS)
+                load_gates_ahead(gates.raw,
+                                 first_gate(place.chunk, place.sub + ends, channel - (ends ? SHARE : 0)));
+        } else if (gates.next)
+            load_gates_ahead(gates.raw, gates.next);
+    }
+
+    /* The log2 decays x[b] of channel gate_channel(b) of a slice, for tokens 2 t, 2 t + 1, 2 t + 8 and
+     * 2 t + 9. `at` and `offset` are as in accumulate_gates(). With GATES_AHEAD x has the raw gates, unless
+     * `careful`. */
     template <bool careful>
     __device__ void find_decays(float (&x)[2][4], uint32_t at, const float *offset,
                                 const SlicePlace &place) const
@@ -139,10 +168,19 @@ template <class Block> struct SlicePreparation {
                 for (int i = 0; i < 4; i++)
                     x[b][i] = i % 2 ? bf16_high(raw[2 * b + i / 2]) : bf16_low(raw[2 * b + i / 2]);
         }
-        const HeadGate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
+        if (GATES_AHEAD && call.is_activated()) {
+            constexpr HeadGate NO_PARAMETERS = {LOG2_E, 0.0f, 0};
+#pragma unroll
+            for (int b = 0; b < 2; b++) activate_gates(x[b], call, NO_PARAMETERS, 0.0f);
+        } else {
+            const HeadGate gate_of_head =
+                SAVES_REGISTERS || GATES_AHEAD ? shared.gate[team][warp] : gate_here;
+#pragma unroll
+            for (int b = 0; b < 2; b++)
+                activate_gates(x[b], call, gate_of_head, offset[gate_channel(lane, b)]);
+        }
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            activate_gates(x[b], call, gate_of_head, offset[8 * b + g]);
             if constexpr (careful) {
                 if (Block::UNBOUNDED)
 #pragma unroll
@@ -175,6 +213,14 @@ template <class Block> struct SlicePreparation {
             find_decays<careful>(x, at, offset, place);
 #pragma unroll
             for (int b = 0; b < 2; b++) add_up(x[b], sum[b]);
+            if constexpr (GATES_AHEAD) { /* sum[i][2 e + b] is that of channel 8 b + 2 t + i */
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const float other = sum[0][2 * e + 1];
+                    sum[0][2 * e + 1] = sum[1][2 * e];
+                    sum[1][2 * e] = other;
+                }
+            }
             return;
         }
         const HeadGate gate_of_head = SAVES_REGISTERS ? shared.gate[team][warp] : gate_here;
@@ -356,8 +402,7 @@ template <class Block> struct SlicePreparation {
         uint32_t raw_k[4], raw_q[4], k_decayed[4], q_decayed[4], rest[4]; /* channel / 8, token / 8 */
         uint32_t k_lack[4], rest_lack[4], k_whole[4];
         accumulate_gates<careful>(at, offset, place, gates.raw, sum);
-        if constexpr (GATES_AHEAD && !careful)
-            if (gates.next) load_gates_ahead(gates.raw, gates.next);
+        if constexpr (GATES_AHEAD && !careful) ask_for_next_gates(place, gates);
         float(&within)[3][4] = sums.within[SUBCHUNKS - 1];
         bool wide = false;
         if constexpr (Block::UNBOUNDED && SUBCHUNKS == 2)

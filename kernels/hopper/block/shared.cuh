@@ -25,12 +25,13 @@ template <class Block> __device__ __forceinline__ int pair_rank()
     return Block::CTAS == 2 ? cluster_rank() : 0;
 }
 
-/* The gate of a call, which only a general block does not know beforehand. */
+/* The gate of a call, of which a usual or a bounded block looks at nothing. */
 template <class Block> __device__ __forceinline__ GateOfCall gate_of_call(const fkda_fwd_args &args)
 {
     switch (Block::ARITHMETIC) {
-    case Arithmetic::SOFTPLUS: return {GateOfCall::SOFTPLUS};
-    case Arithmetic::ACTIVATED: return {GateOfCall::ACTIVATED};
+    case Arithmetic::UNBOUNDED:
+        return {args.gate == GateOfCall::ACTIVATED ? GateOfCall::ACTIVATED : GateOfCall::SOFTPLUS};
+    case Arithmetic::FP32_GATES:
     case Arithmetic::GENERAL: return {args.gate};
     default: return {GateOfCall::BOUNDED};
     }
@@ -38,7 +39,7 @@ template <class Block> __device__ __forceinline__ GateOfCall gate_of_call(const 
 
 template <class Block> __device__ __forceinline__ bool has_fp32_gates(const fkda_fwd_args &args)
 {
-    return Block::GENERAL ? args.g_is_f32 : Block::ARITHMETIC == Arithmetic::ACTIVATED;
+    return Block::GENERAL ? args.g_is_f32 : Block::ARITHMETIC == Arithmetic::FP32_GATES;
 }
 
 /* What the operands and the sums of products in tf32 are multiplied by, to make up for what the tensor core

@@ -33,6 +33,14 @@ __device__ __forceinline__ float load_ahead(const float *from)
     return x;
 }
 
+/* The same of two neighbouring ones. */
+__device__ __forceinline__ float2 load_two_ahead(const float *from)
+{
+    float2 x;
+    asm("ld.global.nc.L2::256B.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from));
+    return x;
+}
+
 /* Lets `bytes` bytes come to L2; both are multiples of 16. */
 __device__ __forceinline__ void prefetch_to_l2(const void *from, int bytes)
 {
