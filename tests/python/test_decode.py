@@ -348,7 +348,11 @@ def test_bits_of_a_bf16_state(kernel, k_first, random, call):
     decay = np.linspace(0.25, 1, 128, dtype=np.float32)
     options = {"kernel": kernel, "state_v_first": not k_first}
     got, exact = old.copy(), old.astype(np.float32)
-    call(got, decay, **options, **({"rounding": np.array([3, 4])} if random else {}))
+    try:
+        call(got, decay, **options, **({"rounding": np.array([3, 4])} if random else {}))
+    except RuntimeError as unavailable:  # the kernel needs instructions that this CPU lacks
+        assert kernel in str(unavailable)  # noqa: PT017
+        pytest.skip(str(unavailable))
     call(exact, decay, **options)
     got = got.astype(np.float32)
     assert np.isnan(exact).any()
