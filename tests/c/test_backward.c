@@ -403,8 +403,8 @@ static void forgotten(void)
     }
 }
 
-/* All that reaches the gradient of the initial state comes from the final one through several chunks, of which
- * each leaves a hundredth of it. `dout` is absent, or zeros. */
+/* All that reaches the gradient of the initial state comes from the final one through several chunks, each of
+ * which leaves little of it. `dout` is absent, or zeros. */
 static void faded(void)
 {
     static const int64_t sizes[] = {168, 150};
@@ -425,8 +425,8 @@ static void faded(void)
     }
 }
 
-/* So few tokens that errors do not average out. Write strengths lie in the middle between two numbers of fp16,
- * queries, keys and decays are exact in tf32, and nothing but outputs has a gradient. */
+/* So few tokens that errors do not average out. Write strengths lie in the middle between two numbers of
+ * fp16, queries, keys and decays are exact in tf32, and nothing but outputs has a gradient. */
 static void few_tokens(void)
 {
     static const int64_t sizes[] = {1, 11};
