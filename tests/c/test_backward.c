@@ -403,8 +403,8 @@ static void forgotten(void)
     }
 }
 
-/* All that reaches the gradient of the initial state comes from the final one through several chunks, of which
- * each leaves a hundredth of it. `dout` is absent, or zeros. */
+/* All that reaches the gradient of the initial state comes from the final one through several chunks, each of
+ * which leaves little of it. `dout` is absent, or zeros. */
 static void faded(void)
 {
     static const int64_t sizes[] = {168, 150};
@@ -425,8 +425,8 @@ static void faded(void)
     }
 }
 
-/* So few tokens that errors do not average out. Write strengths lie in the middle between two numbers of fp16,
- * queries, keys and decays are exact in tf32, and nothing but outputs has a gradient. */
+/* So few tokens that errors do not average out. Write strengths lie in the middle between two numbers of
+ * fp16, queries, keys and decays are exact in tf32, and nothing but outputs has a gradient. */
 static void few_tokens(void)
 {
     static const int64_t sizes[] = {1, 11};
@@ -744,6 +744,42 @@ static void limited(void)
     }
 }
 
+/* A call that is told the longest of its sequences keeps to the workspace that it has asked for. */
+static void told_longest(void)
+{
+    enum { ROOM = 1 << 20, UNTOUCHED = 0x5a };
+    static const int64_t sizes[][3] = {{1, 1, 0}, {33, 2, 64}};
+    for (int which = 0; which < 2; which++) {
+        for (int64_t heads = 1; heads <= (test.quick ? 2 : 6); heads++) {
+            problem *p = problem_create_ragged(sizes[which], 2 + which, heads);
+            fill_case(p, find_case("random"), 67);
+            bwd_problem *b = bwd_problem_create(p, 67);
+            bwd_options options = plain_options();
+            options.forward.tells_longest = true;
+            bwd_call c;
+            must(bwd_call_open(&c, b, options));
+            const size_t bytes = c.params.workspace_size;
+            buffer_free(&c.workspace);
+            c.workspace.bytes = bytes + ROOM;
+            buffer_create(&c.workspace);
+            unsigned char *contents = malloc(bytes + ROOM);
+            memset(contents, UNTOUCHED, bytes + ROOM);
+            buffer_write(&c.workspace, contents);
+            free(contents);
+            c.params.workspace = buffer_start(&c.workspace);
+            trying("sequences %d, %lld heads, %zu bytes of workspace", which, (long long)heads, bytes);
+            CHECK(bwd_call_run(&c) == FLASH_KDA_OK, "%s", flash_kda_last_error());
+            contents = buffer_read(&c.workspace);
+            size_t written = ROOM;
+            while (written > 0 && contents[bytes + written - 1] == UNTOUCHED) written--;
+            CHECK(written == 0, "%zu bytes behind the workspace were used", written);
+            free(contents);
+            bwd_call_close(&c);
+            bwd_problem_free(b);
+        }
+    }
+}
+
 static void ask_for_bytes(int64_t batch, int64_t tokens, int64_t heads, int64_t shared)
 {
     const int64_t qk[] = {batch, tokens, heads / shared, DIM}, values[] = {batch, tokens, heads, DIM};
@@ -1034,6 +1070,7 @@ int main(int argc, char **argv)
         {"saved-bytes", saved_bytes},
         {"waves", waves},
         {"limited", limited},
+        {"told-longest", told_longest},
         {"default-workspace", default_workspace},
         {"batch-invariance", batch_invariance},
         {"absent", absent},

@@ -15,56 +15,39 @@ namespace fkda
 constexpr float LARGEST_SQUARES = 0x1p15f;
 
 /*
- * The products x y^T of a subchunk's tokens, in 16 products of bf16: of tokens 0 to 15 with tokens 0 to 7 in
- * `top`, and with tokens 8 to 15 in `low`, each in two sums, whose products need not wait for each other. x and
- * y point to the subchunk's q or k in the first half of the channels; the second half lies sizeof(Half) behind
- * it. Of what lies on the diagonal, lane (g, t = g / 2) has tokens g and g + 8 (diagonal_of()).
- */
-template <class Block>
-__device__ __forceinline__ void multiply_tokens(float (&top)[2][4], float (&low)[2][4],
-                                                const unsigned char *x, const unsigned char *y, int lane)
-{
-    const uint32_t rows_at = shared_address(x) + matrix_row(lane),
-                   columns_at = shared_address(y) + matrix_row_by_token(lane);
-#pragma unroll
-    for (int c = 0; c < DIM / 16; c++) {
-        const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Block>::Half)), unit = c % 4 * 32;
-        uint32_t a[4], b[4]; /* the orders of the two operands */
-        load_matrices(a, (rows_at ^ unit) + half);
-        load_matrices(b, (columns_at ^ unit) + half);
-        mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
-    }
-}
-__device__ __forceinline__ float2 diagonal_of(const float (&top)[2][4], const float (&low)[2][4], int g)
-{
-    return make_float2(g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0],
-                       g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]);
-}
-
-/*
  * Stores 1 / |x| of a subchunk's tokens: 0 or NaN if the sum of squares is not finite (bad_tokens.cuh). If q
- * and k are used as they are, it stores 1, or 0 if the sum of squares is too large for fp16 or not finite. x is
- * as in multiply_tokens().
+ * and k are used as they are, it stores 1, or 0 if the sum of squares is too large for fp16 or not finite. x
+ * points to the subchunk's q or k in the first half of the channels; the second half lies sizeof(Half) behind
+ * it.
  *
- * The sums of squares are the diagonal of x x^T, which the tensor core computes: fewer instructions than two
- * for each element and a reduction by shuffles.
+ * The sums of squares are the diagonal of x x^T, which the tensor core computes in 16 products of bf16: fewer
+ * instructions than two for each element and a reduction by shuffles. Lane (g, t = g / 2) of the accumulators
+ * has tokens g and g + 8.
  */
 template <class Block>
 __device__ __forceinline__ void store_inverse_norms(float *to, const unsigned char *x, bool normalised,
                                                     int lane)
 {
+    const uint32_t rows_at = shared_address(x) + matrix_row(lane),
+                   columns_at = shared_address(x) + matrix_row_by_token(lane);
     const int g = lane >> 2, t = lane & 3;
-    float top[2][4] = {}, low[2][4] = {};
-    multiply_tokens<Block>(top, low, x, x, lane);
+    float top[2][4] = {}, low[2][4] = {}; /* two sums each, whose products need not wait for each other */
+#pragma unroll
+    for (int c = 0; c < DIM / 16; c++) {
+        const int half = c / 4 * static_cast<int>(sizeof(typename Tokens<Block>::Half)), unit = c % 4 * 32;
+        uint32_t a[4], b[4]; /* the same elements, in the orders of the two operands */
+        load_matrices(a, (rows_at ^ unit) + half);
+        load_matrices(b, (columns_at ^ unit) + half);
+        mma_bf16(top[c % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma_bf16(low[c % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
     if (t == g / 2) {
         const auto factor = [=](float sum) {
             if (Block::OPTIONS && normalised) return sum < LARGEST_SQUARES ? 1.0f : 0.0f;
             return rsqrt_approx(sum + 1e-6f);
         };
-        const float2 squares = diagonal_of(top, low, g);
-        to[g] = factor(squares.x);
-        to[g + 8] = factor(squares.y);
+        to[g] = factor(g % 2 ? top[0][1] + top[1][1] : top[0][0] + top[1][0]);
+        to[g + 8] = factor(g % 2 ? low[0][3] + low[1][3] : low[0][2] + low[1][2]);
     }
 }
 

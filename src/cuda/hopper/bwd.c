@@ -116,6 +116,7 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
     for (int i = 0; i < 2; i++) {
         fkda_shape part = *s;
         part.tokens = lengths[i];
+        if (stretches->count > 1 && s->max_seqlen) part.max_seqlen = part.tokens; /* as when they run */
         const int64_t bytes = plan_stretch(&part, sms).bytes,
                       whole = stretches->count > 1 ? fkda_plan_whole_walks(&part, sms).bytes : 0;
         most = fkda_most(most, fkda_most(bytes, whole));

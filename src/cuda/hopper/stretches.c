@@ -29,6 +29,7 @@ fkda_bwd_problem fkda_stretch_of(const fkda_bwd_problem *p, const fkda_stretches
     fkda_token_view *const views[] = {&part.fwd.q,    &part.fwd.k, &part.fwd.v, &part.fwd.g,
                                       &part.fwd.beta, &part.dout,  &part.dq,    &part.dk,
                                       &part.dv,       &part.dg,    &part.dbeta};
+    if (stretches->count == 1) return part; /* sequences may have any lengths */
     for (size_t j = 0; j < sizeof views / sizeof *views; j++) take_tokens(views[j], first);
     part.fwd.shape.tokens = is_last ? left : stretches->tokens;
     if (part.fwd.shape.max_seqlen) part.fwd.shape.max_seqlen = part.fwd.shape.tokens;

@@ -188,18 +188,27 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         *shared.keys.at(SUBCHUNK + n / 2 * 8 + r, n % 2 * 8) = pack_eight(x, 1.0f);
     }
 
-    /* The products of queries with keys of the same token, before norms and in fp32, for P's diagonal. */
+    /* The products of queries with keys of the same token, before norms and in fp32, for P's diagonal: the
+     * diagonal of q k^T of a subchunk, found as the sums of squares are (store_inverse_norms()). */
     __device__ void store_own_products(int sub) const
     {
-        const auto &tile = shared.tokens[0].half[0].tile;
-        const int row = lane / 4;
-        float top[2][4] = {}, low[2][4] = {};
-        multiply_tokens<Block>(top, low, tile[Q] + sub * SUBCHUNK_BYTES, tile[K] + sub * SUBCHUNK_BYTES,
-                               lane);
+        const auto &half = shared.tokens[0].half;
+        const int row = lane / 4, odd = row % 2;
+        float top[4] = {}, low[4] = {};
+#pragma unroll
+        for (int c = 0; c < DIM / 16; c++) {
+            uint32_t a[4], b[4];
+            load_matrices(a, (shared_address(half[c / 4].tile[Q] + sub * SUBCHUNK_BYTES) + matrix_row(lane)) ^
+                                 c % 4 * 32);
+            load_matrices(
+                b, (shared_address(half[c / 4].tile[K] + sub * SUBCHUNK_BYTES) + matrix_row_by_token(lane)) ^
+                       c % 4 * 32);
+            mma_bf16(top, a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma_bf16(low, a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
         if (lane % 4 != row / 2) return;
-        const float2 own = diagonal_of(top, low, row);
-        shared.attend_lack[SUBCHUNK * sub + row] = own.x;
-        shared.attend_lack[SUBCHUNK * sub + row + 8] = own.y;
+        shared.attend_lack[SUBCHUNK * sub + row] = odd ? top[1] : top[0];
+        shared.attend_lack[SUBCHUNK * sub + row + 8] = odd ? low[3] : low[2];
     }
 
     /* T and P, in one warp. `beta` is that of token `lane`. */
