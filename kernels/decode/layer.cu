@@ -30,130 +30,47 @@ __device__ __forceinline__ float sum_over_eight(float x)
     return x;
 }
 
-/* Sums over the channels that a lane has. */
-struct LayerSums {
-    float pr[2 * ROWS]; /* p of each row, then r */
-    float kk, qq, kq;   /* products of key and query */
-
-    /* Adds four channels of the rows, which begin with element `at` of x. */
-    template <int channels>
-    __device__ __forceinline__ void add(const float (&x)[ROWS][channels], int at, const float4 &k4,
-                                        const float4 &q4)
-    {
+/* One token. */
+template <class Tile>
+__device__ __forceinline__ void step_layer(const fkda_decode_args &args, Work work, Tile &tile, int i)
+{
+    forget(work.sequence), forget(work.head);
+    const float *key = layer_vector(LAYER_KEY, i), *query = layer_vector(LAYER_QUERY, i);
+    float sums[2 * ROWS] = {}; /* p of each row, then r */
+    float kk = 0.0f, qq = 0.0f, kq = 0.0f;
+    tile.decay(layer_vector(LAYER_DECAY, i));
+#pragma unroll
+    for (int j = 0; j < CHANNELS / 4; j++) {
+        const float4 k4 = tile.read(key, j), q4 = tile.read(query, j);
         const float k[4] = {k4.x, k4.y, k4.z, k4.w}, q[4] = {q4.x, q4.y, q4.z, q4.w};
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             kk = __fmaf_rn(k[c], k[c], kk), qq = __fmaf_rn(q[c], q[c], qq), kq = __fmaf_rn(k[c], q[c], kq);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                pr[r] = __fmaf_rn(x[r][at + c], k[c], pr[r]);
-                pr[ROWS + r] = __fmaf_rn(x[r][at + c], q[c], pr[ROWS + r]);
+                sums[r] = __fmaf_rn(tile.x[r][4 * j + c], k[c], sums[r]);
+                sums[ROWS + r] = __fmaf_rn(tile.x[r][4 * j + c], q[c], sums[ROWS + r]);
             }
         }
     }
-};
-
-/* Makes of the sums the outputs of token i, and u of the lane's rows, for the key as the convolution gives
- * it. */
-template <class Tile>
-__device__ __forceinline__ void finish_sums(const fkda_decode_args &args, const Work &work, const Tile &tile,
-                                            LayerSums &sums, int i, float (&u_of_row)[ROWS])
-{
-    sum_and_scatter<8>(sums.pr);
-    const float kk = sum_over_eight(sums.kk), qq = sum_over_eight(sums.qq), kq = sum_over_eight(sums.kq);
+    sum_and_scatter<8>(sums);
+    kk = sum_over_eight(kk), qq = sum_over_eight(qq), kq = sum_over_eight(kq);
     const float key_factor = args.qk_is_normalised ? 1.0f : rsqrt_approx(kk + 1e-6f),
                 query_factor = args.qk_is_normalised ? 1.0f : rsqrt_approx(qq + 1e-6f);
     /* Lanes r and ROWS + r of the eight have p and r of row r, for k and q with their norms. */
     const int lane = static_cast<int>(threadIdx.x) % 32, row = tile.row + tile.lane % ROWS;
-    const float p = __shfl_sync(~0u, sums.pr[0], lane & ~ROWS) * key_factor;
+    const float p = __shfl_sync(~0u, sums[0], lane & ~ROWS) * key_factor;
     const float u = layer_small().beta[i] * (layer_vector(LAYER_VALUE, i)[row] - p),
                 of_raw_key = u * key_factor;
     if (tile.lane >= ROWS)
-        layer_vector(LAYER_OUT, i)[row] = args.scale * query_factor * __fmaf_rn(of_raw_key, kq, sums.pr[0]);
+        layer_vector(LAYER_OUT, i)[row] = args.scale * query_factor * __fmaf_rn(of_raw_key, kq, sums[0]);
     else if (float *record = find_record(args, work, i, 2))
         record[row] = u;
     if (threadIdx.x == 0) layer_small().key_factor[i] = key_factor;
+    float u_of_row[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) u_of_row[r] = __shfl_sync(~0u, of_raw_key, (lane & ~7) | r);
-}
-
-/* One token, with the state in registers. */
-template <class Tile>
-__device__ __forceinline__ void step_layer(const fkda_decode_args &args, Work work, Tile &tile, int i)
-{
-    forget(work.sequence), forget(work.head);
-    const float *key = layer_vector(LAYER_KEY, i), *query = layer_vector(LAYER_QUERY, i);
-    LayerSums sums = {};
-    float u[ROWS];
-    tile.decay(layer_vector(LAYER_DECAY, i));
-#pragma unroll
-    for (int j = 0; j < CHANNELS / 4; j++) sums.add(tile.x, 4 * j, tile.read(key, j), tile.read(query, j));
-    finish_sums(args, work, tile, sums, i, u);
-    tile.add(key, u);
-}
-
-/* A part of the state, with the decay to the only token. */
-template <class Tile>
-__device__ __forceinline__ void take_decayed(float (&x)[ROWS][Tile::PART], const Tile &tile,
-                                             const Parts<Tile, Tile::PARTS> &state, int part)
-{
-    state.take(x, part, true);
-#pragma unroll
-    for (int four = 0; four < Tile::PART / 4; four++) {
-        const float4 d4 = tile.read(layer_vector(LAYER_DECAY, 0), part * (Tile::PART / 4) + four);
-        const float d[4] = {d4.x, d4.y, d4.z, d4.w};
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) x[r][4 * four + c] *= d[c];
-    }
-}
-
-/* The only token, with the state in shared memory. */
-template <class Tile>
-__device__ __forceinline__ void compute_single(const fkda_decode_args &args, const Work &work, Tile &tile)
-{
-    constexpr int PART = Tile::PART;
-    const float *key = layer_vector(LAYER_KEY, 0), *query = layer_vector(LAYER_QUERY, 0);
-    tile.find_place_again(0);
-    const Parts<Tile, Tile::PARTS> state = CopiedState<Tile>{tile}.parts(args.state, layer_small().at);
-    LayerSums sums = {};
-    float x[ROWS][PART], u[ROWS];
-#pragma unroll
-    for (int part = 0; part < Tile::PARTS; part++) {
-        take_decayed(x, tile, state, part);
-#pragma unroll
-        for (int four = 0; four < PART / 4; four++) {
-            const int j = part * (PART / 4) + four;
-            sums.add(x, 4 * four, tile.read(key, j), tile.read(query, j));
-        }
-    }
-    finish_sums(args, work, tile, sums, 0, u);
-    long long to = layer_small().at;
-    if (args.write_states == FLASH_KDA_WRITE_NONE) return;
-    if (args.write_states == FLASH_KDA_WRITE_EACH) {
-        const long long after = find_slot_of_each(args, work.sequence, {work.sequence, 0, 1, 0}, 0);
-        if (after == NO_SLOT) return;
-        to = find_state(args.written, after, work.head);
-    } else if (!find_last_state(args, work, {work.sequence, 0, 1, 0}, to)) {
-        return;
-    }
-    const Rounding rounding = find_rounding(Tile::IS_BF16 ? args.rounding : nullptr, work, args.heads);
-    __syncwarp(); /* the compiler then reads the state again, and does not keep it in registers */
-#pragma unroll
-    for (int part = 0; part < Tile::PARTS; part++) {
-        take_decayed(x, tile, state, part);
-#pragma unroll
-        for (int four = 0; four < PART / 4; four++) {
-            const float4 k4 = tile.read(key, part * (PART / 4) + four);
-            const float k[4] = {k4.x, k4.y, k4.z, k4.w};
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) x[r][4 * four + c] = __fmaf_rn(k[c], u[r], x[r][4 * four + c]);
-        }
-        tile.store_part(args.written.data, to, part, x, 0, rounding);
-    }
+    tile.add(key, u_of_row);
 }
 
 /* ---- Outputs ---- */
@@ -261,26 +178,20 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
         clear_outputs(decode, work, sequence, sequence.length, sequence.length + sequence.left_out);
     if (sequence.length == 0) return;
     State tile(work.first_row);
-    if constexpr (single) {
-        prepare_layer<single, State>(args, work, sequence, inputs, slot, window, CopiedState<State>{tile});
-        compute_single(decode, work, tile);
-    } else {
-        prepare_layer<single, State>(args, work, sequence, inputs, slot, window,
-                                     LoadedState<State>{tile, {}});
-        const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
-        forget(work.sequence), forget(work.head); /* addresses would occupy registers from here on */
+    prepare_layer<single>(args, work, sequence, inputs, slot, window, tile);
+    const Rounding rounding = find_rounding(is_bf16 ? decode.rounding : nullptr, work, decode.heads);
+    forget(work.sequence), forget(work.head); /* addresses would occupy registers from here on */
 #pragma unroll 1
-        for (int i = 0; i < sequence.length; i++) {
-            step_layer(decode, work, tile, i);
-            if (decode.write_states != FLASH_KDA_WRITE_EACH) continue;
-            const long long after = find_slot_of_each(decode, work.sequence, sequence, i);
-            if (after != NO_SLOT)
-                tile.store(decode.written.data, find_state(decode.written, after, work.head), i, rounding);
-        }
-        if (decode.write_states == FLASH_KDA_WRITE_LAST) {
-            long long at = find_state(decode.state, slot, work.head);
-            if (find_last_state(decode, work, sequence, at)) tile.store(decode.written.data, at, 0, rounding);
-        }
+    for (int i = 0; i < sequence.length; i++) {
+        step_layer(decode, work, tile, i);
+        if (decode.write_states != FLASH_KDA_WRITE_EACH) continue;
+        const long long after = find_slot_of_each(decode, work.sequence, sequence, i);
+        if (after != NO_SLOT)
+            tile.store(decode.written.data, find_state(decode.written, after, work.head), i, rounding);
+    }
+    if (decode.write_states == FLASH_KDA_WRITE_LAST) {
+        long long at = find_state(decode.state, slot, work.head);
+        if (find_last_state(decode, work, sequence, at)) tile.store(decode.written.data, at, 0, rounding);
     }
     __syncthreads();
 #pragma unroll 1
@@ -290,7 +201,7 @@ __device__ __forceinline__ void decode_layer(const fkda_decode_layer_args &args)
 } // namespace fkda
 
 #define FKDA_DEFINE_LAYER(name, is_bf16, k_first, single)                                                    \
-    extern "C" __global__ void __launch_bounds__(FKDA_LAYER_THREADS, FKDA_LAYER_CTAS_PER_SM(single))         \
+    extern "C" __global__ void __launch_bounds__(FKDA_LAYER_THREADS, FKDA_LAYER_CTAS_PER_SM)                 \
         name(const __grid_constant__ fkda_decode_layer_args args)                                            \
     {                                                                                                        \
         using namespace fkda;                                                                                \

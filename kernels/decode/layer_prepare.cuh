@@ -10,8 +10,8 @@
 
 #include "decode_layer_args.h"
 #include "layer_shape.h"
-#include "parts.cuh"
 #include "prepare.cuh"
+#include "tile.cuh"
 
 namespace fkda
 {
@@ -22,7 +22,6 @@ constexpr int PARTS = 3, TAPS = 4, WINDOW = 3;
 struct LayerSmall {
     float beta[MAX_TOKENS];
     float key_factor[MAX_TOKENS]; /* one over the norm of the key */
-    long long at;                 /* where the starting state begins, in elements of the pool */
 };
 static_assert(sizeof(LayerSmall) <= FKDA_LAYER_SMALL_BYTES, "keep layer_shape.h in step");
 
@@ -319,58 +318,21 @@ struct LayerInputs {
     }
 };
 
-/* The state on its way to registers, while tokens are prepared. */
-template <class Tile> struct LoadedState {
-    Tile &tile;
-    typename Tile::Loaded loaded;
-
-    __device__ __forceinline__ void begin(const fkda_state_args &states, long long at)
-    {
-        tile.load(loaded, states.data, at);
-    }
-
-    __device__ __forceinline__ void end()
-    {
-        tile.unpack(loaded);
-    }
-};
-
-/* The state on its way to shared memory. */
-template <class Tile> struct CopiedState {
-    const Tile &tile;
-
-    __device__ __forceinline__ Parts<Tile, Tile::PARTS> parts(const fkda_state_args &states,
-                                                              long long at) const
-    {
-        return {cta_memory() + FKDA_LAYER_VECTOR_BYTES(1), tile, states.data, at};
-    }
-
-    __device__ __forceinline__ void begin(const fkda_state_args &states, long long at) const
-    {
-        parts(states, at).begin();
-    }
-
-    __device__ __forceinline__ void end() const
-    {
-    }
-};
-
-/* Begins to load the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
-template <bool single, class Tile, class State>
+/* Loads the starting state and prepares all tokens meanwhile. Only LAYER_OUT is not filled. */
+template <bool single, class Tile>
 __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args, const Work &work,
                                               const Sequence &sequence, LayerInputs &inputs, long long slot,
-                                              const WindowPlace &window, State state)
+                                              const WindowPlace &window, Tile &tile)
 {
     const fkda_decode_args &decode = args.decode;
     int thread = static_cast<int>(threadIdx.x);
+    typename Tile::Loaded loaded;
     {
         const LayerJobs jobs(work, thread);
         inputs.first.load_window(args, jobs.first, window);
         if (single && !jobs.has_decay) inputs.second.load_window(args, jobs.second, window);
     }
-    const long long at = find_state(decode.state, slot, work.head);
-    state.begin(decode.state, at);
-    if (thread == 0) layer_small().at = at;
+    tile.load(loaded, decode.state.data, find_state(decode.state, slot, work.head));
     forget(thread);
     /* The compiler does not know that there is one token, so jobs are loops. It would otherwise begin with
      * the convolution, which waits for its inputs, before it has issued the loads of the state. */
@@ -395,7 +357,7 @@ __device__ __forceinline__ void prepare_layer(const fkda_decode_layer_args &args
     if (thread < sequence.length)
         layer_small().beta[thread] = Preparation(decode, work, sequence).write_strength(inputs.beta);
     __syncthreads();
-    state.end();
+    tile.unpack(loaded);
 }
 
 } // namespace fkda

@@ -5,16 +5,12 @@
 #include "decode_shape.h"
 
 #define FKDA_LAYER_THREADS 256 /* of a CTA, which has all rows of V of a head */
-/* CTAs for which __launch_bounds__ leaves registers on an SM. `single`: one token of each sequence. */
-#define FKDA_LAYER_CTAS_PER_SM(single) ((single) ? 3 : 2)
+#define FKDA_LAYER_CTAS_PER_SM 2
 
 /* Dynamic shared memory. */
-#define FKDA_LAYER_SMALL_BYTES 144 /* struct LayerSmall in layer_prepare.cuh */
+#define FKDA_LAYER_SMALL_BYTES 128 /* struct LayerSmall in layer_prepare.cuh */
 #define FKDA_LAYER_VECTORS 6       /* of a token: decay, key, query, value, output, factor of the output */
-#define FKDA_LAYER_VECTOR_BYTES(tokens)                                                                      \
+#define FKDA_LAYER_SHARED_BYTES(tokens)                                                                      \
     (FKDA_LAYER_SMALL_BYTES + FKDA_LAYER_VECTORS * FKDA_DECODE_VECTOR_BYTES * (tokens))
-/* Beside one token there is the state. */
-#define FKDA_LAYER_SHARED_BYTES(tokens, single, is_bf16)                                                     \
-    (FKDA_LAYER_VECTOR_BYTES(tokens) + ((single) ? FKDA_DECODE_BYTES_OF_ONE(is_bf16) : 0))
 
 #endif

@@ -16,7 +16,7 @@ enum { ONE, STEPS, KERNELS };
 static fkda_module module = {
     .image = fkda_fatbin_decode_layer,
     .names = {FKDA_NAMES("f32"), FKDA_NAMES("bf16"), FKDA_NAMES("k_first_f32"), FKDA_NAMES("k_first_bf16")},
-    .shared_bytes = FKDA_LAYER_SHARED_BYTES(1, true, false),
+    .shared_bytes = FKDA_LAYER_SHARED_BYTES(FKDA_DECODE_MAX_TOKENS),
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
@@ -58,11 +58,10 @@ static fkda_decode_launch launch_of(const fkda_decode_problem *d)
 {
     const int tokens = d->tokens < FKDA_DECODE_MAX_TOKENS ? (int)d->tokens : FKDA_DECODE_MAX_TOKENS,
               which = !d->cu_seqlens.data && d->tokens == 1 ? ONE : STEPS;
-    const bool is_bf16 = d->state.dtype == FLASH_KDA_BF16;
     return (fkda_decode_launch){
-        .kernel = KERNELS * (is_bf16 + 2 * d->state_k_first) + which,
+        .kernel = KERNELS * ((d->state.dtype == FLASH_KDA_BF16) + 2 * d->state_k_first) + which,
         .threads = FKDA_LAYER_THREADS,
-        .shared_bytes = FKDA_LAYER_SHARED_BYTES(tokens, which == ONE, is_bf16),
+        .shared_bytes = FKDA_LAYER_SHARED_BYTES(tokens),
         .heads = d->sequences * d->heads,
     };
 }
@@ -79,10 +78,8 @@ flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *p)
 
 void fkda_cuda_explain_decode_layer(const fkda_decode_layer_problem *p, char *text, size_t size)
 {
-    static const char *const how[KERNELS] = {
-        [ONE] = "convolution, one token of each sequence with states in shared memory, and norm",
-        [STEPS] = "convolution, tokens one after the other with states in registers, and norm",
-    };
     const fkda_decode_launch l = launch_of(&p->decode);
-    fkda_explain_launch(module.names[l.kernel], how[l.kernel % KERNELS], &l, text, size);
+    fkda_explain_launch(module.names[l.kernel],
+                        "convolution, tokens one after the other with states in registers, and norm", &l,
+                        text, size);
 }
