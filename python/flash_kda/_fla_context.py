@@ -8,6 +8,7 @@ was found.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 _FOUND = "_borders_of_flash_kda"  # the attribute of a context
@@ -57,11 +58,10 @@ def joined(shares: list[tuple[list[int], int]]) -> list[int]:
 
 def chunk_kda(call: dict[str, Any]) -> tuple[Any, None]:
     """call: the arguments of FLA's chunk_kda by name, of which those are left out that have no effect."""
-    from . import distributed
-
+    package: Any = sys.modules[__package__]
     call = dict(call)
     context = call.pop("cp_context")
     for name in ("chunk_size", "use_graph", "max_num_seqs", "return_intermediate_states", "cu_seqlens_cpu"):
         call.pop(name, None)
     call["cu_seqlens"] = borders_of(context)
-    return distributed.chunk_kda(**call, group=context.group)
+    return package.distributed.chunk_kda(**call, group=context.group)

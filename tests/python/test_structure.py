@@ -17,7 +17,7 @@ PACKAGE = Path(flash_kda.__file__).parent
 # From the bottom to the top: a module imports modules below it alone.
 LEVELS = [
     {"_lib", "_later", "_nonfinite"},
-    {"_call_options", "_interruptible", "_installed", "_engines"},
+    {"_call_options", "_interruptible", "_installed", "_engines", "_fla_context"},
     {"_options", "_backward_options", "_decode_options", "_map_options"},
     {"_call", "_layout"},
     {"_arrays"},
