@@ -1,37 +1,25 @@
 /* The kernels of kernels/hopper/ for some of the gates, compiled for the emulator. */
 #include "hopper.h"
 
+#include "../../kernels/hopper/activated.cu"
 #include "../../kernels/hopper/bounded.cu"
 #include "../../kernels/hopper/fp32_gates.cu"
-#include "../../kernels/hopper/unbounded.cu"
+#include "../../kernels/hopper/softplus.cu"
+
+#define KERNEL(name, ctas) emulator::Kernel({#name, run<name>, sizeof(fkda_hopper_fwd_args), ctas})
+#define MIXED_KERNEL(name)                                                                                   \
+    emulator::Kernel({#name, run_with<fkda_hopper_mixed_args, name>, sizeof(fkda_hopper_mixed_args),         \
+                      FKDA_HOPPER_PAIR_CTAS})
+/* The kernels whose names begin so. */
+#define KERNELS_OF(start)                                                                                    \
+    KERNEL(start##_solo, 1), KERNEL(start##_pair, FKDA_HOPPER_PAIR_CTAS),                                    \
+        KERNEL(start##_maps, FKDA_HOPPER_PAIR_CTAS), KERNEL(start##_relay, FKDA_HOPPER_PAIR_CTAS),           \
+        MIXED_KERNEL(start##_mixed)
 
 const emulator::Kernel emulator::hopper_gate_kernels[] = {
-    {"fkda_hopper_bounded_solo", run<fkda_hopper_bounded_solo>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_bounded_pair", run<fkda_hopper_bounded_pair>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_bounded_maps", run<fkda_hopper_bounded_maps>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_bounded_relay", run<fkda_hopper_bounded_relay>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_bounded_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_bounded_mixed>,
-     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_unbounded_solo", run<fkda_hopper_unbounded_solo>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_unbounded_pair", run<fkda_hopper_unbounded_pair>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_unbounded_maps", run<fkda_hopper_unbounded_maps>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_unbounded_relay", run<fkda_hopper_unbounded_relay>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_unbounded_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_unbounded_mixed>,
-     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_fp32_gates_solo", run<fkda_hopper_fp32_gates_solo>, sizeof(fkda_hopper_fwd_args)},
-    {"fkda_hopper_fp32_gates_pair", run<fkda_hopper_fp32_gates_pair>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_fp32_gates_maps", run<fkda_hopper_fp32_gates_maps>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_fp32_gates_relay", run<fkda_hopper_fp32_gates_relay>, sizeof(fkda_hopper_fwd_args),
-     FKDA_HOPPER_PAIR_CTAS},
-    {"fkda_hopper_fp32_gates_mixed", run_with<fkda_hopper_mixed_args, fkda_hopper_fp32_gates_mixed>,
-     sizeof(fkda_hopper_mixed_args), FKDA_HOPPER_PAIR_CTAS},
+    KERNELS_OF(fkda_hopper_bounded),
+    KERNELS_OF(fkda_hopper_softplus),
+    KERNELS_OF(fkda_hopper_activated),
+    KERNELS_OF(fkda_hopper_fp32_gates),
     {},
 };

@@ -10,8 +10,8 @@
  *
  * The usual kernels take the bounded gate with both parameters, sigmoids of bf16 logits, and q and k that
  * are to be normalised. Kernels for other arithmetic have the same blocks with another Arithmetic. Each of
- * fkda_hopper_bounded_solo, fkda_hopper_unbounded_solo and so on has the gates in bf16 that its name says,
- * and looks at all other options while it runs. fkda_hopper_fp32_gates_solo and so on have every gate in
+ * fkda_hopper_bounded_solo, fkda_hopper_softplus_solo and so on has the gate in bf16 that its name says, and
+ * looks at all other options while it runs. fkda_hopper_fp32_gates_solo and so on have every gate in
  * fp32 and look at which one it is. fkda_hopper_general_solo and so on look at the gate and at its type too.
  * A gate's arithmetic is equal to the bit in all kernels that have the gate.
  *
@@ -36,7 +36,8 @@ constexpr int TEAM_BARRIER = 1, RECURRENCE_BARRIER = 8;
 enum class Arithmetic {
     USUAL,      /* none of them */
     BOUNDED,    /* every one but other gates and gates in fp32 */
-    UNBOUNDED,  /* as BOUNDED, with the two gates that have no bound, which are told apart as in GENERAL */
+    SOFTPLUS,   /* as BOUNDED, and its gate is softplus */
+    ACTIVATED,  /* as BOUNDED, and g is activated already */
     FP32_GATES, /* as BOUNDED, and g is in fp32; the gate is looked at while the kernel runs */
     GENERAL,    /* every option; gates and their type are looked at while the kernel runs */
 };

@@ -25,12 +25,12 @@ template <class Block> __device__ __forceinline__ int pair_rank()
     return Block::CTAS == 2 ? cluster_rank() : 0;
 }
 
-/* The gate of a call, of which a usual or a bounded block looks at nothing. */
+/* The gate of a call, at which only a general block and one for gates in fp32 look. */
 template <class Block> __device__ __forceinline__ GateOfCall gate_of_call(const fkda_fwd_args &args)
 {
     switch (Block::ARITHMETIC) {
-    case Arithmetic::UNBOUNDED:
-        return {args.gate == GateOfCall::ACTIVATED ? GateOfCall::ACTIVATED : GateOfCall::SOFTPLUS};
+    case Arithmetic::SOFTPLUS: return {GateOfCall::SOFTPLUS};
+    case Arithmetic::ACTIVATED: return {GateOfCall::ACTIVATED};
     case Arithmetic::FP32_GATES:
     case Arithmetic::GENERAL: return {args.gate};
     default: return {GateOfCall::BOUNDED};

@@ -10,8 +10,8 @@
 
 extern const unsigned char fkda_fatbin_hopper_fwd[], fkda_fatbin_hopper_segments[],
     fkda_fatbin_hopper_general_fwd[], fkda_fatbin_hopper_general_segments[], fkda_fatbin_hopper_states_fwd[],
-    fkda_fatbin_hopper_states_segments[], fkda_fatbin_hopper_bounded[], fkda_fatbin_hopper_unbounded[],
-    fkda_fatbin_hopper_fp32_gates[];
+    fkda_fatbin_hopper_states_segments[], fkda_fatbin_hopper_bounded[], fkda_fatbin_hopper_softplus[],
+    fkda_fatbin_hopper_activated[], fkda_fatbin_hopper_fp32_gates[];
 
 enum { SOLO, PAIR };
 static fkda_module fwd_module = {
@@ -60,8 +60,8 @@ static fkda_module states_segments_module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* Each of the next modules has all kernels for some of the gates: first those for whole sequences, SOLO and
- * PAIR, and from SEGMENTS on those for segments. */
+/* Each of the next modules has all kernels of one gate, or of every gate in fp32: first those for whole
+ * sequences, SOLO and PAIR, and from SEGMENTS on those for segments. */
 enum { SEGMENTS = PAIR + 1 };
 static fkda_module bounded_module = {
     .image = fkda_fatbin_hopper_bounded,
@@ -73,13 +73,23 @@ static fkda_module bounded_module = {
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
-static fkda_module unbounded_module = {
-    .image = fkda_fatbin_hopper_unbounded,
-    .names = {[SOLO] = "fkda_hopper_unbounded_solo",
-              [PAIR] = "fkda_hopper_unbounded_pair",
-              [SEGMENTS + RELAY] = "fkda_hopper_unbounded_relay",
-              [SEGMENTS + MIXED] = "fkda_hopper_unbounded_mixed",
-              [SEGMENTS + MAPS] = "fkda_hopper_unbounded_maps"},
+static fkda_module softplus_module = {
+    .image = fkda_fatbin_hopper_softplus,
+    .names = {[SOLO] = "fkda_hopper_softplus_solo",
+              [PAIR] = "fkda_hopper_softplus_pair",
+              [SEGMENTS + RELAY] = "fkda_hopper_softplus_relay",
+              [SEGMENTS + MIXED] = "fkda_hopper_softplus_mixed",
+              [SEGMENTS + MAPS] = "fkda_hopper_softplus_maps"},
+    .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+};
+static fkda_module activated_module = {
+    .image = fkda_fatbin_hopper_activated,
+    .names = {[SOLO] = "fkda_hopper_activated_solo",
+              [PAIR] = "fkda_hopper_activated_pair",
+              [SEGMENTS + RELAY] = "fkda_hopper_activated_relay",
+              [SEGMENTS + MIXED] = "fkda_hopper_activated_mixed",
+              [SEGMENTS + MAPS] = "fkda_hopper_activated_maps"},
     .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
@@ -113,7 +123,8 @@ static kernels choose_kernels(int32_t features)
         return (kernels){&fwd_module, &segments_module, &segments_module, 0};
     }
     if (!states && gate == 0) one = &bounded_module;
-    if (!states && (gate == FKDA_SOFTPLUS || gate == FKDA_ACTIVATED)) one = &unbounded_module;
+    if (!states && gate == FKDA_SOFTPLUS) one = &softplus_module;
+    if (!states && gate == FKDA_ACTIVATED) one = &activated_module;
     if (!states && gate & FKDA_FP32_GATES) one = &fp32_gates_module;
     if (one) return (kernels){one, one, one, SEGMENTS};
     return (kernels){&general_fwd_module, &general_segments_module, &general_segments_module, 0};

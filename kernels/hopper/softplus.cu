@@ -1,0 +1,42 @@
+/*
+ * The kernels of fwd.cu and segments.cu for calls whose gate is softplus and whose g is in bf16. These
+ * kernels look at the options of bounded.cu while they run.
+ */
+#include "block/run.cuh"
+
+extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+    fkda_hopper_softplus_solo(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block<fkda::Block<fkda::SoloCta, fkda::EvenShares, fkda::Arithmetic::SOFTPLUS>>(args,
+                                                                                              threadIdx.x);
+}
+
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_softplus_pair(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block<fkda::Block<fkda::PairCta, fkda::EvenShares, fkda::Arithmetic::SOFTPLUS>>(args,
+                                                                                              threadIdx.x);
+}
+
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_softplus_maps(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_block<fkda::Block<fkda::MapCta, fkda::EvenShares, fkda::Arithmetic::SOFTPLUS>>(args,
+                                                                                             threadIdx.x);
+}
+
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_softplus_relay(const __grid_constant__ fkda_hopper_fwd_args args)
+{
+    fkda::run_relay<fkda::Arithmetic::SOFTPLUS>(args);
+}
+
+extern "C" __global__ void __cluster_dims__(FKDA_HOPPER_PAIR_CTAS, 1, 1)
+    __launch_bounds__(FKDA_HOPPER_THREADS, 1)
+        fkda_hopper_softplus_mixed(const __grid_constant__ fkda_hopper_mixed_args args)
+{
+    fkda::run_mixed<fkda::Arithmetic::SOFTPLUS>(args);
+}
