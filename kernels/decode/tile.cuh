@@ -1,5 +1,5 @@
 /*
- * The part of a state that a thread has: a few neighbouring rows of V and some channels of K. It is in
+ * The part of a state that a thread has: a few neighbouring rows of V and some channels of K. This part is in
  * registers, or in shared memory (parts.cuh).
  *
  * A warp has 16 rows. Eight neighbouring lanes share four of them, or four lanes two of them (in chunk.cuh,
