@@ -47,6 +47,7 @@ class Row(NamedTuple):
     writes: str = "last"
     records: bool = False
     applies: bool = False  # all tokens are applied by a second call
+    past: bool = False  # as many tokens of past records are applied by the same call
     bf16: bool = False
     rounds_at_random: bool = False
     k_first: bool = False
@@ -60,7 +61,7 @@ class Row(NamedTuple):
         words = [f"{self.sequences}x{self.heads}", f"T={self.tokens}", self.writes]
         words += ["bf16" if self.bf16 else "fp32"]
         words += ["at random"] * self.rounds_at_random + ["K first"] * self.k_first
-        words += ["records"] * self.records + ["applied"] * self.applies + ["layer"] * self.layer
+        words += ["records"] * self.records + ["applied"] * self.applies + ["past"] * self.past + ["layer"] * self.layer
         return " ".join(words)
 
     @property
@@ -82,6 +83,8 @@ class Row(NamedTuple):
             moved += tokens * RECORD_BYTES
         if self.applies:
             moved += tokens * RECORD_BYTES + 2 * self.state_bytes
+        if self.past:
+            moved += tokens * RECORD_BYTES + self.state_bytes
         return moved
 
 
@@ -98,7 +101,8 @@ ROWS = [
     Row(256, 16, 8),
     Row(256, 16, 8, "none"),
     Row(256, 16, 8, "none", records=True),
-    Row(256, 16, 8, "none", records=True, applies=True, most_ratio=1.5),
+    Row(256, 16, 8, "none", records=True, applies=True),
+    Row(256, 16, 8, "none", records=True, past=True, most_ratio=1.5),
     Row(256, 16, 16),
     Row(256, 16, 4, "each"),
     Row(256, 32, least_share=0.85),
@@ -165,6 +169,11 @@ def own_calls(row: Row, inputs: Inputs, device: str, threads: int = 0) -> list[C
         if row.records:
             records = torch.empty(row.sequences, row.tokens, row.heads, 3, DIM, device=device)
         options = {"state_indices": indices, "rounding": inputs.rounding, "state_v_first": not row.k_first}
+        past = {}
+        if row.past:  # any records that keep states in their range
+            decays = torch.rand(row.sequences, row.tokens, row.heads, 1, DIM, device=device) / 8 + 0.875
+            rest = torch.randn(row.sequences, row.tokens, row.heads, 2, DIM, device=device) / 16
+            past = {"past_records": torch.cat([decays, rest], 3), "num_accepted_tokens": inputs.all_tokens}
 
         def layer(x: Any = x, out: Any = out, options: Any = options) -> None:
             flash_kda.decode_layer(
@@ -174,11 +183,13 @@ def own_calls(row: Row, inputs: Inputs, device: str, threads: int = 0) -> list[C
                 threads=threads,
             )  # fmt: skip
 
-        def call(x: Any = x, out: Any = out, records: Any = records, options: Any = options) -> None:
+        def call(
+            x: Any = x, out: Any = out, records: Any = records, options: Any = options, past: Any = past
+        ) -> None:
             flash_kda.decode(
                 **x, scale=DIM**-0.5, out=out, A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
                 state=inputs.pool, write_states=row.writes, records=records,
-                threads=threads, **options,
+                threads=threads, **past, **options,
             )  # fmt: skip
             if row.applies:
                 flash_kda.apply_records(records, inputs.all_tokens, inputs.pool, threads=threads, **options)

@@ -132,7 +132,7 @@ def time_row(row: Row, rounds: int, device: str) -> dict[str, float | None]:
 
 def tune_for_the_largest(rows: list[Row]) -> None:
     """FLA's kernels keep for all rows what is fastest for the largest row of each kind."""
-    from peer_timing.competitors import tune_once
+    from peer_timing.tuning import tune_once
 
     tune_once()
     for kind in dict.fromkeys(row.kind for row in rows):

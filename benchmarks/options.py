@@ -181,7 +181,7 @@ def fla_call() -> Callable[..., Any] | None:
     os.environ["FLA_FLASH_KDA"] = "0"
     os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
     try:
-        from peer_timing.competitors import tune_once
+        from peer_timing.tuning import tune_once
 
         tune_once()
         from fla.ops.kda import chunk_kda

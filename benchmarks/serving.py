@@ -11,6 +11,10 @@ tensors as the engine has them: slices of one tensor, columns of a projection, a
 bounded by -5. A time is the median of rounds of CUDA-graph replays over rotating inputs; on the CPU, where
 engines have no kernels, that of plain calls through the plug-ins.
 
+Engines tune their Triton kernels anew for other numbers of heads, which takes minutes each. With --tunes-once
+a kernel keeps for all rows what is fastest in the largest row, and its configurations are compiled in as many
+processes as there are CPUs.
+
 What an engine does today:
 
 - vLLM, prefill: states gathered, `_flashkda_C::fwd`, states scattered. Where that operator cannot be loaded
@@ -29,11 +33,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 from typing import Any, Callable, NamedTuple
 
-from peer_timing import releases
+from peer_timing import releases, tuning
 from peer_timing.shapes import DIM
 
 PREFILL, DECODE, VERIFY = (64, 1024, 8192), (1, 32, 256), (32,)
@@ -359,6 +364,19 @@ def time_case(case: Case, rounds: int, device: str, kernels: Any) -> dict[str, A
     return {"today": None, **times, "words": words if "today" in times else ""}
 
 
+def call_today(cases: list[Case], kernels: dict[str, Any], device: str) -> None:
+    """Makes the engines' calls of the largest case of each step once."""
+    largest: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        key = case.engine, case.step
+        largest[key] = max(case, largest.get(key, case), key=lambda c: (c.tokens * c.heads, c.heads))
+    for case in largest.values():
+        shared = Shared(case, device)
+        today, _, _ = ENGINES[case.engine](case, device, kernels[case.engine])
+        if today is not None:
+            today(shared, Inputs(case, shared, 0, device))()
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="serving.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -370,6 +388,8 @@ def main(argv: list[str]) -> None:
     add("--decode", nargs="*", type=int, default=DECODE, metavar="SEQUENCES", help="default: 1 32 256")
     add("--verify", nargs="*", type=int, default=VERIFY, metavar="SEQUENCES", help="default: 32")
     add("--rounds", type=int, default=3, help="rounds in which both take turns; default: 3")
+    add("--tunes-once", action="store_true", help="engines tune their kernels for the largest rows alone")
+    add("--only-compile", metavar="I/N", help=argparse.SUPPRESS)  # peer_timing/tuning.py starts itself so
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     add("--json", metavar="FILE", help="where the figures go, besides the table")
     options = parser.parse_args(argv)
@@ -381,10 +401,8 @@ def main(argv: list[str]) -> None:
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("PyTorch can use no GPU here (--device cpu times the plug-ins on the CPU)")
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(f"{name}, flash_kda {flash_kda.__version__}, {options.rounds} rounds\n")
-    print("| engine | step | size | H | today | today, ms | flash_kda, ms | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    if not on_gpu and options.tunes_once:
+        parser.error("--tunes-once is for GPUs, and --device is cpu")
     results = []
     cases = [
         Case(engine, step, size, heads)
@@ -397,7 +415,19 @@ def main(argv: list[str]) -> None:
         if engine == "sglang" or step not in DRAFTS
     ]  # fmt: skip
     with torch.inference_mode(), contextlib.ExitStack() as stack:
+        if options.tunes_once and not options.only_compile:
+            tuning.compile_ahead([__file__, *argv], len(os.sched_getaffinity(0)))
         kernels = {engine: kernels_of(engine, options.device, stack) for engine in options.engines}
+        if options.only_compile:
+            tuning.only_compile(options.only_compile)
+            return call_today(cases, kernels, options.device)
+        if options.tunes_once:
+            tuning.tune_once()
+            call_today(cases, kernels, options.device)
+        name = torch.cuda.get_device_name() if on_gpu else "CPU"
+        print(f"{name}, flash_kda {flash_kda.__version__}, {options.rounds} rounds\n")
+        print("| engine | step | size | H | today | today, ms | flash_kda, ms | ratio |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for case in cases:
             t = time_case(case, options.rounds, options.device, kernels[case.engine])
             if on_gpu:

@@ -112,7 +112,7 @@ def fla_calls(sets: list[dict[str, Any]]) -> list[Callable[[], tuple]]:
 
 def tune_for_the_largest(shapes: list[str], device: str) -> None:
     """FLA's kernels keep for all shapes what is fastest for the largest one."""
-    from peer_timing.competitors import tune_once
+    from peer_timing.tuning import tune_once
 
     tune_once()
     fla_calls(make_sets(max(shapes, key=bytes_once), device)[:1])[0]()

@@ -52,7 +52,9 @@ if(NOT NVCC)
   # Not kept in the cache: a toolkit that is installed later is found instead.
   set(NVCC ${last_line})
 endif()
-set(FLASH_KDA_CUDA_ARCHS 80 86 89 90 100 103 120 CACHE STRING "Architectures with machine code")
+# A GPU runs the machine code of the same major number and a minor number that is not larger than its own: 8.9
+# runs that of 8.6, 10.3 that of 10.0, and 12.1 that of 12.0.
+set(FLASH_KDA_CUDA_ARCHS 80 86 90 100 120 CACHE STRING "Architectures with machine code")
 set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_FOR_RACECHECK")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
 set(FLASH_KDA_COMPILED "" CACHE PATH "The folder `kernels` of another build, whose fat binaries are copied")
@@ -137,8 +139,10 @@ function(flash_kda_add_kernel name source)
     add_custom_command(
       OUTPUT ${fatbin}
       COMMAND sh -c "\"$0\" \"$@\" > ${report} 2>&1 || { cat ${report}; exit 1; }"
-              ${NVCC} ${flags} -o ${fatbin} ${CMAKE_CURRENT_SOURCE_DIR}/${source}
-      DEPENDS ${source} ${headers}
+              ${NVCC} ${flags} -MD -MF ${folder}/${name}.d -MT ${fatbin} -o ${fatbin}
+              ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+      DEPENDS ${source}
+      DEPFILE ${folder}/${name}.d # the headers that the source includes
       COMMENT "Compiling ${source} for ${kernel_ARCHS}"
       VERBATIM)
   endif()

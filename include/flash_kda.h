@@ -570,9 +570,9 @@ enum {
  *   state_indices  i32 or i64 [N], optional: sequence n has slot state_indices[n], or n where the tensor is
  *                  absent. With FLASH_KDA_WRITE_EACH it is required and is [N, S], where S is at least the
  *                  longest sequence
- *   num_accepted_tokens  i32 or i64 [N], optional, with FLASH_KDA_WRITE_EACH alone: sequence n starts from
- *                  slot state_indices[n, num_accepted_tokens[n] - 1], where the number is 1 to S; absent:
- *                  from slot state_indices[n, 0]
+ *   num_accepted_tokens  i32 or i64 [N], optional, with FLASH_KDA_WRITE_EACH: sequence n starts from slot
+ *                  state_indices[n, num_accepted_tokens[n] - 1], where the number is 1 to S; absent: from
+ *                  slot state_indices[n, 0]. With past_records it is required and means something else
  *   cu_seqlens     i32 or i64 [N + 1], optional: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] -
  *                  1. A sequence has 0 to 16 tokens
  *   parents        i32 or i64 [N, P], optional: a tree of draft tokens. Token i of sequence n continues
@@ -583,6 +583,12 @@ enum {
  *                  n in [n, i]. A head's 384 numbers are the decay exp(g_t) of each channel, the key k_t,
  *                  and u_t. R is at least the longest sequence, and what lies beyond a sequence's tokens
  *                  stays as it is. flash_kda_apply() needs nothing else to bring a state up to date
+ *   past_records   f32 [N, R2, HV, 3 * 128], contiguous, optional, with FLASH_KDA_WRITE_NONE alone: records
+ *                  that an earlier call wrote. The call first does what flash_kda_apply() would do with
+ *                  them, num_accepted_tokens [N] and `accepted`: it writes the state after the accepted
+ *                  tokens to the slot. Then it computes its own tokens from there. On a GPU a state crosses
+ *                  memory once in each direction for all of that. `records` must be another tensor
+ *   accepted       i32 or i64 [N, A], optional, with past_records alone: as in flash_kda_apply_params
  *   rounding       i64 [2], optional, on the device: seed and offset of the random numbers with which a
  *                  bf16 state is rounded. Absent: to nearest. A state that forgets 1e-5 of itself a token
  *                  does not change at all when each step is rounded to the nearest bf16; rounded at random
@@ -637,6 +643,8 @@ typedef struct flash_kda_decode_params {
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
     flash_kda_tensor written_states;
     flash_kda_tensor written_indices;
+    flash_kda_tensor past_records;
+    flash_kda_tensor accepted;
 } flash_kda_decode_params;
 
 /* Computes a few tokens of each sequence. On a GPU it enqueues one kernel on the stream and returns: no

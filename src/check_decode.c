@@ -16,7 +16,7 @@ enum { MAX_LENGTH = FLASH_KDA_MAX_DECODE_TOKENS, RECORD = FLASH_KDA_RECORD_ROWS 
         offsetof(type, field) + sizeof(field_type) == sizeof(type),                                          \
         "the struct must not end in padding: a later field there would read what an older caller "           \
         "left in it")
-ENDS_WITH(flash_kda_decode_params, written_indices, flash_kda_tensor);
+ENDS_WITH(flash_kda_decode_params, accepted, flash_kda_tensor);
 ENDS_WITH(flash_kda_apply_params, interrupt, const volatile int32_t *);
 
 static bool has(const flash_kda_tensor *t)
@@ -88,6 +88,20 @@ flash_kda_status fkda_check_sequences(const flash_kda_tensor *t, const char *nam
     return FLASH_KDA_OK;
 }
 
+static flash_kda_status check_past_options(const flash_kda_decode_params *p)
+{
+    if (!has(&p->past_records)) {
+        if (has(&p->accepted))
+            return INVALID("accepted is given without past_records; it must be absent");
+        return FLASH_KDA_OK;
+    }
+    if (p->write_states != FLASH_KDA_WRITE_NONE)
+        return INVALID("past_records is given without FLASH_KDA_WRITE_NONE; it must be absent");
+    if (!has(&p->num_accepted_tokens))
+        return INVALID("num_accepted_tokens is absent; it must be given with past_records");
+    return FLASH_KDA_OK;
+}
+
 flash_kda_status fkda_check_decode_options(const flash_kda_decode_params *p)
 {
     if (p->write_states < FLASH_KDA_WRITE_LAST || p->write_states > FLASH_KDA_WRITE_EACH)
@@ -107,8 +121,9 @@ flash_kda_status fkda_check_decode_options(const flash_kda_decode_params *p)
         return INVALID("written_indices is given without written_states; it must be absent");
     if (each && !apart && !has(&p->state_indices))
         return INVALID("state_indices is absent; it must be given with FLASH_KDA_WRITE_EACH");
-    if (!each && has(&p->num_accepted_tokens))
+    if (!each && !has(&p->past_records) && has(&p->num_accepted_tokens))
         return INVALID("num_accepted_tokens is given without FLASH_KDA_WRITE_EACH; it must be absent");
+    TRY(check_past_options(p));
     if (apart && has(&p->num_accepted_tokens))
         return INVALID("num_accepted_tokens is given with written_states; it must be absent");
     if (p->write_states == FLASH_KDA_WRITE_LAST && has(&p->parents))
@@ -162,6 +177,10 @@ void fkda_fill_decode(const flash_kda_decode_params *p, fkda_decode_problem *out
     out->parent_columns = has(&p->parents) ? p->parents.shape[1] : 0;
     out->records = p->records.data;
     out->record_columns = has(&p->records) ? p->records.shape[1] : 0;
+    out->past_records = p->past_records.data;
+    out->past_columns = has(&p->past_records) ? p->past_records.shape[1] : 0;
+    out->accepted = fkda_index_view_of(&p->accepted);
+    out->accepted_columns = has(&p->accepted) ? p->accepted.shape[1] : 0;
     out->rounding = p->state.dtype == FLASH_KDA_BF16 ? p->rounding.data : NULL;
     out->first_slot = p->first_slot;
     fill_written(p, out);
@@ -196,6 +215,13 @@ flash_kda_status fkda_check_written(const flash_kda_decode_params *p, const fkda
 
 /* ---- Decode -------------------------------------------------------------------------------------------- */
 
+/* Whether the call writes states where it reads them. */
+static bool writes_to_pool(const flash_kda_decode_params *p)
+{
+    if (p->write_states == FLASH_KDA_WRITE_NONE) return has(&p->past_records);
+    return !has(&p->written_states);
+}
+
 static flash_kda_status check_sizes(const flash_kda_decode_params *p, fkda_decode_problem *out)
 {
     const bool packed = has(&p->cu_seqlens);
@@ -223,7 +249,7 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
                       *const g_dims = packed ? "[1, total, HV, K]" : "[N, T, HV, K]",
                       *const beta_dims = packed ? "[1, total, HV]" : "[N, T, HV]",
                       *const state_dims = p->state_k_first ? "[slots, HV, K, V]" : "[slots, HV, V, K]";
-    const bool writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !apart && !for_reference;
+    const bool writes_state = writes_to_pool(p) && !for_reference;
     const char *const written_dims = p->state_k_first ? "[slots2, HV, K, V]" : "[slots2, HV, V, K]";
     const named_tensor tensors[] = {
         {&p->q, false, {"q", q_dims, 4, {rows, T, H, D}, {BF16}, 16, FKDA_ROWS, false}},
@@ -252,6 +278,10 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
           16,
           FKDA_CONTIGUOUS,
           !for_reference}},
+        {&p->past_records,
+         true,
+         {"past_records", "[N, R, HV, 3 * K]", 4, {N, ANY, HV, RECORD}, {F32}, 16, FKDA_CONTIGUOUS, false}},
+        {&p->accepted, true, fkda_integers("accepted", "[N, A]", 2, N, ANY)},
         {&p->rounding, true, {"rounding", "[2]", 1, {2}, {I64}, 0, FKDA_CONTIGUOUS, false}},
         {&p->written_states,
          true,
@@ -269,12 +299,14 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
     if (has_columns) TRY(fkda_check_columns(&p->state_indices, "state_indices", "S", columns));
     if (has(&p->parents)) TRY(fkda_check_columns(&p->parents, "parents", "P", columns));
     if (has(&p->records)) TRY(fkda_check_columns(&p->records, "records", "R", columns));
+    if (has(&p->past_records)) TRY(fkda_check_columns(&p->past_records, "past_records", "R", 0));
+    if (has(&p->accepted)) TRY(fkda_check_columns(&p->accepted, "accepted", "A", 0));
     return FLASH_KDA_OK;
 }
 
 static flash_kda_status check_decode_memory(const flash_kda_decode_params *p)
 {
-    enum { WRITTEN_INDICES = 11, STATE, OUT, RECORDS, WRITTEN, COUNT };
+    enum { WRITTEN_INDICES = 11, PAST_RECORDS, ACCEPTED, STATE, OUT, RECORDS, WRITTEN, COUNT };
     const fkda_extent all[COUNT] = {
         fkda_extent_of("q", &p->q),
         fkda_extent_of("k", &p->k),
@@ -288,14 +320,15 @@ static flash_kda_status check_decode_memory(const flash_kda_decode_params *p)
         fkda_extent_of("cu_seqlens", &p->cu_seqlens),
         fkda_extent_of("parents", &p->parents),
         [WRITTEN_INDICES] = fkda_extent_of("written_indices", &p->written_indices),
+        [PAST_RECORDS] = fkda_extent_of("past_records", &p->past_records),
+        [ACCEPTED] = fkda_extent_of("accepted", &p->accepted),
         [STATE] = fkda_extent_of("state", &p->state),
         [OUT] = fkda_extent_of("out", &p->out),
         [RECORDS] = fkda_extent_of("records", &p->records),
         [WRITTEN] = fkda_extent_of("written_states", &p->written_states),
     };
     const fkda_extent rounding = fkda_extent_of("rounding", &p->rounding);
-    const bool writes_state = p->write_states != FLASH_KDA_WRITE_NONE && !has(&p->written_states);
-    for (int w = writes_state ? STATE : OUT; w < COUNT; w++) {
+    for (int w = writes_to_pool(p) ? STATE : OUT; w < COUNT; w++) {
         TRY(fkda_check_own_memory(&all[w], all, w));
         TRY(fkda_check_own_memory(&all[w], &rounding, 1));
     }

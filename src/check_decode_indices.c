@@ -112,6 +112,10 @@ flash_kda_status fkda_check_decode_indices(const fkda_decode_problem *p)
     if (p->parents.data) TRY(check_parents(p));
     if (has_written_indices) TRY(check_written_slots(p));
     if (each && !p->has_written_states) return check_each_slot(p);
+    if (p->past_records) {
+        const fkda_apply_problem past = fkda_past_of(p);
+        return fkda_check_apply_indices(&past);
+    }
     return p->state_indices.data ? check_slots(&p->state_indices, p->sequences, p->first_slot, &p->state)
                                  : FLASH_KDA_OK;
 }

@@ -38,6 +38,10 @@ typedef struct fkda_decode_problem {
     bool has_written_states;
     fkda_index_view written_indices; /* [N], or [N, written_columns] with FLASH_KDA_WRITE_EACH; or absent */
     int64_t written_columns;
+    const float *past_records; /* [N, past_columns, HV, 3, 128], or NULL; num_accepted_tokens is theirs then */
+    int64_t past_columns;
+    fkda_index_view accepted; /* [N, accepted_columns] of them; absent: the first tokens */
+    int64_t accepted_columns;
     float scale, lower_bound;
     const volatile int32_t *interrupt; /* or NULL */
 } fkda_decode_problem;
@@ -61,6 +65,30 @@ typedef struct fkda_apply_problem {
     int64_t first_slot;
     const volatile int32_t *interrupt;
 } fkda_apply_problem;
+
+/* What a decode call with past_records does before it computes its tokens. */
+static inline fkda_apply_problem fkda_past_of(const fkda_decode_problem *p)
+{
+    return (fkda_apply_problem){
+        .kernel = p->kernel,
+        .device = p->device,
+        .stream = p->stream,
+        .threads = p->threads,
+        .sequences = p->sequences,
+        .heads = p->heads,
+        .records = p->past_records,
+        .record_columns = p->past_columns,
+        .num_accepted_tokens = p->num_accepted_tokens,
+        .accepted = p->accepted,
+        .accepted_columns = p->accepted_columns,
+        .state_k_first = p->state_k_first,
+        .state = p->state,
+        .state_indices = p->state_indices,
+        .rounding = p->rounding,
+        .first_slot = p->first_slot,
+        .interrupt = p->interrupt,
+    };
+}
 
 /* ---- What the numbers in tensors of integers say, for tensors that the host may read. The check has seen
  * right ones. Another thread may have changed them since: every function here reads a number once, and

@@ -10,7 +10,10 @@
 #include "guard.h"
 #include "kernel.h"
 
-enum { PART = 512 }; /* bytes of each part of the explanation, at most */
+enum {
+    PART = 512, /* bytes of each part of the explanation, at most */
+    RECORD_BYTES = FLASH_KDA_RECORD_ROWS * FKDA_DIM * 4,
+};
 
 /* Bytes that a call moves, if every sequence has a state and all tokens that the shapes have room for. */
 typedef struct moved {
@@ -47,15 +50,8 @@ static moved moved_by_heads(const fkda_decode_problem *p)
         .states_read = states * state_bytes(&p->state),
         .states_written = written * state_bytes(&p->written),
         .tokens = tokens * p->heads * of_head,
-        .records = p->records ? tokens * p->heads * FLASH_KDA_RECORD_ROWS * FKDA_DIM * 4 : 0,
+        .records = p->records ? tokens * p->heads * RECORD_BYTES : 0,
     };
-}
-
-static moved moved_by_decode(const fkda_decode_problem *p)
-{
-    moved m = moved_by_heads(p);
-    m.tokens += tokens_of(p) * (2 * p->qk_heads + p->heads) * FKDA_DIM * 2;
-    return m;
 }
 
 static moved moved_by_layer(const fkda_decode_layer_problem *p)
@@ -81,8 +77,20 @@ static moved moved_by_apply(const fkda_apply_problem *p)
     return (moved){
         .states_read = states * state_bytes(&p->state),
         .states_written = states * state_bytes(&p->state),
-        .records = states * tokens * FLASH_KDA_RECORD_ROWS * FKDA_DIM * 4,
+        .records = states * tokens * RECORD_BYTES,
     };
+}
+
+static moved moved_by_decode(const fkda_decode_problem *p)
+{
+    moved m = moved_by_heads(p);
+    m.tokens += tokens_of(p) * (2 * p->qk_heads + p->heads) * FKDA_DIM * 2;
+    if (!p->past_records) return m;
+    const fkda_apply_problem past = fkda_past_of(p);
+    const moved by_past = moved_by_apply(&past);
+    m.states_written = by_past.states_written;
+    m.records += by_past.records;
+    return m;
 }
 
 /* Whether the caller names a kernel. The struct of an older version may end before the field. */

@@ -72,26 +72,13 @@ def _writes_into(fwd: Callable[..., Any]) -> Competitor:
     return competitor
 
 
-def tune_once() -> None:
-    """Makes each Triton kernel keep the configuration that was fastest in its first run."""
-    from triton.runtime.autotuner import Autotuner
-
-    tune_and_run = Autotuner.run
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = tune_and_run(self, *args, **kwargs)
-        if len(self.configs) > 1 and getattr(self, "best_config", None) is not None:
-            self.configs = [self.best_config]
-        return result
-
-    Autotuner.run = run
-
-
 def _load_fla(tunes_once: bool) -> tuple[Competitor, str]:
     # Set before FLA is imported, so that it runs its own Triton kernels and dispatches to no other package.
     os.environ["FLA_FLASH_KDA"] = "0"
     os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"
     if tunes_once:
+        from .tuning import tune_once
+
         tune_once()
     import fla
     from fla.ops.kda import chunk_kda

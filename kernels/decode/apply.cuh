@@ -10,32 +10,11 @@
 #ifndef FKDA_DECODE_APPLY_CUH
 #define FKDA_DECODE_APPLY_CUH
 
+#include "accepted.cuh"
 #include "one.cuh"
 
 namespace fkda
 {
-
-/* How many tokens are accepted, before wrong tokens end the list. */
-__device__ __forceinline__ int count_accepted(const fkda_apply_args &args, int n)
-{
-    long long most = min(args.record_columns, MAX_TOKENS);
-    if (args.accepted.data && args.accepted.columns < most) most = args.accepted.columns;
-    return static_cast<int>(clamp(read_index(args.num_accepted_tokens, n), 0, most));
-}
-
-/* How many of `count` accepted tokens there are up to the first wrong one. Lane i gets the record of token
- * number i. */
-__device__ __forceinline__ int find_accepted(int &record, const fkda_apply_args &args, int n, int count)
-{
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const bool is_one = lane < count;
-    long long token = lane;
-    if (is_one && args.accepted.data)
-        token = read_index(args.accepted, static_cast<long long>(n) * args.accepted.columns + lane);
-    const bool is_right = is_one && token >= 0 && token < args.record_columns;
-    record = is_right ? static_cast<int>(token) : 0;
-    return __ffs(static_cast<int>(~__ballot_sync(~0u, is_right))) - 1;
-}
 
 /* The records of the accepted tokens, in shared memory behind the CTA's part of the state. The vectors
  * over channels lie in the order in which the lanes have them (tile.cuh). */
@@ -72,8 +51,8 @@ template <bool is_bf16, bool k_first> struct Records {
     {
         constexpr int FOURS = DIM / 4; /* of a vector */
         const long long step = static_cast<long long>(args.heads) * (3 * DIM);
-        const float *from = args.records +
-                            static_cast<long long>(work.sequence) * args.record_columns * step +
+        const float *from = args.past.records +
+                            static_cast<long long>(work.sequence) * args.past.columns * step +
                             work.head * (3 * DIM);
 #pragma unroll 1
         for (int j = 0; j < some; j++) {
@@ -167,16 +146,16 @@ template <bool is_bf16, bool k_first> __device__ __forceinline__ void apply(cons
     constexpr int SIDE = State::SIDE, AT_ONCE = is_bf16 ? 1 : 2; /* squares */
     const Work work = find_work(args.heads, args.split);
     const fkda_index_args &indices = args.state_indices;
-    const int count = count_accepted(args, work.sequence);
+    const int count = count_accepted(args.past, work.sequence);
     const long long index =
         load_index_if(indices.data, work.sequence, indices.is_i32, indices.data != nullptr, work.sequence);
     const long long slot = check_slot(index, indices.data ? args.first_slot : 0, args.state);
     int record;
-    const int some = find_accepted(record, args, work.sequence, count);
+    const int some = find_accepted(record, args.past, work.sequence, count);
     if (slot == NO_SLOT || some == 0) return;
 
     const State state(work.first_row);
-    const Records<is_bf16, k_first> records(min(args.record_columns, MAX_TOKENS), args.split, work.first_row);
+    const Records<is_bf16, k_first> records(min(args.past.columns, MAX_TOKENS), args.split, work.first_row);
     const long long at = find_state(args.state, slot, work.head);
     records.copy(args, work, record, some);
     copy_async_commit();

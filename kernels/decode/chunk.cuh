@@ -30,11 +30,11 @@
 
 #include "one.cuh"
 #include "parts.cuh"
+#include "past.cuh"
+#include "update.cuh"
 
 namespace fkda
 {
-
-constexpr int TILE_TOKENS = 8; /* that a tensor core computes at a time */
 
 /*
  * The vectors of token i. `each`: the state after each token is written, so decays and keys are kept.
@@ -54,29 +54,12 @@ template <bool each> struct Vectors {
     }
 };
 
-/* Four neighbouring numbers in shared memory. */
-__device__ __forceinline__ void read_four(float (&x)[4], const float *from)
-{
-    const float4 y = *reinterpret_cast<const float4 *>(from);
-    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
-}
-
 __device__ __forceinline__ float multiply_four(const float (&x)[4], const float (&y)[4])
 {
     float sum = x[0] * y[0];
 #pragma unroll
     for (int c = 1; c < 4; c++) sum = __fmaf_rn(x[c], y[c], sum);
     return sum;
-}
-
-/* The bits of fp32 that a tensor core takes. */
-constexpr uint32_t TF32_MASK = 0xffffe000u;
-
-/* Divides x in a high part, which is rounded to tf32, and a low part. */
-__device__ __forceinline__ void divide(float &high, float &low, float x)
-{
-    high = __uint_as_float((__float_as_uint(x) + 0x1000u) & TF32_MASK);
-    low = x - high;
 }
 
 template <bool is_tree> __device__ __forceinline__ int parent_of(const Small &small, int i)
@@ -125,9 +108,9 @@ __device__ __forceinline__ void walk(float (&k)[4], float (&q)[4], Small &small,
 }
 
 /* Place p of the key of token i with the decay to the last token. */
-__device__ __forceinline__ float *last_key(int i, int p)
+__device__ __forceinline__ float *last_key(unsigned i, unsigned p)
 {
-    return Vectors<false>::at(Vectors<false>::LAST, i) + (p ^ i / 2 % 4 * 8);
+    return Vectors<false>::at(Vectors<false>::LAST, static_cast<int>(i)) + (p ^ i / 2 % 4 * 8);
 }
 
 /* A warp writes the key of token i with the decay to the last token, and for token 0 the decay of all
@@ -185,20 +168,67 @@ __device__ __forceinline__ ChunkState<each, Tile> chunk_state(const fkda_decode_
     return {reinterpret_cast<unsigned char *>(Vectors<each>::at(0, args.room)), tile, args.state.data, at};
 }
 
-/* P - v, which takes the place of v in shared memory, and R of all tokens, in the warp's rows. */
-template <bool each, class Tile>
-__device__ __forceinline__ void multiply_start(const ChunkState<each, Tile> &state, const Tile &tile,
-                                               const Small &small, bool writes_last)
+/* A part of a state of bf16, as it is stored. */
+template <class Tile>
+__device__ __forceinline__ void round_as_stored(float (&x)[2][Tile::PART], const Tile &tile, int part,
+                                                const Rounding &rounding)
 {
-    constexpr int PARTS = Tile::PARTS, PART = Tile::PART;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        uint32_t word[Tile::PART / 2];
+        tile.round(word, x[r], r, part, 0, rounding);
+#pragma unroll
+        for (int e = 0; e < Tile::PART; e += 2)
+            x[r][e] = bf16_low(word[e / 2]), x[r][e + 1] = bf16_high(word[e / 2]);
+    }
+}
+
+/* The same state with accepted tokens of earlier records applied. Parts are stored when they are taken for the
+ * last time. */
+template <class Tile> struct BroughtState {
+    static constexpr int PART = Tile::PART, PARTS = Tile::PARTS;
+    static constexpr int PARTS_AT_ONCE = 2; /* there are no registers for more */
+    const ChunkState<false, Tile> &state;
+    const Tile &tile;
+    const fkda_decode_args &args;
+    const Small &small;
+    Update<PastTokens<Tile::IS_BF16>, Tile> update;
+
+    __device__ __forceinline__ BroughtState(const ChunkState<false, Tile> &s, const Tile &t,
+                                            const fkda_decode_args &a, const Small &b)
+        : state(s), tile(t), args(a), small(b), update({a, b}, t)
+    {
+    }
+
+    __device__ __forceinline__ void take(float (&x)[2][Tile::PART], int part, bool again) const
+    {
+        state.take(x, part, again);
+        if (small.past == 0) return;
+        update.apply(x, small.total, part);
+        /* Found anew for each part, so that it does not occupy registers. */
+        const Rounding rounding = find_rounding(Tile::IS_BF16 ? args.rounding : nullptr, small.work,
+                                                args.heads);
+        if (!again) tile.store_part(args.state.data, small.at, part, x, 0, rounding);
+        if constexpr (Tile::IS_BF16) round_as_stored(x, tile, part, rounding);
+    }
+};
+
+/* P - v, which takes the place of v in shared memory, and R of all tokens, in the warp's rows. The state is taken
+ * even if there are no tokens, for it may have to be stored. */
+template <bool each, class State, class Tile>
+__device__ __forceinline__ void multiply_start(const State &state, const Tile &tile, const Small &small,
+                                               bool writes_last)
+{
+    constexpr int PARTS = Tile::PARTS, PART = Tile::PART, AT_ONCE = State::PARTS_AT_ONCE;
     const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = tile.lane;
+    int first = 0;
 #pragma unroll 1
-    for (int first = 0; first < small.sequence.length; first += TILE_TOKENS) {
+    do {
         const bool again = writes_last || first + TILE_TOKENS < small.sequence.length;
-        const int token = first + g, of = min(token, small.sequence.length - 1), flip = of % 2 * 4;
+        const int token = first + g, of = max(min(token, small.sequence.length - 1), 0), flip = of % 2 * 4;
         const float *parts = Vectors<each>::at(Vectors<each>::START, of) + 8 * t;
         float sums[2][4] = {}, small_sums[2][4] = {}; /* of rows of V 2 n and 2 n + 1 */
-#pragma unroll
+#pragma unroll(AT_ONCE)
         for (int part = 0; part < PARTS; part++) {
             float x[2][PART];
             state.take(x, part, again);
@@ -231,7 +261,8 @@ __device__ __forceinline__ void multiply_start(const ChunkState<each, Tile> &sta
             store_four(Vectors<each>::at(Vectors<each>::OUTPUT, token) + row, sums[0][2], sums[1][2],
                        sums[0][3], sums[1][3]);
         }
-    }
+        first += TILE_TOKENS;
+    } while (first < small.sequence.length);
     __syncwarp(); /* lanes read each other's numbers */
 }
 
@@ -324,56 +355,37 @@ __device__ __forceinline__ void solve(const fkda_decode_args &args, const Small 
     }
 }
 
+/* The tokens of the call, as what is written to the last state (update.cuh). */
+struct CallTokens {
+    static constexpr bool FILLED = false;
+    const Small &small;
+
+    __device__ __forceinline__ int count() const
+    {
+        return small.sequence.length;
+    }
+    __device__ __forceinline__ float u(int token, int row) const
+    {
+        return Vectors<false>::at(VALUE, token)[row];
+    }
+    __device__ __forceinline__ const float *key(unsigned token, int place) const
+    {
+        return last_key(token, place);
+    }
+};
+
 /* Makes the last state and stores it to element `to` of args.written. Tokens follow each other. */
 template <class Tile>
 __device__ __forceinline__ void store_last_state(const fkda_decode_args &args,
                                                  const ChunkState<false, Tile> &state, const Tile &tile,
                                                  const Small &small, long long to, const Rounding &rounding)
 {
-    constexpr int PART = Tile::PART;
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = tile.lane, length = small.sequence.length;
-    float u[2][4], low_u[2][4]; /* of eight tokens each, of which the lane has 2 t and 2 t + 1 */
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int token = i / 4 * TILE_TOKENS + 2 * t + i % 4 / 2;
-        const float x = token < length ? Vectors<false>::at(VALUE, token)[tile.row + i % 2] : 0.0f;
-        u[i / 4][i % 4] = x, low_u[i / 4][i % 4] = x - __uint_as_float(__float_as_uint(x) & TF32_MASK);
-    }
+    const Update<CallTokens, Tile> update({small}, tile);
 #pragma unroll
     for (int part = 0; part < Tile::PARTS; part++) {
-        float x[2][PART];
+        float x[2][Tile::PART];
         state.take(x, part, false);
-#pragma unroll
-        for (int four = 0; four < PART / 4; four++) {
-            const int f = part * (PART / 4) + four;
-            float added[2][4] = {}, d[4];
-#pragma unroll
-            for (int eight = 0; eight < 2; eight++) {
-                if (eight * TILE_TOKENS >= length) break;
-                const float(&a)[4] = u[eight], (&low_a)[4] = low_u[eight];
-                /* Tokens that are not there have u = 0. */
-                const int i0 = min(eight * TILE_TOKENS + 2 * t, length - 1), i1 = min(i0 + 1, length - 1);
-                const float2 k0 = *reinterpret_cast<const float2 *>(last_key(i0, 16 * f + 2 * g)),
-                             k1 = *reinterpret_cast<const float2 *>(last_key(i1, 16 * f + 2 * g));
-                const float k[2][2] = {{k0.x, k0.y}, {k1.x, k1.y}};
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float h0, l0, h1, l1;
-                    divide(h0, l0, k[0][e]), divide(h1, l1, k[1][e]);
-                    mma_tf32(added[e], low_a[0], low_a[1], low_a[2], low_a[3], h0, h1);
-                    mma_tf32(added[e], a[0], a[1], a[2], a[3], l0, l1);
-                    mma_tf32(added[e], a[0], a[1], a[2], a[3], h0, h1);
-                }
-            }
-            read_four(d, small.total + 16 * f + 4 * t);
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    float &y = x[r][4 * four + c];
-                    y = __fmaf_rn(y, d[c], added[c % 2][2 * r + c / 2]);
-                }
-        }
+        update.apply(x, small.total, part);
         tile.store_part(args.written.data, to, part, x, 0, rounding);
     }
 }
@@ -420,12 +432,14 @@ store_state_after(const fkda_decode_args &args, const ChunkState<true, Tile> &st
 }
 
 /* Finds the CTA's work, begins to copy the state and prepares the tokens. Returns false if there is nothing
- * left to do. */
-template <bool each, class Tile>
+ * left to do. `past`: tokens of earlier records are applied, and a sequence may have these alone. */
+template <bool each, bool past, class Tile>
 __device__ __forceinline__ bool begin_chunk(const fkda_decode_args &args, Small &small)
 {
     const Work work = find_work(args.heads, args.split);
     const long long index = read_start_index(args, work.sequence);
+    int count = 0; /* of past tokens, at most */
+    if constexpr (past) count = count_accepted(args.past, work.sequence);
     const Sequence sequence = find_sequence(args, work.sequence);
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
     Preparation preparation(args, work, sequence);
@@ -443,10 +457,16 @@ __device__ __forceinline__ bool begin_chunk(const fkda_decode_args &args, Small 
     }
     if (sequence.left_out)
         clear_outputs(args, work, sequence, sequence.length, sequence.length + sequence.left_out);
-    if (sequence.length == 0) return false;
+    int record = 0, some = 0;
+    if constexpr (past) some = find_accepted(record, args.past, work.sequence, count);
+    if (sequence.length == 0 && some == 0) return false;
     const long long at = find_state(args.state, slot, work.head);
+    if constexpr (past) {
+        PastTokens<Tile::IS_BF16>{args, small}.template copy<Tile>(work, some, record);
+        copy_async_commit();
+    }
     chunk_state<each>(args, Tile(work.first_row), at).begin();
-    if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at;
+    if (threadIdx.x == 0) small.work = work, small.sequence = sequence, small.at = at, small.past = some;
     preparation.set_gate(a_log, dt_bias);
     const int place = Tile::place_of_four(preparation.channel);
 #pragma unroll 1 /* there are no registers for more */
@@ -455,18 +475,21 @@ __device__ __forceinline__ bool begin_chunk(const fkda_decode_args &args, Small 
         if (i != warp) inputs = preparation.load(i);
         preparation.finish<Vectors<each>::COUNT>(inputs, small, i, place);
     }
+    if constexpr (past) copy_async_wait<FKDA_DECODE_PLACES_OF_A_CHUNK>(); /* for all but the state */
     __syncthreads();
+    if constexpr (past) PastTokens<Tile::IS_BF16>{args, small}.join(small.total);
     return true;
 }
 
-/* `each`: the state after each token of a tree is written. */
-template <bool is_bf16, bool k_first, bool each>
+/* `each`: the state after each token of a tree is written. `past`: accepted tokens of earlier records are
+ * applied to the state first, and the state is written then; no state after a new token is. */
+template <bool is_bf16, bool k_first, bool each, bool past = false>
 __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
 {
     using State = Tile<is_bf16, k_first, 4>;
     Small &small = *reinterpret_cast<Small *>(cta_memory());
-    const bool writes_last = !each && args.write_states == FLASH_KDA_WRITE_LAST;
-    if (!begin_chunk<each, State>(args, small)) return;
+    const bool writes_last = !each && !past && args.write_states == FLASH_KDA_WRITE_LAST;
+    if (!begin_chunk<each, past, State>(args, small)) return;
     const bool is_tree = each || args.parents.data;
     if (is_tree)
         walk_all<each, true>(small, false);
@@ -474,7 +497,13 @@ __device__ __forceinline__ void decode_chunk(const fkda_decode_args &args)
         walk_all<each, false>(small, writes_last);
     State tile(0);
     tile.find_place_again(small.work.first_row);
-    multiply_start<each>(chunk_state<each>(args, tile, small.at), tile, small, writes_last);
+    if constexpr (past) {
+        const ChunkState<false, State> stored = chunk_state<false>(args, tile, small.at);
+        const BroughtState<State> brought(stored, tile, args, small);
+        multiply_start<false>(brought, tile, small, false);
+    } else {
+        multiply_start<each>(chunk_state<each>(args, tile, small.at), tile, small, writes_last);
+    }
     if (is_tree)
         solve<each, true>(args, small);
     else

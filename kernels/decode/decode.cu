@@ -11,8 +11,8 @@
  *   prepared meanwhile.
  * - One token has its own kernel, through which states stream (one.cuh), and so do records (apply.cuh).
  *   Tokens that follow each other are computed one after the other, with the state in registers (steps.cuh),
- *   or at once, and states stream there too (chunk.cuh). The host chooses: which_decode() in
- *   src/cuda/decode.c.
+ *   or at once, and states stream there too (chunk.cuh), also with accepted tokens of earlier records applied
+ *   to them (past.cuh). The host chooses: which_decode() in src/cuda/decode.c.
  * - A kernel starts before the previous one in the stream is over, and waits for its end before it touches
  *   memory (programmatic dependent launch).
  */
@@ -41,6 +41,9 @@
 #define FKDA_DEFINE_CHUNK(name, is_bf16, k_first, each)                                                      \
     FKDA_DEFINE_KERNEL(name, fkda_decode_args, FKDA_DECODE_THREADS, FKDA_DECODE_CTAS_OF_CHUNK(is_bf16),      \
                        (decode_chunk<is_bf16, k_first, each>))
+#define FKDA_DEFINE_PAST(name, is_bf16, k_first)                                                             \
+    FKDA_DEFINE_KERNEL(name, fkda_decode_args, FKDA_DECODE_THREADS, FKDA_DECODE_CTAS_OF_PAST(is_bf16),       \
+                       (decode_chunk<is_bf16, k_first, false, true>))
 #define FKDA_DEFINE_APPLY(name, is_bf16, k_first)                                                            \
     FKDA_DEFINE_KERNEL(name, fkda_apply_args, FKDA_DECODE_THREADS_OF_ONE(is_bf16, k_first),                  \
                        FKDA_DECODE_CTAS_OF_APPLY * 32768 / FKDA_DECODE_BYTES_OF_ONE(is_bf16),                \
@@ -52,6 +55,7 @@
     FKDA_DEFINE_USUAL(fkda_decode_steps_##suffix, fkda_decode_args, (decode_steps<is_bf16, k_first>))        \
     FKDA_DEFINE_CHUNK(fkda_decode_chunk_##suffix, is_bf16, k_first, false)                                   \
     FKDA_DEFINE_CHUNK(fkda_decode_each_##suffix, is_bf16, k_first, true)                                     \
+    FKDA_DEFINE_PAST(fkda_decode_past_##suffix, is_bf16, k_first)                                            \
     FKDA_DEFINE_APPLY(fkda_decode_apply_##suffix, is_bf16, k_first)
 
 FKDA_DEFINE_KERNELS(f32, false, false)

@@ -12,6 +12,13 @@ typedef struct fkda_index_args {
     int columns; /* of a row, for tensors of two dimensions */
 } fkda_index_args;
 
+/* Records of tokens that were computed before, and which of them are to be applied to the states. */
+typedef struct fkda_past_args {
+    const float *records; /* [N, columns, HV, 3, 128], or null */
+    int columns;
+    fkda_index_args num_accepted_tokens, accepted; /* flash_kda.h has their shapes */
+} fkda_past_args;
+
 typedef struct fkda_decode_args {
     const void *q, *k, *v, *g, *beta; /* bf16, or fp32 where a flag says so; flash_kda.h has the shapes */
     void *out;
@@ -22,7 +29,8 @@ typedef struct fkda_decode_args {
     fkda_state_args written; /* where states go: written_states, or the pool that they come from */
     fkda_index_args written_indices;
     int has_written_states;
-    float *records;            /* [N, record_columns, HV, 3, 128], or null */
+    float *records; /* [N, record_columns, HV, 3, 128], or null */
+    fkda_past_args past;
     const long long *rounding; /* seed and offset, or null */
     long long first_slot;
     long long tokens; /* of each sequence; with cu_seqlens of all */
@@ -41,12 +49,11 @@ typedef struct fkda_decode_args {
 } fkda_decode_args;
 
 typedef struct fkda_apply_args {
-    const float *records;
+    fkda_past_args past;
     fkda_state_args state;
-    fkda_index_args state_indices, num_accepted_tokens, accepted;
+    fkda_index_args state_indices;
     const long long *rounding;
     long long first_slot;
-    int record_columns;
     int heads, sequences;
     int state_is_bf16, state_k_first;
     int split; /* log2 of the CTAs that a head is divided among */

@@ -41,7 +41,13 @@
      FKDA_DECODE_VECTOR_BYTES * FKDA_DECODE_VECTORS_OF_A_CHUNK(each) * FKDA_DECODE_ROOM_OF_A_CHUNK(tokens) + \
      (8192 * ((each) && !(is_bf16) ? 8 : FKDA_DECODE_PLACES_OF_A_CHUNK) >> (split)))
 
+/* A chunk kernel that applies tokens of earlier records has their decays, keys and u, too (past.cuh). */
+#define FKDA_DECODE_CTAS_OF_PAST(is_bf16) ((is_bf16) ? 2 : 3)
+#define FKDA_DECODE_PAST_BYTES(tokens, split)                                                                \
+    (((tokens) + 7) / 8 * 8 * (2 * FKDA_DECODE_VECTOR_BYTES + (FKDA_DECODE_VECTOR_BYTES >> (split))))
+
 /* Of any kernel. */
-#define FKDA_DECODE_MOST_SHARED_BYTES FKDA_DECODE_APPLY_BYTES(0, FKDA_DECODE_MAX_TOKENS, 0)
+#define FKDA_DECODE_MOST_SHARED_BYTES                                                                        \
+    (FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 0, 0, 0) + FKDA_DECODE_PAST_BYTES(FKDA_DECODE_MAX_TOKENS, 0))
 
 #endif

@@ -25,6 +25,7 @@ struct Small {
     Work work;
     Sequence sequence;
     long long at; /* where the starting state begins, in elements of the pool */
+    int past;     /* tokens of earlier records that are applied to it (past.cuh) */
 };
 static_assert(sizeof(Small) <= FKDA_DECODE_SMALL_BYTES, "keep decode_shape.h in step");
 

@@ -379,6 +379,8 @@ def decode(
     rounding: Array | None = None,
     written_states: Array | None = None,
     written_indices: Array | None = None,
+    past_records: Array | None = None,
+    accepted: Array | None = None,
     kernel: str | None = None,
     threads: int = 0,
     use_gate_in_kernel: bool = True,
@@ -406,8 +408,9 @@ def decode(
             and the pool is neither read nor written for it. An index beyond the pool means the same on a GPU,
             and is refused on the CPU. With write_states="each" a slot below first_slot or beyond the pool
             takes no state, and the others do.
-        num_accepted_tokens: int32 or int64 [N], or None; with write_states="each" alone. Sequence n starts
-            from slot state_indices[n, num_accepted_tokens[n] - 1]. None: from slot state_indices[n, 0].
+        num_accepted_tokens: int32 or int64 [N], or None. With write_states="each" sequence n starts from slot
+            state_indices[n, num_accepted_tokens[n] - 1]. None: from slot state_indices[n, 0]. With
+            past_records it is required, and is how many of them are applied.
         write_states: "last": the state after a sequence's last token, to the slot that it came from. "none":
             no state is written, as when draft tokens are verified; see records. "each": the state after token
             i of sequence n, to slot state_indices[n, i].
@@ -433,6 +436,12 @@ def decode(
             a GPU, and is refused on the CPU. With write_states="last" [N]; None: slot n for sequence n. With
             "each" [N, W], with [n, i] for token i of sequence n and W at least the longest sequence; None:
             the slot is the token's number among all tokens, n T + i, or cu_seqlens[n] + i.
+        past_records: fp32 [N, R2, HV, 3, 128], contiguous, or None; with write_states="none" alone. Records
+            that an earlier call wrote. The call first does with them, num_accepted_tokens and accepted what
+            `apply_records` does: it writes the state after the accepted tokens to the slot. Then it computes
+            its own tokens from there. On a GPU a state crosses memory once in each direction for all of that.
+            It must be another tensor than records.
+        accepted: int32 or int64 [N, A], or None; with past_records alone. As for `apply_records`.
         kernel, threads: as for `fwd`.
         use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: as for
             `fwd`.
@@ -447,7 +456,8 @@ def decode(
 
     A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first
     call on a device it is safe under CUDA graph capture. A replayed graph takes the values that
-    state_indices, num_accepted_tokens, cu_seqlens, parents, rounding and written_indices have at the replay.
+    state_indices, num_accepted_tokens, accepted, cu_seqlens, parents, rounding and written_indices have at the
+    replay.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.
@@ -457,7 +467,7 @@ def decode(
     arrays = [q, k, v, g, beta, out, state]
     given = _append_given(
         arrays, A_log, dt_bias, state_indices, num_accepted_tokens, cu_seqlens, parents, records, rounding,
-        written_states, written_indices,
+        written_states, written_indices, past_records, accepted,
     )  # fmt: skip
     _hand_over(
         DECODE, arrays, scale, 0.0 if lower_bound is None else lower_bound,
@@ -1032,6 +1042,7 @@ def explain_decode(
     with_parents: bool = False,
     with_records: bool = False,
     with_written_states: bool = False,
+    with_past_records: bool = False,
     state_v_first: bool = True,
 ) -> str:
     """Which kernel a call of `decode`, `decode_layer` or `apply_records` would run for T tokens of each of N
@@ -1046,7 +1057,8 @@ def explain_decode(
         bf16_state: whether the pool is bf16.
         fp32_gate: whether g and beta are fp32.
         with_cu_seqlens: whether the N T tokens come in one row, with cu_seqlens.
-        with_parents, with_records, with_written_states: whether the call has these arrays.
+        with_parents, with_records, with_written_states, with_past_records: whether the call has these arrays.
+            There are T past records of a sequence.
     All other arguments are as for `decode`.
 
     Raises:
@@ -1067,6 +1079,7 @@ def explain_decode(
         with_parents=with_parents,
         with_records=with_records,
         with_written_states=with_written_states,
+        with_past_records=with_past_records,
     )
     return _shapes.explain_decode(device, shape)
 

@@ -158,8 +158,8 @@ class PreparedCall:
                     params.saved_size = size_bytes
                 self.pointers.append(self._field(c_void_p, name))
                 continue
-            if name == "records":
-                view = _flat_records(view)
+            if name in ("records", "past_records"):
+                view = flat_records(name, view)
             tensor = getattr(params, name)
             dtype = _lib.OTHER if view.dtype == _lib.U8 else view.dtype
             _lib.set_shape(tensor, dtype, view.shape, view.stride)
@@ -259,15 +259,15 @@ def _bytes_of(name: str, view: View) -> int:
 _RECORD = (3, 128)  # rows and channels
 
 
-def _flat_records(view: View) -> View:
+def flat_records(name: str, view: View) -> View:
     """C's tensors have four dimensions, so a head's record is a row of 384 numbers there."""
     if len(view.shape) != 5 or view.shape[3:] != _RECORD:
-        raise ValueError(f"records has shape {list(view.shape)}; it must be [N, R, HV, 3, K], K = 128")
+        raise ValueError(f"{name} has shape {list(view.shape)}; it must be [N, R, HV, 3, K], K = 128")
     if view.stride is not None and any(
         size > 1 and step != right
         for size, step, right in zip(view.shape, view.stride, _lib.row_major(view.shape))
     ):
-        raise ValueError(f"records has strides {list(view.stride)}; it must be contiguous")
+        raise ValueError(f"{name} has strides {list(view.stride)}; it must be contiguous")
     return view._replace(shape=(*view.shape[:3], math.prod(_RECORD)), stride=None)
 
 

@@ -45,6 +45,8 @@ class DecodeOptions(GateAndBeta, CallOptions):
         "rounding",
         "written_states",
         "written_indices",
+        "past_records",
+        "accepted",
     )
     written_arrays = ("out", "state", "records", "written_states")
     operator_head = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "state")

@@ -41,8 +41,8 @@ _SLOTS = (
 )  # fmt: skip
 # Pools, of which a call needs few slots, and what it writes in part.
 _NEVER_COPIED = (
-    "workspace", "saved", "checkpoint_states", "state", "written_states", "records", "conv_state",
-    "conv_windows",
+    "workspace", "saved", "checkpoint_states", "state", "written_states", "records", "past_records",
+    "conv_state", "conv_windows",
 )  # fmt: skip
 _ALIGNED = ("dt_bias", "ddt_bias")  # to _UNIT too
 _UNIT = 16  # bytes, of which addresses are multiples, and on a GPU strides

@@ -217,6 +217,8 @@ class DecodeParams(ctypes.Structure):
         ("interrupt", c_void_p),
         ("written_states", Tensor),
         ("written_indices", Tensor),
+        ("past_records", Tensor),
+        ("accepted", Tensor),
     ]
 
 

@@ -8,7 +8,7 @@ from ctypes import POINTER, c_double
 from typing import Any
 
 from . import _arrays, _functional, _interruptible, _lib
-from ._call import check_numbers
+from ._call import check_numbers, flat_records
 from ._decode_options import DecodeLayerOptions, DecodeOptions
 from ._options import OPTIONAL_ARRAYS, REQUIRED_ARRAYS, Options
 
@@ -138,6 +138,8 @@ def filled(
             _lib.set_shape(tensor, _lib.F32, tuple(x.shape))
             continue
         view, owner = _arrays.read(name, _readable(name, x), None)
+        if name == "past_records":
+            view = flat_records(name, view)
         owners.append(owner)
         shapes[name] = view.shape
         _lib.set_shape(tensor, view.dtype, view.shape, view.stride)

@@ -156,7 +156,7 @@ class DecodeShape:
         self.function, self.flags = function, flags
         self.each = write_states == "each" and not flags["with_written_states"]
         known, self.explain = _DECODE_FUNCTIONS[function]
-        for name in ("cu_seqlens", "parents", "records", "written_states"):
+        for name in ("cu_seqlens", "parents", "records", "written_states", "past_records"):
             takes = (*known.cls.required_arrays, *known.cls.optional_arrays)
             if flags[f"with_{name}"] and (name not in takes or function == "apply_records"):
                 raise ValueError(f"with_{name} is True; it must be False for {function}")
@@ -198,11 +198,14 @@ class DecodeShape:
             }
         if self.each:
             arrays["state_indices"] = (_lib.I64, (N, max(T, 1)))
+        if flags["with_past_records"]:
+            arrays["num_accepted_tokens"] = (_lib.I64, (N,))
         optional = {
             "with_cu_seqlens": ("cu_seqlens", _lib.I64, (N + 1,)),
             "with_parents": ("parents", _lib.I64, (N, T)),
             "with_records": ("records", f32, (N, T, HV, 3 * D)),
             "with_written_states": ("written_states", state, pool),
+            "with_past_records": ("past_records", f32, (N, T, HV, 3 * D)),
         }
         for flag, (name, dtype, shape) in optional.items():
             if flags[flag]:

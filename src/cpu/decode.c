@@ -147,18 +147,6 @@ static bool decode_piece(void *context, int64_t index, int worker)
     return true;
 }
 
-flash_kda_status fkda_cpu_decode(const fkda_decode_problem *p)
-{
-    const int64_t heads = p->sequences * p->heads;
-    const division d = division_of_decode(p);
-    job j = {.decode = p,
-             .variant = fkda_cpu_find_variant(p->kernel->info.name),
-             .heads = p->heads,
-             .split = d.split};
-    return fkda_parallel_for(d.threads, heads * d.split, decode_piece, &j) ? FLASH_KDA_OK
-                                                                           : fkda_interruption();
-}
-
 /* ---- Apply --------------------------------------------------------------------------------------------- */
 
 /* The tokens that are applied. */
@@ -199,4 +187,23 @@ flash_kda_status fkda_cpu_apply(const fkda_apply_problem *p)
              .split = d.split};
     return fkda_parallel_for(d.threads, heads * d.split, apply_piece, &j) ? FLASH_KDA_OK
                                                                           : fkda_interruption();
+}
+
+/* ---- The call ------------------------------------------------------------------------------------------ */
+
+flash_kda_status fkda_cpu_decode(const fkda_decode_problem *p)
+{
+    if (p->past_records) {
+        const fkda_apply_problem past = fkda_past_of(p);
+        const flash_kda_status status = fkda_cpu_apply(&past);
+        if (status != FLASH_KDA_OK) return status;
+    }
+    const int64_t heads = p->sequences * p->heads;
+    const division d = division_of_decode(p);
+    job j = {.decode = p,
+             .variant = fkda_cpu_find_variant(p->kernel->info.name),
+             .heads = p->heads,
+             .split = d.split};
+    return fkda_parallel_for(d.threads, heads * d.split, decode_piece, &j) ? FLASH_KDA_OK
+                                                                           : fkda_interruption();
 }

@@ -34,6 +34,22 @@ static fkda_problem tokens_of(const fkda_decode_problem *p)
                           .lower_bound = p->lower_bound};
 }
 
+/* Applies the accepted tokens of earlier records to the state that sequence n starts from. */
+static void apply_past(const fkda_apply_problem *past, int64_t n, int64_t h, double (*state)[V])
+{
+    const int64_t count = past->records ? fkda_apply_count(past, n) : 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t token = fkda_apply_token(past, n, i);
+        if (token < 0) return;
+        const float *record =
+            past->records + fkda_record_offset(n, past->record_columns, token, past->heads, h);
+        for (int c = 0; c < K; c++)
+            for (int v = 0; v < V; v++)
+                state[c][v] = record[FKDA_RECORD_DECAY * K + c] * state[c][v] +
+                              (double)record[FKDA_RECORD_KEY * K + c] * record[FKDA_RECORD_U * K + v];
+    }
+}
+
 static bool run_head(void *context, int64_t index, int worker)
 {
     const job *j = context;
@@ -43,7 +59,9 @@ static bool run_head(void *context, int64_t index, int worker)
     const int64_t slot = fkda_decode_first_slot(p, n);
     double(*states)[K][V] = j->scratch[worker];
 
+    const fkda_apply_problem past = fkda_past_of(p);
     fkda_reference_load(&p->state, slot, h, p->state_k_first, states[0]);
+    apply_past(&past, n, h, states[0]);
     for (int64_t i = 0; i < sequence.end - sequence.begin; i++) {
         const int64_t token = sequence.begin + i, row = (sequence.row * p->tokens + token) * p->heads + h;
         double *out = j->out + row * V, (*after)[V] = states[i + 1];

@@ -6,6 +6,7 @@
  *           writes the state after each token of a chain.
  *   chunk   more tokens at once, on tensor cores; and trees of tokens. The state streams too.
  *   each    the same for a tree, with the state after each token written.
+ *   past    `chunk` on states that are brought up to date from records on their way.
  *   apply   brings states up to date from records.
  *
  * which_decode() has the policy. A kernel is divided into more CTAs for a head if heads are few
@@ -22,11 +23,11 @@
 extern const unsigned char fkda_fatbin_decode[];
 
 /* The kernels for a type and a layout of states, in the order of `module.names`. */
-enum { ONE, STEPS, CHUNK, EACH, APPLY, KERNELS };
+enum { ONE, STEPS, CHUNK, EACH, PAST, APPLY, KERNELS };
 
 #define FKDA_NAMES(suffix)                                                                                   \
     "fkda_decode_one_" suffix, "fkda_decode_steps_" suffix, "fkda_decode_chunk_" suffix,                     \
-        "fkda_decode_each_" suffix, "fkda_decode_apply_" suffix
+        "fkda_decode_each_" suffix, "fkda_decode_past_" suffix, "fkda_decode_apply_" suffix
 
 static fkda_module module = {
     .image = fkda_fatbin_decode,
@@ -82,6 +83,7 @@ static int kernel_of(const fkda_state_view *state, bool k_first, int which)
 
 static int which_decode(const fkda_decode_problem *p)
 {
+    if (p->past_records) return PAST;
     if (p->parents.data) return p->write_states == FLASH_KDA_WRITE_EACH ? EACH : CHUNK;
     if (!p->cu_seqlens.data && p->tokens == 1) return ONE;
     if (p->write_states == FLASH_KDA_WRITE_EACH) return STEPS;
@@ -114,7 +116,7 @@ static int most_tokens(const fkda_decode_problem *p)
 static int least_split_of_more(const fkda_decode_problem *p, int which)
 {
     if (which == EACH) return SPLIT_FOR_EACH;
-    if (which == CHUNK || p->write_states == FLASH_KDA_WRITE_EACH || p->tokens > 4) return SPLIT_FOR_MORE;
+    if (which == CHUNK || which == PAST || p->write_states == FLASH_KDA_WRITE_EACH || p->tokens > 4) return SPLIT_FOR_MORE;
     return p->tokens > 2 ? SPLIT_FOR_FOUR_TOKENS : SPLIT_FOR_TWO_TOKENS;
 }
 
@@ -123,11 +125,16 @@ static fkda_decode_launch launch_of_more(const fkda_decode_problem *p, int which
     const bool is_bf16 = p->state.dtype == FLASH_KDA_BF16;
     const int tokens = most_tokens(p),
               split = choose_split(heads, least_split_of_more(p, which), MOST_SPLIT_FOR_MORE, sms);
+    int shared_bytes = which == STEPS ? FKDA_DECODE_STEPS_BYTES(tokens)
+                                      : FKDA_DECODE_CHUNK_BYTES(tokens, which == EACH, is_bf16, split);
+    if (which == PAST) {
+        const int64_t most = FKDA_DECODE_MAX_TOKENS, past = p->past_columns < most ? p->past_columns : most;
+        shared_bytes += FKDA_DECODE_PAST_BYTES((int)past, split);
+    }
     return (fkda_decode_launch){
         .split = split,
         .threads = FKDA_DECODE_THREADS >> split,
-        .shared_bytes = which == STEPS ? FKDA_DECODE_STEPS_BYTES(tokens)
-                                       : FKDA_DECODE_CHUNK_BYTES(tokens, which == EACH, is_bf16, split),
+        .shared_bytes = shared_bytes,
     };
 }
 
@@ -159,20 +166,6 @@ static fkda_decode_launch launch_of_apply(const fkda_apply_problem *p, int sms)
     };
 }
 
-flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
-{
-    int sms;
-    if (p->sequences * p->heads == 0 || p->tokens == 0) return FLASH_KDA_OK;
-    const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
-    if (status != FLASH_KDA_OK) return status;
-    fkda_decode_args args = fkda_decode_args_of(p);
-    fkda_decode_launch l = launch_of_decode(p, sms);
-    l.args = &args;
-    args.split = l.split;
-    args.room = FKDA_DECODE_ROOM_OF_A_CHUNK(most_tokens(p));
-    return fkda_launch_decode(p->device, p->stream, &module, &l);
-}
-
 flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
 {
     int sms;
@@ -180,14 +173,11 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
     if (status != FLASH_KDA_OK) return status;
     fkda_apply_args args = {
-        .records = p->records,
+        .past = fkda_past_args_of(p),
         .state = fkda_state_args_of(&p->state),
         .state_indices = fkda_index_args_of(&p->state_indices, 1),
-        .num_accepted_tokens = fkda_index_args_of(&p->num_accepted_tokens, 1),
-        .accepted = fkda_index_args_of(&p->accepted, p->accepted_columns),
         .rounding = (const long long *)p->rounding,
         .first_slot = p->first_slot,
-        .record_columns = (int)p->record_columns,
         .heads = (int)p->heads,
         .sequences = (int)p->sequences,
         .state_is_bf16 = p->state.dtype == FLASH_KDA_BF16,
@@ -199,6 +189,23 @@ flash_kda_status fkda_cuda_apply(const fkda_apply_problem *p)
     return fkda_launch_decode(p->device, p->stream, &module, &l);
 }
 
+flash_kda_status fkda_cuda_decode(const fkda_decode_problem *p)
+{
+    int sms;
+    const fkda_apply_problem past = fkda_past_of(p);
+    if (p->sequences * p->heads == 0) return FLASH_KDA_OK;
+    if (p->tokens == 0) return p->past_records ? fkda_cuda_apply(&past) : FLASH_KDA_OK;
+    const flash_kda_status status = fkda_cuda_sms(p->device.index, &sms);
+    if (status != FLASH_KDA_OK) return status;
+    fkda_decode_args args = fkda_decode_args_of(p);
+    fkda_decode_launch l = launch_of_decode(p, sms);
+    args.past = fkda_past_args_of(&past);
+    l.args = &args;
+    args.split = l.split;
+    args.room = FKDA_DECODE_ROOM_OF_A_CHUNK(most_tokens(p));
+    return fkda_launch_decode(p->device, p->stream, &module, &l);
+}
+
 void fkda_cuda_explain_decode(const fkda_decode_problem *p, char *text, size_t size)
 {
     static const char *const how[KERNELS] = {
@@ -207,6 +214,8 @@ void fkda_cuda_explain_decode(const fkda_decode_problem *p, char *text, size_t s
         [CHUNK] = "all tokens of a sequence at once on tensor cores, and states that stream through shared "
                   "memory",
         [EACH] = "all tokens of a sequence at once on tensor cores, with states in shared memory",
+        [PAST] = "all tokens of a sequence at once on tensor cores, and states to which records are applied "
+                 "while they stream through shared memory",
     };
     int sms;
     if (fkda_cuda_sms(p->device.index, &sms) != FLASH_KDA_OK) sms = 1;

@@ -11,9 +11,20 @@ static inline fkda_index_args fkda_index_args_of(const fkda_index_view *t, int64
     return (fkda_index_args){t->data, t->is_i32, (int)columns};
 }
 
-/* All but `split` and `room`. */
+static inline fkda_past_args fkda_past_args_of(const fkda_apply_problem *p)
+{
+    return (fkda_past_args){
+        .records = p->records,
+        .columns = (int)p->record_columns,
+        .num_accepted_tokens = fkda_index_args_of(&p->num_accepted_tokens, 1),
+        .accepted = fkda_index_args_of(&p->accepted, p->accepted_columns),
+    };
+}
+
+/* All but `past`, `split` and `room`. */
 static inline fkda_decode_args fkda_decode_args_of(const fkda_decode_problem *p)
 {
+    const fkda_index_view none = {0};
     return (fkda_decode_args){
         .q = p->q.data,
         .k = p->k.data,
@@ -31,7 +42,8 @@ static inline fkda_decode_args fkda_decode_args_of(const fkda_decode_problem *p)
         .dt_bias = p->dt_bias,
         .state = fkda_state_args_of(&p->state),
         .state_indices = fkda_index_args_of(&p->state_indices, p->slot_columns),
-        .num_accepted_tokens = fkda_index_args_of(&p->num_accepted_tokens, 1),
+        .num_accepted_tokens =
+            fkda_index_args_of(p->past_records ? &none : &p->num_accepted_tokens, 1), /* where they start */
         .cu_seqlens = fkda_index_args_of(&p->cu_seqlens, 1),
         .parents = fkda_index_args_of(&p->parents, p->parent_columns),
         .written = fkda_state_args_of(&p->written),

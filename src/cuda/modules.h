@@ -6,7 +6,7 @@
 
 #include "driver.h"
 
-enum { FKDA_MAX_DEVICES = 64, FKDA_MAX_FUNCTIONS = 20 };
+enum { FKDA_MAX_DEVICES = 64, FKDA_MAX_FUNCTIONS = 24 };
 
 /* An embedded fat binary and the kernels in it. A definition is static and fills in all members but
  * `functions` and `loaded`. */

@@ -1,7 +1,7 @@
 /*
  * Calls of flash_kda_decode() and flash_kda_apply() with every option, drawn from a seed: one to sixteen
- * tokens, packed sequences, grouped heads, gates, betas, strides, pools, trees, records and both kinds of
- * rounding. Every output, every state that is written and every record is held to the fp64 recurrence, and
+ * tokens, packed sequences, grouped heads, gates, betas, strides, pools, trees, records, past records and both
+ * kinds of rounding. Every output, every state that is written and every record is held to the fp64 recurrence, and
  * every byte that is no element of one must be as before.
  *
  * FLASH_KDA_TEST_PROBLEMS says how many calls are tried, and FLASH_KDA_TEST_SEED where they begin:
@@ -50,6 +50,7 @@ static sums total_out;
 
 typedef struct draw {
     const decode_problem *d;
+    const decode_problem *allowed; /* the same with numbers that are allowed */
     const decode_options *options;
     decode_answer truth;
     uint16_t *out;
@@ -260,17 +261,15 @@ static void check_records(const draw *w)
             }
 }
 
-/* Applies the tokens that the draw says. Each sequence must come to the true state after the last of them. */
-static void check_apply(draw *w, decode_call *c)
+/* After the tokens that the draw says were applied: each sequence must have come to the true state after the
+ * last of them, and nothing else may have been written. */
+static void check_applied(draw *w, decode_call *c)
 {
-    decode_call_restore_pool(c);
-    const flash_kda_status status = decode_call_apply(c);
-    if (!CHECK(status == FLASH_KDA_OK, "apply: %s", flash_kda_last_error())) return;
     const char *damaged = decode_call_damage(c, true);
-    CHECK(!damaged, "apply wrote bytes of %s, or around it, that it may not write", damaged);
+    CHECK(!damaged, "bytes of %s, or around it, were written that may not be", damaged);
     float *records = decode_call_read_records(c);
     const int64_t numbers = w->d->tokens->sequences * w->d->record_columns * w->d->tokens->heads * RECORD;
-    CHECK(first_difference(records, w->records, sizeof *records, numbers) < 0, "apply changed a record");
+    CHECK(first_difference(records, w->records, sizeof *records, numbers) < 0, "a record has changed");
     free(records);
     free(w->pool);
     w->pool = decode_call_read_pool(c);
@@ -282,6 +281,69 @@ static void check_apply(draw *w, decode_call *c)
             check_state(w, w->pool, slot, n, last, h, 0, most_roundings(w));
     }
     check_state_sums(w);
+}
+
+static void check_apply(draw *w, decode_call *c)
+{
+    decode_call_restore_pool(c);
+    const flash_kda_status status = decode_call_apply(c);
+    if (CHECK(status == FLASH_KDA_OK, "apply: %s", flash_kda_last_error())) check_applied(w, c);
+}
+
+/* ---- Past records -------------------------------------------------------------------------------------- */
+
+/* Puts the states of the pool in the place of those that a problem starts from. */
+static void start_from_pool(const draw *w, problem *p)
+{
+    for (int64_t i = 0; i < p->slots * p->heads * DIM * DIM; i++)
+        p->initial_state[i] =
+            is_bf16(w) ? float_from_bf16(((const uint16_t *)w->pool)[i]) : ((const float *)w->pool)[i];
+}
+
+/* Holds what the call has left in out and in its own records to what its tokens make of the states in the
+ * pool. */
+static void check_tokens_after_past(const draw *w, const decode_call *c, const buffer *records)
+{
+    decode_problem d = *w->d, allowed = *w->allowed;
+    draw after = {.d = &d, .options = w->options};
+    d.write_states = FLASH_KDA_WRITE_NONE;
+    d.has_written = false;
+    d.tokens = problem_copy(w->d->tokens), allowed.tokens = problem_copy(w->allowed->tokens);
+    start_from_pool(w, d.tokens), start_from_pool(w, allowed.tokens);
+    after.truth = decode_solve(&allowed);
+    after.out = decode_call_read_out(c);
+    after.records = (float *)buffer_read(records);
+    check_out(&after);
+    check_records(&after);
+    CHECK(buffer_is_intact(records), "bytes around records were written");
+    decode_answer_free(&after.truth);
+    free(after.out), free(after.records);
+    problem_free(d.tokens), problem_free(allowed.tokens);
+}
+
+/* Applies the same tokens in the call that computes all tokens once more, from the states after those. */
+static void check_past(draw *w, decode_call *c)
+{
+    const size_t numbers =
+        (size_t)(w->d->tokens->sequences * w->d->record_columns * w->d->tokens->heads * RECORD);
+    buffer records = {.device = c->decode.device, .bytes = numbers * sizeof(float), .band = OUTPUT_BAND_BYTE};
+    flash_kda_decode_params params = c->decode;
+    buffer_create(&records);
+    params.write_states = FLASH_KDA_WRITE_NONE;
+    params.written_states.data = params.written_indices.data = NULL;
+    params.state_indices = c->apply.state_indices;
+    params.num_accepted_tokens = c->apply.num_accepted_tokens;
+    params.accepted = c->apply.accepted;
+    params.past_records = c->apply.records;
+    params.records.data = buffer_start(&records);
+    decode_call_restore_pool(c);
+    const flash_kda_status status = flash_kda_decode(&params);
+    if (CHECK(status == FLASH_KDA_OK, "past_records: %s", flash_kda_last_error())) {
+        must(flash_kda_synchronize(params.device, params.stream));
+        check_applied(w, c);
+        check_tokens_after_past(w, c, &records);
+    }
+    buffer_free(&records);
 }
 
 /* ---- Draws --------------------------------------------------------------------------------------------- */
@@ -326,6 +388,7 @@ static void check_call(draw *w, decode_call *c, bool again)
         w->records = decode_call_read_records(c);
         check_records(w);
         check_apply(w, c);
+        check_past(w, c);
     }
 }
 
@@ -335,7 +398,7 @@ static void try_one(uint64_t seed, bool is_wild)
     char text[240];
     decode_problem d = draw_decode(&r, test.quick ? 40 : 100, is_wild), allowed = allowed_decode(&d);
     const decode_options options = draw_decode_options(&r, &d);
-    draw w = {.d = &d, .options = &options, .truth = decode_solve(&allowed)};
+    draw w = {.d = &d, .allowed = &allowed, .options = &options, .truth = decode_solve(&allowed)};
     decode_call c;
     trying("seed %llu: %s", (unsigned long long)seed, describe_decode(&d, &options, text));
     decode_call_open(&c, &d, options);

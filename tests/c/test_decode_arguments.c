@@ -397,6 +397,41 @@ static void absent(void)
 
 /* ---- Numbers and flags --------------------------------------------------------------------------------- */
 
+/* Makes of a call that writes records one that applies them. */
+static void take_past(flash_kda_decode_params *p)
+{
+    p->write_states = FLASH_KDA_WRITE_NONE;
+    p->past_records = p->records;
+    p->records.data = NULL;
+    p->num_accepted_tokens = rows.apply.num_accepted_tokens;
+}
+
+static void past_records(void)
+{
+    ROWS("past_records is given without FLASH_KDA_WRITE_NONE; it must be absent", take_past(&p),
+         p.write_states = FLASH_KDA_WRITE_LAST);
+    ROWS("num_accepted_tokens is absent; it must be given with past_records", take_past(&p),
+         p.num_accepted_tokens.data = NULL);
+    ROWS("accepted is given without past_records; it must be absent", p.accepted = packed.apply.accepted);
+    ROWS("past_records has shape [3, 2, 2, 128]; it must be [N, R, HV, 3 * K] = [3, 2, 2, 384]",
+         take_past(&p), p.past_records.shape[3] = 128);
+    ROWS("past_records has 2 dimensions; it must have 4: [N, R, HV, 3 * K]", take_past(&p),
+         p.past_records.ndim = 2);
+    ROWS("past_records has R = 2147483584; it must be at most 2147483583", take_past(&p),
+         p.past_records.shape[1] = INT32_MAX - 63, p.past_records.stride[0] = (INT32_MAX - 63) * 768LL);
+    ROWS("num_accepted_tokens has shape [2]; it must be [N] = [3]", take_past(&p),
+         p.num_accepted_tokens = packed.apply.num_accepted_tokens);
+    ROWS("accepted has shape [2, 4]; it must be [N, A] = [3, 4]", take_past(&p),
+         p.accepted = packed.apply.accepted);
+    ROWS("records overlaps past_records; it must have memory of its own", take_past(&p),
+         p.records = p.past_records);
+    ROWS("state overlaps past_records; it must have memory of its own", take_past(&p),
+         p.past_records.data = p.state.data);
+    ROWS("out overlaps accepted; it must have memory of its own", take_past(&p),
+         p.accepted = rows.apply.num_accepted_tokens, p.accepted.ndim = 2, p.accepted.shape[1] = 1,
+         p.accepted.stride[0] = p.accepted.stride[1] = 1, p.accepted.data = p.out.data);
+}
+
 static void options(void)
 {
     WRONG_OPTIONS(ROWS);
@@ -705,6 +740,10 @@ static void allowed(void)
     TAKEN(apart, (void)p);
     TAKEN(apart, p.written_indices.data = NULL);
     TAKEN(plain, p.state.stride[0] = 0); /* all sequences start from one state */
+    TAKEN(rows, take_past(&p));
+    TAKEN(rows, take_past(&p), p.past_records.shape[1] = 0);
+    TAKEN(rows, take_past(&p),
+          p.q.shape[1] = p.k.shape[1] = p.v.shape[1] = p.g.shape[1] = p.beta.shape[1] = p.out.shape[1] = 0);
     TAKEN(plain, p.written_states.shape[0] = 0,
           p.q.shape[1] = p.k.shape[1] = p.v.shape[1] = p.g.shape[1] = p.beta.shape[1] = p.out.shape[1] = 0,
           p.write_states = FLASH_KDA_WRITE_EACH);
@@ -816,6 +855,7 @@ static void arguments(void)
     strides();
     alignment();
     absent();
+    past_records();
     options();
     devices();
     interrupted();

@@ -18,6 +18,8 @@ template <class Arguments, void kernel(Arguments)> static void run(const void *a
          sizeof(fkda_decode_args)},                                                                          \
         {"fkda_decode_each_" #suffix, run<fkda_decode_args, fkda_decode_each_##suffix>,                      \
          sizeof(fkda_decode_args)},                                                                          \
+        {"fkda_decode_past_" #suffix, run<fkda_decode_args, fkda_decode_past_##suffix>,                      \
+         sizeof(fkda_decode_args)},                                                                          \
     {                                                                                                        \
         "fkda_decode_apply_" #suffix, run<fkda_apply_args, fkda_decode_apply_##suffix>,                      \
             sizeof(fkda_apply_args)                                                                          \

@@ -28,6 +28,7 @@ def make_decode(
     accepted=False,
     tree=False,
     records=False,
+    past=False,
     apart=None,
     integers=np.int64,
     seed=0,
@@ -63,6 +64,10 @@ def make_decode(
         a["parents"] = a["parents"].astype(integers)
     if records:
         a["records"] = np.full((N, T + 1, HV, 3, 128), np.nan, np.float32)
+    if past:  # records that keep states in their range
+        a["past_records"] = rng.standard_normal((N, T, HV, 3, 128), dtype=np.float32) / 8
+        a["past_records"][..., 0, :] = rng.uniform(0.8, 1.0, (N, T, HV, 128))
+        a["num_accepted_tokens"] = rng.integers(1, T + 1, N).astype(integers)
     if apart:
         columns = T + 1 if write == "each" else 1
         states = N * columns if apart == "indices" else rows * tokens if write == "each" else N

@@ -13,6 +13,7 @@ MODEL: "kimi_linear", transformers' own Kimi Linear; "softplus" or "bounded", th
 flash-linear-attention (FLA) with one of the two gates.
 WITH: "flash_kda", this package through FLA; "fla", FLA by itself; "torch", what transformers has in PyTorch.
 
+With FLASH_KDA_TEST_TUNES=0 FLA's kernels run in their first configurations, since tuning them takes minutes.
 On the CPU, FLA's own kernels run in Triton's interpreter. The interpreter cannot run FLA's kernel for chunks,
 so FLA by itself computes prompts token by token there.
 """
@@ -20,6 +21,7 @@ so FLA by itself computes prompts token by token there.
 import os
 import sys
 import warnings
+from pathlib import Path
 
 MODEL, WITH, DEVICE, BYTES, OUT, *BEFORE = sys.argv[1:]
 warnings.simplefilter("ignore")
@@ -31,12 +33,16 @@ if IN_INTERPRETER:
     from triton.runtime.autotuner import Autotuner
 
     Autotuner._bench = lambda self, *args, config, **kwargs: [0.0, 0.0, 0.0]  # which needs a GPU
+if os.environ.get("FLASH_KDA_TEST_TUNES") == "0":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from peer_timing.tuning import tune_nothing
+
+    tune_nothing()
 if WITH == "torch":
     sys.modules["fla"] = None
 
 import math  # noqa: E402
 import time  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402

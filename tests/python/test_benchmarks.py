@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import peers  # noqa: E402
-from peer_timing import competitors, picture, race, report, shapes  # noqa: E402
+from peer_timing import competitors, picture, race, report, shapes, tuning  # noqa: E402
 
 
 def test_shapes():
@@ -460,7 +460,7 @@ def test_fla_tunes_once(monkeypatch):
     for name in ("triton", "triton.runtime", "triton.runtime.autotuner"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["triton.runtime.autotuner"].Autotuner = Autotuner
-    competitors.tune_once()
+    tuning.tune_once()
     kernel, other = Autotuner(), Autotuner()
     assert [kernel.run("large"), kernel.run("small"), other.run("small")] == [
         "ran large",

@@ -254,6 +254,46 @@ def test_records(way):
     assert np.isnan(records[2]).all()
 
 
+@pytest.mark.parametrize("state", [np.float32, bfloat16])
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("T", [1, 8, 9])
+def test_past_records(way, state, tree, T):
+    """Records that the call applies itself leave what two calls leave."""
+    a = make_decode(N=5, T=7, write="none", records=True, state=state, tree=tree, seed=18)
+    b = {**records_of(a), "records": run_decode(a, *way)["records"]}
+    b["num_accepted_tokens"] = np.array([0, 3, 7, 1, 2])
+    if tree:
+        b["accepted"] = np.tile(np.arange(7)[::-1].copy(), (5, 1))
+        b["accepted"][4, 1] = 0
+    c = make_decode(N=5, T=T, write="none", records=True, state=state, tree=tree, seed=19)
+    c |= {n: a[n] for n in ("state_indices", "first_slot")}
+    want_state = run_decode(b, *way, name="apply_records")["state"]
+    want = run_decode({**c, "state": want_state}, *way)
+    past = {"past_records" if n == "records" else n: x for n, x in b.items()}
+    got = run_decode({**c, **past}, *way)
+    # bf16 states may be rounded to the other neighbour where they lie in the middle.
+    bar = 1e-6 if state == np.float32 else 2e-4
+    assert error(got["state"], want_state.astype(np.float64)) <= bar
+    assert error(got["out"], want["out"].astype(np.float64)) <= 3e-4
+    np.testing.assert_allclose(got["records"][:, :T], want["records"][:, :T], rtol=3e-3, atol=3e-3)
+    untouched = np.setdiff1d(np.arange(a["state"].shape[0]), a["state_indices"][[2, 3, 4]])
+    assert got["state"][untouched].tobytes() == a["state"][untouched].tobytes()
+
+
+def test_past_records_of_the_reference():
+    """The definition applies records in fp64."""
+    a = make_decode(N=2, T=4, write="none", records=True, pool=False, seed=20)
+    records = run_decode(a)["records"]
+    count = np.array([3, 4])
+    expected = truth_of_decode(a)["states"]
+    start = np.stack([expected[n][m - 1] for n, m in enumerate(count)]).astype(np.float32)
+    given = {n: x for n, x in a.items() if n not in ("out", "records")}
+    got = flash_kda.decode_reference(**given, past_records=records, num_accepted_tokens=count)
+    want = flash_kda.decode_reference(**{**given, "state": start})
+    for x, y in zip(got, want):
+        assert error(x, y) <= 1e-6
+
+
 def test_apply_of_a_path_in_a_tree(way):
     a = make_decode(N=1, T=6, write="none", records=True, pool=False, tree=True, seed=15)
     a["parents"] = np.array([[-1, 0, 0, 2, 1, 3]])
@@ -474,6 +514,39 @@ REFUSED = {
         {"write_states": "each", "state_indices": None, "first_slot": 0},
         ValueError,
         'state_indices is None; it must be given with write_states="each"',
+    ),
+    "past_records without none": (
+        {"past_records": np.zeros((3, 4, 2, 3, 128), np.float32), "num_accepted_tokens": np.array([1, 1, 1])},
+        ValueError,
+        'past_records is given without write_states="none"; it must be None',
+    ),
+    "past_records without numbers": (
+        {"past_records": np.zeros((3, 4, 2, 3, 128), np.float32), "write_states": "none"},
+        ValueError,
+        "num_accepted_tokens is None; it must be given with past_records",
+    ),
+    "past_records of another shape": (
+        {
+            "past_records": np.zeros((3, 4, 2, 384), np.float32),
+            "num_accepted_tokens": np.array([1, 1, 1]),
+            "write_states": "none",
+        },
+        ValueError,
+        "past_records has shape [3, 4, 2, 384]; it must be [N, R, HV, 3, K], K = 128",
+    ),
+    "accepted without past_records": (
+        {"accepted": np.array([[0], [0], [0]]), "write_states": "none"},
+        ValueError,
+        "accepted is given without past_records; it must be None",
+    ),
+    "more accepted than there are": (
+        {
+            "past_records": np.zeros((3, 4, 2, 3, 128), np.float32),
+            "num_accepted_tokens": np.array([1, 5, 1]),
+            "write_states": "none",
+        },
+        ValueError,
+        "num_accepted_tokens[1] is 5; it must be in [0, 4], where the last is the least of R and 16",
     ),
     "accepted without each": (
         {"num_accepted_tokens": np.array([1, 1, 1])},

@@ -83,7 +83,7 @@ def test_schemas():
         "Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(b!) state, Tensor? state_indices=None, "
         "Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, Tensor? parents=None, "
         "Tensor(c!)? records=None, Tensor? rounding=None, Tensor(d!)? written_states=None, "
-        "Tensor? written_indices=None, int first_slot=0, "
+        "Tensor? written_indices=None, Tensor? past_records=None, Tensor? accepted=None, int first_slot=0, "
         'str write_states="last", str? kernel_name=None, int threads=0, bool use_gate_in_kernel=True, '
         "bool use_qk_l2norm_in_kernel=True, bool use_beta_sigmoid_in_kernel=True, "
         "bool allow_neg_eigval=False, bool state_v_first=True) -> ()"
@@ -102,6 +102,7 @@ def test_schemas():
         {"write": "each", "accepted": True},
         {"write": "none", "records": True, "tree": True},
         {"write": "each", "apart": "indices"},
+        {"write": "none", "records": True, "past": True},
     ],
     ids=str,
 )
@@ -153,6 +154,18 @@ def test_compile_writes_arguments(device, backend):
     torch.compiler.reset()
     a = make_decode(write="each", accepted=True, seed=8)
     check(a, device, torch.compile(lambda **t: flash_kda.decode(**t), fullgraph=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compile_past_records(device, backend):
+    """The state is written, though write_states is "none"."""
+    torch.compiler.reset()
+    a = make_decode(write="none", records=True, past=True, seed=26)
+    compiled = torch.compile(lambda **t: flash_kda.decode(**t), fullgraph=True, backend=backend)
+    got, want = (run_decode(a, "torch", device=device, call=call) for call in (compiled, flash_kda.decode))
+    for name in ("out", "state", "records"):
+        assert got[name].tobytes() == want[name].tobytes(), name
+    assert got["state"].tobytes() != a["state"].tobytes()
 
 
 def test_compile_dynamic_shapes(device):
@@ -283,6 +296,41 @@ def test_ten_thousand_replays(cuda):
         step(plain, order[i])
     assert torch.isfinite(plain).all()
     assert torch.equal(pool, plain)
+
+
+def test_speculation_in_a_graph(cuda):
+    """A step applies what was accepted of the step before, and verifies new tokens. Two buffers of records
+    take turns. A replay with other numbers leaves the bits that plain calls leave."""
+    steps = 6
+    a = to_torch(make_decode(N=4, T=3, write="none", past=True, records=True, seed=27), cuda)
+    names = ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound", "state_indices")
+    fixed = {name: a[name] for name in (*names, "first_slot", "write_states")}
+    counts = torch.randint(0, 4, (steps, 4), device=cuda, dtype=torch.int32)
+
+    def call(x, past, now, count):
+        flash_kda.decode(
+            **fixed, out=x["out"], state=x["state"], past_records=x["records"][past],
+            records=x["records"][now], num_accepted_tokens=count,
+        )  # fmt: skip
+
+    def fresh():
+        records = torch.stack([a["past_records"], a["past_records"]])
+        return {"out": torch.empty_like(a["v"]), "state": a["state"].clone(), "records": records}
+
+    plain, replayed, count = fresh(), fresh(), counts[0].clone()
+    call(fresh(), 0, 1, count)
+    torch.cuda.synchronize()
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    for i, graph in enumerate(graphs):
+        with torch.cuda.graph(graph):
+            call(replayed, i, 1 - i, count)
+    for step in range(steps):
+        call(plain, step % 2, 1 - step % 2, counts[step])
+        count.copy_(counts[step])
+        graphs[step % 2].replay()
+        for name in plain:
+            assert torch.equal(plain[name], replayed[name]), name
+    assert not torch.equal(plain["state"], a["state"])
 
 
 def test_current_stream(cuda):
