@@ -61,7 +61,12 @@ class Row(NamedTuple):
         words = [f"{self.sequences}x{self.heads}", f"T={self.tokens}", self.writes]
         words += ["bf16" if self.bf16 else "fp32"]
         words += ["at random"] * self.rounds_at_random + ["K first"] * self.k_first
-        words += ["records"] * self.records + ["applied"] * self.applies + ["past"] * self.past + ["layer"] * self.layer
+        words += (
+            ["records"] * self.records
+            + ["applied"] * self.applies
+            + ["past"] * self.past
+            + ["layer"] * self.layer
+        )
         return " ".join(words)
 
     @property

@@ -91,8 +91,7 @@ flash_kda_status fkda_check_sequences(const flash_kda_tensor *t, const char *nam
 static flash_kda_status check_past_options(const flash_kda_decode_params *p)
 {
     if (!has(&p->past_records)) {
-        if (has(&p->accepted))
-            return INVALID("accepted is given without past_records; it must be absent");
+        if (has(&p->accepted)) return INVALID("accepted is given without past_records; it must be absent");
         return FLASH_KDA_OK;
     }
     if (p->write_states != FLASH_KDA_WRITE_NONE)

@@ -38,7 +38,8 @@ typedef struct fkda_decode_problem {
     bool has_written_states;
     fkda_index_view written_indices; /* [N], or [N, written_columns] with FLASH_KDA_WRITE_EACH; or absent */
     int64_t written_columns;
-    const float *past_records; /* [N, past_columns, HV, 3, 128], or NULL; num_accepted_tokens is theirs then */
+    const float
+        *past_records; /* [N, past_columns, HV, 3, 128], or NULL; num_accepted_tokens is theirs then */
     int64_t past_columns;
     fkda_index_view accepted; /* [N, accepted_columns] of them; absent: the first tokens */
     int64_t accepted_columns;

@@ -7,8 +7,8 @@ FOLDER is the source of flash-linear-attention (FLA) 0.5 to 0.6, with its tests,
 The tests and FLA itself are imported from there. Most of the tests need a GPU. The last lines say how many
 tests passed, which calls this package took, and why it left others to FLA. The exit status is 1 if a test
 fails with this package that passes without it. FLA_SUITE_FILES may name other test files, relative to FOLDER.
-With `-n 8` pytest-xdist shares the tests out among eight processes. With FLA_SUITE_TUNES=0 FLA's Triton kernels
-run in their first configurations: tuning takes minutes for each shape, and no test is about it.
+With `-n 8` pytest-xdist shares the tests out among eight processes. With FLA_SUITE_TUNES=0 FLA's Triton
+kernels run in their first configurations: tuning takes minutes for each shape, and no test is about it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def run(source: Path, tests: list[str], arguments: list[str], is_on: bool) -> di
     here = Path(__file__).resolve().parent
     benchmarks = here.parent / "benchmarks"
     with tempfile.TemporaryDirectory() as folder:
-        path = os.pathsep.join(filter(None, (str(source), str(here), str(benchmarks), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(
+            filter(None, (str(source), str(here), str(benchmarks), os.environ.get("PYTHONPATH")))
+        )
         environment = {**os.environ, REPORT: folder, "PYTHONPATH": path}
         environment["FLA_FLASH_KDA"] = "1" if is_on else "0"
         command = [sys.executable, "-m", "pytest", "-p", "fla_suite", "-q", *tests, *arguments]

@@ -183,8 +183,8 @@ __device__ __forceinline__ void round_as_stored(float (&x)[2][Tile::PART], const
     }
 }
 
-/* The same state with accepted tokens of earlier records applied. Parts are stored when they are taken for the
- * last time. */
+/* The same state with accepted tokens of earlier records applied. Parts are stored when they are taken for
+ * the last time. */
 template <class Tile> struct BroughtState {
     static constexpr int PART = Tile::PART, PARTS = Tile::PARTS;
     static constexpr int PARTS_AT_ONCE = 2; /* there are no registers for more */
@@ -206,15 +206,15 @@ template <class Tile> struct BroughtState {
         if (small.past == 0) return;
         update.apply(x, small.total, part);
         /* Found anew for each part, so that it does not occupy registers. */
-        const Rounding rounding = find_rounding(Tile::IS_BF16 ? args.rounding : nullptr, small.work,
-                                                args.heads);
+        const Rounding rounding =
+            find_rounding(Tile::IS_BF16 ? args.rounding : nullptr, small.work, args.heads);
         if (!again) tile.store_part(args.state.data, small.at, part, x, 0, rounding);
         if constexpr (Tile::IS_BF16) round_as_stored(x, tile, part, rounding);
     }
 };
 
-/* P - v, which takes the place of v in shared memory, and R of all tokens, in the warp's rows. The state is taken
- * even if there are no tokens, for it may have to be stored. */
+/* P - v, which takes the place of v in shared memory, and R of all tokens, in the warp's rows. The state is
+ * taken even if there are no tokens, for it may have to be stored. */
 template <bool each, class State, class Tile>
 __device__ __forceinline__ void multiply_start(const State &state, const Tile &tile, const Small &small,
                                                bool writes_last)

@@ -48,6 +48,7 @@
 
 /* Of any kernel. */
 #define FKDA_DECODE_MOST_SHARED_BYTES                                                                        \
-    (FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 0, 0, 0) + FKDA_DECODE_PAST_BYTES(FKDA_DECODE_MAX_TOKENS, 0))
+    (FKDA_DECODE_CHUNK_BYTES(FKDA_DECODE_MAX_TOKENS, 0, 0, 0) +                                              \
+     FKDA_DECODE_PAST_BYTES(FKDA_DECODE_MAX_TOKENS, 0))
 
 #endif

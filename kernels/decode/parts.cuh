@@ -15,7 +15,7 @@ namespace fkda
  * another one. If there are as many, parts stay. */
 template <class State, int places> struct Parts {
     static constexpr int PART = State::PART, PARTS = State::PARTS;
-    static constexpr int PARTS_AT_ONCE = PARTS; /* in loops over parts */
+    static constexpr int PARTS_AT_ONCE = PARTS;                                  /* in loops over parts */
     static constexpr int LOADS = State::LOADS / PARTS, BYTES = 4 * State::WORDS; /* of a load */
 
     unsigned char *first; /* the thread's first load in shared memory; others are 32 * BYTES apart */

@@ -2,9 +2,9 @@
  * The accepted tokens of earlier records, which `chunk` applies to a state that streams through it: what the
  * next tokens of the sequence start from. The state is stored, too.
  *
- * A CTA keeps their decays, their keys and u of its rows behind the places of the state's parts. They are copied
- * before the state is. Once they have come, join() multiplies each key by the decays behind it, and leaves the
- * decay of all of them in Small::total.
+ * A CTA keeps their decays, their keys and u of its rows behind the places of the state's parts. They are
+ * copied before the state is. Once they have come, join() multiplies each key by the decays behind it, and
+ * leaves the decay of all of them in Small::total.
  */
 #ifndef FKDA_DECODE_PAST_CUH
 #define FKDA_DECODE_PAST_CUH
@@ -16,7 +16,8 @@
 namespace fkda
 {
 
-/* There is room for a multiple of eight tokens. Nothing is kept in registers: they are scarce where a state is brought up to date. */
+/* There is room for a multiple of eight tokens. Nothing is kept in registers: they are scarce where a state
+ * is brought up to date. */
 template <bool is_bf16> struct PastTokens {
     static constexpr bool FILLED = true;
     const fkda_decode_args &args;

@@ -34,9 +34,9 @@ __device__ __forceinline__ void divide(float &high, float &low, float x)
 }
 
 /*
- * Tokens has count(), which is at least 1 and at most 16; u(token, row) for a row of V; and key(token, place),
- * two neighbouring numbers of a key at an even place (tile.cuh). FILLED says that keys are zeros from token
- * number count() on, up to a multiple of eight tokens.
+ * Tokens has count(), which is at least 1 and at most 16; u(token, row) for a row of V; and key(token,
+ * place), two neighbouring numbers of a key at an even place (tile.cuh). FILLED says that keys are zeros from
+ * token number count() on, up to a multiple of eight tokens.
  */
 template <class Tokens, class Tile> struct Update {
     static constexpr int PART = Tile::PART;

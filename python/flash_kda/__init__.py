@@ -456,8 +456,8 @@ def decode(
 
     A call needs no workspace and allocates nothing, unless it copies or converts a tensor. After the first
     call on a device it is safe under CUDA graph capture. A replayed graph takes the values that
-    state_indices, num_accepted_tokens, accepted, cu_seqlens, parents, rounding and written_indices have at the
-    replay.
+    state_indices, num_accepted_tokens, accepted, cu_seqlens, parents, rounding and written_indices have at
+    the replay.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fwd`. Nothing was written then.

@@ -116,7 +116,8 @@ static int most_tokens(const fkda_decode_problem *p)
 static int least_split_of_more(const fkda_decode_problem *p, int which)
 {
     if (which == EACH) return SPLIT_FOR_EACH;
-    if (which == CHUNK || which == PAST || p->write_states == FLASH_KDA_WRITE_EACH || p->tokens > 4) return SPLIT_FOR_MORE;
+    if (which == CHUNK || which == PAST || p->write_states == FLASH_KDA_WRITE_EACH || p->tokens > 4)
+        return SPLIT_FOR_MORE;
     return p->tokens > 2 ? SPLIT_FOR_FOUR_TOKENS : SPLIT_FOR_TWO_TOKENS;
 }
 

@@ -1,8 +1,8 @@
 /*
  * Calls of flash_kda_decode() and flash_kda_apply() with every option, drawn from a seed: one to sixteen
- * tokens, packed sequences, grouped heads, gates, betas, strides, pools, trees, records, past records and both
- * kinds of rounding. Every output, every state that is written and every record is held to the fp64 recurrence, and
- * every byte that is no element of one must be as before.
+ * tokens, packed sequences, grouped heads, gates, betas, strides, pools, trees, records, past records and
+ * both kinds of rounding. Every output, every state that is written and every record is held to the fp64
+ * recurrence, and every byte that is no element of one must be as before.
  *
  * FLASH_KDA_TEST_PROBLEMS says how many calls are tried, and FLASH_KDA_TEST_SEED where they begin:
  *

@@ -766,7 +766,9 @@ def test_jax():
     jax = pytest.importorskip("jax")
     a = make_decode(seed=25)
     expected = truth_of_decode(a)
-    inputs = {n: jax.numpy.asarray(a[n]) for n in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")}
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
+    with jax.default_device(jax.devices("cpu")[0]):  # as the arrays of NumPy
+        inputs = {n: jax.numpy.asarray(a[n]) for n in names}
     work = {**a, **inputs, "out": a["out"].copy(), "state": a["state"].copy()}
     flash_kda.decode(**work)
     hold_decode(a, {**a, "out": work["out"], "state": work["state"]}, expected)
