@@ -40,7 +40,15 @@ static int64_t slot_at(const flash_kda_decode_params *p, int64_t n, int64_t colu
 /* The slot that sequence n starts from, or -1: it has no state. */
 static int64_t first_slot(const flash_kda_decode_params *p, int64_t n)
 {
-    return slot_at(p, n, p->num_accepted_tokens.data ? integer_at(&p->num_accepted_tokens, n) - 1 : 0);
+    const bool starts = p->num_accepted_tokens.data && !p->past_records.data;
+    return slot_at(p, n, starts ? integer_at(&p->num_accepted_tokens, n) - 1 : 0);
+}
+
+/* The slot to which past records are applied, or -1. */
+static int64_t slot_of_past(const flash_kda_decode_params *p, int64_t n)
+{
+    if (!p->past_records.data || integer_at(&p->num_accepted_tokens, n) == 0) return -1;
+    return first_slot(p, n);
 }
 
 /* The pool that takes states, and its slot for the state after token i of sequence n; -1 if none does. */
@@ -75,6 +83,12 @@ static bool shares_slots(const flash_kda_decode_params *p)
             shared |= writer[slot] >= 0;
             writer[slot] = n;
         }
+    for (int64_t n = 0; n < sequences_of(p); n++) {
+        const int64_t slot = slot_of_past(p, n);
+        if (slot < 0) continue;
+        shared |= writer[slot] >= 0;
+        writer[slot] = n;
+    }
     for (int64_t n = 0; n < sequences_of(p) && !p->written_states.data; n++) {
         const int64_t slot = first_slot(p, n);
         shared |= slot >= 0 && writer[slot] >= 0 && writer[slot] != n;
@@ -93,6 +107,7 @@ static void put_back_outputs(const flash_kda_decode_params *p, const memory *m)
         if (of_record) put_back(records, m, n * records->shape[1] * of_record, length_of(p, n) * of_record);
         for (int64_t i = 0; i < length_of(p, n); i++)
             if (slot_after(p, n, i) >= 0) put_back(pool, m, slot_after(p, n, i) * of_state, of_state);
+        if (slot_of_past(p, n) >= 0) put_back(pool, m, slot_of_past(p, n) * of_state, of_state);
     }
 }
 
@@ -124,11 +139,13 @@ static double element_of(const void *elements, int32_t dtype, int64_t i)
                                    : (double)((const float *)elements)[i];
 }
 
-/* Whether the state on the way to a token may have been rounded more than once: a kernel may take the state
- * of a parent that is not the token before from the slot it went to. */
+/* Whether the state on the way to a token may have been rounded more often than the reference knows: a kernel
+ * may take the state of a parent that is not the token before from the slot it went to, and past records leave
+ * a state that is rounded. */
 static bool is_rounded_often(const flash_kda_decode_params *p)
 {
-    return p->parents.data && p->write_states == FLASH_KDA_WRITE_EACH && p->state.dtype == FLASH_KDA_BF16;
+    const bool by_tree = p->parents.data && p->write_states == FLASH_KDA_WRITE_EACH;
+    return (by_tree || p->past_records.data) && p->state.dtype == FLASH_KDA_BF16;
 }
 
 /* Holds the state of a head, which may be K-first, to the truth, which is V-first. */
@@ -234,7 +251,8 @@ static bool may_be_tried(const state *s)
 static uint32_t outputs_of(const state *s)
 {
     const flash_kda_decode_params p = seen(s);
-    const bool writes_state = p.write_states != FLASH_KDA_WRITE_NONE && !p.written_states.data;
+    const bool none = p.write_states == FLASH_KDA_WRITE_NONE,
+               writes_state = none ? p.past_records.data != NULL : !p.written_states.data;
     return 1u << OUT | 1u << RECORDS | 1u << WRITTEN | (writes_state ? 1u << STATE : 0);
 }
 

@@ -4,7 +4,7 @@
 
 #include "tensor_set.h"
 
-/* In the order of flash_kda_decode_params, at the end of which the last two are. */
+/* In the order of flash_kda_decode_params, at the end of which the last four are. */
 enum {
     OUT = TOKEN_INPUTS,
     A_LOG,
@@ -18,6 +18,8 @@ enum {
     ROUNDING,
     WRITTEN,
     WRITTEN_INDICES,
+    PAST,
+    PAST_TOKENS,
     TENSORS
 };
 

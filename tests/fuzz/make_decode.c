@@ -10,7 +10,8 @@ _Static_assert(offsetof(flash_kda_decode_params, rounding) ==
 
 enum { RECORD = FLASH_KDA_RECORD_ROWS * DIM };
 
-static const int of_integers[] = {SLOT_INDICES, ACCEPTED, SEQLENS, PARENTS, ROUNDING, WRITTEN_INDICES};
+static const int of_integers[] = {SLOT_INDICES, ACCEPTED,        SEQLENS,    PARENTS,
+                                  ROUNDING,     WRITTEN_INDICES, PAST_TOKENS};
 enum { INTEGER_TENSORS = sizeof of_integers / sizeof *of_integers };
 
 /* The kernels of the good calls, then other names. */
@@ -148,6 +149,22 @@ static void shape_drafts(state *s, input *from, sizes z)
         s->integers[PARENTS][i] = take_between(from, -1, i % columns - 1);
 }
 
+/* Records of earlier tokens, which the call applies. */
+static void shape_past(state *s, input *from, sizes z)
+{
+    flash_kda_decode_params *p = &s->p;
+    if (p->write_states != FLASH_KDA_WRITE_NONE || !take_bool(from)) return;
+    const int64_t columns = take_between(from, 0, 4), records[] = {z.N, columns, z.HV, RECORD},
+                  tokens[] = {z.N, columns};
+    p->past_records = shaped(FLASH_KDA_F32, 4, records);
+    p->num_accepted_tokens = shaped(take_integer_type(from), 1, &z.N);
+    for (int64_t n = 0; n < z.N; n++) s->integers[ACCEPTED][n] = take_between(from, 0, columns);
+    if (!take_bool(from)) return;
+    p->accepted = shaped(take_integer_type(from), 2, tokens);
+    for (int64_t i = 0; i < z.N * columns; i++)
+        s->integers[PAST_TOKENS][i] = take_between(from, 0, columns - 1);
+}
+
 static void take_layouts(state *s, input *from)
 {
     if (!take_bool(from)) return;
@@ -162,6 +179,8 @@ static void list_tensors(state *s)
     for (int i = Q; i <= ROUNDING; i++) s->set.tensors[i] = first + i;
     s->set.tensors[WRITTEN] = &s->p.written_states;
     s->set.tensors[WRITTEN_INDICES] = &s->p.written_indices;
+    s->set.tensors[PAST] = &s->p.past_records;
+    s->set.tensors[PAST_TOKENS] = &s->p.accepted;
 }
 
 void make_good(state *s, input *from)
@@ -184,6 +203,7 @@ void make_good(state *s, input *from)
     shape_written(s, from, z);
     shape_pool(s, from, z);
     shape_drafts(s, from, z);
+    shape_past(s, from, z);
     if (s->p.written_states.ndim) s->p.written_states.dtype = s->p.state.dtype;
     take_layouts(s, from);
 }
