@@ -240,7 +240,7 @@ static flash_kda_status check_decode_tensors(const flash_kda_decode_params *p, c
                                              bool for_reference, bool with_memory)
 {
     const bool packed = has(&p->cu_seqlens), each = p->write_states == FLASH_KDA_WRITE_EACH,
-               apart = has(&p->written_states), has_columns = fkda_has_slots_of_tokens(p);
+               has_columns = fkda_has_slots_of_tokens(p);
     const int64_t N = s->sequences, T = s->tokens, H = s->qk_heads, HV = s->heads, D = FKDA_DIM,
                   ANY = FKDA_ANY_SIZE, rows = packed ? 1 : N;
     const char *const q_dims = packed ? "[1, total, H, K]" : "[N, T, H, K]",

@@ -139,9 +139,9 @@ static double element_of(const void *elements, int32_t dtype, int64_t i)
                                    : (double)((const float *)elements)[i];
 }
 
-/* Whether the state on the way to a token may have been rounded more often than the reference knows: a kernel
- * may take the state of a parent that is not the token before from the slot it went to, and past records leave
- * a state that is rounded. */
+/* Whether the state on the way to a token may have been rounded more often than the reference knows: a
+ * kernel may take the state of a parent that is not the token before from the slot it went to, and past
+ * records leave a state that is rounded. */
 static bool is_rounded_often(const flash_kda_decode_params *p)
 {
     const bool by_tree = p->parents.data && p->write_states == FLASH_KDA_WRITE_EACH;
