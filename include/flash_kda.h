@@ -572,7 +572,8 @@ enum {
  *                  longest sequence
  *   num_accepted_tokens  i32 or i64 [N], optional, with FLASH_KDA_WRITE_EACH: sequence n starts from slot
  *                  state_indices[n, num_accepted_tokens[n] - 1], where the number is 1 to S; absent: from
- *                  slot state_indices[n, 0]. With past_records it is required and means something else
+ *                  slot state_indices[n, 0]. With past_records it is required, and is how many of them are
+ *                  applied to sequence n
  *   cu_seqlens     i32 or i64 [N + 1], optional: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] -
  *                  1. A sequence has 0 to 16 tokens
  *   parents        i32 or i64 [N, P], optional: a tree of draft tokens. Token i of sequence n continues

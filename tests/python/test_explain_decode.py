@@ -75,6 +75,10 @@ LAUNCHES = [
         {"N": 256, "T": 2, "H": 32, "write_states": "each", "with_parents": True},
         "fkda_decode_each_f32", 2, 16384,
     ),
+    (
+        {"N": 256, "T": 1, "H": 32, "write_states": "none", "with_past_records": True},
+        "fkda_decode_past_f32", 1, 8192,
+    ),
     ({"N": 256, "T": 1, "H": 32, "function": "decode_layer"}, "fkda_layer_one_f32", 1, 8192),
     ({"N": 256, "T": 3, "H": 32, "function": "decode_layer"}, "fkda_layer_steps_f32", 1, 8192),
     ({"N": 256, "T": 4, "H": 32, "function": "apply_records"}, "fkda_decode_apply_f32", 2, 16384),
@@ -117,6 +121,8 @@ def test_bytes():
     assert bytes_of(say(**several, function="apply_records")) == (
         4 * states, 4 * states, 0, 4 * 256 * 32 * 3 * 128 * 4, 8 * states + 4 * 256 * 32 * 3 * 128 * 4,
     )  # fmt: skip
+    past = bytes_of(say(**several, write_states="none", with_records=True, with_past_records=True))
+    assert past[:4] == (4 * states, 4 * states, 4 * tokens, 2 * 4 * 256 * 32 * 3 * 128 * 4)
     layer = bytes_of(say(**on_cpu, function="decode_layer"))
     assert layer[2] == tokens - 256 * 32 * 128 * 2 * 3 + 256 * 3 * 32 * 128 * 2 + 256 * 32 * 128 * 2
     convolution = 2 * 256 * 3 * 32 * 128 * 3 * 2 + 3 * 32 * 128 * 4 * 4  # windows twice, and weights
