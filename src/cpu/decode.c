@@ -89,6 +89,18 @@ static part part_at(const job *j, int64_t index)
     return (part){head / j->heads, head % j->heads, first, first + rows};
 }
 
+typedef bool piece_function(void *context, int64_t index, int worker);
+
+/* Runs all pieces of a call. */
+static flash_kda_status run(const fkda_kernel *kernel, job j, int64_t sequences, division d,
+                            piece_function *piece)
+{
+    j.variant = fkda_cpu_find_variant(kernel->info.name);
+    j.split = d.split;
+    return fkda_parallel_for(d.threads, sequences * j.heads * d.split, piece, &j) ? FLASH_KDA_OK
+                                                                                  : fkda_interruption();
+}
+
 /* ---- Decode -------------------------------------------------------------------------------------------- */
 
 /* The tokens of sequence n, which have room in the records also if another thread has made the sequence
@@ -179,14 +191,8 @@ static bool apply_piece(void *context, int64_t index, int worker)
 
 flash_kda_status fkda_cpu_apply(const fkda_apply_problem *p)
 {
-    const int64_t heads = p->sequences * p->heads;
-    const division d = division_of_apply(p);
-    job j = {.apply = p,
-             .variant = fkda_cpu_find_variant(p->kernel->info.name),
-             .heads = p->heads,
-             .split = d.split};
-    return fkda_parallel_for(d.threads, heads * d.split, apply_piece, &j) ? FLASH_KDA_OK
-                                                                          : fkda_interruption();
+    const job j = {.apply = p, .heads = p->heads};
+    return run(p->kernel, j, p->sequences, division_of_apply(p), apply_piece);
 }
 
 /* ---- The call ------------------------------------------------------------------------------------------ */
@@ -198,12 +204,6 @@ flash_kda_status fkda_cpu_decode(const fkda_decode_problem *p)
         const flash_kda_status status = fkda_cpu_apply(&past);
         if (status != FLASH_KDA_OK) return status;
     }
-    const int64_t heads = p->sequences * p->heads;
-    const division d = division_of_decode(p);
-    job j = {.decode = p,
-             .variant = fkda_cpu_find_variant(p->kernel->info.name),
-             .heads = p->heads,
-             .split = d.split};
-    return fkda_parallel_for(d.threads, heads * d.split, decode_piece, &j) ? FLASH_KDA_OK
-                                                                           : fkda_interruption();
+    const job j = {.decode = p, .heads = p->heads};
+    return run(p->kernel, j, p->sequences, division_of_decode(p), decode_piece);
 }
