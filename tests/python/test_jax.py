@@ -20,6 +20,13 @@ jnp = jax.numpy
 WRITTEN = ("out", "final_state", "checkpoint_states", "records")
 
 
+@pytest.fixture(autouse=True)
+def cpu_by_default():
+    """Without an array that is elsewhere, JAX computes on the CPU, also where it could use a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.fixture
 def jax_device(device):
     """A device of JAX of the kind that is tested."""
@@ -39,12 +46,21 @@ def arguments_of(a):
     return arrays, {**rest, **{n: x for n, x in given.items() if n not in arrays}}
 
 
-def run_fwd(a, where=None, call=None):
+def put(arrays, where):
+    return {n: jax.device_put(x, where) for n, x in arrays.items()}
+
+
+def run_fwd(a, where=None):
     """The results of jax.fwd under jax.jit, in NumPy."""
     arrays, rest = arguments_of(a)
-    arrays = {n: jax.device_put(x, where) for n, x in arrays.items()}
-    work = jax.jit(lambda arrays: (call or flash_kda.jax.fwd)(**arrays, **rest, output_final_state=True))
-    return [np.asarray(x) for x in work(arrays)]
+    work = jax.jit(lambda arrays: flash_kda.jax.fwd(**arrays, **rest, output_final_state=True))
+    return [np.asarray(x) for x in work(put(arrays, where))]
+
+
+def compute(a, where):
+    """What the same call gives outside of a program, in NumPy."""
+    arrays, rest = arguments_of(a)
+    return [np.asarray(x) for x in flash_kda.compute(**put(arrays, where), **rest, output_final_state=True)]
 
 
 def assert_same(got, want):
@@ -52,6 +68,15 @@ def assert_same(got, want):
     for x, y in zip(got, want):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         assert x.tobytes() == np.ascontiguousarray(y).tobytes()
+
+
+def assert_as_on_cpu(got, want, jax_device):
+    """want: results of the CPU backend, whose bits another device does not have."""
+    if jax_device.platform == "cpu":
+        assert_same([np.asarray(x) for x in got], want)
+    else:
+        for x, y in zip(got, want):
+            assert error(np.asarray(x), y.astype(np.float64)) <= 4e-3
 
 
 PLAIN = {
@@ -67,10 +92,7 @@ PLAIN = {
 def test_fwd(jax_device, device, options):
     a = make(**options)
     got = run_fwd(a, jax_device)
-    arrays, rest = arguments_of(a)
-    arrays = {n: jax.device_put(x, jax_device) for n, x in arrays.items()}
-    want = flash_kda.compute(**arrays, **rest, output_final_state=True)
-    assert_same(got, [np.asarray(x) for x in want])
+    assert_same(got, compute(a, jax_device))
     for x, right, bar in zip(got, truth(a), BARS[device]):
         assert error(x, right) <= (max(bar, 3e-3) if x.dtype.name == "bfloat16" else bar)
 
@@ -89,10 +111,9 @@ ANY = {
 
 
 @pytest.mark.parametrize("options", ANY.values(), ids=ANY)
-def test_every_option(options):
+def test_every_option(jax_device, options):
     a = make_any(**options)
-    arrays, rest = arguments_of(a)
-    assert_same(run_fwd(a), flash_kda.compute(**arrays, **rest, output_final_state=True))
+    assert_same(run_fwd(a, jax_device), compute(a, jax_device))
 
 
 def test_it_is_a_call_of_the_library():
@@ -112,7 +133,7 @@ def test_without_a_final_state():
 
 
 @pytest.mark.parametrize("options", [{}, {"use_gate_in_kernel": False}], ids=["gate", "activated"])
-def test_chunk_kda(options):
+def test_chunk_kda(jax_device, device, options):
     a = make_any(lengths=(5, 40), gate="activated" if options else "softplus", k_first=True)
     flags = {
         "use_qk_l2norm_in_kernel": True,
@@ -121,9 +142,11 @@ def test_chunk_kda(options):
         "output_final_state": True,
     }
     names = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias", "lower_bound")
-    out, state = jax.jit(lambda x: flash_kda.jax.chunk_kda(**x, **flags))({n: a[n] for n in names})
+    arrays, rest = arguments_of({n: a[n] for n in names})
+    work = jax.jit(lambda x: flash_kda.jax.chunk_kda(**x, **rest, **flags))
+    out, state = work(put(arrays, jax_device))
     given = {n: x for n, x in a.items() if n not in WRITTEN}
-    for got, right, bar in zip((out, state), flash_kda.reference(**given), BARS["cpu"]):
+    for got, right, bar in zip((out, state), flash_kda.reference(**given), BARS[device]):
         assert error(np.asarray(got), right) <= bar
 
 
@@ -164,41 +187,38 @@ def test_decode(jax_device, options):
     if pool == "written_states":
         a[pool][:] = 7  # stays where nothing is written
     want = {n: x.copy() if n in ("out", "state", pool) else x for n, x in a.items()}
-    given = {n: jax.device_put(x, jax_device) for n, x in arrays.items()}
+    given = put(arrays, jax_device)
     got = jax.jit(lambda arrays: flash_kda.jax.decode(**arrays, **rest))(given)
     for name in ("state", pool):
         assert np.asarray(given[name]).tobytes() == a[name].tobytes(), "a JAX array was written"
     flash_kda.decode(**want)
-    if jax_device.platform == "cpu":
-        assert_same([np.asarray(x) for x in got], [want["out"], want[pool]])
-    else:
-        for x, y in zip(got, (want["out"], want[pool])):
-            assert error(np.asarray(x), y.astype(np.float64)) <= 4e-3
+    assert_as_on_cpu(got, [want["out"], want[pool]], jax_device)
 
 
-def test_a_donated_state():
+def test_a_donated_state(jax_device):
     """What XLA may do with the memory of a state changes no result."""
     a = make_decode(N=2, T=1)
     arrays, rest = arguments_of(a)
     step = jax.jit(
         lambda state, arrays: flash_kda.jax.decode(state=state, **arrays, **rest), donate_argnums=0
     )
-    state = jnp.asarray(arrays.pop("state"))
+    state = jax.device_put(arrays.pop("state"), jax_device)
+    arrays = put(arrays, jax_device)
     want = {**a, "out": a["out"].copy(), "state": a["state"].copy()}
     for _ in range(3):
         out, state = step(state, arrays)
         flash_kda.decode(**want)
-    assert_same([np.asarray(out), np.asarray(state)], [want["out"], want["state"]])
+    assert_as_on_cpu((out, state), [want["out"], want["state"]], jax_device)
 
 
 # ---- Transformations ---------------------------------------------------------------------------------------
 
 
-def test_scan_carries_the_state():
+def test_scan_carries_the_state(jax_device):
     """A prompt in pieces, and then token by token."""
     a = make(T=96, B=2, initial=np.float32)
     five = ("q", "k", "v", "g", "beta")
-    pieces = {n: jnp.stack(jnp.split(jnp.asarray(a[n]), 3, axis=1)) for n in five}
+    pieces = put({n: np.stack(np.split(a[n], 3, axis=1)) for n in five}, jax_device)
     gate = [a[n] for n in ("A_log", "dt_bias", "lower_bound")]
 
     @jax.jit
@@ -211,13 +231,14 @@ def test_scan_carries_the_state():
 
         return jax.lax.scan(step, state, pieces)
 
-    state, out = in_pieces(a["initial_state"], pieces)
+    initial_state = jax.device_put(a["initial_state"], jax_device)
+    state, out = in_pieces(initial_state, pieces)
     want = a["initial_state"]
     for i in range(3):
         x = [a[n][:, 32 * i : 32 * i + 32] for n in five]
         right, want = flash_kda.compute(*x, a["scale"], *gate, want, output_final_state=True)
-        assert_same([np.asarray(out[i])], [right])
-    assert_same([np.asarray(state)], [want])
+        assert_as_on_cpu([out[i]], [right], jax_device)
+    assert_as_on_cpu([state], [want], jax_device)
 
     @jax.jit
     def token_by_token(state, tokens):
@@ -227,36 +248,37 @@ def test_scan_carries_the_state():
 
         return jax.lax.scan(step, state, tokens)
 
-    tokens = {n: jnp.moveaxis(jnp.asarray(a[n]), 1, 0)[:, :, None] for n in five}
-    state, out = token_by_token(a["initial_state"], tokens)
+    tokens = put({n: np.moveaxis(a[n], 1, 0)[:, :, None] for n in five}, jax_device)
+    state, out = token_by_token(initial_state, tokens)
     pool = a["initial_state"].copy()
     for i in range(96):
         x = [np.ascontiguousarray(a[n][:, i : i + 1]) for n in five]
         right = np.empty_like(x[2])
         flash_kda.decode(*x, a["scale"], right, *gate, pool)
-        assert_same([np.asarray(out[i])], [right])
-    assert_same([np.asarray(state)], [pool])
+        assert_as_on_cpu([out[i]], [right], jax_device)
+    assert_as_on_cpu([state], [pool], jax_device)
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_vmap(jit):
+def test_vmap(jax_device, jit):
     """Calls one after the other."""
     a, b = make(T=20, initial=np.float32), make(T=20, initial=np.float32, seed=1)
     arrays, rest = arguments_of(a)
+    arrays = put(arrays, jax_device)
 
     def work(q, state):
         return flash_kda.jax.fwd(
             **{**arrays, "q": q, "initial_state": state}, **rest, output_final_state=True
         )
 
-    both = [jnp.stack([a[n], b[n]]) for n in ("q", "initial_state")]
+    both = [jax.device_put(np.stack([a[n], b[n]]), jax_device) for n in ("q", "initial_state")]
     mapped = jax.vmap(work)
     out, state = (jax.jit(mapped) if jit else mapped)(*both)
-    for i, q, s in ((0, a["q"], a["initial_state"]), (1, b["q"], b["initial_state"])):
-        want = flash_kda.compute(**{**arrays, "q": q, "initial_state": s}, **rest, output_final_state=True)
+    for i, x in enumerate((a, b)):
+        want = compute({**a, "q": x["q"], "initial_state": x["initial_state"]}, jax_device)
         assert_same([np.asarray(out[i]), np.asarray(state[i])], want)
     (only,) = jax.vmap(lambda q: flash_kda.jax.fwd(**{**arrays, "q": q}, **rest)[:1])(both[0])
-    assert_same([np.asarray(only[0])], [flash_kda.compute(**arrays, **rest)[0]])
+    assert_same([np.asarray(only[0])], compute(a, jax_device)[:1])
 
 
 def test_derivatives_are_refused():
@@ -409,13 +431,17 @@ def test_an_exported_program(tmp_path):
     arrays, rest = arguments_of(make(T=70))
     check = export.DisabledSafetyCheck.custom_call("flash_kda.fwd")
     program = export.export(
-        jax.jit(lambda arrays: flash_kda.jax.fwd(**arrays, **rest)[:1]), disabled_checks=[check]
+        jax.jit(lambda arrays: flash_kda.jax.fwd(**arrays, **rest)[:1]),
+        platforms=["cpu"],
+        disabled_checks=[check],
     )(arrays)
     files = [tmp_path / name for name in ("program", "given.npz", "out.npy")]
     files[0].write_bytes(program.serialize())
     bits = {n: x.view("uint16") if x.dtype.name == "bfloat16" else x for n, x in arrays.items()}
     np.savez(files[1], **bits)
-    done = subprocess.run([sys.executable, "-c", RUN, *files], capture_output=True, text=True)
+    command = [sys.executable, "-c", RUN, *files]
+    on_cpu = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=on_cpu)
     assert done.returncode == 0, done.stderr
     want = flash_kda.compute(**arrays, **rest)[0]
     assert np.load(files[2]).tobytes() == want.tobytes()
