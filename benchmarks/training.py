@@ -3,6 +3,7 @@
     python benchmarks/training.py
     python benchmarks/training.py --shapes 96:8192 8:65536 --kernel portable --kernel hopper --json bwd.json
     python benchmarks/training.py --shapes 96:8192 --launches --workspace-limit 4611686018427387904
+    python benchmarks/training.py --kernel hopper --saved --no-fla
 
 A shape is HEADS:LENGTHS, as in peers.py. Each row is the backward pass alone: all gradients (those of q, k,
 v, g, beta, A_log, dt_bias and the initial state) from those of the output and the final state. Gates are as
@@ -10,7 +11,8 @@ in trained models, states in fp32, and nothing is saved by the forward pass but 
 median of rounds of CUDA-graph replays over rotating inputs, in which all sides take turns. The floor is the
 time in which the bytes of the inputs and gradients could be copied. "Bytes" is the workspace of the call for
 each token and head, whose q, k, v and g take 1024. --launches names the launches of each kernel and their
-times.
+times. --saved adds, for each kernel, the backward pass that reads what the forward pass has saved, and says
+how long the forward pass takes with and without saving.
 """
 
 from __future__ import annotations
@@ -35,6 +37,13 @@ BARS = {
     "8:65536": 1.6,
 }
 FLA = "FLA"
+# Ends of the names of sides, behind that of the kernel.
+FORWARD, SAVED = " forward", ", saved"
+
+
+def kernel_of(side: str) -> str | None:
+    name = side.removesuffix(SAVED).removesuffix(FORWARD)
+    return None if name == "flash_kda" else name
 
 
 def bytes_once(shape: str) -> int:
@@ -61,22 +70,57 @@ def make_sets(shape: str, device: str) -> list[dict[str, Any]]:
     return sets
 
 
-def our_calls(sets: list[dict[str, Any]], kernel: str | None, limit: int) -> list[Callable[[], tuple]]:
+def forward_calls(
+    sets: list[dict[str, Any]], kernel: str | None, saves: bool
+) -> tuple[list[Callable[[], tuple]], list[Any]]:
+    """Forward passes, and where each of them saves states."""
+    import torch
+
+    import flash_kda
+
+    saved = []
+    for x in sets:
+        _, T, H, _ = x["q"].shape
+        N = x["initial_state"].shape[0]
+        size = flash_kda.get_saved_size(T, H, N, device=x["q"].device, kernel=kernel) if saves else 0
+        saved.append(torch.empty(size, dtype=torch.uint8, device=x["q"].device) if size else None)
+
+    def call_of(x: dict[str, Any], to: Any) -> Callable[[], tuple]:
+        given = {n: t for n, t in x.items() if n not in ("dout", "dfinal_state")}
+
+        def call() -> tuple:
+            out, state = torch.empty_like(x["v"]), torch.empty_like(x["initial_state"])
+            flash_kda.fwd(**given, out=out, final_state=state, saved=to, kernel=kernel)
+            return out, state
+
+        return call
+
+    return [call_of(x, to) for x, to in zip(sets, saved)], saved
+
+
+def our_calls(
+    sets: list[dict[str, Any]], kernel: str | None, limit: int, saves: bool = False
+) -> list[Callable[[], tuple]]:
     import torch
 
     import flash_kda
 
     inputs = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+    saved: list[Any] = [None] * len(sets)
+    if saves:
+        forward, saved = forward_calls(sets, kernel, True)
+        for call in forward:
+            call()
 
-    def call_of(x: dict[str, Any]) -> Callable[[], tuple]:
+    def call_of(x: dict[str, Any], states: Any) -> Callable[[], tuple]:
         def call() -> tuple:
             gradients = {f"d{name}": torch.empty_like(x[name]) for name in inputs}
-            flash_kda.bwd(**x, **gradients, kernel=kernel, workspace_limit=limit)
+            flash_kda.bwd(**x, **gradients, saved=states, kernel=kernel, workspace_limit=limit)
             return tuple(gradients.values())
 
         return call
 
-    return [call_of(x) for x in sets]
+    return [call_of(x, states) for x, states in zip(sets, saved)]
 
 
 def fla_calls(sets: list[dict[str, Any]]) -> list[Callable[[], tuple]]:
@@ -118,13 +162,13 @@ def tune_for_the_largest(shapes: list[str], device: str) -> None:
     fla_calls(make_sets(max(shapes, key=bytes_once), device)[:1])[0]()
 
 
-def bytes_of_workspace(shape: str, kernel: str | None, limit: int, device: str) -> float:
+def bytes_of_workspace(shape: str, side: str, limit: int, device: str) -> float:
     """For each token and head: what a call takes from PyTorch beyond what it is given and returns."""
     import torch
 
     sets = make_sets(shape, device)[:1]
     heads, lengths = parse(shape)
-    call = our_calls(sets, kernel, limit)[0]
+    call = our_calls(sets, kernel_of(side), limit, side.endswith(SAVED))[0]
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -160,8 +204,12 @@ def time_row(
     timed, row = {}, {}
     for side in sides:
         try:
-            kernel = None if side == "flash_kda" else side
-            calls = fla_calls(sets) if side == FLA else our_calls(sets, kernel, limit)
+            if side == FLA:
+                calls = fla_calls(sets)
+            elif FORWARD in side:
+                calls = forward_calls(sets, kernel_of(side), side.endswith(SAVED))[0]
+            else:
+                calls = our_calls(sets, kernel_of(side), limit, side.endswith(SAVED))
             timed[side] = Timed(calls, device)
         except Exception as error:  # whatever a side raises that cannot make the call
             print(f"{side}, {shape}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
@@ -175,11 +223,8 @@ def time_row(
     timed.clear()
     if device != "cpu":
         torch.cuda.empty_cache()
-        ours = [side for side in sides if side != FLA and side in row["ms"]]
-        row["bytes"] = {
-            side: bytes_of_workspace(shape, None if side == "flash_kda" else side, limit, device)
-            for side in ours
-        }
+        ours = [side for side in sides if side != FLA and FORWARD not in side and side in row["ms"]]
+        row["bytes"] = {side: bytes_of_workspace(shape, side, limit, device) for side in ours}
         torch.cuda.empty_cache()
     return row
 
@@ -206,6 +251,7 @@ def main(argv: list[str]) -> None:
     )
     add("--no-fla", action="store_true", help="this package alone")
     add("--fla-tunes-once", action="store_true", help="FLA tunes its kernels for the largest shape alone")
+    add("--saved", action="store_true", help="time the passes that save states and read them, too")
     add("--launches", action="store_true", help="name the launches of this package and their times")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: plain calls of this package only")
     add("--json", metavar="FILE", help="where the figures go, besides the table")
@@ -228,6 +274,8 @@ def main(argv: list[str]) -> None:
     from peer_timing.timing import copy_rate
 
     sides = options.kernel or ["flash_kda"]
+    if options.saved:
+        sides = [side + end for side in sides for end in ("", SAVED, FORWARD, FORWARD + SAVED)]
     if not options.no_fla and options.device == "cuda" and importlib.util.find_spec("fla") is not None:
         sides.append(FLA)
         if options.fla_tunes_once:

@@ -211,6 +211,7 @@ if(NOT hopper_failed)
     src/cuda/hopper/plan.c
     src/cuda/hopper/relay_plan.c
     src/cuda/hopper/stretches.c
+    src/cuda/hopper/border_states.c
     src/cuda/hopper/walks.c
     src/cuda/hopper/workspace.c)
   target_compile_definitions(flashkda PRIVATE FKDA_WITH_HOPPER)

@@ -278,8 +278,8 @@ typedef struct flash_kda_fwd_params {
 
     /* For training: NULL, or memory on the device, 64-byte aligned, of at least flash_kda_fwd_saved_size()
      * bytes. The call writes states from inside of the sequences there, in a form of its own, and
-     * flash_kda_bwd() need not compute them again. It may also be NULL if 0 bytes are needed. No output has
-     * other bits for it. Kernels of this version that run on a GPU do not take it. */
+     * flash_kda_bwd() need not compute them again. It may also be NULL if 0 bytes are needed. On the CPU no
+     * output has other bits for it; on a GPU outputs may have other last bits. */
     void *saved;
     size_t saved_size;
 } flash_kda_fwd_params;
@@ -294,8 +294,10 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_
 /* Bytes of flash_kda_fwd_params.saved that flash_kda_fwd() needs for these arguments. Looks at what
  * flash_kda_fwd_workspace_size() looks at. On the CPU it is one fp32 state of each value head for every 320
  * tokens of a batch row (for every 640 m / (m + 1), rounded up to a multiple of 16, if m value heads share a
- * head of q and k), so never more than a fifth of q, k, v and g in bf16. The fastest setting is this one, and
- * there is no other. */
+ * head of q and k), so never more than a fifth of q, k, v and g in bf16. The kernel "hopper" saves at most
+ * nine states of each value head of a sequence, at least 512 tokens apart: never more than a quarter of q, k,
+ * v and g. It saves nothing, in 0 bytes, with cu_seqlens, with batch_invariant, or beside
+ * checkpoint_states. "portable" never saves anything, since its backward pass would gain nothing. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_saved_size(const flash_kda_fwd_params *params, size_t *bytes);
 
 /* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the
@@ -367,7 +369,7 @@ FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *p
  * their sum. Results depend neither on the number of threads nor on the other sequences of the batch, except
  * that sums over tokens (dA_log, ddt_bias) are over all of them. A token with a NaN or an infinity may make
  * all gradients of its sequence NaN, and those of other sequences keep their bits. On a GPU products run in
- * tf32 with fp32 sums, and `saved` is not taken. Equal calls have results that are equal to the bit.
+ * fp16 and tf32 with fp32 sums. Equal calls have results that are equal to the bit.
  */
 typedef struct flash_kda_bwd_params {
     size_t struct_size;
@@ -385,11 +387,13 @@ typedef struct flash_kda_bwd_params {
     float lower_bound; /* in [-5, 0]; of the bounded gate */
     void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
     size_t workspace_size;
-    /* What flash_kda_fwd_params.saved got from a forward pass on the same kind of device with the same inputs
-     * and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned; or NULL: the call computes
-     * the states again, which costs it about a sixth of its time. Gradients have the same bits with and
-     * without it if one kernel computes both passes. What another forward pass has saved gives wrong
-     * gradients, and no memory outside of the tensors is touched. */
+    /* What flash_kda_fwd_params.saved got from a forward pass of the same kernel, on the CPU of any of its
+     * kernels, with the same inputs and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned;
+     * or NULL: the call computes the states again, which costs it up to a sixth of its time. On the CPU
+     * gradients have the same bits with and without it if one kernel computes both passes. On a GPU they may
+     * differ in their last bits, and a call whose workspace_limit is less than half of the bytes of q, k, v
+     * and g may have to compute the states again. What another forward pass has saved gives wrong gradients,
+     * and no memory outside of the tensors is touched. */
     const void *saved;
     size_t saved_size;
     const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */

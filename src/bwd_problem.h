@@ -15,7 +15,10 @@ typedef struct fkda_bwd_problem {
     fkda_token_view dout;
     fkda_state_view dfinal_state;
     fkda_token_view dq, dk, dv, dg, dbeta;
-    bool has_saved;           /* fwd.saved has states, which are read; the pointer is NULL in a size call */
+    bool has_saved; /* fwd.saved has states, which are read; the pointer is NULL in a size call */
+    /* Where a kernel has set them for itself: the states in fwd.saved, and how many tokens they are apart. */
+    fkda_state_view saved_states;
+    int64_t saved_every;
     bool wants_parameters;    /* whether dA_log or ddt_bias is wanted; the pointers are NULL in a size call */
     float *dA_log, *ddt_bias; /* [HV], [HV, K], or NULL */
     fkda_state_view dinitial_state;

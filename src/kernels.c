@@ -4,6 +4,7 @@
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
+#include "cuda/hopper/border_states.h"
 #include "errors.h"
 #include "kernel.h"
 #include "saved.h"
@@ -12,8 +13,7 @@
 enum {
     FKDA_CPU_FEATURES =
         FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED | FKDA_MAPS,
-    FKDA_PORTABLE_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD,
-    FKDA_HOPPER_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD,
+    FKDA_GPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED,
 };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
@@ -45,7 +45,7 @@ static const fkda_kernel kernels[] = {
                  "that run in parallel, where that pays"},
         .min_compute_capability = 90,
         .max_compute_capability = 90,
-        .features = FKDA_HOPPER_FEATURES,
+        .features = FKDA_GPU_FEATURES,
         .needs_tma = true,
         .plan = fkda_hopper_make_plan,
         .run = fkda_hopper_run,
@@ -55,6 +55,7 @@ static const fkda_kernel kernels[] = {
         .decode_layer = fkda_cuda_decode_layer,
         .bwd = fkda_hopper_bwd,
         .bwd_workspace = fkda_hopper_bwd_workspace,
+        .saved_bytes = fkda_hopper_saved_bytes,
         .explain_decode = fkda_cuda_explain_decode,
         .explain_apply = fkda_cuda_explain_apply,
         .explain_decode_layer = fkda_cuda_explain_decode_layer,
@@ -66,7 +67,7 @@ static const fkda_kernel kernels[] = {
         .info = {sizeof(flash_kda_kernel_info), "portable", FLASH_KDA_CUDA, "sm_80 and newer",
                  "chunks of 16 tokens through tf32 mma.sync, one launch, fp32 state in registers"},
         .min_compute_capability = 80,
-        .features = FKDA_PORTABLE_FEATURES,
+        .features = FKDA_GPU_FEATURES,
         .plan = fkda_portable_make_plan,
         .run = fkda_portable_run,
         .count_nonfinite = fkda_cuda_count_nonfinite,
@@ -78,6 +79,7 @@ static const fkda_kernel kernels[] = {
         .explain_decode_layer = fkda_cuda_explain_decode_layer,
         .bwd = fkda_cuda_bwd,
         .bwd_workspace = fkda_cuda_bwd_workspace,
+        .saved_bytes = fkda_portable_saved_bytes,
         .explain = fkda_portable_explain,
     },
 #endif

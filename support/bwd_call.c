@@ -215,16 +215,18 @@ static flash_kda_tensor argument_of(const bwd_call *c, gradient which)
 static void save_states(bwd_call *c)
 {
     flash_kda_fwd_params p = c->inputs.params;
-    size_t bytes;
+    buffer workspace = {.device = c->options.forward.device, .band = OUTPUT_BAND_BYTE};
     must(flash_kda_fwd_saved_size(&p, &p.saved_size));
-    c->saved = (buffer){.device = c->options.forward.device, .bytes = p.saved_size, .band = OUTPUT_BAND_BYTE};
+    c->saved = (buffer){.device = workspace.device, .bytes = p.saved_size, .band = OUTPUT_BAND_BYTE};
     buffer_create(&c->saved);
     p.saved = buffer_start(&c->saved);
-    must(flash_kda_fwd_workspace_size(&p, &bytes));
-    p.workspace = aligned_alloc(64, bytes + 64 - bytes % 64);
-    p.workspace_size = bytes;
+    must(flash_kda_fwd_workspace_size(&p, &workspace.bytes));
+    buffer_create(&workspace);
+    p.workspace = buffer_start(&workspace);
+    p.workspace_size = workspace.bytes;
     must(flash_kda_fwd(&p));
-    free(p.workspace);
+    must(flash_kda_synchronize(p.device, p.stream));
+    buffer_free(&workspace);
     call_poison(&c->inputs); /* out is as it was */
     c->params.saved = p.saved;
     c->params.saved_size = p.saved_size;

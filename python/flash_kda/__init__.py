@@ -239,7 +239,8 @@ def fwd(
         state_v_first: False: all states are [.., K, V], checkpoints and pools too.
         saved: for training: uint8 on the device, contiguous and aligned to 64 bytes, written, or None.
             `get_saved_size` says how many bytes are enough. The call writes there, in a form of its own, what
-            `bwd` would otherwise have to compute again. No result has other bits for it.
+            `bwd` would otherwise have to compute again. On the CPU no result has other bits for it; on a GPU
+            results may have other last bits.
 
     All arrays are on one device. q, k, v, g and out may have any strides between batch rows, tokens and
     heads; their last dimension is contiguous. beta may have any strides. States, pools and checkpoints may
@@ -794,8 +795,9 @@ def chunk_kda(
         lower_bound: with use_gate_in_kernel, the gate is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
             or with None -exp(A_log) * softplus(g + dt_bias).
         disable_recompute: True: where gradients are wanted, the forward pass keeps states for the backward
-            pass, at most a fifth of the bytes of q, k, v and g in bf16. False: the backward pass computes
-            them again. No result has other bits. False with return_intermediate_states.
+            pass, at most a fifth of the bytes of q, k, v and g in bf16 (on a GPU a quarter). False: the
+            backward pass computes them again. On the CPU no result has other bits. False with
+            return_intermediate_states.
         return_intermediate_states: whether the state before each chunk is wanted, too; in
             torch.inference_mode() alone.
         state_v_first: states are [.., V, K] instead of [.., K, V].
@@ -959,7 +961,7 @@ def get_saved_size(
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range.
-        RuntimeError: no kernel of the device saves anything.
+        RuntimeError: no kernel of the device trains.
     """
     return _shapes.saved_size((T_total, H, N, HV), device, max_seqlen, {"kernel": kernel, **options})
 

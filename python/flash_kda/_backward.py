@@ -88,9 +88,9 @@ def bwd(
         dinitial_state: fp32 [N, HV, V, K], written, or None. Also without initial_state, which is then
             zeros.
         saved: uint8 on the device, contiguous and aligned to 64 bytes: what `fwd` has written to the array
-            that it got as `saved`, with the same inputs and options. None: the call computes again what it
-            needs, which takes time. Gradients have the same bits with and without it. What another forward
-            pass has saved gives wrong gradients.
+            that it got as `saved`, with the same inputs, options and kernel. None: the call computes again
+            what it needs, which takes time. On the CPU gradients have the same bits with and without it. What
+            another forward pass has saved gives wrong gradients.
         workspace: as for `fwd`, or None.
         kernel, threads, max_seqlen: as for `fwd`.
         use_gate_in_kernel, use_qk_l2norm_in_kernel: those of the forward pass.

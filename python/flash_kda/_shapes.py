@@ -297,9 +297,13 @@ def saved_size(sizes: tuple[Any, ...], device: Any, max_seqlen: int | None, aske
             params.kernel = kernel.name
             longest = {0, T_total} if max_seqlen is None else {max_seqlen}
             try:
-                for row, length in itertools.product({1, N} if T_total % N == 0 else {1}, longest):
-                    _resize(params, T_total, N, row)
-                    params.max_seqlen = length if row == 1 else 0
+                for length in longest:
+                    _resize(params, T_total, N, 1)
+                    params.max_seqlen = length
+                    found.append(_lib.saved_size(params))
+                if T_total % N == 0:  # a batch without cu_seqlens
+                    _resize(params, T_total, N, N)
+                    params.cu_seqlens.ndim = params.max_seqlen = 0
                     found.append(_lib.saved_size(params))
             except RuntimeError as error:
                 refused = error

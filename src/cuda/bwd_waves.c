@@ -101,7 +101,8 @@ static fkda_bwd_problem wave_of(const fkda_bwd_problem *p, int64_t first, int64_
     fkda_token_view *const of_qk[] = {&wave.fwd.q, &wave.fwd.k, &wave.dq, &wave.dk};
     fkda_token_view *const of_v[] = {&wave.fwd.v, &wave.fwd.g, &wave.fwd.beta, &wave.dout,
                                      &wave.dv,    &wave.dg,    &wave.dbeta};
-    fkda_state_view *const states[] = {&wave.fwd.initial_state, &wave.dfinal_state, &wave.dinitial_state};
+    fkda_state_view *const states[] = {&wave.fwd.initial_state, &wave.saved_states, &wave.dfinal_state,
+                                       &wave.dinitial_state};
     for (size_t i = 0; i < sizeof of_qk / sizeof *of_qk; i++) take_heads(of_qk[i], first, count);
     for (size_t i = 0; i < sizeof of_v / sizeof *of_v; i++) take_heads(of_v[i], first_v, count_v);
     for (size_t i = 0; i < sizeof states / sizeof *states; i++) take_state_heads(states[i], first_v, count_v);

@@ -44,9 +44,11 @@ void fkda_cuda_explain_apply(const fkda_apply_problem *problem, char *text, size
 flash_kda_status fkda_cuda_decode_layer(const fkda_decode_layer_problem *problem);
 void fkda_cuda_explain_decode_layer(const fkda_decode_layer_problem *problem, char *text, size_t size);
 
-/* bwd.c: `bwd` and `bwd_workspace` of the kernel "portable". */
+/* bwd.c: `bwd`, `bwd_workspace` and `saved_bytes` of the kernel "portable", whose forward pass saves nothing:
+ * its backward pass finds states beside gradients, in no time of their own. */
 flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *problem);
 size_t fkda_cuda_bwd_workspace(const fkda_bwd_problem *problem);
+size_t fkda_portable_saved_bytes(const fkda_shape *shape);
 
 /* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
 flash_kda_status fkda_portable_make_plan(fkda_plan *plan);
@@ -58,7 +60,7 @@ flash_kda_status fkda_hopper_make_plan(fkda_plan *plan);
 flash_kda_status fkda_hopper_run(const fkda_problem *problem, const fkda_plan *plan);
 void fkda_hopper_explain(const fkda_plan *plan, char *text, size_t size);
 
-/* hopper/bwd.c: `bwd` and `bwd_workspace` of the kernel "hopper". */
+/* hopper/bwd.c: `bwd` and `bwd_workspace` of the kernel "hopper". `saved_bytes` is in hopper/border_states.h. */
 flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *problem);
 size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *problem);
 

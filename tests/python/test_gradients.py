@@ -480,17 +480,34 @@ def test_why_there_are_no_gradients():
         assert _shapes.why_no_gradients((_lib.CUDA, 0), 2, ()) != ""
 
 
-def test_on_a_gpu(cuda):
-    """Until a GPU has kernels for gradients, the forward pass already says so."""
-    call, leaves = with_leaves(make_call(seed=20, device=cuda))
+GPU_CALLS = {
+    "sequences": ({"lengths": (5, 33, 0, 17)}, {}),
+    "saved states of sequences": ({"lengths": (5, 33, 0, 17)}, {"disable_recompute": True}),
+    "stretches": ({"lengths": (1300,), "rows": 2, "HV": 1}, {"workspace_limit": 2**22}),
+    "saved states": (
+        {"lengths": (1300,), "rows": 2, "HV": 1},
+        {"workspace_limit": 2**22, "disable_recompute": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("problem", "more"), GPU_CALLS.values(), ids=GPU_CALLS)
+def test_on_a_gpu(cuda, problem, more):
+    call = make_call(**problem, seed=20, device=cuda)
     dout, dstate = upstream(call)
-    try:
-        results = flash_kda.chunk_kda(**call)
-    except RuntimeError as error:
-        assert "backward" in str(error)  # noqa: PT017
-        return
-    torch.autograd.backward(results, (dout, dstate))
-    assert all(leaf.grad.isfinite().all() for leaf in leaves.values())
+    got = found(call, dout, dstate, **more)
+    on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    hold(got, by_reference(on_cpu, dout.cpu(), dstate.cpu()))
+    same(got, found(call, dout, dstate, **more))
+
+
+def test_what_is_kept_on_a_gpu(cuda):
+    call, _ = with_leaves(make_call((1300,), HV=2, seed=21, device=cuda, rows=2))
+    assert bytes_kept(call) == 0
+    kept = bytes_kept(call, disable_recompute=True)
+    assert kept == flash_kda.get_saved_size(2600, 1, 2, HV=2, device=cuda)
+    saves = flash_kda.devices()[1].kernel == "hopper"
+    assert kept == (2 * 2 * 2 * 65536 if saves else 0)  # two states of two heads in two rows
 
 
 def learn(text, steps, rows=4, length=64, **options):

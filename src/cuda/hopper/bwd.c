@@ -5,14 +5,15 @@
  * (kernels/hopper/bwd/first.cu). Sums over heads and chunks are those of the kernel "portable".
  *
  * The walks' results take more memory than all inputs. If this is more than the call may have, sequences of
- * equal lengths are computed in stretches of tokens from the last one to the first one, after a walk over the
- * states alone has found the state before each stretch.
+ * equal lengths are computed in stretches of tokens from the last one to the first one. The states before all
+ * stretches were saved by the forward pass, or another forward pass finds them first.
  */
 #include "../../../kernels/backward/bwd_shape.h"
 #include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
 #include "../bwd_args_of.h"
 #include "../bwd_waves.h"
 #include "../cuda.h"
+#include "border_states.h"
 #include "costs.h"
 #include "launch.h"
 #include "stretches.h"
@@ -74,17 +75,20 @@ static stretch_plan plan_stretch(const fkda_shape *s, int sms)
     return plan;
 }
 
-/* Stretches take turns at the first part of the workspace. Behind it lies what they hand over: the states
- * before all of them but the first one, and D, the gradient with respect to one of these states; and sums
- * over chunks for dA_log and ddt_bias. */
+/* The forward pass that finds the states before stretches and the stretches themselves take turns at the
+ * first part of the workspace. Behind it lies what they hand over: these states, unless they were saved; D,
+ * the gradient with respect to one of these states; and sums over chunks for dA_log and ddt_bias. */
 typedef struct bwd_plan {
     fkda_stretches stretches;
+    bool finds_states;  /* by a forward pass */
+    int64_t outputs_at; /* of that pass, up to states_at: nobody reads them */
     int64_t states_at, gradient_at, sums_at, bytes;
 } bwd_plan;
 
 enum {
     STATE_BYTES = FKDA_DIM * FKDA_DIM * (int)sizeof(float),
     SUM_BYTES = 2 * FKDA_DIM * (int)sizeof(float),
+    OUTPUT_BYTES = FKDA_DIM * (int)sizeof(uint16_t), /* of a token and head */
     /* Tokens of a stretch, at least: each has launches of its own. */
     SHORTEST_STRETCH = 256,
 };
@@ -104,26 +108,43 @@ static int64_t slots_of(const fkda_shape *s, const fkda_stretches *stretches, in
     return slots + (count ? count * fkda_cut_for_bwd(&part, CHUNK).slots : 0);
 }
 
-static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count)
+/* The shape of the forward pass that finds the states before stretches: all tokens but those of the last
+ * stretch. */
+static fkda_shape shape_before_last(const fkda_shape *shape, const fkda_stretches *stretches)
+{
+    fkda_shape s = *shape;
+    s.tokens = (stretches->count - 1) * stretches->tokens;
+    s.max_seqlen = 0; /* all sequences are as long as that */
+    s.features |= FKDA_CHECKPOINTS;
+    return s;
+}
+
+/* In `count` stretches or fewer, of multiples of `unit` tokens. */
+static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count, int64_t unit,
+                               bool finds_states)
 {
     const fkda_shape *s = &p->fwd.shape;
-    bwd_plan plan = {.stretches = fkda_make_stretches(s, count)};
+    bwd_plan plan = {.stretches = fkda_make_stretches(s, count, unit)};
     const fkda_stretches *stretches = &plan.stretches;
-    const int64_t last = s->tokens - (stretches->count - 1) * stretches->tokens,
-                  states = s->sequences * s->heads * STATE_BYTES;
-    const int64_t lengths[] = {stretches->tokens, last};
+    const bool stretched = stretches->count > 1;
+    const int64_t lengths[] = {stretches->tokens, s->tokens - (stretches->count - 1) * stretches->tokens};
     int64_t end = 0, most = 0;
+    plan.finds_states = stretched && finds_states;
+    if (plan.finds_states) {
+        const fkda_shape before = shape_before_last(s, stretches);
+        take(&most, (int64_t)fkda_hopper_plan_for(&before, sms).memory.bytes);
+        plan.outputs_at = take(&most, s->batch * s->heads * OUTPUT_BYTES);
+    }
     for (int i = 0; i < 2; i++) {
         fkda_shape part = *s;
         part.tokens = lengths[i];
-        if (stretches->count > 1 && s->max_seqlen) part.max_seqlen = part.tokens; /* as when they run */
-        const int64_t bytes = plan_stretch(&part, sms).bytes,
-                      whole = stretches->count > 1 ? fkda_plan_whole_walks(&part, sms).bytes : 0;
-        most = fkda_most(most, fkda_most(bytes, whole));
+        if (stretched && s->max_seqlen) part.max_seqlen = part.tokens; /* as when they run */
+        most = fkda_most(most, plan_stretch(&part, sms).bytes);
     }
     take(&end, most);
-    plan.states_at = take(&end, (stretches->count - 1) * states);
-    plan.gradient_at = take(&end, stretches->count > 1 ? states : 0);
+    const int64_t states = s->sequences * s->heads * STATE_BYTES;
+    plan.states_at = take(&end, plan.finds_states ? (stretches->count - 1) * states : 0);
+    plan.gradient_at = take(&end, stretched ? states : 0);
     plan.sums_at =
         take(&end, p->wants_parameters ? slots_of(s, stretches, stretches->count) * s->heads * SUM_BYTES : 0);
     plan.bytes = end;
@@ -131,28 +152,30 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
 }
 
 /* As few stretches as the limit allows. If no number of them does, there is one, and fewer heads
- * (bwd_waves.c) have to do. */
+ * (bwd_waves.c) have to do. Stretches that begin with saved states are as long as these are apart, or a
+ * multiple of it. If this is too long, the states are found anew. */
 static bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
-    const bwd_plan at_once = plan_stretches(p, sms, 1);
-    const int64_t limit = p->workspace_limit < INT64_MAX ? (int64_t)p->workspace_limit : INT64_MAX;
+    const bwd_plan at_once = plan_stretches(p, sms, 1, CHUNK, false);
+    const int64_t limit = p->workspace_limit < INT64_MAX ? (int64_t)p->workspace_limit : INT64_MAX,
+                  least = fkda_most(at_once.bytes / limit, 2);
     if (at_once.bytes <= limit || !fkda_can_be_stretched(s)) return at_once;
-    for (int64_t count = fkda_most(at_once.bytes / limit, 2); s->tokens / count >= SHORTEST_STRETCH;
-         count++) {
-        const bwd_plan plan = plan_stretches(p, sms, count);
-        if (plan.bytes <= limit) return plan;
+    for (int finds_states = p->saved_every == 0; finds_states < 2; finds_states++) {
+        const int64_t unit = finds_states ? CHUNK : p->saved_every,
+                      most = finds_states ? s->tokens / SHORTEST_STRETCH : fkda_ceil_div(s->tokens, unit);
+        for (int64_t count = least; count <= most; count++) {
+            const bwd_plan plan = plan_stretches(p, sms, count, unit, finds_states);
+            if (plan.bytes <= limit) return plan;
+        }
     }
     return at_once;
 }
 
-static int kernel_for(const fkda_problem *p)
+static int kernel_for(int32_t features)
 {
-    if (p->shape.features & FKDA_HOPPER_GATE_FEATURES) return GENERAL;
-    return p->A_log && p->dt_bias && p->beta.dtype != FLASH_KDA_F32 && !p->qk_is_normalised &&
-                   p->beta_kind == FLASH_KDA_BETA_SIGMOID
-               ? USUAL
-               : BOUNDED;
+    if (features & FKDA_HOPPER_GATE_FEATURES) return GENERAL;
+    return features & FKDA_HOPPER_GENERAL_FEATURES ? BOUNDED : USUAL;
 }
 
 static size_t workspace_of(const fkda_bwd_problem *p, int sms)
@@ -210,7 +233,7 @@ static flash_kda_status run_stretch(const fkda_driver *driver, const fkda_bwd_pr
                                        workspace + plan.walks_at};
     fkda_hopper_chunk_args args = {
         .bwd = make_args(p, &plan, sums), .states = results.states, .gradients = results.gradients};
-    const fkda_bwd_launch chunks = {kernel_for(&p->fwd), plan.chunks.slots * s->heads,
+    const fkda_bwd_launch chunks = {kernel_for(s->features), plan.chunks.slots * s->heads,
                                     FKDA_HOPPER_CHUNK_THREADS, FKDA_HOPPER_CHUNK_SHARED_BYTES};
     const fkda_bwd_launch first = {0, p->dinitial_state.data ? s->sequences * s->heads : 0, FKDA_BWD_THREADS,
                                    FKDA_BWD_SHARED_BYTES};
@@ -227,7 +250,7 @@ static flash_kda_status run_stretch(const fkda_driver *driver, const fkda_bwd_pr
 
 /* ---- The pass ------------------------------------------------------------------------------------------ */
 
-/* The states that stretches hand over are [B, HV, V, K], in fp32. */
+/* D before a stretch, [B, HV, V, K] in fp32. */
 static fkda_state_view handed_over(const fkda_shape *s, unsigned char *at)
 {
     return (fkda_state_view){.data = at,
@@ -238,27 +261,40 @@ static fkda_state_view handed_over(const fkda_shape *s, unsigned char *at)
                              .dtype = FLASH_KDA_F32};
 }
 
-static fkda_state_view state_before(const fkda_bwd_problem *p, const bwd_plan *plan, int64_t stretch)
+/* Where the states before stretches are: in `saved`, or where find_states() leaves them. */
+static fkda_border_states states_of(const fkda_bwd_problem *p, const bwd_plan *plan)
 {
-    const fkda_shape *s = &p->fwd.shape;
-    if (stretch == 0) return p->fwd.initial_state;
-    return handed_over(s, (unsigned char *)p->fwd.workspace + plan->states_at +
-                              (stretch - 1) * s->sequences * s->heads * STATE_BYTES);
+    if (plan->stretches.count == 1) return (fkda_border_states){0};
+    if (!plan->finds_states)
+        return (fkda_border_states){p->saved_states, p->saved_every, p->fwd.shape.tokens / p->saved_every};
+    const fkda_shape before = shape_before_last(&p->fwd.shape, &plan->stretches);
+    return fkda_border_states_in((unsigned char *)p->fwd.workspace + plan->states_at, &before,
+                                 plan->stretches.tokens);
 }
 
-/* The states before all stretches, from the first one on. */
-static flash_kda_status find_states(const fkda_driver *driver, const fkda_bwd_problem *p,
-                                    const bwd_plan *plan, int sms)
+/* Where the forward pass writes its outputs. If there is no room, all tokens of a head have one place, in
+ * which writes wait for each other. */
+static fkda_token_view outputs_of(const fkda_problem *forward, const bwd_plan *plan)
 {
-    flash_kda_status status = FLASH_KDA_OK;
-    for (int64_t i = 0; i + 1 < plan->stretches.count && status == FLASH_KDA_OK; i++) {
-        fkda_bwd_problem part = fkda_stretch_of(p, &plan->stretches, i);
-        const fkda_walks_plan walk = fkda_plan_whole_walks(&part.fwd.shape, sms);
-        const fkda_state_view after = state_before(p, plan, i + 1);
-        part.fwd.initial_state = state_before(p, plan, i);
-        status = fkda_launch_states_walk(driver, &part, &walk, p->fwd.workspace, &after);
-    }
-    return status;
+    const fkda_shape *s = &forward->shape;
+    const bool fit = s->batch * s->tokens * s->heads * OUTPUT_BYTES <= plan->states_at - plan->outputs_at;
+    const int64_t stride = s->heads * FKDA_DIM;
+    return (fkda_token_view){.data = (unsigned char *)forward->workspace + plan->outputs_at,
+                             .batch_stride = fit ? s->tokens * stride : stride,
+                             .token_stride = fit ? stride : 0,
+                             .head_stride = FKDA_DIM,
+                             .heads = s->heads,
+                             .dtype = FLASH_KDA_BF16};
+}
+
+static flash_kda_status find_states(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                    const bwd_plan *plan, const fkda_border_states *states, int sms)
+{
+    fkda_problem forward = fkda_with_border_states(&p->fwd, states);
+    forward.shape = shape_before_last(&p->fwd.shape, &plan->stretches);
+    forward.out = outputs_of(&forward, plan);
+    const fkda_hopper_plan of_forward = fkda_hopper_plan_for(&forward.shape, sms);
+    return fkda_hopper_launch(driver, &forward, &of_forward);
 }
 
 /* The sums over the chunks of all stretches. */
@@ -282,12 +318,13 @@ static flash_kda_status run(const fkda_bwd_problem *p, int sms)
     unsigned char *const workspace = p->fwd.workspace;
     float *const sums = p->wants_parameters ? (float *)(workspace + plan.sums_at) : NULL;
     const fkda_state_view gradient = handed_over(s, workspace + plan.gradient_at), nowhere = {0};
+    const fkda_border_states states = states_of(p, &plan);
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    status = find_states(driver, p, &plan, sms);
+    if (plan.finds_states) status = find_states(driver, p, &plan, &states, sms);
     for (int64_t i = stretches->count - 1; i >= 0 && status == FLASH_KDA_OK; i--) {
         fkda_bwd_problem part = fkda_stretch_of(p, stretches, i);
-        part.fwd.initial_state = state_before(p, &plan, i);
+        if (i > 0) part.fwd.initial_state = fkda_border_state(&states, i * stretches->tokens);
         if (i + 1 < stretches->count) part.dfinal_state = gradient;
         status = run_stretch(driver, &part, sms,
                              sums ? sums + slots_of(s, stretches, i) * s->heads * 2 * FKDA_DIM : NULL,
@@ -299,12 +336,24 @@ static flash_kda_status run(const fkda_bwd_problem *p, int sms)
 
 static const fkda_bwd_kernel hopper = {workspace_of, run};
 
-size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *p)
+/* The same problem, with the states that its forward pass has saved. */
+static fkda_bwd_problem with_saved_states(const fkda_bwd_problem *problem)
 {
-    return fkda_bwd_waves_workspace(&hopper, p);
+    fkda_bwd_problem p = *problem;
+    if (!p.has_saved || !fkda_hopper_saved_bytes(&p.fwd.shape)) return p;
+    p.saved_every = fkda_hopper_saved_interval(&p.fwd.shape);
+    p.saved_states = fkda_border_states_in(p.fwd.saved, &p.fwd.shape, p.saved_every).rows;
+    return p;
 }
 
-flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *p)
+size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *problem)
 {
-    return fkda_run_bwd_waves(&hopper, p);
+    const fkda_bwd_problem p = with_saved_states(problem);
+    return fkda_bwd_waves_workspace(&hopper, &p);
+}
+
+flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *problem)
+{
+    const fkda_bwd_problem p = with_saved_states(problem);
+    return fkda_run_bwd_waves(&hopper, &p);
 }

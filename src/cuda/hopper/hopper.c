@@ -3,6 +3,7 @@
 #include "../../kernel.h"
 #include "../cuda.h"
 #include "../driver.h"
+#include "border_states.h"
 #include "launch.h"
 
 flash_kda_status fkda_hopper_make_plan(fkda_plan *plan)
@@ -24,6 +25,13 @@ flash_kda_status fkda_hopper_run(const fkda_problem *problem, const fkda_plan *p
     const fkda_driver *driver;
     flash_kda_status status = fkda_enter_device(problem->shape.device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    status = fkda_hopper_launch(driver, problem, &plan->hopper);
+    if (problem->saved && fkda_hopper_saved_bytes(&problem->shape)) {
+        const fkda_border_states states = fkda_border_states_in(problem->saved, &problem->shape,
+                                                                fkda_hopper_saved_interval(&problem->shape));
+        const fkda_problem saving = fkda_with_border_states(problem, &states);
+        status = fkda_hopper_launch(driver, &saving, &plan->hopper);
+    } else {
+        status = fkda_hopper_launch(driver, problem, &plan->hopper);
+    }
     return fkda_leave_device(driver, status);
 }

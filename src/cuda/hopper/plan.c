@@ -72,14 +72,14 @@ typedef struct cut {
 static const cut WHOLE = {0};
 
 /* With checkpoints, the mixed kernels and the general relay would need more registers than they have, and
- * would spill. So a call with checkpoints runs neither of them. */
+ * would spill. So a call with checkpoints runs neither of them. What a call saves are checkpoints to them. */
 static bool can_mix(const fkda_shape *s)
 {
     return !(s->features & FKDA_CHECKPOINTS);
 }
 static bool can_relay(const fkda_shape *s)
 {
-    return !(s->features & FKDA_CHECKPOINTS) || !(s->features & FKDA_HOPPER_GENERAL_FEATURES);
+    return !(s->features & (FKDA_CHECKPOINTS | FKDA_SAVED)) || !(s->features & FKDA_HOPPER_GENERAL_FEATURES);
 }
 
 /* The fastest number of segments for heads of equal sequences. `clocks` becomes its estimate. */

@@ -1,18 +1,15 @@
 #include "stretches.h"
 
-#include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
-
 bool fkda_can_be_stretched(const fkda_shape *s)
 {
     return !s->has_cu_seqlens && !s->batch_invariant;
 }
 
-fkda_stretches fkda_make_stretches(const fkda_shape *s, int64_t count)
+fkda_stretches fkda_make_stretches(const fkda_shape *s, int64_t count, int64_t unit)
 {
-    enum { CHUNK = FKDA_HOPPER_BWD_CHUNK };
-    const int64_t chunks = (s->tokens + CHUNK - 1) / CHUNK, of_each = (chunks + count - 1) / count;
-    if (count <= 1 || chunks == 0) return (fkda_stretches){1, s->tokens};
-    return (fkda_stretches){(chunks + of_each - 1) / of_each, of_each * CHUNK};
+    const int64_t units = (s->tokens + unit - 1) / unit, of_each = (units + count - 1) / count;
+    if (count <= 1 || units <= 1) return (fkda_stretches){1, s->tokens};
+    return (fkda_stretches){(units + of_each - 1) / of_each, of_each * unit};
 }
 
 static void take_tokens(fkda_token_view *t, int64_t first)

@@ -19,8 +19,8 @@ typedef struct fkda_stretches {
  * the workspace, and thereby on how many sequences there are. */
 bool fkda_can_be_stretched(const fkda_shape *shape);
 
-/* At most `count` stretches, of whole chunks. */
-fkda_stretches fkda_make_stretches(const fkda_shape *shape, int64_t count);
+/* At most `count` stretches. All but the last one are multiples of `unit` tokens, which is whole chunks. */
+fkda_stretches fkda_make_stretches(const fkda_shape *shape, int64_t count, int64_t unit);
 
 /* Stretch i without what it gets from other stretches: its states are those of the whole problem where it has
  * the sequences' beginning or end, and absent elsewhere. */

@@ -47,18 +47,6 @@ static fkda_module general_module = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
-/* The options of the call that concern arithmetic. */
-static int32_t features_of(const fkda_problem *p)
-{
-    return (p->gate == FLASH_KDA_GATE_SOFTPLUS ? FKDA_SOFTPLUS : 0) |
-           (p->gate == FLASH_KDA_GATE_ACTIVATED ? FKDA_ACTIVATED : 0) |
-           (p->A_log && p->dt_bias ? 0 : FKDA_NO_PARAMETER) |
-           (p->g.dtype == FLASH_KDA_F32 ? FKDA_FP32_GATES : 0) |
-           (p->beta.dtype == FLASH_KDA_F32 ? FKDA_FP32_BETA : 0) |
-           (p->beta_kind == FLASH_KDA_BETA_SIGMOID ? 0 : FKDA_BETA_KIND) |
-           (p->qk_is_normalised ? FKDA_NORMALISED : 0);
-}
-
 /* ---- The plan ------------------------------------------------------------------------------------------ */
 
 enum {
@@ -98,7 +86,8 @@ static int64_t take(int64_t *end, int64_t bytes)
     return begin;
 }
 
-fkda_walks_plan fkda_plan_whole_walks(const fkda_shape *shape, int sms)
+/* The plan in which no sequence is cut. */
+static fkda_walks_plan plan_whole(const fkda_shape *shape, int sms)
 {
     fkda_shape s = *shape;
     s.cut = FLASH_KDA_CUT_NEVER;
@@ -113,7 +102,7 @@ fkda_walks_plan fkda_plan_whole_walks(const fkda_shape *shape, int sms)
 
 fkda_walks_plan fkda_plan_walks(const fkda_shape *s, int sms)
 {
-    fkda_walks_plan plan = fkda_plan_whole_walks(s, sms);
+    fkda_walks_plan plan = plan_whole(s, sms);
     plan.parts = choose_parts(s, sms);
     if (plan.parts == 1) return plan;
     const int64_t matrices =
@@ -199,21 +188,20 @@ static flash_kda_status launch(const call *c, CUfunction kernel, const fkda_hopp
                : FLASH_KDA_OK;
 }
 
-/* The walk over states, or both of them. */
-static flash_kda_status run_whole(call *c, int walks)
+static flash_kda_status run_whole(call *c)
 {
     const fkda_hopper_whole *whole = &c->plan->whole;
     const bool paired = whole->chunk == FKDA_HOPPER_CHUNK_PAIR;
     const int64_t places[WALKS] = {[STATES] = c->plan->states_at, [GRADIENTS] = c->plan->gradients_at};
     flash_kda_status status = FLASH_KDA_OK;
-    for (int i = 0; i < walks && status == FLASH_KDA_OK && whole->divides; i++) {
+    for (int i = 0; i < WALKS && status == FLASH_KDA_OK && whole->divides; i++) {
         c->args[i].handoff = fkda_hopper_handoff((char *)c->results->workspace + places[i], c->plan->sms);
         const CUresult result = c->driver->cuMemsetD32Async((CUdeviceptr)c->args[i].handoff.flags, 0,
                                                             (size_t)fkda_hopper_handoff_flags(c->plan->sms),
                                                             c->problem->fwd.stream);
         if (result) status = fkda_driver_fail("cuMemsetD32Async", result);
     }
-    for (int i = 0; i < walks && status == FLASH_KDA_OK; i++)
+    for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
         status = launch(c, c->kernels[KERNELS * i + (paired ? PAIR : SOLO)], &c->args[i], FKDA_SEQUENCES,
                         whole->workers * (paired ? FKDA_HOPPER_PAIR_CTAS : 1), FKDA_HOPPER_THREADS,
                         i == STATES ? FKDA_IN_ORDER : FKDA_EARLY);
@@ -270,17 +258,17 @@ static flash_kda_status run_in_parts(call *c, CUfunction maps, CUfunction join, 
     return status;
 }
 
-/* Loads the kernels and describes the inputs of the walk over states, or of both. */
-static flash_kda_status prepare(call *c, int walks)
+/* Loads the kernels and describes the inputs. */
+static flash_kda_status prepare(call *c)
 {
     const fkda_problem *p = &c->problem->fwd;
     const int ordinal = p->shape.device.index;
     fkda_module *const module =
-        features_of(p) & FKDA_HOPPER_GENERAL_FEATURES ? &general_module : &usual_module;
+        p->shape.features & FKDA_HOPPER_GENERAL_FEATURES ? &general_module : &usual_module;
     flash_kda_status status = fkda_load_module(c->driver, module, ordinal);
     c->kernels = module->functions[ordinal];
     fill_args(c);
-    for (int i = 0; i < walks && status == FLASH_KDA_OK; i++)
+    for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
         status = describe_inputs(c, i, c->plan->parts > 1 ? CHUNK : c->plan->whole.chunk);
     return status;
 }
@@ -291,26 +279,15 @@ flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_pro
     const int ordinal = p->fwd.shape.device.index;
     call c = {.driver = driver, .problem = p, .plan = plan, .results = results};
     if (!plan->whole.workers) return FLASH_KDA_OK; /* there is no sequence */
-    flash_kda_status status = prepare(&c, WALKS);
+    flash_kda_status status = prepare(&c);
     if (status != FLASH_KDA_OK) return status;
-    if (plan->parts == 1) return run_whole(&c, WALKS);
+    if (plan->parts == 1) return run_whole(&c);
 
     CUfunction maps, join;
     status = fkda_load_module(driver, &usual_module, ordinal); /* which has the join back */
     if (status == FLASH_KDA_OK)
-        status = fkda_hopper_find_maps(driver, features_of(&p->fwd), ordinal, &maps, &join);
+        status = fkda_hopper_find_maps(driver, p->fwd.shape.features & FKDA_HOPPER_GENERAL_FEATURES, ordinal,
+                                       &maps, &join);
     if (status != FLASH_KDA_OK) return status;
     return run_in_parts(&c, maps, join, usual_module.functions[ordinal][JOIN_BACK]);
-}
-
-flash_kda_status fkda_launch_states_walk(const fkda_driver *driver, const fkda_bwd_problem *p,
-                                         const fkda_walks_plan *plan, void *workspace,
-                                         const fkda_state_view *final_state)
-{
-    const fkda_walk_results results = {.workspace = workspace};
-    call c = {.driver = driver, .problem = p, .plan = plan, .results = &results};
-    const flash_kda_status status = prepare(&c, STATES + 1);
-    if (status != FLASH_KDA_OK) return status;
-    c.args[STATES].fwd.final_state = fkda_state_args_of(final_state);
-    return run_whole(&c, STATES + 1);
 }
