@@ -388,12 +388,12 @@ typedef struct flash_kda_bwd_params {
     void *workspace;   /* scratch on the device, 64-byte aligned; may be NULL if 0 bytes are needed */
     size_t workspace_size;
     /* What flash_kda_fwd_params.saved got from a forward pass of the same kernel, on the CPU of any of its
-     * kernels, with the same inputs and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte aligned;
-     * or NULL: the call computes the states again, which costs it up to a sixth of its time. On the CPU
-     * gradients have the same bits with and without it if one kernel computes both passes. On a GPU they may
-     * differ in their last bits, and a call whose workspace_limit is less than half of the bytes of q, k, v
-     * and g may have to compute the states again. What another forward pass has saved gives wrong gradients,
-     * and no memory outside of the tensors is touched. */
+     * kernels, with the same inputs and options, of flash_kda_fwd_saved_size() bytes or more, 64-byte
+     * aligned; or NULL: the call computes the states again, which costs it up to a sixth of its time. On the
+     * CPU gradients have the same bits with and without it if one kernel computes both passes. On a GPU they
+     * may differ in their last bits, and a call whose workspace_limit is less than half of the bytes of q, k,
+     * v and g may have to compute the states again. What another forward pass has saved gives wrong
+     * gradients, and no memory outside of the tensors is touched. */
     const void *saved;
     size_t saved_size;
     const char *kernel;       /* NULL: the best one for the device; else a name of flash_kda_list_kernels() */

@@ -60,7 +60,7 @@ flash_kda_status fkda_hopper_make_plan(fkda_plan *plan);
 flash_kda_status fkda_hopper_run(const fkda_problem *problem, const fkda_plan *plan);
 void fkda_hopper_explain(const fkda_plan *plan, char *text, size_t size);
 
-/* hopper/bwd.c: `bwd` and `bwd_workspace` of the kernel "hopper". `saved_bytes` is in hopper/border_states.h. */
+/* hopper/bwd.c: `bwd` and `bwd_workspace` of the kernel "hopper". hopper/border_states.h: `saved_bytes`. */
 flash_kda_status fkda_hopper_bwd(const fkda_bwd_problem *problem);
 size_t fkda_hopper_bwd_workspace(const fkda_bwd_problem *problem);
 
