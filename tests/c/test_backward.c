@@ -769,7 +769,7 @@ static void told_longest(void)
             must(bwd_call_open(&c, b, options));
             const size_t bytes = c.params.workspace_size;
             buffer_free(&c.workspace);
-            c.workspace.bytes = bytes + ROOM;
+            c.workspace = (buffer){.device = test.device, .bytes = bytes + ROOM, .band = OUTPUT_BAND_BYTE};
             buffer_create(&c.workspace);
             unsigned char *contents = malloc(bytes + ROOM);
             memset(contents, UNTOUCHED, bytes + ROOM);

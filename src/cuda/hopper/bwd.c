@@ -6,7 +6,7 @@
  *
  * The walks' results take more memory than all inputs. If this is more than the call may have, sequences of
  * equal lengths are computed in stretches of tokens from the last one to the first one. The states before all
- * stretches were saved by the forward pass, or another forward pass finds them first.
+ * stretches were saved by the forward pass, or they are found first.
  */
 #include "../../../kernels/backward/bwd_shape.h"
 #include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
@@ -75,13 +75,17 @@ static stretch_plan plan_stretch(const fkda_shape *s, int sms)
     return plan;
 }
 
-/* The forward pass that finds the states before stretches and the stretches themselves take turns at the
- * first part of the workspace. Behind it lies what they hand over: these states, unless they were saved; D,
- * the gradient with respect to one of these states; and sums over chunks for dA_log and ddt_bias. */
+/* Where the states before stretches come from. A forward pass can compute segments of a sequence in parallel.
+ * Where it would not, a walk over states alone is faster, since it has no outputs. */
+typedef enum state_source { SAVED, FROM_WALKS, FROM_FORWARD_PASS } state_source;
+
+/* What finds the states before stretches and the stretches themselves take turns at the first part of the
+ * workspace. Behind it lies what they hand over: these states, unless they were saved; D, the gradient with
+ * respect to one of these states; and sums over chunks for dA_log and ddt_bias. */
 typedef struct bwd_plan {
     fkda_stretches stretches;
-    bool finds_states;  /* by a forward pass */
-    int64_t outputs_at; /* of that pass, up to states_at: nobody reads them */
+    state_source source;
+    int64_t outputs_at; /* of a forward pass, up to states_at: nobody reads them */
     int64_t states_at, gradient_at, sums_at, bytes;
 } bwd_plan;
 
@@ -121,7 +125,7 @@ static fkda_shape shape_before_last(const fkda_shape *shape, const fkda_stretche
 
 /* In `count` stretches or fewer, of multiples of `unit` tokens. */
 static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count, int64_t unit,
-                               bool finds_states)
+                               bool are_saved)
 {
     const fkda_shape *s = &p->fwd.shape;
     bwd_plan plan = {.stretches = fkda_make_stretches(s, count, unit)};
@@ -129,10 +133,11 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
     const bool stretched = stretches->count > 1;
     const int64_t lengths[] = {stretches->tokens, s->tokens - (stretches->count - 1) * stretches->tokens};
     int64_t end = 0, most = 0;
-    plan.finds_states = stretched && finds_states;
-    if (plan.finds_states) {
+    if (stretched && !are_saved) {
         const fkda_shape before = shape_before_last(s, stretches);
-        take(&most, (int64_t)fkda_hopper_plan_for(&before, sms).memory.bytes);
+        const fkda_hopper_plan forward = fkda_hopper_plan_for(&before, sms);
+        plan.source = forward.strategy == FKDA_HOPPER_WHOLE ? FROM_WALKS : FROM_FORWARD_PASS;
+        take(&most, (int64_t)forward.memory.bytes);
         plan.outputs_at = take(&most, s->batch * s->heads * OUTPUT_BYTES);
     }
     for (int i = 0; i < 2; i++) {
@@ -140,10 +145,11 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
         part.tokens = lengths[i];
         if (stretched && s->max_seqlen) part.max_seqlen = part.tokens; /* as when they run */
         most = fkda_most(most, plan_stretch(&part, sms).bytes);
+        if (plan.source == FROM_WALKS) most = fkda_most(most, fkda_plan_whole_walks(&part, sms).bytes);
     }
     take(&end, most);
     const int64_t states = s->sequences * s->heads * STATE_BYTES;
-    plan.states_at = take(&end, plan.finds_states ? (stretches->count - 1) * states : 0);
+    plan.states_at = take(&end, plan.source == SAVED ? 0 : (stretches->count - 1) * states);
     plan.gradient_at = take(&end, stretched ? states : 0);
     plan.sums_at =
         take(&end, p->wants_parameters ? slots_of(s, stretches, stretches->count) * s->heads * SUM_BYTES : 0);
@@ -157,15 +163,15 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
 static bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
-    const bwd_plan at_once = plan_stretches(p, sms, 1, CHUNK, false);
+    const bwd_plan at_once = plan_stretches(p, sms, 1, CHUNK, true);
     const int64_t limit = p->workspace_limit < INT64_MAX ? (int64_t)p->workspace_limit : INT64_MAX,
                   least = fkda_most(at_once.bytes / limit, 2);
     if (at_once.bytes <= limit || !fkda_can_be_stretched(s)) return at_once;
-    for (int finds_states = p->saved_every == 0; finds_states < 2; finds_states++) {
-        const int64_t unit = finds_states ? CHUNK : p->saved_every,
-                      most = finds_states ? s->tokens / SHORTEST_STRETCH : fkda_ceil_div(s->tokens, unit);
+    for (int are_saved = p->saved_every > 0; are_saved >= 0; are_saved--) {
+        const int64_t unit = are_saved ? p->saved_every : CHUNK,
+                      most = are_saved ? fkda_ceil_div(s->tokens, unit) : s->tokens / SHORTEST_STRETCH;
         for (int64_t count = least; count <= most; count++) {
-            const bwd_plan plan = plan_stretches(p, sms, count, unit, finds_states);
+            const bwd_plan plan = plan_stretches(p, sms, count, unit, are_saved);
             if (plan.bytes <= limit) return plan;
         }
     }
@@ -261,11 +267,11 @@ static fkda_state_view handed_over(const fkda_shape *s, unsigned char *at)
                              .dtype = FLASH_KDA_F32};
 }
 
-/* Where the states before stretches are: in `saved`, or where find_states() leaves them. */
+/* Where the states before stretches are: in `saved`, or where they are left that were found. */
 static fkda_border_states states_of(const fkda_bwd_problem *p, const bwd_plan *plan)
 {
     if (plan->stretches.count == 1) return (fkda_border_states){0};
-    if (!plan->finds_states)
+    if (plan->source == SAVED)
         return (fkda_border_states){p->saved_states, p->saved_every, p->fwd.shape.tokens / p->saved_every};
     const fkda_shape before = shape_before_last(&p->fwd.shape, &plan->stretches);
     return fkda_border_states_in((unsigned char *)p->fwd.workspace + plan->states_at, &before,
@@ -287,14 +293,40 @@ static fkda_token_view outputs_of(const fkda_problem *forward, const bwd_plan *p
                              .dtype = FLASH_KDA_BF16};
 }
 
-static flash_kda_status find_states(const fkda_driver *driver, const fkda_bwd_problem *p,
-                                    const bwd_plan *plan, const fkda_border_states *states, int sms)
+static flash_kda_status run_forward_pass(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                         const bwd_plan *plan, const fkda_border_states *states, int sms)
 {
     fkda_problem forward = fkda_with_border_states(&p->fwd, states);
     forward.shape = shape_before_last(&p->fwd.shape, &plan->stretches);
     forward.out = outputs_of(&forward, plan);
     const fkda_hopper_plan of_forward = fkda_hopper_plan_for(&forward.shape, sms);
     return fkda_hopper_launch(driver, &forward, &of_forward);
+}
+
+/* Over all stretches but the last one. */
+static flash_kda_status run_walks(const fkda_driver *driver, const fkda_bwd_problem *p, const bwd_plan *plan,
+                                  const fkda_border_states *states, int sms)
+{
+    const fkda_stretches *const stretches = &plan->stretches;
+    flash_kda_status status = FLASH_KDA_OK;
+    for (int64_t i = 0; i + 1 < stretches->count && status == FLASH_KDA_OK; i++) {
+        fkda_bwd_problem part = fkda_stretch_of(p, stretches, i);
+        const fkda_walks_plan walk = fkda_plan_whole_walks(&part.fwd.shape, sms);
+        const fkda_state_view after = fkda_border_state(states, (i + 1) * stretches->tokens);
+        if (i > 0) part.fwd.initial_state = fkda_border_state(states, i * stretches->tokens);
+        status = fkda_launch_states_walk(driver, &part, &walk, p->fwd.workspace, &after);
+    }
+    return status;
+}
+
+static flash_kda_status find_states(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                    const bwd_plan *plan, const fkda_border_states *states, int sms)
+{
+    switch (plan->source) {
+    case FROM_WALKS: return run_walks(driver, p, plan, states, sms);
+    case FROM_FORWARD_PASS: return run_forward_pass(driver, p, plan, states, sms);
+    default: return FLASH_KDA_OK;
+    }
 }
 
 /* The sums over the chunks of all stretches. */
@@ -321,7 +353,7 @@ static flash_kda_status run(const fkda_bwd_problem *p, int sms)
     const fkda_border_states states = states_of(p, &plan);
     flash_kda_status status = fkda_enter_device(s->device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    if (plan.finds_states) status = find_states(driver, p, &plan, &states, sms);
+    status = find_states(driver, p, &plan, &states, sms);
     for (int64_t i = stretches->count - 1; i >= 0 && status == FLASH_KDA_OK; i--) {
         fkda_bwd_problem part = fkda_stretch_of(p, stretches, i);
         if (i > 0) part.fwd.initial_state = fkda_border_state(&states, i * stretches->tokens);

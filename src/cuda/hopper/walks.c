@@ -86,8 +86,7 @@ static int64_t take(int64_t *end, int64_t bytes)
     return begin;
 }
 
-/* The plan in which no sequence is cut. */
-static fkda_walks_plan plan_whole(const fkda_shape *shape, int sms)
+fkda_walks_plan fkda_plan_whole_walks(const fkda_shape *shape, int sms)
 {
     fkda_shape s = *shape;
     s.cut = FLASH_KDA_CUT_NEVER;
@@ -102,7 +101,7 @@ static fkda_walks_plan plan_whole(const fkda_shape *shape, int sms)
 
 fkda_walks_plan fkda_plan_walks(const fkda_shape *s, int sms)
 {
-    fkda_walks_plan plan = plan_whole(s, sms);
+    fkda_walks_plan plan = fkda_plan_whole_walks(s, sms);
     plan.parts = choose_parts(s, sms);
     if (plan.parts == 1) return plan;
     const int64_t matrices =
@@ -188,20 +187,21 @@ static flash_kda_status launch(const call *c, CUfunction kernel, const fkda_hopp
                : FLASH_KDA_OK;
 }
 
-static flash_kda_status run_whole(call *c)
+/* The walk over states, or both of them. */
+static flash_kda_status run_whole(call *c, int walks)
 {
     const fkda_hopper_whole *whole = &c->plan->whole;
     const bool paired = whole->chunk == FKDA_HOPPER_CHUNK_PAIR;
     const int64_t places[WALKS] = {[STATES] = c->plan->states_at, [GRADIENTS] = c->plan->gradients_at};
     flash_kda_status status = FLASH_KDA_OK;
-    for (int i = 0; i < WALKS && status == FLASH_KDA_OK && whole->divides; i++) {
+    for (int i = 0; i < walks && status == FLASH_KDA_OK && whole->divides; i++) {
         c->args[i].handoff = fkda_hopper_handoff((char *)c->results->workspace + places[i], c->plan->sms);
         const CUresult result = c->driver->cuMemsetD32Async((CUdeviceptr)c->args[i].handoff.flags, 0,
                                                             (size_t)fkda_hopper_handoff_flags(c->plan->sms),
                                                             c->problem->fwd.stream);
         if (result) status = fkda_driver_fail("cuMemsetD32Async", result);
     }
-    for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
+    for (int i = 0; i < walks && status == FLASH_KDA_OK; i++)
         status = launch(c, c->kernels[KERNELS * i + (paired ? PAIR : SOLO)], &c->args[i], FKDA_SEQUENCES,
                         whole->workers * (paired ? FKDA_HOPPER_PAIR_CTAS : 1), FKDA_HOPPER_THREADS,
                         i == STATES ? FKDA_IN_ORDER : FKDA_EARLY);
@@ -258,8 +258,8 @@ static flash_kda_status run_in_parts(call *c, CUfunction maps, CUfunction join, 
     return status;
 }
 
-/* Loads the kernels and describes the inputs. */
-static flash_kda_status prepare(call *c)
+/* Loads the kernels and describes the inputs of the walk over states, or of both. */
+static flash_kda_status prepare(call *c, int walks)
 {
     const fkda_problem *p = &c->problem->fwd;
     const int ordinal = p->shape.device.index;
@@ -268,7 +268,7 @@ static flash_kda_status prepare(call *c)
     flash_kda_status status = fkda_load_module(c->driver, module, ordinal);
     c->kernels = module->functions[ordinal];
     fill_args(c);
-    for (int i = 0; i < WALKS && status == FLASH_KDA_OK; i++)
+    for (int i = 0; i < walks && status == FLASH_KDA_OK; i++)
         status = describe_inputs(c, i, c->plan->parts > 1 ? CHUNK : c->plan->whole.chunk);
     return status;
 }
@@ -279,9 +279,9 @@ flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_pro
     const int ordinal = p->fwd.shape.device.index;
     call c = {.driver = driver, .problem = p, .plan = plan, .results = results};
     if (!plan->whole.workers) return FLASH_KDA_OK; /* there is no sequence */
-    flash_kda_status status = prepare(&c);
+    flash_kda_status status = prepare(&c, WALKS);
     if (status != FLASH_KDA_OK) return status;
-    if (plan->parts == 1) return run_whole(&c);
+    if (plan->parts == 1) return run_whole(&c, WALKS);
 
     CUfunction maps, join;
     status = fkda_load_module(driver, &usual_module, ordinal); /* which has the join back */
@@ -290,4 +290,16 @@ flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_pro
                                        &maps, &join);
     if (status != FLASH_KDA_OK) return status;
     return run_in_parts(&c, maps, join, usual_module.functions[ordinal][JOIN_BACK]);
+}
+
+flash_kda_status fkda_launch_states_walk(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                         const fkda_walks_plan *plan, void *workspace,
+                                         const fkda_state_view *final_state)
+{
+    const fkda_walk_results results = {.workspace = workspace};
+    call c = {.driver = driver, .problem = p, .plan = plan, .results = &results};
+    const flash_kda_status status = prepare(&c, STATES + 1);
+    if (status != FLASH_KDA_OK) return status;
+    c.args[STATES].fwd.final_state = fkda_state_args_of(final_state);
+    return run_whole(&c, STATES + 1);
 }

@@ -18,6 +18,9 @@ typedef struct fkda_walks_plan {
 
 fkda_walks_plan fkda_plan_walks(const fkda_shape *shape, int sms);
 
+/* The plan in which no sequence is cut. */
+fkda_walks_plan fkda_plan_whole_walks(const fkda_shape *shape, int sms);
+
 /* Where the walks put what they find, as kernels/hopper/bwd/chunks/chunk_args.h has it. */
 typedef struct fkda_walk_results {
     void *states, *gradients; /* [slots, HV] border images */
@@ -29,5 +32,11 @@ typedef struct fkda_walk_results {
 /* Enqueues both walks on the problem's stream. The device's context must be current. */
 flash_kda_status fkda_launch_walks(const fkda_driver *driver, const fkda_bwd_problem *problem,
                                    const fkda_walks_plan *plan, const fkda_walk_results *results);
+
+/* Enqueues the walk over states alone, by a plan of fkda_plan_whole_walks(). It leaves no images but the
+ * states behind the sequences, in fp32. */
+flash_kda_status fkda_launch_states_walk(const fkda_driver *driver, const fkda_bwd_problem *problem,
+                                         const fkda_walks_plan *plan, void *workspace,
+                                         const fkda_state_view *final_state);
 
 #endif
