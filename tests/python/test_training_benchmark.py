@@ -26,6 +26,15 @@ def test_training_runs_on_the_cpu(tmp_path, capsys):
     assert all(line.count("|") == table[0].count("|") for line in table[2:])
 
 
+def test_passes_that_save_states(tmp_path):
+    figures = tmp_path / "training.json"
+    words = ("--device", "cpu", "--shapes", "1:330", "--kernel", "cpu", "--rounds", "1", "--saved")
+    training.main([*words, "--json", str(figures)])
+    row = json.loads(figures.read_text())["rows"]["1:330"]
+    assert row["ms"].keys() == {"cpu", "cpu, saved", "cpu forward", "cpu forward, saved"}
+    assert row["rms"]["cpu"] == row["rms"]["cpu, saved"]  # on the CPU gradients have the same bits
+
+
 def test_a_kernel_that_is_unknown_is_left_out(capsys):
     training.main(["--device", "cpu", "--shapes", "1:3", "--kernel", "none", "--rounds", "1"])
     assert (
