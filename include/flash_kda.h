@@ -296,8 +296,8 @@ FLASH_KDA_API flash_kda_status flash_kda_fwd_workspace_size(const flash_kda_fwd_
  * tokens of a batch row (for every 640 m / (m + 1), rounded up to a multiple of 16, if m value heads share a
  * head of q and k), so never more than a fifth of q, k, v and g in bf16. The kernel "hopper" saves at most
  * nine states of each value head of a sequence, at least 512 tokens apart: never more than a quarter of q, k,
- * v and g. It saves nothing, in 0 bytes, with cu_seqlens, with batch_invariant, or beside
- * checkpoint_states. "portable" never saves anything, since its backward pass would gain nothing. */
+ * v and g. With cu_seqlens, with batch_invariant or with checkpoint_states "hopper" saves nothing and needs 0
+ * bytes. "portable" never saves anything, since its backward pass would gain nothing. */
 FLASH_KDA_API flash_kda_status flash_kda_fwd_saved_size(const flash_kda_fwd_params *params, size_t *bytes);
 
 /* Explains what flash_kda_fwd() would do with these arguments: which kernel runs and why, how it lays the
@@ -357,8 +357,8 @@ FLASH_KDA_API flash_kda_status flash_kda_reference(const flash_kda_fwd_params *p
  *   dinitial_state  f32 [N, HV, V, K], optional, written; also if initial_state is absent
  *
  * An absent gradient is not wanted, and at least one must be there. A gradient is written, not added to what
- * the tensor held. Of a sequence without tokens dinitial_state is dfinal_state. The kernel "portable"
- * computes gradients on every GPU that the library supports, and is the default for them there.
+ * the tensor held. Of a sequence without tokens dinitial_state is dfinal_state. On GPUs the kernels
+ * "hopper" and "portable" compute gradients, and the default is that of the forward pass.
  *
  * Strides and memory are as in flash_kda_fwd_params: dout, dq, dk, dv and dg have free strides except for
  * their last dimension, dbeta in all dimensions, states between states; dA_log and ddt_bias are contiguous.

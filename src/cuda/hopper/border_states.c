@@ -1,14 +1,10 @@
 #include "border_states.h"
 
 #include "../../../kernels/hopper/bwd/chunks/chunk_args.h"
+#include "costs.h"
 #include "stretches.h"
 
 enum { STATE_FLOATS = FKDA_DIM * FKDA_DIM };
-
-size_t fkda_border_states_bytes(const fkda_shape *s, int64_t every)
-{
-    return (size_t)(s->sequences * (s->tokens / every) * s->heads) * (STATE_FLOATS * sizeof(float));
-}
 
 fkda_border_states fkda_border_states_in(void *memory, const fkda_shape *s, int64_t every)
 {
@@ -51,13 +47,14 @@ int64_t fkda_hopper_saved_interval(const fkda_shape *s)
     if (!fkda_can_be_stretched(s) || s->features & FKDA_CHECKPOINTS) return 0;
     /* The images of T / stretches tokens take less than half of the bytes of the inputs of T tokens. */
     const int64_t m = s->heads / s->qk_heads, stretches = IMAGES * m / (HALF_A_ROW * 2 * (m + 1)) + 1,
-                  of_each = (s->tokens + stretches - 1) / stretches,
-                  interval = (of_each + CHUNK - 1) / CHUNK * CHUNK;
-    return interval > SHORTEST ? interval : SHORTEST;
+                  of_each = fkda_ceil_div(s->tokens, stretches),
+                  interval = fkda_most(fkda_ceil_div(of_each, CHUNK) * CHUNK, SHORTEST);
+    return interval <= s->tokens ? interval : 0;
 }
 
 size_t fkda_hopper_saved_bytes(const fkda_shape *s)
 {
     const int64_t interval = fkda_hopper_saved_interval(s);
-    return interval ? fkda_border_states_bytes(s, interval) : 0;
+    const int64_t states = interval ? s->sequences * (s->tokens / interval) * s->heads : 0;
+    return (size_t)states * STATE_FLOATS * sizeof(float);
 }

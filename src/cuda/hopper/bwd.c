@@ -76,7 +76,8 @@ static stretch_plan plan_stretch(const fkda_shape *s, int sms)
 }
 
 /* Where the states before stretches come from. A forward pass can compute segments of a sequence in parallel.
- * Where it would not, a walk over states alone is faster, since it has no outputs. */
+ * Where it would not, a walk over states alone is faster, since it has no outputs. A single stretch has its
+ * state from the caller, which counts as saved. */
 typedef enum state_source { SAVED, FROM_WALKS, FROM_FORWARD_PASS } state_source;
 
 /* What finds the states before stretches and the stretches themselves take turns at the first part of the
@@ -158,8 +159,8 @@ static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count
 }
 
 /* As few stretches as the limit allows. If no number of them does, there is one, and fewer heads
- * (bwd_waves.c) have to do. Stretches that begin with saved states are as long as these are apart, or a
- * multiple of it. If this is too long, the states are found anew. */
+ * (bwd_waves.c) have to do. A stretch that begins with a saved state has as many tokens as saved states are
+ * apart, or a multiple of them. If the limit allows no such stretch, the states are found anew. */
 static bwd_plan make_plan(const fkda_bwd_problem *p, int sms)
 {
     const fkda_shape *s = &p->fwd.shape;
@@ -267,7 +268,7 @@ static fkda_state_view handed_over(const fkda_shape *s, unsigned char *at)
                              .dtype = FLASH_KDA_F32};
 }
 
-/* Where the states before stretches are: in `saved`, or where they are left that were found. */
+/* Where the states before stretches are: in `saved`, or in the workspace once they are found. */
 static fkda_border_states states_of(const fkda_bwd_problem *p, const bwd_plan *plan)
 {
     if (plan->stretches.count == 1) return (fkda_border_states){0};
@@ -278,8 +279,8 @@ static fkda_border_states states_of(const fkda_bwd_problem *p, const bwd_plan *p
                                  plan->stretches.tokens);
 }
 
-/* Where the forward pass writes its outputs. If there is no room, all tokens of a head have one place, in
- * which writes wait for each other. */
+/* Where the forward pass writes its outputs. If there is no room, all tokens of a head have one place, where
+ * each write waits for the one before it. */
 static fkda_token_view outputs_of(const fkda_problem *forward, const bwd_plan *plan)
 {
     const fkda_shape *s = &forward->shape;
@@ -303,7 +304,7 @@ static flash_kda_status run_forward_pass(const fkda_driver *driver, const fkda_b
     return fkda_hopper_launch(driver, &forward, &of_forward);
 }
 
-/* Over all stretches but the last one. */
+/* Walks over the states of all stretches but the last one. */
 static flash_kda_status run_walks(const fkda_driver *driver, const fkda_bwd_problem *p, const bwd_plan *plan,
                                   const fkda_border_states *states, int sms)
 {
@@ -372,8 +373,8 @@ static const fkda_bwd_kernel hopper = {workspace_of, run};
 static fkda_bwd_problem with_saved_states(const fkda_bwd_problem *problem)
 {
     fkda_bwd_problem p = *problem;
-    if (!p.has_saved || !fkda_hopper_saved_bytes(&p.fwd.shape)) return p;
-    p.saved_every = fkda_hopper_saved_interval(&p.fwd.shape);
+    p.saved_every = p.has_saved ? fkda_hopper_saved_interval(&p.fwd.shape) : 0;
+    if (!p.saved_every) return p;
     p.saved_states = fkda_border_states_in(p.fwd.saved, &p.fwd.shape, p.saved_every).rows;
     return p;
 }

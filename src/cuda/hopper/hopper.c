@@ -25,9 +25,9 @@ flash_kda_status fkda_hopper_run(const fkda_problem *problem, const fkda_plan *p
     const fkda_driver *driver;
     flash_kda_status status = fkda_enter_device(problem->shape.device.index, &driver);
     if (status != FLASH_KDA_OK) return status;
-    if (problem->saved && fkda_hopper_saved_bytes(&problem->shape)) {
-        const fkda_border_states states = fkda_border_states_in(problem->saved, &problem->shape,
-                                                                fkda_hopper_saved_interval(&problem->shape));
+    const int64_t every = problem->saved ? fkda_hopper_saved_interval(&problem->shape) : 0;
+    if (every) {
+        const fkda_border_states states = fkda_border_states_in(problem->saved, &problem->shape, every);
         const fkda_problem saving = fkda_with_border_states(problem, &states);
         status = fkda_hopper_launch(driver, &saving, &plan->hopper);
     } else {

@@ -72,7 +72,8 @@ typedef struct cut {
 static const cut WHOLE = {0};
 
 /* With checkpoints, the mixed kernels and the general relay would need more registers than they have, and
- * would spill. So a call with checkpoints runs neither of them. What a call saves are checkpoints to them. */
+ * would spill. So a call with checkpoints runs neither of them. To these kernels the states that a call saves
+ * are checkpoints. */
 static bool can_mix(const fkda_shape *s)
 {
     return !(s->features & FKDA_CHECKPOINTS);

@@ -1,5 +1,7 @@
 #include "stretches.h"
 
+#include "costs.h"
+
 bool fkda_can_be_stretched(const fkda_shape *s)
 {
     return !s->has_cu_seqlens && !s->batch_invariant;
@@ -7,9 +9,9 @@ bool fkda_can_be_stretched(const fkda_shape *s)
 
 fkda_stretches fkda_make_stretches(const fkda_shape *s, int64_t count, int64_t unit)
 {
-    const int64_t units = (s->tokens + unit - 1) / unit, of_each = (units + count - 1) / count;
+    const int64_t units = fkda_ceil_div(s->tokens, unit), of_each = fkda_ceil_div(units, count);
     if (count <= 1 || units <= 1) return (fkda_stretches){1, s->tokens};
-    return (fkda_stretches){(units + of_each - 1) / of_each, of_each * unit};
+    return (fkda_stretches){fkda_ceil_div(units, of_each), of_each * unit};
 }
 
 static void take_tokens(fkda_token_view *t, int64_t first)
