@@ -236,20 +236,19 @@ static void fill_problem(const flash_kda_fwd_params *p, fkda_purpose purpose, fk
 
 static int32_t features_of(const flash_kda_fwd_params *p, const fkda_shape *s, fkda_purpose purpose)
 {
-    const bool bounded = p->gate == FLASH_KDA_GATE_BOUNDED;
-    int32_t features = 0;
+    const fkda_arithmetic_options arithmetic = {
+        .gate = p->gate,
+        .beta_kind = p->beta_kind,
+        .qk_is_normalised = p->qk_is_normalised,
+        .state_k_first = p->state_k_first,
+        .g_dtype = p->g.dtype,
+        .beta_dtype = p->beta.dtype,
+        .has_A_log = has(&p->A_log, purpose),
+        .has_dt_bias = has(&p->dt_bias, purpose),
+    };
+    int32_t features = fkda_arithmetic_features(&arithmetic, s);
     if (has(&p->state_indices, purpose) || has(&p->has_initial_state, purpose)) features |= FKDA_POOL;
     if (has_checkpoints(p, purpose)) features |= FKDA_CHECKPOINTS;
-    if (s->heads != s->qk_heads) features |= FKDA_GROUPED;
-    if (p->gate == FLASH_KDA_GATE_SOFTPLUS) features |= FKDA_SOFTPLUS;
-    if (p->gate == FLASH_KDA_GATE_ACTIVATED) features |= FKDA_ACTIVATED;
-    if (bounded && !has(&p->A_log, purpose)) features |= FKDA_NO_PARAMETER;
-    if (p->gate != FLASH_KDA_GATE_ACTIVATED && !has(&p->dt_bias, purpose)) features |= FKDA_NO_PARAMETER;
-    if (p->g.dtype == FLASH_KDA_F32) features |= FKDA_FP32_GATES;
-    if (p->beta.dtype == FLASH_KDA_F32) features |= FKDA_FP32_BETA;
-    if (p->beta_kind != FLASH_KDA_BETA_SIGMOID) features |= FKDA_BETA_KIND;
-    if (p->qk_is_normalised) features |= FKDA_NORMALISED;
-    if (p->state_k_first) features |= FKDA_K_FIRST;
     if (purpose != FKDA_FOR_REFERENCE && (p->saved || p->saved_size)) features |= FKDA_SAVED;
     return features;
 }

@@ -200,18 +200,17 @@ static flash_kda_status fill_shape(const flash_kda_bwd_params *p, fkda_purpose p
     out->kernel_is_asked_for = p->kernel != NULL;
     if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
     const int32_t features = FKDA_BACKWARD | (p->saved || p->saved_size ? FKDA_SAVED : 0);
-    const bool lacks_parameter =
-        p->gate != FLASH_KDA_GATE_ACTIVATED &&
-        (!has(&p->dt_bias, purpose) || (p->gate == FLASH_KDA_GATE_BOUNDED && !has(&p->A_log, purpose)));
-    /* What a forward pass of these inputs looks at, in a call for sizes too. */
-    out->features = (p->gate == FLASH_KDA_GATE_SOFTPLUS ? FKDA_SOFTPLUS : 0) |
-                    (p->gate == FLASH_KDA_GATE_ACTIVATED ? FKDA_ACTIVATED : 0) |
-                    (lacks_parameter ? FKDA_NO_PARAMETER : 0) |
-                    (p->g.dtype == FLASH_KDA_F32 ? FKDA_FP32_GATES : 0) |
-                    (p->beta.dtype == FLASH_KDA_F32 ? FKDA_FP32_BETA : 0) |
-                    (p->beta_kind != FLASH_KDA_BETA_SIGMOID ? FKDA_BETA_KIND : 0) |
-                    (p->qk_is_normalised ? FKDA_NORMALISED : 0) | (p->state_k_first ? FKDA_K_FIRST : 0) |
-                    (out->heads != out->qk_heads ? FKDA_GROUPED : 0);
+    const fkda_arithmetic_options arithmetic = {
+        .gate = p->gate,
+        .beta_kind = p->beta_kind,
+        .qk_is_normalised = p->qk_is_normalised,
+        .state_k_first = p->state_k_first,
+        .g_dtype = p->g.dtype,
+        .beta_dtype = p->beta.dtype,
+        .has_A_log = has(&p->A_log, purpose),
+        .has_dt_bias = has(&p->dt_bias, purpose),
+    };
+    out->features = fkda_arithmetic_features(&arithmetic, out);
     return fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : features, &out->kernel);
 }
 

@@ -200,6 +200,22 @@ flash_kda_status fkda_check_saved_size(const fkda_problem *p, size_t bytes_neede
     return INVALID("saved_size is %zu bytes; this call needs %zu", p->saved_size, bytes_needed);
 }
 
+int32_t fkda_arithmetic_features(const fkda_arithmetic_options *o, const fkda_shape *s)
+{
+    int32_t features = 0;
+    if (s->heads != s->qk_heads) features |= FKDA_GROUPED;
+    if (o->gate == FLASH_KDA_GATE_SOFTPLUS) features |= FKDA_SOFTPLUS;
+    if (o->gate == FLASH_KDA_GATE_ACTIVATED) features |= FKDA_ACTIVATED;
+    if (o->gate == FLASH_KDA_GATE_BOUNDED && !o->has_A_log) features |= FKDA_NO_PARAMETER;
+    if (o->gate != FLASH_KDA_GATE_ACTIVATED && !o->has_dt_bias) features |= FKDA_NO_PARAMETER;
+    if (o->g_dtype == FLASH_KDA_F32) features |= FKDA_FP32_GATES;
+    if (o->beta_dtype == FLASH_KDA_F32) features |= FKDA_FP32_BETA;
+    if (o->beta_kind != FLASH_KDA_BETA_SIGMOID) features |= FKDA_BETA_KIND;
+    if (o->qk_is_normalised) features |= FKDA_NORMALISED;
+    if (o->state_k_first) features |= FKDA_K_FIRST;
+    return features;
+}
+
 flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt)
 {
     if (!fkda_is_interrupt(interrupt)) return FLASH_KDA_OK;

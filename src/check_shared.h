@@ -43,6 +43,15 @@ flash_kda_status fkda_check_host(int32_t cpu_threads, const volatile int32_t *in
 /* The address of `saved`, of the forward and the backward pass. */
 flash_kda_status fkda_check_saved_pointer(const void *saved, size_t size, fkda_purpose purpose);
 
+/* The options of a forward or a backward pass that decide which arithmetic runs. */
+typedef struct fkda_arithmetic_options {
+    int32_t gate, beta_kind, qk_is_normalised, state_k_first, g_dtype, beta_dtype;
+    bool has_A_log, has_dt_bias;
+} fkda_arithmetic_options;
+
+/* What of fkda_feature these options and the heads of the shape ask for. */
+int32_t fkda_arithmetic_features(const fkda_arithmetic_options *options, const fkda_shape *shape);
+
 /* That *interrupt is still 0 when the call begins. */
 flash_kda_status fkda_check_interrupt(const volatile int32_t *interrupt);
 
