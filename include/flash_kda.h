@@ -408,9 +408,9 @@ typedef struct flash_kda_bwd_params {
     const volatile int32_t *interrupt; /* as in flash_kda_fwd_params */
     /* On a GPU: the most bytes of workspace that the call should need. If everything at once would need more,
      * it computes some tokens or some of the heads after the others, which takes longer; the fewest are one
-     * head of q and k, even if that needs more than the limit. 0: half of the bytes of q, k, v and g, and at
-     * least 64 MiB. SIZE_MAX: everything at once. Gradients may differ in their last bits between limits,
-     * unless batch_invariant is set. */
+     * head of q and k, even if that needs more than the limit. 0: half of the bytes of q, k, v and g, or 96
+     * MiB if these have less than 128 MiB. SIZE_MAX: everything at once. Gradients may differ in their last
+     * bits between limits, unless batch_invariant is set. */
     size_t workspace_limit;
 } flash_kda_bwd_params;
 

@@ -10,7 +10,8 @@
 /* Numbers of a chunk's record: the state before it, and two numbers for each value. */
 #define FKDA_BWD_RECORD (128 * 128 + 2 * 16 * 128)
 
-/* Threads of a CTA of the reduction. */
-#define FKDA_BWD_REDUCE_THREADS 128
+/* Threads of a CTA of the reduction, and its dynamic shared memory. */
+#define FKDA_BWD_REDUCE_THREADS 1024
+#define FKDA_BWD_REDUCE_SHARED_BYTES 32768
 
 #endif

@@ -8,24 +8,42 @@
 namespace fkda
 {
 
+/* Threads that add up every 16th slot. A slot has a row of sums, for ddt_bias and then for dA_log, and each
+ * thread four of them. */
+constexpr int SLOT_THREADS = 2 * DIM / 4, SLOT_GROUPS = FKDA_BWD_REDUCE_THREADS / SLOT_THREADS;
+static_assert(SLOT_GROUPS * 2 * DIM * sizeof(double) == FKDA_BWD_REDUCE_SHARED_BYTES);
+
 /* dA_log and ddt_bias of a head, in fp64: a sum may be a millionth of its terms. */
-__device__ inline void add_sums(const fkda_bwd_args &args, int head, int channel)
+__device__ inline void add_sums(const fkda_bwd_args &args, int head)
 {
-    double *const rates = reinterpret_cast<double *>(cta_memory());
-    double bias = 0.0, rate = 0.0;
+    auto &of_group = *reinterpret_cast<double(*)[SLOT_GROUPS][2 * DIM]>(cta_memory());
+    const int thread = static_cast<int>(threadIdx.x), group = thread / SLOT_THREADS,
+              first = thread % SLOT_THREADS * 4;
+    double sum[4] = {};
 #pragma unroll 8 /* loads that do not wait for each other */
-    for (long long slot = 0; slot < args.slots; slot++) {
-        const float *from = args.sums + (slot * args.fwd.heads + head) * (2 * DIM) + channel;
-        bias += from[0];
-        rate += from[DIM];
+    for (long long slot = group; slot < args.slots; slot += SLOT_GROUPS) {
+        const float4 x =
+            *reinterpret_cast<const float4 *>(args.sums + (slot * args.fwd.heads + head) * (2 * DIM) + first);
+        sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
     }
-    if (args.ddt_bias) args.ddt_bias[head * DIM + channel] = static_cast<float>(bias);
-    rates[channel] = rate;
+#pragma unroll
+    for (int i = 0; i < 4; i++) of_group[group][first + i] = sum[i];
     __syncthreads();
-    if (channel || !args.dA_log) return;
-    double sum = 0.0;
-    for (int c = 0; c < DIM; c++) sum += rates[c];
-    args.dA_log[head] = static_cast<float>(sum);
+    double *const all = of_group[0];
+    if (thread < 2 * DIM)
+        for (int i = 1; i < SLOT_GROUPS; i++) all[thread] += of_group[i][thread];
+    if (thread < DIM && args.ddt_bias) args.ddt_bias[head * DIM + thread] = static_cast<float>(all[thread]);
+    __syncthreads();
+    if (thread >= 32 || !args.dA_log) return;
+    double *const rates = all + DIM;
+    const double rate = (rates[thread] + rates[thread + 32]) + (rates[thread + 64] + rates[thread + 96]);
+    __syncwarp();
+    rates[thread] = rate;
+    __syncwarp();
+    if (thread) return;
+    double of_all = 0.0;
+    for (int i = 0; i < 32; i++) of_all += rates[i];
+    args.dA_log[head] = static_cast<float>(of_all);
 }
 
 /* dq or dk of four channels of a head of q and k. */
@@ -44,13 +62,13 @@ __device__ inline void add_parts(const fkda_fwd_args &f, const float *parts, voi
         make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
 }
 
-/* The first HV CTAs take sums over segments, if these are wanted, and the others four rows each. */
+/* The first HV CTAs take sums over segments, if these are wanted, and each warp of the others has a row. */
 __device__ inline void reduce(const fkda_bwd_args &args)
 {
     const fkda_fwd_args &f = args.fwd;
     long long index = blockIdx.x;
     if (args.sums) {
-        if (index < f.heads) return add_sums(args, static_cast<int>(index), threadIdx.x);
+        if (index < f.heads) return add_sums(args, static_cast<int>(index));
         index -= f.heads;
     }
     const int qk_heads = f.heads / f.group;

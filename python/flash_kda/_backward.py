@@ -102,8 +102,8 @@ def bwd(
         workspace_limit: on a GPU, the most bytes of workspace that the call should need. If everything at
             once would need more, some tokens or some of the heads are computed after the others, which takes
             longer; one head of q and k is the fewest, even if it needs more. 0: half of the bytes of q, k, v
-            and g, and at least 64 MiB. Gradients may differ in their last bits between limits, unless
-            batch_invariant is True.
+            and g, or 96 MiB if these have less than 128 MiB. Gradients may differ in their last bits between
+            limits, unless batch_invariant is True.
 
     Gradients are written, not added to what the arrays held. Strides are as in `fwd`: those of dout, dq, dk,
     dv and dg are free except in the last dimension, those of dbeta in all dimensions, and those of states in

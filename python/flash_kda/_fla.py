@@ -275,8 +275,6 @@ def _backend_of(theirs: Any, chunk_kda: Any) -> Any:
 
         def chunk_kda(self, *args: Any, **kwargs: Any) -> Any:
             call = _taken(named(args, kwargs), of_chunk)
-            if call["q"].is_cuda:  # FLA's own tests have not been run with states that a GPU saves
-                call["disable_recompute"] = False
             if call.get("cp_context") is not None:
                 return _fla_context.chunk_kda(call)
             return _function("chunk_kda")(**call)

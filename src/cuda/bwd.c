@@ -100,7 +100,7 @@ static fkda_bwd_launch reduction_of(const fkda_bwd_problem *p)
     const fkda_shape *s = &p->fwd.shape;
     const int64_t rows = s->heads != s->qk_heads ? s->batch * s->tokens * s->qk_heads : 0;
     return (fkda_bwd_launch){REDUCE, (p->wants_parameters ? s->heads : 0) + (rows + ROWS - 1) / ROWS,
-                             FKDA_BWD_REDUCE_THREADS, FKDA_DIM * sizeof(double)};
+                             FKDA_BWD_REDUCE_THREADS, FKDA_BWD_REDUCE_SHARED_BYTES};
 }
 
 flash_kda_status fkda_launch_bwd(const fkda_driver *driver, fkda_module *kernels, const fkda_bwd_problem *p,

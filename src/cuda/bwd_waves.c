@@ -8,18 +8,20 @@
 #include "cuda.h"
 
 enum {
-    /* Bytes of workspace that every call may have. A smaller limit would make small calls slow, whose walks
-     * need many heads to fill a GPU, and save little memory. */
-    SMALL_WORKSPACE = 64 << 20,
+    /* Bytes of q, k, v and g of a small call, which has fewer, and of the workspace that it may have. A
+     * smaller limit would make small calls slow, whose walks need many heads to fill a GPU, and save little
+     * memory. */
+    SMALL_INPUTS = 128 << 20,
+    SMALL_WORKSPACE = 96 << 20,
 };
 
-/* Half of the bytes of q, k, v and g, or SMALL_WORKSPACE if that is more. */
+/* Half of the bytes of q, k, v and g, or SMALL_WORKSPACE for a small call. */
 static size_t default_limit(const fkda_shape *s)
 {
     const size_t gate_bytes = s->features & FKDA_FP32_GATES ? 4 : 2, tokens = (size_t)(s->batch * s->tokens),
                  of_token = 2 * 2 * (size_t)s->qk_heads + (2 + gate_bytes) * (size_t)s->heads,
-                 half = tokens * (FKDA_DIM / 2) * of_token;
-    return half > SMALL_WORKSPACE ? half : SMALL_WORKSPACE;
+                 inputs = tokens * FKDA_DIM * of_token;
+    return inputs < SMALL_INPUTS ? SMALL_WORKSPACE : inputs / 2;
 }
 
 /* The most bytes that a wave needs if waves have `heads` heads of q and k. The last one may have fewer, and

@@ -811,7 +811,7 @@ static void ask_for_bytes(int64_t batch, int64_t tokens, int64_t heads, int64_t 
     p.workspace_limit = SIZE_MAX;
     must(flash_kda_bwd_workspace_size(&p, &all_at_once));
     const int64_t inputs = batch * tokens * 2 * DIM * (2 * (heads / shared) + 2 * heads),
-                  allowed = inputs / 2 > 64 << 20 ? inputs / 2 : 64 << 20;
+                  allowed = inputs < 128 << 20 ? 96 << 20 : inputs / 2;
     trying("B = %lld, T = %lld, HV = %lld, H = %lld", (long long)batch, (long long)tokens, (long long)heads,
            (long long)(heads / shared));
     CHECK((int64_t)bytes <= allowed || bytes == least, "%zu bytes are needed; %lld may be", bytes,
@@ -821,7 +821,8 @@ static void ask_for_bytes(int64_t batch, int64_t tokens, int64_t heads, int64_t 
           all_at_once);
 }
 
-/* The default workspace is at most half of q, k, v and g, or 64 MiB, or what a head of q and k needs. */
+/* The default workspace is at most half of q, k, v and g, or 96 MiB if these have less than 128 MiB, or what
+ * a head of q and k needs. */
 static void default_workspace(void)
 {
     if (is_exact()) return; /* the CPU takes what its threads need */

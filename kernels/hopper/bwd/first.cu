@@ -9,6 +9,7 @@
  * (../../backward/rows.cuh).
  */
 #include "../../backward/walk.cuh"
+#include "../ptx/control.cuh"
 #include "chunks/chunk_args.h"
 
 namespace fkda
@@ -57,9 +58,11 @@ __device__ __forceinline__ void store_k_first(const Rows &rows, float *to, const
     for (int i = 0; i < DIM / 2; i++) to[(8 * (i / 4) + i % 2) * DIM + i % 4 / 2 * 8] = rows.x[i / 4][i % 4];
 }
 
-/* CTA i has head i % HV of sequence i / HV. */
+/* CTA i has head i % HV of sequence i / HV. The next kernel may start early: it computes chunks, beside these
+ * few CTAs. */
 __device__ inline void go_back_over_first_chunk(const fkda_hopper_chunk_args &args)
 {
+    let_next_kernel_start();
     Shared &s = *reinterpret_cast<Shared *>(cta_memory());
     const fkda_bwd_args &b = args.bwd;
     const int head = blockIdx.x % b.fwd.heads;

@@ -39,16 +39,17 @@ int64_t fkda_hopper_saved_interval(const fkda_shape *s)
 {
     enum {
         SHORTEST = 512,
+        CTAS = 2 * 132, /* of the kernel for chunks, at the same time on an H100 or H200 */
         CHUNK = FKDA_HOPPER_BWD_CHUNK,
         /* Bytes of a token: of both its images in each value head, and half of those of a row in bf16. */
         IMAGES = 2 * FKDA_HOPPER_BORDER_IMAGE / CHUNK,
         HALF_A_ROW = FKDA_DIM,
     };
     if (!fkda_can_be_stretched(s) || s->features & FKDA_CHECKPOINTS) return 0;
-    /* The images of T / stretches tokens take less than half of the bytes of the inputs of T tokens. */
-    const int64_t m = s->heads / s->qk_heads, stretches = IMAGES * m / (HALF_A_ROW * 2 * (m + 1)) + 1,
-                  of_each = fkda_ceil_div(s->tokens, stretches),
-                  interval = fkda_most(fkda_ceil_div(of_each, CHUNK) * CHUNK, SHORTEST);
+    /* The images of T / count tokens take less than half of the bytes of the inputs of T tokens. */
+    const int64_t m = s->heads / s->qk_heads, count = IMAGES * m / (HALF_A_ROW * 2 * (m + 1)) + 1;
+    const fkda_stretches stretches = fkda_fill_gpu(s, fkda_make_stretches(s, count, CHUNK), CTAS);
+    const int64_t interval = fkda_most(stretches.tokens, SHORTEST);
     return interval <= s->tokens ? interval : 0;
 }
 

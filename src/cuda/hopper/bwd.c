@@ -96,6 +96,7 @@ enum {
     OUTPUT_BYTES = FKDA_DIM * (int)sizeof(uint16_t), /* of a token and head */
     /* Tokens of a stretch, at least: each has launches of its own. */
     SHORTEST_STRETCH = 256,
+    CTAS_ON_SM = 2, /* of the kernel for chunks */
 };
 
 /* The chunks of the first `count` stretches. */
@@ -124,12 +125,13 @@ static fkda_shape shape_before_last(const fkda_shape *shape, const fkda_stretche
     return s;
 }
 
-/* In `count` stretches or fewer, of multiples of `unit` tokens. */
+/* In `count` stretches, or about as many, of multiples of `unit` tokens. */
 static bwd_plan plan_stretches(const fkda_bwd_problem *p, int sms, int64_t count, int64_t unit,
                                bool are_saved)
 {
     const fkda_shape *s = &p->fwd.shape;
     bwd_plan plan = {.stretches = fkda_make_stretches(s, count, unit)};
+    if (!are_saved) plan.stretches = fkda_fill_gpu(s, plan.stretches, (int64_t)CTAS_ON_SM * sms);
     const fkda_stretches *stretches = &plan.stretches;
     const bool stretched = stretches->count > 1;
     const int64_t lengths[] = {stretches->tokens, s->tokens - (stretches->count - 1) * stretches->tokens};
@@ -228,6 +230,26 @@ static flash_kda_status describe_tensors(const fkda_driver *driver, const fkda_b
     return FLASH_KDA_OK;
 }
 
+/* The gradients with respect to initial states, by few CTAs, and beside them those of chunks. */
+static flash_kda_status launch_gradients(const fkda_driver *driver, const fkda_bwd_problem *p,
+                                         fkda_hopper_chunk_args *args)
+{
+    const fkda_shape *s = &p->fwd.shape;
+    const int ordinal = s->device.index;
+    const fkda_bwd_launch first = {0, p->dinitial_state.data ? s->sequences * s->heads : 0, FKDA_BWD_THREADS,
+                                   FKDA_BWD_SHARED_BYTES};
+    const fkda_grid chunks = {args->bwd.slots * s->heads, FKDA_HOPPER_CHUNK_THREADS,
+                              FKDA_HOPPER_CHUNK_SHARED_BYTES};
+    flash_kda_status status = describe_tensors(driver, p, args);
+    if (status == FLASH_KDA_OK) status = fkda_load_module(driver, &module, ordinal);
+    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &first_module, p, &first, 1, args);
+    if (status != FLASH_KDA_OK || !chunks.ctas) return status;
+    const CUresult result =
+        fkda_hopper_launch_kernel(driver, p->fwd.stream, module.functions[ordinal][kernel_for(s->features)],
+                                  args, chunks, first.ctas ? FKDA_EARLY : FKDA_IN_ORDER);
+    return result ? fkda_driver_fail(fkda_launching_function(driver), result) : FLASH_KDA_OK;
+}
+
 /* All of a stretch but the sums over chunks for dA_log and ddt_bias, whose terms it leaves in `sums`. The
  * walk back leaves D before the stretch in `before`. */
 static flash_kda_status run_stretch(const fkda_driver *driver, const fkda_bwd_problem *p, int sms,
@@ -240,16 +262,10 @@ static flash_kda_status run_stretch(const fkda_driver *driver, const fkda_bwd_pr
                                        workspace + plan.walks_at};
     fkda_hopper_chunk_args args = {
         .bwd = make_args(p, &plan, sums), .states = results.states, .gradients = results.gradients};
-    const fkda_bwd_launch chunks = {kernel_for(s->features), plan.chunks.slots * s->heads,
-                                    FKDA_HOPPER_CHUNK_THREADS, FKDA_HOPPER_CHUNK_SHARED_BYTES};
-    const fkda_bwd_launch first = {0, p->dinitial_state.data ? s->sequences * s->heads : 0, FKDA_BWD_THREADS,
-                                   FKDA_BWD_SHARED_BYTES};
     fkda_bwd_problem heads_alone = *p;
     heads_alone.wants_parameters = false;
-    flash_kda_status status = describe_tensors(driver, p, &args);
-    if (status == FLASH_KDA_OK) status = fkda_launch_walks(driver, p, &plan.walks, &results);
-    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &module, p, &chunks, 1, &args);
-    if (status == FLASH_KDA_OK) status = fkda_launch_bwd(driver, &first_module, p, &first, 1, &args);
+    flash_kda_status status = fkda_launch_walks(driver, p, &plan.walks, &results);
+    if (status == FLASH_KDA_OK) status = launch_gradients(driver, p, &args);
     args.bwd.sums = NULL;
     if (status == FLASH_KDA_OK) status = fkda_launch_bwd_sums(driver, &heads_alone, &args.bwd);
     return status;

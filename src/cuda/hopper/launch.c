@@ -170,12 +170,12 @@ static bool can_run_together(const fkda_driver *driver, CUstream stream, int64_t
 
 /* The one place that launches. */
 CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, CUfunction kernel, void *args,
-                                   int64_t ctas, int threads, fkda_start when)
+                                   fkda_grid grid, fkda_start when)
 {
     enum { TOO_LARGE = 720, NOT_SUPPORTED = 801 };
     void *pointers[] = {args};
     fkda_launch_attribute attribute = {0};
-    if (when == FKDA_TOGETHER && !can_run_together(driver, stream, ctas)) return TOO_LARGE;
+    if (when == FKDA_TOGETHER && !can_run_together(driver, stream, grid.ctas)) return TOO_LARGE;
     if (when == FKDA_EARLY) {
         attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmatic_stream_serialization_allowed = 1;
@@ -185,17 +185,17 @@ CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, C
     }
     if (!driver->cuLaunchKernelEx) {
         if (when == FKDA_TOGETHER) return NOT_SUPPORTED;
-        return driver->cuLaunchKernel(kernel, (unsigned)ctas, 1, 1, (unsigned)threads, 1, 1,
-                                      FKDA_HOPPER_SHARED_BYTES, stream, pointers, NULL);
+        return driver->cuLaunchKernel(kernel, (unsigned)grid.ctas, 1, 1, (unsigned)grid.threads, 1, 1,
+                                      (unsigned)grid.shared_bytes, stream, pointers, NULL);
     }
     const fkda_launch_config config = {
-        .grid_x = (unsigned)ctas,
+        .grid_x = (unsigned)grid.ctas,
         .grid_y = 1,
         .grid_z = 1,
-        .block_x = (unsigned)threads,
+        .block_x = (unsigned)grid.threads,
         .block_y = 1,
         .block_z = 1,
-        .shared_bytes = FKDA_HOPPER_SHARED_BYTES,
+        .shared_bytes = (unsigned)grid.shared_bytes,
         .stream = stream,
         .attributes = &attribute,
         .attribute_count = when != FKDA_IN_ORDER,
@@ -206,7 +206,8 @@ CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, C
 static CUresult launch(const call *c, CUfunction kernel, void *args, int64_t ctas, int threads,
                        fkda_start when)
 {
-    return fkda_hopper_launch_kernel(c->driver, c->problem->stream, kernel, args, ctas, threads, when);
+    const fkda_grid grid = {ctas, threads, FKDA_HOPPER_SHARED_BYTES};
+    return fkda_hopper_launch_kernel(c->driver, c->problem->stream, kernel, args, grid, when);
 }
 
 /* Says what failed and, if kernels of the call were launched before, what that means for its results. */
@@ -222,7 +223,7 @@ static flash_kda_status fail(const call *c, const char *function, CUresult resul
 static flash_kda_status launch_or_fail(const call *c, CUfunction kernel, fkda_hopper_fwd_args *args,
                                        int64_t ctas, int threads, fkda_start when)
 {
-    const char *function = c->driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel";
+    const char *function = fkda_launching_function(c->driver);
     const CUresult result = launch(c, kernel, args, ctas, threads, when);
     if (!result) {
         ++*c->launches;

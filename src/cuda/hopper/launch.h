@@ -13,10 +13,22 @@ typedef enum fkda_start {
     FKDA_TOGETHER, /* in order, with all CTAs running at the same time, because they wait for each other */
 } fkda_start;
 
-/* Launches a kernel with all the shared memory that a CTA can have. A driver without cuLaunchKernelEx
- * launches FKDA_EARLY kernels in order and refuses FKDA_TOGETHER. */
+/* A kernel's grid, and the dynamic shared memory of a CTA in bytes. */
+typedef struct fkda_grid {
+    int64_t ctas;
+    int threads, shared_bytes;
+} fkda_grid;
+
+/* Launches a kernel. A driver without cuLaunchKernelEx launches FKDA_EARLY kernels in order and refuses
+ * FKDA_TOGETHER. */
 CUresult fkda_hopper_launch_kernel(const fkda_driver *driver, CUstream stream, CUfunction kernel, void *args,
-                                   int64_t ctas, int threads, fkda_start when);
+                                   fkda_grid grid, fkda_start when);
+
+/* The driver's function that launches, for sentences about what failed. */
+static inline const char *fkda_launching_function(const fkda_driver *driver)
+{
+    return driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel";
+}
 
 /* The kernel that finds the maps of segments in a call with these features (fkda_feature), and the kernel
  * that joins maps. Their modules are loaded. */

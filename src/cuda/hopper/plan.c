@@ -33,7 +33,8 @@
  *                        and whole sequences.
  *     they would not, longest unknown    Passes with the segments that would be best if one sequence had all
  *                        tokens. If the passes would cost too much in a call that turns out to have no
- *                        sequence to cut, every sequence stays whole.
+ *                        sequence to cut: the mixed schedule, if whole sequences would run in solo CTAs, and
+ *                        whole sequences in CTA pairs otherwise.
  *
  * The estimates are off by a few percent. The percentages that decide what is worth it are in costs.h:
  * FKDA_PERCENT_WORTH_CUTTING (passes must save 5% of the time of whole sequences), FKDA_RELAY_PERCENT (a
@@ -155,13 +156,18 @@ static cut cut_longest_or(cut mixed, const fkda_shape *s, int sms, const fkda_ho
 }
 
 /* Passes with the segments that would be best if one sequence had all tokens. Segments are longer than half
- * of the average sequence, so that nothing is cut if all lengths turn out to be equal. */
-static cut cut_unknown(const fkda_shape *s, int sms)
+ * of the average sequence, so that nothing is cut if all lengths turn out to be equal. If passes that cut
+ * nothing would cost too much, and sequences would stay whole in solo CTAs, which are half as fast on a long
+ * sequence as CTA pairs are, a mixed launch looks for long sequences. */
+static cut cut_unknown(const fkda_shape *s, int sms, const fkda_hopper_whole *whole)
 {
     int64_t ignored;
     const int64_t chunks = s->batch * s->tokens / CHUNK, equal = chunks / s->sequences;
-    const int64_t whole = fkda_clocks_whole(s->sequences * s->heads, equal, sms);
-    if (100 * FKDA_CLOCKS_IDLE_LAUNCHES > FKDA_PERCENT_IDLE * whole) return WHOLE;
+    const int64_t clocks = fkda_clocks_whole(s->sequences * s->heads, equal, sms);
+    if (100 * FKDA_CLOCKS_IDLE_LAUNCHES > FKDA_PERCENT_IDLE * clocks)
+        return whole->chunk == FKDA_HOPPER_CHUNK_SOLO
+                   ? cut_mixed(s, sms, SHORTEST_LONG_CHUNKS, FKDA_CLOCKS_MIXED_CUT)
+                   : WHOLE;
     const int64_t segments = best_segments(s->heads, chunks, sms, false, &ignored);
     if (segments == 1) return WHOLE;
     const int64_t shortest = chunks / segments;
@@ -197,7 +203,7 @@ static cut choose_cut(const fkda_shape *s, int sms, const fkda_hopper_whole *who
     const cut mixed = cut_mixed_if_worth_it(s, sms, whole);
     if (equal.shortest) return mixed.mixed.pairs && mixed.clocks < equal.clocks ? mixed : equal;
     if (s->max_seqlen) return cut_longest_or(mixed, s, sms, whole);
-    return cut_unknown(s, sms);
+    return cut_unknown(s, sms, whole);
 }
 
 /* Solo CTAs or CTA pairs. As many heads as pairs, or fewer, have a pair each. Results that must not depend on

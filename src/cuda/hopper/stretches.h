@@ -22,6 +22,11 @@ bool fkda_can_be_stretched(const fkda_shape *shape);
 /* At most `count` stretches. All but the last one are multiples of `unit` tokens, which is whole chunks. */
 fkda_stretches fkda_make_stretches(const fkda_shape *shape, int64_t count, int64_t unit);
 
+/* The same stretches, or shorter ones and one more of them, if their chunks then are done in less time. A CTA
+ * has one chunk of one head, and `ctas` of them run at the same time: a stretch with a few chunks more than
+ * fit takes as long as if there were twice as many. */
+fkda_stretches fkda_fill_gpu(const fkda_shape *shape, fkda_stretches stretches, int64_t ctas);
+
 /* Stretch i without what it gets from other stretches: its states are those of the whole problem where it has
  * the sequences' beginning or end, and absent elsewhere. */
 fkda_bwd_problem fkda_stretch_of(const fkda_bwd_problem *problem, const fkda_stretches *stretches, int64_t i);

@@ -180,11 +180,10 @@ static flash_kda_status launch(const call *c, CUfunction kernel, const fkda_hopp
 {
     fkda_hopper_fwd_args own = *args;
     own.work = work;
+    const fkda_grid grid = {ctas, threads, FKDA_HOPPER_SHARED_BYTES};
     const CUresult result =
-        fkda_hopper_launch_kernel(c->driver, c->problem->fwd.stream, kernel, &own, ctas, threads, when);
-    return result
-               ? fkda_driver_fail(c->driver->cuLaunchKernelEx ? "cuLaunchKernelEx" : "cuLaunchKernel", result)
-               : FLASH_KDA_OK;
+        fkda_hopper_launch_kernel(c->driver, c->problem->fwd.stream, kernel, &own, grid, when);
+    return result ? fkda_driver_fail(fkda_launching_function(c->driver), result) : FLASH_KDA_OK;
 }
 
 /* The walk over states, or both of them. */

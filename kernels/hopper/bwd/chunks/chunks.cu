@@ -2,6 +2,9 @@
  * The gradients of chunks: each CTA has one chunk of 32 tokens of one head, with the state before it and the
  * gradient with respect to the state after it, which other kernels have found. So no chunk waits for another
  * one. docs/backward-kernel.md has the algorithm.
+ *
+ * The kernel may start early, beside the kernel for initial states (../first.cu). It needs nothing of that
+ * one, but must not be over before it: the next launch waits for this kernel alone.
  */
 #include "channels.cuh"
 #include "prepare.cuh"
@@ -71,22 +74,31 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
     ChunkChannels<Block>(args, shared).run(sums);
 }
 
+/* One CTA waits for the kernel before this one, so that all others make room for the next CTA. */
+__device__ __forceinline__ void end_launch()
+{
+    if (blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
+}
+
 } // namespace fkda
 
 extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_CHUNK_THREADS, 2)
     fkda_hopper_bwd_chunks(const __grid_constant__ fkda_hopper_chunk_args args)
 {
     fkda::run_chunk<fkda::Arithmetic::USUAL>(args);
+    fkda::end_launch();
 }
 
 extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_CHUNK_THREADS, 2)
     fkda_hopper_bwd_bounded_chunks(const __grid_constant__ fkda_hopper_chunk_args args)
 {
     fkda::run_chunk<fkda::Arithmetic::BOUNDED>(args);
+    fkda::end_launch();
 }
 
 extern "C" __global__ void __launch_bounds__(FKDA_HOPPER_CHUNK_THREADS, 2)
     fkda_hopper_bwd_general_chunks(const __grid_constant__ fkda_hopper_chunk_args args)
 {
     fkda::run_chunk<fkda::Arithmetic::GENERAL>(args);
+    fkda::end_launch();
 }
