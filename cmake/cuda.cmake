@@ -164,6 +164,8 @@ flash_kda_add_kernel(portable_fwd kernels/portable/fwd.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 flash_kda_add_kernel(nonfinite kernels/nonfinite/count.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
+flash_kda_add_kernel(map kernels/map/map.cu
+  ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 flash_kda_add_kernel(backward kernels/backward/backward.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 flash_kda_add_kernel(decode kernels/decode/decode.cu
@@ -172,7 +174,7 @@ flash_kda_add_kernel(decode_layer kernels/decode/layer.cu
   ARCHS ${FLASH_KDA_CUDA_ARCHS} PTX ${FLASH_KDA_PTX_ARCH})
 target_sources(flashkda PRIVATE
   src/cuda/bwd.c src/cuda/bwd_waves.c src/cuda/decode.c src/cuda/decode_launch.c src/cuda/decode_layer.c
-  src/cuda/nonfinite.c src/cuda/portable/portable.c)
+  src/cuda/map.c src/cuda/nonfinite.c src/cuda/portable/portable.c)
 target_compile_definitions(flashkda PRIVATE FKDA_WITH_CUDA)
 
 # The Hopper kernels are compiled for 90a, which alone has wgmma and setmaxnreg; PTX cannot carry these to

@@ -465,8 +465,9 @@ FLASH_KDA_API flash_kda_status flash_kda_bwd_reference(const flash_kda_bwd_param
  * tokens map is the identity and state is initial_state. Both may have any stride between sequences. They
  * must not overlap each other or any other tensor.
  *
- * Only the CPU computes maps in this version. On a GPU flash_kda_fwd() gives both results: `map` with v of
- * zeros from identities as initial_state, and `state` with v as it is.
+ * On a GPU a call runs a forward pass without outputs for each of the two: `map` is what it makes of
+ * identities if v is zeros. Both are as exact as final states of flash_kda_fwd() are. On the CPU sums are
+ * fp32.
  */
 typedef struct flash_kda_map_params {
     size_t struct_size;
@@ -526,8 +527,7 @@ FLASH_KDA_API flash_kda_status flash_kda_map_reference(const flash_kda_map_param
  * At least one of entering and final_state must be there. HV may count the heads of several sequences that
  * are cut into as many pieces. Zero the struct and set struct_size. Tensors may have any stride between
  * pieces, so that maps and states may be slices of one buffer. What is written must not overlap anything
- * else. Sums are fp32 in an order that does not depend on the number of threads. Only the CPU joins maps in
- * this version. On a GPU any library multiplies the matrices.
+ * else. Sums are fp32 in an order that does not depend on the number of threads.
  */
 typedef struct flash_kda_join_params {
     size_t struct_size;

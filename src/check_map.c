@@ -73,6 +73,20 @@ static flash_kda_status check_options(const flash_kda_map_params *p, fkda_purpos
     return fkda_check_gate_tensors(p->gate, has(&p->A_log, purpose), has(&p->dt_bias, purpose));
 }
 
+/* What the forward passes ask for that a GPU runs. */
+static int32_t features_of(const flash_kda_map_params *p, const fkda_shape *s, fkda_purpose purpose)
+{
+    const fkda_arithmetic_options options = {.gate = p->gate,
+                                             .beta_kind = p->beta_kind,
+                                             .qk_is_normalised = p->qk_is_normalised,
+                                             .state_k_first = p->state_k_first,
+                                             .g_dtype = p->g.dtype,
+                                             .beta_dtype = p->beta.dtype,
+                                             .has_A_log = has(&p->A_log, purpose),
+                                             .has_dt_bias = has(&p->dt_bias, purpose)};
+    return fkda_arithmetic_features(&options, s);
+}
+
 static flash_kda_status check_overlap(const flash_kda_map_params *p)
 {
     enum { FIRST_WRITTEN = 8, COUNT = 11 };
@@ -142,11 +156,13 @@ flash_kda_status fkda_check_map(const flash_kda_map_params *p, fkda_purpose purp
     if (purpose == FKDA_FOR_FWD) TRY(check_overlap(p));
     shape->device = p->device;
     shape->kernel_is_asked_for = p->kernel != NULL;
+    shape->features = features_of(p, shape, purpose);
     if (p->device.type == FLASH_KDA_CPU) shape->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
     TRY(fkda_find_kernel(p->device, p->kernel, purpose == FKDA_FOR_REFERENCE ? 0 : FKDA_MAPS,
                          &shape->kernel));
     out->wants_map = has(&p->map, purpose);
     out->wants_state = has(&p->state, purpose);
+    out->initial_is_bf16 = has(&p->initial_state, purpose) && p->initial_state.dtype == BF16;
     if (purpose == FKDA_FOR_SHAPES) return FLASH_KDA_OK; /* Strides have not been looked at. */
     fill_problem(p, purpose, out);
     if (p->device.type != FLASH_KDA_CPU) return FLASH_KDA_OK;
@@ -224,6 +240,8 @@ flash_kda_status fkda_check_join(const flash_kda_join_params *p, bool with_memor
     TRY(check_join_tensors(p, out->pieces, out->heads, with_memory));
     if (with_memory) TRY(check_join_overlap(p));
     if (p->device.type == FLASH_KDA_CPU) out->threads = p->cpu_threads ? p->cpu_threads : fkda_cpu_count();
+    out->device = p->device;
+    out->stream = p->stream;
     out->backwards = p->backwards;
     out->state_k_first = p->state_k_first;
     out->maps = fkda_state_view_of(&p->maps, true);

@@ -13,7 +13,8 @@
 enum {
     FKDA_CPU_FEATURES =
         FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED | FKDA_MAPS,
-    FKDA_GPU_FEATURES = FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED,
+    FKDA_GPU_FEATURES =
+        FKDA_ALL_FEATURES | FKDA_DECODE | FKDA_DECODE_LAYER | FKDA_BACKWARD | FKDA_SAVED | FKDA_MAPS,
 };
 
 #define CPU_KERNEL(name, archs, description)                                                                 \
@@ -56,6 +57,9 @@ static const fkda_kernel kernels[] = {
         .bwd = fkda_hopper_bwd,
         .bwd_workspace = fkda_hopper_bwd_workspace,
         .saved_bytes = fkda_hopper_saved_bytes,
+        .map = fkda_cuda_map,
+        .map_workspace = fkda_cuda_map_workspace,
+        .join = fkda_cuda_join,
         .explain_decode = fkda_cuda_explain_decode,
         .explain_apply = fkda_cuda_explain_apply,
         .explain_decode_layer = fkda_cuda_explain_decode_layer,
@@ -80,6 +84,9 @@ static const fkda_kernel kernels[] = {
         .bwd = fkda_cuda_bwd,
         .bwd_workspace = fkda_cuda_bwd_workspace,
         .saved_bytes = fkda_portable_saved_bytes,
+        .map = fkda_cuda_map,
+        .map_workspace = fkda_cuda_map_workspace,
+        .join = fkda_cuda_join,
         .explain = fkda_portable_explain,
     },
 #endif
@@ -187,7 +194,7 @@ static const char *feature_text(int32_t features)
         "flash_kda_decode_layer()",
         "flash_kda_bwd(), the backward pass",
         "saved",
-        "flash_kda_map() and flash_kda_join(); there flash_kda_fwd() from identities with v = 0 gives maps",
+        "flash_kda_map() and flash_kda_join()",
     };
     return texts[__builtin_ctz((unsigned)features)];
 }

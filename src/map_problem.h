@@ -14,10 +14,13 @@ typedef struct fkda_map_problem {
     fkda_state_view map; /* `data` is NULL if the map is not wanted */
     bool wants_map;      /* also in a size call, in which no pointer is set */
     bool wants_state;
+    bool initial_is_bf16; /* there is an initial state, in bf16; also in a size call */
 } fkda_map_problem;
 
 typedef struct fkda_join_problem {
     const fkda_kernel *kernel;
+    flash_kda_device device;
+    void *stream;
     int64_t pieces, heads;
     int32_t threads;
     bool backwards, state_k_first;

@@ -59,8 +59,7 @@ def affine_map(
         state_v_first: False: map and states are transposed, and the product is `map` times the state.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `fwd`. RuntimeError also on a GPU, whose kernels compute no
-            maps in this version: there `fwd` gives `map`, from identities as initial_state with v of zeros.
+        ValueError, TypeError, RuntimeError: as `fwd`.
     """
     package: Any = sys.modules[__package__]
     arrays = [k, v, g, beta]
@@ -147,8 +146,7 @@ def join_maps(
     Strides between pieces are free, so maps and states may be slices of one array.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `fwd`. RuntimeError also on a GPU, where `torch.baddbmm` does
-            a step.
+        ValueError, TypeError, RuntimeError: as `fwd`.
     """
     package: Any = sys.modules[__package__]
     arrays = [maps, states]

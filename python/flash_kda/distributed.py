@@ -34,8 +34,6 @@ __all__ = ["Range", "Share", "chunk_kda", "register_head_sharding", "share_of"]
 Tensor = torch.Tensor
 _DIM = 128
 _INITIAL_STATE = 1 << _autograd.INPUTS.index("initial_state")
-# How a rank on a CPU computes and joins maps. GPUs take the other way, which tests take on the CPU too.
-_maps_in_c = True
 
 
 # ---- Which rank has what --------------------------------------------------------------------------------
@@ -226,21 +224,12 @@ def _map_of(call: _Call, tensors: tuple, part: Range, to: Tensor) -> None:
     A_log, dt_bias = tensors[5:7]
     named = call.named
     package: Any = sys.modules[__package__]
-    if _maps_in_c and v.device.type == "cpu":
-        names = (
-            "use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval",
-            "state_v_first", "kernel",
-        )  # fmt: skip
-        flags = {name: named[name] for name in names}
-        package.affine_map(
-            k, v, g, beta, A_log, dt_bias, named["lower_bound"], map=to[:1], state=to[1:], **flags
-        )
-        return
-    identity = torch.eye(_DIM, device=v.device).expand(1, v.shape[2], _DIM, _DIM).contiguous()
-    inputs = (k, k, torch.zeros_like(v), g, beta, A_log, dt_bias)
-    to[0] = _forward(call._replace(save=False), inputs, Range(0, v.shape[1], 0, 1), identity, True)[1][0]
-    inputs = (k, k, v, g, beta, A_log, dt_bias)
-    to[1] = _forward(call._replace(save=False), inputs, Range(0, v.shape[1], 0, 1), None, True)[1][0]
+    names = (
+        "use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval",
+        "state_v_first", "kernel",
+    )  # fmt: skip
+    flags = {name: named[name] for name in names}
+    package.affine_map(k, v, g, beta, A_log, dt_bias, named["lower_bound"], map=to[:1], state=to[1:], **flags)
 
 
 def _joined(call: _Call, first: Tensor, others: Tensor, backwards: bool) -> Tensor:
@@ -249,21 +238,13 @@ def _joined(call: _Call, first: Tensor, others: Tensor, backwards: bool) -> Tens
     and `first` is of the last rank."""
     if not others.shape[0]:
         return first[None].clone()
-    if _maps_in_c and first.device.type == "cpu":
-        package: Any = sys.modules[__package__]
-        state = torch.empty_like(first[None])
-        package.join_maps(
-            others[:, 0], others[:, 1], first[None], final_state=state, backwards=backwards,
-            state_v_first=call.state_v_first,
-        )  # fmt: skip
-        return state
-    # In fp64, since products in fp32 may be in TF32, as the process has set it.
-    state = first.double()
-    for other in others.flip(0) if backwards else others:
-        affine, constant = other.double()
-        affine = affine.mT if backwards else affine
-        state = (state @ affine if call.state_v_first else affine @ state) + constant
-    return state.float()[None]
+    package: Any = sys.modules[__package__]
+    state = torch.empty_like(first[None])
+    package.join_maps(
+        others[:, 0], others[:, 1], first[None], final_state=state, backwards=backwards,
+        state_v_first=call.state_v_first,
+    )  # fmt: skip
+    return state
 
 
 class _Exchange:

@@ -6,6 +6,7 @@
 #include "../bwd_problem.h"
 #include "../decode_layer_problem.h"
 #include "../decode_problem.h"
+#include "../map_problem.h"
 #include "../nonfinite.h"
 #include "../plan.h"
 #include "../problem.h"
@@ -49,6 +50,11 @@ void fkda_cuda_explain_decode_layer(const fkda_decode_layer_problem *problem, ch
 flash_kda_status fkda_cuda_bwd(const fkda_bwd_problem *problem);
 size_t fkda_cuda_bwd_workspace(const fkda_bwd_problem *problem);
 size_t fkda_portable_saved_bytes(const fkda_shape *shape);
+
+/* map.c: `map`, `map_workspace` and `join` of both kernels below. */
+flash_kda_status fkda_cuda_map(const fkda_map_problem *problem);
+size_t fkda_cuda_map_workspace(const fkda_map_problem *problem);
+flash_kda_status fkda_cuda_join(const fkda_join_problem *problem);
 
 /* portable/portable.c: the functions of the kernel "portable" (kernel.h). */
 flash_kda_status fkda_portable_make_plan(fkda_plan *plan);

@@ -255,42 +255,6 @@ static void joins(void)
     CHECK(flash_kda_check_join(&p) == FLASH_KDA_OK, "%s", flash_kda_last_error());
 }
 
-/* ---- GPUs, whose kernels compute and join no maps ------------------------------------------------------ */
-
-static void on_a_gpu(void)
-{
-    problem *whole = problem_create(1, 5, 1);
-    flash_kda_fwd_params fwd = problem_params(whole, false);
-    const int64_t shape[] = {1, 1, DIM, DIM};
-    float *outputs = allocate(MATRIX, sizeof *outputs), *inputs = allocate(2 * MATRIX, sizeof *inputs);
-    const char *sentence =
-        text("kernel is \"%s\", which does not take flash_kda_map() and flash_kda_join(); there "
-             "flash_kda_fwd() from identities with v = 0 gives maps",
-             test.kernel);
-    flash_kda_map_params map = {.struct_size = sizeof map,
-                                .device = test.device,
-                                .k = fwd.k,
-                                .v = fwd.v,
-                                .g = fwd.g,
-                                .beta = fwd.beta,
-                                .map = tensor_of(outputs, FLASH_KDA_F32, 4, shape),
-                                .kernel = test.kernel};
-    expect_sentence(flash_kda_map(&map), FLASH_KDA_UNAVAILABLE, sentence);
-    flash_kda_join_params join = {.struct_size = sizeof join,
-                                  .device = test.device,
-                                  .maps = tensor_of(inputs, FLASH_KDA_F32, 4, shape),
-                                  .states = tensor_of(inputs + MATRIX, FLASH_KDA_F32, 4, shape),
-                                  .final_state = tensor_of(outputs, FLASH_KDA_F32, 4, shape),
-                                  .kernel = test.kernel};
-    expect_sentence(flash_kda_join(&join), FLASH_KDA_UNAVAILABLE, sentence);
-    map.kernel = NULL;
-    CHECK(flash_kda_map(&map) == FLASH_KDA_UNAVAILABLE, "a GPU computes maps");
-    CHECK(strstr(flash_kda_last_error(), "no kernel of the device takes all"), "%s", flash_kda_last_error());
-    free(outputs);
-    free(inputs);
-    problem_free(whole);
-}
-
 static float *nan_matrices(int64_t count)
 {
     float *x = allocate((size_t)(count * MATRIX), sizeof *x);
@@ -301,10 +265,6 @@ static float *nan_matrices(int64_t count)
 static void everything(void)
 {
     static const int64_t lengths[] = {4, 6};
-    if (test.device.type == FLASH_KDA_CUDA) {
-        on_a_gpu();
-        return;
-    }
     problem *equal = problem_create(2, 5, 3), *ragged = problem_create_ragged(lengths, 2, 3);
     must(call_open(&fixed, equal, options_of(STATE_IN, false)));
     must(call_open(&with_seqlens, ragged, options_of(STATE_IN, false)));

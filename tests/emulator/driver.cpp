@@ -184,8 +184,8 @@ CUresult cuModuleLoadData(void **module, const void *)
 CUresult cuModuleGetFunction(const void **function, void *, const char *name)
 {
     static const emulator::Kernel *const tables[] = {
-        emulator::portable_kernels,     emulator::nonfinite_kernels,      emulator::decode_kernels,
-        emulator::layer_kernels,        emulator::backward_kernels,
+        emulator::map_kernels,          emulator::portable_kernels,       emulator::nonfinite_kernels,
+        emulator::decode_kernels,       emulator::layer_kernels,          emulator::backward_kernels,
 #ifdef FKDA_WITH_HOPPER
         emulator::hopper_kernels,
 #endif

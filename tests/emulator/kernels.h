@@ -16,7 +16,8 @@ struct Kernel {
 
 extern const Kernel backward_kernels[], decode_kernels[], hopper_kernels[], hopper_chunk_kernels[],
     hopper_first_kernels[], hopper_gate_kernels[], hopper_general_kernels[], hopper_walk_kernels[],
-    layer_kernels[], nonfinite_kernels[], portable_kernels[]; /* the last entry has a null name */
+    layer_kernels[], map_kernels[], nonfinite_kernels[],
+    portable_kernels[]; /* the last entry has a null name */
 
 } // namespace emulator
 

@@ -42,9 +42,8 @@ def on_device(tensors, device):
 
 def on_a_rank(rank, ranks, group, call, dout, dstate, more):
     """What a rank computes: its out, its final states, and its gradients by input."""
-    by_fwd, device = more.pop("maps_by_fwd", False), more.pop("device", "cpu")
+    device = more.pop("device", "cpu")
     call, dout, dstate = on_device(call, device), *on_device({0: dout, 1: dstate}, device).values()
-    sharded._maps_in_c = not by_fwd
     leaves = {}
     for name in INPUTS:
         if call[name] is not None:
@@ -217,7 +216,7 @@ OPTIONS = {
 def test_options(ranks, case):
     call = make_call(lengths=(9, 0, 50, 3), seed=3, **OPTIONS[case])
     check(ranks, 4, call)
-    check(ranks, 3, call, maps_by_fwd=True)
+    check(ranks, 3, call)
 
 
 def test_without_optional_tensors(ranks):

@@ -241,3 +241,50 @@ def test_errors_of_join_maps():
     refuse(TypeError, "backwards is of type int; it must be True or False", maps, states, backwards=1)
     refuse(ValueError, "initial_state has shape [2, 1, 128, 128]", maps, states, states)
     refuse(ValueError, "entering overlaps maps; it must have memory of its own", maps, states, entering=maps)
+
+
+@pytest.mark.parametrize("k_first", [False, True])
+def test_maps_on_a_gpu(cuda, k_first):
+    torch = pytest.importorskip("torch")
+    a = make_pieces(lengths=(300, 0, 1, 700), seed=9, H=1, HV=2, k_first=k_first)
+    t = to_torch(a, cuda)
+    affine, state = (torch.full((4, 2, 128, 128), torch.nan, device=cuda) for _ in range(2))
+    flash_kda.affine_map(**t, map=affine, state=state)
+    true_map, true_state = flash_kda.affine_map_reference(**a)
+    assert error(affine.cpu(), true_map) <= 1.2e-3
+    assert error(state.cpu(), true_state) <= 1.2e-3
+    final = torch.empty(1, 2, 128, 128, device=cuda)
+    flash_kda.join_maps(affine, state, state[3:], final_state=final, state_v_first=not k_first)
+    want = state[3].double().cpu().numpy()
+    for i in range(4):
+        want = apply(want, affine[i].double().cpu().numpy(), state[i].double().cpu().numpy(), not k_first)
+    assert error(final[0].cpu(), want) <= 1e-6
+
+
+def test_a_graph_computes_and_joins_maps(cuda):
+    """Replays see what is in the tensors then, lengths too."""
+    torch = pytest.importorskip("torch")
+    a = make_pieces(lengths=(300, 1, 0, 700), seed=10)
+    b = make_pieces(lengths=(40, 900, 61, 0), seed=11)
+    t, other = to_torch(a, cuda), to_torch(b, cuda)
+    affine, state = (torch.empty(4, 2, 128, 128, device=cuda) for _ in range(2))
+    final = torch.empty(1, 2, 128, 128, device=cuda)
+
+    def call():
+        flash_kda.affine_map(**t, map=affine, state=state)
+        flash_kda.join_maps(affine, state, final_state=final)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for name, x in t.items():
+        if isinstance(x, torch.Tensor):
+            x.copy_(other[name])
+    graph.replay()
+    replayed = [x.clone() for x in (affine, state, final)]
+    call()
+    assert all(torch.equal(x, y) for x, y in zip(replayed, (affine, state, final)))
+    true_map, true_state = flash_kda.affine_map_reference(**b)
+    assert error(affine.cpu(), true_map) <= 1.2e-3
+    assert error(state.cpu(), true_state) <= 1.2e-3
