@@ -90,6 +90,11 @@ inline float tf32(float x) /* what the tensor core takes of x */
 {
     return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
 }
+inline float nearest_tf32(float x)
+{
+    const uint32_t bits = __float_as_uint(x);
+    return x != x ? x : tf32(__uint_as_float(bits + 0xfff + (bits >> 13 & 1)));
+}
 inline uint16_t bf16_from(float x)
 {
     const uint32_t bits = __float_as_uint(x);

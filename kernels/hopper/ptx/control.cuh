@@ -49,6 +49,14 @@ __device__ __forceinline__ uint32_t max_of_pairs(uint32_t x, uint32_t y)
     return most;
 }
 
+/* The nearest number that tf32 has. The tensor core takes all bits of it. */
+__device__ __forceinline__ float nearest_tf32(float x)
+{
+    uint32_t y;
+    asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+
 /* Lets the next kernel in the stream start, if it was launched to start early (programmatic dependent
  * launch). */
 __device__ __forceinline__ void let_next_kernel_start()

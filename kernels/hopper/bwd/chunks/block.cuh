@@ -207,12 +207,6 @@ __device__ __forceinline__ uint64_t token_operand(const unsigned char *half, int
     return swizzled_descriptor<16, 8 * ROW>(descriptor_address(half) + d % 4 * 2);
 }
 
-/* Rounded to tf32: half of the last bit that the tensor core keeps is added. */
-__device__ __forceinline__ float round_to_tf32(float x)
-{
-    return __uint_as_float(__float_as_uint(x) + 0x1000u);
-}
-
 /* What the tensor core takes of a tf32 operand. */
 __device__ __forceinline__ float cut_to_tf32(float x)
 {

@@ -285,11 +285,10 @@ template <class Block> struct ChunkChannels {
             }
     }
 
-    /* To what the tensor core takes of a tf32 operand. */
     static __device__ void round(Elements &x)
     {
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = cut_to_tf32(round_to_tf32(x[i / 4][i % 4]));
+        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = nearest_tf32(x[i / 4][i % 4]);
     }
     static __device__ void clear(Elements &x)
     {

@@ -198,11 +198,7 @@ template <class Block> struct ChunkValues {
     {
         Rows a;
 #pragma unroll
-        for (int i = 0; i < 4 * TILES; i++) {
-            float &part = a[i / 4][i % 4];
-            part = round_to_tf32(x[i / 4][i % 4]);
-            if (exact) part = cut_to_tf32(part);
-        }
+        for (int i = 0; i < 4 * TILES; i++) a[i / 4][i % 4] = nearest_tf32(x[i / 4][i % 4]);
 #pragma unroll
         for (int j = 0; j < DEPTHS; j++)
 #pragma unroll
