@@ -198,53 +198,6 @@ template <class Block> struct ChunkChannels {
                            sum_of_quad((x[0][2] + x[0][3]) + (x[1][2] + x[1][3])));
     }
 
-    /* x of the lane `ahead` lanes further on in the quad, or zero if there is none. */
-    __device__ float from_quad(float x, int ahead) const
-    {
-        const bool there = static_cast<unsigned>(t + ahead) < 4;
-        const float other = __shfl_sync(~0u, x, there ? lane + ahead : lane);
-        return there ? other : 0.0f;
-    }
-
-    /* to[t] += the sum of x from token t on. */
-    __device__ void add_from_here(Elements &to, const Elements &x) const
-    {
-#pragma unroll
-        for (int r = 0; r < 4; r += 2) {
-            float later = 0.0f;
-#pragma unroll
-            for (int i = 1; i >= 0; i--) {
-                const float last = x[i][r + 1], both = x[i][r] + last;
-                float sum = both;
-                sum += from_quad(sum, 1);
-                sum += from_quad(sum, 2);
-                const float behind = later + from_quad(sum, 1);
-                to[i][r + 1] += behind + last;
-                to[i][r] += behind + both;
-                if (i) later = __shfl_sync(~0u, sum, lane & ~3);
-            }
-        }
-    }
-
-    /* to[t] += the sum of x before token t. */
-    __device__ void add_before(Elements &to, const Elements &x) const
-    {
-#pragma unroll
-        for (int r = 0; r < 4; r += 2) {
-            float earlier = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float sum = x[i][r] + x[i][r + 1];
-                sum += from_quad(sum, -1);
-                sum += from_quad(sum, -2);
-                const float before = earlier + from_quad(sum, -1);
-                to[i][r] += before;
-                to[i][r + 1] += before + x[i][r];
-                if (!i) earlier = __shfl_sync(~0u, sum, lane | 3);
-            }
-        }
-    }
-
     /* ---- Products between tokens ---- */
 
     /* Numbers between tokens enter with all their bits: the tensor core takes the upper ones, and then the
@@ -253,6 +206,27 @@ template <class Block> struct ChunkChannels {
     {
         mma_tf32(d, x[0], x[2], x[1], x[3], b0, b1);
         mma_tf32(d, x[0], x[2], x[1], x[3], b0 - cut_to_tf32(b0), b1 - cut_to_tf32(b1));
+    }
+
+    /* to[t] += the sum of x from token t on, and the sum of y before token t: products with triangles of ones,
+     * in which x and y have all their bits as above. */
+    __device__ void add_from_here_and_before(Elements &to, const Elements &x, const Elements &y) const
+    {
+        const float from[2] = {2 * t >= g ? 1.0f : 0.0f, 2 * t + 1 >= g ? 1.0f : 0.0f},
+                    before[2] = {1.0f - from[0], 1.0f - from[1]};
+        sum_tokens(to[0], x[0], from[0], from[1]);
+        sum_tokens(to[0], x[1], 1.0f, 1.0f);
+        sum_tokens(to[1], x[1], from[0], from[1]);
+        sum_tokens(to[0], y[0], before[0], before[1]);
+        sum_tokens(to[1], y[0], 1.0f, 1.0f);
+        sum_tokens(to[1], y[1], before[0], before[1]);
+    }
+    static __device__ void sum_tokens(float (&d)[4], const float (&x)[4], float b0, float b1)
+    {
+        const float low[4] = {x[0] - cut_to_tf32(x[0]), x[1] - cut_to_tf32(x[1]), x[2] - cut_to_tf32(x[2]),
+                              x[3] - cut_to_tf32(x[3])};
+        mma_tf32(d, low[0], low[2], low[1], low[3], b0, b1);
+        mma_tf32(d, x[0], x[2], x[1], x[3], b0, b1);
     }
 
     /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are
@@ -620,8 +594,7 @@ template <class Block> struct ChunkChannels {
         const float2 kept = noted(s.notes.kept);
 #pragma unroll
         for (int i = 0; i < 8; i++) dg[i / 4][i % 4] += of(kept, i % 4);
-        add_from_here(dg, x);
-        add_before(dg, y);
+        add_from_here_and_before(dg, x, y);
     }
 
     /* ---- Gates ---- */
