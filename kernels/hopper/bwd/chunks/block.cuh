@@ -101,6 +101,7 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
         struct {
             float4 stash[6 * FKDA_HOPPER_CHUNK_THREADS]; /* the last step's: of each thread 24 numbers */
             NormSums norm_sums;
+            float4 parameter_sums[FKDA_HOPPER_CHUNK_THREADS]; /* of the second subchunk, for each thread */
         };
     };
     /* Kr, K~, and over q and v what K~ and Kr lack. Then the operands of sums over V: U lies over v, - dR
@@ -117,10 +118,7 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     union {
         /* K~ K^^T below the diagonal: columns i, depths j. */
         Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
-        struct {                   /* of each channel, in the last step */
-            float gate_shift[DIM]; /* gate_offset once more */
-            float bias_sum[DIM], rate_sum[DIM];
-        };
+        float gate_shift[DIM]; /* of each channel, in the last step: gate_offset once more */
     };
     float state_scale[DIM];
     union {

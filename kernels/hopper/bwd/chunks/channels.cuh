@@ -664,10 +664,16 @@ template <class Block> struct ChunkChannels {
         return s.gate[0][warp].slope * (-1.0f / LOG2_E) * args.lower_bound;
     }
 
-    /* Those of the second subchunk wait for those of the first one. */
-    __device__ void add_parameter_sums(const float (&by_bias)[2], const float (&by_rate)[2], int sub) const
+    /* Each thread's sums over the second subchunk, which comes first, wait for those over the first one. */
+    __device__ void add_parameter_sums(float (&by_bias)[2], float (&by_rate)[2], int sub) const
     {
         if (!all.bwd.sums) return;
+        float4 &second = s.parameter_sums[32 * warp + lane];
+        if (sub == 1) {
+            second = make_float4(by_bias[0], by_bias[1], by_rate[0], by_rate[1]);
+            return;
+        }
+        by_bias[0] += second.x, by_bias[1] += second.y, by_rate[0] += second.z, by_rate[1] += second.w;
         float *const to = all.bwd.sums + (s.at.slot * args.heads + s.at.head) * (2 * DIM);
         const bool bounded = !Block::UNBOUNDED || gate_of_call<Block>(args).is_bounded();
         const float of_bias = bounded ? gate_factor() * s.pair_unit : 1.0f,
@@ -675,14 +681,8 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int channel = 16 * warp + g + 8 * r;
-            float bias = sum_of_quad(by_bias[r]) * of_bias, rate = sum_of_quad(by_rate[r]) * of_rate;
-            if (t) continue;
-            if (sub == 1) {
-                s.bias_sum[channel] = bias, s.rate_sum[channel] = rate;
-            } else {
-                to[channel] = bias + s.bias_sum[channel];
-                to[DIM + channel] = rate + s.rate_sum[channel];
-            }
+            const float bias = sum_of_quad(by_bias[r]) * of_bias, rate = sum_of_quad(by_rate[r]) * of_rate;
+            if (t == 0) to[channel] = bias, to[DIM + channel] = rate;
         }
     }
 
