@@ -54,6 +54,19 @@ template <Arithmetic arithmetic> struct ChunkCursor<ChunkBlock<arithmetic>> {
     }
 };
 
+/* Where the chunk's first token has its row of the head in tensors in global memory. One thread finds the
+ * places once, so that others have one multiplication to make for a row. */
+struct TensorPlaces {
+    const unsigned char *v;
+    unsigned char *dv, *dg, *dq, *dk; /* of no meaning if the tensor is not wanted */
+};
+
+/* The row of token i. `stride` is in bytes. */
+template <class Byte> __device__ __forceinline__ Byte *row_of_token(Byte *first, long long stride, int i)
+{
+    return global_memory(first) + static_cast<unsigned>(i) * static_cast<unsigned long long>(stride);
+}
+
 /* A border image as it lies in memory, but for the scales. */
 struct __align__(128) ImageRows
 {
@@ -67,7 +80,8 @@ typedef float TokenPairs[CHUNK_TOKENS][CHUNK_TOKENS + 4];
 
 /* Sums over a warp's channels, which all warps' together are what a norm needs: of queries and of keys. */
 struct NormSums {
-    float of_warp[2][CHUNK_WARPS][CHUNK_TOKENS], all[2][CHUNK_TOKENS];
+    float of_warp[2][CHUNK_WARPS][CHUNK_TOKENS];
+    float along[2][CHUNK_TOKENS], scale[2][CHUNK_TOKENS]; /* channels.cuh: store_through_norms() */
 };
 
 /* Of each channel, in the last step. */
@@ -143,6 +157,7 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
     uint64_t meeting[1]; /* for racecheck alone, see ../../block/prepare.cuh */
     uint64_t inputs_there, dout_there, state_there, gradient_there;
     ChunkCursor<Block> at;
+    TensorPlaces places;
 
     /* For the sums over V: the scale of row v of an image over the largest scale, in fp16, at gamma_place(v).
      * It lies over gamma - 1, which is not needed here. */

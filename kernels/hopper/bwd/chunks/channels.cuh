@@ -688,32 +688,34 @@ template <class Block> struct ChunkChannels {
 
     /* ---- Outputs ---- */
 
-    /* Stores the subchunk's elements through the place of a raw tile, in which they take this warp's own
-     * channels; or in fp32 as they are. Lane i stores half of the channels of token i / 2. */
-    __device__ void store(const Elements &x, int which, int sub, void *tensor,
-                          const fkda_token_strides &strides, int head) const
+    /* Leaves the subchunk's elements in bf16 in the place of a raw tile, in which they take this warp's own
+     * channels. */
+    __device__ void leave(const Elements &x, int which, int sub) const
     {
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) pairs[i] = pack_bf16(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
         store_matrices_transposed(place(which, sub), pairs);
-        __syncwarp();
-        const int token = 16 * sub + lane / 2;
-        const uint4 eight = *token_unit(raw(which), token, 16 * warp % 64 / 8 + lane % 2);
-        __syncwarp();
-        if (!tensor || token >= s.at.left) return;
-        *reinterpret_cast<uint4 *>(static_cast<char *>(tensor) +
-                                   2 * (token_place(strides, s.at.row, s.at.token + token, head) + 16 * warp +
-                                        8 * (lane % 2))) = eight;
     }
 
-    /* In fp32, to the row of each token that begins at row(token). */
-    template <class Row> __device__ void store_fp32(const Elements &x, int sub, Row row) const
+    /* Stores what the warp has left. Lane i stores half of the channels of token i / 2. first: where the
+     * chunk's first token has its row; stride: from row to row, in bytes. */
+    __device__ void store(int which, int sub, unsigned char *first, long long stride) const
+    {
+        const int token = 16 * sub + lane / 2;
+        const uint4 eight = *token_unit(raw(which), token, 16 * warp % 64 / 8 + lane % 2);
+        unsigned char *const row = row_of_token(first, stride, token);
+        if (token < s.at.left) *reinterpret_cast<uint4 *>(row + 2 * (16 * warp + lane % 2 * 8)) = eight;
+    }
+
+    /* Stores the subchunk's elements in fp32. */
+    __device__ void store_fp32(const Elements &x, int sub, unsigned char *first, long long stride) const
     {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int n = i / 4, token = 16 * sub + 8 * n + 2 * t + i % 2;
-            if (token < s.at.left) row(token)[16 * warp + g + i % 4 / 2 * 8] = x[n][i % 4];
+            float *const row = reinterpret_cast<float *>(row_of_token(first, stride, token));
+            if (token < s.at.left) row[16 * warp + g + i % 4 / 2 * 8] = x[n][i % 4];
         }
     }
 
@@ -732,44 +734,71 @@ template <class Block> struct ChunkChannels {
         s.norm_sums.of_warp[g / 4][warp][16 * sub + 8 * (g / 2 % 2) + 2 * t + g % 2] = sum;
     }
 
-    /* Through the norm, and to memory. */
-    __device__ void store_through_norm(int i, int which, int sub, void *tensor, float *parts,
-                                       const fkda_token_strides &strides) const
+    /* For the gradient through the norm of a query (warp 0) or a key (warp 1), by tokens: the scale is 1 / |x|
+     * times pair_unit, and `along` is 1 / |x| times the sum over all channels of the gradient times x / |x|. */
+    __device__ void find_norm_sums() const
     {
-        Elements result;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < CHUNK_WARPS; w++) sum += s.norm_sums.of_warp[warp][w][lane];
+        const float inverse_norm = s.inverse_norm[0][0][warp == 0][lane];
+        s.norm_sums.along[warp][lane] = sum * inverse_norm;
+        s.norm_sums.scale[warp][lane] = inverse_norm * s.pair_unit;
+    }
+
+    /* The gradient of raw queries (i = 0) or keys (i = 1), from that of normalised ones. */
+    __device__ void find_raw_gradient(Elements &result, int i, int which, int sub) const
+    {
         unstash(result, sum_stash(sub, i));
-        if (!(Block::OPTIONS && args.qk_is_normalised)) {
-            Elements x;
-            load_normalised(x, which, sub);
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const float2 along = factor(s.norm_sums.all[which == K], sub, n),
-                             scale = factor(s.inverse_norm[0][0][which == Q], sub, n);
-#pragma unroll
-                for (int r = 0; r < 4; r++)
-                    result[n][r] = __fmaf_rn(-x[n][r], r % 2 ? along.y : along.x, result[n][r]) *
-                                   ((r % 2 ? scale.y : scale.x) * s.pair_unit);
-            }
-        } else {
+        if (Block::OPTIONS && args.qk_is_normalised) {
 #pragma unroll
             for (int n = 0; n < 8; n++) result[n / 4][n % 4] *= s.pair_unit;
+            return;
         }
-        if (parts && tensor)
-            store_fp32(result, sub, [&](int token) {
-                return parts +
-                       ((static_cast<long long>(s.at.row) * args.tokens + s.at.token + token) * args.heads +
-                        s.at.head) *
-                           DIM;
-            });
-        else
-            store(result, which, sub, tensor, strides, s.at.qk_head);
+        Elements x;
+        load(x, which, sub);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const float2 along = factor(s.norm_sums.along[i], sub, n),
+                         scale = factor(s.norm_sums.scale[i], sub, n);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                result[n][r] = __fmaf_rn(-x[n][r], r % 2 ? along.y : along.x, result[n][r]) *
+                               (r % 2 ? scale.y : scale.x);
+        }
+    }
+
+    /* Gradients of queries and keys through the norm, and to memory. */
+    __device__ void store_through_norms() const
+    {
+        const fkda_bwd_args &b = all.bwd;
+        const bool parts = b.dq_parts || b.dk_parts;
+        const long long part_stride = 4LL * DIM * args.heads;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int sub = 0; sub < 2; sub++) {
+                Elements result;
+                const int which = i ? K : Q;
+                find_raw_gradient(result, i, which, sub);
+                if (!parts)
+                    leave(result, which, sub);
+                else if (i ? b.dk : b.dq)
+                    store_fp32(result, sub, i ? s.places.dk : s.places.dq, part_stride);
+            }
+        if (parts) return;
+        __syncwarp();
+#pragma unroll
+        for (int sub = 0; sub < 2; sub++) {
+            if (b.dq) store(Q, sub, s.places.dq, 2 * b.dq_strides.token);
+            if (b.dk) store(K, sub, s.places.dk, 2 * b.dk_strides.token);
+        }
     }
 
     /* ---- The step ---- */
 
     __device__ void run(ChannelSums &sums)
     {
-        const fkda_bwd_args &b = all.bwd;
 #pragma unroll
         for (int sub = 0; sub < 2; sub++)
             stash(sum_stash(sub, 0), sums.q + 2 * sub), stash(sum_stash(sub, 1), sums.k + 2 * sub),
@@ -811,30 +840,20 @@ template <class Block> struct ChunkChannels {
 
         /* ---- Norms ---- */
         __syncthreads();
-        if (warp < 2) { /* the sum of a token: of its query in warp 0, of its key in warp 1 */
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < CHUNK_WARPS; w++) sum += s.norm_sums.of_warp[warp][w][lane];
-            s.norm_sums.all[warp][lane] = sum;
-        }
+        if (warp < 2) find_norm_sums();
         __syncthreads();
-#pragma unroll
-        for (int sub = 0; sub < 2; sub++) {
-            store_through_norm(0, Q, sub, b.dq, b.dq_parts, b.dq_strides);
-            store_through_norm(1, K, sub, b.dk, b.dk_parts, b.dk_strides);
-        }
+        store_through_norms();
     }
 
     __device__ void store_gates(const Elements &dg, int sub) const
     {
         if (Block::OPTIONS && args.g_is_f32) {
-            if (!all.bwd.dg) return;
-            store_fp32(dg, sub, [&](int token) {
-                return static_cast<float *>(all.bwd.dg) + s.at.place(all.bwd.dg_strides, token);
-            });
-        } else {
-            store(dg, G, sub, all.bwd.dg, all.bwd.dg_strides, s.at.head);
+            if (all.bwd.dg) store_fp32(dg, sub, s.places.dg, 4 * all.bwd.dg_strides.token);
+            return;
         }
+        leave(dg, G, sub);
+        __syncwarp();
+        if (all.bwd.dg) store(G, sub, s.places.dg, 2 * all.bwd.dg_strides.token);
     }
 };
 

@@ -102,6 +102,25 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
             copy_box(shared.dout[half], &all.dout, half, at.token, at.head, at.row, barrier);
     }
 
+    /* ---- Places of other threads' loads and stores ---- */
+
+    __device__ void note_places() const
+    {
+        const ChunkCursor<Block> &at = shared.at;
+        const fkda_bwd_args &b = all.bwd;
+        const int bytes_of_g = Block::OPTIONS && args.g_is_f32 ? 4 : 2;
+        const long long part =
+            ((static_cast<long long>(at.row) * args.tokens + at.token) * args.heads + at.head) * DIM;
+        TensorPlaces &to = shared.places;
+        to.v = static_cast<const unsigned char *>(args.v) + 2 * at.place(args.v_strides, 0);
+        to.dv = static_cast<unsigned char *>(b.dv) + 2 * at.place(b.dv_strides, 0);
+        to.dg = static_cast<unsigned char *>(b.dg) + bytes_of_g * at.place(b.dg_strides, 0);
+        to.dq = b.dq_parts ? reinterpret_cast<unsigned char *>(b.dq_parts + part)
+                           : static_cast<unsigned char *>(b.dq) + 2 * at.place(b.dq_strides, 0, args.group);
+        to.dk = b.dk_parts ? reinterpret_cast<unsigned char *>(b.dk_parts + part)
+                           : static_cast<unsigned char *>(b.dk) + 2 * at.place(b.dk_strides, 0, args.group);
+    }
+
     /* ---- The preparation ---- */
 
     __device__ void load_gate() const
@@ -263,6 +282,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         const ChunkCursor<Block> at = shared.at;
         Beta<Block> beta = 0;
         if (warp == 0) beta = load_beta(at);
+        if (warp == CHUNK_WARPS - 1 && lane == 0) note_places();
         load_gate();
         clear_matrices();
         __syncthreads();

@@ -98,14 +98,15 @@ template <class Block> struct ChunkValues {
     __device__ RawValues load_v() const
     {
         RawValues raw;
+        const long long stride = 2 * call.bwd.fwd.v_strides.token;
+        const unsigned char *row = row_of_token(s.places.v, stride, g) + 2 * (16 * warp + 2 * t);
+        const int left = s.at.left - g;
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            const int token = 8 * i + g;
-            const auto *from = reinterpret_cast<const uint32_t *>(
-                static_cast<const uint16_t *>(call.bwd.fwd.v) + s.at.place(call.bwd.fwd.v_strides, token) +
-                16 * warp + 2 * t);
 #pragma unroll
-            for (int r = 0; r < 2; r++) raw.pair[i][r] = token < s.at.left ? __ldg(from + 4 * r) : 0;
+            for (int r = 0; r < 2; r++)
+                raw.pair[i][r] = 8 * i < left ? __ldg(reinterpret_cast<const uint32_t *>(row) + 4 * r) : 0;
+            row += 8 * stride;
         }
         return raw;
     }
@@ -171,17 +172,23 @@ template <class Block> struct ChunkValues {
         store(x, half, [](float a, float b) { return pack_half(a, b); });
     }
 
-    /* Stores dv through the place of dout. Lane i has token i. */
+    /* Stores dv through the place of dout. Lane i has half of the rows of V of tokens i / 2 and 16 + i / 2. */
     __device__ void store_dv(const Rows &dr, unsigned char *half) const
     {
         store(dr, half, [](float a, float b) { return pack_bf16(a, b); });
         __syncwarp();
-        if (call.bwd.dv && lane < s.at.left) {
-            const int unit = 16 * warp % 64 / 8;
-            char *to =
-                static_cast<char *>(call.bwd.dv) + 2 * (s.at.place(call.bwd.dv_strides, lane) + 16 * warp);
+        if (call.bwd.dv) {
+            const long long stride = 2 * call.bwd.dv_strides.token;
+            unsigned char *row = row_of_token(s.places.dv, stride, lane / 2) + 2 * (16 * warp + lane % 2 * 8);
+            const auto *const from = reinterpret_cast<const unsigned char *>(
+                token_unit(half, lane / 2, 16 * warp % 64 / 8 + lane % 2));
+            const int left = s.at.left - lane / 2;
 #pragma unroll
-            for (int i = 0; i < 2; i++) reinterpret_cast<uint4 *>(to)[i] = *token_unit(half, lane, unit + i);
+            for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
+                const uint4 eight = *reinterpret_cast<const uint4 *>(from + sub * SUBCHUNK_BYTES);
+                if (SUBCHUNK * sub < left) *reinterpret_cast<uint4 *>(row) = eight;
+                row += SUBCHUNK * stride;
+            }
         }
         __syncwarp();
     }
