@@ -47,40 +47,47 @@ __device__ __forceinline__ uint4 pack_eight(const float (&x)[8], float factor)
 }
 
 /*
- * Stores L in the scratch and P in the stage. Tiles of L across subchunks are stored without the factor b. b
- * is the write strength of token lane % CHUNK.
+ * The next three functions store L in the scratch and P in the stage. Tiles of L across subchunks are stored
+ * without the factor b. b is the write strength of token lane % CHUNK.
  *
  * Lane 8 n + r has row r of the n-th tile, first of the tiles on the diagonal, then of the tiles below it
  * inside a subchunk, then of the tiles across subchunks. If L and P have no more than four tiles together,
  * one round does all of them, the tiles of L first.
  */
+
+/* On the diagonal; with two subchunks L or P. */
 template <class Block>
-__device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stage<Block> &stage,
-                                             const Products<Block> &products, float b, int lane)
+__device__ __forceinline__ void add_diagonal(SolverScratch<Block> &scratch, Stage<Block> &stage,
+                                             const Products<Block> &products, bool of_queries, float b,
+                                             int lane)
 {
     constexpr int SUBCHUNKS = Block::SUBCHUNKS;
     constexpr float UNITS = PRODUCT_UNIT<Block>; /* of products in tf32 */
+    const int n = lane / 8, r = lane % 8, tile = n % (2 * SUBCHUNKS);
+    const bool outputs = SUBCHUNKS == 2 ? of_queries : n / 2;
+    float x[8];
+    if (Block::QUERIES || !outputs)
+        sum_partials(x, products, outputs, Products<Block>::ON_DIAGONAL + tile, r);
+    if (!outputs) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) scratch.diagonal[tile][j][r] = j < r ? x[j] * (UNITS * b) : 0.0f;
+    } else if (Block::QUERIES) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[j] = j <= r ? x[j] : 0.0f;
+        *stage.attend.at(8 * tile + r, 8 * tile) = pack_eight(x, UNITS);
+    }
+}
+
+template <class Block>
+__device__ __forceinline__ void add_below_diagonal(SolverScratch<Block> &scratch, Stage<Block> &stage,
+                                                   const Products<Block> &products, float b, int lane)
+{
+    constexpr int SUBCHUNKS = Block::SUBCHUNKS;
+    constexpr float UNITS = PRODUCT_UNIT<Block>;
     const int n = lane / 8, r = lane % 8;
     float x[8];
 
-    /* ---- On the diagonal ---- */
-#pragma unroll
-    for (int which = 0; which < (Block::QUERIES && SUBCHUNKS == 2 ? 2 : 1); which++) {
-        const bool outputs = SUBCHUNKS == 2 ? which : n / 2;
-        const int tile = n % (2 * SUBCHUNKS);
-        if (Block::QUERIES || !outputs)
-            sum_partials(x, products, outputs, Products<Block>::ON_DIAGONAL + tile, r);
-        if (!outputs) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) scratch.diagonal[tile][j][r] = j < r ? x[j] * (UNITS * b) : 0.0f;
-        } else if (Block::QUERIES) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) x[j] = j <= r ? x[j] : 0.0f;
-            *stage.attend.at(8 * tile + r, 8 * tile) = pack_eight(x, UNITS);
-        }
-    }
-
-    /* ---- Below the diagonal, inside a subchunk ---- */
+    /* ---- Inside a subchunk ---- */
     const int sub = n % SUBCHUNKS;
     const float b_below = __shfl_sync(~0u, b, 8 + SUBCHUNK * sub + r);
     if (n < (Block::QUERIES ? 2 : 1) * SUBCHUNKS) {
@@ -99,6 +106,16 @@ __device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stag
             *stage.attend.at(SUBCHUNK + n / 2 * 8 + r, n % 2 * 8) = pack_eight(x, 1.0f);
         }
     }
+}
+
+template <class Block>
+__device__ __forceinline__ void add_products(SolverScratch<Block> &scratch, Stage<Block> &stage,
+                                             const Products<Block> &products, float b, int lane)
+{
+#pragma unroll
+    for (int which = 0; which < (Block::QUERIES && Block::SUBCHUNKS == 2 ? 2 : 1); which++)
+        add_diagonal(scratch, stage, products, which, b, lane);
+    add_below_diagonal(scratch, stage, products, b, lane);
 }
 
 /* ---- T ------------------------------------------------------------------------------------------------- */
@@ -143,12 +160,10 @@ __device__ __forceinline__ void solve_across(SolverScratch<Block> &scratch, Stag
  * accumulators are the next product's operand.
  */
 template <class Block>
-__device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,
-                                            float divisor, int lane)
+__device__ __forceinline__ void invert_diagonal(SolverScratch<Block> &scratch, Stage<Block> &stage,
+                                                float own_b, int lane)
 {
     constexpr int SUBCHUNKS = Block::SUBCHUNKS;
-
-    /* ---- Tiles on the diagonal: forward substitution, one column to a lane ---- */
     const int j = lane % 8, tile = lane / 8 % (2 * SUBCHUNKS), column = lane % Block::CHUNK;
     float x[8];
 #pragma unroll
@@ -167,8 +182,16 @@ __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage
     if (lane == column) *stage.solve.at(8 * tile, column) = pack_eight(x, own_b);
     if (tile % 2) *reinterpret_cast<uint4 *>(scratch.inverse[tile / 2][j]) = pack_eight(x, 1.0f);
     __syncwarp();
+}
 
-    /* ---- Below the diagonal, inside each subchunk ---- */
+template <class Block>
+__device__ __forceinline__ void invert_below_diagonal(SolverScratch<Block> &scratch, Stage<Block> &stage,
+                                                      float divisor, int lane)
+{
+    constexpr int SUBCHUNKS = Block::SUBCHUNKS;
+
+    /* ---- Inside each subchunk ---- */
+    const int j = lane % 8;
     const int matrix = lane / 8, sub = matrix % SUBCHUNKS;
     uint32_t first[4], second[4];
     load_matrices(first, matrix < 2
@@ -187,6 +210,14 @@ __device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage
 
     /* ---- The second subchunk with the first one ---- */
     if constexpr (SUBCHUNKS == 2) solve_across(scratch, stage, divisor, lane);
+}
+
+template <class Block>
+__device__ __forceinline__ void solve_chunk(SolverScratch<Block> &scratch, Stage<Block> &stage, float own_b,
+                                            float divisor, int lane)
+{
+    invert_diagonal(scratch, stage, own_b, lane);
+    invert_below_diagonal(scratch, stage, divisor, lane);
 }
 
 /* ---- Write strengths ----------------------------------------------------------------------------------- */

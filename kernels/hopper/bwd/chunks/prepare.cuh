@@ -189,7 +189,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         return __any_sync(~0u, gates.least < -Base::MAY_BE_WIDE || sum != sum);
     }
 
-    /* K~ K^^T below the diagonal, from the products over channels. Lane 8 n + r has row r of tile n. */
+    /* K~ K^^T below the diagonal, from the products over channels, for tokens with tiny write strengths. Lane 8 n + r has row r of tile n. */
     __device__ void add_keys() const
     {
         const Products<Block> &products = shared.products[0];
@@ -230,27 +230,46 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         shared.attend_lack[SUBCHUNK * sub + row + 8] = odd ? low[3] : low[2];
     }
 
-    /* T and P, in one warp. `beta` is that of token `lane`. */
+    /* Two warps make T, P and, where it is needed, K~ K^^T: the first one inverts, and the second one adds up
+     * what is not on L's diagonal meanwhile. `beta` is that of token `lane`. */
     __device__ void solve(Beta<Block> beta) const
     {
+        constexpr int THREADS = 64;
         Stage<Block> &stage = shared.stage[0];
+        const Products<Block> &products = shared.products[0];
         const bool there = lane < shared.at.left;
         const float b = there ? write_strength<Block>(args, beta) : 0.0f,
-                    divisor = divisor_above(largest_of_warp<Block>(b)),
-                    of_diagonal = b * inverse_power(divisor);
-        shared.strength[lane] = b;
-        shared.solve_lack[lane] = of_diagonal - half_low(pack_half(of_diagonal, 0.0f));
-        shared.slope[lane] = there ? slope_of(beta) : 0.0f;
+                    divisor = divisor_above(largest_of_warp<Block>(b));
         const bool faint = __any_sync(~0u, there && is_faint(b, divisor));
-        if (lane == 0) shared.has_faint_write = faint;
-        add_products<Block>(shared.scratch, stage, shared.products[0], b, lane);
-        if (lane == 0) stage.divisor = divisor;
-        __syncwarp();
+        if (warp == 0) {
+            add_diagonal<Block>(shared.scratch, stage, products, false, b, lane);
+            __syncwarp();
+            const float of_diagonal = b * inverse_power(divisor);
+            invert_diagonal<Block>(shared.scratch, stage, of_diagonal, lane);
+            barrier_sync<SOLVER_BARRIER, THREADS>(0);
+            invert_below_diagonal<Block>(shared.scratch, stage, divisor, lane);
+            shared.solve_lack[lane] = of_diagonal - half_low(pack_half(of_diagonal, 0.0f));
+        } else {
+            add_below_diagonal<Block>(shared.scratch, stage, products, b, lane);
+            barrier_arrive<SOLVER_BARRIER, THREADS>(0);
+            add_diagonal<Block>(shared.scratch, stage, products, true, b, lane);
+            if (lane == 0) stage.divisor = divisor, shared.has_faint_write = faint;
+            shared.strength[lane] = b;
+            shared.slope[lane] = there ? slope_of(beta) : 0.0f;
+            __syncwarp();
+            store_attend_lack();
+            if (faint) add_keys();
+        }
+    }
+
+    /* What P lacks on its diagonal. Until now the place has the product, which may be infinite. */
+    __device__ void store_attend_lack() const
+    {
         const float norms = shared.inverse_norm[0][0][0][lane] * shared.inverse_norm[0][0][1][lane];
-        const auto *const row = reinterpret_cast<const uint16_t *>(stage.attend.at(lane, lane / 8 * 8));
-        float &lack = shared.attend_lack[lane]; /* until now the product, which may be infinite */
+        const auto *const row =
+            reinterpret_cast<const uint16_t *>(shared.stage[0].attend.at(lane, lane / 8 * 8));
+        float &lack = shared.attend_lack[lane];
         lack = norms > 0.0f ? lack * norms - half_low(row[lane % 8]) : 0.0f;
-        solve_chunk<Block>(shared.scratch, stage, of_diagonal, divisor, lane);
     }
 
     /* The derivative of the write strength. */
@@ -281,7 +300,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
     {
         const ChunkCursor<Block> at = shared.at;
         Beta<Block> beta = 0;
-        if (warp == 0) beta = load_beta(at);
+        if (warp < 2) beta = load_beta(at);
         if (warp == CHUNK_WARPS - 1 && lane == 0) note_places();
         load_gate();
         clear_matrices();
@@ -300,8 +319,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         __syncthreads();
         if constexpr (Block::UNBOUNDED)
             if (shared.is_wide) prepare_carefully();
-        if (warp == 0) solve(beta);
-        if (warp == 1) add_keys();
+        if (warp < 2) solve(beta);
     }
 
     __device__ Beta<Block> load_beta(const ChunkCursor<Block> &at) const
