@@ -32,12 +32,12 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
         if (sums) sums[blockIdx.x * (2LL * DIM) + threadIdx.x] = 0.0f;
         return;
     }
-    if (copies) {
-        preparation.copy_inputs(shared.tokens[0].half);
+    /* Several warps begin copies, so that none waits long for its turn. */
+    if (copies) preparation.copy_inputs(shared.tokens[0].half);
+    if (threadIdx.x == 32)
         preparation.copy_image(shared.state, shared.state_scale, preparation.image(args.states),
                                &shared.state_there);
-        if (args.bwd.dout) preparation.copy_dout();
-    }
+    if (threadIdx.x == 64 && args.bwd.dout) preparation.copy_dout();
     if (!args.bwd.dout)
         for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof shared.dout / 16);
              i += FKDA_HOPPER_CHUNK_THREADS)

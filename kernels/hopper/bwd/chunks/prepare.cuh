@@ -33,7 +33,8 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
     /* The last sequence whose first slot is at or before a slot. */
     __device__ int sequence_of(long long slot) const
     {
-        if (!args.cu_seqlens) return static_cast<int>(slot / all.bwd.row_slots);
+        if (!args.cu_seqlens)
+            return static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(all.bwd.row_slots));
         int first = 0, end = args.sequences;
         while (first + 1 < end) {
             const int middle = first + (end - first) / 2;
@@ -43,11 +44,12 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
     }
 
     /* The chunk of CTA `i`: that of head i % HV of slot i / HV. */
-    __device__ void find_place(long long i)
+    __device__ void find_place(unsigned i)
     {
         ChunkCursor<Block> at;
-        at.slot = i / args.heads;
-        at.head = static_cast<int>(i % args.heads);
+        const auto heads = static_cast<unsigned>(args.heads);
+        at.slot = i / heads;
+        at.head = static_cast<int>(i % heads);
         at.qk_head = at.head / args.group;
         const int sequence = sequence_of(at.slot);
         const Task task = find_task(args, sequence, at.head, CHUNK_TOKENS);
@@ -304,7 +306,6 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         if (warp == CHUNK_WARPS - 1 && lane == 0) note_places();
         load_gate();
         clear_matrices();
-        __syncthreads();
         mbarrier_wait(&shared.inputs_there, 0);
         if (at.left < CHUNK_TOKENS) this->clear_past_end(0, at.left);
         if (warp < 4)
