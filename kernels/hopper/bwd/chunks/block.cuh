@@ -29,7 +29,8 @@ template <Arithmetic arithmetic> struct ChunkBlock {
                           UNBOUNDED = OPTIONS && arithmetic != Arithmetic::BOUNDED;
 };
 constexpr int CHUNK_WARPS = FKDA_HOPPER_CHUNK_THREADS / 32, CHUNK_TOKENS = FKDA_HOPPER_BWD_CHUNK;
-constexpr int SOLVER_BARRIER = TEAM_BARRIER + 1; /* of the two warps that solve */
+constexpr int SOLVERS = 2; /* the first warps */
+constexpr int SOLVER_BARRIER = TEAM_BARRIER + 1;
 constexpr int TOKEN_TILES = CHUNK_TOKENS / 8, OPERANDS = 3;
 enum { OF_U, OF_DR, OF_DOUT }; /* operands of the sums over V */
 enum { STATE, GRADIENT, IMAGES };

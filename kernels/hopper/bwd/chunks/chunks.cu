@@ -42,9 +42,12 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
         for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof shared.dout / 16);
              i += FKDA_HOPPER_CHUNK_THREADS)
             reinterpret_cast<uint4 *>(shared.dout)[i] = make_uint4(0, 0, 0, 0);
-    preparation.run();
+    const Beta<Block> beta = preparation.run();
 
-    const float2 units = ChunkValues<Block>(args, shared).run([&] {
+    const ChunkValues<Block> by_rows(args, shared);
+    const auto values = by_rows.load_v(); /* on their way while two warps solve */
+    preparation.solve(beta);
+    const float2 units = by_rows.run(values, [&] {
         if (copies)
             preparation.copy_image(shared.gradient, shared.gradient_scale, preparation.image(args.gradients),
                                    &shared.gradient_there);

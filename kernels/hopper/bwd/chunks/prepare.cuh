@@ -233,10 +233,12 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
     }
 
     /* Two warps make T, P and, where it is needed, K~ K^^T: the first one inverts, and the second one adds up
-     * what is not on L's diagonal meanwhile. `beta` is that of token `lane`. */
+     * what is not on L's diagonal meanwhile. `beta` is that of token `lane`. The matrices are there when the
+     * CTA meets next. */
     __device__ void solve(Beta<Block> beta) const
     {
-        constexpr int THREADS = 64;
+        if (warp >= SOLVERS) return;
+        constexpr int THREADS = 32 * SOLVERS;
         Stage<Block> &stage = shared.stage[0];
         const Products<Block> &products = shared.products[0];
         const bool there = lane < shared.at.left;
@@ -297,12 +299,12 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         __syncthreads();
     }
 
-    /* Until K~, Q~ and Kr are there. T, P and K~ K^^T are there when the CTA meets next. */
-    __device__ void run()
+    /* Until K~, Q~ and Kr are there. Returns beta in the warps that solve. */
+    __device__ Beta<Block> run()
     {
         const ChunkCursor<Block> at = shared.at;
         Beta<Block> beta = 0;
-        if (warp < 2) beta = load_beta(at);
+        if (warp < SOLVERS) beta = load_beta(at);
         if (warp == CHUNK_WARPS - 1 && lane == 0) note_places();
         load_gate();
         clear_matrices();
@@ -320,7 +322,7 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         __syncthreads();
         if constexpr (Block::UNBOUNDED)
             if (shared.is_wide) prepare_carefully();
-        if (warp < 2) solve(beta);
+        return beta;
     }
 
     __device__ Beta<Block> load_beta(const ChunkCursor<Block> &at) const

@@ -322,9 +322,10 @@ template <class Block> struct ChunkValues {
         return unit;
     }
 
-    /* Before: the CTA has prepared, and one more meeting makes T, P and N known. `load_gradient` starts the
-     * copy of D, whose place the solver has used until then. Returns the units of the images. */
-    template <class Load> __device__ float2 run(Load load_gradient) const
+    /* Before: the CTA has prepared, and one more meeting makes T, P and N known. `values` is what load_v() has
+     * returned. `load_gradient` starts the copy of D, whose place the solver has used until then. Returns the
+     * units of the images. */
+    template <class Load> __device__ float2 run(const RawValues &values, Load load_gradient) const
     {
         using SolveTile = decltype(Stage<Block>::solve);
         SolveTile &solve = s.stage[0].solve;
@@ -335,7 +336,6 @@ template <class Block> struct ChunkValues {
         /* ---- R ---- */
         const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(call.bwd.fwd));
         Rows r, u;
-        const RawValues values = load_v();
         mbarrier_wait(&s.state_there, 0);
         const float state_unit = find_unit_of_image(STATE, s.state_scale);
         read(r, s.state, K, [&](int half) { return s.tokens[0].half[half].tile[Q]; });
