@@ -131,16 +131,10 @@ template <Arithmetic arithmetic> struct Shared<ChunkBlock<arithmetic>> {
             ChannelNotes notes;
         };
     };
-    union {
-        /* K~ K^^T below the diagonal: columns i, depths j. */
-        Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
-        float gate_shift[DIM]; /* of each channel, in the last step: gate_offset once more */
-    };
-    float state_scale[DIM];
-    union {
-        float gradient_scale[DIM];
-        float gate_offset[1][DIM]; /* for the preparation */
-    };
+    /* K~ K^^T below the diagonal: columns i, depths j. */
+    Tile<CHUNK_TOKENS, CHUNK_TOKENS, false, CHUNK_TOKENS / 8 * 128, 128> keys;
+    float image_scale[DIM]; /* of the image of S, then of that of D */
+    float gate_offset[1][DIM];
     float inverse_norm[1][1][2][CHUNK_TOKENS]; /* of keys, then of queries */
     HeadGate gate[1][CHUNK_WARPS];
     float strength[CHUNK_TOKENS], slope[CHUNK_TOKENS]; /* b, and its derivative */

@@ -54,23 +54,10 @@ template <class Block> struct ChunkChannels {
 
     /* ---- Inputs and sums over tokens ---- */
 
-    __device__ void load_bias() const
-    {
-        const GateOfCall call = gate_of_call<Block>(args);
-        const float slope = s.gate[0][warp].slope;
-        const int channel = 16 * warp + lane;
-        if (lane < 16) {
-            const float bias =
-                Block::OPTIONS && !args.dt_bias ? 0.0f : __ldg(&args.dt_bias[s.at.head * DIM + channel]);
-            s.gate_shift[channel] =
-                Block::OPTIONS ? call.offset(bias, slope) : hopper_sigmoid_gate_offset(bias, slope);
-        }
-        __syncwarp();
-    }
     /* Of channel g + 8 r. */
     __device__ float offset(int r) const
     {
-        return s.gate_shift[16 * warp + g + 8 * r];
+        return s.gate_offset[0][16 * warp + g + 8 * r];
     }
 
     __device__ unsigned char *raw(int which) const
@@ -803,7 +790,6 @@ template <class Block> struct ChunkChannels {
         for (int sub = 0; sub < 2; sub++)
             stash(sum_stash(sub, 0), sums.q + 2 * sub), stash(sum_stash(sub, 1), sums.k + 2 * sub),
                 stash(sum_stash(sub, 2), sums.k_rest + 2 * sub);
-        load_bias();
         /* The inputs come for the second time, or for the third one if the preparation was careful. */
         mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
         if (s.at.left < CHUNK_TOKENS) clear_past_end();

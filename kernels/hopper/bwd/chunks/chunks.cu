@@ -35,8 +35,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
     /* Several warps begin copies, so that none waits long for its turn. */
     if (copies) preparation.copy_inputs(shared.tokens[0].half);
     if (threadIdx.x == 32)
-        preparation.copy_image(shared.state, shared.state_scale, preparation.image(args.states),
-                               &shared.state_there);
+        preparation.copy_image(shared.state, preparation.image(args.states), &shared.state_there);
     if (threadIdx.x == 64 && args.bwd.dout) preparation.copy_dout();
     if (!args.bwd.dout)
         for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof shared.dout / 16);
@@ -49,7 +48,7 @@ template <Arithmetic arithmetic> __device__ __forceinline__ void run_chunk(const
     preparation.solve(beta);
     const float2 units = by_rows.run(values, [&] {
         if (copies)
-            preparation.copy_image(shared.gradient, shared.gradient_scale, preparation.image(args.gradients),
+            preparation.copy_image(shared.gradient, preparation.image(args.gradients),
                                    &shared.gradient_there);
     });
     ChannelSums sums;

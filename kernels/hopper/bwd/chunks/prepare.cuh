@@ -71,12 +71,11 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         return images + (shared.at.slot * args.heads + shared.at.head) * FKDA_HOPPER_BORDER_IMAGE;
     }
 
-    static __device__ void copy_image(ImageRows &rows, float (&scale)[DIM], const unsigned char *from,
-                                      uint64_t *barrier)
+    __device__ void copy_image(ImageRows &rows, const unsigned char *from, uint64_t *barrier) const
     {
         mbarrier_arrive_expecting(barrier, FKDA_HOPPER_BORDER_IMAGE);
         copy_bulk(&rows, from, sizeof rows, barrier);
-        copy_bulk(scale, from + sizeof rows, sizeof scale, barrier);
+        copy_bulk(shared.image_scale, from + sizeof rows, sizeof shared.image_scale, barrier);
     }
 
     /* g, k and q. */

@@ -337,9 +337,9 @@ template <class Block> struct ChunkValues {
         const float key_unit = inverse_power(SlicePreparation<Block>::key_scale(call.bwd.fwd));
         Rows r, u;
         mbarrier_wait(&s.state_there, 0);
-        const float state_unit = find_unit_of_image(STATE, s.state_scale);
+        const float state_unit = find_unit_of_image(STATE, s.image_scale);
         read(r, s.state, K, [&](int half) { return s.tokens[0].half[half].tile[Q]; });
-        scale_rows(r, s.state_scale, key_unit);
+        scale_rows(r, s.image_scale, key_unit);
         subtract_from(values, r);
         __syncthreads(); /* T, P and N are there */
         load_gradient();
@@ -355,9 +355,9 @@ template <class Block> struct ChunkValues {
         if (__builtin_expect(faint, 0)) find_missed(r, u);
         Rows du, dr, x = {};
         mbarrier_wait(&s.gradient_there, 0);
-        const float gradient_unit = find_unit_of_image(GRADIENT, s.gradient_scale);
+        const float gradient_unit = find_unit_of_image(GRADIENT, s.image_scale);
         read(du, s.gradient, G, [&](int half) { return s.tokens[0].v[half]; });
-        scale_rows(du, s.gradient_scale, key_unit);
+        scale_rows(du, s.image_scale, key_unit);
         if (call.bwd.dout) mbarrier_wait(&s.dout_there, 0);
         load_values(r, dout); /* without the call's scale, so that fp16 holds it exactly */
         multiply<true, true>(x, r, [&](int c, int d) { return attend.at(depth(d) + row8, column(c)); });
