@@ -69,6 +69,13 @@ template <class Byte> __device__ __forceinline__ Byte *row_of_token(Byte *first,
     return global_memory(first) + static_cast<unsigned>(i) * static_cast<unsigned long long>(stride);
 }
 
+/* The token of 16 of which a pair of lanes loads two neighbouring units of 16 bytes from a tile, so that no two
+ * of eight neighbouring lanes meet in a bank. */
+__device__ __forceinline__ int token_of_pair(int lane)
+{
+    return lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8;
+}
+
 /* A border image as it lies in memory, but for the scales. */
 struct __align__(128) ImageRows
 {

@@ -73,6 +73,10 @@ template <class Block> struct ChunkChannels {
     {
         uint32_t pairs[4];
         load_matrices_transposed(pairs, place(which, sub));
+        unpack(x, pairs);
+    }
+    static __device__ void unpack(Elements &x, const uint32_t (&pairs)[4])
+    {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             x[i / 4][i % 4] = i % 2 ? bf16_high(pairs[i / 2]) : bf16_low(pairs[i / 2]);
@@ -251,6 +255,11 @@ template <class Block> struct ChunkChannels {
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i / 4][i % 4] = nearest_tf32(x[i / 4][i % 4]);
     }
+    static __device__ void copy(Elements &x, const float (*from)[4])
+    {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i / 4][i % 4] = from[i / 4][i % 4];
+    }
     static __device__ void clear(Elements &x)
     {
 #pragma unroll
@@ -319,7 +328,8 @@ template <class Block> struct ChunkChannels {
             x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
         }
     }
-    /* Where eight numbers of the thread wait: dQ~, dK~ or dKr of a subchunk, then dq or dk. */
+    /* Where eight numbers of the thread wait: dQ~, dK~ or dKr of the first subchunk; dq or dk of the second
+     * one. */
     __device__ float4 *sum_stash(int sub, int i) const
     {
         const int thread = 32 * warp + lane, part = 2 * FKDA_HOPPER_CHUNK_THREADS * i;
@@ -496,8 +506,8 @@ template <class Block> struct ChunkChannels {
                 }
     }
 
-    /* From dQ~, dK~ and dKr of the subchunk finds dq and dk of normalised queries and keys, which it leaves
-     * in the stash, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
+    /* From dQ~, dK~ and dKr of the subchunk, which are in dq, dk and w, finds dq and dk of normalised queries
+     * and keys, and the gradient of the log decay, which it leaves in dg. before: the decay of all tokens
      * before the subchunk; after: of all after it. */
     __device__ void compute(int sub, Elements &dq, Elements &dk, Elements &w, Elements &dg,
                             const Elements &sum, bool wide) const
@@ -577,7 +587,6 @@ template <class Block> struct ChunkChannels {
             }
         }
         if (!(Block::OPTIONS && args.qk_is_normalised)) announce_along(q, dq, k, dk, sub);
-        stash(sum_stash(sub, 0), dq), stash(sum_stash(sub, 1), dk);
         const float2 kept = noted(s.notes.kept);
 #pragma unroll
         for (int i = 0; i < 8; i++) dg[i / 4][i % 4] += of(kept, i % 4);
@@ -685,11 +694,11 @@ template <class Block> struct ChunkChannels {
         store_matrices_transposed(place(which, sub), pairs);
     }
 
-    /* Stores what the warp has left. Lane i stores half of the channels of token i / 2. first: where the
+    /* Stores what the warp has left. Two lanes store the channels of a token. first: where the
      * chunk's first token has its row; stride: from row to row, in bytes. */
     __device__ void store(int which, int sub, unsigned char *first, long long stride) const
     {
-        const int token = 16 * sub + lane / 2;
+        const int token = 16 * sub + token_of_pair(lane);
         const uint4 eight = *token_unit(raw(which), token, 16 * warp % 64 / 8 + lane % 2);
         unsigned char *const row = row_of_token(first, stride, token);
         if (token < s.at.left) *reinterpret_cast<uint4 *>(row + 2 * (16 * warp + lane % 2 * 8)) = eight;
@@ -733,17 +742,17 @@ template <class Block> struct ChunkChannels {
         s.norm_sums.scale[warp][lane] = inverse_norm * s.pair_unit;
     }
 
-    /* The gradient of raw queries (i = 0) or keys (i = 1), from that of normalised ones. */
-    __device__ void find_raw_gradient(Elements &result, int i, int which, int sub) const
+    /* Turns the gradient of normalised queries (i = 0) or keys (i = 1) into that of raw ones, which are in
+     * `pairs`. */
+    __device__ void find_raw_gradient(Elements &result, const uint32_t (&pairs)[4], int i, int sub) const
     {
-        unstash(result, sum_stash(sub, i));
         if (Block::OPTIONS && args.qk_is_normalised) {
 #pragma unroll
             for (int n = 0; n < 8; n++) result[n / 4][n % 4] *= s.pair_unit;
             return;
         }
         Elements x;
-        load(x, which, sub);
+        unpack(x, pairs);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const float2 along = factor(s.norm_sums.along[i], sub, n),
@@ -755,21 +764,32 @@ template <class Block> struct ChunkChannels {
         }
     }
 
-    /* Gradients of queries and keys through the norm, and to memory. */
-    __device__ void store_through_norms() const
+    /* Gradients of queries and keys through the norm, and to memory. dq and dk are those of the first
+     * subchunk. Sums for norms are there when the CTA meets. */
+    __device__ void store_through_norms(const Elements &dq, const Elements &dk) const
     {
         const fkda_bwd_args &b = all.bwd;
+        Elements results[2][2]; /* of queries and keys, and of each subchunk */
+        uint32_t raw_pairs[2][2][4];
+        copy(results[0][0], dq), copy(results[1][0], dk);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            unstash(results[i][1], sum_stash(1, i));
+#pragma unroll
+            for (int sub = 0; sub < 2; sub++)
+                load_matrices_transposed(raw_pairs[i][sub], place(i ? K : Q, sub));
+        }
+        __syncthreads();
         const bool parts = b.dq_parts || b.dk_parts;
         const long long part_stride = 4LL * DIM * args.heads;
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int sub = 0; sub < 2; sub++) {
-                Elements result;
-                const int which = i ? K : Q;
-                find_raw_gradient(result, i, which, sub);
+                Elements &result = results[i][sub];
+                find_raw_gradient(result, raw_pairs[i][sub], i, sub);
                 if (!parts)
-                    leave(result, which, sub);
+                    leave(result, i ? K : Q, sub);
                 else if (i ? b.dk : b.dq)
                     store_fp32(result, sub, i ? s.places.dk : s.places.dq, part_stride);
             }
@@ -786,10 +806,9 @@ template <class Block> struct ChunkChannels {
 
     __device__ void run(ChannelSums &sums)
     {
-#pragma unroll
-        for (int sub = 0; sub < 2; sub++)
-            stash(sum_stash(sub, 0), sums.q + 2 * sub), stash(sum_stash(sub, 1), sums.k + 2 * sub),
-                stash(sum_stash(sub, 2), sums.k_rest + 2 * sub);
+        stash(sum_stash(0, 0), sums.q), stash(sum_stash(0, 1), sums.k), stash(sum_stash(0, 2), sums.k_rest);
+        Elements q, k;
+        copy(q, sums.q + 2), copy(k, sums.k + 2);
         /* The inputs come for the second time, or for the third one if the preparation was careful. */
         mbarrier_wait(&s.inputs_there, Block::UNBOUNDED && s.is_wide ? 0 : 1);
         if (s.at.left < CHUNK_TOKENS) clear_past_end();
@@ -808,17 +827,20 @@ template <class Block> struct ChunkChannels {
             note(s.notes.kept,
                  product(product(noted_decay(0), noted_decay(1)), make_float2(sums.kept[0], sums.kept[1])));
             __syncwarp();
+            Elements w;
+            copy(w, sums.k_rest + 2);
             /* A loop, so that the code is there once. */
 #pragma unroll 1
             for (int sub = 1; sub >= 0; sub--) {
                 const ChunkChannels here(all, s); /* its places are found anew, and do not fill registers */
-                Elements q, k, w, dg;
-                here.unstash(q, here.sum_stash(sub, 0)), here.unstash(k, here.sum_stash(sub, 1));
-                here.unstash(w, here.sum_stash(sub, 2));
+                Elements dg;
                 here.compute(sub, q, k, w, dg, gates, wide[1]);
                 here.finish_gates(dg, sub);
                 here.store_gates(dg, sub);
                 if (sub == 0) break;
+                here.stash(here.sum_stash(1, 0), q), here.stash(here.sum_stash(1, 1), k);
+                here.unstash(q, here.sum_stash(0, 0)), here.unstash(k, here.sum_stash(0, 1));
+                here.unstash(w, here.sum_stash(0, 2));
                 here.unstash_gates(gates);
                 wide[1] = wide[0];
             }
@@ -827,8 +849,8 @@ template <class Block> struct ChunkChannels {
         /* ---- Norms ---- */
         __syncthreads();
         if (warp < 2) find_norm_sums();
-        __syncthreads();
-        store_through_norms();
+        const ChunkChannels here(all, s);
+        here.store_through_norms(q, k);
     }
 
     __device__ void store_gates(const Elements &dg, int sub) const

@@ -172,17 +172,18 @@ template <class Block> struct ChunkValues {
         store(x, half, [](float a, float b) { return pack_half(a, b); });
     }
 
-    /* Stores dv through the place of dout. Lane i has half of the rows of V of tokens i / 2 and 16 + i / 2. */
+    /* Stores dv through the place of dout. Two lanes have the rows of V of a token of each subchunk. */
     __device__ void store_dv(const Rows &dr, unsigned char *half) const
     {
         store(dr, half, [](float a, float b) { return pack_bf16(a, b); });
         __syncwarp();
         if (call.bwd.dv) {
+            const int token = token_of_pair(lane);
             const long long stride = 2 * call.bwd.dv_strides.token;
-            unsigned char *row = row_of_token(s.places.dv, stride, lane / 2) + 2 * (16 * warp + lane % 2 * 8);
+            unsigned char *row = row_of_token(s.places.dv, stride, token) + 2 * (16 * warp + lane % 2 * 8);
             const auto *const from = reinterpret_cast<const unsigned char *>(
-                token_unit(half, lane / 2, 16 * warp % 64 / 8 + lane % 2));
-            const int left = s.at.left - lane / 2;
+                token_unit(half, token, 16 * warp % 64 / 8 + lane % 2));
+            const int left = s.at.left - token;
 #pragma unroll
             for (int sub = 0; sub < Block::SUBCHUNKS; sub++) {
                 const uint4 eight = *reinterpret_cast<const uint4 *>(from + sub * SUBCHUNK_BYTES);
