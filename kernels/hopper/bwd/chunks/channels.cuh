@@ -548,10 +548,7 @@ template <class Block> struct ChunkChannels {
         /* ---- The other subchunk ---- */
         if (sub == 1) {
             Elements writers;
-            stash(late_stash(), x), stash(sum_stash(1, 1), w);
             find_writers(writers, from_other, noted_decay(1));
-            load_normalised(q, Q, sub), load_normalised(k, K, sub); /* again, since registers are short */
-            unstash(x, late_stash()), unstash(w, sum_stash(1, 1));
             Elements written; /* what these readers give the writers of the first subchunk */
             clear(written);
             const Decays again = noted_decays(sub);
