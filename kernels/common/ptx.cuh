@@ -225,7 +225,9 @@ __device__ __forceinline__ float half_low(uint32_t pair)
 
 __device__ __forceinline__ float half_high(uint32_t pair)
 {
-    return half_low(pair >> 16);
+    float x;
+    asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}" : "=f"(x) : "r"(pair));
+    return x;
 }
 
 /* The products of two pairs of fp16. */
