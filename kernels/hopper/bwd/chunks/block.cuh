@@ -83,9 +83,32 @@ struct __align__(128) ImageRows
     unsigned char bytes[DIM * ROW_BYTES];
 };
 
-/* Products between tokens in fp32, below the diagonal, divided by pair_unit: dO U^T, and - dR U^T. Rows are
- * padded so that neither fragments nor transposed fragments meet many bank conflicts. */
-typedef float TokenPairs[CHUNK_TOKENS][CHUNK_TOKENS + 4];
+/* Products between tokens in fp32, below the diagonal, divided by pair_unit: dO U^T, and - dR U^T. Of eight
+ * columns those with even numbers come first, so that ldmatrix brings a lane columns 2 t and 2 t + 1. Rows are
+ * padded so that neither fragments nor transposed fragments meet bank conflicts. */
+struct TokenPairs {
+    static constexpr int ROW_FLOATS = CHUNK_TOKENS + 4, ROW_BYTES = 4 * ROW_FLOATS;
+    float rows[CHUNK_TOKENS][ROW_FLOATS];
+
+    /* Where column j is in a row. */
+    static __device__ int column(int j)
+    {
+        return j / 8 * 8 + j % 2 * 4 + j % 8 / 2;
+    }
+    /* The place of a tile of two subchunks, in bytes. */
+    static __device__ int tile(int to, int from)
+    {
+        return SUBCHUNK * (to * ROW_BYTES + from * 4);
+    }
+    __device__ float &at(int i, int j)
+    {
+        return rows[i][column(j)];
+    }
+    __device__ float at(int i, int j) const
+    {
+        return rows[i][column(j)];
+    }
+};
 
 /* Sums over a warp's channels, which all warps' together are what a norm needs: of queries and of keys. */
 struct NormSums {

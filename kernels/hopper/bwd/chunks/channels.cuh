@@ -44,12 +44,17 @@ template <class Block> struct ChunkChannels {
     const fkda_fwd_args &args;
     Shared<Block> &s;
     int warp, lane, g, t;
+    /* Where the lane's row of four matrices of a TokenPairs is, and its first element of a transposed one, as
+     * offsets in bytes. */
+    uint32_t reader_place, writer_place;
 
     __device__ ChunkChannels(const fkda_hopper_chunk_args &a, Shared<Block> &shared)
         : all(a), args(a.bwd.fwd), s(shared)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
+        reader_place = lane % 8 * TokenPairs::ROW_BYTES + lane / 8 * 16;
+        writer_place = 2 * t * TokenPairs::ROW_BYTES + 4 * TokenPairs::column(g);
     }
 
     /* ---- Inputs and sums over tokens ---- */
@@ -225,28 +230,31 @@ template <class Block> struct ChunkChannels {
     template <bool one_subchunk>
     __device__ void read(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
+        const uint32_t at = shared_address(&pairs) + TokenPairs::tile(to, from) + reader_place;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++) {
+            uint32_t b[4]; /* of writers 2 t and 2 t + 1, and 8 more */
+            load_matrices(b, at + 8 * i * TokenPairs::ROW_BYTES);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (one_subchunk && j > i) continue;
-                const float2 b =
-                    *reinterpret_cast<const float2 *>(&pairs[16 * to + 8 * i + g][16 * from + 8 * j + 2 * t]);
-                multiply_pairs(d[i], x[j], b.x, b.y);
-            }
+            for (int j = 0; j < 2; j++)
+                if (!one_subchunk || j <= i)
+                    multiply_pairs(d[i], x[j], __uint_as_float(b[2 * j]), __uint_as_float(b[2 * j + 1]));
+        }
     }
 
     /* d[j] += x pairs: what the readers i of subchunk `to`, which x has, give the writers j of `from`. */
     template <bool one_subchunk>
     __device__ void write(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
+        const auto *const at = reinterpret_cast<const float *>(
+            reinterpret_cast<const unsigned char *>(&pairs) + TokenPairs::tile(to, from) + writer_place);
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 if (one_subchunk && j > i) continue;
-                const float *const b = &pairs[16 * to + 8 * i + 2 * t][16 * from + 8 * j + g];
-                multiply_pairs(d[j], x[i], b[0], b[CHUNK_TOKENS + 4]);
+                const float *const b = at + 8 * i * TokenPairs::ROW_FLOATS + 8 * j;
+                multiply_pairs(d[j], x[i], b[0], b[TokenPairs::ROW_FLOATS]);
             }
     }
 
@@ -492,7 +500,8 @@ template <class Block> struct ChunkChannels {
                     for (int m = 0; m < 4; m++) { /* the lane's readers of the channel */
                         const int i = 16 * sub + 8 * (m / 2) + 2 * t + m % 2, e = r / 2 * 2 + m % 2;
                         if (i <= j) continue;
-                        const float f = ex2(sum[m / 2][e] - sum_j), by_q = P[i][j] * f, by_k = L[i][j] * f;
+                        const float f = ex2(sum[m / 2][e] - sum_j), by_q = P.at(i, j) * f,
+                                    by_k = L.at(i, j) * f;
                         of_w = __fmaf_rn(by_q, q[m / 2][e], __fmaf_rn(by_k, k[m / 2][e], of_w));
                         const float of_q = by_q * k_j, of_k = by_k * k_j;
                         dq[m / 2][e] += of_q, dk[m / 2][e] += of_k;

@@ -149,7 +149,7 @@ template <class Block> struct ChunkSums {
                 const float factor = s.unit[which ? OF_DR : OF_DOUT][2 * rows + r] * (which ? 1.0f : scale) *
                                      s.unit[OF_U][2 * columns + n] / pair_unit;
                 const float x = sum[n][2 * r] * factor, y = sum[n][2 * r + 1] * factor;
-                store_two(&to[i][j], j < i ? x : 0.0f, j + 1 < i ? y : 0.0f);
+                to.at(i, j) = j < i ? x : 0.0f, to.at(i, j + 1) = j + 1 < i ? y : 0.0f;
                 if (which == 0 && j == i) s.on_diagonal[i] = x;
                 if (which == 0 && j + 1 == i) s.on_diagonal[i] = y;
             }
