@@ -24,17 +24,15 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
 
     /* ---- Where the chunk is ---- */
 
+    /* The first slot of a sequence. With cu_seqlens. */
     __device__ long long first_slot(int sequence) const
     {
-        if (!args.cu_seqlens) return static_cast<long long>(sequence) * all.bwd.row_slots;
         return sequence_border(args, sequence) / CHUNK_TOKENS + sequence;
     }
 
-    /* The last sequence whose first slot is at or before a slot. */
+    /* The last sequence whose first slot is at or before a slot. With cu_seqlens. */
     __device__ int sequence_of(long long slot) const
     {
-        if (!args.cu_seqlens)
-            return static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(all.bwd.row_slots));
         int first = 0, end = args.sequences;
         while (first + 1 < end) {
             const int middle = first + (end - first) / 2;
@@ -43,25 +41,41 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         return first;
     }
 
-    /* The chunk of CTA `i`: that of head i % HV of slot i / HV. */
+    /* The chunk of CTA `i`: that of head i % HV of slot i / HV. All threads wait for this, so divisions are
+     * left out where they can be. */
     __device__ void find_place(unsigned i)
     {
+        const auto heads = static_cast<unsigned>(args.heads), group = static_cast<unsigned>(args.group),
+                   row_slots = static_cast<unsigned>(all.bwd.row_slots);
+        const unsigned slot = i / heads, head = i - slot * heads;
         ChunkCursor<Block> at;
-        const auto heads = static_cast<unsigned>(args.heads);
-        at.slot = i / heads;
-        at.head = static_cast<int>(i % heads);
-        at.qk_head = at.head / args.group;
+        at.slot = slot;
+        at.head = static_cast<int>(head);
+        at.qk_head = static_cast<int>(group == 1 ? head : head / group);
+        if (args.cu_seqlens)
+            find_tokens(at);
+        else {
+            const unsigned row = slot < row_slots ? 0 : slot / row_slots;
+            at.row = static_cast<int>(row);
+            at.token = static_cast<int>((slot - row * row_slots) * CHUNK_TOKENS);
+            at.left = min(max(static_cast<int>(args.tokens) - at.token, 0), CHUNK_TOKENS);
+        }
+        shared.at = at;
+    }
+
+    /* The tokens of a chunk whose slot is known. With cu_seqlens. */
+    __device__ void find_tokens(ChunkCursor<Block> &at) const
+    {
         const int sequence = sequence_of(at.slot);
         const Task task = find_task(args, sequence, at.head, CHUNK_TOKENS);
         /* Of the same border as the task, in case cu_seqlens changes. */
-        const long long first = args.cu_seqlens ? task.begin / CHUNK_TOKENS + sequence : first_slot(sequence),
+        const long long first = task.begin / CHUNK_TOKENS + sequence,
                         before = (at.slot - first) * CHUNK_TOKENS;
-        at.row = args.cu_seqlens ? 0 : sequence;
+        at.row = 0;
         at.left = before < 0 || before >= task.length
                       ? 0
                       : static_cast<int>(min(task.length - before, static_cast<long long>(CHUNK_TOKENS)));
-        at.token = static_cast<int>(task.begin - at.row * args.tokens + before);
-        shared.at = at;
+        at.token = static_cast<int>(task.begin + before);
     }
 
     /* ---- Copies, each by one thread ---- */
