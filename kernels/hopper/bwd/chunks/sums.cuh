@@ -124,35 +124,46 @@ template <class Block> struct ChunkSums {
         }
     }
 
-    /* 16 rows and 16 columns of a product between tokens in each of six warps. */
+    /* 16 rows of a product between tokens in each warp of the first warpgroup. */
     __device__ void sum_between_tokens() const
     {
-        if (warp >= 6) return;
-        const int which = warp % 2, part = warp / 2; /* part: 0 above 1, beside 2 */
-        const int rows = part > 0, columns = part > 1;
-        float sum[2][4] = {};
+        constexpr int DEPTHS = DIM / 16;
+        if (warp >= 4) return;
+        const int which = warp / 2, rows = warp % 2;
+        float sum[TOKEN_TILES][4];
+        uint32_t a[DEPTHS][4];
 #pragma unroll
-        for (int d = 0; d < DIM / 16; d++) {
-            uint32_t a[4], b[4];
+        for (int d = 0; d < DEPTHS; d++) {
             const unsigned char *const x = which ? minus_dr(d / 4) : dout(d / 4);
-            load_matrices(a, shared_address(x) + (matrix_row(lane) ^ d % 4 * 32) + rows * SUBCHUNK_BYTES);
-            load_matrices(b, shared_address(u(d / 4)) + (matrix_row_by_token(lane) ^ d % 4 * 32) +
-                                 columns * SUBCHUNK_BYTES);
-            multiply_tiles(sum, a, b);
+            load_matrices(a[d], shared_address(x) + (matrix_row(lane) ^ d % 4 * 32) + rows * SUBCHUNK_BYTES);
         }
+        wgmma_fence();
+#pragma unroll
+        for (int d = 0; d < DEPTHS; d++) {
+            const uint64_t of_u = token_operand(u(d / 4), d);
+            if (d == 0)
+                wgmma<false, false>(sum, a[d], of_u);
+            else
+                wgmma<true, false>(sum, a[d], of_u);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
         TokenPairs &to = which ? s.keys_with_writes() : s.queries_with_writes();
+        const float inverse = (which ? 1.0f : scale) / pair_unit;
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int r = 0; r < 2; r++) {
+            const float unit = s.unit[which ? OF_DR : OF_DOUT][2 * rows + r] * inverse;
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const int i = 16 * rows + g + 8 * r, j = 16 * columns + 8 * n + 2 * t;
-                const float factor = s.unit[which ? OF_DR : OF_DOUT][2 * rows + r] * (which ? 1.0f : scale) *
-                                     s.unit[OF_U][2 * columns + n] / pair_unit;
+            for (int n = 0; n < TOKEN_TILES; n++) {
+                const int i = 16 * rows + g + 8 * r, j = 8 * n + 2 * t;
+                if (n >= 2 && rows == 0) continue;
+                const float factor = s.unit[OF_U][n] * unit;
                 const float x = sum[n][2 * r] * factor, y = sum[n][2 * r + 1] * factor;
                 to.at(i, j) = j < i ? x : 0.0f, to.at(i, j + 1) = j + 1 < i ? y : 0.0f;
                 if (which == 0 && j == i) s.on_diagonal[i] = x;
                 if (which == 0 && j + 1 == i) s.on_diagonal[i] = y;
             }
+        }
     }
 };
 
