@@ -252,13 +252,6 @@ __device__ __forceinline__ float cut_to_tf32(float x)
     return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
 }
 
-/* d += a b for two neighbouring tiles of eight columns. */
-__device__ __forceinline__ void multiply_tiles(float (*d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4])
-{
-    mma_half(d[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-    mma_half(d[1], a[0], a[1], a[2], a[3], b[2], b[3]);
-}
-
 __device__ __forceinline__ void multiply_by(float (&x)[4][4], float factor)
 {
 #pragma unroll

@@ -44,17 +44,12 @@ template <class Block> struct ChunkChannels {
     const fkda_fwd_args &args;
     Shared<Block> &s;
     int warp, lane, g, t;
-    /* Where the lane's row of four matrices of a TokenPairs is, and its first element of a transposed one, as
-     * offsets in bytes. */
-    uint32_t reader_place, writer_place;
 
     __device__ ChunkChannels(const fkda_hopper_chunk_args &a, Shared<Block> &shared)
         : all(a), args(a.bwd.fwd), s(shared)
     {
         const ThreadPlace p = thread_place();
         warp = p.warp, lane = p.lane, g = p.g, t = p.t;
-        reader_place = lane % 8 * TokenPairs::ROW_BYTES + lane / 8 * 16;
-        writer_place = 2 * t * TokenPairs::ROW_BYTES + 4 * TokenPairs::column(g);
     }
 
     /* ---- Inputs and sums over tokens ---- */
@@ -225,12 +220,23 @@ template <class Block> struct ChunkChannels {
         mma_tf32(d, x[0], x[2], x[1], x[3], b0, b1);
     }
 
+    /* Where the lane's row of four matrices of a TokenPairs is, and its first element of a transposed one, as
+     * offsets in bytes. */
+    __device__ uint32_t reader_place() const
+    {
+        return lane % 8 * TokenPairs::ROW_BYTES + lane / 8 * 16;
+    }
+    __device__ uint32_t writer_place() const
+    {
+        return 2 * t * TokenPairs::ROW_BYTES + 4 * TokenPairs::column(g);
+    }
+
     /* d[i] += x pairs^T: readers i from writers j. x has the writers, of subchunk `from`; the readers are
      * those of subchunk `to`. In one subchunk, only tiles with j <= i. */
     template <bool one_subchunk>
     __device__ void read(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
-        const uint32_t at = shared_address(&pairs) + TokenPairs::tile(to, from) + reader_place;
+        const uint32_t at = shared_address(&pairs) + TokenPairs::tile(to, from) + reader_place();
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint32_t b[4]; /* of writers 2 t and 2 t + 1, and 8 more */
@@ -247,7 +253,7 @@ template <class Block> struct ChunkChannels {
     __device__ void write(Elements &d, const Elements &x, const TokenPairs &pairs, int to, int from) const
     {
         const auto *const at = reinterpret_cast<const float *>(
-            reinterpret_cast<const unsigned char *>(&pairs) + TokenPairs::tile(to, from) + writer_place);
+            reinterpret_cast<const unsigned char *>(&pairs) + TokenPairs::tile(to, from) + writer_place());
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
