@@ -142,10 +142,14 @@ template <class Block> struct ChunkValues {
             for (int i = 0; i < 8; i++) {
                 const uint32_t pair = raw[i / 2];
                 const int tile = 2 * sub + i / 4, e = i % 2;
-                x[tile][i % 4] =
-                    8 * tile + 2 * t + e < s.at.left ? (e ? bf16_high(pair) : bf16_low(pair)) : 0.0f;
+                x[tile][i % 4] = e ? bf16_high(pair) : bf16_low(pair);
             }
         }
+        const int left = s.at.left;
+        if (left == CHUNK_TOKENS) return;
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; i++)
+            if (8 * (i / 4) + 2 * t + i % 2 >= left) x[i / 4][i % 4] = 0.0f;
     }
 
     template <class Pack> __device__ void store(const Rows &x, unsigned char *half, Pack pack_two) const
