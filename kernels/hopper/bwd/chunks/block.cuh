@@ -69,8 +69,8 @@ template <class Byte> __device__ __forceinline__ Byte *row_of_token(Byte *first,
     return global_memory(first) + static_cast<unsigned>(i) * static_cast<unsigned long long>(stride);
 }
 
-/* The token of 16 of which a pair of lanes loads two neighbouring units of 16 bytes from a tile, so that no two
- * of eight neighbouring lanes meet in a bank. */
+/* The token of 16 of which a pair of lanes loads two neighbouring units of 16 bytes from a tile: no two of
+ * eight neighbouring lanes meet in a bank. */
 __device__ __forceinline__ int token_of_pair(int lane)
 {
     return lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8;
@@ -84,8 +84,8 @@ struct __align__(128) ImageRows
 };
 
 /* Products between tokens in fp32, below the diagonal, divided by pair_unit: dO U^T, and - dR U^T. Of eight
- * columns those with even numbers come first, so that ldmatrix brings a lane columns 2 t and 2 t + 1. Rows are
- * padded so that neither fragments nor transposed fragments meet bank conflicts. */
+ * columns those with even numbers come first, so that ldmatrix brings a lane columns 2 t and 2 t + 1. Rows
+ * are padded so that neither fragments nor transposed fragments meet bank conflicts. */
 struct TokenPairs {
     static constexpr int ROW_FLOATS = CHUNK_TOKENS + 4, ROW_BYTES = 4 * ROW_FLOATS;
     float rows[CHUNK_TOKENS][ROW_FLOATS];

@@ -199,8 +199,8 @@ template <class Block> struct ChunkChannels {
         mma_tf32(d, x[0], x[2], x[1], x[3], b0 - cut_to_tf32(b0), b1 - cut_to_tf32(b1));
     }
 
-    /* to[t] += the sum of x from token t on, and the sum of y before token t: products with triangles of ones,
-     * in which x and y have all their bits as above. */
+    /* to[t] += the sum of x from token t on, and the sum of y before token t: products with triangles of
+     * ones. The tensor core takes 11 bits of x, and then 11 bits of what is left. */
     __device__ void add_from_here_and_before(Elements &to, const Elements &x, const Elements &y) const
     {
         const float from[2] = {2 * t >= g ? 1.0f : 0.0f, 2 * t + 1 >= g ? 1.0f : 0.0f},
@@ -347,7 +347,6 @@ template <class Block> struct ChunkChannels {
     __device__ float4 *sum_stash(int sub, int i) const
     {
         const int thread = 32 * warp + lane, part = 2 * FKDA_HOPPER_CHUNK_THREADS * i;
-        if (i == 2 && sub == 1) return s.late_stash + thread;
         return (sub == 0 ? s.stash : s.result_stash()) + part + thread;
     }
 
@@ -742,8 +741,9 @@ template <class Block> struct ChunkChannels {
         s.norm_sums.of_warp[g / 4][warp][16 * sub + 8 * (g / 2 % 2) + 2 * t + g % 2] = sum;
     }
 
-    /* For the gradient through the norm of a query (warp 0) or a key (warp 1), by tokens: the scale is 1 / |x|
-     * times pair_unit, and `along` is 1 / |x| times the sum over all channels of the gradient times x / |x|. */
+    /* For the gradient through the norm of a query (warp 0) or a key (warp 1), by tokens: the scale is
+     * 1 / |x| times pair_unit, and `along` is 1 / |x| times the sum over all channels of the gradient times
+     * x / |x|. */
     __device__ void find_norm_sums() const
     {
         float sum = 0.0f;

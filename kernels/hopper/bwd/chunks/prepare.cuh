@@ -204,7 +204,8 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         return __any_sync(~0u, gates.least < -Base::MAY_BE_WIDE || sum != sum);
     }
 
-    /* K~ K^^T below the diagonal, from the products over channels, for tokens with tiny write strengths. Lane 8 n + r has row r of tile n. */
+    /* K~ K^^T below the diagonal, from the products over channels, for tokens with tiny write strengths. Lane
+     * 8 n + r has row r of tile n. */
     __device__ void add_keys() const
     {
         const Products<Block> &products = shared.products[0];
@@ -245,9 +246,9 @@ template <class Block> struct ChunkPreparation : Preparation<Block> {
         shared.attend_lack[SUBCHUNK * sub + row + 8] = odd ? low[3] : low[2];
     }
 
-    /* Two warps make T, P and, where it is needed, K~ K^^T: the first one inverts, and the second one adds up
-     * what is not on L's diagonal meanwhile. `beta` is that of token `lane`. The matrices are there when the
-     * CTA meets next. */
+    /* Two warps make T, P and, where it is needed, K~ K^^T: the first one inverts, and the second one adds
+     * up what is not on L's diagonal meanwhile. `beta` is that of token `lane`. The matrices are there when
+     * the CTA meets next. */
     __device__ void solve(Beta<Block> beta) const
     {
         if (warp >= SOLVERS) return;

@@ -327,9 +327,9 @@ template <class Block> struct ChunkValues {
         return unit;
     }
 
-    /* Before: the CTA has prepared, and one more meeting makes T, P and N known. `values` is what load_v() has
-     * returned. `load_gradient` starts the copy of D, whose place the solver has used until then. Returns the
-     * units of the images. */
+    /* Before: the CTA has prepared, and one more meeting makes T, P and N known. `values` is what load_v()
+     * has returned. `load_gradient` starts the copy of D, whose place the solver has used until then. Returns
+     * the units of the images. */
     template <class Load> __device__ float2 run(const RawValues &values, Load load_gradient) const
     {
         using SolveTile = decltype(Stage<Block>::solve);
