@@ -19,12 +19,17 @@ typedef uint64_t wide_uvec __attribute__((vector_size(4 * FKDA_LANES), may_alias
 typedef uint16_t bf16vec __attribute__((vector_size(2 * FKDA_LANES), may_alias));
 typedef uint16_t bf16vec_unaligned __attribute__((vector_size(2 * FKDA_LANES), may_alias, aligned(2)));
 
-/* For functions with an argument that callers pass as a constant: each call becomes code of its own. */
+/* INLINE is for functions with an argument that callers pass as a constant: each call becomes code of its
+ * own. UNROLL is for loops over arrays that are to lie in registers. Sanitizers check code as it is written,
+ * and copies of it would only take longer to compile. */
+#if defined(FKDA_SANITIZED)
+#define INLINE static inline
+#define UNROLL
+#elif defined(__clang__)
 #define INLINE __attribute__((always_inline)) static inline
-
-#ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
+#define INLINE __attribute__((always_inline)) static inline
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
