@@ -14,7 +14,9 @@
 #include <string>
 #include <sys/mman.h>
 #include <thread>
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -25,20 +27,43 @@ namespace emulator
 namespace
 {
 
-/* The compiler's own jumps: AddressSanitizer takes those of the C library for jumps within one stack. No
- * function may jump that has set a jump, so the jump is in a function of its own. What a caller has in
- * registers must not outlive a call of a function that sets a jump, so nothing may be known of its inside. */
-using JumpBuffer = void *[5];
-#define SET_JUMP(buffer) __builtin_setjmp(buffer)
+/* How a fiber stops and another one goes on, which is a large part of what the emulator does. Each change is
+ * a call that returns on another stack. The threads of a warp stop at one place, so the processor guesses
+ * right where the return goes, which it cannot do for jumps. No fiber changes how floating-point numbers are
+ * rounded. The compiler must know nothing of the inside, or what a caller has in registers would be lost. */
 #ifdef __clang__
 #define OPAQUE __attribute__((noinline))
 #else
 #define OPAQUE __attribute__((noipa))
 #endif
-[[noreturn]] OPAQUE void jump(void **buffer)
+#ifdef __x86_64__
+using Place = void *; /* the top of a stack, on which the registers lie that a function keeps */
+OPAQUE __attribute__((naked)) void change_places(Place *, const Place *) /* leave, and go on */
 {
-    __builtin_longjmp(buffer, 1);
+    asm("push %rbp\n\tpush %rbx\n\tpush %r12\n\tpush %r13\n\tpush %r14\n\tpush %r15\n\t"
+        "mov %rsp, (%rdi)\n\tmov (%rsi), %rsp\n\t"
+        "pop %r15\n\tpop %r14\n\tpop %r13\n\tpop %r12\n\tpop %rbx\n\tpop %rbp\n\tret");
 }
+void set_place(Place &place, unsigned char *stack, size_t bytes, void run())
+{
+    constexpr size_t KEPT = 6; /* registers; above them lie the address of run and that of its caller */
+    auto **top = reinterpret_cast<void **>((reinterpret_cast<uintptr_t>(stack) + bytes) & -size_t{16}) - 2;
+    top[0] = reinterpret_cast<void *>(run), top[1] = nullptr;
+    place = top - KEPT;
+}
+#else
+using Place = ucontext_t;
+void change_places(Place *leave, const Place *go_on)
+{
+    swapcontext(leave, go_on);
+}
+void set_place(Place &place, unsigned char *stack, size_t bytes, void run())
+{
+    getcontext(&place);
+    place.uc_stack.ss_sp = stack, place.uc_stack.ss_size = bytes, place.uc_link = nullptr;
+    makecontext(&place, run, 0);
+}
+#endif
 
 /* Of a thread. A power of two would put the tops of all stacks into the same few lines of the caches. */
 constexpr size_t STACK_BYTES = (64 << 10) + 9 * 64;
@@ -73,14 +98,13 @@ static_assert(sizeof(Mbarrier) == sizeof(uint64_t), "as large as the real one");
 enum class Wait { NOTHING, GATHERING, BARRIER, MBARRIER, CTAS, KERNEL, REGISTERS, TRAPPED };
 
 struct Lane {
-    Thread view;
-    JumpBuffer place;
-    unsigned char *stack;
-    bool started, done;
+    bool done;
     Wait wait;
     const void *on;
     unsigned round;         /* the round of `on` that the thread waits for; for an mbarrier the parity */
     unsigned cluster_round; /* the round of the cluster's barrier at which the thread has arrived */
+    Place place;
+    Thread view;
 };
 
 struct Warp {
@@ -93,6 +117,9 @@ struct Warp {
     } gathering;
     std::vector<uint32_t> unfenced; /* where the warp wrote without a fence since, in units of 16 bytes */
     int fenced;                     /* threads that have called the fence since then */
+    int first, step, turns;         /* this time the threads' turns begin with `first`; so many had theirs */
+    bool moved;                     /* a thread has gone on in these turns */
+    bool waited_for_ctas;           /* the thread whose turn it is had left its last one to other CTAs */
     bool polls;                     /* the warp has just asked in vain whether something is done */
     int registers;                  /* of a thread */
     unsigned changes;               /* how often `registers` has changed */
@@ -118,8 +145,7 @@ struct Cluster {
     std::unordered_map<const Mbarrier *, Mbarrier> mbarriers; /* all of them, as their last use left them */
     std::mt19937_64 random;
     bool products_immediate;
-    JumpBuffer scheduler;
-    ucontext_t first; /* where a fiber would go at its end, which never happens */
+    Place scheduler;
 
     bool chance(int one_in)
     {
@@ -161,7 +187,7 @@ bool all_stand_still(uint64_t at)
                                       [&](const auto &r) { return r->stands_still_at == at; });
 }
 
-bool may_go_on(const Warp &w, const Lane &l)
+inline bool may_go_on(const Warp &w, const Lane &l)
 {
     switch (l.wait) {
     case Wait::NOTHING: return true;
@@ -176,38 +202,37 @@ bool may_go_on(const Warp &w, const Lane &l)
     return false;
 }
 
-/* Goes back to the scheduler until the thread may go on. */
-OPAQUE void suspend(Wait wait, const void *on, unsigned round)
+/* Gives the warp's next thread that may go on its turn. Without one the scheduler goes on. */
+void give_turn(Warp &w, Place *leave)
 {
-    lane->wait = wait, lane->on = on, lane->round = round;
-    if (wait != Wait::CTAS && may_go_on(*warp, *lane)) {
-        lane->wait = Wait::NOTHING;
+    while (w.turns < LANES) {
+        Lane &l = w.lane[(w.first + w.turns++ * w.step) % LANES];
+        if (l.done || !may_go_on(w, l)) continue;
+        w.waited_for_ctas = l.wait == Wait::CTAS;
+        lane = &l;
+        change_places(leave, &l.place);
         return;
     }
-    if (SET_JUMP(lane->place) == 0) jump(cluster->scheduler);
-    lane->wait = Wait::NOTHING;
+    if (leave != &cluster->scheduler) change_places(leave, &cluster->scheduler);
+}
+
+/* Lets others go on until the thread may. */
+void suspend(Wait wait, const void *on, unsigned round)
+{
+    Lane &own = *lane;
+    own.wait = wait, own.on = on, own.round = round;
+    if (wait == Wait::CTAS || !may_go_on(*warp, own)) {
+        warp->moved |= !(warp->waited_for_ctas && wait == Wait::CTAS);
+        give_turn(*warp, &own.place);
+    }
+    own.wait = Wait::NOTHING;
 }
 
 void run_kernel()
 {
     (*cluster->kernel)();
-    lane->done = true;
-    jump(cluster->scheduler);
-}
-
-OPAQUE void resume(Warp &w, Lane &l)
-{
-    warp = &w, lane = &l;
-    if (SET_JUMP(cluster->scheduler) != 0) return;
-    if (l.started) jump(l.place);
-    l.started = true;
-    ucontext_t fiber;
-    getcontext(&fiber);
-    fiber.uc_stack.ss_sp = l.stack;
-    fiber.uc_stack.ss_size = STACK_BYTES;
-    fiber.uc_link = &cluster->first;
-    makecontext(&fiber, run_kernel, 0);
-    setcontext(&fiber);
+    lane->done = warp->moved = true;
+    give_turn(*warp, &lane->place);
 }
 
 /* Runs the warp's threads, each time in another order, until none can go on. Returns whether any of them has
@@ -215,20 +240,15 @@ OPAQUE void resume(Warp &w, Lane &l)
 bool run_warp(Warp &w)
 {
     bool any = false;
+    warp = &w;
     w.polls = false;
-    for (bool again = true; again;) {
-        again = false;
-        const int start = static_cast<int>(cluster->random() % LANES),
-                  step = cluster->chance(2) ? 1 : LANES - 1;
-        for (int i = 0; i < LANES; i++) {
-            Lane &l = w.lane[(start + i * step) % LANES];
-            if (l.done || !may_go_on(w, l)) continue;
-            const bool polls = l.wait == Wait::CTAS;
-            resume(w, l);
-            if (!polls || l.wait != Wait::CTAS) any = again = true;
-        }
+    do {
+        w.first = static_cast<int>(cluster->random() % LANES), w.step = cluster->chance(2) ? 1 : LANES - 1;
+        w.turns = 0, w.moved = false;
+        give_turn(w, &cluster->scheduler);
+        any |= w.moved;
         if (w.polls) return false;
-    }
+    } while (w.moved);
     return any;
 }
 
@@ -620,8 +640,10 @@ static void run_clusters(const std::function<void()> &kernel, Dim3 grid, Dim3 di
                 l.view = {
                     {index, 0, 0},          {id + rank, 0, 0},    dim, grid, shared + rank * shared_bytes,
                     static_cast<int>(rank), rank ? -bytes : bytes};
-                l.stack =
-                    static_cast<unsigned char *>(stack) + (w * LANES + static_cast<size_t>(i)) * STACK_BYTES;
+                set_place(l.place,
+                          static_cast<unsigned char *>(stack) +
+                              (w * LANES + static_cast<size_t>(i)) * STACK_BYTES,
+                          STACK_BYTES, run_kernel);
                 l.done = index >= dim.x;
             }
         }
