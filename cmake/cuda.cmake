@@ -52,9 +52,9 @@ if(NOT NVCC)
   # Not kept in the cache: a toolkit that is installed later is found instead.
   set(NVCC ${last_line})
 endif()
-# A GPU runs the machine code of the same major number and a minor number that is not larger than its own: 8.9
-# runs that of 8.6, 10.3 that of 10.0, and 12.1 that of 12.0.
-set(FLASH_KDA_CUDA_ARCHS 80 86 90 100 120 CACHE STRING "Architectures with machine code")
+# A GPU runs the machine code of the same major number and a minor number that is not larger than its own:
+# 8.6, 8.7 and 8.9 run that of 8.0, 10.3 that of 10.0, and 12.1 that of 12.0.
+set(FLASH_KDA_CUDA_ARCHS 80 90 100 120 CACHE STRING "Architectures with machine code")
 set(FLASH_KDA_NVCC_FLAGS "" CACHE STRING "More options for nvcc, for example -DFKDA_FOR_RACECHECK")
 set(FLASH_KDA_PTX_ARCH 80 CACHE STRING "Architecture of the PTX that newer GPUs compile")
 set(FLASH_KDA_COMPILED "" CACHE PATH "The folder `kernels` of another build, whose fat binaries are copied")
