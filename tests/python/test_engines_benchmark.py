@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import flash_kda
+from forks import for_fla
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "engines.py"
 
@@ -18,9 +17,7 @@ def run(*words):
         pytest.importorskip(module)
     pytest.importorskip("fla.ops.kda", reason="flash-linear-attention is not installed", exc_type=ImportError)
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(flash_kda.__path__[0])}
-    return subprocess.run(
-        [sys.executable, PROGRAM, "--device", "cpu", *words], env=environment, capture_output=True, text=True
-    )
+    return for_fla.run(PROGRAM, "--device", "cpu", *map(str, words), environment=environment)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import flash_kda
+from forks import for_fla
 
 pytest.importorskip("torch")
 RELEASES = ("0.5.0", "0.5.1", "0.5.2", "0.6.0")
@@ -40,7 +41,7 @@ def folder_of(release):
 
 def in_all_ways(*ways):
     """Each release in the first way, and the oldest one and the one that is installed in all of them, since
-    each test takes 20 seconds of processor time to import FLA."""
+    each test imports FLA, which takes seconds."""
     return [
         (release, way)
         for release in ("installed", *RELEASES)
@@ -67,7 +68,6 @@ def run(script, *words):
         n: x for n, x in os.environ.items() if n not in ("FLA_FLASH_KDA", "FLA_DISABLE_BACKEND_DISPATCH")
     }
     environment["PYTHONPATH"] = os.path.dirname(flash_kda.__path__[0])
-    command = [sys.executable, Path(__file__).with_name(script), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = for_fla.run(Path(__file__).with_name(script), *words, environment=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ok\n")
